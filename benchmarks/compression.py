@@ -46,7 +46,7 @@ class Federation:
     """Simulated workers with their residuals, and the average of their updates."""
 
     def __init__(self, tasks: Sequence[Task], plan: Plan) -> None:
-        self.weights = dict(tasks[0].init(plan.seed))
+        self.weights: Weights = tasks[0].init(plan.seed)
         self._tasks, self._plan = tasks, plan
         self._residuals = [Residual() for _ in tasks]
 
@@ -65,9 +65,16 @@ class Federation:
         return largest
 
     def _update(self, place: int, task: Task, number: int) -> tuple[Update, memoryview]:
-        ids = {"run": "r", "round": number, "base": f"b{number - 1}"}
-        fit = Fit(federation="bench", **ids, evaluate=False, plan=self._plan)
-        job = Job(Work("fit", **ids), fit, self.weights)
+        work = Work("fit", "r", number, f"b{number - 1}")
+        fit = Fit(
+            federation="bench",
+            run=work.run,
+            round=work.round,
+            base=work.base,
+            evaluate=False,
+            plan=self._plan,
+        )
+        job = Job(work, fit, self.weights)
         execute(
             job,
             task,
@@ -120,15 +127,15 @@ def digits(clients: int, seed: int) -> tuple[list[Task], Task]:
 def one_run(tasks: Sequence[Task], judge: Task, plan: Plan, rounds: int) -> dict[str, Any]:
     """Train with one encoding; ``judge`` evaluates the model after each round."""
     federation = Federation(tasks, plan)
-    accuracies, nbytes = [], 0
+    nbytes, evaluations = 0, []
     for number in range(1, rounds + 1):
         nbytes = federation.round(number)
-        result = judge.evaluate(federation.weights)
-        assert result is not None
-        accuracies.append(round(result.metrics["accuracy"], 4))
+        evaluation = judge.evaluate(federation.weights)
+        assert evaluation is not None
+        evaluations.append(evaluation)
     return {
-        "accuracies": accuracies,
-        "loss": round(result.loss, 4),
+        "accuracies": [round(each.metrics["accuracy"], 4) for each in evaluations],
+        "loss": round(evaluations[-1].loss, 4),
         "update_bytes": nbytes,
         "model_bytes": size_bytes(federation.weights),
     }

@@ -15,6 +15,7 @@ from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, l
 from fluffle_coordinator.observe.round_view import metrics_of
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.round_stats import seconds_of, weighted_mean
+from fluffle_worker.task import EvalResult
 
 if TYPE_CHECKING:
     from fluffle_common.tensors.weights import Array
@@ -31,6 +32,7 @@ class Round:
         train_loss: the workers' mean training loss, weighted by examples.
         loss: the loss of the model on the workers' held-out data, weighted by examples.
         metrics: the federated metrics of the model, by name.
+        evaluations: what each worker that evaluated the model measured, by its name.
         test: the metrics that the ``evaluate`` hook returned for the model.
         epsilon: the privacy budget spent so far, if the run accounts for it.
         seconds: wall-clock time since the previous commit, or since the coordinator started.
@@ -44,6 +46,7 @@ class Round:
     train_loss: float | None = None
     loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    evaluations: Mapping[str, EvalResult] = field(default_factory=dict)
     test: Mapping[str, float] = field(default_factory=dict)
     epsilon: float | None = None
     seconds: float = 0.0
@@ -183,6 +186,10 @@ def _round(row: Mapping[str, Any], folder: Path) -> Round:
         ),
         loss=row.get("loss"),
         metrics={n: value for n, value in metrics.items() if not n.startswith(TEST_PREFIX)},
+        evaluations={
+            each["worker"]: EvalResult(each["loss"], each["num_examples"], each.get("metrics", {}))
+            for each in row.get("evaluations", ())
+        },
         test={
             n.removeprefix(TEST_PREFIX): v for n, v in metrics.items() if n.startswith(TEST_PREFIX)
         },

@@ -8,15 +8,13 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fluffle.background import Background
 from fluffle.federation import Federation, Tasks, named_tasks
-from fluffle.place import locked, place_of
+from fluffle.keywords import settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
-from fluffle_common.cli.config_file import options_from
-from fluffle_common.errors import RunError, UsageError
+from fluffle.run_folder import RunFolder
+from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import Topology
-from fluffle_coordinator.cli.coordinator import coordinator, rules_of
 from fluffle_coordinator.machine.state import Quorum, Rules, State
-from fluffle_coordinator.service.app import settings_of
 
 if TYPE_CHECKING:
     from fluffle_coordinator.service.hooks import Evaluate, OnRound
@@ -26,13 +24,6 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _CALLER = "fluffle.run"
-_UNAVAILABLE = {
-    "run": "use folder= for the run folder",
-    "dashboard": "use 'fluffle dashboard --url …' to show a run over RabbitMQ",
-    "management": "it belongs to the live page",
-    "log_format": "use progress= to choose what is shown",
-    "verify_users": "the in-memory broker has no users; give url=",
-}
 
 
 def run(
@@ -150,26 +141,24 @@ def _start(
 ) -> Background[Run]:
     """Check the arguments of ``run``, and start the run."""
     workers = named_tasks(tasks)
-    for name, why in _UNAVAILABLE.items():
-        if keywords.get(name) and (url is None or name != "verify_users"):
-            raise UsageError(f"{_CALLER}() has no {name}=: {why}")
-    keywords |= {"federation": federation, "url": url}
-    options = options_from(coordinator, keywords, _CALLER)
-    if workers and options["min_workers"] is None:  # start when all of them are connected
-        options["min_workers"] = max(len(workers), options["quorum"].number or 1)
-    options["strategy"] = options["strategy"] if strategy is None else strategy
-    options |= {"evaluate": evaluate, "on_round": on_round}
-    settings = settings_of(rules_of(options), options)
-    _check_enough(settings.rules, len(workers), url)
-    one_by_one = settings.rules.quorum == Quorum() if parallel is None else not parallel
+    settings, options = settings_from(
+        _CALLER,
+        {**keywords, "federation": federation, "url": url},
+        workers=len(workers),
+        strategy=strategy,
+        evaluate=evaluate,
+        on_round=on_round,
+    )
+    rules = settings.rules
+    _check_enough(rules, len(workers), url)
+    one_by_one = rules.quorum == Quorum() if parallel is None else not parallel
 
-    def body(complete: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
-        rounds = settings.rules.rounds
-        with place_of(folder) as place, Progress(progress, rounds) as shown, locked(place) as store:
+    def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
+        with RunFolder(folder) as run_folder, Progress(progress, rules.rounds) as shown:
             federation = Federation(
                 settings,
                 Topology(settings.federation, options["queue_type"]),
-                store,
+                run_folder.store,
                 workers,
                 url=url,
                 watcher=shown,
@@ -177,12 +166,10 @@ def _start(
                 fresh=options["fresh"],
             )
             try:
-                state = complete(federation.run())
+                state = run_coroutine(federation.run())
             finally:
                 federation.end()
-            if state.outcome == "stopped":
-                raise RunError(f"the run stopped: {state.reason}{place.how_to_go_on()}")
-            return place.handed_over(Run(place.path))
+            return run_folder.result(state)
 
     return Background(body)
 
@@ -200,6 +187,6 @@ def _check_enough(rules: Rules, workers: int, url: str | None) -> None:
     for name, number in (("quorum", rules.quorum.number), ("min_workers", rules.min_workers)):
         if number is not None and number > workers:
             raise UsageError(
-                f"{_CALLER}(): {name} = {number} is more than the {workers} tasks; give more "
-                f"tasks, or a lower {name}"
+                f"{_CALLER}(): {name} = {number} is more than the number of tasks, {workers}; "
+                f"give more tasks, or a lower {name}"
             )

@@ -52,7 +52,7 @@ class Progress(Watcher):
 
     def record(self, event: RunEvent) -> None:
         """Show evaluations and problems."""
-        if isinstance(event, run_events.Evaluated | run_events.Tested):
+        if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
             self._latest = event.sentence()
             if self._lines:
                 self._print(self._latest)

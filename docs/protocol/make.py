@@ -4,10 +4,10 @@
                                             tables of ../protocol.md
     python docs/protocol/make.py --check    exits with 1 if one of them is out of date
 
-``schema.json`` is a JSON schema of every header. ``vectors.json`` has complete message bodies in
-base64: sound messages of each kind, with their headers; unsound updates and fits, with the cause of
-their rejection; encoded updates, with the numbers that they decode to; and the digest of a payload
-in parts. ``tables.py`` makes the tables from the state machines.
+``schema.json`` is a JSON schema of every header. ``vectors.json`` contains complete message bodies
+in base64: sound messages of each kind, with their headers; unsound updates and fits, with the cause
+of their rejection; encoded updates, with the deltas that they decode to; and the digest of a
+payload in parts. ``tables.py`` generates the tables.
 """
 
 from __future__ import annotations
@@ -95,16 +95,16 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     yield "evaluate", m.Evaluate(**work), MODEL
     asks = m.Plan(extra="model")
     yield (
-        "fit with a broadcast beside the model, for which extra tensors come back",
+        "fit with extra tensors that asks for extra tensors",
         m.Fit(**work, evaluate=False, plan=asks),
         Grouped(MODEL, CONTROL),
     )
-    yield "fit that asks for a number", m.Fit(
+    yield "fit that asks for an extra scalar", m.Fit(
         **work, evaluate=False, plan=m.Plan(extra={"steps": ()})
     ), MODEL  # fmt: skip
     yield "update with extra tensors", m.Update(**update), Grouped(MODEL, CONTROL)
     yield "stop", m.Stop(**RUN, round=6, reason="6 rounds are done"), {}
-    yield "fit that wants a codec", m.Fit(
+    yield "fit that asks for a codec", m.Fit(
         **work, evaluate=False, plan=m.Plan(compress=m.Compression.parse("topk:0.01"))
     ), MODEL  # fmt: skip
     yield "fit that trains a part of the model", m.Fit(
@@ -112,7 +112,7 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     ), MODEL  # fmt: skip
     phase = {**RUN, "name": "secagg", "phase": "keys", "round": 2}
     yield "exchange", m.Exchange(**phase, **W), {"key": np.arange(32, dtype=np.uint8)}
-    yield "exchange of the coordinator, without tensors", m.Exchange(**phase), {}
+    yield "exchange from the coordinator, without tensors", m.Exchange(**phase), {}
     yield "signed", m.Stop(
         **RUN, round=6, reason="6 rounds are done", key_id="k1", signature="c2lnbmF0dXJl"
     ), {}  # fmt: skip
@@ -120,7 +120,7 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     yield "event", m.Event(**journal, **recorded, fields=fields), {}
     record = m.EventRecord(**recorded, fields=fields)
     yield "events", m.Events(**journal, events=(record, record)), {}
-    yield "keys of a later version", m.Stop(**RUN, round=6, reason="done", ext={"mine": 1}), {}
+    yield "message with ext", m.Stop(**RUN, round=6, reason="done", ext={"mine": 1}), {}
 
 
 def packed(message: m.Message, tensors: Carried) -> bytes:
@@ -164,19 +164,19 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
     yield "a metric that is infinite", {**header, "metrics": {"x": float("inf")}}, two, "malformed"
     yield "an unknown key that is critical", {**header, "critical": ["x"], "x": 1}, two, "malformed"
     fit = {**header, "kind": "fit", "evaluate": True}
-    yield "a fit whose codec is a text", {**fit, "plan": {"compress": "int8"}}, two, "malformed"
+    yield "a fit whose codec is a string", {**fit, "plan": {"compress": "int8"}}, two, "malformed"
     topk = {"compress": {"kind": "topk", "fraction": 1.5}}
-    yield "a fit that wants more than everything", {**fit, "plan": topk}, two, "malformed"
-    yield "a payload that is sealed", {**header, "sealed": "aes-256-gcm"}, two, "sealed"
-    yield "a header that is no map", [1, 2], two, "malformed"
+    yield "a fit with a fraction above 1", {**fit, "plan": topk}, two, "malformed"
+    yield "a sealed payload", {**header, "sealed": "aes-256-gcm"}, two, "sealed"
+    yield "a header that is not a map", [1, 2], two, "malformed"
     yield "an unknown dtype", table(dtype="complex64"), two, "tensors"
-    yield "a shape that does not go with its bytes", table(shape=[3]), two, "tensors"
-    yield "a size that does not go with the payload", table(), two + b"\0", "tensors"
+    yield "a shape that does not match its bytes", table(shape=[3]), two, "tensors"
+    yield "a size that does not match the payload", table(), two + b"\0", "tensors"
     yield "an offset that is not aligned", table(offset=4), b"\0" * 4 + two, "tensors"
     yield "a negative shape", table(shape=[-2]), two, "malformed"
-    yield "a name that is there twice", {**header, "tensors": [entry, entry]}, two, "tensors"
-    yield "too short a payload", header, two[:4], "tensors"
-    yield "a group in two pieces", {
+    yield "a duplicate name", {**header, "tensors": [entry, entry]}, two, "tensors"
+    yield "a payload that is too short", header, two[:4], "tensors"
+    yield "a group whose tensors are not adjacent", {
         **header,
         "tensors": [
             {**entry, "name": name, "offset": 64 * place, **group}
@@ -190,7 +190,7 @@ def unsound() -> Iterator[tuple[str, Any, bytes, str]]:
 
 
 def unsound_fits() -> Iterator[tuple[str, Any, bytes, str]]:
-    """Yield unsound fits, which a worker must not accept: as ``unsound`` does."""
+    """Yield unsound fits, which a worker must refuse; the items are those of ``unsound``."""
     entry: dict[str, Any] = {
         "name": "w", "dtype": "float32", "shape": [2], "offset": 0, "nbytes": 8,
     }  # fmt: skip
@@ -216,24 +216,29 @@ def unsound_fits() -> Iterator[tuple[str, Any, bytes, str]]:
     yield "a round that is a bool", {**header, "round": True}, two, "malformed"
     yield "evaluate that is an int", {**header, "evaluate": 1}, two, "malformed"
     yield "a negative attempt", {**header, "attempt": -1}, two, "malformed"
-    yield "no epoch", plan(epochs=0), two, "malformed"
+    yield "no epochs", plan(epochs=0), two, "malformed"
     yield "a learning rate of 0", plan(learning_rate=0.0), two, "malformed"
     yield "a learning rate that is NaN", plan(learning_rate=float("nan")), two, "malformed"
     yield "a negative seed", plan(seed=-1), two, "malformed"
-    yield "a config with a list in it", plan(config={"x": [1]}), two, "malformed"
+    yield "a config that contains a list", plan(config={"x": [1]}), two, "malformed"
     yield "an update instead", {
         **header, "kind": "update", "worker": "client-1", "num_examples": 1, "seconds": 0.0,
     }, two, "kind"  # fmt: skip
     yield "an unknown dtype", table({**entry, "dtype": "complex64"}), two, "tensors"
-    yield "a shape that does not go with its bytes", table({**entry, "shape": [3]}), two, "tensors"
-    yield "a name that is there twice", table(entry, entry), two, "tensors"
+    yield "a shape that does not match its bytes", table({**entry, "shape": [3]}), two, "tensors"
+    yield "a duplicate name", table(entry, entry), two, "tensors"
     yield "more payload than tensors", header, two + bytes(64), "tensors"
-    yield "too short a payload", header, two[:4], "tensors"
-    yield "parts that do not go with its bytes", {
+    yield "a payload that is too short", header, two[:4], "tensors"
+    yield "parts that do not match its bytes", {
         **table({**entry, "dtype": "uint8", "shape": [PART_BYTES + 64], "nbytes": PART_BYTES + 64}),
         "transfer": {**parts, "parts": 3},
     }, b"", "malformed"  # fmt: skip
-    yield "a transfer that its tensors do not fill", {**header, "transfer": parts}, b"", "tensors"
+    yield (
+        "a transfer that is larger than its tensors",
+        {**header, "transfer": parts},
+        b"",
+        "tensors",
+    )
     yield "NaN", header, np.array([1, np.nan], np.float32).tobytes(), "not_finite"
     yield "an infinity", header, np.array([np.inf, 1], np.float32).tobytes(), "not_finite"
 
@@ -265,7 +270,7 @@ def encodings() -> Iterator[dict[str, Any]]:
 
 
 def plain(header: Any) -> Any:
-    """Return a header as JSON can represent it, without padding."""
+    """Return a header as plain JSON, without padding."""
     if isinstance(header, dict):
         return {key: plain(value) for key, value in header.items() if key != "pad"}
     return [plain(value) for value in header] if isinstance(header, list) else header
@@ -297,8 +302,8 @@ def vectors() -> dict[str, Any]:
     bad += [
         {"name": name, "body": base64.b64encode(body).decode(), "cause": "malformed"}
         for name, body in (
-            ("nothing", b""),
-            ("no array of two", msgpack.packb({"kind": "update"})),
+            ("an empty body", b""),
+            ("not an array of two", msgpack.packb({"kind": "update"})),
             ("one byte too few", whole[:-1]),
             ("one byte too many", whole + b"\0"),
         )
@@ -352,7 +357,7 @@ def files() -> dict[Path, str]:
 
 
 def main() -> int:
-    """Write the files, or check them."""
+    """Write the files, or check that they are up to date."""
     generated = files()
     if "--check" in sys.argv:
         return int(any(not p.exists() or p.read_text() != text for p, text in generated.items()))

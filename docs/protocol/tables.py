@@ -1,8 +1,8 @@
 """The normative tables of docs/protocol.md, generated from the code.
 
-The tables of the worker show what ``fluffle_worker.machine.advance`` does for each state and event.
-The coordinator's timers are the durations in its ``Rules``, with their defaults; only the
-consequence of each is written here. The demands are those of ``fluffle conformance``.
+The tables of the worker come from calling ``fluffle_worker.machine.advance`` with each state and
+event. The coordinator's timers and their defaults come from ``Rules``; only their consequences are
+written here. The demands are those of ``fluffle conformance``.
 """
 
 from __future__ import annotations
@@ -22,74 +22,77 @@ NEWER = FIT._replace(round=4)
 
 MESSAGES: dict[str, m.Event] = {
     "the same `fit` again": m.Asked(FIT),
-    "its round, a higher `attempt`": m.Asked(FIT._replace(attempt=1)),
-    "its round, another `base`": m.Asked(FIT._replace(base="another")),
+    "the same round, a higher `attempt`": m.Asked(FIT._replace(attempt=1)),
+    "the same round, another `base`": m.Asked(FIT._replace(base="another")),
+    "the same round, a higher `sequence`": m.Asked(FIT._replace(sequence=4)),
+    "the `evaluate` of the same round": m.Asked(FIT._replace(kind="evaluate")),
     "a `fit` of a newer round": m.Asked(NEWER),
+    "work of another run": m.Asked(FIT._replace(run="another", round=1)),
     "a `fit` of an older round": m.Asked(FIT._replace(round=2)),
-    "the `evaluate` of its round": m.Asked(FIT._replace(kind="evaluate")),
     "an `evaluate` of an older round": m.Asked(FIT._replace(kind="evaluate", round=2)),
     "an `init_request`": m.Asked(Work("init", "run", 0)),
-    "work of another run": m.Asked(FIT._replace(run="another", round=1)),
-    "a `verdict` on it, `train_again`": m.Rejected(FIT.run, FIT.round, FIT.base),
-    "a `stop` of its run": m.Stopped("done"),
+    "its `verdict`, with `train_again`": m.Rejected(FIT.run, FIT.round, FIT.base),
+    "the `stop` of its run": m.Stopped("done"),
 }
 STATES: dict[str, State] = {
     "idle": State(),
     "at work": State(doing=FIT),
-    "sending, not confirmed": State(sending=FIT),
+    "sending": State(sending=FIT),
     "answered": State(answered=FIT),
 }
 OWN: dict[str, m.Event] = {
     "the work is done": m.Finished(FIT),
     "the task fails": m.Failed(FIT, "why"),
-    "the work has been given up": m.Abandoned(FIT),
-    "the answer is confirmed": m.Sent(FIT),
+    "the work was aborted": m.Abandoned(FIT),
+    "the broker confirms the answer": m.Sent(FIT),
 }
 OWN_STATES: dict[str, State] = {
     "at work": State(doing=FIT),
-    "at work, newer work waits": State(doing=FIT, next=NEWER),
+    "at work, and newer work waits": State(doing=FIT, next=NEWER),
     "sending": State(sending=FIT),
 }
 
 
-def does(state: State, event: m.Event) -> str:
-    """Return the cell of a table: what a worker in a state does at an event."""
+def action(state: State, event: m.Event) -> str:
+    """Return the cell of a table: what a worker in a state has to do at an event."""
     after, effects = m.advance(state, event)
     actions = [words for effect in effects if (words := _words(effect, state))]
     if after.next is not None and after.next != state.next:
-        actions.append("then begins this")
-    if not effects and after != state:
-        actions.append("keeps the answer")
-    return ", ".join(actions) or "nothing"
+        actions.append("then start it")
+    if actions:
+        return ", ".join(actions)
+    if after.answered is not None and after != state:
+        return "keep the answer"
+    return "ignore it" if after == state else "become idle"
 
 
 def _words(effect: m.Effect, state: State) -> str | None:
     match effect:
         case m.Begin(work):
-            return "begins the waiting work" if work == state.next else "begins it"
+            return "start the waiting work" if work == state.next else "start it"
         case m.Abandon():
-            return "abandons the work at its next step"
+            return "abort the work at its next step"
         case m.Send(work):
-            return "sends the same answer again" if work == state.answered else "sends the answer"
+            return "send the same answer again" if work == state.answered else "send the answer"
         case m.Drop(work) if work == state.sending:
-            return "stops sending its answer"
+            return "stop sending the answer"
         case m.Drop(work) if work == state.answered:
-            return "forgets its answer"
+            return "discard the answer"
         case m.Drop():
             return None  # there is no answer yet
         case m.Report():
-            return "sends `failure`"
+            return "send a `failure`"
         case m.Leave():
-            return "leaves or waits for another run"
+            return "leave or wait for another run"
 
 
 def worker() -> str:
     """Return the two tables of the worker."""
     return "\n".join(
         [
-            *_table("what arrives", MESSAGES, STATES),
+            *_table("message", MESSAGES, STATES),
             "",
-            *_table("what happens", OWN, OWN_STATES, impossible=_impossible),
+            *_table("event", OWN, OWN_STATES, impossible=_impossible),
         ]
     )
 
@@ -111,37 +114,50 @@ def _table(
     yield f"| {corner} | {' | '.join(states)} |"
     yield "|---" * (len(states) + 1) + "|"
     for name, event in events.items():
-        cells = (NONE if impossible(s, event) else does(s, event) for s in states.values())
+        cells = (NONE if impossible(s, event) else action(s, event) for s in states.values())
         yield f"| {name} | {' | '.join(cells)} |"
 
 
-# For each field of ``Rules``: the option that sets it, and what happens when the time is up.
+# For each field of ``Rules``: the option that sets it, and what happens when the time has passed.
 TIMERS: dict[str, tuple[str | None, str]] = {
     "wait_s": (
         "--wait-workers",
-        "if there are too few workers, or no first weights, the run stops",
+        "if there are still too few workers or no first weights, the run stops",
     ),
-    "patience": (None, "a worker that missed so many heartbeats counts as gone"),
+    "patience": (None, "a worker that has missed this many heartbeats counts as gone"),
     "hearing_s": (
         None,
-        "if nothing was heard, not even the coordinator's own echo, the time counts for no timer",
+        "if the coordinator has heard nothing for this long, not even its own echo, its timers "
+        "pause",
     ),
     "resend_s": (
         None,
-        "a worker that reports `idle`, or `receiving` without progress, is sent its work again; "
-        "one that reports that it has done the round, after 4 times as long",
+        "if a worker still reports `idle`, or `receiving` without progress, its work is sent "
+        "again; if it reports the round as done but the update is missing, after 4 times as long",
     ),
-    "grace_s": ("--grace", "after the quorum, the round is averaged without the missing updates"),
+    "grace_s": ("--grace", "after the quorum, the round closes without the missing updates"),
     "deadline_s": (
         "--deadline",
         "without a quorum, the round is reopened or closed, or the run stops (`--on-deadline`); "
         "without first weights, another worker is asked; without an evaluation of the last model, "
         "the run ends",
     ),
-    "max_reopenings": (None, "a round reopened so often without a new update stops the run"),
-    "max_round_s": ("--max-round", "a round open for so long, even with progress, stops the run"),
-    "stall_s": (None, "a worker whose training makes no progress is reported as stalled"),
-    "stall_timeout_s": ("--stall-timeout", "… and then counts as failed in this round"),
+    "max_reopenings": (
+        None,
+        "if the round makes no progress, it is reopened this often; then the run stops",
+    ),
+    "max_round_s": (
+        "--max-round",
+        "if a round is open for this long, even with progress, the run stops",
+    ),
+    "stall_s": (
+        None,
+        "if a worker's steps do not advance for this long, it is reported as stalled",
+    ),
+    "stall_timeout_s": (
+        "--stall-timeout",
+        "if they do not advance for this long, the worker counts as failed in this round",
+    ),
 }
 
 
@@ -162,13 +178,13 @@ def timers() -> str:
 
 
 def demands() -> str:
-    """Return the table of what ``fluffle conformance`` demands."""
+    """Return the table of the demands of ``fluffle conformance``."""
     rows = (f"| {scenario.name} | {scenario.demand} |" for scenario in SCENARIOS)
     return "\n".join(["| scenario | demand |", "|---|---|", *rows])
 
 
-def forgotten() -> set[str]:
-    """Return the durations of ``Rules`` that the table lacks."""
+def missing_timers() -> set[str]:
+    """Return the durations in ``Rules`` that are missing from the table."""
     return {field.name for field in fields(Rules) if field.name.endswith("_s")} - TIMERS.keys()
 
 

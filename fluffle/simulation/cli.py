@@ -14,6 +14,7 @@ from fluffle_common.cli.app import count
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.coordinator import coordinator, rules_of
+from fluffle_coordinator.cli.schedule_options import check_schedule_options
 
 if TYPE_CHECKING:
     from fluffle_worker.task import Task
@@ -137,7 +138,7 @@ def simulate(**options: Any) -> None:
 
     A coordinator's TOML file can hold the options of this command in a table [simulation].
     """
-    from fluffle.place import committed
+    from fluffle.run_folder import committed
     from fluffle.simulation.availability import parse_availability
     from fluffle.simulation.devices import devices
     from fluffle.simulation.follower import Follower
@@ -154,6 +155,7 @@ def simulate(**options: Any) -> None:
     from fluffle_coordinator.service.app import settings_of
     from fluffle_coordinator.storage.run_store import RunStore
 
+    check_schedule_options(options)
     number: int = options["clients"]
     availability = parse_availability(options["availability"])
     whole, tasks = _tasks(options)

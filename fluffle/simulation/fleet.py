@@ -314,6 +314,6 @@ class Fleet:
             message,
             weights,
             Route(results, [f"{message.kind}.{name}"]),
-            beside={EXTRA: job.extra},
+            others={EXTRA: job.extra},
             parts=Route(results, [f"part.{name}"], durable=False),
         )

@@ -7,9 +7,10 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from fluffle.background import Background
-from fluffle.place import committed, locked, place_of
+from fluffle.keywords import settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
+from fluffle.run_folder import RunFolder, committed
 from fluffle.simulation.availability import parse_availability
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
@@ -20,12 +21,9 @@ from fluffle.simulation.simulate import (
     simulate_run,
     tested_every,
 )
-from fluffle_common.cli.config_file import options_from
 from fluffle_common.cli.console import warn
-from fluffle_common.errors import RunError, UsageError
-from fluffle_coordinator.cli.coordinator import coordinator, rules_of
+from fluffle_common.errors import UsageError
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.service.app import settings_of
 from fluffle_worker.task import Task, check_task
 
 if TYPE_CHECKING:
@@ -34,14 +32,6 @@ if TYPE_CHECKING:
 
 _CALLER = "fluffle.simulate"
 _CLIENTS = 100
-_NOT_HERE = {
-    "url": "its broker is in memory; fluffle.run(url=…) takes a real one",
-    "run": "folder= says where the run is kept",
-    "dashboard": "'fluffle report' shows the run afterwards",
-    "management": "it is a broker's",
-    "log_format": "progress= says what is shown",
-    "verify_users": "nobody logs in to the broker in memory",
-}
 
 
 def simulate(
@@ -113,51 +103,52 @@ def simulate(
     """
     _check(options, clients=clients, test_every=test_every)
     whole, by_name = _tasks(tasks, clients, partition, seed)
-    stated = {
-        "rounds": rounds,
-        "fraction": fraction,
-        "epochs": epochs,
-        "batch_size": batch_size,
-        "learning_rate": learning_rate,
-        "seed": seed,
-        "min_workers": len(by_name),
-        "federation": "simulation",
-        **options,
-    }
-    found = options_from(coordinator, stated, _CALLER)
-    found["strategy"] = found["strategy"] if strategy is None else strategy
-    found |= {"evaluate": evaluate, "on_round": on_round}
-    settings = settings_of(rules_of(found), found)
+    settings, values = settings_from(
+        _CALLER,
+        {
+            "rounds": rounds,
+            "fraction": fraction,
+            "epochs": epochs,
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "seed": seed,
+            "federation": "simulation",
+            **options,
+        },
+        workers=len(by_name),
+        strategy=strategy,
+        evaluate=evaluate,
+        on_round=on_round,
+    )
     speeds = {"step_s": step_s, "round_s": fit_s, "bytes_per_s": bytes_per_s}
     spreads = {name: str(value) for name, value in speeds.items() if value is not None}
     drawn = devices(len(by_name), **spreads, seed=seed)
     presence = parse_availability(availability)
     everybody = clients_of(by_name, drawn if owned is None else owned, presence, seed)
 
-    def body(complete: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
-        shown = Progress(progress, settings.rules.rounds)
-        with place_of(folder) as place, shown, locked(place) as store:
-            done = 0 if found["fresh"] else committed(place.path)
+    def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
+        fresh = values["fresh"]
+        with RunFolder(folder) as run_folder, Progress(progress, settings.rules.rounds) as shown:
+            done = 0 if fresh else committed(run_folder.path)
             tested = tested_every(settings, whole, test_every, done)
-            state = complete(
-                simulate_run(tested, everybody, store, shown, say=warn, fresh=found["fresh"])
+            simulation = simulate_run(
+                tested, everybody, run_folder.store, shown, say=warn, fresh=fresh
             )
-            if state.outcome == "stopped":
-                raise RunError(f"the run stopped: {state.reason}{place.how_to_go_on()}")
-            return place.handed_over(Run(place.path))
+            return run_folder.result(run_coroutine(simulation))
 
     return Background(body, SimulatedLoop).wait()
 
 
 def _check(options: Mapping[str, Any], **counts: int | None) -> None:
-    """Refuse options without a meaning in a simulation, and counts below 1.
+    """Refuse a broker, and counts below 1.
 
     Raises:
-        UsageError: if there is one; the message names the first.
+        UsageError: if there is one.
     """
-    for name, why in _NOT_HERE.items():
-        if options.get(name):
-            raise UsageError(f"{_CALLER}() has no {name}=: {why}")
+    if options.get("url"):
+        raise UsageError(
+            f"{_CALLER}() has no url=: its broker is in memory; fluffle.run(url=…) uses a real one"
+        )
     for name, number in counts.items():
         if number is not None and number < 1:
             raise UsageError(f"{_CALLER}(): {name} = {number} must be at least 1")
@@ -186,5 +177,5 @@ def _tasks(
     if clients not in {None, len(given)}:
         raise UsageError(f"{_CALLER}(): clients = {clients}, but there are {len(given)} tasks")
     if not given:
-        raise UsageError(f"{_CALLER}() has no tasks")
+        raise UsageError(f"{_CALLER}() has no tasks; give one for each client")
     return None, given

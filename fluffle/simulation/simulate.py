@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -16,7 +17,8 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.observe.watchers import Watcher
+from fluffle_coordinator.observe.journal_file import JournalFile
+from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.hooks import Evaluate
 from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -52,21 +54,7 @@ async def simulate_run(
         RunError: if no further event is due although the run has not ended.
         TaskError: if the coordinator refuses a client.
     """
-    never = float("inf")
-    present = sum(client.present for client in clients)  # the first round waits for all of these
-    rules = replace(
-        settings.rules,
-        min_workers=max(1, min(settings.rules.min_workers, present)),
-        patience=_NEVER,
-        hearing_s=never,
-        stall_s=never,
-    )
-    settings = replace(
-        settings,
-        rules=rules,
-        max_workers=max(settings.max_workers, len(clients)),
-        waiting_every_s=never,
-    )
+    settings = _for_clients(settings, clients)
     broker, topology = MemoryBroker(), Topology(settings.federation)
     fleet = Fleet(
         list(clients),
@@ -76,8 +64,10 @@ async def simulate_run(
         task=task,
         say=say,
     )
+    journal = JournalFile(store.folder, settings.federation)
+    watchers = Watchers(watcher, journal)
     run = asyncio.ensure_future(
-        coordinate(settings, broker, topology, store, watcher, journal=None, fresh=fresh)
+        coordinate(settings, broker, topology, store, watchers, journal=None, fresh=fresh)
     )
     taking_part = asyncio.ensure_future(fleet.run())
     try:
@@ -90,6 +80,29 @@ async def simulate_run(
         for one in (run, taking_part):
             one.cancel()
         await asyncio.gather(run, taking_part, return_exceptions=True)
+        with contextlib.suppress(OSError):  # the run is over, and its files are whole
+            journal.write()
+
+
+def _for_clients(settings: CoordinatorSettings, clients: Sequence[Client]) -> CoordinatorSettings:
+    """Return the settings of a run whose clients are heard only when they have something to say."""
+    never = float("inf")
+    present = sum(client.present for client in clients)  # the first round waits for all of these
+    rules = replace(
+        settings.rules,
+        min_workers=max(1, min(settings.rules.min_workers, present)),
+        patience=_NEVER,
+        hearing_s=never,
+        stall_s=never,
+    )
+    if rules.samples:  # a fraction is of those present, not of all clients
+        rules = replace(rules, least=min(rules.least, rules.sample_of(present)))
+    return replace(
+        settings,
+        rules=rules,
+        max_workers=max(settings.max_workers, len(clients)),
+        waiting_every_s=never,
+    )
 
 
 def clients_of(

@@ -22,7 +22,7 @@ from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
 from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.transport.base import (
-    NAMED,
+    MAX_LISTED_KEYS,
     Delivery,
     Link,
     OtherArguments,
@@ -299,7 +299,7 @@ async def test_one_publish_with_several_keys_reaches_each_inbox_once(bench):
 async def test_a_message_to_many_lists_only_the_first_recipient(bench):
     link = await bench.open()
     await link.declare(bench.names.shared())
-    workers = [f"w{number}" for number in range(NAMED + 1)]
+    workers = [f"w{number}" for number in range(MAX_LISTED_KEYS + 1)]
     for worker in workers:
         await link.declare(bench.names.of_worker(worker))
     for keys in (workers, workers[:-1]):
@@ -1257,7 +1257,7 @@ async def test_urgent_messages_do_not_wait_behind_an_upload(real):
 @pytest.mark.rabbit
 async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch):
     monkeypatch.setattr("fluffle_common.transport.rabbitmq.confirms._CONFIRM_S", 0.2)
-    monkeypatch.setattr("fluffle_common.transport.rabbitmq.confirms._LOOK_S", 0.1)
+    monkeypatch.setattr("fluffle_common.transport.rabbitmq.confirms._CHECK_EVERY_S", 0.1)
     link = await real.open()
     queue = await real.queue(link)
     real.proxy(link).hold()

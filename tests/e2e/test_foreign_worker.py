@@ -46,7 +46,8 @@ def test_it_is_short() -> None:
 
 def test_the_bytes_in_the_protocol_are_what_they_are_said_to_be() -> None:
     """The example of docs/protocol.md, by msgpack alone and by fluffle."""
-    _, hexadecimal, _, meaning, _ = (ROOT / "docs/protocol.md").read_text().rsplit("```", 4)
+    example = (ROOT / "docs/protocol.md").read_text().partition("### Example")[2]
+    _, hexadecimal, _, meaning, _ = example.split("```", 4)
     body = bytes.fromhex(hexadecimal)
     header, payload = msgpack.unpackb(body)
     assert [header, payload] == eval(meaning.removeprefix("python\n"))

@@ -23,7 +23,7 @@ from fluffle_common.errors import UsageError
 from fluffle_common.protocol.codec import encode, lay_out
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.once import open_once
+from fluffle_common.transport.open_once import open_once
 from fluffle_common.transport.rabbitmq import management
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program

@@ -17,6 +17,7 @@ from fluffle_common.protocol.codec import read_tensors
 from fluffle_common.protocol.messages import Evaluate, Heartbeat, Hello, Stop
 from fluffle_coordinator.conformance.examine import SCENARIOS, examine
 from fluffle_coordinator.conformance.findings import Finding
+from fluffle_coordinator.conformance.listener import ExamOptions
 from fluffle_worker import connection, job, machine, service, uploader
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
@@ -34,9 +35,9 @@ class Slowing(Adder):
 
 
 async def examined(federation, **how: Any) -> dict[str, Finding]:
-    findings = [
-        one async for one in examine(federation.broker, federation.topology, patience_s=30, **how)
-    ]
+    options = ExamOptions(patience_s=30, **how)
+    examination = examine(federation.broker, federation.topology, options)
+    findings = [finding async for finding in examination]
     assert [finding.scenario for finding in findings] == [one.name for one in SCENARIOS]
     return {finding.scenario: finding for finding in findings}
 
@@ -185,7 +186,7 @@ def answers_any_attempt(patch):
         real(self, message, payload)
 
     patch(WorkerService, "_work", work)
-    patch(WorkerService, "_judged", lambda self, verdict: None)
+    patch(WorkerService, "_handle_verdict", lambda self, verdict: None)
 
 
 def leaves_at_any_stop(patch):

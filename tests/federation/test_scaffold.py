@@ -88,9 +88,8 @@ def test_the_rule_without_the_strategy_names_what_is_missing(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1)
         workers = [federation.worker(name, Descent(name)) for name in TARGETS]
-        await coordinator.log.until("failure")
-        reason = workers[0].log.of("failure")[0]["reason"]
-        assert "start that with --strategy scaffold" in reason
+        failure = await workers[0].log.until("failure")
+        assert "start that with --strategy scaffold" in failure["reason"]
         await coordinator.kill()
 
     federated(scenario)

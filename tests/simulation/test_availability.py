@@ -65,6 +65,13 @@ def test_whoever_leaves_drops_its_work_and_takes_part_again(tmp_path):
     ]
 
 
+def test_a_fraction_is_of_those_who_are_there(tmp_path):
+    of_thirty(tmp_path, fraction=0.4)
+    first, *_ = committed_in(tmp_path)
+    assert first["timings"]["waiting_s"] < 1, "the first round waits for nobody to come"
+    assert len(first["asked"]) < 0.4 * 30
+
+
 def test_an_asynchronous_run_goes_on_with_those_who_are_there(tmp_path):
     of_thirty(tmp_path, schedule="buffered", buffer=5)
     counted = [len(line["participants"]) for line in committed_in(tmp_path)]

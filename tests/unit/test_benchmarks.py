@@ -76,7 +76,7 @@ class Scripted:
 
     def more(self):
         """Return the side's name."""
-        return {"told": self.name}
+        return {"name": self.name}
 
 
 def test_every_side_runs_every_block():
@@ -85,7 +85,7 @@ def test_every_side_runs_every_block():
     assert slow.asked == quick.asked == [3, 2]
     assert found["slow"].blocks == [[2.0, 2.0, 2.0], [2.0, 2.0]]
     assert found["quick"].as_dict()["median_s"] == 1.0
-    assert found["quick"].as_dict()["told"] == "quick"
+    assert found["quick"].as_dict()["name"] == "quick"
 
 
 @pytest.mark.parametrize("size_bytes", [4, 100_000, 1_359_784, 10_000_000])
@@ -172,7 +172,7 @@ def test_what_a_program_tells_is_read_back_with_its_time(tmp_path):
     with log.open("a") as stream:
         stream.write('a warning\n{"eve')  # and the beginning of a line
     events, offset = read_events(log, 0)
-    assert [told["event"] for _, told in events] == ["opened", "committed"]
+    assert [event["event"] for _, event in events] == ["opened", "committed"]
     assert before - 1e-6 <= events[0][0] <= events[1][0] <= after
     assert read_events(log, offset) == ([], offset)
 

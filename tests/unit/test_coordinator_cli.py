@@ -1,9 +1,12 @@
 """The coordinator's options as settings and as the training plan."""
 
+from pathlib import Path
+
 import click
 import pytest
 from click.testing import CliRunner
 
+from fluffle.simulation.cli import simulate
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Compression
 from fluffle_coordinator.cli.compress_option import CompressType
@@ -58,3 +61,16 @@ def test_upload_dtype_and_compress_exclude_each_other():
     flags = ["--federation", "f", "--upload-dtype", "bf16", "--compress", "int8"]
     with pytest.raises(UsageError, match="exclude each other"):
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("command", [coordinator, simulate])
+@pytest.mark.parametrize(
+    "flags", [("--quorum", "2"), ("--grace", "1"), ("--fraction", "1"), ("--over-provision", "1")]
+)
+def test_what_the_buffered_schedule_would_ignore_is_refused(command, flags):
+    words = ["--federation", "f", "--schedule", "buffered", *flags]
+    if command is simulate:
+        words += ["--task", f"{Path(__file__).parents[1] / 'e2e/waiting_task.py'}:task"]
+        words += ["--data", "shard:{client}/{clients}", "--clients", "2"]
+    with pytest.raises(UsageError, match=f"{flags[0]} has no effect with --schedule buffered"):
+        CliRunner().invoke(command, words, catch_exceptions=False)

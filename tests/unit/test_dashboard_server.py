@@ -89,7 +89,7 @@ async def test_the_page_and_its_parts(site: Site) -> None:
         "nosniff",
     )
     assert "http://" not in body.replace("http://www.w3.org", "")
-    for name in ("page.css", "page.js", "panels.js", "chart.js", "dom.js", "theme.js", "icon.svg"):
+    for name in ("page.css", "page.js", "panels.js", "workers.js", "theme.js", "icon.svg"):
         status, _, body = await site.ask(f"/{name}")
         assert status == 200, name
         assert "innerHTML" not in body, name
@@ -244,3 +244,12 @@ def test_it_is_for_this_machine_alone_unless_told_otherwise(address: str, loopba
     with listen(address, "--dashboard") as listening:
         assert is_loopback(listening) is loopback
         assert url_of(listening).startswith("http://127.0.0.1:" if loopback else "http://0.0.0.0:")
+
+
+@pytest.mark.parametrize(("address", "warnings"), [("127.0.0.1:0", 0), ("0.0.0.0:0", 1)])
+async def test_a_page_that_others_can_reach_is_warned_of(
+    address: str, warnings: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with served(CoordinatorSource("letters").feed, listen(address, "--dashboard")):
+        pass
+    assert capsys.readouterr().err.count("anyone who can reach this machine") == warnings

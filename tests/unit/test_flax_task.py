@@ -15,6 +15,8 @@ from flax import nnx
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights, same_form
+from fluffle_worker.task import RoundPlan
+from fluffle_worker.tasks import flat_step
 from fluffle_worker.tasks import flax as training
 from fluffle_worker.tasks.flax import FlaxTask, accuracy, flax_task
 
@@ -354,6 +356,46 @@ def test_augmentation_changes_training_only_and_differs_from_step_to_step():
 
 
 # --- how it is done ----------------------------------------------------------------------------
+
+
+def test_many_small_steps_in_one_call_are_bit_by_bit_the_same_steps(monkeypatch):
+    plan = RoundPlan(steps=40, batch_size=7, seed=3)
+    weights = net().init(0)
+    seen: dict[str, list[Any]] = {"many": [], "one": []}
+    many = net().train(weights, plan, lambda *step: seen["many"].append(step))
+    monkeypatch.setattr(flat_step, "_SMALL_FLOPS", 0)
+    one = net().train(weights, plan, lambda *step: seen["one"].append(step))
+    assert seen["many"] == seen["one"]
+    assert [step[:2] for step in seen["one"]] == [(number, 40) for number in range(1, 41)]
+    assert many.metrics == one.metrics
+    for name in weights:
+        np.testing.assert_array_equal(many.weights[name], one.weights[name])
+
+
+@pytest.mark.parametrize("layer", ["dense", "convolution"])
+def test_convolutions_are_not_put_into_a_loop_where_xla_is_slow(layer, monkeypatch):
+    class Small(nnx.Module):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            self.convolution = nnx.Conv(1, 2, (3,), rngs=rngs)
+            self.dense = nnx.Linear(FEATURES * (2 if layer == "convolution" else 1), 1, rngs=rngs)
+
+        def __call__(self, inputs: Any) -> Any:
+            if layer == "convolution":
+                inputs = self.convolution(inputs[..., None]).reshape(len(inputs), -1)
+            return self.dense(inputs)[:, 0]
+
+    task = flax_task(Small, squared, optax.sgd(0.1), numbers(30))
+    calls: list[int] = []
+    run = flat_step.FlatStep.run
+
+    def counted(self: Any, *given: Any) -> Any:
+        for found in run(self, *given):
+            calls.append(len(found[1]))
+            yield found
+
+    monkeypatch.setattr(flat_step.FlatStep, "run", counted)
+    task.train(task.init(0), RoundPlan(steps=20, batch_size=10), ignore)
+    assert calls == ([16, 4] if layer == "dense" else [1] * 20)
 
 
 def test_a_step_is_compiled_once_although_the_last_batch_is_short():

@@ -36,7 +36,7 @@ class Nothing:
         return EvalResult(0.0, 1)
 
 
-async def said(presence: Presence, count: int) -> list[Hello | Heartbeat]:
+async def sent_messages(presence: Presence, count: int) -> list[Hello | Heartbeat]:
     """Request heartbeats, one at a time."""
     link = await MemoryBroker().open()
     await link.declare(TOPOLOGY.shared())
@@ -52,17 +52,17 @@ async def said(presence: Presence, count: int) -> list[Hello | Heartbeat]:
 @pytest.mark.parametrize("work", [FIT, Work("fit", "r", 3, "b7")], ids=["message", "work"])
 async def test_it_says_what_it_is_at_and_which_weights_that_began_with(work):
     presence = Presence(WorkerSettings("f", "w", "t", heartbeat_s=0.01), Nothing(), TOPOLOGY)
-    (hello,) = await said(presence, 1)
+    (hello,) = await sent_messages(presence, 1)
     assert (hello.kind, hello.run, hello.round, hello.base) == ("hello", None, 0, None)
     presence.now("training", work, steps=9)
-    for sign in await said(presence, 2):
-        assert (sign.run, sign.round, sign.base, sign.steps) == ("r", 3, "b7", 9)
+    for beat in await sent_messages(presence, 2):
+        assert (beat.run, beat.round, beat.base, beat.steps) == ("r", 3, "b7", 9)
 
 
 async def test_it_names_no_weights_where_it_was_asked_for_the_first():
     presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
     presence.now("idle", Work("init", "r", 0))
-    (hello,) = await said(presence, 1)
+    (hello,) = await sent_messages(presence, 1)
     assert (hello.run, hello.round, hello.base) == ("r", 0, None)
 
 
@@ -74,7 +74,7 @@ def test_a_task_with_more_to_say_of_itself_than_may_be_sent_is_an_error_of_the_t
 
 
 async def test_of_a_long_task_name_the_end_is_said():
-    (hello,) = await said(
+    (hello,) = await sent_messages(
         Presence(WorkerSettings("f", "w", "/long" * 50 + "/task.py:task"), Nothing(), TOPOLOGY), 1
     )
     assert len(hello.task) == 200
@@ -85,12 +85,12 @@ async def test_it_says_how_much_of_its_answer_has_arrived():
     presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
     presence.now("training", FIT, steps=9)
     presence.sent(1, 4)  # of the answer before
-    (sign,) = await said(presence, 1)
-    assert (sign.state, sign.step, sign.steps) == ("training", 0, 9)
+    (beat,) = await sent_messages(presence, 1)
+    assert (beat.state, beat.step, beat.steps) == ("training", 0, 9)
     presence.now("sending", FIT)
     presence.sent(3, 4)
-    (sign,) = await said(presence, 1)
-    assert (sign.state, sign.step, sign.steps) == ("sending", 3, 4)
+    (beat,) = await sent_messages(presence, 1)
+    assert (beat.state, beat.step, beat.steps) == ("sending", 3, 4)
 
 
 class Slow:

@@ -14,7 +14,7 @@ from fluffle_common.protocol.topology import Exchange, Topology
 from fluffle_common.protocol.transfer import pack
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker
-from fluffle_worker.inbox import Refusals, check_mail, read_work
+from fluffle_worker.inbox import Refusals, check_message, read_work
 
 NAMES = Topology("f")
 WRONG = MalformedMessage("it is no mail", "kind")
@@ -27,10 +27,10 @@ async def test_what_is_refused_before_anybody_can_keep_it_waits_until_somebody_c
     await link.publish(b"x", Properties(), exchange="", keys=[NAMES.inbox("w")])
     refusals = Refusals(NAMES, "w")
     await refusals.refuse(link, await link.get(NAMES.inbox("w")), WRONG)
-    assert link.held, "it is ours still: dying now loses nothing"
+    assert link.unacked, "it is ours still: dying now loses nothing"
     await link.declare(NAMES.shared())
     await refusals.send_waiting(link)
-    assert not link.held
+    assert not link.unacked
     kept = await link.get(NAMES.rejected)
     assert (kept.exchange, kept.keys) == (NAMES.results, ("rejected.w",))
     assert kept.properties.headers["from"] == NAMES.inbox("w")
@@ -47,10 +47,10 @@ async def test_what_is_refused_while_a_coordinator_makes_where_it_goes_is_not_lo
     refusing = asyncio.ensure_future(Refusals(NAMES, "w").refuse(link, delivery, WRONG))
     for _ in range(5):
         await asyncio.sleep(0)
-    assert link.held, "nothing is bound yet"
+    assert link.unacked, "nothing is bound yet"
     await link.declare(shared)
     await refusing
-    assert not link.held
+    assert not link.unacked
     assert await link.get(NAMES.rejected) is not None
 
 
@@ -77,7 +77,7 @@ def fit_with(beside: dict[str, dict[str, np.ndarray]]) -> bytes:
 
 def test_a_worker_takes_what_is_broadcast_and_passes_over_groups_that_it_does_not_know():
     body = fit_with({"later": {"w": np.array([np.nan])}, "extra": {"c": np.full(2, 0.5)}})
-    check_mail(body, "f")
+    check_message(body, "f")
     weights, broadcast = read_work(*decode(body))
     assert {name: one.tolist() for name, one in weights.items()} == {"w": [1, 1, 1]}
     assert {name: one.tolist() for name, one in broadcast.items()} == {"c": [0.5, 0.5]}
@@ -85,5 +85,5 @@ def test_a_worker_takes_what_is_broadcast_and_passes_over_groups_that_it_does_no
 
 def test_a_broadcast_that_is_not_finite_is_refused():
     with pytest.raises(MalformedMessage, match="tensor 'c' has 1 values that are NaN") as wrong:
-        check_mail(fit_with({"extra": {"c": np.array([np.nan])}}), "f")
+        check_message(fit_with({"extra": {"c": np.array([np.nan])}}), "f")
     assert wrong.value.cause == "not_finite"

@@ -224,9 +224,9 @@ def test_what_cannot_be_read_is_counted_and_named_and_the_rest_is_used(tmp_path)
     assert images.targets.tolist() == [0, 1]
     assert len(images.skipped) == 7
     assert "left out 7 of 9 images that cannot be read:" in images.notes
-    said = "\n".join(images.notes)
+    notes = "\n".join(images.notes)
     for name in ("cut.png", "empty.png", "gone.png", "loop.png", "pipe.png"):
-        assert str(tmp_path / "a" / name) in said
+        assert str(tmp_path / "a" / name) in notes
     assert "  and 2 more" in images.notes
 
 

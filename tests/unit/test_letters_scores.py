@@ -90,9 +90,9 @@ def _confusion(folder: Path, *words: object, data: str = "client-1") -> Result:
 
 
 def test_of_a_workers_folder_only_what_it_holds_out_is_scored(folder):
-    told = _confusion(folder).stdout.splitlines()
-    assert told[0] == "accuracy 0.00 % of 2 held-out letters"
-    assert told[1].startswith("not scored: the 18 letters that a worker with --seed 0 trains on")
+    output = _confusion(folder).stdout.splitlines()
+    assert output[0] == "accuracy 0.00 % of 2 held-out letters"
+    assert output[1].startswith("not scored: the 18 letters that a worker with --seed 0 trains on")
     assert _confusion(folder).stderr == ""
 
 
@@ -101,8 +101,8 @@ def test_what_is_held_out_is_what_the_task_itself_holds_out(folder):
     _, held_out = held_out_split(read_images(folder / "client-1"), 5)
     assert made.num_examples == 18
     assert len(held_out) == 2
-    told = _confusion(folder, "--seed", 5).stdout
-    assert told.startswith("accuracy 100.00 % of 2 ")  # others than those that are wrong
+    output = _confusion(folder, "--seed", 5).stdout
+    assert output.startswith("accuracy 100.00 % of 2 ")  # others than those that are wrong
 
 
 def test_a_worker_says_what_is_odd_about_its_folder(folder, capsys):
@@ -114,8 +114,8 @@ def test_a_worker_says_what_is_odd_about_its_folder(folder, capsys):
 
 
 def test_all_tells_held_out_and_training_apart(folder):
-    told = _confusion(folder, "--all").stdout.splitlines()
-    assert told[0] == "accuracy 0.00 % of 2 held-out letters, 100.00 % of 18 training letters"
+    output = _confusion(folder, "--all").stdout.splitlines()
+    assert output[0] == "accuracy 0.00 % of 2 held-out letters, 100.00 % of 18 training letters"
 
 
 def test_an_unseen_writer_is_scored_whole(folder):

@@ -187,7 +187,7 @@ def test_rules_are_chained_with_a_plus(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("proxmal:0.1", "there is no local rule 'proxmal' .* did you mean proximal"),
         ("momentum", "known are clip, dp_sgd, proximal, scaffold, and path.py:name"),
@@ -209,6 +209,6 @@ def test_rules_are_chained_with_a_plus(tmp_path):
         ("clip:1+", "there is no local rule ''"),
     ],
 )
-def test_what_names_no_rule_is_refused_with_what_would(name, told):
-    with pytest.raises(UsageError, match=told):
+def test_what_names_no_rule_is_refused_with_what_would(name, message):
+    with pytest.raises(UsageError, match=message):
         find_rule(name)

@@ -15,7 +15,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import Route, send, send_tensors
-from fluffle_common.transport.once import open_once
+from fluffle_common.transport.open_once import open_once
 
 TOPOLOGY = Topology("f")
 

@@ -14,9 +14,9 @@ import pytest
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec, messages
-from fluffle_coordinator.conformance.scenario import SECTIONS
+from fluffle_coordinator.conformance.scenario import Section
 from fluffle_coordinator.strategy.decoding import decode_contribution
-from fluffle_worker.inbox import check_mail
+from fluffle_worker.inbox import check_message
 
 FOLDER = Path(__file__).parents[2] / "docs/protocol"
 SCHEMA = json.loads((FOLDER / "schema.json").read_text())
@@ -73,7 +73,7 @@ def test_an_invalid_message_is_refused_with_its_cause(one):
 @pytest.mark.parametrize("one", each("unsound_fits"))
 def test_an_invalid_fit_is_refused_with_its_cause(one):
     with pytest.raises(MalformedMessage) as refused:
-        check_mail(base64.b64decode(one["body"]), "letters")
+        check_message(base64.b64decode(one["body"]), "letters")
     assert refused.value.cause == one["cause"]
 
 
@@ -128,18 +128,18 @@ def row(table: str, first: str) -> dict[str, str]:
 def test_the_table_of_the_worker_matches_its_machine():
     made = loaded("tables").worker()
     again = row(made, "the same `fit` again")
-    assert again["idle"] == "begins it"
-    assert again["at work"] == again["sending, not confirmed"] == "nothing"
-    assert again["answered"] == "sends the same answer again"
+    assert again["idle"] == "start it"
+    assert again["at work"] == again["sending"] == "ignore it"
+    assert again["answered"] == "send the same answer again"
     newer = row(made, "a `fit` of a newer round")
-    assert newer["at work"] == "abandons the work at its next step, then begins this"
-    assert row(made, "a `fit` of an older round")["at work"] == "nothing"
-    assert row(made, "a `verdict` on it, `train_again`")["answered"] == "forgets its answer"
+    assert newer["at work"] == "abort the work at its next step, then start it"
+    assert row(made, "a `fit` of an older round")["at work"] == "ignore it"
+    assert row(made, "its `verdict`, with `train_again`")["answered"] == "discard the answer"
 
 
 def test_the_table_has_every_timer_of_the_coordinator():
     tables = loaded("tables")
-    assert tables.forgotten() == set()
+    assert tables.missing_timers() == set()
     assert row(tables.timers(), "deadline")["default"] == "600 s"
 
 
@@ -149,4 +149,4 @@ def test_the_sections_that_conformance_cites_exist():
         for line in (FOLDER.parent / "protocol.md").read_text(encoding="utf-8").splitlines()
         if line.startswith("## ")
     }
-    assert set(SECTIONS) <= headings
+    assert set(Section) <= headings

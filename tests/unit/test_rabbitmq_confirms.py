@@ -18,23 +18,23 @@ class Line:
     """A simulated connection whose bytes and clock the test moves."""
 
     def __init__(self) -> None:
-        self.written, self.left, self.come = 0, 0, 0
+        self.written, self.left, self.received = 0, 0, 0
         self.reports_queue = True  # whether the system reports queued bytes
         self.why: list[str] = []
         self.is_blocked = False
         self.watch = ConfirmWatch(self, self.why.append, lambda: self.is_blocked)
 
-    def waiting_bytes(self) -> int:
+    def buffered_bytes(self) -> int:
         return (self.written - self.left) // 2 if self.reports_queue else self.written - self.left
 
     def queued_bytes(self) -> int | None:
-        return self.written - self.left - self.waiting_bytes() if self.reports_queue else None
+        return self.written - self.left - self.buffered_bytes() if self.reports_queue else None
 
-    def come_bytes(self) -> int:
-        return self.come
+    def received_bytes(self) -> int:
+        return self.received
 
-    def send(self, nbytes: int) -> amqp_confirms.Awaited:
-        one = self.watch.sending(nbytes)
+    def send(self, nbytes: int) -> amqp_confirms.Unconfirmed:
+        one = self.watch.add(nbytes)
         self.written += nbytes
         return one
 
@@ -45,12 +45,12 @@ class Line:
         for _ in range(1 if asleep else round(seconds)):
             self.left = min(self.left + round(rate), self.written)
             now = real() + (seconds if asleep else 1.0)
-            self.watch._looked_at -= now - real()
+            self.watch._checked_at -= now - real()
             timer = self.watch._timer
             if timer is None:
                 return
             timer.cancel()
-            self.watch._look()
+            self.watch._check()
 
 
 @pytest.fixture
@@ -72,8 +72,8 @@ async def test_the_time_limit_starts_when_the_last_byte_has_left(line):
     for one in first:
         line.pass_s(208, rate=20_000)
         assert line.why == []
-        line.watch.settled(one)
-    assert line.watch.under_way_bytes == 0
+        line.watch.discard(one)
+    assert line.watch.unconfirmed_bytes == 0
 
 
 async def test_a_message_that_makes_no_progress_is_overdue(line):
@@ -88,7 +88,7 @@ async def test_progress_of_later_messages_does_not_extend_the_limit(line):
     line.send(1000)
     for _ in range(25):
         line.pass_s(1, rate=2000)
-        line.watch.settled(line.send(500))
+        line.watch.discard(line.send(500))
     assert "a message of 1000 bytes" in line.why[0]
 
 
@@ -96,7 +96,7 @@ async def test_incoming_bodies_extend_the_limit(line):
     line.send(1000)
     for _ in range(60):
         line.pass_s(1, rate=1000)
-        line.come += 20_000
+        line.received += 20_000
     assert line.why == []
 
 
@@ -123,9 +123,9 @@ async def test_unknown_socket_buffers_get_extra_time(line):
 
 async def test_no_timer_runs_without_unconfirmed_messages(line):
     one = line.send(10)
-    line.watch.settled(one)
-    line.watch.settled(one)
-    assert line.watch.under_way_bytes == 0
+    line.watch.discard(one)
+    line.watch.discard(one)
+    assert line.watch.unconfirmed_bytes == 0
     line.pass_s(1)
     assert line.watch._timer is None
 

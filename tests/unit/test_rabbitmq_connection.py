@@ -13,8 +13,8 @@ from pamqp.heartbeat import Heartbeat
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport.base import QueueFull, Unroutable
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import Arrived, ContentChannel
-from fluffle_common.transport.rabbitmq.connection import Incoming
+from fluffle_common.transport.rabbitmq.channel import ContentChannel, TaggedContent
+from fluffle_common.transport.rabbitmq.connection import FrameSplitter
 
 SMALL = 16 * 2**10
 SIZES = st.sampled_from([0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 3 * SMALL])
@@ -57,9 +57,9 @@ class Ends:
         self.fed, self.written = bytearray(), bytearray()
         self.news = asyncio.Event()
         self.now, self.closing = 0.0, False
-        self.delivered: list[tuple[int, Arrived]] = []
-        self.incoming = Incoming(self.fed.extend, lambda: self.now)
-        self.contents = {
+        self.delivered: list[tuple[int, TaggedContent]] = []
+        self.splitter = FrameSplitter(self.fed.extend, lambda: self.now)
+        self.channels = {
             number: ContentChannel(
                 number,
                 self,
@@ -69,8 +69,8 @@ class Ends:
             )
             for number in channels
         }
-        for each in self.contents.values():
-            self.incoming.hand_to(each)
+        for each in self.channels.values():
+            self.splitter.attach(each)
 
     def write(self, data: bytes) -> None:
         self.written += data
@@ -93,7 +93,7 @@ def test_bodies_arrive_whole_however_the_bytes_are_split(sizes, cuts):
     stream = b"".join(b"".join(deliver(1, tag, body)) + beat for tag, body in enumerate(bodies, 1))
     ends, at, turn = Ends(1), 0, 0
     while at < len(stream):
-        ends.incoming.received(stream[at : at + cuts[turn % len(cuts)]])
+        ends.splitter.data_received(stream[at : at + cuts[turn % len(cuts)]])
         at += cuts[turn % len(cuts)]
         turn += 1
     assert [one.content.body for _, one in ends.delivered] == bodies
@@ -108,7 +108,7 @@ def test_channels_may_interleave_and_other_frames_go_to_aiormq():
     for turn in range(max(map(len, streams))):
         for stream in streams:
             for piece in stream[turn : turn + 1]:
-                ends.incoming.received(piece)
+                ends.splitter.data_received(piece)
     assert sorted((number, one.content.body) for number, one in ends.delivered) == [
         (1, one),
         (2, two),
@@ -124,7 +124,7 @@ def test_other_methods_of_a_channel_go_to_aiormq():
         frame.marshal(commands.Queue.PurgeOk(3), 1),
         frame.marshal(commands.Channel.Close(406, "no", 0, 0), 1),
     ]
-    ends.incoming.received(b"".join(rest))
+    ends.splitter.data_received(b"".join(rest))
     assert ends.fed == b"".join(rest)
     assert not ends.delivered
 
@@ -133,19 +133,19 @@ def test_aiormq_gets_heartbeats_while_only_messages_arrive():
     ends = Ends(1)
     for second in range(12):
         ends.now = float(second)
-        ends.incoming.received(b"".join(deliver(1, second + 1, b"x")))
+        ends.splitter.data_received(b"".join(deliver(1, second + 1, b"x")))
     assert [type(one) for one in sent(bytes(ends.fed))] == [Heartbeat]
     ends.now = 13.0
-    ends.incoming.received(frame.marshal(Heartbeat(), 0))
+    ends.splitter.data_received(frame.marshal(Heartbeat(), 0))
     ends.now = 17.0
-    ends.incoming.received(b"".join(deliver(1, 99, b"x")))
+    ends.splitter.data_received(b"".join(deliver(1, 99, b"x")))
     assert len(sent(bytes(ends.fed))) == 2
 
 
 def test_another_protocol_is_passed_on_unchanged():
     ends = Ends()
-    ends.incoming.received(b"AMQ")
-    ends.incoming.received(b"P\x00\x00\x09\x01more")
+    ends.splitter.data_received(b"AMQ")
+    ends.splitter.data_received(b"P\x00\x00\x09\x01more")
     assert ends.fed == b"AMQP\x00\x00\x09\x01more"
 
 
@@ -153,16 +153,16 @@ def test_another_protocol_is_passed_on_unchanged():
 def test_a_frame_without_an_end_byte_breaks_the_connection(size):
     method, head, body, *_ = deliver(1, 1, bytes(size))
     with pytest.raises(ConnectionError, match="does not end"):
-        Ends(1).incoming.received(method + head + body[:-1] + b"\x00")
+        Ends(1).splitter.data_received(method + head + body[:-1] + b"\x00")
     with pytest.raises(ConnectionError, match="does not end"):
-        Ends(1).incoming.received(method[:-1] + b"\x00")
+        Ends(1).splitter.data_received(method[:-1] + b"\x00")
 
 
 def test_a_body_longer_than_announced_breaks_the_connection():
     method, head, _ = deliver(1, 1, b"abc")
     too_much = frame.marshal(ContentBody(b"abcd"), 1)
     with pytest.raises(ConnectionError, match="longer"):
-        Ends(1).incoming.received(method + head + too_much)
+        Ends(1).splitter.data_received(method + head + too_much)
 
 
 HEADERS = {
@@ -191,7 +191,7 @@ def test_published_frames_are_valid_amqp(size, most, durable):
             headers=HEADERS,
             durable=durable,
         )
-        ends.contents[5].publish(head, "fit/1", body)
+        ends.channels[5].publish(head, "fit/1", body)
         return bytes(ends.written)
 
     written = asyncio.run(publish())
@@ -216,7 +216,7 @@ def test_a_name_too_long_for_amqp_is_refused():
 
 
 def published(ends: Ends, *ids: str) -> list[asyncio.Future[None]]:
-    return [ends.contents[1].publish(b"", one, b"") for one in ids]
+    return [ends.channels[1].publish(b"", one, b"") for one in ids]
 
 
 def outcomes(futures: list[asyncio.Future[None]]) -> list[object]:
@@ -229,11 +229,11 @@ def outcomes(futures: list[asyncio.Future[None]]) -> list[object]:
 async def test_confirmations_settle_one_message_or_all_earlier_ones():
     ends = Ends(1)
     five = published(ends, "a", "b", "c", "d", "e")
-    ends.incoming.received(frame.marshal(commands.Basic.Ack(2), 1))
+    ends.splitter.data_received(frame.marshal(commands.Basic.Ack(2), 1))
     assert outcomes(five) == [None, True, None, None, None]
-    ends.incoming.received(frame.marshal(commands.Basic.Nack(3, multiple=True), 1))
+    ends.splitter.data_received(frame.marshal(commands.Basic.Nack(3, multiple=True), 1))
     assert outcomes(five) == [QueueFull, True, QueueFull, None, None]
-    ends.incoming.received(frame.marshal(commands.Basic.Ack(5, multiple=True), 1))
+    ends.splitter.data_received(frame.marshal(commands.Basic.Ack(5, multiple=True), 1))
     assert outcomes(five) == [QueueFull, True, QueueFull, True, True]
     assert not ends.fed
 
@@ -243,9 +243,9 @@ async def test_a_returned_message_is_unroutable_once_it_is_confirmed():
     three = published(ends, "a", "b", "a")
     back = commands.Basic.Return(312, "NO_ROUTE", "letters.work", "w9")
     for message_id in ("b", "a"):
-        ends.incoming.received(b"".join(framed(1, back, bytes(SMALL), message_id=message_id)))
+        ends.splitter.data_received(b"".join(framed(1, back, bytes(SMALL), message_id=message_id)))
     assert outcomes(three) == [None, None, None]
-    ends.incoming.received(frame.marshal(commands.Basic.Ack(3, multiple=True), 1))
+    ends.splitter.data_received(frame.marshal(commands.Basic.Ack(3, multiple=True), 1))
     assert outcomes(three) == [Unroutable, Unroutable, True]
     assert "NO_ROUTE at exchange 'letters.work' for 'w9'" in str(three[0].exception())
     assert not ends.delivered
@@ -255,14 +255,14 @@ async def test_cancelled_futures_are_skipped():
     ends = Ends(1)
     one, two = published(ends, "a", "b")
     one.cancel()
-    ends.incoming.received(frame.marshal(commands.Basic.Ack(2, multiple=True), 1))
+    ends.splitter.data_received(frame.marshal(commands.Basic.Ack(2, multiple=True), 1))
     assert two.done()
-    first, second = ends.contents[1].get("q"), ends.contents[1].get("q")
+    first, second = ends.channels[1].get("q"), ends.channels[1].get("q")
     first.cancel()
     ends.written.clear()
     for tag, body in ((4, b"x"), (5, b"y")):
         got = commands.Basic.GetOk(tag, True, "e", "k", 0)
-        ends.incoming.received(b"".join(framed(1, got, body)))
+        ends.splitter.data_received(b"".join(framed(1, got, body)))
     assert second.result().content.body == b"y"
     (back,) = sent(bytes(ends.written))  # what nobody waits for goes back to its queue
     assert (back.delivery_tag, back.requeue, back.multiple) == (4, True, False)
@@ -270,13 +270,13 @@ async def test_cancelled_futures_are_skipped():
 
 async def test_gets_are_answered_in_order():
     ends = Ends(1)
-    getting = [ends.contents[1].get("letters.outbox.w1") for _ in range(2)]
+    getting = [ends.channels[1].get("letters.outbox.w1") for _ in range(2)]
     assert [(one.queue, one.no_ack) for one in sent(bytes(ends.written))] == [
         ("letters.outbox.w1", False)
     ] * 2
     got = commands.Basic.GetOk(8, True, "letters.results", "part.w1", 3)
-    ends.incoming.received(b"".join(framed(1, got, bytes(SMALL))))
-    ends.incoming.received(frame.marshal(commands.Basic.GetEmpty(), 1))
+    ends.splitter.data_received(b"".join(framed(1, got, bytes(SMALL))))
+    ends.splitter.data_received(frame.marshal(commands.Basic.GetEmpty(), 1))
     there = getting[0].result()
     assert frames.origin(there.content.method) == (True, "letters.results", "part.w1")
     assert there.tag == 8
@@ -287,15 +287,15 @@ async def test_gets_are_answered_in_order():
 async def test_a_closed_socket_is_not_written_to():
     """uvloop would raise RuntimeError, before aiormq notices the end of the connection."""
     ends = Ends(1)
-    ends.incoming.received(b"".join(deliver(1, 1, b"x")))
-    ends.contents[1].ack(1)
+    ends.splitter.data_received(b"".join(deliver(1, 1, b"x")))
+    ends.channels[1].ack(1)
     ends.closing = True
     with pytest.raises(LinkLost, match="lost"):
         published(ends, "a")
     with pytest.raises(LinkLost, match="lost"):
-        ends.contents[1].get("q")
-    ends.contents[1].requeue(1)
-    ends.contents[1].ack(1)
+        ends.channels[1].get("q")
+    ends.channels[1].requeue(1)
+    ends.channels[1].ack(1)
     await asyncio.sleep(0)
     assert not ends.written
 
@@ -303,17 +303,17 @@ async def test_a_closed_socket_is_not_written_to():
 async def test_acknowledgements_are_batched_up_to_half_the_prefetch():
     ends = Ends(1, prefetch=6)
     for tag in range(1, 5):
-        ends.incoming.received(b"".join(deliver(1, tag, b"x")))
+        ends.splitter.data_received(b"".join(deliver(1, tag, b"x")))
     for tag in (1, 2):
-        ends.contents[1].ack(tag)
+        ends.channels[1].ack(tag)
         await asyncio.sleep(0)
     assert not ends.written
-    ends.contents[1].ack(3)
+    ends.channels[1].ack(3)
     await asyncio.sleep(0)
     (three,) = sent(bytes(ends.written))
     assert (three.delivery_tag, three.multiple) == (3, True)
     ends.news.clear()
-    ends.contents[1].ack(4)
+    ends.channels[1].ack(4)
     async with asyncio.timeout(PATIENCE_S):
         await ends.news.wait()  # a moment later, it goes alone
     assert [one.delivery_tag for one in sent(bytes(ends.written))] == [3, 4]
@@ -321,11 +321,11 @@ async def test_acknowledgements_are_batched_up_to_half_the_prefetch():
 
 async def test_a_lost_channel_raises_in_all_waiters_and_writes_no_more():
     ends = Ends(1)
-    waiting = [*published(ends, "a"), ends.contents[1].get("q")]
+    waiting = [*published(ends, "a"), ends.channels[1].get("q")]
     ends.written.clear()
-    ends.contents[1].lose(LinkLost("gone"))
-    ends.contents[1].ack(1)
-    ends.contents[1].requeue(1)
+    ends.channels[1].close(LinkLost("gone"))
+    ends.channels[1].ack(1)
+    ends.channels[1].requeue(1)
     assert outcomes(waiting) == [LinkLost, LinkLost]
     assert not ends.written
 
@@ -343,20 +343,20 @@ def test_batched_acknowledgements_cover_exactly_the_acknowledged_tags(turns, cut
             for _ in range(arriving):
                 tag += 1
                 open_tags.append(tag)
-                ends.incoming.received(b"".join(deliver(1, tag, b"x")))
+                ends.splitter.data_received(b"".join(deliver(1, tag, b"x")))
             for choice in choices[: len(open_tags)]:
                 mine = open_tags.pop(choice % len(open_tags))
                 acked.add(mine)
-                ends.contents[1].ack(mine)
+                ends.channels[1].ack(mine)
             before = len(ends.written)
             await asyncio.sleep(0)
             if choices and not open_tags:
                 assert len(sent(bytes(ends.written[before:]))) <= 1
         if open_tags:
             acked.add(open_tags[0])
-            ends.contents[1].ack(open_tags[0])
+            ends.channels[1].ack(open_tags[0])
         ends.closing = cut
-        ends.contents[1].lose(LinkLost("the end"))
+        ends.channels[1].close(LinkLost("the end"))
         if cut and open_tags:
             acked.discard(open_tags[0])
         owed = set(range(1, tag + 1))
@@ -372,13 +372,11 @@ def test_batched_acknowledgements_cover_exactly_the_acknowledged_tags(turns, cut
 
 
 def test_settling_frames_are_valid_amqp():
-    one, all_before, back = sent(
-        frames.ack(2, 7, all_before=False)
-        + frames.ack(2, 8, all_before=True)
-        + frames.requeue(2, 9)
+    one, several, back = sent(
+        frames.ack(2, 7, multiple=False) + frames.ack(2, 8, multiple=True) + frames.requeue(2, 9)
     )
     assert (one.delivery_tag, one.multiple) == (7, False)
-    assert (all_before.delivery_tag, all_before.multiple) == (8, True)
+    assert (several.delivery_tag, several.multiple) == (8, True)
     assert (back.delivery_tag, back.multiple, back.requeue) == (9, False, True)
 
 
@@ -409,12 +407,12 @@ def test_malformed_properties_are_empty(odd):
 def test_blocked_and_unblocked_frames_are_noticed():
     heard: list[str | None] = []
     fed = bytearray()
-    incoming = Incoming(fed.extend, blocked=heard.append)
+    splitter = FrameSplitter(fed.extend, on_blocked=heard.append)
     stream = [
         frame.marshal(one, 0)
         for one in (commands.Connection.Blocked("low on memory"), commands.Connection.Unblocked())
     ]
     for piece in stream:
-        incoming.received(piece)
+        splitter.data_received(piece)
     assert heard == ["low on memory", None]
     assert fed == b"".join(stream), "aiormq hears of it too"

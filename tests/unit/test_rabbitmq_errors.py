@@ -10,8 +10,13 @@ from yarl import URL
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
-from fluffle_common.transport.rabbitmq.errors import as_ours, declaring, meaning, told
-from fluffle_common.transport.rabbitmq.refusals import WrongNode, not_let_in, tls_refusal
+from fluffle_common.transport.rabbitmq.connect_errors import WrongNode, handshake_error, tls_error
+from fluffle_common.transport.rabbitmq.errors import (
+    error_for_reply,
+    error_text,
+    map_declare_errors,
+    map_exceptions,
+)
 
 NODE = URL("amqps://w:open-sesame@node.example:5671/v")
 
@@ -25,7 +30,7 @@ NODE = URL("amqps://w:open-sesame@node.example:5671/v")
     ],
 )
 def test_only_exclusive_use_by_another_is_queue_in_use(text):
-    assert isinstance(meaning(text, "w", "read"), QueueInUse)
+    assert isinstance(error_for_reply(text, "w", "read"), QueueInUse)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +66,7 @@ def test_only_exclusive_use_by_another_is_queue_in_use(text):
     ],
 )
 def test_a_missing_permission_names_the_user_the_entity_and_the_action(text, right, expected):
-    error = meaning(text, "w", right)
+    error = error_for_reply(text, "w", right)
     assert isinstance(error, BrokerError)
     assert expected in str(error)
     assert "fluffle broker permissions" in str(error)
@@ -91,7 +96,7 @@ def test_a_missing_permission_names_the_user_the_entity_and_the_action(text, rig
     ],
 )
 def test_a_limit_is_named_with_the_remedy(text, expected):
-    error = meaning(text, "w", "write")
+    error = error_for_reply(text, "w", "write")
     assert isinstance(error, BrokerError)
     assert all(one in str(error) for one in expected)
 
@@ -107,7 +112,7 @@ def test_a_limit_is_named_with_the_remedy(text, expected):
     ],
 )
 def test_a_temporary_error_is_a_lost_link(text):
-    assert isinstance(meaning(text, "w", "read"), LinkLost)
+    assert isinstance(error_for_reply(text, "w", "read"), LinkLost)
 
 
 @pytest.mark.parametrize(
@@ -129,7 +134,7 @@ def test_a_temporary_error_is_a_lost_link(text):
     ],
 )
 def test_declaring_distinguishes_arguments_from_queue_types(text, error):
-    with pytest.raises(error), declaring(), as_ours("w", "configure"):
+    with pytest.raises(error), map_declare_errors(), map_exceptions("w", "configure"):
         raise aiormq.exceptions.ChannelClosed(0, text)
 
 
@@ -145,30 +150,34 @@ def test_declaring_distinguishes_arguments_from_queue_types(text, error):
 )
 def test_a_queue_with_different_arguments_is_named_with_the_remedy(argument, expected):
     text = f"PRECONDITION_FAILED - inequivalent arg '{argument}' for queue 'f.updates' in vhost '/'"
-    with pytest.raises(OtherArguments, match=expected), declaring(), as_ours("w", "configure"):
+    with (
+        pytest.raises(OtherArguments, match=expected),
+        map_declare_errors(),
+        map_exceptions("w", "configure"),
+    ):
         raise aiormq.exceptions.ChannelClosed(406, text)
 
 
 def test_our_own_runtime_error_is_not_a_lost_link():
-    with pytest.raises(RuntimeError, match="a mistake"), as_ours():
+    with pytest.raises(RuntimeError, match="a mistake"), map_exceptions():
         raise RuntimeError("a mistake of ours")
-    with pytest.raises(NotImplementedError), as_ours():
+    with pytest.raises(NotImplementedError), map_exceptions():
         raise NotImplementedError
 
 
 async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
-    from fluffle_common.transport.rabbitmq.connection import prepared
+    from fluffle_common.transport.rabbitmq.connection import new_connection
 
-    connection = prepared(URL("amqp://nowhere/"), "test")
-    with pytest.raises(LinkLost, match="not opened"), as_ours():
+    connection = new_connection(URL("amqp://nowhere/"), "test")
+    with pytest.raises(LinkLost, match="not opened"), map_exceptions():
         connection.channel()
     await connection.close()
 
 
 def test_texts_of_errors_are_one_line_without_credentials():
     error = RuntimeError("<Connection: 'amqp://me:open-se@same@node/v'>\n closed")
-    assert told(error) == "<Connection: 'amqp://node/v'> closed"
-    assert told(TimeoutError()) == "TimeoutError"
+    assert error_text(error) == "<Connection: 'amqp://node/v'> closed"
+    assert error_text(TimeoutError()) == "TimeoutError"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +195,7 @@ def test_texts_of_errors_are_one_line_without_credentials():
     ],
 )
 def test_a_refused_connection_names_the_remedy(code, text, expected):
-    error = not_let_in(code, text, NODE, again=False)
+    error = handshake_error(code, text, NODE, was_connected=False)
     assert isinstance(error, BrokerError)
     assert all(one in str(error) for one in expected)
     assert "open-sesame" not in str(error)
@@ -194,12 +203,12 @@ def test_a_refused_connection_names_the_remedy(code, text, expected):
 
 def test_a_connection_limit_after_a_reconnect_is_retried():
     text = "NOT_ALLOWED - access to vhost 'v' refused for user 'w': connection limit (2) is reached"
-    assert isinstance(not_let_in(530, text, NODE, again=True), LinkLost)
+    assert isinstance(handshake_error(530, text, NODE, was_connected=True), LinkLost)
 
 
 def test_a_starting_broker_is_retried():
     text = "INTERNAL_ERROR - access to vhost 'v' refused for user 'w': vhost 'v' is down"
-    assert isinstance(not_let_in(541, text, NODE, again=False), LinkLost)
+    assert isinstance(handshake_error(541, text, NODE, was_connected=False), LinkLost)
 
 
 def ssl_error(reason: str) -> ssl.SSLError:
@@ -221,7 +230,7 @@ def test_a_failed_tls_handshake_names_the_cause(reason, expected):
     wrapped = ConnectionError("Server communication error")
     wrapped.__cause__ = ssl_error(reason)
     for error in (ssl_error(reason), wrapped):
-        refusal = tls_refusal(error, NODE)
+        refusal = tls_error(error, NODE)
         assert isinstance(refusal, WrongNode)
         assert expected in str(refusal)
         assert "open-sesame" not in str(refusal)
@@ -229,4 +238,4 @@ def test_a_failed_tls_handshake_names_the_cause(reason, expected):
 
 @pytest.mark.parametrize("error", [OSError("no route"), ssl_error("UNEXPECTED_EOF_WHILE_READING")])
 def test_a_broken_connection_is_not_a_tls_error(error):
-    assert tls_refusal(error, NODE) is None
+    assert tls_error(error, NODE) is None

@@ -15,7 +15,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Evaluate, Fit, InitRequest, Plan
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.service.committer import federated
+from fluffle_coordinator.service.committer import average_evaluations
 from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
@@ -66,15 +66,15 @@ class Seen:
     """An executed job and the reports about it."""
 
     def __init__(self, task: Any, message: Any = None, *, results: Results | None = None) -> None:
-        self.said: list[str] = []
+        self.reports: list[str] = []
         self.traces: list[str] = []
         self.steps: list[tuple[int, int, float | None]] = []
         message = message or Fit(**IDS, round=3, evaluate=True, plan=Plan())
         self.job = Job(Work("fit", "r", 3, "b"), message, received())
         execute(
             self.job, task, SENDER, evaluated=lambda: None,
-            progress=lambda *told: self.steps.append(told),
-            results=results or Results(self.said.append, self.traces.append),
+            progress=lambda *arguments: self.steps.append(arguments),
+            results=results or Results(self.reports.append, self.traces.append),
         )  # fmt: skip
 
     @property
@@ -104,7 +104,7 @@ def test_numbers_of_any_framework_are_metrics(number):
     seen = Seen(Odd(metrics={"loss": number, "whole": np.int64(3)}, loss=number))
     assert seen.update.metrics == {"loss": 0.5, "whole": 3.0}
     assert seen.evaluation.loss == 0.5
-    assert seen.said == []
+    assert seen.reports == []
 
 
 @pytest.mark.parametrize("count", [np.int64(7), np.array(7), jnp.asarray(7), 7.0])
@@ -115,15 +115,15 @@ def test_counts_of_any_framework_are_counts(count):
 
 @pytest.mark.parametrize("value", [NAN, INF, None, "0.5", [1, 2], np.zeros(3), 1j, 10**400])
 def test_a_metric_that_is_no_number_is_left_out_and_named_once(value):
-    said: list[str] = []
-    results = Results(said.append)
+    reports: list[str] = []
+    results = Results(reports.append)
     for _ in range(3):
         seen = Seen(Odd(metrics={"auc": value, "accuracy": 0.5}), results=results)
         assert seen.update.metrics == seen.evaluation.metrics == {"accuracy": 0.5}
         assert seen.delta == [1, 1, 1, 1]
-    assert [one[:16] for one in said] == ["the metric 'auc'"] * 2  # of evaluate, and of train
-    assert "evaluate()" in said[0]
-    assert "train()" in said[1]
+    assert [one[:16] for one in reports] == ["the metric 'auc'"] * 2  # of evaluate, and of train
+    assert "evaluate()" in reports[0]
+    assert "train()" in reports[1]
 
 
 def test_of_too_many_metrics_the_first_stay_loss_and_accuracy_among_them():
@@ -131,7 +131,7 @@ def test_of_too_many_metrics_the_first_stay_loss_and_accuracy_among_them():
     seen = Seen(Odd(metrics=many))
     names = ["loss", "accuracy", *(f"class_{number:03}" for number in range(62))]
     assert list(seen.update.metrics) == names
-    assert "102 metrics, but at most 64 travel; the last 38 are left out" in seen.said[0]
+    assert "102 metrics, but at most 64 travel; the last 38 are left out" in seen.reports[0]
 
 
 def test_names_of_metrics_that_are_too_long_stay_apart():
@@ -157,9 +157,9 @@ def test_metrics_that_are_no_mapping_are_none(metrics):
     ],
 )
 def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
-    (told,) = Seen(Odd(step=step)).steps
-    assert told == shown
-    assert all(type(one) in (int, float, type(None)) for one in told)
+    (arguments,) = Seen(Odd(step=step)).steps
+    assert arguments == shown
+    assert all(type(one) in (int, float, type(None)) for one in arguments)
 
 
 # --- what an update needs ----------------------------------------------------------------------
@@ -197,14 +197,14 @@ def test_arrays_of_another_framework_are_arrays():
 
 @pytest.mark.parametrize("raised", [ValueError("only one class"), SystemExit(1), MemoryError()])
 def test_an_evaluation_that_fails_costs_no_training_and_is_said_once(raised):
-    said: list[str] = []
+    reports: list[str] = []
     traces: list[str] = []
-    results = Results(said.append, traces.append)
+    results = Results(reports.append, traces.append)
     for _ in range(3):
         seen = Seen(Odd(raises=raised), results=results)
         assert seen.delta == [1, 1, 1, 1]
         assert (seen.evaluation.num_examples, seen.evaluation.round) == (0, 2)
-    (one,), (trace,) = said, traces
+    (one,), (trace,) = reports, traces
     assert one.startswith("evaluate() fails, and this worker trains without it: ")
     assert "(test_results.py:" in one
     assert "raise self.more" in trace
@@ -218,7 +218,7 @@ def test_an_evaluation_without_a_loss_is_none(returned):
     seen = Seen(Odd(**returned))
     assert (seen.evaluation.num_examples, seen.evaluation.loss) == (0, 0.0)
     assert seen.delta == [1, 1, 1, 1]
-    assert len(seen.said) == 1
+    assert len(seen.reports) == 1
 
 
 def test_the_last_evaluation_is_answered_even_where_it_fails():
@@ -360,7 +360,7 @@ def test_work_that_nobody_wants_ends_at_its_next_step():
 )
 def test_no_metric_takes_the_place_of_a_field_of_the_history(name):
     one = rs.Evaluated(2, 1.0, {name: 9.0, f"metric/{name}": 8.0, "accuracy": 0.5})
-    line = {"event": "evaluated", "round": 1, "run": "r", **federated({"a": one})}
+    line = {"event": "evaluated", "round": 1, "run": "r", **average_evaluations({"a": one})}
     assert (line["event"], line["round"], line["run"]) == ("evaluated", 1, "r")
     assert (line["num_examples"], line["loss"], line["evaluators"]) == (2, 1.0, ["a"])
     assert line["accuracy"] == 0.5

@@ -140,6 +140,16 @@ def test_the_coordinators_test_is_shown_with_the_federated_evaluation():
     assert not remembered.rounds[1].evaluated
 
 
+def test_personal_metrics_are_shown_with_the_federated_evaluation():
+    personal = run_events.Personal(round=1, metrics={"personal_loss": 0.25})
+    evaluated = run_events.Evaluated(round=1, loss=0.5, metrics={"accuracy": 0.75})
+    view = view_of(opened(1, "a"), committed(1), personal, evaluated).rounds[1]
+    assert view.metrics == {"personal_loss": 0.25, "accuracy": 0.75}
+    remembered = RunView()
+    remembered.remember([history(1) | {"personal_loss": 0.25}])
+    assert remembered.rounds[1].metrics == {"personal_loss": 0.25}
+
+
 def test_a_history_creates_only_workers_that_were_asked():
     view = RunView()
     view.remember([history(1, rejected=1, rejections=[{"worker": "mallory", "reason": "NaN"}])])

@@ -37,11 +37,11 @@ def test_a_training_is_what_the_estimator_makes_of_the_same_batches():
     own = classifier(random_state=5)
     for batch in index_batches(PLAN, COUNT, 3):
         own.partial_fit(INPUTS[batch], CLASSES[batch], classes=[0, 1, 2])
-    told: list[tuple[int, int]] = []
-    trained = task.train(task.init(0), PLAN, lambda *step: told.append(step[:2]))
+    calls: list[tuple[int, int]] = []
+    trained = task.train(task.init(0), PLAN, lambda *step: calls.append(step[:2]))
     np.testing.assert_allclose(trained.weights["coef_"], own.coef_, rtol=1e-12)
     np.testing.assert_allclose(trained.weights["intercept_"], own.intercept_, rtol=1e-12)
-    assert told == [(step, 24) for step in range(1, 25)]
+    assert calls == [(step, 24) for step in range(1, 25)]
     assert trained.num_examples == COUNT
 
 
@@ -114,7 +114,7 @@ def test_a_worker_may_lack_classes_of_the_federation():
 
 
 @pytest.mark.parametrize(
-    ("make", "told"),
+    ("make", "message"),
     [
         (lambda: sklearn_task(LinearRegression(), (INPUTS, NUMBERS)), "with partial_fit"),
         (lambda: sklearn_task(classifier(average=True), (INPUTS, CLASSES)), "without average="),
@@ -122,6 +122,6 @@ def test_a_worker_may_lack_classes_of_the_federation():
         (lambda: sklearn_task(classifier(), (INPUTS, CLASSES[1:])), "60 inputs and 59 targets"),
     ],
 )
-def test_what_cannot_be_trained_in_rounds_is_refused(make, told):
-    with pytest.raises(TaskError, match=told):
+def test_what_cannot_be_trained_in_rounds_is_refused(make, message):
+    with pytest.raises(TaskError, match=message):
         make()

@@ -27,7 +27,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.topology import UPDATE_KINDS, Topology
-from fluffle_common.transport.base import NAMED, Properties, Unroutable
+from fluffle_common.transport.base import MAX_LISTED_KEYS, Properties, Unroutable
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import Route, send, send_tensors
 
@@ -141,7 +141,7 @@ async def test_both_directions_are_shown_and_no_message_is_lost(watched):
 
 
 async def test_work_for_many_is_shown_for_one_of_them(watched):
-    everyone = [f"w{number}" for number in range(1, NAMED + 2)]
+    everyone = [f"w{number}" for number in range(1, MAX_LISTED_KEYS + 2)]
     for worker in everyone:
         await watched.link.declare(TOPOLOGY.of_worker(worker))
     async with watched.tap(Wanted(worker="w5"), "w5"):

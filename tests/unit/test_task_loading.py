@@ -105,12 +105,12 @@ def test_what_fails_while_it_is_loaded_is_told_with_file_and_line(here, capsys, 
     with pytest.raises(TaskError) as wrong:
         load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
     assert f"(stream.py:{9 if late else 1})" in str(wrong.value)
-    told = capsys.readouterr().err
-    assert "\\n" not in told  # a line a line
-    assert len(told.splitlines()) > 3
-    assert "Traceback" in told
-    assert broken in told
-    assert "task_loading.py" not in told
+    stderr = capsys.readouterr().err
+    assert "\\n" not in stderr  # a line a line
+    assert len(stderr.splitlines()) > 3
+    assert "Traceback" in stderr
+    assert broken in stderr
+    assert "task_loading.py" not in stderr
 
 
 # --- errors of a user's code -------------------------------------------------------------------
@@ -145,11 +145,11 @@ def test_a_reason_can_always_be_sent():
     def fail():
         raise OSError("no file \udc80\n" + "x" * 1000)
 
-    told = one_line(failed(fail))
-    told.encode()
-    assert len(told) <= 500
-    assert "\n" not in told
-    assert told.endswith(")")
+    line = one_line(failed(fail))
+    line.encode()
+    assert len(line) <= 500
+    assert "\n" not in line
+    assert line.endswith(")")
 
 
 # --- what a task says of itself ----------------------------------------------------------------
@@ -224,13 +224,13 @@ def test_names_that_cannot_travel_are_refused(tensors, named):
 
 def test_a_form_is_told_in_short_and_its_digest_knows_no_order():
     w, n = np.zeros((300, 4), np.float32), np.zeros((), np.int64)
-    told, other = (described(signature_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
-    assert told is not None
+    form, other = (described(signature_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
+    assert form is not None
     assert other is not None
-    assert told.summary == "2 tensors, 1,201 parameters: float32 1, int64 1"
-    assert told.digest == other.digest == "c7a99ca8e815d968"
+    assert form.summary == "2 tensors, 1,201 parameters: float32 1, int64 1"
+    assert form.digest == other.digest == "c7a99ca8e815d968"
     for changed in (making(w=w.T, n=n), making(v=w, n=n), making(w=w.astype(float), n=n)):
-        assert described(signature_of_task(changed)).digest != told.digest
+        assert described(signature_of_task(changed)).digest != form.digest
     assert described(UNKNOWN) is None
 
 
@@ -254,7 +254,7 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
 
 
 @pytest.mark.parametrize(
-    ("theirs", "told"),
+    ("theirs", "message"),
     [
         ({"b": np.zeros(2), "a": np.zeros(1)}, None),
         ({"a": np.zeros(1)}, "tensor 'b' is in this task's model only"),
@@ -277,10 +277,10 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
         ),
     ],
 )
-def test_a_difference_names_the_first_tensor(theirs, told):
+def test_a_difference_names_the_first_tensor(theirs, message):
     ours = signature_of_task(making(a=np.zeros(1), b=np.zeros(2)))
     found = difference(signature_of_task(making(**theirs)), ours)
-    assert found == (told and f"the federation's model differs from this task's: {told}")
+    assert found == (message and f"the federation's model differs from this task's: {message}")
 
 
 class Net(nnx.Module):
@@ -312,9 +312,9 @@ def test_a_flax_model_says_its_form_without_being_made(monkeypatch):
     task = flax(Colliding.__base__)
     monkeypatch.setattr(task, "init", None)
     if "bfloat16" in DTYPES:
-        told = described(signature_of_task(task))
-        assert told is not None
-        assert told.summary == "2 tensors, 3 parameters: bfloat16 2"
+        form = described(signature_of_task(task))
+        assert form is not None
+        assert form.summary == "2 tensors, 3 parameters: bfloat16 2"
     else:
         with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which is not supported"):
             signature_of_task(task)

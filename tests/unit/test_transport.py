@@ -9,7 +9,7 @@ import pytest
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.events import Blocked, RunEvent, Unblocked
 from fluffle_common.protocol.topology import Queue, Topology
-from fluffle_common.transport.base import Blocking, Properties, tell_of_blocking
+from fluffle_common.transport.base import Blocking, Properties, report_blocking
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
@@ -95,7 +95,7 @@ async def test_blocking_and_unblocking_are_events():
     broker = MemoryBroker()
     link = await broker.open()
     events: asyncio.Queue[RunEvent] = asyncio.Queue()
-    task = asyncio.ensure_future(tell_of_blocking(link, events.put_nowait))
+    task = asyncio.ensure_future(report_blocking(link, events.put_nowait))
     await asyncio.sleep(0)
     broker.block("low on memory")
     assert await events.get() == Blocked(reason="low on memory")

@@ -63,8 +63,8 @@ class Worker:
     def __init__(self) -> None:
         self.link = Slow()
         self.unwanted: set[int] = set()
-        self.taken: list[int] = []
-        self.told: list[str] = []
+        self.confirmed: list[int] = []
+        self.events: list[str] = []
         self.parts: list[tuple[int, int]] = []
         self.training: set[int] = set()
         self.answers = Uploader(
@@ -73,8 +73,8 @@ class Worker:
             link=self._link,
             wanted=lambda job: job.work.round not in self.unwanted,
             due=lambda job: job.work.round not in self.training,
-            confirmed=lambda job: self.taken.append(job.work.round),
-            record=lambda event: self.told.append(event.name),
+            confirmed=lambda job: self.confirmed.append(job.work.round),
+            record=lambda event: self.events.append(event.name),
             sent=lambda done, parts: self.parts.append((done, parts)),
             renew=no_renewal,
         )
@@ -111,7 +111,7 @@ async def test_an_answer_does_not_wait_until_the_one_before_is_confirmed(worker)
     worker.link.confirmation("update 2").set_result(None)
     worker.link.confirmation("update 1").set_result(None)
     await asyncio.to_thread(worker.answers.residual)
-    assert sorted(worker.taken) == [1, 2]
+    assert sorted(worker.confirmed) == [1, 2]
 
 
 async def test_what_an_update_left_is_told_when_nothing_is_under_way(worker):
@@ -136,10 +136,10 @@ async def test_an_evaluation_comes_before_its_update_and_once(worker):
     worker.answers.put(both)
     worker.link.confirmation("evaluation 1").set_result(None)
     await worker.link.until("evaluation 1", "update 2")
-    assert worker.taken == []
+    assert worker.confirmed == []
     worker.link.confirmation("update 2").set_result(None)
     await asyncio.to_thread(worker.answers.residual)
-    assert worker.taken == [2]
+    assert worker.confirmed == [2]
 
 
 async def test_only_one_answer_in_parts_is_under_way(worker):
@@ -153,7 +153,7 @@ async def test_only_one_answer_in_parts_is_under_way(worker):
     await worker.link.until(
         "update 3", "part 0", "part 1", "update 1", "part 0", "part 1", "update 2"
     )
-    assert worker.taken == [1]  # the others are not confirmed
+    assert worker.confirmed == [1]  # the others are not confirmed
 
 
 async def test_parts_that_have_arrived_are_told_and_no_more_are_sent_of_what_nobody_wants(worker):
@@ -168,7 +168,7 @@ async def test_parts_that_have_arrived_are_told_and_no_more_are_sent_of_what_nob
     await worker.link.until(*(f"part {number}" for number in range(5)), "update 2")
     worker.link.confirmation("update 2").set_result(None)
     await asyncio.to_thread(worker.answers.residual)
-    assert (worker.taken, worker.told) == ([2], [])
+    assert (worker.confirmed, worker.events) == ([2], [])
 
 
 async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatch):
@@ -183,4 +183,4 @@ async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatc
     await worker.link.until("update 2")
     worker.link.confirmation("update 2").set_result(None)
     await asyncio.to_thread(worker.answers.residual)
-    assert (worker.taken, worker.told) == ([2], ["unsent", "unsent"])
+    assert (worker.confirmed, worker.events) == ([2], ["unsent", "unsent"])

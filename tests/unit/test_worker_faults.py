@@ -63,7 +63,7 @@ class Federation:
     """A worker and a minimal coordinator."""
 
     def __init__(self, task: Any, **settings: Any) -> None:
-        self.broker, self.told, self._news = MemoryBroker(), [], asyncio.Event()
+        self.broker, self.events, self._news = MemoryBroker(), [], asyncio.Event()
         self.service = WorkerService(
             WorkerSettings("f", "w", "raising", heartbeat_s=0.01, **settings), task,
             transport=self.broker, topology=TOPOLOGY,
@@ -80,13 +80,13 @@ class Federation:
 
     def _tell(self, event: RunEvent) -> None:
         assert event.sentence()
-        self.told.append((event.name, event.fields()))
+        self.events.append((event.name, event.fields()))
         self._news.set()
 
     async def hear(self, what: str) -> None:
         """Wait until the worker records this event."""
         async with asyncio.timeout(PATIENCE_S):
-            while what not in [said for said, _ in self.told]:
+            while what not in [name for name, _ in self.events]:
                 self._news.clear()
                 await self._news.wait()
 
@@ -164,8 +164,8 @@ async def test_a_traceback_is_told_once_and_a_failure_every_time():
         for number in (1, 2):
             await made.ask(number)
             await made.sign(Failure, round=number)
-        assert [what for what, _ in made.told].count("failure") == 2
-        (trace,) = [fields["text"] for what, fields in made.told if what == "traceback"]
+        assert [what for what, _ in made.events].count("failure") == 2
+        (trace,) = [fields["text"] for what, fields in made.events if what == "traceback"]
         assert trace.startswith("Traceback")
         assert "sys.exit(3)" in trace
         assert "fluffle_worker" not in trace
@@ -201,7 +201,7 @@ async def test_what_a_task_makes_of_being_told_to_stop_is_no_failure():
         await made.hear("abandoned")
         go_on.set()
         assert (await made.update()).round == 2
-        assert "failure" not in [what for what, _ in made.told]
+        assert "failure" not in [what for what, _ in made.events]
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ async def test_a_child_that_a_task_forks_does_not_come_back_as_a_worker():
         async with asyncio.timeout(PATIENCE_S):
             _, status = await asyncio.to_thread(os.waitpid, child[0], 0)
         assert os.waitstatus_to_exitcode(status) == 1
-        assert "failure" not in [what for what, _ in made.told]
+        assert "failure" not in [what for what, _ in made.events]
 
 
 async def test_where_the_task_runs_may_be_chosen():

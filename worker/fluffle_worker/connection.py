@@ -21,10 +21,10 @@ from fluffle_common.protocol.events import (
 )
 from fluffle_common.protocol.messages import Message
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, tell_of_blocking
+from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, report_blocking
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Record, Refusals, check_mail, drain
+from fluffle_worker.inbox import Record, Refusals, check_message, drain
 from fluffle_worker.settings import WorkerSettings
 
 _INBOX_PREFETCH = 8
@@ -142,7 +142,7 @@ class Connection:
             _until_lost(link),
             self._report_waiting(),
             self._keep_queues(link),
-            tell_of_blocking(link, self._record),
+            report_blocking(link, self._record),
         )
 
     async def _empty_inbox(self, link: Link, inbox: str) -> None:
@@ -153,7 +153,7 @@ class Connection:
             await drain(
                 link,
                 inbox,
-                lambda body: check_mail(body, federation),
+                lambda body: check_message(body, federation),
                 self._refusals,
                 self._record,
             )

@@ -23,7 +23,7 @@ _MOST_WAITING = 100
 _TRY_AGAIN_S = 0.05
 
 
-def check_mail(body: Body, federation: str) -> None:
+def check_message(body: Body, federation: str) -> None:
     """Check a message for a worker in full, without acting on it.
 
     Raises:
@@ -31,7 +31,7 @@ def check_mail(body: Body, federation: str) -> None:
     """
     message, payload = decode(body, federation)
     if not isinstance(message, ToWorker | Part):
-        raise no_mail(message)
+        raise not_for_workers(message)
     if isinstance(message, Fit | Evaluate):
         if message.transfer is None:
             read_work(message, payload)
@@ -40,7 +40,7 @@ def check_mail(body: Body, federation: str) -> None:
             Assembly(message.transfer, message.transfer.nbytes)
 
 
-def no_mail(message: Message) -> MalformedMessage:
+def not_for_workers(message: Message) -> MalformedMessage:
     """Return the error for a message of a kind that is never sent to workers."""
     return MalformedMessage(f"a message of kind {message.kind} is not for workers", "kind")
 
@@ -119,8 +119,8 @@ async def drain(
     record: Record,
 ) -> None:
     """Empty one of the worker's own queues, rejecting messages that ``check`` finds malformed."""
-    there = await link.counts(queue)
-    for _ in range(there.ready if there is not None else 0):
+    counts = await link.counts(queue)
+    for _ in range(counts.ready if counts is not None else 0):
         delivery = await link.get(queue)
         if delivery is None:
             return

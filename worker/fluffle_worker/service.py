@@ -46,7 +46,7 @@ from fluffle_common.transport.messaging import Route, send
 from fluffle_worker import machine
 from fluffle_worker.connection import Connection
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Record, no_mail, read_work
+from fluffle_worker.inbox import Record, not_for_workers, read_work
 from fluffle_worker.job import Job
 from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.machine import Work
@@ -110,10 +110,10 @@ class WorkerService:
             topology=topology,
             record=record,
             opened=self._opened,
-            receive=self._take,
+            receive=self._handle,
             joined=lambda: self._run is not None,
         )
-        self._answers = Uploader(
+        self._uploader = Uploader(
             topology,
             settings.worker,
             link=self._connection.link,
@@ -127,7 +127,7 @@ class WorkerService:
         self._trainer = Trainer(
             task,
             {"federation": settings.federation, "worker": settings.worker},
-            residual=self._answers.residual,
+            residual=self._uploader.residual,
             progress=self._progress,
             done=self._done,
             record=record,
@@ -146,7 +146,7 @@ class WorkerService:
         """
         tasks: list[asyncio.Future[Any]] = [
             asyncio.ensure_future(self._connection.run()),
-            asyncio.ensure_future(self._answers.run()),
+            asyncio.ensure_future(self._uploader.run()),
         ]
         try:
             await asyncio.wait({*tasks, self._ended}, return_when=asyncio.FIRST_COMPLETED)
@@ -183,13 +183,13 @@ class WorkerService:
         """Whether the task's code may still be running; a thread cannot be killed."""
         return self._trainer.at_work
 
-    # --- what comes in -------------------------------------------------------------------------
+    # --- messages received -----------------------------------------------------------------------
 
     def _opened(self) -> None:
         """Forget what a lost link had delivered in part; it is sent again over the new one."""
         self._assembly = self._welcomed = None
 
-    async def _take(self, link: Link, message: Message, payload: memoryview) -> None:
+    async def _handle(self, link: Link, message: Message, payload: memoryview) -> None:
         if isinstance(message, Exchange):
             await self._exchange(link, message, payload)
         else:
@@ -221,11 +221,11 @@ class WorkerService:
                 self._outcome = message.outcome
                 self._advance(machine.Stopped(reason))
             case Verdict():
-                self._judged(message)
+                self._handle_verdict(message)
             case Refusal() | Stop():
                 pass  # meant for an earlier process of this worker, or an earlier run
             case _:
-                raise no_mail(message)
+                raise not_for_workers(message)
 
     async def _exchange(self, link: Link, message: Exchange, payload: memoryview) -> None:
         """Handle one phase of a multi-phase protocol and send the replies in order."""
@@ -235,7 +235,7 @@ class WorkerService:
             key = f"{sent.message.kind}.{self._settings.worker}"
             await send(link, sent.message, Route(self._topology.results, [key]), body)
 
-    def _judged(self, verdict: Verdict) -> None:
+    def _handle_verdict(self, verdict: Verdict) -> None:
         """Show why an update does not count, and train again if asked to."""
         if verdict.run != self._run:
             return
@@ -261,11 +261,11 @@ class WorkerService:
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights, broadcast = read_work(message, payload)
-        of = message.run, message.round, message.base
+        ids = message.run, message.round, message.base
         if isinstance(message, Fit):
-            work = Work("fit", *of, message.attempt, message.sequence or message.round)
+            work = Work("fit", *ids, message.attempt, message.sequence or message.round)
         else:
-            work = Work("evaluate", *of)
+            work = Work("evaluate", *ids)
         self._ask(Job(work, message, weights, broadcast))
 
     def _ask(self, job: Job) -> None:
@@ -273,11 +273,11 @@ class WorkerService:
         self._jobs.setdefault(work, job)
         self._jobs[work].evaluation_sent = False  # the last one may have been lost
         self._advance(machine.Asked(work))
-        known = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
-        if work not in known:
+        current = (self._state.doing, self._state.next, self._state.sending, self._state.answered)
+        if work not in current:
             del self._jobs[work]  # older than the work already here
 
-    # --- the machine ---------------------------------------------------------------------------
+    # --- the machine -----------------------------------------------------------------------------
 
     def _advance(self, event: machine.Event) -> None:
         self._state, effects = machine.advance(self._state, event)
@@ -291,7 +291,7 @@ class WorkerService:
                     self._record(Abandoned(round=work.round))
                 case machine.Send(work):
                     self._presence.now("sending", work)
-                    self._answers.put(self._jobs[work])
+                    self._uploader.put(self._jobs[work])
                 case machine.Drop(work):
                     self._jobs.pop(work).wanted = False
                 case machine.Report(work, reason):
@@ -315,7 +315,7 @@ class WorkerService:
         self._jobs.clear()
         self._state = machine.State()
 
-    # --- the training thread -------------------------------------------------------------------
+    # --- the training thread ---------------------------------------------------------------------
 
     def _begin(self, job: Job) -> None:
         evaluating = isinstance(job.message, Evaluate) or (
@@ -325,7 +325,7 @@ class WorkerService:
         self._record(Begun(round=job.work.round, kind=job.work.kind))
 
         def evaluated() -> None:
-            self._answers.put(job)
+            self._uploader.put(job)
             self._presence.now("training", job.work)
 
         self._trainer.begin(job, evaluated)
@@ -342,7 +342,7 @@ class WorkerService:
         shown = f"round {work.round}" + (f", loss {loss:.4f}" if loss is not None else "")
         self._bar("training", step, steps, shown)
 
-    # --- what goes out -------------------------------------------------------------------------
+    # --- messages sent ---------------------------------------------------------------------------
 
     def _sent_parts(self, done: int, parts: int) -> None:
         self._presence.sent(done, parts)

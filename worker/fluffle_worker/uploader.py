@@ -119,8 +119,10 @@ class Uploader:
         self._under_way += 1
         self._settled.clear()
         try:
-            # The evaluation first, so that it arrives before the update can close the round.
-            await run_all(*sends)
+            if len(sends) == 1:  # saves a task, 5 % of a worker's CPU time with a small model
+                await sends[0]
+            else:  # the evaluation first, so that it arrives before the update closes the round
+                await run_all(*sends)
             if due and job.work.kind == "fit":
                 self._residual = job.residual
         finally:
@@ -151,7 +153,7 @@ class Uploader:
                 message,
                 weights,
                 Route(self._topology.results, [f"{message.kind}.{self._worker}"]),
-                beside={EXTRA: job.extra},
+                others={EXTRA: job.extra},
                 # Not durable: the worker keeps the answer and sends it again when asked.
                 parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),
                 before_parts=before_parts,

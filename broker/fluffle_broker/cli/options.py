@@ -42,8 +42,8 @@ def federation_and_broker(federation: str, url: str | None) -> tuple[Topology, s
 
 def available_figures(address: str, base: str, topology: Topology) -> dict[str, QueueFigures]:
     """Return the queues' figures by name; an empty dict if the management API has none."""
-    from fluffle_common.transport.rabbitmq.management import UNTOLD, queue_figures
+    from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, queue_figures
 
-    with contextlib.suppress(*UNTOLD):
+    with contextlib.suppress(*REQUEST_ERRORS):
         return {queue.name: queue for queue in queue_figures(address, base, topology)}
     return {}

@@ -68,7 +68,7 @@ def peek(queue: str, count: int, **options: Any) -> None:
 
 async def _peek(address: str, topology: Topology, queue: str, count: int) -> Peeked:
     from fluffle_broker.inspect import peek as peeking
-    from fluffle_common.transport.once import open_once
+    from fluffle_common.transport.open_once import open_once
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
     async with open_once(AmqpTransport(address, "fluffle peek")) as link:

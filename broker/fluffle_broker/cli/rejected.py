@@ -78,7 +78,7 @@ def _target(options: Mapping[str, Any], group: Mapping[str, Any] | None = None) 
 
 
 def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
-    from fluffle_common.transport.once import open_once
+    from fluffle_common.transport.open_once import open_once
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
     async def visit() -> T:

@@ -13,8 +13,13 @@ from typing import Any
 
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Counts
-from fluffle_common.transport.once import open_once
-from fluffle_common.transport.rabbitmq.management import UNTOLD, QueueFigures, alarms, queue_figures
+from fluffle_common.transport.open_once import open_once
+from fluffle_common.transport.rabbitmq.management import (
+    REQUEST_ERRORS,
+    QueueFigures,
+    alarms,
+    queue_figures,
+)
 from fluffle_common.transport.rabbitmq.queue_health import hint
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
@@ -72,7 +77,7 @@ def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
     try:
         figures = queue_figures(url, base, topology)
         return QueueOverview(topology, _with_counts(figures, url), alarms(url, base))
-    except UNTOLD as why:
+    except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why
         note = (
             f"the management API at {base} does not answer ({reason}): unacknowledged messages, "

@@ -6,7 +6,7 @@ import urllib.parse
 from dataclasses import dataclass
 
 from fluffle_broker.node.record import NodeInfo
-from fluffle_common.transport.rabbitmq.management import UNTOLD, ask
+from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, ask
 
 
 @dataclass(frozen=True)
@@ -24,5 +24,5 @@ def figures(info: NodeInfo) -> Figures | None:
     try:
         stats = ask(base, f"/api/nodes/{name}", info.url)
         return Figures(uptime_s=stats["uptime"] / 1000, memory_bytes=stats["mem_used"])
-    except UNTOLD:
+    except REQUEST_ERRORS:
         return None

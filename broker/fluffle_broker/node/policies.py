@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Policy
-from fluffle_common.transport.rabbitmq.management import UNTOLD, ask, vhost
+from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, ask, vhost
 from fluffle_common.transport.rabbitmq.urls import parse_urls
 
 _APPLY_TO = "queues"
@@ -64,7 +64,7 @@ def apply(policies: Sequence[Policy], url: str, base: str, *, keep: bool = False
             f"user '{user}' may not set policies on the broker at {base}; give it the tag "
             f"'policymaker' and rights in the vhost, {_INSTEAD}"
         ) from None
-    except UNTOLD as why:
+    except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why
         raise BrokerError(
             f"the management API at {base} does not answer ({reason}); name its address with "

@@ -10,6 +10,8 @@ T = TypeVar("T")
 _PREFIX = "metric/"
 TEST_PREFIX = "test/"
 """Prefix of the metrics of the coordinator's own test, to tell them from the workers' metrics."""
+PERSONAL_PREFIX = "personal_"
+"""Prefix of the metrics of a model after a worker's local training, on what it holds out."""
 
 
 def avoid_fields(metrics: Mapping[str, T], fields: Collection[str]) -> dict[str, T]:

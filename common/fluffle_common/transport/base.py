@@ -76,7 +76,7 @@ class Properties(NamedTuple):
 
 # A message lists its recipients only up to this number. Encoding and decoding a thousand names in
 # each of a thousand copies would take longer than everything else.
-NAMED = 16
+MAX_LISTED_KEYS = 16
 
 
 class Counts(NamedTuple):
@@ -109,7 +109,7 @@ class Delivery(Protocol):
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The routing keys that it was published under; only the first if above ``NAMED``."""
+        """The routing keys that it was sent to; only the first if above ``MAX_LISTED_KEYS``."""
 
     @property
     def sent_at(self) -> float | None:
@@ -151,12 +151,12 @@ class Blocking:
 
     async def changes(self) -> AsyncGenerator[str | None]:
         """Yield the current reason, unless it is None, and then the new one after each change."""
-        known: str | None = None
+        yielded: str | None = None
         while True:
             changed = self._changed
-            if self.reason != known:
-                known = self.reason
-                yield known
+            if self.reason != yielded:
+                yielded = self.reason
+                yield yielded
             else:
                 await changed.wait()
 
@@ -288,11 +288,11 @@ class Transport(Protocol):
         """
 
 
-async def tell_of_blocking(link: Link, tell: Callable[[RunEvent], object]) -> None:
+async def report_blocking(link: Link, emit: Callable[[RunEvent], object]) -> None:
     """Emit an event whenever the broker blocks or unblocks publishers, without end."""
-    async with contextlib.aclosing(link.blocking()) as news:
-        async for reason in news:
+    async with contextlib.aclosing(link.blocking()) as changes:
+        async for reason in changes:
             if reason is not None:
-                tell(Blocked(reason=reason))
+                emit(Blocked(reason=reason))
             else:
-                tell(Unblocked())
+                emit(Unblocked())

@@ -37,7 +37,7 @@ from fluffle_common.transport.memory_queues import (
     Consumer,
     MemoryDelivery,
     MemoryQueue,
-    Stored,
+    StoredMessage,
 )
 
 _LOG = logger("transport.link")
@@ -48,8 +48,8 @@ class MemoryLink(Link):
 
     def __init__(self, broker: MemoryBroker) -> None:
         self._broker = broker
-        self._gone = asyncio.Event()
-        self.held: list[MemoryDelivery] = []
+        self._lost = asyncio.Event()
+        self.unacked: list[MemoryDelivery] = []
         self._taps: set[str] = set()
 
     @property
@@ -93,12 +93,12 @@ class MemoryLink(Link):
         urgent: bool = False,
     ) -> None:
         """See ``base.Link``."""
-        await self._unblocked()
-        stored = Stored(body, properties, exchange, tuple(keys), float(int(wall_time())))
+        await self._wait_unblocked()
+        message = StoredMessage(body, properties, exchange, tuple(keys), float(int(wall_time())))
         if exchange and exchange not in self._broker.exchanges:  # RabbitMQ would close the channel
             self.cut()
             raise LinkLost(f"there is no exchange '{exchange}'")
-        self._broker.route(stored, exchange, keys)
+        self._broker.route(message, exchange, keys)
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
@@ -116,22 +116,22 @@ class MemoryLink(Link):
     async def _deliveries(
         self, source: MemoryQueue, consumer: Consumer
     ) -> AsyncGenerator[Delivery]:
-        gone = asyncio.ensure_future(self._gone.wait())
+        lost = asyncio.ensure_future(self._lost.wait())
         try:
             while True:
-                taken = asyncio.ensure_future(consumer.deliveries.get())
+                next_delivery = asyncio.ensure_future(consumer.deliveries.get())
                 try:
-                    await asyncio.wait({taken, gone}, return_when=asyncio.FIRST_COMPLETED)
+                    await asyncio.wait({next_delivery, lost}, return_when=asyncio.FIRST_COMPLETED)
                 finally:
-                    if not taken.done():
-                        taken.cancel()
+                    if not next_delivery.done():
+                        next_delivery.cancel()
                 self._check()
-                yield taken.result()
+                yield next_delivery.result()
         finally:
-            gone.cancel()
+            lost.cancel()
             if consumer in source.consumers:
                 source.consumers.remove(consumer)
-                for delivery in reversed([d for d in self.held if d.consumer is consumer]):
+                for delivery in reversed([d for d in self.unacked if d.consumer is consumer]):
                     delivery.give_back()
                 source.dispatch()
 
@@ -143,23 +143,23 @@ class MemoryLink(Link):
     async def _entries(self, source: MemoryQueue, since: Since) -> AsyncGenerator[Delivery]:
         offset = since if isinstance(since, int) else 0
         at = since.timestamp() if isinstance(since, datetime) else 0.0
-        news = asyncio.Event()
-        source.news.add(news)
+        arrival = asyncio.Event()
+        source.arrivals.add(arrival)
         try:
             while True:
-                news.clear()
+                arrival.clear()
                 self._check()
-                for stored in [s for s in source.ready if s.number >= offset]:
+                for message in [m for m in source.ready if m.number >= offset]:
                     self._check()
-                    offset = stored.number + 1
-                    if stored.sent_at >= int(at):
-                        yield await self._copy(source, stored)
-                await news.wait()
+                    offset = message.number + 1
+                    if message.sent_at >= int(at):
+                        yield await self._copy(source, message)
+                await arrival.wait()
         finally:
-            source.news.discard(news)
+            source.arrivals.discard(arrival)
 
-    async def _copy(self, source: MemoryQueue, stored: Stored) -> Delivery:
-        copy = MemoryDelivery(source, stored, self, None)
+    async def _copy(self, source: MemoryQueue, message: StoredMessage) -> Delivery:
+        copy = MemoryDelivery(source, message, self, None)
         copy.ack()  # so that losing the link does not put it into the stream again
         return copy
 
@@ -216,7 +216,7 @@ class MemoryLink(Link):
 
     async def lost(self) -> None:
         """See ``base.Link``."""
-        await self._gone.wait()
+        await self._lost.wait()
 
     async def close(self) -> None:
         """See ``base.Link``."""
@@ -224,14 +224,14 @@ class MemoryLink(Link):
 
     def cut(self) -> None:
         """Lose the link now and return all unacknowledged messages to their queues."""
-        if self._gone.is_set():
+        if self._lost.is_set():
             return
-        self._gone.set()
+        self._lost.set()
         for queue in self._broker.queues.values():
             queue.consumers = [c for c in queue.consumers if c.link is not self]
-            for news in queue.news:
-                news.set()
-        for delivery in reversed(list(self.held)):
+            for arrival in queue.arrivals:
+                arrival.set()
+        for delivery in reversed(list(self.unacked)):
             delivery.give_back()
         self._broker.links.discard(self)
         for tap in self._taps:
@@ -239,33 +239,34 @@ class MemoryLink(Link):
         for queue in self._broker.queues.values():
             queue.dispatch()
 
-    async def _unblocked(self) -> None:
+    async def _wait_unblocked(self) -> None:
         """Wait until the broker accepts messages."""
         self._check()
         if self.blocked is None:
             return
-        either = [
-            asyncio.ensure_future(one.wait()) for one in (self._broker.blocking.free, self._gone)
+        waits = [
+            asyncio.ensure_future(event.wait())
+            for event in (self._broker.blocking.free, self._lost)
         ]
         try:
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            for one in either:
-                one.cancel()
+            for wait in waits:
+                wait.cancel()
         self._check()
 
     def _find(self, queue: str, *, reads: bool = False) -> MemoryQueue:
-        found = self._broker.queues.get(queue)
-        if found is None:  # RabbitMQ would close the channel
+        source = self._broker.queues.get(queue)
+        if source is None:  # RabbitMQ would close the channel
             self.cut()
             raise LinkLost(f"there is no queue '{queue}'")
-        if found.is_stream and not reads:  # RabbitMQ would close the connection
+        if source.is_stream and not reads:  # RabbitMQ would close the connection
             self.cut()
             raise LinkLost(f"nothing can be taken out of the stream '{queue}'")
-        return found
+        return source
 
     def _check(self) -> None:
-        if self._gone.is_set():
+        if self._lost.is_set():
             raise LinkLost("the link was lost")
 
 
@@ -311,53 +312,55 @@ class MemoryBroker(Transport):
 
     def bind(self, binding: Binding) -> bool:
         """Add a binding; return False if its queue or its exchange does not exist."""
-        there = binding.queue in self.queues and binding.exchange in self.exchanges
-        if there:
+        exists = binding.queue in self.queues and binding.exchange in self.exchanges
+        if exists:
             self.bindings.add(binding, self.exchanges[binding.exchange].type)
-        return there
+        return exists
 
     def declare(self, entity: Exchange | Queue) -> None:
         """Create an exchange or a queue if it does not exist yet."""
         if isinstance(entity, Exchange):
             self.exchanges.setdefault(entity.name, entity)
         elif isinstance(entity, Queue):
-            known = self.queues.setdefault(entity.name, MemoryQueue(entity)).spec
-            if known.arguments != entity.arguments:
-                raise OtherArguments(_otherwise(entity, known))
+            existing = self.queues.setdefault(entity.name, MemoryQueue(entity)).spec
+            if existing.arguments != entity.arguments:
+                raise OtherArguments(_conflict(entity, existing))
 
     def delete(self, queue: str) -> None:
         """Delete a queue and its bindings."""
         self.queues.pop(queue, None)
         self.bindings.forget(queue)
 
-    def route(self, stored: Stored, exchange: str, keys: Sequence[str]) -> None:
+    def route(self, message: StoredMessage, exchange: str, keys: Sequence[str]) -> None:
         """Put a message once into every queue that one of the keys routes to."""
         targets = {name for key in keys for name in self._targets(exchange, key)}
         if not targets:
             raise Unroutable(f"no queue is bound to '{exchange}' for {', '.join(keys)}")
-        refused: QueueFull | None = None
+        error: QueueFull | None = None
         for name in sorted(targets):
             try:
-                self.queues[name].put(replace(stored))
+                self.queues[name].put(replace(message))
             except QueueFull as full:  # the other queues still get it
-                refused = full
-        if refused is not None:
-            raise refused
+                error = full
+        if error is not None:
+            raise error
 
     def _targets(self, exchange: str, key: str) -> set[str]:
         if not exchange:  # the default exchange routes to the queue named like the key
             return {key} & self.queues.keys()
-        found = self.bindings.queues(exchange, key)
+        targets = self.bindings.queues(exchange, key)
         alternate = self.exchanges[exchange].alternate
-        if not found and alternate:
+        if not targets and alternate:
             return self._targets(alternate, key)
-        return found
+        return targets
 
 
-def _otherwise(wanted: Queue, known: Queue) -> str:
+def _conflict(wanted: Queue, existing: Queue) -> str:
     """Describe a conflict between two declarations of a queue, and the remedy."""
-    wanted_type, known_type = (one.arguments.get("x-queue-type") for one in (wanted, known))
-    if wanted_type != known_type:
+    wanted_type, existing_type = (
+        queue.arguments.get("x-queue-type") for queue in (wanted, existing)
+    )
+    if wanted_type != existing_type:
         return (
             f"'{wanted.name}' already exists on the broker with different arguments; use the "
             "same --queue-type everywhere, or delete the old queue"

@@ -12,17 +12,17 @@ from functools import cached_property
 from typing import Protocol
 
 from fluffle_common.protocol.topology import ArgumentValue, Binding, Queue
-from fluffle_common.transport.base import NAMED, Body, Properties, QueueFull
+from fluffle_common.transport.base import MAX_LISTED_KEYS, Body, Properties, QueueFull
 
 
 class Holder(Protocol):
     """A holder of unacknowledged deliveries: a link."""
 
-    held: list[MemoryDelivery]
+    unacked: list[MemoryDelivery]
 
 
 @dataclass(eq=False)
-class Stored:
+class StoredMessage:
     """A message in a queue."""
 
     body: Body
@@ -50,10 +50,10 @@ class MemoryQueue:
     """A queue, or a stream."""
 
     spec: Queue
-    ready: deque[Stored] = field(default_factory=deque)
+    ready: deque[StoredMessage] = field(default_factory=deque)
     consumers: list[Consumer] = field(default_factory=list)
     numbers: Iterator[int] = field(default_factory=itertools.count)
-    news: set[asyncio.Event] = field(default_factory=set)  # one for each reader of the stream
+    arrivals: set[asyncio.Event] = field(default_factory=set)  # one for each stream reader
 
     @property
     def is_stream(self) -> bool:
@@ -63,7 +63,7 @@ class MemoryQueue:
     @property
     def ready_bytes(self) -> int:
         """The total size of the ready messages."""
-        return sum(len(stored.body) for stored in self.ready)
+        return sum(len(message.body) for message in self.ready)
 
     @cached_property
     def limits(self) -> dict[str, ArgumentValue]:
@@ -71,59 +71,59 @@ class MemoryQueue:
         declared = {key.removeprefix("x-"): of for key, of in self.spec.arguments.items()}
         return {**self.spec.limits, **declared}
 
-    def put(self, stored: Stored) -> None:
+    def put(self, message: StoredMessage) -> None:
         """Add a message; raise ``QueueFull`` if the queue is full and rejects new messages."""
         limits = self.limits
-        most, most_bytes = limits.get("max-length"), limits.get("max-length-bytes")
+        max_length, max_bytes = limits.get("max-length"), limits.get("max-length-bytes")
 
-        def over(*one_more: Stored) -> bool:
-            if most is not None and len(self.ready) + len(one_more) > int(most):
+        def over_limit(*extra: StoredMessage) -> bool:
+            if max_length is not None and len(self.ready) + len(extra) > int(max_length):
                 return True
-            nbytes = sum(len(one.body) for one in one_more)
-            return most_bytes is not None and self.ready_bytes + nbytes > int(most_bytes)
+            nbytes = sum(len(message.body) for message in extra)
+            return max_bytes is not None and self.ready_bytes + nbytes > int(max_bytes)
 
-        if limits.get("overflow") == "reject-publish" and over(stored):
+        if limits.get("overflow") == "reject-publish" and over_limit(message):
             raise QueueFull(f"queue '{self.spec.name}' is full")
-        stored.number = next(self.numbers)
-        self.ready.append(stored)
-        while self.ready and over():
+        message.number = next(self.numbers)
+        self.ready.append(message)
+        while self.ready and over_limit():
             self.ready.popleft()
-        for news in self.news:
-            news.set()
+        for arrival in self.arrivals:
+            arrival.set()
         self.dispatch()
 
     def dispatch(self) -> None:
         """Deliver the ready messages round robin to the consumers below their prefetch."""
-        able = list(self.consumers)
+        consumers = list(self.consumers)
         if self.spec.arguments.get("x-single-active-consumer"):
-            able = able[:1]
+            consumers = consumers[:1]
         while self.ready:
-            consumer = next((c for c in able if c.unacked < c.prefetch), None)
+            consumer = next((c for c in consumers if c.unacked < c.prefetch), None)
             if consumer is None:
                 return
-            stored = self.ready.popleft()
+            message = self.ready.popleft()
             consumer.unacked += 1
-            consumer.deliveries.put_nowait(MemoryDelivery(self, stored, consumer.link, consumer))
-            able.append(able.pop(able.index(consumer)))
+            consumer.deliveries.put_nowait(MemoryDelivery(self, message, consumer.link, consumer))
+            consumers.append(consumers.pop(consumers.index(consumer)))
 
 
 class MemoryDelivery:
     """See ``base.Delivery``."""
 
     def __init__(
-        self, queue: MemoryQueue, stored: Stored, link: Holder, consumer: Consumer | None
+        self, queue: MemoryQueue, message: StoredMessage, link: Holder, consumer: Consumer | None
     ) -> None:
-        self.body: Body = stored.body
-        self.properties = stored.properties
-        self.redelivered = stored.redelivered
+        self.body: Body = message.body
+        self.properties = message.properties
+        self.redelivered = message.redelivered
         self.queue = queue.spec.name
-        self.exchange = stored.exchange
-        self.keys = stored.keys if len(stored.keys) <= NAMED else stored.keys[:1]
-        self.sent_at: float | None = stored.sent_at
-        self.offset = stored.number if queue.is_stream else None
+        self.exchange = message.exchange
+        self.keys = message.keys if len(message.keys) <= MAX_LISTED_KEYS else message.keys[:1]
+        self.sent_at: float | None = message.sent_at
+        self.offset = message.number if queue.is_stream else None
         self.consumer = consumer
-        self._source, self._stored, self._link = queue, stored, link
-        link.held.append(self)
+        self._source, self._message, self._link = queue, message, link
+        link.unacked.append(self)
 
     def ack(self) -> None:
         """See ``base.Delivery``."""
@@ -138,13 +138,13 @@ class MemoryDelivery:
     def give_back(self) -> None:
         """Put it back at its position, marked as redelivered, without dispatching it."""
         if self._settle():
-            bisect.insort(self._source.ready, self._stored, key=lambda stored: stored.number)
-            self._stored.redelivered = True
+            bisect.insort(self._source.ready, self._message, key=lambda message: message.number)
+            self._message.redelivered = True
 
     def _settle(self) -> bool:
-        if self not in self._link.held:
+        if self not in self._link.unacked:
             return False
-        self._link.held.remove(self)
+        self._link.unacked.remove(self)
         if self.consumer is not None:
             self.consumer.unacked -= 1
         return True
@@ -174,7 +174,7 @@ class Bindings:
         for queues in self._exact.values():
             queues.discard(queue)
         for exchange, bindings in self._patterns.items():
-            self._patterns[exchange] = {one for one in bindings if one.queue != queue}
+            self._patterns[exchange] = {binding for binding in bindings if binding.queue != queue}
 
     def __iter__(self) -> Iterator[Binding]:
         """Yield all bindings."""
@@ -185,7 +185,7 @@ class Bindings:
 
     def queues(self, exchange: str, key: str) -> set[str]:
         """Return the names of the queues that a key routes to."""
-        found = set(self._exact.get((exchange, key), ()))
+        names = set(self._exact.get((exchange, key), ()))
         for binding in self._patterns.get(exchange, ()):
             pattern = binding.key
             if (
@@ -193,5 +193,5 @@ class Bindings:
                 or key == pattern[:-2]
                 or key.startswith(pattern[:-1])
             ):
-                found.add(binding.queue)
-        return found
+                names.add(binding.queue)
+        return names

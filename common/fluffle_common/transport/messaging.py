@@ -17,7 +17,7 @@ from fluffle_common.protocol.messages import Message, WithTensors
 from fluffle_common.protocol.transfer import Outgoing
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import NAMED, Delivery, HeaderValue, Link, Properties
+from fluffle_common.transport.base import MAX_LISTED_KEYS, Delivery, HeaderValue, Link, Properties
 
 # The number of unconfirmed parts in flight: enough to keep the broker busy.
 _WINDOW = 4
@@ -55,7 +55,7 @@ async def send_tensors(
     weights: Weights,
     route: Route,
     *,
-    beside: Groups = NO_GROUPS,
+    others: Groups = NO_GROUPS,
     parts: Route | None = None,
     before_parts: Callable[[], Awaitable[None]] | None = None,
     progress: Progress | None = None,
@@ -68,14 +68,14 @@ async def send_tensors(
         message: the header, without its table of tensors.
         weights: the tensors of the ``model`` group.
         route: the route of the message.
-        beside: the tensors of the other groups.
+        others: the tensors of the other groups.
         parts: the route of the parts, which are then sent before the message. None sends them
             after the message, by the same route.
         before_parts: awaited before anything is published, if the message has parts.
         progress: called with the number of confirmed parts and the number of all parts.
         digest: the result of ``digest_of`` for the tensors, if it is already being computed.
     """
-    outgoing = Outgoing(message, weights, beside)
+    outgoing = Outgoing(message, weights, others)
     if not outgoing.parts:
         await _publish(link, message, outgoing.body(), route)
         return
@@ -83,9 +83,9 @@ async def send_tensors(
         await before_parts()
     hashing = digest if digest is not None else asyncio.to_thread(outgoing.digest)
     if parts is not None:
-        finding = asyncio.ensure_future(hashing)  # while the parts are sent
+        digest_task = asyncio.ensure_future(hashing)  # while the parts are sent
         await _send_parts(link, outgoing, parts, progress)
-        await _publish(link, message, outgoing.body(await finding), route)
+        await _publish(link, message, outgoing.body(await digest_task), route)
     else:
         await _publish(link, message, outgoing.body(await hashing), route)
         await _send_parts(link, outgoing, route, progress)
@@ -93,7 +93,7 @@ async def send_tensors(
 
 async def _publish(link: Link, message: Message, body: bytes, route: Route) -> None:
     headers = {**describe(message), "bytes": len(body)}
-    if len(route.keys) > NAMED:
+    if len(route.keys) > MAX_LISTED_KEYS:
         headers["recipients"] = len(route.keys)
     properties = Properties(
         type=message.kind,
@@ -110,10 +110,10 @@ async def _send_parts(
     link: Link, outgoing: Outgoing, route: Route, progress: Progress | None
 ) -> None:
     """Publish the parts; concurrent publishers share one iterator, so that some are in flight."""
-    left = enumerate(outgoing.bodies())
+    remaining = enumerate(outgoing.bodies())
 
-    async def one_after_the_other() -> None:
-        for number, body in left:
+    async def publish_remaining() -> None:
+        for number, body in remaining:
             headers = {"part": number, "parts": outgoing.parts, "bytes": len(body)}
             properties = Properties(
                 type="part",
@@ -125,30 +125,30 @@ async def _send_parts(
             if progress is not None:
                 progress(number + 1, outgoing.parts)
 
-    await run_all(*(one_after_the_other() for _ in range(_WINDOW)))
+    await run_all(*(publish_remaining() for _ in range(_WINDOW)))
 
 
 async def reject(
-    link: Link, delivery: Delivery, wrong: MalformedMessage, rejected: str | Route
+    link: Link, delivery: Delivery, error: MalformedMessage, rejected: str | Route
 ) -> None:
     """Publish a delivery to the queue of rejected messages with the reason, then acknowledge it.
 
     Args:
         link: the link to publish over.
         delivery: the invalid delivery.
-        wrong: the cause and the reason.
+        error: the cause and the reason.
         rejected: the name of the queue, or a route to it for users who may not publish to the
             default exchange.
     """
     headers: dict[str, HeaderValue] = {
-        **_in_bounds(delivery.properties.headers),
-        "reason": str(wrong),
-        "cause": wrong.cause,
+        **_bounded_headers(delivery.properties.headers),
+        "reason": str(error),
+        "cause": error.cause,
         "rejected_at": timestamp(),
         "from": delivery.queue,
     }
     body = delivery.body
-    if wrong.cause == "malformed" and len(body) > _KEPT_BYTES:
+    if error.cause == "malformed" and len(body) > _KEPT_BYTES:
         headers[CUT] = len(body)
         body = bytes(body[:_KEPT_BYTES])
     properties = Properties(
@@ -161,7 +161,7 @@ async def reject(
     delivery.ack()
 
 
-def _in_bounds(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
+def _bounded_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
     """Return the headers that fit into an AMQP frame together with our own."""
     short = [(k, v) for k, v in headers.items() if len(k) + len(str(v)) <= _HEADER_CHARACTERS]
     return dict(short[:_HEADERS])

@@ -50,42 +50,42 @@ async def fetch(
         PartsGone: if parts are missing.
     """
     parts = into.transfer.parts
-    there = await link.counts(queue)  # complete: parts are sent before the announcement
-    if there is None or there.ready < parts:
-        raise PartsGone(f"{there.ready if there else 0} of {parts} parts are there")
+    counts = await link.counts(queue)  # complete: parts are sent before the announcement
+    if counts is None or counts.ready < parts:
+        raise PartsGone(f"{counts.ready if counts else 0} of {parts} parts are there")
     few = parts <= _FEW_PARTS
-    coming = _one_by_one(link, queue) if few else _streamed(link, queue, there.ready)
-    taking: asyncio.Task[None] | None = None
+    source = _one_by_one(link, queue) if few else _streamed(link, queue, counts.ready)
+    storing: asyncio.Task[None] | None = None
     try:
-        async with contextlib.aclosing(coming) as deliveries:
+        async with contextlib.aclosing(source) as deliveries:
             async for delivery in deliveries:
-                if taking is not None:
-                    await asyncio.shield(taking)
-                taking = asyncio.create_task(_take(link, delivery, into, rejected, user))
+                if storing is not None:
+                    await asyncio.shield(storing)
+                storing = asyncio.create_task(_store(link, delivery, into, rejected, user))
                 if into.done_parts >= parts - 1:  # it may be the last one
-                    await asyncio.shield(taking)
+                    await asyncio.shield(storing)
                 if into.complete:
                     break
-        if taking is not None:
-            await asyncio.shield(taking)
+        if storing is not None:
+            await asyncio.shield(storing)
     finally:
-        if taking is not None:
+        if storing is not None:
             # The thread cannot be stopped, and must not write to `into` after this has returned.
-            await asyncio.wait([taking])
-            taking.exception()  # if two errors occur, the first one is raised
+            await asyncio.wait([storing])
+            storing.exception()  # if two errors occur, the first one is raised
     if not into.complete:
         raise PartsGone(f"{into.done_parts} of {parts} parts came")
 
 
-async def _take(
+async def _store(
     link: Link, delivery: Delivery, into: Incoming, rejected: str, user: str | None
 ) -> None:
     try:
         check_user(user, delivery)
         part, payload = read_part(delivery.body)
         await asyncio.to_thread(into.add, part, payload)
-    except MalformedMessage as wrong:
-        await reject(link, delivery, wrong, rejected)
+    except MalformedMessage as error:
+        await reject(link, delivery, error, rejected)
     else:
         delivery.ack()
 

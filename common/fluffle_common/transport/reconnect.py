@@ -27,48 +27,49 @@ class Backoff:
 async def reconnecting(
     transport: Transport,
     backoff: Backoff,
-    waiting: Callable[[str, float], None],
-    chance: Callable[[], float] = random.random,
+    on_wait: Callable[[str, float], None],
+    random_fraction: Callable[[], float] = random.random,
 ) -> AsyncGenerator[Link, None]:
     """Yield one open link at a time; asking for the next one closes it and reconnects.
 
     Args:
         transport: the transport to open links with.
         backoff: the pauses between attempts, and when to give up.
-        waiting: called after a failed attempt with the reason and the seconds until the next one.
-        chance: returns a random number from 0 to 1. Each pause lasts between half and all of the
-            current backoff, so that clients of a restarted broker do not all reconnect at once.
+        on_wait: called after a failed attempt with the reason and the seconds until the next one.
+        random_fraction: returns a random number from 0 to 1. Each pause lasts between half and all
+            of the current delay, so that clients of a restarted broker do not reconnect at once.
 
     Raises:
         BrokerError: if no link could be opened for ``backoff.give_up_s`` seconds.
     """
     loop = asyncio.get_running_loop()
-    pause, since = backoff.first_s, loop.time()
+    delay_s, down_since = backoff.first_s, loop.time()
     while True:
         if cancelled():  # possibly at the same moment as the link was lost
             raise asyncio.CancelledError
         try:
             link = await transport.open()
-        except LinkLost as why:
-            if loop.time() - since + pause > backoff.give_up_s:
+        except LinkLost as error:
+            if loop.time() - down_since + delay_s > backoff.give_up_s:
                 raise BrokerError(
-                    f"no broker at {transport.address} for {backoff.give_up_s:.0f} s ({why}); "
+                    f"no broker at {transport.address} for {backoff.give_up_s:.0f} s ({error}); "
                     "start one with 'fluffle broker up' or name one with --url"
                 ) from None
-            pause_s = pause * (1 + chance()) / 2
-            _LOG.debug("no link: %s; the next attempt is in %.1f s", why, pause_s)
-            waiting(str(why), pause_s)
+            pause_s = delay_s * (1 + random_fraction()) / 2
+            _LOG.debug("no link: %s; the next attempt is in %.1f s", error, pause_s)
+            on_wait(str(error), pause_s)
             await asyncio.sleep(pause_s)
-            pause = min(2 * pause, backoff.most_s)
+            delay_s = min(2 * delay_s, backoff.most_s)
             continue
-        opened = loop.time()
+        opened_at = loop.time()
         _LOG.debug("opened a link to %s", transport.address)
         try:
             yield link
         finally:
             await link.close()
-            _LOG.debug("closed the link after %.1f s", loop.time() - opened)
+            _LOG.debug("closed the link after %.1f s", loop.time() - opened_at)
         # If the link was lost at once, keep backing off.
-        pause = backoff.first_s if loop.time() - opened > pause else min(2 * pause, backoff.most_s)
-        since = loop.time()
-        await asyncio.sleep(pause * (1 + chance()) / 2)
+        lasted = loop.time() - opened_at > delay_s
+        delay_s = backoff.first_s if lasted else min(2 * delay_s, backoff.most_s)
+        down_since = loop.time()
+        await asyncio.sleep(delay_s * (1 + random_fraction()) / 2)

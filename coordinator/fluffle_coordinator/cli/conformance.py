@@ -73,7 +73,6 @@ def conformance(ctx: click.Context, /, **options: Any) -> None:
 
     To see every message, run 'fluffle tap --federation conformance' at the same time.
     """
-    from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
 
     as_json = options.pop("as_json")
@@ -85,7 +84,7 @@ def conformance(ctx: click.Context, /, **options: Any) -> None:
             echo(*_lines(finding))
 
     try:
-        run_until_signalled(_examine(report, warn, **options))
+        run_until_signalled(_examine(report, **options))
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
     counts = Counter(finding.outcome for finding in findings)
@@ -99,23 +98,24 @@ def conformance(ctx: click.Context, /, **options: Any) -> None:
 
 async def _examine(
     report: Callable[[Finding], None],
-    tell: Callable[[str], object],
     *,
     url: str | None,
     federation: str,
     queue_type: QueueType,
     **options: Any,
 ) -> None:
+    from fluffle_common.cli.console import warn
     from fluffle_common.cli.settings import broker_url, check_federation, check_worker
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_coordinator.conformance.examine import examine
+    from fluffle_coordinator.conformance.listener import ExamOptions
 
     topology = Topology(check_federation(federation), queue_type)
     if options["worker"] is not None:
         check_worker(options["worker"])
     transport = AmqpTransport(broker_url(url), f"fluffle conformance of {federation}")
-    async for finding in examine(transport, topology, tell=tell, **options):
+    async for finding in examine(transport, topology, ExamOptions(**options, tell=warn)):
         report(finding)
 
 

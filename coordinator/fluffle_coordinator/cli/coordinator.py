@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_common.cli.app import (
-    MOST_COUNT,
     SEED,
     FiniteFloat,
     count,
@@ -24,46 +23,15 @@ from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
-from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
+from fluffle_coordinator.cli.schedule_options import (
+    QuorumType,
+    check_schedule_options,
+    schedule_options,
+)
 from fluffle_coordinator.cli.stopping_options import stopping_options
 
 if TYPE_CHECKING:
     from fluffle_coordinator.machine.state import Quorum, Rules
-
-
-class QuorumType(click.ParamType[Any]):
-    """``all``, a number of updates (``2``), or a fraction of the cohort (``0.5``, ``50%``)."""
-
-    name = "quorum"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Quorum:
-        """Return the quorum that ``value`` describes."""
-        from fluffle_coordinator.machine.state import Quorum
-
-        if isinstance(value, Quorum):
-            return value
-        text = str(value).strip()
-        if text == "all":
-            return Quorum()
-        try:
-            if text.endswith("%"):
-                fraction = float(text[:-1]) / 100
-            elif text.isdecimal() and 0 < int(text[:11]) <= MOST_COUNT:
-                return Quorum(number=int(text))
-            else:
-                fraction = float(text)
-            if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
-                return Quorum(fraction=fraction)
-        except ValueError:
-            pass
-        self.fail(
-            f"'{text}' is not a quorum; give a number of updates such as 2, a fraction of the "
-            "workers asked such as 0.5 or 50%, or 'all'",
-            param,
-            ctx,
-        )
 
 
 def run_option(command: Any) -> Any:
@@ -288,13 +256,13 @@ def rules_of(options: dict[str, Any]) -> Rules:
     Raises:
         UsageError: if two options contradict each other.
     """
-    from fluffle_coordinator.machine.selection import UNIFORM, sample_size
+    from fluffle_coordinator.machine.selection import sample_size
     from fluffle_coordinator.machine.state import Rules
 
     quorum: Quorum = options["quorum"]
     fraction: float = options["fraction"]
     min_workers: int | None = options["min_workers"]
-    sample: int | None = options.get("sample")
+    sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
         raise UsageError("--fraction and --sample exclude each other; give one of them")
     least = quorum.number or 1
@@ -317,8 +285,8 @@ def rules_of(options: dict[str, Any]) -> Rules:
         min_updates=options["min_updates"],
         fraction=fraction,
         sample=sample,
-        over_provision=options.get("over_provision", 1.0),
-        selection=options.get("select") or UNIFORM,
+        over_provision=options["over_provision"],
+        selection=options["select"],
         max_examples=options["max_examples"],
         max_norm_ratio=options["max_norm_ratio"],
         max_round_s=options["max_round"],

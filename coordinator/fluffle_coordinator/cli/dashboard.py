@@ -34,7 +34,6 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
       fluffle dashboard --federation letters
       fluffle dashboard --federation letters --listen 0.0.0.0:9090
     """
-    from fluffle_common.cli.console import warn
     from fluffle_common.cli.printing import echo
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
     from fluffle_common.cli.settings import broker_url, check_federation, management_of
@@ -44,7 +43,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
 
     with needs():
         from fluffle_coordinator.dashboard.broker_source import BrokerSource
-        from fluffle_coordinator.dashboard.server import exposure, listen, url_of
+        from fluffle_coordinator.dashboard.server import listen, url_of
     from fluffle_coordinator.dashboard.feed import queue_asker
 
     topology = Topology(check_federation(federation))
@@ -54,8 +53,6 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     page = BrokerSource(topology, transport, asker)
     with listen(address, "--listen") as listening:
         echo(f"the page is at {url_of(listening)}")
-        if (exposed := exposure(listening)) is not None:
-            warn(exposed)
         try:
             run_until_signalled(page.serve(listening))
         except Interrupted as signalled:

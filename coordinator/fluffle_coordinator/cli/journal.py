@@ -7,6 +7,7 @@ import contextlib
 import re
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -44,6 +45,18 @@ def moment(text: str) -> datetime:
     return datetime.now(UTC) - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
 
 
+def _source_options(command: Any) -> Any:
+    """Add the options for the source of the journal: a broker, or a simulation's run folder."""
+    run_option = click.option(
+        "--run",
+        "folder",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Read the journal in the run folder of a simulation, instead of one on a broker.",
+    )
+    return federation_option(url_option(run_option(command)), required=False)
+
+
 def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
     try:
         return None if text is None else moment(text)
@@ -54,8 +67,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
 
 
 @click.command()
-@federation_option
-@url_option
+@_source_options
 @click.option(
     "--since",
     callback=_since,
@@ -94,17 +106,50 @@ def journal(**options: Any) -> None:
       fluffle journal --federation letters --round 7
       fluffle journal --federation letters --kind rejected --kind late
       fluffle journal --federation letters --follow
+      fluffle journal --run runs/simulation
     """
     show = _print_json if options["as_json"] else _SentencePrinter()
 
     async def run() -> None:
-        where = (options["federation"], options["url"], options["since"])
-        async with contextlib.aclosing(_events(*where, live=options["follow"])) as events:
+        async with contextlib.aclosing(_events_of(options)) as events:
             async for event in events:
                 if _is_wanted(event, options):
                     show(event)
 
     asyncio.run(run())
+
+
+def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
+    """Return the events of the journal that the options select."""
+    folder, since, follow = options["folder"], options["since"], options["follow"]
+    if folder is None:
+        return _events(_required(options["federation"]), options["url"], since, live=follow)
+    if follow:
+        raise UsageError(
+            "--follow needs a journal on a broker, but --run reads a file; give only one of them"
+        )
+    return _events_in_file(folder, since)
+
+
+async def _events_in_file(folder: Path, since: datetime | None) -> AsyncGenerator[Event]:
+    from fluffle_coordinator.observe.journal_file import read_journal_file
+
+    for event in read_journal_file(folder):
+        if since is None or (event.moment or since) >= since:
+            yield event
+
+
+def _required(federation: str | None) -> str:
+    """Return the federation, which is required unless the journal is in a run folder.
+
+    Raises:
+        UsageError: if it is None.
+    """
+    if federation is None:
+        raise UsageError(
+            "missing option '--federation', or '--run' for the journal of a simulation"
+        )
+    return federation
 
 
 def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
@@ -118,13 +163,18 @@ def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
 
 
 @click.command()
-@federation_option
-@url_option
+@_source_options
 @click.argument("number", metavar="[ROUND]", type=count(), required=False)
 @_run_id_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def explain(
-    federation: str, url: str | None, number: int | None, run_id: str | None, as_json: bool
+    *,
+    federation: str | None,
+    url: str | None,
+    folder: Path | None,
+    number: int | None,
+    run_id: str | None,
+    as_json: bool,
 ) -> None:
     """Explain what happened in a round, or what it is waiting for.
 
@@ -136,13 +186,19 @@ def explain(
     \b
       fluffle explain --federation letters            what is it waiting for?
       fluffle explain --federation letters 7
+      fluffle explain --run runs/simulation 7
     """
     from fluffle_coordinator.observe.explain import explain as explain_round
     from fluffle_coordinator.observe.explain_sentences import as_dict, sentences
+    from fluffle_coordinator.observe.journal_file import read_journal_file
 
-    events, coordinated = asyncio.run(_read(federation, url))
-    run, number = _choose_round(events, run_id, number)
     now = datetime.now(UTC)
+    if folder is None:
+        events, coordinated = asyncio.run(_read(_required(federation), url))
+    else:
+        events, coordinated = list(read_journal_file(folder)), None
+        now = events[-1].moment or now if events else now  # simulated time
+    run, number = _choose_round(events, run_id, number)
     explanation = explain_round(events, run, number, now, coordinated=coordinated)
     if as_json:
         echo_json(as_dict(explanation))

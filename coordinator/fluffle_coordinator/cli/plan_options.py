@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.cli.config_file import KeyValue
 from fluffle_coordinator.cli.compress_option import CompressType
+from fluffle_coordinator.cli.option_group import option_group
 
-_OPTIONS = [
+plan_options = option_group(
     click.option("--epochs", type=count(), default=1, help="Local epochs per round."),
     click.option(
         "--steps",
@@ -71,11 +70,4 @@ _OPTIONS = [
         ),
         show_default=False,
     ),
-]
-
-
-def plan_options(command: Any) -> Any:
-    """Add these options to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+)

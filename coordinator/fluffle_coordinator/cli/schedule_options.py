@@ -2,20 +2,54 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli.app import FiniteFloat, count
+from fluffle_common.cli.app import MOST_COUNT, FiniteFloat, count
 from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.option_group import option_group
 
-_SYNCHRONOUS_ONLY = {
-    "quorum": "--quorum",
-    "grace": "--grace",
-    "fraction": "--fraction",
-    "sample": "--sample",
-    "over_provision": "--over-provision",
-}
+if TYPE_CHECKING:
+    from fluffle_coordinator.machine.state import Quorum
+
+SYNCHRONOUS_ONLY = ("quorum", "grace", "fraction", "sample", "over_provision")
+"""The options that ``--schedule buffered`` would ignore, and that are therefore refused."""
+
+
+class QuorumType(click.ParamType[Any]):
+    """``all``, a number of updates (``2``), or a fraction of the cohort (``0.5``, ``50%``)."""
+
+    name = "quorum"
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> Quorum:
+        """Return the quorum that ``value`` describes."""
+        from fluffle_coordinator.machine.state import Quorum
+
+        if isinstance(value, Quorum):
+            return value
+        text = str(value).strip()
+        if text == "all":
+            return Quorum()
+        try:
+            if text.endswith("%"):
+                fraction = float(text[:-1]) / 100
+            elif text.isdecimal() and 0 < int(text[:11]) <= MOST_COUNT:
+                return Quorum(number=int(text))
+            else:
+                fraction = float(text)
+            if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
+                return Quorum(fraction=fraction)
+        except ValueError:
+            pass
+        self.fail(
+            f"'{text}' is not a quorum; give a number of updates such as 2, a fraction of the "
+            "workers asked such as 0.5 or 50%, or 'all'",
+            param,
+            ctx,
+        )
 
 
 class DiscountType(click.ParamType[Any]):
@@ -53,7 +87,7 @@ class SelectionType(click.ParamType[Any]):
             self.fail(str(why), param, ctx)
 
 
-_OPTIONS = [
+schedule_options = option_group(
     click.option(
         "--fraction",
         type=FiniteFloat(0, 1, min_open=True),
@@ -143,18 +177,11 @@ _OPTIONS = [
             "count it in the open round, discounted as --staleness says."
         ),
     ),
-]
-
-
-def schedule_options(command: Any) -> Any:
-    """Add these options to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+)
 
 
 def check_schedule_options(options: dict[str, Any]) -> None:
-    """Refuse options that ``--schedule buffered`` would ignore.
+    """Refuse options of the current command that ``--schedule buffered`` would ignore.
 
     Raises:
         UsageError: if one of them was given; the message names it.
@@ -162,10 +189,10 @@ def check_schedule_options(options: dict[str, Any]) -> None:
     if options["schedule"] != "buffered":
         return
     context = click.get_current_context()
-    for name, option in _SYNCHRONOUS_ONLY.items():
+    for name in SYNCHRONOUS_ONLY:
         source = context.get_parameter_source(name)
         if source not in (None, click.core.ParameterSource.DEFAULT):
             raise UsageError(
-                f"{option} has no effect with --schedule buffered, which has no synchronous "
-                "rounds; use --buffer and --concurrency instead"
+                f"--{name.replace('_', '-')} has no effect with --schedule buffered, which has no "
+                "synchronous rounds; use --buffer and --concurrency instead"
             )

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import click
 
 from fluffle_common.cli.app import FiniteFloat, count, seconds
+from fluffle_coordinator.cli.option_group import option_group
 
-_OPTIONS = [
+stopping_options = option_group(
     click.option(
         "--monitor",
         metavar="METRIC",
@@ -39,11 +38,4 @@ _OPTIONS = [
         metavar="SECONDS",
         help="End the run after the round in which the total time of its rounds reaches this.",
     ),
-]
-
-
-def stopping_options(command: Any) -> Any:
-    """Add these options to a command."""
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
+)

@@ -1,1 +1,6 @@
-"""Checks a third-party worker against docs/protocol.md by playing a coordinator."""
+"""Checks a third-party worker against docs/protocol.md by playing a coordinator.
+
+``examine`` runs the scenarios of ``greeting``, ``work``, ``odd_messages`` and ``ending`` in turn. A
+scenario sends messages through a ``Probe`` and judges what the worker sends back, which the
+probe's base class, ``Listener``, collects.
+"""

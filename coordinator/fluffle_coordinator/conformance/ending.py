@@ -7,19 +7,19 @@ import asyncio
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello, Refusal, Stop
 from fluffle_coordinator.conformance.findings import Skipped, Unmet, check_rhythm
 from fluffle_coordinator.conformance.probe import Probe
-from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, LIFE, MESSAGE, demands
+from fluffle_coordinator.conformance.scenario import Section, demands
 
 _POLL_S = 0.2
 _FAULTS_SHOWN = 3
 
 
-@demands(LIFE, "a worker never misses five heartbeats in a row, not even during training")
+@demands(Section.HELLO, "a worker never misses five heartbeats in a row, not even during training")
 async def heartbeats(probe: Probe) -> str:
     """Check the intervals between all hellos and heartbeats."""
     return check_rhythm(probe.presence, asyncio.get_running_loop().time())
 
 
-@demands(LIFE, "the session changes only when the process restarts")
+@demands(Section.HELLO, "the session changes only when the process restarts")
 async def one_session(probe: Probe) -> str:
     """Check the session of all presence messages."""
     sessions = {each.message.session for each in probe.presence}
@@ -29,8 +29,8 @@ async def one_session(probe: Probe) -> str:
 
 
 @demands(
-    MESSAGE,
-    "every message is well-formed, under its routing key, with its type and a message_id; updates, "
+    Section.MESSAGES,
+    "every message is well-formed and has its routing key, its type and a message_id; updates, "
     "evaluations, first weights and failures are persistent",
 )
 async def well_formed(probe: Probe) -> str:
@@ -42,7 +42,9 @@ async def well_formed(probe: Probe) -> str:
     return f"{len(probe.presence) + len(probe.answers)} messages"
 
 
-@demands(FROM_COORDINATOR, "a stop of its run lets a worker leave, with a bye, or wait for another")
+@demands(
+    Section.LEAVING, "after a stop of its run, a worker leaves with a bye or waits for another run"
+)
 async def stop(probe: Probe) -> str:
     """End the run."""
     since = len(probe.presence)
@@ -67,7 +69,7 @@ async def stop(probe: Probe) -> str:
     return await probe.until(find, "bye")
 
 
-@demands(FROM_COORDINATOR, "a refusal of its session lets a worker leave")
+@demands(Section.HELLO, "after a refusal of its session, a worker leaves")
 async def refusal(probe: Probe) -> str:
     """Refuse the worker after it has been restarted."""
     if not probe.options.twice:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 from fluffle_common.errors import RunError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import QueueInUse, Transport
-from fluffle_common.transport.once import open_once
+from fluffle_common.transport.open_once import open_once
 from fluffle_coordinator.conformance.ending import ENDING, RETROSPECTIVE
 from fluffle_coordinator.conformance.findings import Finding, Outcome, Skipped, Unmet
 from fluffle_coordinator.conformance.greeting import GREETING
@@ -25,42 +25,28 @@ SCENARIOS: tuple[Scenario, ...] = (*GREETING, *WORK, *ODD_MESSAGES, *ENDING)
 
 
 async def examine(
-    transport: Transport,
-    topology: Topology,
-    *,
-    worker: str | None = None,
-    large: bool = False,
-    twice: bool = False,
-    wait_s: float = 600.0,
-    patience_s: float = 60.0,
-    tell: Callable[[str], object] = lambda _: None,
+    transport: Transport, topology: Topology, options: ExamOptions
 ) -> AsyncGenerator[Finding]:
     """Wait for a worker and examine it; yield one finding per scenario.
 
     Args:
         transport: the connection to the broker.
         topology: the names on the broker, of a federation that nothing else uses.
-        worker: the id of the worker to examine; None takes the first that connects.
-        large: add a tensor to the model, so that it travels in parts.
-        twice: wait for a second start of the worker, and refuse it.
-        wait_s: seconds to wait for the worker.
-        patience_s: seconds to wait for an answer.
-        tell: called with progress messages for people.
+        options: the options of the examination.
 
     Raises:
         BrokerError: if there is no broker, or the link to it was lost.
         RunError: if no worker came, or the federation has a coordinator.
         UsageError: if the federation has messages of a real run.
     """
-    options = ExamOptions(worker, large, twice, patience_s, tell)
+    worker = f"worker {options.worker}" if options.worker else "any worker"
     async with _probe(transport, topology, options) as probe:
-        tell(
-            f"waiting for {f'worker {worker}' if worker else 'any worker'} in federation "
-            f"{topology.federation} at {transport.address}"
+        options.tell(
+            f"waiting for {worker} in federation {topology.federation} at {transport.address}"
         )
         reading = asyncio.ensure_future(probe.read())
         try:
-            await _while_reading(reading, _first_presence(probe, wait_s))
+            await _while_reading(reading, _first_presence(probe))
             abort_reason: str | None = None
             for scenario in SCENARIOS:
                 if abort_reason is None or scenario in RETROSPECTIVE:
@@ -108,8 +94,9 @@ async def _while_reading(reading: asyncio.Future[None], work: Coroutine[Any, Any
         await asyncio.gather(working, return_exceptions=True)
 
 
-async def _first_presence(probe: Probe, wait_s: float) -> None:
+async def _first_presence(probe: Probe) -> None:
     """Wait until a worker is heard."""
+    wait_s = probe.options.wait_s
     try:
         await probe.until(lambda: probe.presence or None, "hello", within_s=wait_s)
     except Unmet:

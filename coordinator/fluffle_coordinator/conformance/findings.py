@@ -31,7 +31,7 @@ class Finding:
         outcome: ``ok``, ``failed`` or ``skipped``.
         seen: what the worker did, or why the scenario was skipped.
         demand: what docs/protocol.md demands.
-        section: the heading there under which it does.
+        section: the section of that document.
     """
 
     scenario: str

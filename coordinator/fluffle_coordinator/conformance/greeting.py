@@ -8,13 +8,13 @@ from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.weights import check_finite
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
-from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, TO_COORDINATOR, demands
+from fluffle_coordinator.conformance.scenario import Section, demands
 
 _HELLO_AGAIN_S = 5.0
 
 
 @demands(
-    TO_COORDINATOR,
+    Section.HELLO,
     f"a hello identifies the worker and its data, and offers protocol {PROTOCOL}",
     needed=True,
 )
@@ -36,7 +36,7 @@ async def hello(probe: Probe) -> str:
     )
 
 
-@demands(FROM_COORDINATOR, "a welcome is followed by a heartbeat")
+@demands(Section.HELLO, "a welcome is followed by a heartbeat")
 async def welcome(probe: Probe) -> str:
     """Send another welcome, and wait for a heartbeat."""
     since = len(probe.presence)
@@ -46,7 +46,7 @@ async def welcome(probe: Probe) -> str:
 
 
 @demands(
-    FROM_COORDINATOR,
+    Section.FIRST_WEIGHTS,
     "an init_request is answered with first weights: named, finite tensors of the model that the "
     "hello announces",
     needed=True,

@@ -44,11 +44,21 @@ class Answer(NamedTuple):
 
 @dataclass(frozen=True)
 class ExamOptions:
-    """The options of an examination; see ``examine``."""
+    """The options of an examination.
+
+    Args:
+        worker: the id of the worker to examine; None takes the first that connects.
+        large: add a tensor to the model, so that it travels in parts.
+        twice: wait for a second start of the worker, and refuse it.
+        wait_s: seconds to wait for the worker.
+        patience_s: seconds to wait for an answer.
+        tell: called with progress messages for people.
+    """
 
     worker: str | None = None
     large: bool = False
     twice: bool = False
+    wait_s: float = 600.0
     patience_s: float = 60.0
     tell: Callable[[str], object] = lambda _: None
 

@@ -23,19 +23,12 @@ from fluffle_common.tensors.weights import size_bytes
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.listener import RUNS, SentFit
 from fluffle_coordinator.conformance.probe import Probe, altered, fresh_name
-from fluffle_coordinator.conformance.scenario import (
-    FROM_COORDINATOR,
-    LIFE,
-    MESSAGE,
-    PARTS,
-    REFUSED,
-    demands,
-)
+from fluffle_coordinator.conformance.scenario import Section, demands
 
 _UNKNOWN = "conformance_later"
 
 
-@demands(MESSAGE, "keys that a worker does not know are ignored, and so are ext and pad")
+@demands(Section.MESSAGES, "keys that a worker does not know are ignored, and so are ext and pad")
 async def unknown_keys(probe: Probe) -> str:
     """Send work with keys of a future minor version."""
     fit = probe.next_fit()
@@ -45,7 +38,10 @@ async def unknown_keys(probe: Probe) -> str:
     return "the update"
 
 
-@demands(MESSAGE, "a message whose critical lists a key that the worker does not know is refused")
+@demands(
+    Section.MESSAGES,
+    "a message whose critical lists a key that the worker does not know is refused",
+)
 async def unknown_critical_key(probe: Probe) -> str:
     """Send work whose meaning an unknown key may change."""
     changes = {_UNKNOWN: 1, "critical": ["base", _UNKNOWN]}
@@ -56,7 +52,7 @@ async def unknown_critical_key(probe: Probe) -> str:
 
 
 @demands(
-    FROM_COORDINATOR,
+    Section.REFUSED,
     "a message that is malformed, of another federation or of an unknown kind is ignored; the "
     "worker goes on",
 )
@@ -83,7 +79,9 @@ async def mail_for_nobody(probe: Probe) -> str:
     return f"{len(odd)} odd messages ignored, then the update"
 
 
-@demands(REFUSED, "a fit whose tensors do not match its header, or are not finite, is refused")
+@demands(
+    Section.REFUSED, "a fit whose tensors do not match its header, or are not finite, is refused"
+)
 async def unsound_weights(probe: Probe) -> str:
     """Send such work, then sound work."""
     refused = []
@@ -152,7 +150,7 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
 
 
 @demands(
-    PARTS,
+    Section.PARTS,
     "while a part of the model is missing, the worker waits in state receiving; it takes the model "
     "when all of it is sent again as a new transfer",
 )
@@ -184,7 +182,7 @@ async def _send_strange_parts(probe: Probe) -> None:
 
 
 @demands(
-    PARTS,
+    Section.PARTS,
     "a payload of more than 4 MiB is sent in parts before its update, and once more when the fit "
     "comes again; a digest, if there is one, is that of the parts",
 )
@@ -220,7 +218,7 @@ def _in_parts(probe: Probe) -> int:
     return transfer.parts
 
 
-@demands(LIFE, "a stop of another run, and a refusal of another session, are ignored")
+@demands(Section.LEAVING, "a stop of another run, and a refusal of another session, are ignored")
 async def end_of_others(probe: Probe) -> str:
     """Send both, then work."""
     federation, since = probe.topology.federation, len(probe.presence)

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from enum import StrEnum
 
 from fluffle_coordinator.conformance.probe import Probe
 
 Play = Callable[[Probe], Awaitable[str]]
 """Plays a scenario; returns what the worker did, or raises ``Unmet`` or ``Skipped``."""
 
-LIFE = "The life of a worker"
-FROM_COORDINATOR = "From the coordinator, in `F.inbox.W`"
-TO_COORDINATOR = "To the coordinator, on `F.results`"
-MESSAGE = "A message"
-PARTS = "Large payloads"
-OUTCOME = "What becomes of an update"
-REFUSED = "What a worker refuses"
-SECTIONS = (LIFE, FROM_COORDINATOR, TO_COORDINATOR, MESSAGE, PARTS, OUTCOME, REFUSED)
+
+class Section(StrEnum):
+    """The sections of docs/protocol.md that demand something of a worker."""
+
+    MESSAGES = "Messages"
+    HELLO = "Hello and heartbeats"
+    FIRST_WEIGHTS = "First weights"
+    WORK = "Work"
+    REFUSED = "What a worker refuses"
+    PARTS = "Large payloads"
+    OUTCOME = "What becomes of an update"
+    LEAVING = "Leaving"
 
 
 @dataclass(frozen=True)
@@ -26,20 +31,20 @@ class Scenario:
 
     Args:
         name: a few words that name it.
-        section: the heading in docs/protocol.md under which the demand is.
+        section: the section of docs/protocol.md that contains the demand.
         demand: what a worker has to do.
         play: the test.
         needed: whether no later scenario can be tried if this one fails.
     """
 
     name: str
-    section: str
+    section: Section
     demand: str
     play: Play
     needed: bool = False
 
 
-def demands(section: str, demand: str, *, needed: bool = False) -> Callable[[Play], Scenario]:
+def demands(section: Section, demand: str, *, needed: bool = False) -> Callable[[Play], Scenario]:
     """Return a decorator that makes a scenario of a function and names it after that."""
 
     def decorate(play: Play) -> Scenario:

@@ -6,13 +6,13 @@ from fluffle_common.protocol.messages import Evaluation, Update, Verdict
 from fluffle_coordinator.conformance.findings import ReceivedUpdate, Unmet, same_answer
 from fluffle_coordinator.conformance.listener import SentFit
 from fluffle_coordinator.conformance.probe import Probe, fresh_name
-from fluffle_coordinator.conformance.scenario import FROM_COORDINATOR, LIFE, OUTCOME, demands
+from fluffle_coordinator.conformance.scenario import Section, demands
 
 
 @demands(
-    LIFE,
-    "a fit is answered with an update of its run, round and base: trained - received, in the "
-    "names, shapes and dtypes of the fit, and finite",
+    Section.WORK,
+    "a fit is answered with an update of its run, round and base; its tensors are trained - "
+    "received, with the names, shapes and dtypes of the fit, and finite",
     needed=True,
 )
 async def fit(probe: Probe) -> str:
@@ -22,9 +22,9 @@ async def fit(probe: Probe) -> str:
 
 
 @demands(
-    LIFE,
-    "a fit with evaluate true is answered with an evaluation of round - 1 and the same base, "
-    "before the update; without held-out data, with none",
+    Section.WORK,
+    "if evaluate is true, an evaluation of round - 1 and the fit's base comes before the update; "
+    "a worker without held-out data sends none",
 )
 async def evaluation_before_the_update(probe: Probe) -> str:
     """Ask for both, and check their order."""
@@ -48,7 +48,7 @@ async def evaluation_before_the_update(probe: Probe) -> str:
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples, then the update"
 
 
-@demands(LIFE, "an idle worker says which round of which run it did last")
+@demands(Section.WORK, "an idle worker reports the run and the round of its last work")
 async def last_work(probe: Probe) -> str:
     """Play a round, then ask for a heartbeat."""
     update, _ = await probe.update(await probe.ask(probe.next_fit()))
@@ -60,7 +60,7 @@ async def last_work(probe: Probe) -> str:
     return f"idle after round {beat.round}"
 
 
-@demands(LIFE, "a fit that was answered is answered with the same update when it comes again")
+@demands(Section.WORK, "if a fit comes again after its answer, the same update is sent again")
 async def same_fit_again(probe: Probe) -> str:
     """Send the same fit twice, the second time after the answer."""
     sent = await probe.ask(probe.next_fit())
@@ -72,7 +72,7 @@ async def same_fit_again(probe: Probe) -> str:
     return "the same update"
 
 
-@demands(LIFE, "a repeated fit is ignored while the worker is at work on its round")
+@demands(Section.WORK, "a repeated fit is ignored while the worker is at work on its round")
 async def same_fit_while_at_work(probe: Probe) -> str:
     """Send the same fit twice in a row."""
     sent = await probe.ask(probe.next_fit())
@@ -86,7 +86,9 @@ async def same_fit_while_at_work(probe: Probe) -> str:
     return f"{len(updates)} update{'s, the same' if len(updates) > 1 else ''}"
 
 
-@demands(LIFE, "the next fit is answered even if it comes before the last update is confirmed")
+@demands(
+    Section.WORK, "the next fit is answered even if it comes before the last update is confirmed"
+)
 async def next_fit_at_once(probe: Probe) -> str:
     """Play rounds without a pause between them."""
     for _ in range(3):
@@ -94,7 +96,7 @@ async def next_fit_at_once(probe: Probe) -> str:
     return "3 rounds without a pause"
 
 
-@demands(LIFE, "a fit for a newer round ends the older work, and is answered")
+@demands(Section.WORK, "a fit for a newer round ends the older work, and is answered")
 async def newer_fit(probe: Probe) -> str:
     """Send the next round while the worker trains."""
     older = await probe.ask(probe.next_fit())
@@ -104,7 +106,7 @@ async def newer_fit(probe: Probe) -> str:
 
 
 @demands(
-    LIFE,
+    Section.WORK,
     "an older fit is accepted or ignored; if it is ignored, the newer one is still answered",
 )
 async def older_fit(probe: Probe) -> str:
@@ -123,7 +125,7 @@ async def older_fit(probe: Probe) -> str:
     return "the older round, and the newer one when it came again"
 
 
-@demands(LIFE, "the same round with another base is different work, and trained again")
+@demands(Section.WORK, "the same round with another base is different work, and trained again")
 async def another_base(probe: Probe) -> str:
     """Send the round under another base while the worker trains."""
     first = await probe.ask(probe.next_fit())
@@ -133,7 +135,7 @@ async def another_base(probe: Probe) -> str:
 
 
 @demands(
-    OUTCOME,
+    Section.OUTCOME,
     "after a verdict with train_again and a fit of the next attempt, the round is trained again",
 )
 async def rejected_update(probe: Probe) -> str:
@@ -158,7 +160,7 @@ async def rejected_update(probe: Probe) -> str:
 
 
 @demands(
-    FROM_COORDINATOR, "an evaluate is answered with its round and base, even without held-out data"
+    Section.WORK, "an evaluate is answered with its round and base, even without held-out data"
 )
 async def evaluate(probe: Probe) -> str:
     """Send an evaluate."""
@@ -171,7 +173,9 @@ async def evaluate(probe: Probe) -> str:
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples"
 
 
-@demands(LIFE, "an evaluate is newer than the fit of its round: it is answered during training")
+@demands(
+    Section.WORK, "an evaluate is newer than the fit of its round: it is answered during training"
+)
 async def evaluate_during_training(probe: Probe) -> str:
     """Send an evaluate while the worker trains, then the next round."""
     await probe.ask(probe.next_fit())

@@ -56,11 +56,7 @@ class BrokerSource:
             BrokerError: if the broker refuses this user for good.
         """
         async with served(self.feed, listening):
-            await self.follow()
-
-    async def follow(self) -> None:
-        """Keep the board until cancelled."""
-        await run_all(self._follow_journal(), self._follow_presence())
+            await run_all(self._follow_journal(), self._follow_presence())
 
     async def _follow_journal(self) -> None:
         events = read_journal(self._transport, self._topology, live=True, backoff=_FOREVER)

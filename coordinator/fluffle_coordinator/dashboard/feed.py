@@ -15,7 +15,7 @@ from typing import Any
 from fluffle_common.cli.console import warn
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.management import UNTOLD, queue_figures
+from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, queue_figures
 from fluffle_coordinator.dashboard.board import Board
 
 Figures = Iterable[Mapping[str, Any]]
@@ -101,7 +101,7 @@ class Feed:
                 return
             try:
                 figures = list(await asyncio.to_thread(self._ask_queues))
-            except UNTOLD as why:
+            except REQUEST_ERRORS as why:
                 reason = getattr(why, "reason", None) or why
                 self._board.queues((), f"RabbitMQ's management API does not answer ({reason})")
                 self._ask_again_at = loop.time() + max(max_age_s, _AFTER_A_FAILURE_S)

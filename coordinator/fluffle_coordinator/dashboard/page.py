@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, TypeVar
 
-from fluffle_common.cli.console import warn
 from fluffle_common.protocol.topology import Topology
 from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.feed import queue_asker
-from fluffle_coordinator.dashboard.server import exposure, listen, served, url_of
+from fluffle_coordinator.dashboard.server import listen, served, url_of
 
 T = TypeVar("T")
 
@@ -33,8 +32,6 @@ class Page(CoordinatorSource):
     def __init__(self, address: str, topology: Topology, url: str, management: str) -> None:
         self._listening = listen(address, "--dashboard")
         self.url = url_of(self._listening)
-        if (exposed := exposure(self._listening)) is not None:
-            warn(exposed)
         super().__init__(topology.federation, queue_asker(topology, url, management))
 
     def remember(self, rounds: Iterable[Mapping[str, Any]]) -> None:

@@ -24,7 +24,14 @@ from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import read_history, read_history_lines
 
-_SCRIPTS = ("dom.js", "chart.js", "results.js", "panels.js", "page.js")  # in dependency order
+_SCRIPTS = (
+    "dom.js",
+    "chart.js",
+    "results.js",
+    "workers.js",
+    "panels.js",
+    "page.js",
+)  # in dependency order
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
 _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 
@@ -45,8 +52,8 @@ def read_report(folder: Path, now: float) -> dict[str, Any]:
         identity = json.loads(path.read_text())
     except FileNotFoundError:
         identity = {}
-    except (OSError, ValueError):
-        raise UsageError(f"{path} cannot be read") from None
+    except (OSError, ValueError) as why:
+        raise UsageError(f"{path} cannot be read ({why})") from None
     checkpoints = [_checkpoint(file) for file in sorted(folder.glob("round-*.safetensors"))]
     end = next((line for line in last if line["event"] == "ended"), None)
     return snapshot(rows, identity, checkpoints, end, now)

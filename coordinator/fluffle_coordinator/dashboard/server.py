@@ -101,13 +101,6 @@ def is_loopback(listening: socket.socket) -> bool:
     return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
 
 
-def exposure(listening: socket.socket) -> str | None:
-    """Return a warning if other machines can reach the page, else None."""
-    if is_loopback(listening):
-        return None
-    return f"anyone who can reach this machine can read the page at {url_of(listening)}"
-
-
 # --- the server --------------------------------------------------------------------------------
 
 
@@ -123,9 +116,12 @@ class _Server(uvicorn.Server):
 @contextlib.asynccontextmanager
 async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
     """Serve the page while the body runs; a failure of the server is only a warning."""
-    hosts = {"localhost", "127.0.0.1", "::1", listening.getsockname()[0]}
+    hosts: set[str] | None = {"localhost", "127.0.0.1", "::1", listening.getsockname()[0]}
+    if not is_loopback(listening):
+        hosts = None
+        warn(f"anyone who can reach this machine can read the page at {url_of(listening)}")
     config = uvicorn.Config(
-        application(feed, hosts if is_loopback(listening) else None),
+        application(feed, hosts),
         loop="none",
         http="h11",
         ws="none",

@@ -16,21 +16,13 @@ import asyncio
 import contextlib
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
 
 from fluffle_common.cli.console import warn
 from fluffle_common.clock import timestamp
 from fluffle_common.errors import FluffleError
 from fluffle_common.protocol.codec import encode
-from fluffle_common.protocol.events import (
-    Gap,
-    Resumed,
-    RunEvent,
-    Standby,
-    Started,
-    Waiting,
-)
+from fluffle_common.protocol.events import Gap, RunEvent
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import (
@@ -41,6 +33,7 @@ from fluffle_common.transport.base import (
     QueueInUse,
     Unroutable,
 )
+from fluffle_coordinator.observe.journal_entries import Entries, Entry
 from fluffle_coordinator.observe.watchers import Watcher
 
 _CAPACITY = 10_000  # a busy federation's events of some hours, a few megabytes
@@ -50,17 +43,6 @@ _WINDOW = 500  # the most unconfirmed events
 # Up to this many events become one message each, which is readable in RabbitMQ's own UI. More are
 # packed into a single message, which is much cheaper.
 _FEW = 8
-_OMITTED_FIELD = "address"  # of the broker: its readers know it
-_NOTHING = object()
-
-
-class _Unsent(NamedTuple):
-    """An event that waits to be numbered and published."""
-
-    name: str
-    time: str
-    run: str | None
-    fields: Mapping[str, Any]
 
 
 class Journal(Watcher):
@@ -79,13 +61,11 @@ class Journal(Watcher):
         capacity: int = _CAPACITY,
         now: Callable[[], str] = timestamp,
     ) -> None:
-        self._topology, self._now = topology, now
+        self._topology, self._entries = topology, Entries(now)
         self._session, self._number = uuid.uuid4().hex[:12], 0
-        self._run: str | None = None
-        self._unsent: deque[_Unsent] = deque(maxlen=capacity)
+        self._unsent: deque[Entry] = deque(maxlen=capacity)
         self._window: list[Event] = []
         self._dropped = 0
-        self._latest_gist: dict[str, object] = {}
         self._not_empty = asyncio.Event()
         self._at_rest = asyncio.Event()  # set while there is nothing to send, or no link
         self._at_rest.set()
@@ -97,26 +77,15 @@ class Journal(Watcher):
 
     def record(self, event: RunEvent) -> None:
         """Queue an event for publishing."""
-        if isinstance(event, Started | Resumed) and event.run:
-            self._run = event.run
-        if self._broken or not event.journalled or self._is_repetition(event):
+        entry = self._entries.entry_of(event)
+        if entry is None or self._broken:
             return
         if len(self._unsent) == self._unsent.maxlen:
             self._dropped += 1  # append() removes the oldest
-        fields = event.fields()
-        fields.pop(_OMITTED_FIELD, None)
-        self._unsent.append(_Unsent(event.name, self._now(), self._run, fields))
+        self._unsent.append(entry)
         if self._linked:
             self._at_rest.clear()
         self._not_empty.set()
-
-    def _is_repetition(self, event: RunEvent) -> bool:
-        """Whether a periodic report has the same gist as the last one."""
-        if not isinstance(event, Waiting | Standby):
-            return False
-        gist = event.gist()
-        before, self._latest_gist[event.name] = self._latest_gist.get(event.name, _NOTHING), gist
-        return gist == before
 
     # --- publishing ----------------------------------------------------------------------------
 
@@ -176,13 +145,13 @@ class Journal(Watcher):
         """Number the next events, after a ``gap`` if some were dropped."""
         if self._dropped and self._unsent:
             first = self._unsent[0]
-            gap = _Unsent(Gap.name, first.time, first.run, Gap(dropped=self._dropped).fields())
+            gap = Entry(Gap.name, first.time, first.run, Gap(dropped=self._dropped).fields())
             self._window.append(self._numbered(gap))
             self._dropped = 0
         while self._unsent and len(self._window) < _WINDOW:
             self._window.append(self._numbered(self._unsent.popleft()))
 
-    def _numbered(self, unsent: _Unsent) -> Event:
+    def _numbered(self, unsent: Entry) -> Event:
         self._number += 1
         return Event(
             federation=self._topology.federation,

@@ -271,6 +271,10 @@ class RunView:
             view.loss, view.metrics = event.loss, {**view.metrics, **(event.metrics or {})}
             view.evaluated_on, view.evaluated = event.num_examples, True
 
+    def _personal(self, _: float, event: run_events.Personal) -> None:
+        if view := self._round(event.round):
+            view.metrics = {**view.metrics, **(event.metrics or {})}
+
     def _tested(self, _: float, event: run_events.Tested) -> None:
         if view := self._round(event.round):
             view.metrics = {**view.metrics, **add_test_prefix(event.metrics or {})}
@@ -356,6 +360,7 @@ _HANDLERS: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Failure: RunView._failure,
     run_events.Committed: RunView._committed,
     run_events.Evaluated: RunView._evaluated,
+    run_events.Personal: RunView._personal,
     run_events.Privacy: RunView._privacy,
     run_events.Tested: RunView._tested,
     run_events.Closed: RunView._noted,

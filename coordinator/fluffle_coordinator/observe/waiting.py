@@ -38,13 +38,13 @@ class WaitingReport:
         if inputs[:2] != self._inputs[:2]:  # a round has just opened: that event says enough
             self.due_at = now + self._every_s
         self._inputs = inputs
-        waiting = waiting_for(state, now) if state.phase is Phase.WAITING else None
+        what = _lacking(state) if state.link and state.phase is Phase.WAITING else None
         kind: tuple[str | None, ...] = ()
-        if waiting is not None:
-            kind = waiting.what, state.init_asked if waiting.what == "first_weights" else None
+        if what is not None:
+            kind = what, state.init_asked if what == "first_weights" else None
         if kind == self._kind and now < self.due_at:
-            return None
-        waiting = waiting or waiting_for(state, now)
+            return None  # before the report, which names every worker, is put together
+        waiting = waiting_for(state, now)
         if waiting is not None and had_effects and now < self.due_at:
             return None
         self.due_at, self._kind = now + self._every_s, kind
@@ -84,14 +84,20 @@ def missing(state: State, now: float) -> str:
 
 
 def _before_a_round(state: State) -> Waiting | None:
-    present, gate = ", ".join(sorted(state.workers)) or "nobody", workers_needed(state)
-    if len(state.workers) < gate:
+    what = _lacking(state)
+    if what == "workers":
+        present, gate = ", ".join(sorted(state.workers)) or "nobody", workers_needed(state)
         reason = f"waiting for workers: {len(state.workers)} of {gate} are here ({present})"
-        return Waiting(reason=reason, what="workers")
-    if state.has_weights:
-        return None
-    reason = f"waiting for first weights from {state.init_asked}"
-    return Waiting(reason=reason, what="first_weights")
+    else:
+        reason = f"waiting for first weights from {state.init_asked}"
+    return None if what is None else Waiting(reason=reason, what=what)
+
+
+def _lacking(state: State) -> str | None:
+    """Return what the next round lacks, as ``Waiting.what``; None if it can open."""
+    if len(state.workers) < workers_needed(state):
+        return "workers"
+    return None if state.has_weights else "first_weights"
 
 
 def _short(state: State) -> int:

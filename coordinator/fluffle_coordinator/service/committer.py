@@ -29,7 +29,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.storage.best_model import keep_best
 from fluffle_coordinator.storage.history import read_history_lines
-from fluffle_coordinator.storage.round_stats import Clock, Counts
+from fluffle_coordinator.storage.round_stats import Clock, Counts, personal_means
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -38,7 +38,8 @@ _DISK_RETRY_S = 5.0
 # The field names of a round's history lines and of the Evaluated event. Readers merge those into
 # one mapping, so a metric of one of these names is renamed.
 _FIELDS = frozenset(
-    "asked base bytes checkpoint committed_at delta ended_at epsilon evaluated_at evaluators event "
+    "asked base bytes checkpoint committed_at delta ended_at epsilon evaluated_at evaluations "
+    "evaluators event "
     "federation late late_updates loss metrics num_examples opened_at outcome participants reason "
     "rejected rejections round rounds run strategy tested_at time timings train_loss".split()
 )
@@ -184,7 +185,8 @@ class Committer:
         }
         if self._strategy != FEDAVG.name:
             line["strategy"] = self._strategy
-        line |= average.spent
+        personal = personal_means(average.participants)
+        line |= {**average.spent, **personal}
 
         def write() -> None:
             self._store.save_weights(number, average.weights, metadata, average.kept)
@@ -196,6 +198,8 @@ class Committer:
         self._committed_at = monotonic()
         if average.spent:
             self._record(run_events.Privacy(round=number, **average.spent))
+        if personal:
+            self._record(run_events.Personal(round=number, metrics=personal))
         participants: Counter[str] = Counter()  # in a buffer, a worker can appear more than once
         for participant in average.participants:
             participants[participant["worker"]] += participant["num_examples"]
@@ -254,7 +258,17 @@ class Committer:
         if not evaluations:
             return  # nobody has held-out data
         averages = average_evaluations(evaluations)
-        line = {"event": "evaluated", "round": number, **averages, "evaluated_at": timestamp()}
+        line = {
+            "event": "evaluated",
+            "round": number,
+            **averages,
+            "evaluations": [
+                {"worker": name, "num_examples": e.num_examples, "loss": e.loss}
+                | ({"metrics": dict(e.metrics)} if e.metrics else {})
+                for name, e in sorted(evaluations.items())
+            ],
+            "evaluated_at": timestamp(),
+        }
         await self._on_disk(lambda: self._store.history.append(line))
         extra = {
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")

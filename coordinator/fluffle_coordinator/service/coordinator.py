@@ -32,7 +32,7 @@ from fluffle_common.transport.base import (
     QueueInUse,
     Transport,
     UnknownQueueType,
-    tell_of_blocking,
+    report_blocking,
 )
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_coordinator.machine import effects as fx
@@ -320,7 +320,7 @@ class Coordinator:
             self._intake.read_presence(presence),
             self._intake.send_echoes(link, number),
             self._intake.consume_updates(link, number),
-            tell_of_blocking(link, self._record),
+            report_blocking(link, self._record),
         ]
         await run_all(*tasks, *([self._journal.publish(link)] if self._journal else []))
 

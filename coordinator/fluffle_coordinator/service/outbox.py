@@ -281,6 +281,6 @@ class Outbox:
             message,
             weights,
             route,
-            beside={EXTRA: extra},
+            others={EXTRA: extra},
             digest=self.prepare(weights, extra),
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.protocol.events import Late, Rejected, RunEvent
+from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
 
 _MOST_DETAILS = 50  # so that a flood of bad updates does not flood the history
 
@@ -30,6 +31,23 @@ def weighted_mean(values: Iterable[tuple[int, float]]) -> float | None:
         return None
     mean = sum(n * value for n, value in pairs) / total
     return mean if math.isfinite(mean) else float(sum(n * Fraction(v) for n, v in pairs) / total)
+
+
+def personal_means(participants: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """Return the participants' means of the metrics of what they trained, weighted by examples.
+
+    Example:
+        >>> three = {"num_examples": 3, "metrics": {"personal_loss": 1.0, "steps": 5.0}}
+        >>> personal_means([three, {"num_examples": 1, "metrics": {"personal_loss": 2.0}}])
+        {'personal_loss': 1.25}
+    """
+    pairs: dict[str, list[tuple[int, float]]] = {}
+    for each in participants:
+        for name, value in each.get("metrics", {}).items():
+            if name.startswith(PERSONAL_PREFIX):
+                pairs.setdefault(name, []).append((each["num_examples"], value))
+    means = {name: weighted_mean(values) for name, values in pairs.items()}
+    return {name: mean for name, mean in means.items() if mean is not None}
 
 
 @dataclass

@@ -8,6 +8,7 @@
         round-0000.safetensors    the first weights, then one file per round
         best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: a round's updates (see ``update_archive``)
+        journal.jsonl             of a simulation: its journal (see ``observe.journal_file``)
         sampling.secret           if a strategy needs secret samples (see ``sampling_secret``)
         lock                      held by the coordinator that writes here
 

@@ -38,7 +38,7 @@ class ClassFolders:
     """The contents of a folder ``<class>/<image>``.
 
     Args:
-        files: the image files of each class that has any, sorted by `class_order`.
+        files: the image files of each class that has any, sorted by ``class_order``.
         notes: lines to show to the user.
     """
 
@@ -50,7 +50,7 @@ def find_classes(folder: Path) -> ClassFolders:
     """List the classes of a folder and their image files.
 
     Names are normalised to Unicode's composed form (NFC), so that a folder from macOS and one from
-    Linux are the same class. Files and folders that `is_junk` are skipped.
+    Linux are the same class. Files and folders that are junk (``is_junk``) are skipped.
 
     Raises:
         TaskError: if there is no such folder, it cannot be read, or a class has an unusable name.

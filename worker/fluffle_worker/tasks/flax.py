@@ -22,6 +22,7 @@ from flax import nnx
 from fluffle_common.cli.settings import cache_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
 from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
@@ -38,7 +39,7 @@ from fluffle_worker.tasks.examples import (
     count_of,
     picked,
 )
-from fluffle_worker.tasks.flat_step import Flat, flat_step
+from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.model_parts import ModelParts
 
 Loss = Callable[[Any, Any], Any]
@@ -130,7 +131,7 @@ class FlaxTask:
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         self._personal = PersistentTensors()
-        self._steps: dict[tuple[int, Any], Any] = {}
+        self._steps: dict[tuple[int, Any], FlatStep] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
 
@@ -166,7 +167,7 @@ class FlaxTask:
 
     def init(self, seed: int) -> Weights:
         """Return initial weights, determined by ``seed``."""
-        return self._parts.travelling(self._parts.init(jax.random.key(seed)))
+        return self._parts.init(jax.random.key(seed))
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
         """Train from ``weights`` and return the result; see ``task.Task.train``.
@@ -194,13 +195,16 @@ class FlaxTask:
         losses: list[Any] = []
         key = jax.random.key(plan.seed ^ self._sample_seed)
         state, still = Flat.of((learnt, rest, optimizer_state)), Flat.of(frozen)
-        for done, batch in enumerate(data.batches(plan), start=1):
-            state, loss = step(learning_rate, state, still, data.source, batch, key, done)
-            losses.append(loss)
-            # JAX dispatches steps asynchronously. Reading the previous step's loss bounds how far
-            # it runs ahead of the reported progress, without stalling the current step.
-            seen = float(losses[-2]) if done > 1 else None
-            progress(done, max(done, steps), None if rule.per_example else seen)
+        calls = step.run(learning_rate, state, still, data.source, data.batches(plan), key)
+        for after, found in calls:
+            state = after
+            for loss in found:
+                losses.append(loss)
+                done = len(losses)
+                # JAX dispatches steps asynchronously. Reading the previous step's loss bounds how
+                # far it runs ahead of the reported progress, without stalling the current step.
+                seen = float(losses[-2]) if done > 1 else None
+                progress(done, max(done, steps), None if rule.per_example else seen)
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
             rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
@@ -210,7 +214,7 @@ class FlaxTask:
             metrics["loss"] = float(np.mean([float(one) for one in losses]))
         if self._score_trained and self._valid is not None:
             scores = self._scores(learnt, frozen, parts.at_home.rest)
-            metrics |= {f"personal_{name}": value for name, value in scores.items()}
+            metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}
         return TrainResult(parts.travelling(learnt), self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
@@ -258,14 +262,14 @@ class FlaxTask:
             return optimizer
         return optax.chain(gradient_transformation(self.local_rule), optimizer)
 
-    def _step(self, plan: Plan, params: Any) -> Any:
+    def _step(self, plan: Plan, params: Any) -> FlatStep:
         """Return the compiled step, one per local rule and set of trained tensors."""
         which = self.local_rule.key, plan.train
         if which not in self._steps:
             # A new function object per step: JAX would reuse the trace of an equal one.
             own = functools.partial(self._train_step, _trained(plan))
             static_rate = not _traces(self._optimizer, params)
-            self._steps[which] = flat_step(own, static_rate=static_rate)
+            self._steps[which] = FlatStep(own, static_rate=static_rate)
         return self._steps[which]
 
     def _train_step(  # noqa: PLR0917 - jitted: positional, traced

@@ -63,8 +63,14 @@ class ModelParts:
         self._check(
             [*self.form, *self._personal_form], named(nnx.filter_state(nnx.state(like), AVERAGED))
         )
+        # The order of a trained state's leaves. Taking a state apart with Flax takes as long as a
+        # step of a small model, and leaves reference cycles that keep the arrays alive.
+        labelled = nnx.merge_state(_labelled(self.form), _labelled(self._personal_form))
+        self._names, self._tree = jax.tree.flatten(labelled)
+        self._travel, self._stay = _names(self.form), _names(self._personal_form)
         self.at_home: AtHome = compiled(lambda: self._split(model(nnx.Rngs(0)))[2])()
-        self.init: Callable[[Any], Any] = compiled(lambda key: self._split(model(nnx.Rngs(key)))[1])
+        self._first_personal = named(self.at_home.personal)
+        self._init = compiled(lambda key: self._split(model(nnx.Rngs(key)))[1])
 
     @property
     def has_statistics(self) -> bool:
@@ -72,19 +78,29 @@ class ModelParts:
         flat = [*self.form, *self._personal_form, *nnx.to_flat_state(self.at_home.frozen)]
         return any(isinstance(leaf, nnx.BatchStat) for _, leaf in flat)
 
+    def init(self, key: Any) -> dict[str, Array]:
+        """Return the tensors of a new model that travel, by name."""
+        return {name: np.asarray(array) for name, array in named(self._init(key)).items()}
+
     def learnt(self, weights: Mapping[str, Array], personal: Mapping[str, Array]) -> Any:
-        """Return the state that trains here, from received weights and kept personal tensors."""
-        travelling = _state(self.form, weights)
-        kept = _state(self._personal_form, personal) if personal else self.at_home.personal
-        return nnx.merge_state(travelling, kept)
+        """Return the state that trains here, from received weights and kept personal tensors.
+
+        Its leaves are the given arrays; a compiled function moves them to its device.
+        """
+        arrays = {**(personal or self._first_personal), **weights}
+        return jax.tree.unflatten(self._tree, [arrays[name] for name in self._names])
 
     def travelling(self, learnt: Any) -> dict[str, Array]:
         """Return the tensors of a trained state that travel, by name."""
-        return _arrays(nnx.filter_state(learnt, self._federated))
+        return self._arrays(learnt, self._travel)
 
     def personal(self, learnt: Any) -> dict[str, Array]:
         """Return the personal tensors of a trained state, by name."""
-        return _arrays(nnx.filter_state(learnt, nnx.Not(self._federated)))
+        return self._arrays(learnt, self._stay)
+
+    def _arrays(self, learnt: Any, names: list[str]) -> dict[str, Array]:
+        arrays = dict(zip(self._names, jax.tree.leaves(learnt), strict=True))
+        return {name: np.asarray(arrays[name]) for name in names}
 
     def module(self, learnt: Any, frozen: Any, rest: Any) -> Any:
         """Return the module merged from these states."""
@@ -112,19 +128,16 @@ class ModelParts:
             raise TaskError(
                 f"frozen= leaves no parameter of the model to train; the model has {names}"
             )
-        _check_names([tensor_name(path) for path, _ in trained])
+        _check_names(_names(trained))
 
 
-def _state(form: Any, arrays: Mapping[str, Array]) -> Any:
-    """Return the Flax state of this form with the values of ``arrays``."""
-    there = jax.device_put([arrays[tensor_name(path)] for path, _ in form])
-    return nnx.from_flat_state(
-        [(path, leaf.replace(array)) for (path, leaf), array in zip(form, there, strict=True)]
-    )
+def _labelled(form: Any) -> Any:
+    """Return the Flax state of this form with tensor names as its leaves."""
+    return nnx.from_flat_state([(path, leaf.replace(tensor_name(path))) for path, leaf in form])
 
 
-def _arrays(state: Any) -> dict[str, Array]:
-    return {name: np.asarray(array) for name, array in named(state).items()}
+def _names(form: Any) -> list[str]:
+    return [tensor_name(path) for path, _ in form]
 
 
 def _check_names(names: list[str]) -> None:

@@ -212,6 +212,17 @@ class Evaluated(RunEvent):
         return {"more": _listed(self.metrics)}
 
 
+@event("personal", "round {round}: after local training{more} on held-out examples", "good")
+class Personal(RunEvent):
+    """Participants have evaluated what they trained, before it was averaged."""
+
+    round: Integer = None
+    metrics: Numbers = None
+
+    def _derived(self) -> dict[str, str]:
+        return {"more": _listed(self.metrics)}
+
+
 @event("tested", "round {round}: tested by the coordinator{more}", "good")
 class Tested(RunEvent):
     """The coordinator has tested a round's model on its own data."""

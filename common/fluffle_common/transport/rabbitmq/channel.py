@@ -45,7 +45,7 @@ class Content(NamedTuple):
     body: Body
 
 
-class Arrived(NamedTuple):
+class TaggedContent(NamedTuple):
     """A received message with the delivery tag that settles it."""
 
     tag: int
@@ -53,12 +53,12 @@ class Arrived(NamedTuple):
 
 
 @dataclass(slots=True)
-class _Published:
-    """An unconfirmed message; ``returned`` is the broker's reason if it was unroutable."""
+class _Unconfirmed:
+    """An unconfirmed message; ``return_reason`` is the broker's if it was unroutable."""
 
     message_id: str
-    confirmed: asyncio.Future[None]
-    returned: str | None = None
+    confirmation: asyncio.Future[None]
+    return_reason: str | None = None
 
 
 class ContentChannel:
@@ -68,7 +68,7 @@ class ContentChannel:
         number: the number of the channel.
         socket: the socket of its connection.
         frame_max: the maximum size of a frame in bytes.
-        delivered: called with each message that is delivered to a consumer on this channel.
+        on_delivery: called with each message that is delivered to a consumer on this channel.
         prefetch: the channel's prefetch count; 0 if it has none.
     """
 
@@ -77,22 +77,22 @@ class ContentChannel:
         number: int,
         socket: Socket,
         frame_max: int,
-        delivered: Callable[[Arrived], object] | None = None,
+        on_delivery: Callable[[TaggedContent], object] | None = None,
         prefetch: int = 0,
     ) -> None:
         self.number = number
-        self._socket, self._frame_max, self._delivered = socket, frame_max, delivered
-        self._published = 0  # the broker numbers messages the same way
-        self._unconfirmed: dict[int, _Published] = {}
-        self._getting: deque[asyncio.Future[Arrived | None]] = deque()
-        self._owed: set[int] = set()  # tags that are not settled yet
-        self._acked: set[int] = set()  # tags whose acknowledgement is not sent yet
-        self._enough_acked = max(prefetch // 2, 1)  # early enough that deliveries never stop
-        self._over = False
+        self._socket, self._frame_max, self._on_delivery = socket, frame_max, on_delivery
+        self._publish_seq = 0  # the broker numbers messages the same way
+        self._unconfirmed: dict[int, _Unconfirmed] = {}
+        self._pending_gets: deque[asyncio.Future[TaggedContent | None]] = deque()
+        self._unsettled: set[int] = set()  # delivery tags
+        self._unsent_acks: set[int] = set()  # delivery tags
+        self._ack_batch = max(prefetch // 2, 1)  # early enough that deliveries never stop
+        self._ended = False
 
     @property
     def _closed(self) -> bool:
-        return self._over or self._socket.is_closing()
+        return self._ended or self._socket.is_closing()
 
     def _check(self) -> None:
         if self._closed:
@@ -109,49 +109,49 @@ class ContentChannel:
             body: the body, which must not change before the future completes.
 
         Returns:
-            A future that raises ``Unroutable``, ``QueueFull``, or the exception given to ``lose``.
+            A future that raises ``Unroutable``, ``QueueFull``, or the exception given to ``close``.
 
         Raises:
             LinkLost: if the socket is already closed.
         """
         self._check()
-        confirmed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._published += 1
-        self._unconfirmed[self._published] = _Published(message_id, confirmed)
+        confirmation: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._publish_seq += 1
+        self._unconfirmed[self._publish_seq] = _Unconfirmed(message_id, confirmation)
         pieces: list[Body] = [head, *frames.bodies(self.number, body, self._frame_max)]
         if len(body) < LARGE_BYTES:
             self._socket.write(b"".join(pieces))
         else:
             self._socket.writelines(pieces)
-        return confirmed
+        return confirmation
 
-    def get(self, queue: str) -> asyncio.Future[Arrived | None]:
+    def get(self, queue: str) -> asyncio.Future[TaggedContent | None]:
         """Request one message; the future's result is None if the queue is empty.
 
         Raises:
             LinkLost: if the socket is already closed.
         """
         self._check()
-        got: asyncio.Future[Arrived | None] = asyncio.get_running_loop().create_future()
-        self._getting.append(got)
+        response: asyncio.Future[TaggedContent | None] = asyncio.get_running_loop().create_future()
+        self._pending_gets.append(response)
         self._socket.write(frames.get(self.number, queue))
-        return got
+        return response
 
-    def ack(self, tag: int, *, all_before: bool = False) -> None:
-        """Acknowledge a delivery; do nothing if the channel is closed.
+    def ack(self, tag: int, *, multiple: bool = False) -> None:
+        """Acknowledge a delivery, or all up to it (``multiple``); do nothing on a closed channel.
 
         Acknowledgements are collected for a moment and sent together in few frames.
         """
         if self._closed:
             return
-        before = len(self._acked)
-        settled = {one for one in self._owed if one < tag} if all_before else set()
-        settled.add(tag)
-        self._owed -= settled
-        self._acked |= settled
-        if before < self._enough_acked <= len(self._acked):
+        previous = len(self._unsent_acks)
+        tags = {earlier for earlier in self._unsettled if earlier < tag} if multiple else set()
+        tags.add(tag)
+        self._unsettled -= tags
+        self._unsent_acks |= tags
+        if previous < self._ack_batch <= len(self._unsent_acks):
             asyncio.get_running_loop().call_soon(self._send_acks)
-        elif not before:
+        elif not previous:
             asyncio.get_running_loop().call_later(_ACK_WITHIN_S, self._send_acks)
 
     def _send_acks(self) -> None:
@@ -159,31 +159,33 @@ class ContentChannel:
 
         One frame settles all tags below the oldest open one; each of the others needs its own.
         """
-        if self._closed or not self._acked:
+        if self._closed or not self._unsent_acks:
             return
-        still_owed = min(self._owed, default=math.inf)
-        together = max((tag for tag in self._acked if tag < still_owed), default=0)
-        tags = [together] if together else []
-        tags += sorted(tag for tag in self._acked if tag > together)
-        self._acked.clear()
-        pieces = [frames.ack(self.number, tag, all_before=tag == together) for tag in tags]
-        self._socket.write(b"".join(pieces))
+        oldest_open = min(self._unsettled, default=math.inf)
+        batch_end = max((tag for tag in self._unsent_acks if tag < oldest_open), default=0)
+        tags = [batch_end] if batch_end else []
+        tags += sorted(tag for tag in self._unsent_acks if tag > batch_end)
+        self._unsent_acks.clear()
+        acks = [frames.ack(self.number, tag, multiple=tag == batch_end) for tag in tags]
+        self._socket.write(b"".join(acks))
 
     def requeue(self, tag: int) -> None:
         """Return a delivery to its queue; do nothing if the channel is closed."""
         if not self._closed:
-            self._owed.discard(tag)
+            self._unsettled.discard(tag)
             self._socket.write(frames.requeue(self.number, tag))
 
-    def lose(self, why: Exception) -> None:
+    def close(self, why: Exception) -> None:
         """Close, and raise ``why`` in everyone who waits for an answer."""
         self._send_acks()
-        self._over = True
-        waiting: list[asyncio.Future[Any]] = [one.confirmed for one in self._unconfirmed.values()]
-        waiting += self._getting
+        self._ended = True
+        pending: list[asyncio.Future[Any]] = [
+            message.confirmation for message in self._unconfirmed.values()
+        ]
+        pending += self._pending_gets
         self._unconfirmed.clear()
-        self._getting.clear()
-        for future in waiting:
+        self._pending_gets.clear()
+        for future in pending:
             if not future.done():
                 future.set_exception(why)
 
@@ -193,11 +195,11 @@ class ContentChannel:
         """Handle a method without a body; return False if it is for aiormq."""
         match frames.kind_of(payload):
             case frames.ACK:
-                self._settle(payload, refused=False)
+                self._confirm(payload, nacked=False)
             case frames.NACK:
-                self._settle(payload, refused=True)
+                self._confirm(payload, nacked=True)
             case frames.GET_EMPTY:
-                self._answer(None)
+                self._answer_get(None)
             case _:
                 return False
         return True
@@ -206,44 +208,45 @@ class ContentChannel:
         """Handle a complete message."""
         match frames.kind_of(content.method):
             case frames.DELIVER:
-                arrived = self._ours(content)
-                if self._delivered is not None:
-                    self._delivered(arrived)
+                delivery = self._track(content)
+                if self._on_delivery is not None:
+                    self._on_delivery(delivery)
             case frames.GET_OK:
-                self._answer(self._ours(content))
+                self._answer_get(self._track(content))
             case frames.RETURN:  # the confirmation follows
                 message_id = frames.properties(content.header).message_id or ""
-                for one in self._unconfirmed.values():
-                    if one.message_id == message_id and one.returned is None:
-                        one.returned = frames.returned(content.method)
+                for message in self._unconfirmed.values():
+                    if message.message_id == message_id and message.return_reason is None:
+                        message.return_reason = frames.return_reason(content.method)
                         break
 
-    def _ours(self, content: Content) -> Arrived:
+    def _track(self, content: Content) -> TaggedContent:
         tag = frames.tag(content.method)
-        self._owed.add(tag)
-        return Arrived(tag, content)
+        self._unsettled.add(tag)
+        return TaggedContent(tag, content)
 
-    def _settle(self, payload: bytes, *, refused: bool) -> None:
-        tag, all_before = frames.settled(payload)
-        tags = [tag]
-        if all_before:
-            tags = [known for known in self._unconfirmed if not tag or known <= tag]
-        for known in tags:
-            one = self._unconfirmed.pop(known, None)
-            if one is None or one.confirmed.done():
+    def _confirm(self, payload: bytes, *, nacked: bool) -> None:
+        last, multiple = frames.settlement(payload)
+        tags = [last]
+        if multiple:
+            tags = [tag for tag in self._unconfirmed if not last or tag <= last]
+        for tag in tags:
+            message = self._unconfirmed.pop(tag, None)
+            if message is None or message.confirmation.done():
                 continue
-            if refused:
-                one.confirmed.set_exception(QueueFull("the broker refused it"))
-            elif one.returned is not None:
-                one.confirmed.set_exception(Unroutable(f"no queue is bound: {one.returned}"))
+            if nacked:
+                message.confirmation.set_exception(QueueFull("the broker refused it"))
+            elif message.return_reason is not None:
+                unroutable = Unroutable(f"no queue is bound: {message.return_reason}")
+                message.confirmation.set_exception(unroutable)
             else:
-                one.confirmed.set_result(None)
+                message.confirmation.set_result(None)
 
-    def _answer(self, arrived: Arrived | None) -> None:
-        if not self._getting:
+    def _answer_get(self, message: TaggedContent | None) -> None:
+        if not self._pending_gets:
             return
-        got = self._getting.popleft()
-        if not got.done():
-            got.set_result(arrived)
-        elif arrived is not None:  # the caller was cancelled
-            self.requeue(arrived.tag)
+        response = self._pending_gets.popleft()
+        if not response.done():
+            response.set_result(message)
+        elif message is not None:  # the caller was cancelled
+            self.requeue(message.tag)

@@ -17,7 +17,7 @@ from typing import Protocol
 
 # How long a message may make no progress.
 _CONFIRM_S = 20.0
-_LOOK_S = 1.0
+_CHECK_EVERY_S = 1.0
 # Allows for bytes in the socket buffer on systems that do not report how many there are.
 _SLOWEST_BYTES_PER_S = 10_000
 
@@ -27,31 +27,31 @@ _QUEUED = struct.Struct("@i")
 class Flow(Protocol):
     """The byte counters of one connection."""
 
-    def waiting_bytes(self) -> int:
+    def buffered_bytes(self) -> int:
         """Return how many bytes this process has not yet passed to the operating system."""
 
     def queued_bytes(self) -> int | None:
         """Return how many sent bytes the peer's TCP has not acknowledged; None if unknown."""
 
-    def come_bytes(self) -> int:
+    def received_bytes(self) -> int:
         """Return the total size of the received bodies, behind which a confirmation may wait."""
 
 
 @dataclass(slots=True, eq=False)
-class Awaited:
+class Unconfirmed:
     """A message that is not confirmed yet.
 
     Args:
         nbytes: the size of the message.
-        ends_at: the number of bytes sent on the channel when the last byte of it has left.
-        since: the time of its last progress, by the watch's own clock.
-        left: whether all of it has left.
+        end_offset: the number of bytes sent on the channel when the last byte of it has left.
+        progress_at: the time of its last progress, by the watch's own clock.
+        has_left: whether all of it has left.
     """
 
     nbytes: int
-    ends_at: int
-    since: float
-    left: bool = False
+    end_offset: int
+    progress_at: float
+    has_left: bool = False
 
 
 class ConfirmWatch:
@@ -59,75 +59,75 @@ class ConfirmWatch:
 
     Args:
         flow: the byte counters of the channel's connection.
-        late: called with a reason when a confirmation is overdue.
-        blocked: returns whether the broker blocks publishers; that time does not count.
+        on_overdue: called with a reason when a confirmation is overdue.
+        is_blocked: returns whether the broker blocks publishers; that time does not count.
     """
 
     def __init__(
-        self, flow: Flow, late: Callable[[str], object], blocked: Callable[[], bool]
+        self, flow: Flow, on_overdue: Callable[[str], object], is_blocked: Callable[[], bool]
     ) -> None:
-        self.under_way_bytes = 0
-        self._flow, self._late, self._blocked = flow, late, blocked
-        self._awaited: dict[Awaited, None] = {}
-        self._sent = 0  # bytes, since there last was no unconfirmed message
-        self._left, self._come = 0, 0  # at the last look
+        self.unconfirmed_bytes = 0
+        self._flow, self._on_overdue, self._is_blocked = flow, on_overdue, is_blocked
+        self._unconfirmed: dict[Unconfirmed, None] = {}
+        self._sent_bytes = 0  # since there last was no unconfirmed message
+        self._left_bytes, self._received_bytes = 0, 0  # at the last check
         # A clock of its own: time in which this process was stopped does not count.
-        self._clock_s, self._looked_at = 0.0, 0.0
+        self._clock_s, self._checked_at = 0.0, 0.0
         self._timer: asyncio.TimerHandle | None = None
 
-    def sending(self, nbytes: int) -> Awaited:
+    def add(self, nbytes: int) -> Unconfirmed:
         """Start watching a message of this size; call this before sending it."""
-        if not self._awaited:
-            self._sent = self._left = 0
-        self._sent += nbytes
-        self.under_way_bytes += nbytes
-        one = Awaited(nbytes, self._sent, self._clock_s)
-        self._awaited[one] = None
+        if not self._unconfirmed:
+            self._sent_bytes = self._left_bytes = 0
+        self._sent_bytes += nbytes
+        self.unconfirmed_bytes += nbytes
+        message = Unconfirmed(nbytes, self._sent_bytes, self._clock_s)
+        self._unconfirmed[message] = None
         if self._timer is None:
-            self._look_later()
-        return one
+            self._check_later()
+        return message
 
-    def settled(self, one: Awaited) -> None:
+    def discard(self, message: Unconfirmed) -> None:
         """Stop watching a message, because it was confirmed or its sender gave up."""
-        if self._awaited.pop(one, 0) is None:
-            self.under_way_bytes -= one.nbytes
+        if self._unconfirmed.pop(message, 0) is None:
+            self.unconfirmed_bytes -= message.nbytes
 
     def close(self) -> None:
         """Cancel the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
-    def _look_later(self) -> None:
+    def _check_later(self) -> None:
         loop = asyncio.get_running_loop()
-        self._looked_at = loop.time()
-        self._timer = loop.call_later(_LOOK_S, self._look)
+        self._checked_at = loop.time()
+        self._timer = loop.call_later(_CHECK_EVERY_S, self._check)
 
-    def _look(self) -> None:
+    def _check(self) -> None:
         """Note the progress of each message, and report the first one that is overdue."""
         self._timer = None
-        if not self._awaited:
+        if not self._unconfirmed:
             return
-        if not self._blocked():
-            passed_s = asyncio.get_running_loop().time() - self._looked_at
-            self._clock_s += min(passed_s, 2 * _LOOK_S)
-        queued, come = self._flow.queued_bytes(), self._flow.come_bytes()
-        left = self._sent - self._flow.waiting_bytes() - (queued or 0)
-        moved, heard = left != self._left, come != self._come
-        self._left, self._come = left, come
+        if not self._is_blocked():
+            elapsed_s = asyncio.get_running_loop().time() - self._checked_at
+            self._clock_s += min(elapsed_s, 2 * _CHECK_EVERY_S)
+        queued, received = self._flow.queued_bytes(), self._flow.received_bytes()
+        left = self._sent_bytes - self._flow.buffered_bytes() - (queued or 0)
+        sends, receives = left != self._left_bytes, received != self._received_bytes
+        self._left_bytes, self._received_bytes = left, received
         patience_s = _CONFIRM_S
         if queued is None:
-            patience_s += self.under_way_bytes / _SLOWEST_BYTES_PER_S
-        for one in self._awaited:
-            if heard or (not one.left and moved):
-                one.since = self._clock_s
-            one.left = left >= one.ends_at
-            if self._clock_s - one.since >= patience_s:
-                self._late(
-                    f"the broker did not confirm a message of {one.nbytes} bytes, "
+            patience_s += self.unconfirmed_bytes / _SLOWEST_BYTES_PER_S
+        for message in self._unconfirmed:
+            if receives or (not message.has_left and sends):
+                message.progress_at = self._clock_s
+            message.has_left = left >= message.end_offset
+            if self._clock_s - message.progress_at >= patience_s:
+                self._on_overdue(
+                    f"the broker did not confirm a message of {message.nbytes} bytes, "
                     f"and nothing of it moved for {patience_s:.0f} s"
                 )
                 return
-        self._look_later()
+        self._check_later()
 
 
 def queued_bytes(descriptor: int) -> int | None:
@@ -138,8 +138,8 @@ def queued_bytes(descriptor: int) -> int | None:
     if sys.platform != "linux":
         return None
     try:
-        answer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size))
+        buffer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size))
     except (OSError, ValueError):  # it is closed
         return None
-    nbytes: int = _QUEUED.unpack(answer)[0]
+    nbytes: int = _QUEUED.unpack(buffer)[0]
     return nbytes

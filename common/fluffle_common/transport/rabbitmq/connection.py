@@ -1,9 +1,9 @@
 """Connections whose message traffic bypasses aiormq, so that bodies are not copied.
 
-aiormq's ``TransportFactory`` lets us open the socket. ``Incoming`` splits the bytes that arrive
-there into AMQP frames. Frames that carry or settle a message go to the ``ContentChannel`` of their
-channel, which assembles each body in its final buffer. All other frames go to aiormq, which keeps
-the handshake, channels, declarations, heartbeats and closing. This relies on AMQP's framing
+aiormq's ``TransportFactory`` lets us open the socket. ``FrameSplitter`` splits the bytes that
+arrive there into AMQP frames. Frames that carry or settle a message go to the ``ContentChannel`` of
+their channel, which assembles each body in its final buffer. All other frames go to aiormq, which
+keeps the handshake, channels, declarations, heartbeats and closing. This relies on AMQP's framing
 (AMQP 0-9-1, section 4.2) and on no internals of aiormq.
 """
 
@@ -23,14 +23,19 @@ from yarl import URL
 
 from fluffle_common.transport.base import Blocking
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import LARGE_BYTES, Arrived, Content, ContentChannel
+from fluffle_common.transport.rabbitmq.channel import (
+    LARGE_BYTES,
+    Content,
+    ContentChannel,
+    TaggedContent,
+)
 from fluffle_common.transport.rabbitmq.confirms import queued_bytes
 
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
 # aiormq closes a connection on which it sees no frame for a minute. It does not see message frames,
 # so while they arrive it is given a heartbeat at this interval.
-_SHOW_LIFE_S = 5.0
+_FEED_HEARTBEAT_S = 5.0
 _FRAME_HEAD, _read_head = frames.FRAME.size, frames.FRAME.unpack_from
 _BODY, _END_BYTE = frames.BODY, frames.END_BYTE
 _NO_END = "an AMQP frame does not end with its frame-end byte"
@@ -40,22 +45,22 @@ _TLS_ALERT = b"\x15\x03"
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 
 
-class _Coming:
-    """A message that is being received; ``left`` bytes of its body are still missing."""
+class _PartialContent:
+    """A message that is being received; ``missing_bytes`` of its body are still to come."""
 
-    __slots__ = ("body", "header", "left", "method", "of")
+    __slots__ = ("body", "channel", "header", "method", "missing_bytes")
 
-    def __init__(self, of: ContentChannel, method: bytes) -> None:
-        self.of, self.method = of, method
+    def __init__(self, channel: ContentChannel, method: bytes) -> None:
+        self.channel, self.method = channel, method
         self.header = b""
         self.body = memoryview(b"")
-        self.left = 0
+        self.missing_bytes = 0
 
-    def begin(self, header: bytes) -> None:
+    def begin_body(self, header: bytes) -> None:
         self.header = header
-        self.left = frames.body_size(header)
+        self.missing_bytes = frames.body_size(header)
         # Not zeroed, because all of it is overwritten.
-        self.body = np.empty(self.left, np.uint8).data
+        self.body = np.empty(self.missing_bytes, np.uint8).data
 
     def content(self) -> Content:
         large = len(self.body) >= LARGE_BYTES  # larger bodies are not copied
@@ -63,13 +68,13 @@ class _Coming:
         return Content(self.method, self.header, body)
 
 
-class Incoming:
+class FrameSplitter:
     """Splits received bytes into frames for content channels and frames for aiormq.
 
     Args:
         feed: called with whole frames for aiormq, in order.
         clock: a monotonic clock, in seconds.
-        blocked: called with the reason when the broker blocks publishers, and with None when it
+        on_blocked: called with the reason when the broker blocks publishers, and with None when it
             unblocks them.
     """
 
@@ -77,142 +82,144 @@ class Incoming:
         self,
         feed: Callable[[bytes], object],
         clock: Callable[[], float] = time.monotonic,
-        blocked: Callable[[str | None], object] = lambda _: None,
+        on_blocked: Callable[[str | None], object] = lambda _: None,
     ) -> None:
-        self._feed, self._clock, self._blocked = feed, clock, blocked
+        self._feed, self._clock, self._on_blocked = feed, clock, on_blocked
         self._fed_at = clock()
-        self._contents: dict[int, ContentChannel] = {}  # by channel
-        self._coming: dict[int, _Coming] = {}  # by channel
+        self._channels: dict[int, ContentChannel] = {}  # by number
+        self._partial: dict[int, _PartialContent] = {}  # by number of the channel
         self._rest = b""  # the beginning of an incomplete frame
-        self._into: _Coming | None = None  # the message whose body frame is incomplete
-        self._left = 0  # missing bytes of that frame, its end byte included
-        self.come_bytes = 0  # total size of the received bodies
+        self._in_frame: _PartialContent | None = None  # the message whose body frame is incomplete
+        self._frame_missing_bytes = 0  # of that body frame, its end byte included
+        self.received_bytes = 0  # total size of the received bodies
         self._foreign = False  # not AMQP 0-9-1; aiormq reports what is wrong
-        self.heard = False  # whether anything was received
+        self.has_received = False  # whether anything was received
         self.tls_alert = False  # whether the first bytes were a TLS alert
-        self.closed: tuple[int, str] | None = None  # code and text of connection.close
+        self.close_reason: tuple[int, str] | None = None  # code and text of connection.close
 
-    def hand_to(self, contents: ContentChannel) -> None:
-        """Pass the messages of a channel to ``contents`` from now on."""
-        self._contents[contents.number] = contents
-        self._coming.pop(contents.number, None)
+    def attach(self, channel: ContentChannel) -> None:
+        """Pass the messages of a channel to it from now on."""
+        self._channels[channel.number] = channel
+        self._partial.pop(channel.number, None)
 
-    def received(self, data: bytes) -> None:
+    def data_received(self, data: bytes) -> None:
         """Handle received bytes, which may begin and end anywhere in a frame.
 
         Raises:
             ConnectionError: if the bytes are not well-formed frames.
         """
-        if not self.heard:
-            self.heard, self.tls_alert = True, data.startswith(_TLS_ALERT)
+        if not self.has_received:
+            self.has_received, self.tls_alert = True, data.startswith(_TLS_ALERT)
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, end, fed = 0, len(data), False
-        if self._into is not None:
-            at = self._fill(self._into, data, at)
+        if self._in_frame is not None:
+            at = self._fill_body(self._in_frame, data, at)
         while (start := at + _FRAME_HEAD) <= end:
             kind, channel, size = _read_head(data, at)
             if kind not in _KINDS or self._foreign:
                 self._foreign = True
                 self._feed(data[at:])
                 return
-            if kind == _BODY and channel in self._coming:
-                self._into, self._left = self._coming[channel], size + 1
-                at = self._fill(self._into, data, start)
+            if kind == _BODY and channel in self._partial:
+                self._in_frame, self._frame_missing_bytes = self._partial[channel], size + 1
+                at = self._fill_body(self._in_frame, data, start)
                 continue
             stop = start + size
             if stop >= end:
                 break
             if data[stop] != _END_BYTE:
                 raise ConnectionError(_NO_END)
-            if not self._take(kind, channel, data[start:stop]):
+            if not self._handle_frame(kind, channel, data[start:stop]):
                 self._feed(data[at : stop + 1])
                 fed = True
             at = stop + 1
         self._rest = data[at:]
-        self._show_life(fed)
+        self._feed_heartbeat(fed)
 
-    def _fill(self, coming: _Coming, data: bytes, at: int) -> int:
+    def _fill_body(self, content: _PartialContent, data: bytes, at: int) -> int:
         """Copy the bytes of a body frame into its body; return the position after them."""
-        stop = at + self._left - 1  # the position of the end byte
+        stop = at + self._frame_missing_bytes - 1  # the position of the end byte
         end = len(data)
         whole = stop < end
         if not whole:
             stop = end
         count = stop - at
-        if count > coming.left:
+        if count > content.missing_bytes:
             raise ConnectionError("a message body is longer than its header declares")
-        done = len(coming.body) - coming.left
-        coming.body[done : done + count] = memoryview(data)[at:stop]
-        coming.left -= count
-        self.come_bytes += count
+        filled = len(content.body) - content.missing_bytes
+        content.body[filled : filled + count] = memoryview(data)[at:stop]
+        content.missing_bytes -= count
+        self.received_bytes += count
         if not whole:
-            self._left -= count
+            self._frame_missing_bytes -= count
             return stop
         if data[stop] != _END_BYTE:
             raise ConnectionError(_NO_END)
-        self._into = None
-        self._finish(coming)
+        self._in_frame = None
+        self._finish(content)
         return stop + 1
 
-    def _take(self, kind: int, channel: int, payload: bytes) -> bool:
+    def _handle_frame(self, kind: int, number: int, payload: bytes) -> bool:
         """Handle a whole frame; return False if it is for aiormq."""
-        contents = self._contents.get(channel)
-        if contents is None:
-            if not channel and kind == frames.METHOD:
-                self._of_connection(payload)
+        channel = self._channels.get(number)
+        if channel is None:
+            if not number and kind == frames.METHOD:
+                self._note_connection_method(payload)
             return False
         if kind == frames.METHOD:
             if frames.kind_of(payload) in _WITH_CONTENT:
-                self._coming[channel] = _Coming(contents, payload)
+                self._partial[number] = _PartialContent(channel, payload)
                 return True
-            return contents.method(payload)
-        coming = self._coming.get(channel)
-        if kind != frames.HEADER or coming is None:
+            return channel.method(payload)
+        content = self._partial.get(number)
+        if kind != frames.HEADER or content is None:
             return False
-        coming.begin(payload)
-        self._finish(coming)  # an empty body is complete
+        content.begin_body(payload)
+        self._finish(content)  # an empty body is complete
         return True
 
-    def _of_connection(self, payload: bytes) -> None:
+    def _note_connection_method(self, payload: bytes) -> None:
         """Note that the broker blocks, unblocks or closes the connection."""
         method = frames.kind_of(payload)
         if method in _BLOCKING:
-            self._blocked(frames.blocked(payload))
+            self._on_blocked(frames.blocked_reason(payload))
         elif method == frames.CLOSE:
-            self.closed = frames.closed(payload)
+            self.close_reason = frames.close_reason(payload)
 
-    def _finish(self, coming: _Coming) -> None:
-        if not coming.left:
-            self._coming.pop(coming.of.number, None)
-            coming.of.content(coming.content())
+    def _finish(self, partial: _PartialContent) -> None:
+        """Pass a message on if its body is complete."""
+        if not partial.missing_bytes:
+            self._partial.pop(partial.channel.number, None)
+            partial.channel.content(partial.content())
 
-    def _show_life(self, seen: bool) -> None:
+    def _feed_heartbeat(self, fed: bool) -> None:
+        """Give aiormq a heartbeat if it was fed nothing for a while."""
         now = self._clock()
-        if not seen and now - self._fed_at > _SHOW_LIFE_S:
-            self._feed(frames.A_HEARTBEAT)
-            seen = True
-        if seen:
+        if not fed and now - self._fed_at > _FEED_HEARTBEAT_S:
+            self._feed(frames.HEARTBEAT_FRAME)
+            fed = True
+        if fed:
             self._fed_at = now
 
 
 class _Protocol(asyncio.StreamReaderProtocol):
-    def __init__(self, reader: asyncio.StreamReader, incoming: Incoming) -> None:
+    def __init__(self, reader: asyncio.StreamReader, splitter: FrameSplitter) -> None:
         super().__init__(reader)
-        self._incoming = incoming
+        self._splitter = splitter
 
     def data_received(self, data: bytes) -> None:
-        self._incoming.received(data)
+        self._splitter.data_received(data)
 
 
-class ContentsBeside(TransportFactory):
-    """Opens the socket of one connection and puts an ``Incoming`` on it."""
+class SocketFactory(TransportFactory):
+    """Opens the socket of one connection and puts a ``FrameSplitter`` on it."""
 
     socket: asyncio.Transport
 
     def __init__(self) -> None:
         self.blocking = Blocking()
-        self.incoming = Incoming(lambda _: None)  # until there is a socket
+        self.splitter = FrameSplitter(lambda _: None)  # until there is a socket
 
     async def create(
         self, url: URL, **options: Any
@@ -225,8 +232,8 @@ class ContentsBeside(TransportFactory):
         provider = options.pop("ssl_context_provider", None)
         context = await provider.get_context() if url.scheme == "amqps" else None
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
-        self.incoming = Incoming(reader.feed_data, blocked=self.blocking.set)
-        protocol = _Protocol(reader, self.incoming)
+        self.splitter = FrameSplitter(reader.feed_data, on_blocked=self.blocking.set)
+        protocol = _Protocol(reader, self.splitter)
         loop = asyncio.get_running_loop()
         self.socket, _ = await loop.create_connection(
             lambda: protocol, url.host or "", url.port or 0, ssl=context, **options
@@ -239,56 +246,56 @@ class Connection(aio_pika.Connection):
 
     PARAMETERS = (
         *aio_pika.Connection.PARAMETERS,
-        ConnectionParameter("transport_factory", parser=lambda given: given),
+        ConnectionParameter("transport_factory", parser=lambda factory: factory),
     )
 
     def __init__(self, *args: Any, **options: Any) -> None:
-        self._beside = ContentsBeside()
-        self.blocking = self._beside.blocking
-        super().__init__(*args, **options, transport_factory=self._beside)
+        self._sockets = SocketFactory()
+        self.blocking = self._sockets.blocking
+        super().__init__(*args, **options, transport_factory=self._sockets)
 
     @property
-    def closed_by_broker(self) -> tuple[int, str] | None:
+    def close_reason(self) -> tuple[int, str] | None:
         """Code and text with which the broker closed the connection; None if it did not."""
-        return self._beside.incoming.closed
+        return self._sockets.splitter.close_reason
 
     @property
-    def heard(self) -> bool:
+    def has_received(self) -> bool:
         """Whether anything was received."""
-        return self._beside.incoming.heard
+        return self._sockets.splitter.has_received
 
     @property
     def tls_alert(self) -> bool:
         """Whether the broker answered a plain connection with a TLS alert."""
-        return self._beside.incoming.tls_alert
+        return self._sockets.splitter.tls_alert
 
     def __del__(self) -> None:
         """Do nothing: links close their connections, and aio_pika's version needs a loop."""
 
-    def waiting_bytes(self) -> int:
+    def buffered_bytes(self) -> int:
         """See ``confirms.Flow``."""
-        return self._beside.socket.get_write_buffer_size()
+        return self._sockets.socket.get_write_buffer_size()
 
     def queued_bytes(self) -> int | None:
         """See ``confirms.Flow``."""
-        connected = self._beside.socket.get_extra_info("socket")
-        return None if connected is None else queued_bytes(connected.fileno())
+        socket = self._sockets.socket.get_extra_info("socket")
+        return None if socket is None else queued_bytes(socket.fileno())
 
-    def come_bytes(self) -> int:
+    def received_bytes(self) -> int:
         """See ``confirms.Flow``."""
-        return self._beside.incoming.come_bytes
+        return self._sockets.splitter.received_bytes
 
-    async def contents(
+    async def content_channel(
         self,
         channel: AbstractChannel,
-        delivered: Callable[[Arrived], object] | None = None,
+        on_delivery: Callable[[TaggedContent], object] | None = None,
         prefetch: int = 0,
     ) -> ContentChannel:
         """Let the message traffic of an open channel bypass aiormq from now on.
 
         Args:
             channel: a channel of this connection that was not published to or consumed from yet.
-            delivered: called with each message that is delivered to a consumer on the channel.
+            on_delivery: called with each message that is delivered to a consumer on the channel.
             prefetch: the channel's prefetch count.
 
         Raises:
@@ -296,12 +303,14 @@ class Connection(aio_pika.Connection):
         """
         underlay = await channel.get_underlay_channel()
         frame_max = underlay.connection.connection_tune.frame_max or _DEFAULT_FRAME_MAX
-        taken = ContentChannel(underlay.number, self._beside.socket, frame_max, delivered, prefetch)
-        self._beside.incoming.hand_to(taken)
-        return taken
+        content_channel = ContentChannel(
+            underlay.number, self._sockets.socket, frame_max, on_delivery, prefetch
+        )
+        self._sockets.splitter.attach(content_channel)
+        return content_channel
 
 
-def prepared(url: URL, name: str, context: ssl.SSLContext | None = None) -> Connection:
+def new_connection(url: URL, name: str, context: ssl.SSLContext | None = None) -> Connection:
     """Return a connection that is not open yet; open it with ``connect(timeout)``.
 
     Args:

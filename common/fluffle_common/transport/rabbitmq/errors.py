@@ -27,18 +27,18 @@ for _name in ("aio_pika", "aiormq"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 Right = Literal["configure", "read", "write", "bind"]
-Error = LinkLost | BrokerError | QueueInUse
+TransportError = LinkLost | BrokerError | QueueInUse
 
 # What aio_pika and aiormq raise when a connection or a channel is no longer usable, besides a bare
-# RuntimeError (see `is_lost`).
-_LOST = (
+# RuntimeError (see `is_connection_error`).
+_CONNECTION_ERRORS = (
     aiormq.exceptions.AMQPError,
     aiormq.exceptions.ChannelInvalidStateError,
     pamqp.exceptions.PAMQPException,
     OSError,
     EOFError,
 )
-_THEIRS = ("aiormq", "aio_pika")
+_LIBRARIES = ("aiormq", "aio_pika")
 
 _IN_USE = re.compile(r"in exclusive use|RESOURCE_LOCKED", re.IGNORECASE)
 _TOPIC = re.compile(r"access to topic '(?P<key>[^']*)' in exchange '(?P<name>[^']*)'")
@@ -61,27 +61,27 @@ RIGHTS_REMEDY = (
 )
 
 
-def is_lost(wrong: BaseException) -> bool:
+def is_connection_error(error: BaseException) -> bool:
     """Return whether an exception means that a connection or a channel is no longer usable.
 
     For a closed connection, aiormq and aio_pika also raise a bare ``RuntimeError``. One that was
     raised outside their code is a bug and does not count.
     """
-    if isinstance(wrong, _LOST):
+    if isinstance(error, _CONNECTION_ERRORS):
         return True
-    if type(wrong) is not RuntimeError:
+    if type(error) is not RuntimeError:
         return False
-    trace = wrong.__traceback__
+    trace = error.__traceback__
     if trace is None:
         return False
     while trace.tb_next is not None:
         trace = trace.tb_next
     module: str = trace.tb_frame.f_globals.get("__name__", "")
-    return module.partition(".")[0] in _THEIRS
+    return module.partition(".")[0] in _LIBRARIES
 
 
 @contextlib.contextmanager
-def as_ours(user: str = "", right: Right | None = None) -> Iterator[None]:
+def map_exceptions(user: str = "", right: Right | None = None) -> Iterator[None]:
     """Raise the contract's errors in place of aio_pika's.
 
     Args:
@@ -96,69 +96,69 @@ def as_ours(user: str = "", right: Right | None = None) -> Iterator[None]:
         if cancelled():
             raise
         raise LinkLost("the link was closed") from None
-    except (*_LOST, RuntimeError) as gone:
-        if not is_lost(gone):
+    except (*_CONNECTION_ERRORS, RuntimeError) as error:
+        if not is_connection_error(error):
             raise
-        raise meaning(told(gone), user, right) from None
+        raise error_for_reply(error_text(error), user, right) from None
 
 
 @contextlib.contextmanager
-def declaring() -> Iterator[None]:
+def map_declare_errors() -> Iterator[None]:
     """Raise ``OtherArguments`` or ``UnknownQueueType`` for a refused declaration.
 
     The reply code alone is not enough: RabbitMQ also uses it when a consumer times out.
     """
     try:
         yield
-    except LinkLost as gone:
-        text = str(gone)
+    except LinkLost as error:
+        text = str(error)
         if "inequivalent arg" not in text and _QUEUE_TYPE.search(text):
             raise UnknownQueueType(
                 f"the broker does not have this type of queue ({text})"
             ) from None
         if "PRECONDITION_FAILED" not in text:
             raise
-        raise OtherArguments(_otherwise(text)) from None
+        raise OtherArguments(_conflict(text)) from None
 
 
-def _otherwise(text: str) -> str:
+def _conflict(text: str) -> str:
     """Describe a conflict with an existing queue or exchange, and the remedy."""
-    found = _ARGUMENT.search(text)
-    if found is None or found["argument"] in ("x-queue-type", "type"):
+    match = _ARGUMENT.search(text)
+    if match is None or match["argument"] in ("x-queue-type", "type"):
         return (
             f"it already exists on the broker with different arguments ({text}); use the same "
             "--queue-type everywhere, or delete the old queue"
         )
     return (
-        f"queue '{found['name']}' was created by another version of fluffle ({text}); stop "
-        f"everyone who uses it, delete it with 'rabbitmqctl delete_queue {found['name']}', and "
+        f"queue '{match['name']}' was created by another version of fluffle ({text}); stop "
+        f"everyone who uses it, delete it with 'rabbitmqctl delete_queue {match['name']}', and "
         "start again"
     )
 
 
-def meaning(text: str, user: str = "", right: Right | None = None) -> Error:
+def error_for_reply(text: str, user: str = "", right: Right | None = None) -> TransportError:
     """Return the error for a reply text of the broker.
 
-    >>> meaning("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
+    >>> error_for_reply("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
     QueueInUse("ACCESS_REFUSED - queue 'f.inbox.w' in vhost '/' in exclusive use")
-    >>> str(meaning("ACCESS_REFUSED - access to queue 'f.updates' in vhost '/' refused for user "
-    ...     "'w'", "w", "configure")).partition(";")[0]
+    >>> refusal = "ACCESS_REFUSED - access to queue 'f.updates' in vhost '/' refused for user 'w'"
+    >>> str(error_for_reply(refusal, "w", "configure")).partition(";")[0]
     "the broker does not let user 'w' configure queue 'f.updates' in vhost '/'"
     """
     who = f"user '{user}'" if user else "this user"
     if _IN_USE.search(text):
         return QueueInUse(text)
     if "ACCESS_REFUSED" in text:
-        return BrokerError(f"{_forbidden(text, who, right)}; {RIGHTS_REMEDY}")
-    if found := _TOO_LARGE.search(text):
+        return BrokerError(f"{_missing_permission(text, who, right)}; {RIGHTS_REMEDY}")
+    if match := _TOO_LARGE.search(text):
         return BrokerError(
-            f"a message of {int(found['size']):,} bytes is above the broker's limit of "
-            f"{int(found[2]):,} (max_message_size); raise it in rabbitmq.conf, to 8388608 or more"
+            f"a message of {int(match['size']):,} bytes is above the broker's limit of "
+            f"{int(match[2]):,} (max_message_size); raise it in rabbitmq.conf, to 8388608 or more"
         )
-    if found := _OTHER_USER.search(text):
+    if match := _OTHER_USER.search(text):
         return BrokerError(
             f"messages are sent as {who}, but this connection belongs to user "
-            f"'{found['user']}'; put that name into --url amqp://user:password@host"
+            f"'{match['user']}'; put that name into --url amqp://user:password@host"
         )
     if _LIMIT.search(text):
         return BrokerError(
@@ -168,28 +168,28 @@ def meaning(text: str, user: str = "", right: Right | None = None) -> Error:
     return LinkLost(text)
 
 
-def _forbidden(text: str, who: str, right: Right | None) -> str:
+def _missing_permission(text: str, who: str, right: Right | None) -> str:
     """Name the user and the permission that is missing."""
-    if found := _TOPIC.search(text):
+    if match := _TOPIC.search(text):
         return (
-            f"the broker does not let {who} {right or 'write'} the routing key '{found['key']}' in "
-            f"exchange '{found['name']}' (a topic permission)"
+            f"the broker does not let {who} {right or 'write'} the routing key '{match['key']}' in "
+            f"exchange '{match['name']}' (a topic permission)"
         )
-    if found := _ACCESS.search(text):
-        name, what = found["name"], found["what"]
+    if match := _ACCESS.search(text):
+        name, entity = match["name"], match["what"]
         # Binding needs write on the queue and read on the exchange. Without a known right, the
         # request was to get from a queue or to publish to an exchange.
         usual = ("write", "read") if right == "bind" else ("read", "write")
-        usual_right = usual[0] if what == "queue" else usual[1]
-        asked = found["right"] or (
+        usual_right = usual[0] if entity == "queue" else usual[1]
+        needed = match["right"] or (
             right if right in ("configure", "read", "write") else usual_right
         )
-        vhost = f" in vhost '{found['vhost']}'" if found["vhost"] is not None else ""
-        return f"the broker does not let {who} {asked} {what} '{name}'{vhost}"
+        vhost = f" in vhost '{match['vhost']}'" if match["vhost"] is not None else ""
+        return f"the broker does not let {who} {needed} {entity} '{name}'{vhost}"
     return f"the broker refuses {who} ({text})"
 
 
-def told(wrong: BaseException) -> str:
+def error_text(error: BaseException) -> str:
     """Return the text of an exception in one line, without credentials."""
-    text = " ".join(str(part) for part in wrong.args) or str(wrong)
-    return without_credentials(" ".join(text.split())) or type(wrong).__name__
+    text = " ".join(str(part) for part in error.args) or str(error)
+    return without_credentials(" ".join(text.split())) or type(error).__name__

@@ -22,7 +22,7 @@ METHOD, HEADER, BODY, HEARTBEAT = 1, 2, 3, 8
 END = b"\xce"
 END_BYTE = END[0]
 FRAME = struct.Struct(">BHI")  # type, channel, size; the payload and the end byte follow
-A_HEARTBEAT = FRAME.pack(HEARTBEAT, 0, 0) + END
+HEARTBEAT_FRAME = FRAME.pack(HEARTBEAT, 0, 0) + END
 
 # The first four bytes of a method's payload: the class (Basic) and the method's number.
 _BASIC = 60
@@ -37,7 +37,7 @@ _SIZE_AT = _KIND_SIZE  # the offset of the body size in a header frame, after cl
 _SIZE, _TAG = struct.Struct(">Q"), struct.Struct(">Q")
 _SETTLED = struct.Struct(">4sQB")
 _HEAD = struct.Struct(">HHQH")  # of a header frame: class, weight, body size, flags
-_ALL_BEFORE, _REQUEUE = 1, 2
+_MULTIPLE, _REQUEUE = 1, 2
 _MANDATORY = 1
 
 # The flags of the properties that we send, in the order in which the values follow.
@@ -125,9 +125,9 @@ def bodies(channel: int, body: Body, frame_max: int) -> list[Body]:
     return pieces
 
 
-def ack(channel: int, tag: int, *, all_before: bool) -> bytes:
+def ack(channel: int, tag: int, *, multiple: bool) -> bytes:
     """Return the frame that acknowledges a delivery."""
-    return frame(METHOD, channel, _SETTLED.pack(ACK, tag, _ALL_BEFORE if all_before else 0))
+    return frame(METHOD, channel, _SETTLED.pack(ACK, tag, _MULTIPLE if multiple else 0))
 
 
 def requeue(channel: int, tag: int) -> bytes:
@@ -174,16 +174,16 @@ def _value(value: Value) -> bytes:
         return _INTEGER.pack(b"l", value)
     if isinstance(value, float):
         return _FLOAT.pack(b"d", value)
-    return b"A" + _long(b"".join([_value(one) for one in value]))
+    return b"A" + _long(b"".join([_value(item) for item in value]))
 
 
 # --- receiving ---------------------------------------------------------------------------------
 
 
-def settled(payload: bytes) -> tuple[int, bool]:
+def settlement(payload: bytes) -> tuple[int, bool]:
     """Return the tag in an ack or nack, and whether it covers all earlier tags as well."""
     _, tag, flags = _SETTLED.unpack_from(payload)
-    return tag, bool(flags & _ALL_BEFORE)
+    return tag, bool(flags & _MULTIPLE)
 
 
 def tag(payload: bytes) -> int:
@@ -206,7 +206,7 @@ def _tag_at(payload: bytes) -> int:
     return _KIND_SIZE
 
 
-def returned(payload: bytes) -> str:
+def return_reason(payload: bytes) -> str:
     """Return the reason, the exchange and the key of a returned message in words."""
     reason, after = _read_short(payload, _KIND_SIZE + 2)
     exchange, after = _read_short(payload, after)
@@ -214,13 +214,13 @@ def returned(payload: bytes) -> str:
     return f"{reason} at exchange '{exchange}' for '{key}'"
 
 
-def closed(payload: bytes) -> tuple[int, str]:
+def close_reason(payload: bytes) -> tuple[int, str]:
     """Return the reply code and text in a ``CLOSE`` method."""
     code = int.from_bytes(payload[_KIND_SIZE : _KIND_SIZE + 2], "big")
     return code, _read_short(payload, _KIND_SIZE + 2)[0]
 
 
-def blocked(payload: bytes) -> str | None:
+def blocked_reason(payload: bytes) -> str | None:
     """Return the reason in a ``BLOCKED`` method; None for ``UNBLOCKED``."""
     if kind_of(payload) == UNBLOCKED:
         return None

@@ -9,7 +9,12 @@ from typing import Any
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.logs import logger
-from fluffle_common.transport.rabbitmq.errors import Right, as_ours, meaning, told
+from fluffle_common.transport.rabbitmq.errors import (
+    Right,
+    error_for_reply,
+    error_text,
+    map_exceptions,
+)
 
 _LOG = logger("transport.link")
 
@@ -19,26 +24,27 @@ class Lifetime:
 
     Args:
         user: the user that is logged in, for error texts.
-        closed_by_broker: returns the code and text with which the broker closed the connection, or
+        close_reason: returns the code and text with which the broker closed the connection, or
             None.
     """
 
-    def __init__(self, user: str, closed_by_broker: Callable[[], tuple[int, str] | None]) -> None:
-        self.over = asyncio.Event()
-        self.at_end: set[Callable[[], object]] = set()
+    def __init__(self, user: str, close_reason: Callable[[], tuple[int, str] | None]) -> None:
+        self.ended = asyncio.Event()
+        self.end_callbacks: set[Callable[[], object]] = set()
         """Callbacks for the end of the link."""
-        self._user, self._closed_by_broker = user, closed_by_broker
+        self._user, self._close_reason = user, close_reason
         self._why: LinkLost | BrokerError = LinkLost("the link was closed")
 
     def lose(self, _: Any, why: BaseException | None = None) -> None:
         """End the link because a connection or channel closed (aio_pika's close callback)."""
-        if self.over.is_set():
+        if self.ended.is_set():
             return
         if isinstance(why, LinkLost):
             self._why = why
         elif why is not None:
-            meant = meaning(told(why), self._user)
-            self._why = meant if isinstance(meant, BrokerError) else LinkLost(told(why))
+            text = error_text(why)
+            error = error_for_reply(text, self._user)
+            self._why = error if isinstance(error, BrokerError) else LinkLost(text)
         _LOG.debug("lost the link: %s", self._why)
         self.end()
 
@@ -48,8 +54,8 @@ class Lifetime:
 
     def end(self) -> None:
         """End the link and run the callbacks."""
-        self.over.set()
-        for call in tuple(self.at_end):
+        self.ended.set()
+        for call in tuple(self.end_callbacks):
             call()
 
     def error(self) -> LinkLost | BrokerError:
@@ -58,24 +64,24 @@ class Lifetime:
 
     def check(self) -> None:
         """Raise the reason if the link is over."""
-        if self.over.is_set():
+        if self.ended.is_set():
             raise self.error()
 
     async def lost(self) -> None:
         """Return when the link is over; raise ``BrokerError`` if reconnecting cannot help."""
-        await self.over.wait()
+        await self.ended.wait()
         if isinstance(self._why, BrokerError):
             raise self.error()
 
     @contextlib.contextmanager
-    def asking(self, right: Right | None = None) -> Iterator[None]:
+    def requesting(self, right: Right | None = None) -> Iterator[None]:
         """Map exceptions of a request that needs a permission to the contract's errors."""
         self.check()
         try:
-            with as_ours(self._user, right):
+            with map_exceptions(self._user, right):
                 yield
         except LinkLost:
-            closed = self._closed_by_broker()
-            if closed is not None:  # says more than what aiormq raises
-                raise meaning(closed[1], self._user, right) from None
+            reason = self._close_reason()
+            if reason is not None:  # says more than what aiormq raises
+                raise error_for_reply(reason[1], self._user, right) from None
             raise

@@ -25,7 +25,7 @@ from fluffle_common.errors import LinkLost
 from fluffle_common.logs import logger
 from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
-    NAMED,
+    MAX_LISTED_KEYS,
     Body,
     Counts,
     Delivery,
@@ -38,10 +38,10 @@ from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import Connection
+from fluffle_common.transport.rabbitmq.consumer import STREAM_PREFETCH, Consumer
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
-from fluffle_common.transport.rabbitmq.errors import Right, as_ours, declaring
+from fluffle_common.transport.rabbitmq.errors import Right, map_declare_errors, map_exceptions
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
-from fluffle_common.transport.rabbitmq.reading import STREAM_PREFETCH, Reading
 
 _CLOSE_TIMEOUT_S = 2.0
 # Urgent messages use the other connection while more bytes than this are unconfirmed.
@@ -59,38 +59,38 @@ class AmqpLink(Link):
     def __init__(self, publishing: Connection, consuming: Connection, user: str) -> None:
         self._connections = (publishing, consuming)
         self._user = user
-        self._lifetime = Lifetime(user, lambda: consuming.closed_by_broker)
+        self._lifetime = Lifetime(user, lambda: consuming.close_reason)
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
-        self._get: AbstractChannel
-        self._publishing: ContentChannel
-        self._getting: ContentChannel  # urgent messages are published there too
+        self._request_channel: AbstractChannel
+        self._publish_channel: ContentChannel
+        self._get_channel: ContentChannel  # urgent messages are published there too
         # One for each channel that is published on.
         self._watch, self._urgent_watch = map(self._watch_over, self._connections)
-        self._trying: AbstractChannel | None = None
-        self._one_tries = asyncio.Lock()
+        self._probe_channel: AbstractChannel | None = None
+        self._probe_lock = asyncio.Lock()
 
     async def start(self) -> AmqpLink:
         """Open the channels."""
         for connection in self._connections:
             connection.close_callbacks.add(self._lifetime.lose)
         publishing, consuming = self._connections
-        with as_ours(self._user):
+        with map_exceptions(self._user):
             publish = publishing.channel(publisher_confirms=True)
-            self._get = consuming.channel(publisher_confirms=True)
-            for channel in (publish, self._get):
+            self._request_channel = consuming.channel(publisher_confirms=True)
+            for channel in (publish, self._request_channel):
                 await channel.initialize()
                 channel.close_callbacks.add(self._lifetime.lose)
-            self._publishing = await publishing.contents(publish)
-            self._getting = await consuming.contents(self._get)
-        self._lifetime.at_end.add(self._over)
+            self._publish_channel = await publishing.content_channel(publish)
+            self._get_channel = await consuming.content_channel(self._request_channel)
+        self._lifetime.end_callbacks.add(self._on_end)
         self._lifetime.check()
         return self
 
-    def _over(self) -> None:
+    def _on_end(self) -> None:
         for watch in (self._watch, self._urgent_watch):
             watch.close()
-        for contents in (self._publishing, self._getting):
-            contents.lose(self._lifetime.error())
+        for channel in (self._publish_channel, self._get_channel):
+            channel.close(self._lifetime.error())
 
     @property
     def blocked(self) -> str | None:
@@ -107,8 +107,8 @@ class AmqpLink(Link):
         for entity in entities:
             _LOG.debug("declaring %s", entity)
             right: Right = "bind" if isinstance(entity, Binding) else "configure"
-            with declaring(), self._lifetime.asking(right):
-                channel = await self._get.get_underlay_channel()
+            with map_declare_errors(), self._lifetime.requesting(right):
+                channel = await self._request_channel.get_underlay_channel()
                 match entity:
                     case Exchange(name, kind, alternate):
                         await channel.exchange_declare(
@@ -126,16 +126,18 @@ class AmqpLink(Link):
 
     async def exists(self, exchange: str) -> bool:
         """See ``base.Link``."""
-        return (await self._try(lambda on: on.exchange_declare(exchange, passive=True))) is not None
+        return (
+            await self._request_or_none(lambda on: on.exchange_declare(exchange, passive=True))
+        ) is not None
 
     async def bind(self, bindings: Iterable[Binding]) -> bool:
         """See ``base.Link``."""
-        for each in bindings:
-            if await self._try(functools.partial(_bind, each), "bind") is None:
+        for binding in bindings:
+            if await self._request_or_none(functools.partial(_bind, binding), "bind") is None:
                 return False
         return True
 
-    async def _try(
+    async def _request_or_none(
         self,
         ask: Callable[[UnderlayChannel], Awaitable[_T]],
         right: Right | None = None,
@@ -145,17 +147,17 @@ class AmqpLink(Link):
         The broker then closes the channel, so these requests have a channel of their own.
         """
         self._lifetime.check()
-        async with self._one_tries:
-            with self._lifetime.asking(right):
-                if self._trying is None:
-                    self._trying = self._connections[1].channel(publisher_confirms=False)
-                    await self._trying.initialize()
-                underlay = await self._trying.get_underlay_channel()
+        async with self._probe_lock:
+            with self._lifetime.requesting(right):
+                if self._probe_channel is None:
+                    self._probe_channel = self._connections[1].channel(publisher_confirms=False)
+                    await self._probe_channel.initialize()
+                underlay = await self._probe_channel.get_underlay_channel()
                 try:
                     return await ask(underlay)
-                except BaseException as wrong:
-                    self._trying = None
-                    if isinstance(wrong, aiormq.exceptions.ChannelNotFoundEntity):
+                except BaseException as error:
+                    self._probe_channel = None
+                    if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
                         return None
                     raise
 
@@ -173,10 +175,11 @@ class AmqpLink(Link):
         first, *rest = keys
         headers: dict[str, frames.Value] = dict(properties.headers)
         if rest:
-            headers["CC" if len(keys) <= NAMED else "BCC"] = rest  # the broker removes BCC
-        contents, watch = self._lane(urgent=urgent)
+            header = "CC" if len(keys) <= MAX_LISTED_KEYS else "BCC"  # the broker removes BCC
+            headers[header] = rest
+        channel, watch = self._choose_channel(urgent=urgent)
         head = frames.publish(
-            contents.number,
+            channel.number,
             len(body),
             exchange=exchange,
             key=first,
@@ -186,34 +189,34 @@ class AmqpLink(Link):
             headers=headers,
             durable=properties.durable,
         )
-        sending = watch.sending(len(head) + len(body))
+        unconfirmed = watch.add(len(head) + len(body))
         try:
-            await contents.publish(head, properties.message_id, body)
+            await channel.publish(head, properties.message_id, body)
         except QueueFull:
             if not self._quorum:
                 raise
             why = "the broker refused a message: a queue is full, or changes its leader"
-            self._lifetime.give_up(why)  # for the reason in _unconfirmed
+            self._lifetime.give_up(why)  # for the reason in _on_overdue
             raise self._lifetime.error() from None
         finally:
-            watch.settled(sending)
+            watch.discard(unconfirmed)
 
-    def _lane(self, *, urgent: bool) -> tuple[ContentChannel, ConfirmWatch]:
+    def _choose_channel(self, *, urgent: bool) -> tuple[ContentChannel, ConfirmWatch]:
         """Choose the channel to publish on.
 
         A blocked broker stops reading from every connection that publishes. Publishing on the
         consuming connection would then hold up its acknowledgements as well.
         """
         blocked = any(connection.blocking.reason for connection in self._connections)
-        if urgent and not blocked and self._watch.under_way_bytes > _LITTLE_BYTES:
-            return self._getting, self._urgent_watch
-        return self._publishing, self._watch
+        if urgent and not blocked and self._watch.unconfirmed_bytes > _LITTLE_BYTES:
+            return self._get_channel, self._urgent_watch
+        return self._publish_channel, self._watch
 
     def _watch_over(self, connection: Connection) -> ConfirmWatch:
         blocking = connection.blocking
-        return ConfirmWatch(connection, self._unconfirmed, lambda: blocking.reason is not None)
+        return ConfirmWatch(connection, self._on_overdue, lambda: blocking.reason is not None)
 
-    def _unconfirmed(self, why: str) -> None:
+    def _on_overdue(self, why: str) -> None:
         """End the link.
 
         While a quorum queue elects a new leader, a channel can get into a state in which RabbitMQ
@@ -226,16 +229,16 @@ class AmqpLink(Link):
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
         """See ``base.Link``."""
-        reading = await Reading(queue, self._connections[1], self._lifetime).begin(
+        consumer = await Consumer(queue, self._connections[1], self._lifetime).start(
             prefetch, exclusive=exclusive, replicated=queue in self._quorum
         )
-        return reading.deliveries()
+        return consumer.deliveries()
 
     async def get(self, queue: str) -> Delivery | None:
         """See ``base.Link``."""
         self._lifetime.check()
-        content = await self._getting.get(queue)
-        return AmqpDelivery(content, queue, self._getting) if content is not None else None
+        message = await self._get_channel.get(queue)
+        return AmqpDelivery(message, queue, self._get_channel) if message is not None else None
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         """See ``base.Link``."""
@@ -247,38 +250,38 @@ class AmqpLink(Link):
         # "last" is the last chunk, which may hold many entries.
         return await (await self._stream(stream, {"x-stream-offset": "last"})).newest()
 
-    async def _stream(self, stream: str, arguments: dict[str, Any]) -> Reading:
-        reading = Reading(stream, self._connections[1], self._lifetime)
-        return await reading.begin(STREAM_PREFETCH, arguments=arguments)
+    async def _stream(self, stream: str, arguments: dict[str, Any]) -> Consumer:
+        consumer = Consumer(stream, self._connections[1], self._lifetime)
+        return await consumer.start(STREAM_PREFETCH, arguments=arguments)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
         """See ``base.Link``."""
-        with self._lifetime.asking("configure"):
-            channel = await self._get.get_underlay_channel()
+        with self._lifetime.requesting("configure"):
+            channel = await self._request_channel.get_underlay_channel()
             await channel.queue_declare(
                 queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
             )
         await self.declare(bindings)
-        reading = Reading(queue.name, self._connections[1], self._lifetime)
-        return (await reading.begin(_TAP_PREFETCH, exclusive=True)).settled()
+        consumer = Consumer(queue.name, self._connections[1], self._lifetime)
+        return (await consumer.start(_TAP_PREFETCH, exclusive=True)).auto_acked()
 
     async def unbind(self, binding: Binding) -> None:
         """See ``base.Link``."""
-        with self._lifetime.asking("bind"):
-            channel = await self._get.get_underlay_channel()
+        with self._lifetime.requesting("bind"):
+            channel = await self._request_channel.get_underlay_channel()
             await channel.queue_unbind(binding.queue, binding.exchange, binding.key)
 
     async def counts(self, queue: str) -> Counts | None:
         """See ``base.Link``."""
-        told = await self._try(lambda on: on.queue_declare(queue, passive=True))
-        if told is None:
+        declare_ok = await self._request_or_none(lambda on: on.queue_declare(queue, passive=True))
+        if declare_ok is None:
             return None
-        return Counts(int(told.message_count or 0), int(told.consumer_count or 0))
+        return Counts(int(declare_ok.message_count or 0), int(declare_ok.consumer_count or 0))
 
     async def purge(self, queue: str) -> int:
         """See ``base.Link``."""
-        with self._lifetime.asking("read"):
-            channel = await self._get.get_underlay_channel()
+        with self._lifetime.requesting("read"):
+            channel = await self._request_channel.get_underlay_channel()
             return int((await channel.queue_purge(queue)).message_count or 0)
 
     async def lost(self) -> None:
@@ -298,6 +301,6 @@ async def _bind(binding: Binding, on: UnderlayChannel) -> Any:
 
 async def close(connection: Connection) -> None:
     """Close a connection within a short timeout; this never raises."""
-    with contextlib.suppress(LinkLost), as_ours():
+    with contextlib.suppress(LinkLost), map_exceptions():
         async with asyncio.timeout(_CLOSE_TIMEOUT_S):
             await connection.close()

@@ -22,7 +22,7 @@ from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, with
 
 _TIMEOUT_S = 5.0
 # Everything that a request may raise.
-UNTOLD = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
+REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 
 
@@ -102,10 +102,10 @@ def ask(base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None)
         *([urllib.request.HTTPSHandler(context=context)] if context else []),
     )
     try:
-        with direct.open(request, timeout=_TIMEOUT_S) as answer:
-            text = answer.read()
-    except urllib.error.HTTPError as no:
-        no.close()  # the exception keeps the connection open
+        with direct.open(request, timeout=_TIMEOUT_S) as response:
+            text = response.read()
+    except urllib.error.HTTPError as error:
+        error.close()  # the exception keeps the connection open
         raise
     return json.loads(text) if text else None
 
@@ -157,8 +157,8 @@ def alarms(url: str, base: str) -> list[str]:
     """
     try:
         nodes = ask(base, "/api/nodes", url)
-    except urllib.error.HTTPError as no:  # the user needs the tag "monitoring"
-        if no.code in (401, 403):
+    except urllib.error.HTTPError as error:  # the user needs the tag "monitoring"
+        if error.code in (401, 403):
             return []
         raise
     words = {"mem_alarm": "memory", "disk_free_alarm": "disk"}
@@ -171,47 +171,47 @@ def vhost(url: str) -> str:
     return urllib.parse.quote(name, safe="")
 
 
-def read_queue(told: Mapping[str, Any], topology: Topology, now: float) -> QueueFigures:
+def read_queue(entry: Mapping[str, Any], topology: Topology, now: float) -> QueueFigures:
     """Read the figures of one queue from the API's description of it.
 
     Args:
-        told: one object of ``/api/queues``.
+        entry: one object of ``/api/queues``.
         topology: the names of the federation.
         now: the time, in seconds since 1970.
     """
     # A new queue has neither. One that was never used has "messages" but no "message_stats".
-    stats: Mapping[str, Any] | None = told.get("message_stats") or (
-        {} if "messages" in told else None
+    stats: Mapping[str, Any] | None = entry.get("message_stats") or (
+        {} if "messages" in entry else None
     )
-    purpose = topology.purpose(told["name"])
-    oldest = told.get("head_message_timestamp")
+    purpose = topology.purpose(entry["name"])
+    oldest = entry.get("head_message_timestamp")
     return QueueFigures(
-        name=told["name"],
+        name=entry["name"],
         purpose=purpose or "not one of fluffle's",
-        ready=told.get("messages_ready", 0),
-        unacknowledged=told.get("messages_unacknowledged", 0),
-        consumers=told.get("consumers", 0),
+        ready=entry.get("messages_ready", 0),
+        unacknowledged=entry.get("messages_unacknowledged", 0),
+        consumers=entry.get("consumers", 0),
         # RabbitMQ does not report the size of a stream.
-        size_bytes=told.get("message_bytes") or (None if told.get("type") == "stream" else 0),
-        type=told.get("type", "classic"),
+        size_bytes=entry.get("message_bytes") or (None if entry.get("type") == "stream" else 0),
+        type=entry.get("type", "classic"),
         known=purpose is not None,
         in_rate=_rate(stats, "publish"),
         out_rate=_rate(stats, "deliver_get"),
-        growth_rate=(told.get("messages_ready_details") or {}).get("rate"),
+        growth_rate=(entry.get("messages_ready_details") or {}).get("rate"),
         oldest_s=max(0.0, now - oldest) if isinstance(oldest, int | float) else None,
         published=None if stats is None else stats.get("publish", 0),
-        state=told.get("state", "running"),
-        limited=_limited(told, topology),
-        settled=None if stats is None else sum(stats.get(each, 0) for each in _SETTLED),
+        state=entry.get("state", "running"),
+        limited=_limited(entry, topology),
+        settled=None if stats is None else sum(stats.get(name, 0) for name in _SETTLED),
     )
 
 
-def _limited(told: Mapping[str, Any], topology: Topology) -> bool | None:
+def _limited(entry: Mapping[str, Any], topology: Topology) -> bool | None:
     """Return whether any policy limits the queue; None if it needs no limit."""
-    queue = topology.find(told["name"])
-    if queue is None or not queue.limits or "effective_policy_definition" not in told:
+    queue = topology.find(entry["name"])
+    if queue is None or not queue.limits or "effective_policy_definition" not in entry:
         return None
-    return any(key.startswith("max-") for key in told["effective_policy_definition"] or {})
+    return any(key.startswith("max-") for key in entry["effective_policy_definition"] or {})
 
 
 def _rate(stats: Mapping[str, Any] | None, what: str) -> float | None:

@@ -30,8 +30,8 @@ def hint(queue: QueueFigures, topology: Topology, alarms: Sequence[str] = ()) ->
         return f"foreign: fluffle has no such queue in federation {topology.federation}"
     if queue.state in _STOPPED:
         return f"RabbitMQ reports this queue as {queue.state}"
-    told = (_blocked(queue, topology, alarms), _about(queue, topology), _growing(queue))
-    return "; ".join(filter(None, told)) or None
+    hints = (_blocked(queue, topology, alarms), _misuse(queue, topology), _growing(queue))
+    return "; ".join(filter(None, hints)) or None
 
 
 def _blocked(queue: QueueFigures, topology: Topology, alarms: Sequence[str]) -> str | None:
@@ -40,7 +40,7 @@ def _blocked(queue: QueueFigures, topology: Topology, alarms: Sequence[str]) -> 
     return f"blocked: the broker has run out of {' and '.join(alarms)}; nobody can publish"
 
 
-def _about(queue: QueueFigures, topology: Topology) -> str | None:
+def _misuse(queue: QueueFigures, topology: Topology) -> str | None:
     """Return what this queue lacks or should not contain."""
     inbox = topology.inbox("")
     if queue.name.startswith(inbox) and not queue.consumers:

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import Link, Transport
-from fluffle_common.transport.rabbitmq.connection import Connection, prepared
-from fluffle_common.transport.rabbitmq.errors import is_lost, told
-from fluffle_common.transport.rabbitmq.link import AmqpLink, close
-from fluffle_common.transport.rabbitmq.refusals import (
+from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
-    not_let_in,
-    silent_refusal,
-    tls_refusal,
+    handshake_error,
+    probe_tls_error,
+    tls_error,
 )
-from fluffle_common.transport.rabbitmq.urls import parse_urls, shown, tls_context
+from fluffle_common.transport.rabbitmq.connection import Connection, new_connection
+from fluffle_common.transport.rabbitmq.errors import error_text, is_connection_error
+from fluffle_common.transport.rabbitmq.link import AmqpLink, close
+from fluffle_common.transport.rabbitmq.urls import display_url, parse_urls, tls_context
 
 if TYPE_CHECKING:
     from yarl import URL
@@ -43,59 +43,61 @@ class AmqpTransport(Transport):
     """
 
     def __init__(self, url: str | Callable[[], str], name: str) -> None:
-        self._find = url if callable(url) else lambda: url
-        self._urls = parse_urls(self._find())
+        self._find_url = url if callable(url) else lambda: url
+        self._urls = parse_urls(self._find_url())
         self._name = name
-        self._was_in = False
+        self._was_connected = False
         self._use(None)
 
     @property
     def address(self) -> str:
         """See ``base.Transport``; the node in use, or all nodes while none is reachable."""
-        return self._shown
+        return self._address
 
     async def open(self) -> Link:
         """See ``base.Transport``."""
-        missed, wrong = [], []
-        self._urls = parse_urls(self._find())
-        for url in sorted(self._urls, key=lambda url: url != self._used):
+        unreachable, unusable = [], []
+        self._urls = parse_urls(self._find_url())
+        for url in sorted(self._urls, key=lambda url: url != self._current):
             try:
                 link = await self._open(url)
             except LinkLost as why:
-                missed.append(f"{shown(url)}: {why}" if len(self._urls) > 1 else str(why))
+                unreachable.append(
+                    f"{display_url(url)}: {why}" if len(self._urls) > 1 else str(why)
+                )
             except WrongNode as why:
-                wrong.append(str(why))
+                unusable.append(str(why))
             else:
                 self._use(url)
-                self._was_in = True
+                self._was_connected = True
                 return link
         self._use(None)
-        if not missed:
-            raise BrokerError("; ".join(wrong))
-        raise LinkLost("; ".join(missed + wrong))
+        if not unreachable:
+            raise BrokerError("; ".join(unusable))
+        raise LinkLost("; ".join(unreachable + unusable))
 
     def _use(self, url: URL | None) -> None:
-        self._used = url
-        self._shown = ", ".join(map(shown, [url] if url else self._urls))
+        self._current = url
+        self._address = ", ".join(map(display_url, [url] if url else self._urls))
 
     async def _open(self, url: URL) -> Link:
-        opened: list[Connection] = []
+        connections: list[Connection] = []
         try:
-            for use in ("publish", "consume"):
-                name = f"{self._name} ({use})"
-                opened.append(await _connect(url, name, again=self._was_in))
-            return await AmqpLink(opened[0], opened[1], url.user or "guest").start()
+            for purpose in ("publish", "consume"):
+                name = f"{self._name} ({purpose})"
+                connections.append(await _connect(url, name, was_connected=self._was_connected))
+            return await AmqpLink(connections[0], connections[1], url.user or "guest").start()
         except BaseException:
-            for connection in opened:
+            for connection in connections:
                 await close(connection)
             raise
 
 
-async def _connect(url: URL, name: str, *, again: bool) -> Connection:
-    """Open a connection; ``again`` says that this process was connected before."""
+async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
+    """Open a connection; ``was_connected`` says that this process was connected before."""
     with_heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
     context = tls_context(str(url))
-    connection = prepared(with_heartbeat, name, context)
+    connection = new_connection(with_heartbeat, name, context)
     try:
         await connection.connect(_CONNECT_TIMEOUT_S)
     except asyncio.CancelledError:
@@ -104,16 +106,18 @@ async def _connect(url: URL, name: str, *, again: bool) -> Connection:
         raise LinkLost("the connection was closed while it was being opened") from None
     except TimeoutError:
         raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
-    except Exception as failed:
-        if connection.closed_by_broker is not None:
-            raise not_let_in(*connection.closed_by_broker, url, again=again) from None
-        if (insecure := tls_refusal(failed, url)) is not None:
-            raise insecure from None
-        if not is_lost(failed):
+    except Exception as error:
+        if connection.close_reason is not None:
+            raise handshake_error(
+                *connection.close_reason, url, was_connected=was_connected
+            ) from None
+        if (refusal := tls_error(error, url)) is not None:
+            raise refusal from None
+        if not is_connection_error(error):
             raise
-        if connection.tls_alert or not connection.heard:
-            refusal = await asyncio.to_thread(silent_refusal, url, context)
+        if connection.tls_alert or not connection.has_received:
+            refusal = await asyncio.to_thread(probe_tls_error, url, context)
             if refusal is not None:
                 raise refusal from None
-        raise LinkLost(told(failed)) from None
+        raise LinkLost(error_text(error)) from None
     return connection

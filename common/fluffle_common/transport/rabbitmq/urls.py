@@ -53,7 +53,7 @@ def parse_urls(text: str) -> list[URL]:
     return urls
 
 
-def shown(url: URL) -> str:
+def display_url(url: URL) -> str:
     """Return a URL for display, without user, password and options."""
     return str(url.with_password(None).with_user(None).with_query(None).with_fragment(None))
 
@@ -92,8 +92,8 @@ def tls_context(url: str) -> ssl.SSLContext | None:
         if certificate := options.get("certfile"):
             file = certificate
             context.load_cert_chain(certificate, options.get("keyfile"), password=_no_password)
-    except (OSError, ValueError) as wrong:  # ssl.SSLError is an OSError
-        reason = getattr(wrong, "strerror", None) or str(wrong)
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"the certificate, key or CA file '{file}' of --url cannot be used ({reason}); "
             "give a PEM file that this user can read (?cafile=, ?certfile=, ?keyfile=)"
@@ -119,20 +119,20 @@ def _no_password() -> str:
 def _parse(url: str) -> URL:
     from yarl import URL
 
-    wrong = _what_is_wrong(url)
+    fault = _fault(url)
     parsed = None
-    if wrong is None:
+    if fault is None:
         try:
             parsed = URL(url)
-            _ = parsed.port, parsed.password, parsed.path, shown(parsed)
+            _ = parsed.port, parsed.password, parsed.path, display_url(parsed)
         except (ValueError, TypeError):
-            wrong = f"it cannot be parsed; {_QUOTE}"
+            fault = f"it cannot be parsed; {_QUOTE}"
     if parsed is None:
-        raise UsageError(f"{_named(url)} is not the URL of a broker: {wrong}; {_FORM}")
+        raise UsageError(f"{_redacted(url)} is not the URL of a broker: {fault}; {_FORM}")
     return parsed
 
 
-def _named(url: str) -> str:
+def _redacted(url: str) -> str:
     """Return the part of an invalid URL that is safe to show."""
     before, at, after = url.rpartition("@")
     scheme = re.match(r"[a-z]{1,10}://", before, re.IGNORECASE)
@@ -141,7 +141,7 @@ def _named(url: str) -> str:
     return f"'{scheme[0] if scheme else ''}…@{after.partition('?')[0]}'"
 
 
-def _what_is_wrong(url: str) -> str | None:
+def _fault(url: str) -> str | None:
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in ("amqp", "amqps"):
         known = re.fullmatch(r"[a-z]{1,10}", scheme) and colon

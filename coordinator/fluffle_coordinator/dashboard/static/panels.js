@@ -1,25 +1,14 @@
 // One function per panel. Each gets the whole board, and `of` lists the sections that it draws.
 
-import { $, ago, clock, either, figure, keyed, make, mark, moment, period, say, size, span, whole } from "./dom.js";
+import { $, clock, either, keyed, make, mark, moment, period, say, size, span, whole } from "./dom.js";
 import { frozen, reached, results } from "./results.js";
+import { over, people, seen, workers } from "./workers.js";
 
 const QUEUES = ["updates", "presence", "journal", "rejected", "unrouted", "inbox", "outbox"];
 const SOURCES = {
   coordinator: "Read-only. Source: the coordinator itself.",
   journal: "Read-only. Sources: the journal, the workers' heartbeats and RabbitMQ's management API.",
 };
-const ABSENT = new Set(["left", "gone", "refused"]);
-
-/** Whether the run has ended; then silent workers and queues without consumers are normal. */
-const over = (board) => board.run?.phase === "ended" || frozen(board);
-
-const isHere = (worker) => !ABSENT.has(worker.state);
-
-/** How many workers are connected, or took part in a run that has ended: [label, number]. */
-function people(board) {
-  if (!over(board)) return ["connected", board.workers.filter(isHere).length];
-  return ["took part", board.workers.filter((worker) => worker.counted > 0).length];
-}
 
 // --- the state of the run ------------------------------------------------------------------------
 
@@ -120,81 +109,6 @@ function deadline(board, now) {
   }
   say($("deadline"), times.join(", "));
   mark($("deadline"), "data-tone", left !== null && left < 30 && open.updates < open.needed ? "bad" : null);
-}
-
-// --- workers -------------------------------------------------------------------------------------
-
-function workers(board, now) {
-  const [label, count] = people(board);
-  say($("workers-count"), board.workers.length ? `${whole(count)} ${label}` : "");
-  either("workers", board.workers.length > 0);
-  keyed(
-    $("workers"),
-    board.workers,
-    (worker) => worker.name,
-    () => {
-      const bar = make("div", { class: "bar" }, make("progress", { max: 1, value: 0 }), make("span"));
-      return make(
-        "tr",
-        {},
-        make("th", { scope: "row" }),
-        make("td", { class: "live" }, make("span", { class: "chip" })),
-        make("td", { class: "live wide" }, bar),
-        make("td", { class: "live n", "data-label": "loss" }),
-        ...["examples", "counted", "late", "rejected", "training", "sent"].map((name) =>
-          make("td", { class: "n", "data-label": name }),
-        ),
-        make("td", { class: "live n", "data-label": "seen" }),
-      );
-    },
-    (row, worker) => {
-      const [name, doing, progressing, loss, examples, counted, late, refused, training, sent] = row.children;
-      const state = over(board) && isHere(worker) ? "done" : worker.state;
-      say(name, worker.name);
-      mark(row, "data-absent", isHere(worker) || frozen(board) ? null : "");
-      say(doing.firstChild, state);
-      mark(doing.firstChild, "data-state", state);
-      mark(doing.firstChild, "title", worker.why || null);
-      progress(progressing.firstChild, state === "done" ? { name: worker.name } : worker);
-      say(loss, figure(worker.loss));
-      say(examples, whole(worker.num_examples));
-      say(counted, whole(worker.counted));
-      showCount(late, worker.late);
-      showCount(refused, worker.rejected);
-      say(training, span(worker.train_s));
-      say(sent, worker.bytes ? size(worker.bytes) : "–");
-    },
-  );
-  seen(board, now);
-}
-workers.of = ["workers", "run"];
-
-function progress(bar, worker) {
-  const [gauge, words] = bar.children;
-  const steps = worker.steps > 0;
-  mark(bar, "data-idle", steps ? null : "");
-  gauge.max = steps ? worker.steps : 1;
-  gauge.value = steps ? worker.step : 0;
-  mark(gauge, "aria-label", `local progress of ${worker.name}`);
-  say(words, steps ? `${worker.step}/${worker.steps}` : worker.round ? `round ${worker.round}` : "");
-}
-
-function showCount(cell, count) {
-  say(cell, whole(count));
-  mark(cell, "data-tone", count > 0 ? "odd" : "none");
-}
-
-function seen(board, now) {
-  for (const row of $("workers").children) {
-    const worker = board.workers.find((one) => one.name === row.dataset.key);
-    if (!worker) continue;
-    const cell = row.lastElementChild;
-    const age = worker.last_seen === null ? null : Math.max(0, now - worker.last_seen);
-    say(cell, age === null ? "–" : ago(age));
-    const silent =
-      !over(board) && age !== null && age > 3 * (worker.heartbeat_s ?? 10) && isHere(worker);
-    mark(cell, "data-tone", silent ? "bad" : null);
-  }
 }
 
 // --- queues --------------------------------------------------------------------------------------

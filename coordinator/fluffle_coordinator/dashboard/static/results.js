@@ -6,6 +6,7 @@ import { chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 /** The phases between two commits, in the coordinator's order. */
 const PHASES = ["waiting", "training", "transfer", "aggregation", "checkpoint"];
 const MOST_CELLS = { history: 40000, live: 4000 };
+const MOST_ROWS = 100;
 /** Up to this staleness, the histogram has a bar for every value, even if it is empty. */
 const MOST_BARS = 60;
 
@@ -113,7 +114,8 @@ function participation(board) {
   const names = [...new Set(shown.flatMap((one) => [...one.participants, ...one.asked, ...one.came_late]))].sort();
   mark($("participation-legend"), "hidden", names.length > 0 ? null : "");
   if (!either("participation", names.length > 0)) return;
-  const room = Math.max(1, Math.floor((frozen(board) ? MOST_CELLS.history : MOST_CELLS.live) / shown.length));
+  const limit = frozen(board) ? MOST_CELLS.history : MOST_CELLS.live;
+  const room = Math.min(MOST_ROWS, Math.max(1, Math.floor(limit / shown.length)));
   const examples = shown.map((one) => new Map(one.participants.map((name, place) => [name, one.examples[place]])));
   const asked = shown.map((one) => new Set(one.asked));
   const late = shown.map((one) => new Set(one.came_late));

@@ -7,48 +7,67 @@ import ssl
 from typing import TYPE_CHECKING
 
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport.rabbitmq.urls import shown
+from fluffle_common.transport.rabbitmq.urls import display_url
 
 if TYPE_CHECKING:
     from yarl import URL
 
 _ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
 _LIMIT = "limit"
-_AMQP = b"AMQP\x00\x00\x09\x01"
-_ASK_S = 3.0
+_PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
+_PROBE_S = 3.0
 
 # Alerts by which the broker rejects our certificate.
-_OURS = ("CERTIFICATE_REQUIRED", "UNKNOWN_CA", "BAD_CERTIFICATE", "CERTIFICATE_EXPIRED",
-         "CERTIFICATE_UNKNOWN", "UNSUPPORTED_CERTIFICATE", "ACCESS_DENIED")  # fmt: skip
-_NOT_TLS = ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE")
-_NO_COMMON = ("HANDSHAKE_FAILURE", "PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "NO_SHARED_CIPHER")
+_CERTIFICATE_ALERTS = (
+    "CERTIFICATE_REQUIRED",
+    "UNKNOWN_CA",
+    "BAD_CERTIFICATE",
+    "CERTIFICATE_EXPIRED",
+    "CERTIFICATE_UNKNOWN",
+    "UNSUPPORTED_CERTIFICATE",
+    "ACCESS_DENIED",
+)
+_NOT_TLS_REASONS = (
+    "WRONG_VERSION_NUMBER",
+    "HTTP_REQUEST",
+    "RECORD_LAYER_FAILURE",
+    "UNEXPECTED_MESSAGE",
+)
+_VERSION_ALERTS = (
+    "HANDSHAKE_FAILURE",
+    "PROTOCOL_VERSION",
+    "UNSUPPORTED_PROTOCOL",
+    "NO_SHARED_CIPHER",
+)
 
 
 class WrongNode(BrokerError):
     """This node cannot be used with this URL; another node of its cluster may work."""
 
 
-def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | LinkLost:
+def handshake_error(
+    code: int, text: str, url: URL, *, was_connected: bool
+) -> BrokerError | LinkLost:
     """Return the error for a broker that closed a connection during the handshake.
 
     Args:
         code: AMQP's reply code.
         text: the broker's reply text.
         url: the broker's URL.
-        again: whether this process was connected before. If so, a reached limit is temporary: the
-            broker may still count connections that the network has cut.
+        was_connected: whether this process was connected before. If so, a reached limit is
+            temporary: the broker may still count connections that the network has cut.
     """
-    where, user, vhost = shown(url), url.user or "guest", url.path[1:] or "/"
+    where, user, vhost = display_url(url), url.user or "guest", url.path[1:] or "/"
     if code == _ACCESS_REFUSED:
-        only = ", and lets 'guest' in from its own machine only" if user == "guest" else ""
+        guest_note = ", and lets 'guest' in from its own machine only" if user == "guest" else ""
         return BrokerError(
-            f"the broker at {where} refuses user '{user}' or the password{only}; "
+            f"the broker at {where} refuses user '{user}' or the password{guest_note}; "
             "correct them in --url amqp://user:password@host"
         )
     if code != _NOT_ALLOWED:  # for example, it is starting or stopping
         return LinkLost(text)
     if _LIMIT in text:
-        if again:
+        if was_connected:
             return LinkLost(text)
         return BrokerError(
             f"the broker at {where} does not let user '{user}' in: {text}; raise the limit with "
@@ -66,15 +85,15 @@ def not_let_in(code: int, text: str, url: URL, *, again: bool) -> BrokerError | 
     )
 
 
-def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
+def tls_error(error: BaseException, url: URL) -> WrongNode | None:
     """Return the error for a failed TLS handshake; None if TLS was not the cause."""
-    found = _ssl_error(failed)
-    if found is None:
+    cause = _ssl_error(error)
+    if cause is None:
         return None
-    where, host = shown(url), url.host
-    if isinstance(found, ssl.SSLCertVerificationError):
-        said = found.verify_message.rstrip(".")
-        match found.verify_code:  # OpenSSL's X509_V_ERR_…
+    where, host = display_url(url), url.host
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        message = cause.verify_message.rstrip(".")
+        match cause.verify_code:  # OpenSSL's X509_V_ERR_…
             case 10:
                 why, remedy = "has expired", "renew it on the broker"
             case 9:
@@ -83,21 +102,21 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
                 why = f"is not valid for '{host}'"
                 remedy = "use a host name from the certificate in --url, or renew the certificate"
             case _:
-                why = f"is not signed by anyone trusted here ({said})"
+                why = f"is not signed by anyone trusted here ({message})"
                 remedy = "name the CA's file in --url: amqps://…?cafile=/path/ca.pem"
         return WrongNode(f"the certificate of the broker at {where} {why}; {remedy}")
-    reason = (found.reason or str(found)).upper().replace(" ", "_")
-    if any(word in reason for word in _OURS):
+    reason = (cause.reason or str(cause)).upper().replace(" ", "_")
+    if any(word in reason for word in _CERTIFICATE_ALERTS):
         return WrongNode(
             f"the broker at {where} does not accept our certificate ({reason}); name one that it "
             "trusts in --url: amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem"
         )
-    if any(word in reason for word in _NOT_TLS):
+    if any(word in reason for word in _NOT_TLS_REASONS):
         return WrongNode(
             f"there is no TLS at {where} ({reason}); write amqp://… into --url, or the port of "
             "the broker's TLS listener (usually 5671)"
         )
-    if any(word in reason for word in _NO_COMMON):
+    if any(word in reason for word in _VERSION_ALERTS):
         return WrongNode(
             f"the broker at {where} and this machine have no version or cipher of TLS in common "
             f"({reason}); allow TLS 1.2 or 1.3 on the broker"
@@ -105,7 +124,7 @@ def tls_refusal(failed: BaseException, url: URL) -> WrongNode | None:
     return None
 
 
-def silent_refusal(url: URL, context: ssl.SSLContext | None) -> WrongNode | None:
+def probe_tls_error(url: URL, context: ssl.SSLContext | None) -> WrongNode | None:
     """Return the error if TLS is why a broker closed a connection silently; None otherwise.
 
     asyncio hides the TLS alerts that arrive after the handshake, so this connects again with a
@@ -116,36 +135,38 @@ def silent_refusal(url: URL, context: ssl.SSLContext | None) -> WrongNode | None
         context: the TLS context in use; None for a plain connection, where the question is whether
             the broker requires TLS.
     """
-    asking = context
-    if asking is None:
-        asking = ssl.create_default_context()
-        asking.check_hostname, asking.verify_mode = False, ssl.CERT_NONE
+    probe_context = context
+    if probe_context is None:
+        probe_context = ssl.create_default_context()
+        probe_context.check_hostname, probe_context.verify_mode = False, ssl.CERT_NONE
     host, port = url.host or "", url.port or (5671 if url.scheme == "amqps" else 5672)
-    only_tls = WrongNode(f"the broker at {shown(url)} takes TLS only; write amqps://… into --url")
+    only_tls = WrongNode(
+        f"the broker at {display_url(url)} takes TLS only; write amqps://… into --url"
+    )
     try:
         with (
-            socket.create_connection((host, port), _ASK_S) as plain,
-            asking.wrap_socket(plain, server_hostname=host) as secure,
+            socket.create_connection((host, port), _PROBE_S) as plain,
+            probe_context.wrap_socket(plain, server_hostname=host) as secure,
         ):
             if context is None:
                 return only_tls
-            secure.sendall(_AMQP)
+            secure.sendall(_PROTOCOL_HEADER)
             secure.recv(1)
-    except ssl.SSLError as wrong:
+    except ssl.SSLError as error:
         if context is not None:
-            return tls_refusal(wrong, url)
-        return only_tls if "ALERT" in (wrong.reason or "") else None
+            return tls_error(error, url)
+        return only_tls if "ALERT" in (error.reason or "") else None
     except OSError:
         return None
     return None
 
 
-def _ssl_error(failed: BaseException | None) -> ssl.SSLError | None:
+def _ssl_error(error: BaseException | None) -> ssl.SSLError | None:
     """Return the TLS error in a chain of exceptions, which aiormq may have wrapped."""
-    seen: set[int] = set()  # aiormq's errors can be each other's cause
-    while failed is not None and id(failed) not in seen:
-        if isinstance(failed, ssl.SSLError):
-            return failed
-        seen.add(id(failed))
-        failed = failed.__cause__ or failed.__context__
+    visited: set[int] = set()  # aiormq's errors can be each other's cause
+    while error is not None and id(error) not in visited:
+        if isinstance(error, ssl.SSLError):
+            return error
+        visited.add(id(error))
+        error = error.__cause__ or error.__context__
     return None

@@ -14,8 +14,8 @@ from fluffle_common.protocol.topology import lock_of
 from fluffle_common.transport.base import Delivery
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.connection import Connection
-from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery, Arrivals
-from fluffle_common.transport.rabbitmq.errors import as_ours
+from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery, DeliveryQueue
+from fluffle_common.transport.rabbitmq.errors import map_exceptions
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 
 _CLOSE_TIMEOUT_S = 2.0
@@ -26,8 +26,8 @@ _STREAM_ACK_EVERY = 100
 _EMPTY_S = 0.5
 
 
-class Reading:
-    """A consumer; call ``begin``, then iterate over its deliveries or ask for the ``newest``.
+class Consumer:
+    """A consumer; call ``start``, then iterate over its deliveries or ask for the ``newest``.
 
     Args:
         queue: the name of the queue or stream.
@@ -36,22 +36,22 @@ class Reading:
     """
 
     def __init__(self, queue: str, connection: Connection, lifetime: Lifetime) -> None:
-        self._queue, self._connection, self._lifetime = queue, connection, lifetime
-        self._arrived = Arrivals()
+        self._queue_name, self._connection, self._lifetime = queue, connection, lifetime
+        self._received = DeliveryQueue()
         self._channel: AbstractChannel
-        self._contents: ContentChannel
+        self._content_channel: ContentChannel
         self._tag = ""
 
-    async def begin(
+    async def start(
         self,
         prefetch: int,
         *,
         exclusive: bool = False,
         replicated: bool = False,
         arguments: dict[str, Any] | None = None,
-    ) -> Reading:
+    ) -> Consumer:
         """Start consuming; ``replicated`` marks a quorum queue."""
-        with self._lifetime.asking("read"):
+        with self._lifetime.requesting("read"):
             channel = self._connection.channel(publisher_confirms=False)
             # A refusal closes the channel, which must not end the link. The link therefore watches
             # the channel only once consuming has started.
@@ -61,37 +61,42 @@ class Reading:
             if exclusive and replicated:
                 # Quorum queues accept any number of exclusive consumers. An exclusive queue serves
                 # as a lock, which is released when this connection or its node goes.
-                with self._lifetime.asking("configure"):
+                with self._lifetime.requesting("configure"):
                     await underlay.queue_declare(
-                        lock_of(self._queue), exclusive=True, arguments={"x-queue-type": "classic"}
+                        lock_of(self._queue_name),
+                        exclusive=True,
+                        arguments={"x-queue-type": "classic"},
                     )
-            contents = await self._connection.contents(channel, self._arrived.put, prefetch)
-            begun = await underlay.basic_consume(
-                self._queue, _nothing, exclusive=exclusive, arguments=arguments
+            content_channel = await self._connection.content_channel(
+                channel, self._received.put, prefetch
+            )
+            consume_ok = await underlay.basic_consume(
+                self._queue_name, _unused_callback, exclusive=exclusive, arguments=arguments
             )
         channel.close_callbacks.add(self._lifetime.lose)
-        underlay.on_consumer_cancel_callbacks.add(self._cancelled)  # the queue was deleted
-        self._channel, self._contents, self._tag = channel, contents, str(begun.consumer_tag)
-        self._lifetime.at_end.add(self._over)
+        underlay.on_consumer_cancel_callbacks.add(self._on_queue_deleted)
+        self._channel, self._content_channel = channel, content_channel
+        self._tag = str(consume_ok.consumer_tag)
+        self._lifetime.end_callbacks.add(self._on_link_end)
         return self
 
     async def deliveries(self) -> AsyncGenerator[AmqpDelivery]:
         """Yield deliveries until the link is lost or the iterator is closed."""
-        arrived = self._arrived
+        received = self._received
         try:
             while True:
                 self._lifetime.check()
-                if not arrived.there:
-                    await arrived.some()
-                content = arrived.there.popleft()
-                if content is not None:
+                if not received.items:
+                    await received.wait()
+                message = received.items.popleft()
+                if message is not None:
                     self._lifetime.check()
-                    yield AmqpDelivery(content, self._queue, self._contents)
+                    yield AmqpDelivery(message, self._queue_name, self._content_channel)
         finally:
             await self._end()
 
-    async def settled(self) -> AsyncGenerator[Delivery]:
-        """Yield deliveries that are already acknowledged."""
+    async def auto_acked(self) -> AsyncGenerator[Delivery]:
+        """Yield deliveries, each acknowledged before it is yielded."""
         async with contextlib.aclosing(self.deliveries()) as deliveries:
             async for delivery in deliveries:
                 delivery.ack()
@@ -104,52 +109,52 @@ class Reading:
             async for entry in deliveries:
                 count += 1
                 if count % _STREAM_ACK_EVERY:
-                    entry.disown()
+                    entry.take_tag()
                 else:
-                    entry.ack(all_before=True)
+                    entry.ack(multiple=True)
                 yield entry
 
     async def newest(self) -> Delivery | None:
         """Return the last entry of a stream that is read from its last chunk."""
-        arrived = self._arrived
-        found: AmqpDelivery | None = None
+        received = self._received
+        newest: AmqpDelivery | None = None
         loop = asyncio.get_running_loop()
         gives_up_at = loop.time() + _EMPTY_S
         try:
             while True:
-                with as_ours():  # a round trip: all that was sent before has arrived
+                with map_exceptions():  # a round trip: all that was sent before has arrived
                     await self._channel.set_qos(prefetch_count=STREAM_PREFETCH)
                 self._lifetime.check()
-                if not arrived.there:
-                    if found is not None or loop.time() >= gives_up_at:
-                        return found
+                if not received.items:
+                    if newest is not None or loop.time() >= gives_up_at:
+                        return newest
                     await asyncio.sleep(_EMPTY_S / 10)
-                while arrived.there:
-                    content = arrived.there.popleft()
-                    if content is not None:
-                        found = AmqpDelivery(content, self._queue, self._contents)
-                        found.ack()
+                while received.items:
+                    message = received.items.popleft()
+                    if message is not None:
+                        newest = AmqpDelivery(message, self._queue_name, self._content_channel)
+                        newest.ack()
         finally:
             await self._end()
 
-    def _over(self) -> None:
-        self._arrived.put(None)  # wakes the reader
-        self._contents.lose(self._lifetime.error())
+    def _on_link_end(self) -> None:
+        self._received.put(None)  # wakes the reader
+        self._content_channel.close(self._lifetime.error())
 
-    def _cancelled(self, *_: Any) -> None:
+    def _on_queue_deleted(self, *_: Any) -> None:
         self._lifetime.give_up("a queue we read from was deleted")
 
     async def _end(self) -> None:
-        self._lifetime.at_end.discard(self._over)
-        self._contents.lose(LinkLost("the consumer was closed"))
-        if not self._lifetime.over.is_set():
+        self._lifetime.end_callbacks.discard(self._on_link_end)
+        self._content_channel.close(LinkLost("the consumer was closed"))
+        if not self._lifetime.ended.is_set():
             self._channel.close_callbacks.discard(self._lifetime.lose)
-            with contextlib.suppress(LinkLost, TimeoutError), as_ours():
+            with contextlib.suppress(LinkLost, TimeoutError), map_exceptions():
                 async with asyncio.timeout(_CLOSE_TIMEOUT_S):
                     # RabbitMQ 3.10 keeps counting a stream consumer if only its channel closes.
                     await (await self._channel.get_underlay_channel()).basic_cancel(self._tag)
                     await self._channel.close()
 
 
-async def _nothing(_: Any) -> None:
+async def _unused_callback(_: Any) -> None:
     """Stand in for the consumer callback, which is never called: messages bypass aiormq."""

@@ -18,18 +18,18 @@ async def open_once(transport: Transport) -> AsyncGenerator[Link]:
     """
     try:
         link = await transport.open()
-    except LinkLost as why:
+    except LinkLost as error:
         raise BrokerError(
-            f"no broker at {transport.address} ({why}); start one with 'fluffle broker up' or "
+            f"no broker at {transport.address} ({error}); start one with 'fluffle broker up' or "
             "name one with --url"
         ) from None
     try:
         yield link
-    except LinkLost as gone:
+    except LinkLost as error:
         raise BrokerError(
-            f"the connection to the broker at {transport.address} was lost ({gone}); try again"
+            f"the connection to the broker at {transport.address} was lost ({error}); try again"
         ) from None
-    except QueueInUse as no:
-        raise BrokerError(f"another connection uses it: {no}; try again later") from None
+    except QueueInUse as error:
+        raise BrokerError(f"another connection uses it: {error}; try again later") from None
     finally:
         await link.close()

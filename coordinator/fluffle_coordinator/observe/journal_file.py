@@ -1,0 +1,92 @@
+"""The journal of a run in a file: of a simulation, whose broker ends with it.
+
+Each line of ``journal.jsonl`` is an event as ``fluffle journal --json`` prints it. The file is no
+record to recover from: it is not fsynced, and a crash may leave a torn last line, which readers
+skip.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from fluffle_common.cli.console import json_line
+from fluffle_common.errors import UsageError
+from fluffle_common.protocol.events import Committed, RunEvent
+from fluffle_common.protocol.messages import Event
+from fluffle_coordinator.observe.journal_entries import Entries
+from fluffle_coordinator.observe.watchers import Watcher
+
+_NAME = "journal.jsonl"
+_MOST_UNWRITTEN = 10_000
+
+
+class JournalFile(Watcher):
+    """A watcher that writes every event, a round at a time.
+
+    Args:
+        folder: the run's folder.
+        federation: its name.
+    """
+
+    def __init__(self, folder: Path, federation: str) -> None:
+        self._path, self._federation = folder / _NAME, federation
+        self._entries, self._session, self._number = Entries(), uuid.uuid4().hex[:12], 0
+        self._unwritten: list[str] = []
+
+    def record(self, event: RunEvent) -> None:
+        """Keep an event; a commit writes what has been kept.
+
+        Raises:
+            OSError: if the disk refuses; the events since the last commit are then lost.
+        """
+        entry = self._entries.entry_of(event)
+        if entry is None:
+            return
+        self._number += 1
+        line = {
+            "federation": self._federation,
+            "event": entry.name,
+            "time": entry.time,
+            "session": self._session,
+            "number": self._number,
+            "run": entry.run,
+            "fields": entry.fields,
+        }
+        self._unwritten.append(json_line(line))
+        if isinstance(event, Committed) or len(self._unwritten) >= _MOST_UNWRITTEN:
+            self.write()
+
+    def write(self) -> None:
+        """Append to the file what it does not have yet.
+
+        Raises:
+            OSError: see ``record``.
+        """
+        lines, self._unwritten = self._unwritten, []
+        # By its name each time: a fresh run moves the file of an earlier one aside.
+        with self._path.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
+
+
+def read_journal_file(folder: Path) -> Iterator[Event]:
+    """Yield the events in the journal of a run's folder.
+
+    Raises:
+        UsageError: if the folder has no journal.
+    """
+    try:
+        file = (folder / _NAME).open(encoding="utf-8")
+    except OSError:
+        raise UsageError(
+            f"{folder} has no journal: only simulations keep it in the run's folder; that of other "
+            "runs is on their broker (--federation NAME)"
+        ) from None
+    with file:
+        for line in file:
+            try:
+                yield Event(**json.loads(line))
+            except (ValueError, TypeError):  # torn by a crash
+                continue

@@ -1,0 +1,64 @@
+"""Turns the keywords of ``fluffle.run`` and ``fluffle.simulate`` into a coordinator's settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from fluffle_common.cli.config_file import options_from
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.coordinator import coordinator, rules_of
+from fluffle_coordinator.cli.schedule_options import SYNCHRONOUS_ONLY
+from fluffle_coordinator.service.app import settings_of
+from fluffle_coordinator.service.settings import CoordinatorSettings
+
+_UNAVAILABLE = {
+    "run": "use folder= for the run folder",
+    "log_format": "use progress= to choose what is shown",
+    "dashboard": "use 'fluffle dashboard' for a run over RabbitMQ, or 'fluffle report' afterwards",
+    "management": "it belongs to the live page",
+}
+
+
+def settings_from(
+    caller: str,
+    keywords: Mapping[str, Any],
+    *,
+    workers: int,
+    strategy: Any = None,
+    evaluate: Any = None,
+    on_round: Any = None,
+) -> tuple[CoordinatorSettings, dict[str, Any]]:
+    """Return the settings of a run, and all options of ``fluffle coordinator`` with their values.
+
+    Args:
+        caller: the function that was called, for errors.
+        keywords: options by name, with underscores; None means the default.
+        workers: the number of tasks; by default, the run starts when so many workers are connected.
+        strategy: a strategy by name or as an object; None means the default.
+        evaluate: the hook that tests every round's model, or None.
+        on_round: the hook that is called after each commit, or None.
+
+    Raises:
+        UsageError: if a keyword is unknown, does not apply, or has an invalid value.
+        TaskError: if the file of a strategy or a hook fails to load.
+    """
+    for name, why in _UNAVAILABLE.items():
+        if keywords.get(name):
+            raise UsageError(f"{caller}() has no {name}=: {why}")
+    if keywords.get("verify_users") and keywords.get("url") is None:
+        raise UsageError(f"{caller}() has no verify_users=: the broker in memory has no users")
+    options = options_from(coordinator, keywords, caller)
+    if options["schedule"] == "buffered":
+        for name in SYNCHRONOUS_ONLY:
+            if keywords.get(name) is not None:
+                raise UsageError(
+                    f"{caller}(): {name}= has no effect with schedule='buffered', which has no "
+                    "synchronous rounds; use buffer= and concurrency= instead"
+                )
+    if workers and options["min_workers"] is None:
+        options["min_workers"] = max(workers, options["quorum"].number or 1)
+    options |= {"evaluate": evaluate, "on_round": on_round}
+    if strategy is not None:
+        options["strategy"] = strategy
+    return settings_of(rules_of(options), options), options

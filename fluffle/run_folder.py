@@ -1,0 +1,84 @@
+"""The folder of a run in this process, and what happens to it afterwards."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import weakref
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from fluffle.results import Run
+from fluffle_common.cli.console import warn
+from fluffle_common.errors import RunError, UsageError
+from fluffle_coordinator.machine.state import State
+from fluffle_coordinator.storage.history import read_history_lines
+from fluffle_coordinator.storage.run_store import RunStore
+
+
+class RunFolder:
+    """The folder of a run, locked while the context is open.
+
+    A temporary folder is deleted together with the ``Run`` that is returned to the user. If the run
+    fails, the folder is kept if a round was committed, and the user is told how to continue.
+
+    Args:
+        folder: the user's folder; None makes a temporary one.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        self._temporary = folder is None
+        self.path = Path(tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder)
+        self.store = RunStore(self.path)
+
+    def __enter__(self) -> Self:
+        """Lock the folder.
+
+        Raises:
+            RunError: if another coordinator uses it.
+        """
+        if not self.store.try_lock():
+            raise RunError(f"another coordinator is at work in {self.path}; give another folder=")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.store.unlock()
+        if error is None or not self._temporary:
+            return
+        if not committed(self.path):
+            shutil.rmtree(self.path, ignore_errors=True)
+        elif not isinstance(error, RunError):  # a RunError already says how to continue
+            warn(f"the run is kept{self._how_to_continue()}")
+
+    def result(self, state: State) -> Run:
+        """Return the run that ended in this state.
+
+        Raises:
+            RunError: if the run stopped before its end.
+        """
+        if state.outcome == "stopped":
+            raise RunError(f"the run stopped: {state.reason}{self._how_to_continue()}")
+        run = Run(self.path)
+        if self._temporary:
+            weakref.finalize(run, shutil.rmtree, self.path, ignore_errors=True)
+        return run
+
+    def _how_to_continue(self) -> str:
+        done = committed(self.path)
+        call = f"the same call with folder={str(self.path)!r} goes on with round {done + 1}"
+        return f"; {call}" if done else ""
+
+
+def committed(folder: Path) -> int:
+    """Return the number of the last round committed in a folder; 0 if there is none."""
+    try:
+        return max(int(line["round"]) for line in read_history_lines(folder))
+    except UsageError:
+        return 0

@@ -1,0 +1,84 @@
+"""The journal of a simulation: kept in the run's folder, and read as that of a real run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+import fluffle
+from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.journal import explain, journal
+from fluffle_coordinator.observe.journal_file import read_journal_file
+from tests.simulation.test_simulation import Adder
+
+
+def simulated(folder: Path, rounds: int = 2, **options: Any) -> None:
+    tasks = {name: Adder(1.0) for name in ("ada", "bob", "cyd")}
+    fluffle.simulate(tasks, folder=folder, rounds=rounds, fit_s="classes:60,120,240", **options)
+
+
+def printed(command: Any, *flags: Any) -> str:
+    return CliRunner().invoke(command, [*map(str, flags)], catch_exceptions=False).output
+
+
+def test_every_event_is_kept_with_its_simulated_time(tmp_path):
+    simulated(tmp_path)
+    events = list(read_journal_file(tmp_path))
+    assert [event.number for event in events] == list(range(1, len(events) + 1))
+    told = [event.event for event in events]
+    assert told[0] == "started"
+    assert told.count("joined") == 3
+    assert told.count("opened") == told.count("committed") == 2
+    assert told.count("counted") == 6
+    assert told[told.index("committed") + 1 :].count("counted") == 3
+    opened = {e.fields["round"]: e.moment for e in events if e.event == "opened"}
+    assert (opened[2] - opened[1]).total_seconds() == pytest.approx(240, abs=1)
+    assert len({event.run for event in events}) == 1
+
+
+def test_the_commands_read_it_as_that_of_a_real_run(tmp_path):
+    simulated(tmp_path)
+    lines = printed(journal, "--run", tmp_path, "--round", 2, "--kind", "counted").splitlines()
+    assert lines[0].startswith("--- ")
+    assert [line.split("  ", 1)[1] for line in lines[1:]] == [
+        f"round 2: update of {name} counted, 10 examples ({number}/3)"
+        for number, name in enumerate(("ada", "bob", "cyd"), start=1)
+    ]
+    one, *_ = printed(journal, "--run", tmp_path, "--worker", "bob", "--json").splitlines()
+    assert json.loads(one)["fields"] == {"worker": "bob", "num_examples": 10}
+    said = printed(explain, "--run", tmp_path, 1)
+    assert "The longest wait was for cyd: it trained for 4 min" in said
+    assert "The run has finished: 2 rounds are done." in said
+
+
+def test_a_run_that_goes_on_adds_to_it_and_a_fresh_one_has_its_own(tmp_path):
+    folder = tmp_path / "run"
+    simulated(folder)
+    simulated(folder, rounds=3)
+    told = [event.event for event in read_journal_file(folder)]
+    assert (told.count("started"), told.count("resumed"), told.count("committed")) == (1, 1, 3)
+    simulated(folder, rounds=1, fresh=True)
+    assert [e.event for e in read_journal_file(folder)].count("committed") == 1
+    aside = list(read_journal_file(tmp_path / "run.1"))
+    assert [event.event for event in aside] == told
+
+
+def test_a_line_that_a_crash_has_torn_is_passed_over(tmp_path):
+    simulated(tmp_path)
+    whole = list(read_journal_file(tmp_path))
+    file = tmp_path / "journal.jsonl"
+    file.write_text(file.read_text()[:-20])
+    assert list(read_journal_file(tmp_path)) == whole[:-1]
+
+
+def test_where_there_is_no_journal_it_is_said(tmp_path):
+    with pytest.raises(UsageError, match="has no journal: only simulations keep it"):
+        printed(journal, "--run", tmp_path)
+    with pytest.raises(UsageError, match="--follow needs a journal on a broker"):
+        printed(journal, "--run", tmp_path, "--follow")
+    with pytest.raises(UsageError, match="missing option '--federation', or '--run'"):
+        printed(explain)
