@@ -59,6 +59,7 @@ class Federation(RuleBasedStateMachine):
         schedule=schedules,
         names=st.integers(2, 4),
         first_weights=st.booleans(),
+        frozen=st.sampled_from(["", "", "digest"]),
         afresh=st.booleans(),
     )
     def start(
@@ -67,6 +68,7 @@ class Federation(RuleBasedStateMachine):
         schedule: Schedule[State],
         names: int,
         first_weights: bool,
+        frozen: str,
         afresh: bool,
     ) -> None:
         self.afresh = afresh
@@ -75,6 +77,7 @@ class Federation(RuleBasedStateMachine):
             NAMES,
             first_weights=first_weights,
             schedule=schedule,
+            frozen=frozen,
             machine=self.machine,
             worker_machine=self.worker_machine,
         )
