@@ -6,6 +6,7 @@ This file has the moves; ``federation_model`` has the model and its invariants.
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from types import ModuleType
 
 from hypothesis import HealthCheck, settings
@@ -72,6 +73,8 @@ class Federation(RuleBasedStateMachine):
         afresh: bool,
     ) -> None:
         self.afresh = afresh
+        if schedule.continuous:  # asynchronous rounds with a fraction are refused as options
+            rules = replace(rules, fraction=1.0)
         self.world = World(
             rules,
             NAMES,
