@@ -86,6 +86,7 @@ MUTANTS = [
         "    if staleness > schedule.max_staleness:\n",
         "    if False:\n",
         "test_a_late_update_is_acknowledged_and_reported",
+        random=False,
     ),
     Mutant(
         "folds updates during the commit",
@@ -207,6 +208,7 @@ MUTANTS = [
         "    if fruitless > rules.max_reopenings:",
         "    if False:",
         "test_reopenings_without_a_new_update_are_bounded",
+        random=False,
     ),
     Mutant(
         "forgets the work in progress when a version is committed",
