@@ -142,8 +142,9 @@ def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(anno
 def arrives(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
     run.deliveries += 1
     handle = Handle(run.link, run.deliveries)
-    ticket = Ticket(name, 1)
-    return run.on(ev.Arrived(run.now, handle, RUN, 1, ticket, num_examples, run.state.base))
+    number = run.state.round
+    ticket, base = Ticket(name, number), run.state.base
+    return run.on(ev.Arrived(run.now, handle, RUN, number, ticket, num_examples, base))
 
 
 def test_an_update_weighs_no_more_than_its_worker_announced():
@@ -186,12 +187,45 @@ def test_an_outlier_is_reported():
     assert only(effects, fx.Commit)
 
 
+def rounds_of(*norms: dict[str, float], **rules: Any) -> tuple[Run, list[list[Any]]]:
+    """Commit a round with each of these norms; return the run and the outliers of each round."""
+    run = heard(*norms[0], rules=Rules(rounds=len(norms) + 1, min_workers=1, **rules))
+    outliers = []
+    for number, by_name in enumerate(norms, start=1):
+        effects = [effect for name in by_name for effect in folded(run, name, by_name[name])]
+        outliers.append([(o.worker, o.median) for o in recorded(effects, run_events.Outlier)])
+        run.on(ev.Committed(run.now, number, f"b{number}"))
+    return run, outliers
+
+
+def test_an_outlier_of_two_is_reported_from_the_first_round_on_and_never_becomes_usual():
+    run, outliers = rounds_of(*[{"a": 1.0, "b": 40.0}] * 8)
+    assert outliers == [[("b", 1.0)]] * 8
+    assert run.state.usual_norm == 1.0
+
+
+def test_an_outlier_alone_in_its_round_is_reported():
+    _, outliers = rounds_of({"a": 1.0}, {"a": 1.1}, {"a": 40.0}, {"a": 0.9}, {"a": 40.0})
+    assert outliers == [[], [], [("a", 1.1)], [], [("a", 1.1)]]
+
+
+def test_the_usual_norm_follows_the_rounds():
+    norms = [0.8**n for n in range(21)]
+    falling = [{"a": norm, "b": 1.1 * norm} for norm in norms[:-1]]
+    last = {"a": 40 * norms[-1], "b": norms[-1]}
+    run, outliers = rounds_of(*falling, last, max_norm_ratio=5.0)
+    assert outliers == [[]] * 20 + [[("a", norms[-3])]]
+    assert only(arrives(run, "a", 10), fx.Fold)[0].max_norm == 5 * norms[-3]
+
+
 def test_an_outlier_is_rejected_with_the_option():
     run = heard("a", "b", "c", rules=Rules(rounds=2, max_norm_ratio=5.0))
     assert only(arrives(run, "a", 10), fx.Fold)[0].max_norm == math.inf
     folded(run, "a", 1.0)
     folded(run, "b", 3.0)
-    assert only(arrives(run, "c", 10), fx.Fold)[0].max_norm == 10.0  # 5 times the median of 1 and 3
+    assert (
+        only(arrives(run, "c", 10), fx.Fold)[0].max_norm == 5.0
+    )  # 5 times the lower median of 1 and 3
 
 
 # --- stalled and long work ---------------------------------------------------------------------
