@@ -47,6 +47,7 @@ from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
 
@@ -88,8 +89,8 @@ class Coordinator:
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
         self._events, self._advancing = deque[ev.Event](), False
         self._link: Link | None = None
-        self._linked = asyncio.Event()
-        self._next_tick_at = 0.0
+        self._linked, self._next_tick_at = asyncio.Event(), 0.0
+        self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
             topology,
@@ -296,8 +297,7 @@ class Coordinator:
                 try:
                     await self._serve(link, number)
                 except QueueInUse:
-                    what = f"federation {self._settings.federation} on this broker"
-                    self._record(run_events.Standby(what=what))
+                    self._standby.waits()
                 except LinkLost as gone:
                     self._record(run_events.Disconnected(reason=str(gone)))
                 finally:
@@ -312,6 +312,7 @@ class Coordinator:
         await self._declare_journal(journal, link)
         # Exclusive: the consumer of this queue is the federation's only active coordinator.
         presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
+        self._standby.takes_over()
         self._link = link
         self._linked.set()
         self._intake.link_opened()
