@@ -514,7 +514,7 @@ def test_other_classes_are_refused():
     run.seen("a", hello=True, classes=("cat", "dog"))
     effects = run.seen("b", hello=True, classes=("cat",))
     (refused,) = only(effects, fx.Refuse)
-    assert refused.reason.startswith("worker b lacks the classes dog (set by a)")
+    assert refused.reason.startswith("worker b lacks the class dog (set by a)")
     assert "b" not in run.state.workers
 
 
