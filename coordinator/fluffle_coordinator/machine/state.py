@@ -294,6 +294,12 @@ class State:
         return median_low(self.median_norms) if self.median_norms else 0.0
 
     @property
+    def unheard(self) -> tuple[str, ...]:
+        """The workers of the run that are not connected, as far as is known, nor refused."""
+        known = {*self.met, *self.announced, *self.asked_in}
+        return tuple(sorted(n for n in known if n not in self.workers and n not in self.refused))
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """The workers that were asked and have not answered."""
         return tuple(sorted(w for w in self.asked if self.answer(w) is None))

@@ -69,6 +69,9 @@ def waiting_for(state: State, now: float) -> Waiting | None:
             missing=tuple(_doings(state, now)),
             short=_short(state),
         )
+    if state.phase is Phase.EVALUATING and not state.evaluate_pending:
+        reason = f"the run is done; waiting to tell {', '.join(state.unheard)}"
+        return Waiting(reason=reason, what="workers")
     if state.phase is Phase.EVALUATING:
         names = ", ".join(sorted(n for n in state.asked if n not in state.evaluations))
         reason = f"waiting for the evaluation by {names or 'workers: nobody is here'}"
