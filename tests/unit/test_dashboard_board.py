@@ -117,7 +117,7 @@ class TestOpenRound:
         state = State(
             Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, QUORUM, phase=Phase.OPEN, link=1,
             workers=Table({"north": here}), asked=Table({"north": Issued(1.0, 1, 1)}),
-            opened_at=4.0,
+            opened_at=4.0, heard_at=10.0,
         )  # fmt: skip
         bring_up_to_date(board.view, state, epoch=100.0, now=10.0)
         shown = board.snapshot(110.0)
@@ -127,6 +127,8 @@ class TestOpenRound:
         assert shown["run"]["rounds"] == 6
         bring_up_to_date(board.view, state.replace(quorum_at=9.0), epoch=100.0, now=10.0)
         assert board.snapshot(110.0)["open"]["deadline_at"] == 114.0
+        bring_up_to_date(board.view, state, epoch=100.0, now=1013.0)  # nobody was heard for 1003 s
+        assert board.snapshot(1113.0)["open"]["deadline_at"] == 1164.0
 
 
 class TestRun:

@@ -179,7 +179,7 @@ def run_option(command: Any) -> Any:
     type=FiniteFloat(1),
     metavar="R",
     help=(
-        "Reject an update whose norm is more than R times the median of the last round's.  "
+        "Reject an update whose norm is more than R times the median of the last five rounds.  "
         "[default: only reported, from 10 times on]"
     ),
     show_default=False,

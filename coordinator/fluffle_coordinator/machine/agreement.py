@@ -71,14 +71,14 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         return Misfit(
             "classes",
             f"worker {worker.name} {_difference(worker.classes, state.classes)}{source}; give the "
-            "worker --classes or other data, or the coordinator --classes, which decides",
+            "worker --classes or other data, or give the coordinator --classes, which decides",
         )
     model = state.model
     if model is not None and worker.model is not None and worker.model.digest != model.digest:
         theirs, ours = worker.model.summary, model.summary
-        difference = f"{theirs}, the federation's has {ours}"
+        difference = f"{theirs}, but the federation's has {ours}"
         if theirs == ours:
-            difference = f"other names or shapes of tensors than the federation's ({ours})"
+            difference = f"tensors of other names or shapes than the federation's ({ours})"
         return Misfit(
             "model",
             f"the model of worker {worker.name} has {difference}{source}; give it the same task, "
@@ -95,15 +95,19 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
 
 def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     if not classes:
-        return f"has no classes, the federation has {_listed(wanted)}"
+        return f"has no classes, but the federation has {_listed(wanted)}"
     extra = [name for name in classes if name not in wanted]
     missing = [name for name in wanted if name not in classes]
     if not extra and not missing:
         return "has the federation's classes in another order"
-    parts = [f"has the classes {_listed(extra)}, which the federation lacks"] if extra else []
+    parts = [f"has the {_classes(extra)}, which the federation lacks"] if extra else []
     if missing:
-        parts.append(f"lacks the classes {_listed(missing)}")
-    return " and ".join(parts)
+        parts.append(f"lacks the {_classes(missing)}")
+    return ", and ".join(parts)
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"{'class' if len(names) == 1 else 'classes'} {_listed(names)}"
 
 
 def other_frozen(state: State, worker: Worker) -> run_events.FrozenDiffers | None:
