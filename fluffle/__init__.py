@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from fluffle.local import run as run
     from fluffle.models import load_into as load_into
     from fluffle.models import load_model as load_model
+    from fluffle.models import save_model as save_model
     from fluffle.results import Run as Run
     from fluffle.simulation.devices import Device as Device
     from fluffle.simulation.local import simulate as simulate
@@ -69,7 +70,7 @@ if TYPE_CHECKING:
 _NAMES = {
     "fluffle.history": ("History", "Round"),
     "fluffle.local": ("arun", "run"),
-    "fluffle.models": ("load_into", "load_model"),
+    "fluffle.models": ("load_into", "load_model", "save_model"),
     "fluffle.results": ("Run",),
     "fluffle.simulation.devices": ("Device",),
     "fluffle.simulation.local": ("simulate",),

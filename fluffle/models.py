@@ -1,4 +1,4 @@
-"""Load a model from a checkpoint, as arrays or into a Flax module."""
+"""Model files: a checkpoint as arrays or in a Flax module, and a Flax module as a model file."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fluffle_common.errors import UsageError
-from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
+from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, read_frozen, save_frozen
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -45,6 +48,8 @@ def load_into(
 ) -> None:
     """Load a model into a Flax module: every ``nnx.Param`` and ``nnx.BatchStat``, by name.
 
+    A checkpoint's frozen tensors, if it has some, are read from the file beside it.
+
     Args:
         module: the module to change in place; it has the structure of the trained module.
         source: a checkpoint, or arrays by name, such as ``fluffle.Run.weights``.
@@ -70,8 +75,14 @@ def load_into(
     from fluffle_worker.local.optax import tensor_name
     from fluffle_worker.tasks.model_parts import AVERAGED
 
-    weights = source if isinstance(source, Mapping) else load_model(source)
-    state = nnx.to_flat_state(nnx.state(module, nnx.All(AVERAGED, federated)))
+    weights, frozen = (source, {}) if isinstance(source, Mapping) else _with_frozen(Path(source))
+    weights = {**weights, **frozen}
+
+    def is_frozen(path: Any, _: Any) -> bool:
+        return tensor_name(path) in frozen
+
+    filled = nnx.All(AVERAGED, nnx.Any(federated, is_frozen))
+    state = nnx.to_flat_state(nnx.state(module, filled))
     current = {tensor_name(path): leaf.get_value() for path, leaf in state}
     differences = _differences(weights, current)
     if differences:
@@ -79,6 +90,48 @@ def load_into(
         raise UsageError(f"{what} does not fit {type(module).__name__}: {'; '.join(differences)}")
     loaded = [(path, leaf.replace(jnp.asarray(weights[tensor_name(path)]))) for path, leaf in state]
     nnx.update(module, nnx.from_flat_state(loaded))
+
+
+def save_model(
+    file: str | os.PathLike[str], module: nnx.Module, *, federated: Any = True, frozen: Any = False
+) -> None:
+    """Write a Flax module as a model file, such as one for ``fluffle coordinator --init``.
+
+    Args:
+        file: the safetensors file to write.
+        module: the module; every ``nnx.Param`` and every ``nnx.BatchStat`` is written.
+        federated: a Flax filter of the tensors that travel, the same as the task's.
+        frozen: a Flax filter of the frozen tensors, the same as that of a task with
+            ``share_frozen=True``. They go to a file of their own beside ``file``, whose name is
+            made from their content.
+
+    Raises:
+        OSError: if a file cannot be written.
+        ValueError: if a tensor has a dtype that does not travel.
+    """
+    from flax import nnx
+
+    from fluffle_worker.local.optax import named
+    from fluffle_worker.tasks.model_parts import AVERAGED
+
+    def arrays(chosen: Any) -> dict[str, Array]:
+        state = nnx.state(module, nnx.All(AVERAGED, chosen))
+        return {name: np.asarray(array) for name, array in named(state).items()}
+
+    path, kept = Path(file), frozen_of(arrays(frozen))
+    if kept.digest:
+        save_frozen(path.parent, kept)
+    told = {IN_METADATA: kept.digest} if kept.digest else {}
+    save_checkpoint(path, arrays(nnx.All(nnx.Not(frozen), federated)), told)
+
+
+def _with_frozen(file: Path) -> tuple[Weights, Weights]:
+    """Read the model in a checkpoint, and the frozen tensors that belong to it."""
+    weights, metadata = read_checkpoint(file)
+    try:
+        return weights, read_frozen(file.parent, metadata.get(IN_METADATA, "")).tensors
+    except UsageError as why:
+        raise UsageError(f"the frozen tensors that belong to {file} are missing: {why}") from None
 
 
 _SHOWN = 5

@@ -28,6 +28,7 @@ from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
 from fluffle_common.protocol.transfer import digest_of
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import compress, decompress
+from fluffle_common.tensors.frozen import frozen_of
 
 HERE = Path(__file__).parent
 F: dict[str, Any] = {"federation": "letters"}
@@ -35,13 +36,17 @@ RUN: dict[str, Any] = {**F, "run": "0123456789ab"}
 W: dict[str, Any] = {"worker": "client-1"}
 MODEL = {"kernel": np.array([[0.5, -1.0], [2.0, 0.0]], np.float32), "steps": np.array(3, np.int64)}
 CONTROL = {"kernel": np.array([[0.25, 0.0], [0.0, -0.25]], np.float32)}
+BACKBONE = frozen_of(
+    {"body/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "body/count": np.array(7)}
+)
 
 
 class Grouped(NamedTuple):
     """The tensors of a message that has two groups."""
 
     model: dict[str, np.ndarray]
-    extra: dict[str, np.ndarray]
+    group: str
+    others: dict[str, np.ndarray]
 
 
 Carried = dict[str, np.ndarray] | Grouped
@@ -97,18 +102,30 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
     yield (
         "fit with extra tensors that asks for extra tensors",
         m.Fit(**work, evaluate=False, plan=asks),
-        Grouped(MODEL, CONTROL),
+        Grouped(MODEL, "extra", CONTROL),
     )
     yield "fit that asks for an extra scalar", m.Fit(
         **work, evaluate=False, plan=m.Plan(extra={"steps": ()})
     ), MODEL  # fmt: skip
-    yield "update with extra tensors", m.Update(**update), Grouped(MODEL, CONTROL)
+    yield "update with extra tensors", m.Update(**update), Grouped(MODEL, "extra", CONTROL)
     yield "stop", m.Stop(**RUN, round=6, reason="6 rounds are done"), {}
     yield "fit that asks for a codec", m.Fit(
         **work, evaluate=False, plan=m.Plan(compress=m.Compression.parse("topk:0.01"))
     ), MODEL  # fmt: skip
     yield "fit that trains a part of the model", m.Fit(
         **work, evaluate=False, plan=m.Plan(train=("kernel*",))
+    ), MODEL  # fmt: skip
+    shared = Grouped(MODEL, "frozen", BACKBONE.tensors)
+    needs = {"frozen": BACKBONE.digest, "critical": ("frozen",)}
+    yield "hello of a worker that holds frozen tensors", m.Hello(
+        **about, heartbeat_s=2.0, features=("frozen",), frozen=(BACKBONE.digest,)
+    ), {}  # fmt: skip
+    yield "first weights with frozen tensors", m.FirstWeights(**RUN, **W), shared
+    yield "fit for a worker that lacks the frozen tensors", m.Fit(
+        **work, **needs, evaluate=False, plan=m.Plan()
+    ), shared  # fmt: skip
+    yield "fit for a worker that holds them", m.Fit(
+        **work, **needs, evaluate=False, plan=m.Plan()
     ), MODEL  # fmt: skip
     phase = {**RUN, "name": "secagg", "phase": "keys", "round": 2}
     yield "exchange", m.Exchange(**phase, **W), {"key": np.arange(32, dtype=np.uint8)}
@@ -126,7 +143,7 @@ def sound() -> Iterator[tuple[str, m.Message, Carried]]:
 def packed(message: m.Message, tensors: Carried) -> bytes:
     """Return the body of a message."""
     if isinstance(tensors, Grouped):
-        table, pieces = lay_out(tensors.model, {"extra": tensors.extra})
+        table, pieces = lay_out(tensors.model, {tensors.group: tensors.others})
         return encode(message, pieces, table)
     if isinstance(message, m.Part):
         return encode(message, lay_out(tensors)[1])

@@ -37,17 +37,18 @@ from fluffle_common.protocol.messages import (
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_common.tensors.groups import EXTRA
+from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Body, Delivery, Link, Transport
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.inbox import read_work
+from fluffle_worker.frozen import FrozenTensors, introduced
+from fluffle_worker.inbox import read_frozen, read_work
 from fluffle_worker.job import Job, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
-from fluffle_worker.signature import described, signature_of_task
+from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import Task, classes_of, num_examples_of
 from fluffle_worker.user_code import one_line
 
@@ -109,6 +110,7 @@ class Fleet:
         self._transport, self._task, self._codecs = transport, task, codecs
         self._results = Results(report=say, trace=say)
         self._forms: dict[int, Signature] = {}
+        self._frozen: dict[int, FrozenTensors] = {}
         self._link: Link
         # Cache: the last body decoded, and its weights and broadcast once they are decoded.
         self._read: tuple[Body, Message, memoryview] | None = None
@@ -169,15 +171,24 @@ class Fleet:
             self._forms[key] = signature_of_task(task)
         return self._forms[key]
 
+    def _frozen_of(self, task: Task) -> FrozenTensors:
+        """Return the frozen tensors of a task; the parts of one task have the same ones."""
+        whole = getattr(task, "whole", task)
+        if id(whole) not in self._frozen:
+            self._frozen[id(whole)] = FrozenTensors(whole)
+        return self._frozen[id(whole)]
+
     def _about(self, client: Client) -> dict[str, Any]:
         return {"federation": self._federation, "worker": client.name, "session": client.session}
 
     def _introduction(self, client: Client, form: Signature) -> dict[str, Any]:
+        frozen = self._frozen_of(client.task)
         return {
             "num_examples": num_examples_of(client.task),
             "task": self._task,
             "classes": classes_of(client.task),
-            "model": described(form),
+            **introduced(form, frozen),
+            "frozen": frozen.digests,
             "heartbeat_s": _HEARTBEAT_S,
         }
 
@@ -204,13 +215,16 @@ class Fleet:
             case Fit() | Evaluate():
                 if self._brought is None:
                     self._brought = read_work(message, payload)
+                self._frozen_of(client.task).receive(read_frozen(message, payload))
                 self._work(client, message, *self._brought)
             case Part() if client.assembly is not None:
                 whole, assembly = client.assembly
                 assembly.add(message, payload)
                 if assembly.complete:
                     client.assembly = None
-                    self._work(client, whole, *read_work(whole, assembly.payload()))
+                    payload = assembly.payload()
+                    self._frozen_of(client.task).receive(read_frozen(whole, payload))
+                    self._work(client, whole, *read_work(whole, payload))
             case Refusal():
                 raise TaskError(f"the coordinator refuses {client.name}: {message.reason}")
             case _:
@@ -261,6 +275,7 @@ class Fleet:
                 residual=lambda: client.residual,
                 results=self._results,
                 form=self._form(client.task),
+                frozen=self._frozen_of(client.task),
                 codecs=self._codecs,
             )
         except (Exception, SystemExit) as why:
@@ -314,6 +329,6 @@ class Fleet:
             message,
             weights,
             Route(results, [f"{message.kind}.{name}"]),
-            others={EXTRA: job.extra},
+            others={EXTRA: job.extra, FROZEN: job.frozen},
             parts=Route(results, [f"part.{name}"], durable=False),
         )

@@ -22,6 +22,7 @@ from fluffle_worker import connection, job, machine, service, uploader
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
 from tests.federation.harness import Adder
+from tests.federation.test_frozen import OnABackbone
 
 LARGE = 3 * 2**20  # of float32: 12 MiB, three parts
 
@@ -32,6 +33,10 @@ class Slowing(Adder):
     def train(self, weights, plan, progress):
         self.step_s += 0.01
         return super().train(weights, plan, progress)
+
+
+class SlowingOnABackbone(Slowing, OnABackbone):
+    """Does so with frozen tensors."""
 
 
 async def examined(federation, **how: Any) -> dict[str, Finding]:
@@ -57,7 +62,7 @@ def test_our_worker_passes(federated):
         assert failed(findings) == [], [
             finding for finding in findings.values() if finding.outcome == "failed"
         ]
-        assert skipped(findings) == ["lost part", "update in parts", "refusal"]
+        assert skipped(findings) == ["frozen tensors", "lost part", "update in parts", "refusal"]
         await worker.end(60)
 
     federated(scenario)
@@ -74,8 +79,18 @@ def test_our_worker_passes_with_a_model_in_parts_and_after_a_refusal(federated):
         assert failed(findings) == [], [
             finding for finding in findings.values() if finding.outcome == "failed"
         ]
-        assert skipped(findings) == []
+        assert skipped(findings) == ["frozen tensors"]
         assert "3 parts" in findings["lost part"].seen
+
+    federated(scenario)
+
+
+def test_it_takes_frozen_tensors_as_the_document_demands(federated):
+    async def scenario(federation):
+        federation.worker("w", SlowingOnABackbone(federation.loop))
+        findings = await examined(federation)
+        assert failed(findings) == []
+        assert findings["frozen tensors"].seen == "1 frozen tensors, sent once for two rounds"
 
     federated(scenario)
 
@@ -290,6 +305,11 @@ def is_silent_at_work(patch):
     patch(Presence, "_start_sending", start_sending)
 
 
+def hides_its_frozen_tensors(patch):
+    real = Presence._status
+    patch(Presence, "_status", lambda self: {**real(self), "frozen": ()})
+
+
 MISTAKES = {
     trains_again: {"same fit again"},
     answers_any_attempt: {"rejected update"},
@@ -304,6 +324,7 @@ MISTAKES = {
     sends_what_a_broker_forgets: {"well formed"},
     evaluates_another_round: {"evaluation before the update", "evaluate"},
     is_silent_at_work: {"heartbeats"},
+    hides_its_frozen_tensors: {"frozen tensors"},
 }
 
 
@@ -314,7 +335,10 @@ def test_each_mistake_is_found_by_its_scenario(federated, monkeypatch, mistake):
     async def scenario(federation):
         size = LARGE if mistake is hides_that_it_receives else 4
         step_s = 5.0 if mistake is is_silent_at_work else 0.25
-        federation.worker("w", Slowing(federation.loop, size=size, step_s=step_s))
+        task = Slowing(federation.loop, size=size, step_s=step_s)
+        if mistake is hides_its_frozen_tensors:
+            task = SlowingOnABackbone(federation.loop)
+        federation.worker("w", task)
         assert set(failed(await examined(federation))) == MISTAKES[mistake]
 
     federated(scenario)

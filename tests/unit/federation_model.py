@@ -67,6 +67,8 @@ class Order(NamedTuple):
     evaluate: bool = False
     attempt: int = 0
     sequence: int = 0
+    frozen: str = ""  # the digest of the frozen tensors that the work needs
+    brings: bool = False  # them
 
 
 class Broker:
@@ -145,6 +147,7 @@ class CoordinatorModel:
             evaluated=not last or last in disk.evaluated,
             has_weights=disk.first_weights,
             base=disk.bases[-1] if disk.bases else "",
+            frozen=world.frozen if disk.first_weights else "",
         )
 
     # --- the link ---
@@ -241,12 +244,14 @@ class CoordinatorModel:
                 self.out.append(("settle", handle, "rejected"))
             case fx.AskInit(worker):
                 self.out.append(("send", (worker,), Order("init", RUN, 0)))
-            case fx.SendFit(workers, evaluate, sequence, attempt):
+            case fx.SendFit(workers, evaluate, sequence, attempt, brings):
                 order = Order("fit", RUN, number, self.state.base, evaluate, attempt, sequence)
+                order = order._replace(frozen=self.state.frozen, brings=brings)
                 self.world.check_tickets(workers, order)
                 self.out.append(("send", workers, order))
-            case fx.SendEvaluate(workers):
+            case fx.SendEvaluate(workers, brings):
                 order = Order("evaluate", RUN, number - 1, self.state.base)
+                order = order._replace(frozen=self.state.frozen, brings=brings)
                 self.out.append(("send", workers, order))
             case fx.End(_, reason, workers):
                 assert reason
@@ -286,7 +291,7 @@ class CoordinatorModel:
                 if not disk.first_weights:
                     base = self.issued[1] = self.world.new_base()
                     disk.first_weights, disk.bases = True, [base]
-                    self.events.append(ev.WeightsReady(now, base))
+                    self.events.append(ev.WeightsReady(now, base, self.world.frozen))
                 self.broker.settle(handle, "acked")
             case "unasked", handle:
                 self.broker.settle(handle, "acked")
@@ -356,6 +361,7 @@ class WorkerModel:
         self.sessions = 0
         self.alive = False
         self.slow = False  # it finishes only when a move says so
+        self.kept, self.keeps = "", name in "ab"  # the frozen tensors that outlive the process
         self.spoke: list[float] = []  # when it sent hellos and heartbeats
         self.unheard = False  # its last heartbeats were lost
         self.broker.inboxes[name] = deque()
@@ -376,6 +382,7 @@ class WorkerModel:
             self.wanted = True
             self.sent: session.Work | None = None
             self.report: dict[str, Any] = {"state": "idle", "run": None, "round": 0}
+            self.frozen = self.kept
             self.inbox.clear()
             self.connect()
 
@@ -396,6 +403,8 @@ class WorkerModel:
 
     def lose_link(self) -> None:
         self.linked = False
+        if self.inbox and self.inbox[0].brings:
+            self.inbox.popleft()  # some of its parts were read already
 
     def heartbeat(self) -> None:
         if self.alive and self.linked:
@@ -407,7 +416,11 @@ class WorkerModel:
 
     def _speak(self, *, hello: bool) -> None:
         self.spoke.append(self.world.now)
-        fields = self.report
+        fields = {
+            **self.report,
+            "features": ("frozen",),
+            "frozen": (self.frozen,) if self.frozen else (),
+        }
         worker = rs.Worker(self.name, self._session, NUM_EXAMPLES, (), HEARTBEAT_S, 0.0, **fields)
         self.broker.presence.append(ev.Seen(self.world.now, worker, hello))
 
@@ -419,6 +432,14 @@ class WorkerModel:
             self._advance(self.world.session.Stopped("the run has ended"))
             return True
         work = self.world.session.Work(*order[:4], order.attempt, order.sequence)
+        if order.brings:
+            assert order.frozen
+            self.frozen = order.frozen
+            if self.keeps:
+                self.kept = order.frozen
+        if order.frozen != self.frozen and order.frozen:
+            self._now("receiving", work)  # it passes work over that it cannot do
+            return True
         self.evaluates.setdefault(work, order.evaluate or order.kind == "evaluate")
         self._advance(self.world.session.Asked(work))
         state = self.state
@@ -530,11 +551,12 @@ class World:
         *,
         first_weights: bool,
         schedule: Schedule[rs.State] = QUORUM,
+        frozen: str = "",
         machine: ModuleType = rounds,
         worker_machine: ModuleType = session,
     ) -> None:
         self.rules, self.machine, self.session = rules, machine, worker_machine
-        self.schedule = schedule
+        self.schedule, self.frozen = schedule, frozen
         self.now = 100.0
         self.broker = Broker()
         self.bases = 0

@@ -37,6 +37,7 @@ from tests.unit import (
     test_rounds,
     test_rounds_buffered,
     test_rounds_commit,
+    test_rounds_frozen,
     test_rounds_machine,
     test_rounds_poisson,
     test_rounds_workers,
@@ -85,6 +86,7 @@ MUTANTS = [
         "    if staleness > schedule.max_staleness:\n",
         "    if False:\n",
         "test_a_late_update_is_acknowledged_and_reported",
+        random=False,
     ),
     Mutant(
         "folds updates during the commit",
@@ -206,6 +208,7 @@ MUTANTS = [
         "    if fruitless > rules.max_reopenings:",
         "    if False:",
         "test_reopenings_without_a_new_update_are_bounded",
+        random=False,
     ),
     Mutant(
         "forgets the work in progress when a version is committed",
@@ -229,6 +232,30 @@ MUTANTS = [
         "state.round",
         "test_each_piece_of_work_has_a_ticket_of_its_own",
         random=False,  # each worker then counts once a version, which ends too
+    ),
+    Mutant(
+        "sends frozen tensors to a worker that holds them",
+        work,
+        "worker is None or state.frozen in worker.frozen:\n",
+        "worker is None:\n",
+        "test_a_worker_that_holds_them_is_not_sent_them_after_any_outage",
+        random=False,
+    ),
+    Mutant(
+        "sends frozen tensors with every work until it is heard that they have come",
+        work,
+        "    if sent_at is None:\n",
+        "    if True:\n",
+        "test_they_are_not_sent_with_the_next_work_although_nothing_was_heard_of_them",
+        random=False,
+    ),
+    Mutant(
+        "takes frozen tensors for sent that were lost with a link",
+        membership,
+        "state.frozen_sent.discard(worker.session)",
+        "state.frozen_sent",
+        "test_they_are_sent_again_after_a_hello_and_after_our_own_outage",
+        random=False,
     ),
     Mutant(
         "discounts nothing",
@@ -462,6 +489,7 @@ def _rule(name: str) -> Callable[[], object]:
         test_rounds_commit,
         test_rounds_workers,
         test_rounds_buffered,
+        test_rounds_frozen,
     )
     test = next(found for module in modules if (found := getattr(module, name, None)))
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
@@ -481,7 +509,7 @@ def _random(machine: ModuleType, worker_machine: ModuleType) -> Callable[[], obj
     )
     profile = settings(
         test_rounds_machine.PROFILE,
-        max_examples=20_000,  # the search ends at the first failure
+        max_examples=4000,  # the search ends at the first failure
         derandomize=True,
         database=None,
         phases=[Phase.generate],

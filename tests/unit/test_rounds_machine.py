@@ -60,6 +60,7 @@ class Federation(RuleBasedStateMachine):
         schedule=schedules,
         names=st.integers(2, 4),
         first_weights=st.booleans(),
+        frozen=st.sampled_from(["", "", "digest"]),
         afresh=st.booleans(),
     )
     def start(
@@ -68,6 +69,7 @@ class Federation(RuleBasedStateMachine):
         schedule: Schedule[State],
         names: int,
         first_weights: bool,
+        frozen: str,
         afresh: bool,
     ) -> None:
         self.afresh = afresh
@@ -78,6 +80,7 @@ class Federation(RuleBasedStateMachine):
             NAMES,
             first_weights=first_weights,
             schedule=schedule,
+            frozen=frozen,
             machine=self.machine,
             worker_machine=self.worker_machine,
         )

@@ -102,8 +102,8 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
     help=(
-        "Folder for what this worker keeps between rounds: the state of its local rule, and "
-        "tensors that do not travel.  [default: runs/workers/FEDERATION/ID]"
+        "Folder for what this worker keeps between rounds: the state of its local rule, "
+        "personal tensors, and frozen ones that it was sent.  [default: runs/workers/FEDERATION/ID]"
     ),
     show_default=False,
 )

@@ -23,8 +23,9 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send
+from fluffle_worker.frozen import FrozenTensors, introduced
 from fluffle_worker.machine import Work
-from fluffle_worker.signature import UNKNOWN, described
+from fluffle_worker.signature import UNKNOWN
 from fluffle_worker.task import Task, classes_of, num_examples_of
 from fluffle_worker.user_code import sendable
 
@@ -44,16 +45,23 @@ class Presence:
         task: the model and the data.
         topology: the names on the broker.
         form: the signature of the task's model.
+        frozen: the task's frozen tensors.
 
     Raises:
         TaskError: if the task's description does not fit into a hello.
     """
 
     def __init__(
-        self, settings: WorkerSettings, task: Task, topology: Topology, form: Signature = UNKNOWN
+        self,
+        settings: WorkerSettings,
+        task: Task,
+        topology: Topology,
+        form: Signature = UNKNOWN,
+        frozen: FrozenTensors | None = None,
     ) -> None:
         self.session = uuid.uuid4().hex[:12]  # new at every process start
         self._topology, self._heartbeat_s = topology, settings.heartbeat_s
+        self._frozen = frozen
         self._ids: dict[str, Any] = {
             "federation": settings.federation,
             "worker": settings.worker,
@@ -64,7 +72,7 @@ class Presence:
             # The end of a path is the more telling part.
             "task": sendable(settings.task[-MAX_TASK_CHARACTERS:], MAX_TASK_CHARACTERS),
             "classes": classes_of(task),
-            "model": described(form),
+            **introduced(form, frozen),
             "heartbeat_s": settings.heartbeat_s,
         }
         try:
@@ -154,7 +162,8 @@ class Presence:
         self._start_sending(link, failure)
 
     def _status(self) -> dict[str, Any]:
-        return {**self._ids, **self._about, **self._doing, "loss": self._loss}
+        digests = self._frozen.digests if self._frozen else ()
+        return {**self._ids, **self._about, **self._doing, "loss": self._loss, "frozen": digests}
 
     def _start_sending(self, link: Link, message: Heartbeat | Failure) -> None:
         async def send_unless_lost() -> None:

@@ -11,7 +11,8 @@ from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly, announced_layout
-from fluffle_common.tensors.groups import EXTRA
+from fluffle_common.tensors.frozen import NO_FROZEN, Frozen
+from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite
 from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
@@ -63,6 +64,18 @@ def read_work(message: Fit | Evaluate, payload: memoryview) -> tuple[Weights, We
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "not_finite") from None
     return weights, broadcast
+
+
+def read_frozen(message: Fit | Evaluate, payload: memoryview) -> Frozen:
+    """Return the frozen tensors that come with work, not yet compared with their digest.
+
+    Raises:
+        MalformedMessage: if they do not match the message's table of tensors.
+    """
+    tensors = read_groups(message.tensors, payload).get(FROZEN)
+    if tensors is None or message.frozen is None:
+        return NO_FROZEN
+    return Frozen(message.frozen, tensors)
 
 
 class Refusals:

@@ -33,6 +33,7 @@ from fluffle_common.tensors.groups import ExtraForm, check_extra, forms_of, sele
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
+from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
@@ -59,6 +60,7 @@ class Job:
         evaluation_sent: whether the broker has confirmed it.
         answer: the message to send and its tensors.
         extra: the extra tensors that go with the answer.
+        frozen: the frozen tensors that go with first weights.
         residual: what the codec left out of the answer.
         sending: held while parts of the answer are being sent.
     """
@@ -72,6 +74,7 @@ class Job:
     evaluation_sent: bool = False
     answer: tuple[Update | FirstWeights, Weights] | None = None
     extra: Weights = field(default_factory=dict)
+    frozen: Weights = field(default_factory=dict)
     residual: Residual = field(default_factory=Residual)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
@@ -86,6 +89,7 @@ def execute(
     residual: Callable[[], Residual] = Residual,
     results: Results | None = None,
     form: Signature = UNKNOWN,
+    frozen: FrozenTensors | None = None,
     codecs: Registry = CODECS,
 ) -> None:
     """Run the task's code for a job and store the answer in the job; blocks.
@@ -99,6 +103,7 @@ def execute(
         residual: returns the residual of the last update sent; called after the training.
         results: checks what the task returns.
         form: the signature of the task's model.
+        frozen: the task's frozen tensors, if they may be needed.
         codecs: the codecs that updates may be encoded with.
 
     Raises:
@@ -111,10 +116,13 @@ def execute(
     ids: dict[str, Any] = {**sender, "run": job.work.run}
     if isinstance(message, InitRequest):
         job.answer = FirstWeights(**ids), _first_weights(task, message.seed)
+        job.frozen = frozen.to_share() if frozen else {}
         return
     mismatch = difference(layout_for(job.weights).signature, form)
     if mismatch:
         raise TaskError(mismatch)
+    if frozen is not None:
+        frozen.use(message.frozen)
     ids["base"] = message.base
     job.evaluation = _evaluate(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):

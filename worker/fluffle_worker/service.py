@@ -18,6 +18,7 @@ from fluffle_common.protocol.events import (
     Begun,
     Ended,
     Failure,
+    FrozenReceived,
     Late,
     NotCounted,
     Sent,
@@ -45,8 +46,9 @@ from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.messaging import Route, send
 from fluffle_worker import machine
 from fluffle_worker.connection import Connection
+from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Record, not_for_workers, read_work
+from fluffle_worker.inbox import Record, not_for_workers, read_frozen, read_work
 from fluffle_worker.job import Job
 from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.machine import Work
@@ -76,6 +78,9 @@ class WorkerService:
         exchanges: handlers of multi-phase protocols.
     """
 
+    _run: str | None = None  # the current or the last run
+    _welcomed: tuple[str, int, int] | None = None
+
     def __init__(
         self,
         settings: WorkerSettings,
@@ -94,15 +99,14 @@ class WorkerService:
         self._record, self._bar, self._exchanges = record, bar, exchanges or Exchanges()
         keep_in(settings.state_dir, task)
         self._state = machine.State()
-        self._run: str | None = None  # the current or the last run
-        self._welcomed: tuple[str, int, int] | None = None
         self._outcome = "finished"  # of the run, once it has ended
         self._failed_with: str | None = None  # the task's last failure in this run
         self._trained = False  # whether any training of this run has finished
         self._jobs: dict[Work, Job] = {}
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         form = signature_of_task(task) if form is None else form
-        self._presence = Presence(settings, task, topology, form)
+        self._frozen = FrozenTensors(task, settings.state_dir)
+        self._presence = Presence(settings, task, topology, form, self._frozen)
         self._connection = Connection(
             settings,
             self._presence,
@@ -133,6 +137,7 @@ class WorkerService:
             record=record,
             training=training,
             form=form,
+            frozen=self._frozen,
             codecs=codecs,
         )
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
@@ -261,6 +266,12 @@ class WorkerService:
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights, broadcast = read_work(message, payload)
+        if self._frozen.receive(read_frozen(message, payload)):
+            self._record(FrozenReceived(round=message.round, digest=message.frozen))
+            self._presence.speak_up()  # so that they are not sent again
+        if message.frozen not in (None, *self._frozen.digests):
+            self._presence.now("receiving", message)  # they were lost with a link, and come again
+            return
         ids = message.run, message.round, message.base
         if isinstance(message, Fit):
             work = Work("fit", *ids, message.attempt, message.sequence or message.round)

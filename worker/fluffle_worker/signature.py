@@ -60,11 +60,9 @@ def check_signature(form: Signature) -> None:
         raise TaskError(str(wrong)) from None
 
 
-def described(form: Signature) -> ModelForm | None:
+def described(form: Signature, frozen: Signature = ()) -> ModelForm | None:
     """Return the form of a signature as ``hello`` carries it; None for ``UNKNOWN``."""
-    if form == UNKNOWN:
-        return None
-    return form_from((name, dtype.name, shape) for name, dtype, shape in form)
+    return None if form == UNKNOWN else form_from(form, frozen)
 
 
 def difference(federation: Signature, own: Signature) -> str | None:

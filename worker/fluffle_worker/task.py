@@ -78,6 +78,11 @@ class Task(Protocol):
     - ``local_rule``: a ``local.bound.BoundRule`` that ``train`` applies to its gradients;
       ``--local-rule`` replaces it;
     - ``keep_in(folder)``: receives the folder for state that must outlive a restart of the worker;
+    - ``frozen()``: returns the tensors of the model that are never trained, by name; workers with
+      different ones are reported;
+    - ``share_frozen = True``: the federation's frozen tensors replace the task's own: those of the
+      first worker or of ``--init``, which each worker that lacks them is sent once;
+    - ``use_frozen(tensors)``: replaces the frozen tensors; called in the thread of ``train``;
     - ``model_form()``: returns, by name, anything with each tensor's ``dtype`` and ``shape``, such
       as the result of ``jax.eval_shape``; without it, the worker calls ``init(0)`` at its start.
     """

@@ -17,6 +17,7 @@ from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
+from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.inbox import Record
 from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.machine import Work
@@ -38,6 +39,7 @@ class Trainer:
         record: called with events about the task's faults: unusable results and tracebacks, each
             reported once.
         form: the signature of the task's model.
+        frozen: its frozen tensors.
         training: what runs the task's code; by default, a new thread.
         codecs: the codecs that updates may be encoded with.
     """
@@ -52,10 +54,12 @@ class Trainer:
         done: Callable[[machine.Event], object],
         record: Record,
         form: Signature,
+        frozen: FrozenTensors | None = None,
         training: Training | None = None,
         codecs: Registry = CODECS,
     ) -> None:
         self._task, self._sender, self._form, self._codecs = task, sender, form, codecs
+        self._frozen = frozen
         self._residual, self._progress, self._done = residual, progress, done
         self._training: Training = training or TrainingThread()
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
@@ -98,6 +102,7 @@ class Trainer:
                 residual=self._residual,
                 results=self._results,
                 form=self._form,
+                frozen=self._frozen,
                 codecs=self._codecs,
             )
         except NotWanted:

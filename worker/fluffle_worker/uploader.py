@@ -12,7 +12,7 @@ from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.events import Unsent
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.groups import EXTRA
+from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send, send_tensors
@@ -153,7 +153,7 @@ class Uploader:
                 message,
                 weights,
                 Route(self._topology.results, [f"{message.kind}.{self._worker}"]),
-                others={EXTRA: job.extra},
+                others={EXTRA: job.extra, FROZEN: job.frozen},
                 # Not durable: the worker keeps the answer and sends it again when asked.
                 parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),
                 before_parts=before_parts,

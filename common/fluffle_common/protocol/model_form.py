@@ -8,30 +8,42 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterable
 from hashlib import sha256
+from types import MappingProxyType
+from typing import Any
 
 from fluffle_common.protocol.messages import ModelForm
-from fluffle_common.tensors.layout import Weights, signature_of
+from fluffle_common.tensors.groups import FROZEN
+from fluffle_common.tensors.layout import Array, Signature, Weights, signature_of
+
+_NOTHING: Weights = MappingProxyType[str, Array]({})
 
 
-def model_form(weights: Weights) -> ModelForm:
-    """Return the form of these weights.
+def model_form(weights: Weights, frozen: Weights = _NOTHING) -> ModelForm:
+    """Return the form of these weights and frozen tensors.
 
     Example:
         >>> import numpy as np
         >>> model_form({"w": np.zeros((2, 3), np.float32)}).summary
         '1 tensor, 6 parameters: float32 1'
     """
-    return form_from((name, str(dtype), shape) for name, dtype, shape in signature_of(weights))
+    return form_from(signature_of(weights), signature_of(frozen))
 
 
-def form_from(tensors: Iterable[tuple[str, str, tuple[int, ...]]]) -> ModelForm:
-    """Return the form of tensors with these names, dtypes and shapes, in any order."""
-    entries = sorted(tensors)
-    packed = json.dumps(entries, separators=(",", ":"))
-    count, size = len(entries), sum(math.prod(shape) for *_, shape in entries)
-    dtypes = Counter(dtype for _, dtype, _ in entries)
-    by_dtype = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
-    summary = f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {by_dtype}"
+def form_from(form: Signature, frozen: Signature = ()) -> ModelForm:
+    """Return the form of a model's tensors and its frozen tensors, in any order.
+
+    In the digest, the entry of a frozen tensor ends with the name of its group.
+    """
+    entries: list[tuple[Any, ...]] = [(name, dtype.name, shape) for name, dtype, shape in form]
+    entries += [(name, dtype.name, shape, FROZEN) for name, dtype, shape in frozen]
+    packed = json.dumps(sorted(entries), separators=(",", ":"))
+    summary = _summary(form) + (f"; frozen: {_summary(frozen)}" if frozen else "")
     return ModelForm(digest=sha256(packed.encode()).hexdigest()[:16], summary=summary[:300])
+
+
+def _summary(form: Signature) -> str:
+    count, size = len(form), sum(math.prod(shape) for *_, shape in form)
+    dtypes = Counter(dtype.name for _, dtype, _ in form)
+    by_dtype = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
+    return f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {by_dtype}"

@@ -12,13 +12,16 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import mmap
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
+
+import numpy as np
 
 from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
@@ -32,6 +35,7 @@ _ALIGNMENT = 8  # of the first tensor
 # The names of dtypes in the format: F32 for float32, U8 for uint8, and so on.
 _DTYPES = {name: name[0].upper() + name.lstrip(ascii_lowercase) for name in FLOATS + INTEGERS}
 _DTYPES["bfloat16"] = "BF16"
+_NUMPY = {name: np.dtype(dtype).newbyteorder("<") for dtype, name in _DTYPES.items()}
 _READABLE = {*_DTYPES.values(), "BOOL", "C64"}  # BOOL and C64 can be read, but do not travel
 
 _DIGEST_KEY = "fluffle_blake3"
@@ -183,6 +187,8 @@ def read_metadata(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
+    except FileNotFoundError:
+        raise UsageError(f"there is no model file {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(f"{path} is not a complete model file ({error})") from None
 
@@ -214,9 +220,37 @@ def read_whole(path: Path) -> Checkpoint:
     return Checkpoint(weights, metadata, strategy_state)
 
 
-def _check_readable(path: Path, dtypes: Mapping[str, str]) -> None:
+def map_tensors(path: Path) -> dict[str, Array]:
+    """Map a checkpoint's tensors into memory, read-only: what is not used takes none.
+
+    The digest of the file is not verified.
+
+    Raises:
+        UsageError: if the file is missing or truncated, or contains a dtype that does not travel.
+    """
+    read_metadata(path)
+    with open(path, "rb") as file:
+        (size,) = _HEADER_SIZE.unpack(file.read(_HEADER_SIZE.size))
+        header = json.loads(file.read(size))
+        memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    header.pop("__metadata__", None)
+    _check_readable(path, {name: told["dtype"] for name, told in header.items()}, _NUMPY)
+    return {
+        name: np.ndarray(
+            told["shape"],
+            _NUMPY[told["dtype"]],
+            memory,
+            _HEADER_SIZE.size + size + told["data_offsets"][0],
+        )
+        for name, told in header.items()
+    }
+
+
+def _check_readable(
+    path: Path, dtypes: Mapping[str, str], readable: Container[str] = _READABLE
+) -> None:
     for name, dtype in dtypes.items():
-        if dtype not in _READABLE:
+        if dtype not in readable:
             raise UsageError(
                 f"tensor '{name}' of {path} is {dtype}, which is not supported; convert it to BF16"
             )

@@ -25,6 +25,8 @@ from fluffle_common.tensors.table import MODEL, TensorEntry, cached
 
 EXTRA = "extra"
 """The group of tensors that a strategy adds to the model, and workers add to their delta."""
+FROZEN = "frozen"
+"""The group of a model's frozen tensors, which each worker is sent once (see ``frozen``)."""
 
 Groups = Mapping[str, Weights]
 """Tensors by group name."""

@@ -13,6 +13,7 @@ from fluffle_common.transport.base import QueueInUse, Transport
 from fluffle_common.transport.open_once import open_once
 from fluffle_coordinator.conformance.ending import ENDING, RETROSPECTIVE
 from fluffle_coordinator.conformance.findings import Finding, Outcome, Skipped, Unmet
+from fluffle_coordinator.conformance.frozen import FROZEN_SCENARIOS
 from fluffle_coordinator.conformance.greeting import GREETING
 from fluffle_coordinator.conformance.listener import ExamOptions
 from fluffle_coordinator.conformance.odd_messages import ODD_MESSAGES
@@ -21,7 +22,13 @@ from fluffle_coordinator.conformance.scenario import Scenario
 from fluffle_coordinator.conformance.work import WORK
 
 _T = TypeVar("_T")
-SCENARIOS: tuple[Scenario, ...] = (*GREETING, *WORK, *ODD_MESSAGES, *ENDING)
+SCENARIOS: tuple[Scenario, ...] = (
+    *GREETING,
+    *WORK,
+    *FROZEN_SCENARIOS,
+    *ODD_MESSAGES,
+    *ENDING,
+)
 
 
 async def examine(

@@ -5,6 +5,8 @@ from __future__ import annotations
 from fluffle_common.protocol.messages import PROTOCOL, Heartbeat, Hello, InitRequest
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.tensors.checkpoint import check_names
+from fluffle_common.tensors.groups import FROZEN
+from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import check_finite
 from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
@@ -55,7 +57,8 @@ async def first_weights(probe: Probe) -> str:
     """Request the weights that all later scenarios start from."""
     since = len(probe.answers)
     await probe.send(InitRequest(federation=probe.topology.federation, run=probe.run, seed=7))
-    weights = await probe.first_weights(since)
+    groups = await probe.first_weights(since)
+    weights, frozen = groups[MODEL], groups.get(FROZEN, {})
     try:
         if not weights:
             raise ValueError("first_weights without a tensor")
@@ -63,9 +66,9 @@ async def first_weights(probe: Probe) -> str:
         check_finite(weights)
     except ValueError as why:
         raise Unmet(str(why)) from None
-    form = model_form(weights)
+    form = model_form(weights, frozen)
     announced = _first(probe).model
-    probe.begin_with(weights)
+    probe.begin_with(weights, frozen)
     if announced is not None and announced.digest != form.digest:
         raise Unmet(
             f"{form.summary} with digest {form.digest}; the hello announced {announced.digest}"

@@ -14,7 +14,7 @@ import msgpack
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import encode, read_tensors
+from fluffle_common.protocol.codec import encode, read_groups
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
@@ -29,6 +29,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly, pack
+from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, Properties, Unroutable
 from fluffle_common.transport.parts import PartsGone, fetch
@@ -62,6 +63,7 @@ class Probe(Listener):
         self.run = RUNS + fresh_name()
         self.round = 0
         self.weights: Weights = {}
+        self.frozen: Weights = {}
 
     async def _greet(self) -> None:
         assert self.worker is not None
@@ -75,6 +77,7 @@ class Probe(Listener):
         message: Message,
         weights: Weights | None = None,
         *,
+        beside: Groups = NO_GROUPS,
         changes: Mapping[str, Any] | None = None,
         lose: Container[int] = (),
     ) -> None:
@@ -83,12 +86,13 @@ class Probe(Listener):
         Args:
             message: the header.
             weights: the tensors to send with it.
+            beside: tensors of other groups.
             changes: header keys to add or replace, valid or not.
             lose: the numbers of the parts to leave out.
         """
         parts: Iterable[bytes] = ()
         if isinstance(message, WithTensors) and weights is not None:
-            _, body, parts = pack(message, weights)
+            _, body, parts = pack(message, weights, beside)
         else:
             body = encode(message)
         await self.deliver(altered(body, changes) if changes else body, message.kind)
@@ -135,8 +139,9 @@ class Probe(Listener):
     def _of_run(self) -> dict[str, Any]:
         return {"federation": self.topology.federation, "run": self.run}
 
-    def begin_with(self, weights: Weights) -> None:
-        """Use these weights in every round."""
+    def begin_with(self, weights: Weights, frozen: Weights) -> None:
+        """Use these weights in every round; note the worker's own frozen tensors."""
+        self.frozen = frozen
         large = {LARGE: np.zeros(LARGE_FLOATS, np.float32)} if self.options.large else {}
         self.weights = {**weights, **large}
 
@@ -191,8 +196,8 @@ class Probe(Listener):
         except MalformedMessage as why:
             raise Unmet(f"parts that do not match their announcement: {why}") from None
 
-    async def first_weights(self, since: int) -> Weights:
-        """Wait for first weights, ignoring the first ``since`` answers, and decode them."""
+    async def first_weights(self, since: int) -> Groups:
+        """Wait for first weights, ignoring the first ``since`` answers, and decode all groups."""
 
         def find() -> tuple[FirstWeights, memoryview] | None:
             for message, inline in self.answers[since:]:
@@ -202,7 +207,7 @@ class Probe(Listener):
 
         message, inline = await self.until(find, "first_weights")
         try:
-            return read_tensors(message.tensors, await self._payload(message, inline))
+            return read_groups(message.tensors, await self._payload(message, inline))
         except (MalformedMessage, PartsGone) as why:
             raise Unmet(f"first weights that cannot be read: {why}") from None
 

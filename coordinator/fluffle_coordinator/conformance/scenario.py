@@ -23,6 +23,7 @@ class Section(StrEnum):
     PARTS = "Large payloads"
     OUTCOME = "What becomes of an update"
     LEAVING = "Leaving"
+    FROZEN = "Frozen tensors"
 
 
 @dataclass(frozen=True)

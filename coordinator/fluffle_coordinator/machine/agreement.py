@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from fluffle_common.protocol import events as run_events
+from fluffle_common.tensors.groups import FROZEN
 from fluffle_coordinator.machine.effects import Effects, Record, Refuse
 from fluffle_coordinator.machine.state import State, Worker
 
@@ -36,6 +37,11 @@ def decide(state: State, out: Effects) -> State:
             model, _ = Counter(w.model for w in able).most_common(1)[0]
             names = [w.name for w in able if w.model == model]
             state = state.replace(model=model, decided_by=_listed(names))
+    return refuse_unfit(state, out)
+
+
+def refuse_unfit(state: State, out: Effects) -> State:
+    """Refuse the connected workers that do not fit."""
     for worker in _by_age(state):
         if misfit := unfit(state, worker):
             state = refuse(state, worker, misfit, out)
@@ -78,6 +84,12 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
             f"the model of worker {worker.name} has {difference}{source}; give it the same task, "
             "and the same JAX_ENABLE_X64",
         )
+    if state.frozen and FROZEN not in worker.features:
+        return Misfit(
+            "frozen",
+            f"worker {worker.name} takes no frozen tensors, and the federation's model has shared "
+            "ones; set share_frozen=True in its task, or install a newer fluffle there",
+        )
     return None
 
 
@@ -96,6 +108,16 @@ def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
 
 def _classes(names: Sequence[str]) -> str:
     return f"{'class' if len(names) == 1 else 'classes'} {_listed(names)}"
+
+
+def other_frozen(state: State, worker: Worker) -> run_events.FrozenDiffers | None:
+    """Return an event if a worker's own frozen tensors differ from those of an earlier worker."""
+    if not worker.frozen or FROZEN in worker.features:
+        return None
+    for other in _by_age(state):
+        if FROZEN not in other.features and other.frozen and other.frozen != worker.frozen:
+            return run_events.FrozenDiffers(worker=worker.name, other=other.name)
+    return None
 
 
 def refuse(

@@ -74,20 +74,26 @@ class SendFit(Effect):
     """Send the open round's work to these workers, in one publish.
 
     Each gets the ticket (worker, ``sequence``). ``attempt`` counts how often its update for that
-    ticket was rejected; for a new attempt, it trains again.
+    ticket was rejected; for a new attempt, it trains again. ``frozen``: the frozen tensors go with
+    it.
     """
 
     workers: tuple[str, ...]
     evaluate: bool
     sequence: int
     attempt: int = 0
+    frozen: bool = False
 
 
 @dataclass(frozen=True)
 class SendEvaluate(Effect):
-    """Send the last model to these workers, for evaluation only."""
+    """Send the last model to these workers, for evaluation only.
+
+    ``frozen``: the frozen tensors go with it.
+    """
 
     workers: tuple[str, ...]
+    frozen: bool = False
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from fluffle_coordinator.machine.effects import Effects, RecordEvaluation
 from fluffle_coordinator.machine.ending import end
 from fluffle_coordinator.machine.events import EvaluationArrived
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
-from fluffle_coordinator.machine.work import work_effects
+from fluffle_coordinator.machine.work import send_work
 
 
 def evaluation_arrived(state: State, event: EvaluationArrived, out: Effects) -> State:
@@ -56,7 +56,7 @@ def evaluate_last_model(state: State, now: float, out: Effects) -> State:
         phase=Phase.EVALUATING, opened_at=now, began_at=now, due_at=-math.inf, asked=asked
     )
     if state.evaluate_pending and present:
-        out += work_effects(state, present)
+        state = send_work(state, present, now, out)
     return try_to_finish(state, now, out)
 
 

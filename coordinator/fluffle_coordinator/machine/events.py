@@ -79,9 +79,13 @@ class InitLost(Event):
 
 @dataclass(frozen=True)
 class WeightsReady(Event):
-    """The first weights are on disk; ``base`` is their name."""
+    """The first weights are on disk; ``base`` is their name.
+
+    ``frozen`` is the digest of the frozen tensors that came with them; empty if none did.
+    """
 
     base: str
+    frozen: str = ""
 
 
 @dataclass(frozen=True)

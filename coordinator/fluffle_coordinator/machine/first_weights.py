@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine.agreement import refuse_unfit
 from fluffle_coordinator.machine.effects import AskInit, Effects, Record
 from fluffle_coordinator.machine.ending import end, last_failure
 from fluffle_coordinator.machine.events import InitLost, WeightsReady
@@ -47,6 +48,7 @@ def init_lost(state: State, event: InitLost, _: object) -> State:
     return state.replace(init_asked=None) if event.worker == state.init_asked else state
 
 
-def weights_ready(state: State, event: WeightsReady, _: object) -> State:
-    """Note that the first weights are on disk."""
-    return state.replace(has_weights=True, base=event.base)
+def weights_ready(state: State, event: WeightsReady, out: Effects) -> State:
+    """Note that the first weights are on disk; refuse workers that cannot take what is frozen."""
+    state = state.replace(has_weights=True, base=event.base, frozen=event.frozen)
+    return refuse_unfit(state, out) if event.frozen else state

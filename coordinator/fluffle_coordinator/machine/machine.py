@@ -96,6 +96,7 @@ def start(
     train_s: Mapping[str, float] = MappingProxyType({}),
     classes: tuple[str, ...] | None = None,
     model: ModelForm | None = None,
+    frozen: str = "",
     decided_by: str = "",
 ) -> State:
     """Return the initial state of a new run, or of one that goes on after its last commit.
@@ -117,6 +118,7 @@ def start(
         train_s: the seconds that each worker's last training took.
         classes: the classes that workers must have; None lets the workers decide.
         model: the form of the model; None lets the workers decide.
+        frozen: the digest of the model's frozen tensors; empty if it has none.
         decided_by: who decided on these two, for messages.
     """
     resumed = has_weights and committed > 0
@@ -137,6 +139,7 @@ def start(
         train_s=Table(train_s),
         classes=classes,
         model=model,
+        frozen=frozen,
         decided_by=decided_by,
         gate=rules.min_workers,
         gate_until=now + all_heard_s if resumed else math.inf,
@@ -184,6 +187,7 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
         asked=Table({n: issued._replace(at=-math.inf) for n, issued in state.asked.items()}),
         received=Table(received),
         init_asked=None,
+        frozen_sent=Table(),
     )
 
 

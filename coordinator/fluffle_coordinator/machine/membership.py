@@ -9,12 +9,12 @@ import math
 from dataclasses import replace
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.agreement import refuse, unfit
+from fluffle_coordinator.machine.agreement import other_frozen, refuse, unfit
 from fluffle_coordinator.machine.clock import clock_time
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
-from fluffle_coordinator.machine.work import assign_work, issue, resend_work, work_effects
+from fluffle_coordinator.machine.work import assign_work, issue, resend_work, send_work
 from fluffle_coordinator.machine.worker_deadlines import first_due, schedule_check, stall_times
 
 
@@ -36,6 +36,8 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         worker = replace(worker, joined_at=event.now, moved_at=event.now)
         joined = run_events.Joined(worker=worker.name, num_examples=worker.num_examples)
         out.append(Record(joined))
+        if differs := other_frozen(state, worker):
+            out.append(Record(differs))
     elif known.position != worker.position:
         worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
     else:
@@ -48,6 +50,8 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         failed = failed.discard(worker.name)
         if state.init_asked == worker.name:  # a process that has just started purged its inbox
             state = state.replace(init_asked=None)
+    if event.hello:  # frozen tensors on their way are lost, unless the worker lists them
+        state = state.replace(frozen_sent=state.frozen_sent.discard(worker.session))
     state = state.replace_for(
         worker.name,
         workers=state.workers.insert(worker.name, worker),
@@ -101,9 +105,7 @@ def _include(state: State, worker: Worker, at_work: bool, now: float, out: Effec
     if state.phase is Phase.EVALUATING:
         issued = Issued(now, state.sequence, state.round - 1)
         state = issue(state, name, issued)
-        if not at_work:
-            out += work_effects(state, (name,))
-        return state
+        return state if at_work else send_work(state, (name,), now, out)
     chosen = state.schedule.idle(state, name)
     earlier = state.issued_before(worker, now) if at_work else None
     if earlier and (state.schedule.continuous or name in chosen):

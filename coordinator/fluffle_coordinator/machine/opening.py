@@ -10,7 +10,7 @@ from fluffle_coordinator.machine.effects import Effects, Opened, Record
 from fluffle_coordinator.machine.ending import end
 from fluffle_coordinator.machine.first_weights import ask_for_weights
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
-from fluffle_coordinator.machine.work import next_sequence, note_asked, work_effects
+from fluffle_coordinator.machine.work import next_sequence, note_asked, send_work
 
 
 def try_to_open(state: State, now: float, out: Effects) -> State:
@@ -67,7 +67,7 @@ def _open(state: State, now: float, out: Effects) -> State:
         deadline_s=state.rules.deadline_s,
     )
     out.append(Opened())
-    out += work_effects(state, tuple(name for name in cohort if name not in answered))
+    state = send_work(state, tuple(name for name in cohort if name not in answered), now, out)
     out.append(Record(opened))
     return state
 
@@ -123,5 +123,5 @@ def reopen(state: State, reason: str, now: float, out: Effects) -> State:
         reason=reason,
     )
     out.append(Record(reopened))
-    out += work_effects(state, tuple(n for n in cohort if n not in answered and not state.busy(n)))
-    return state
+    waiting = tuple(n for n in cohort if n not in answered and not state.busy(n))
+    return send_work(state, waiting, now, out)

@@ -84,6 +84,8 @@ class Worker:
     loss: float | None = None
     task: str = ""
     model: ModelForm | None = None
+    features: tuple[str, ...] = ()
+    frozen: tuple[str, ...] = ()  # the digests of the frozen tensors that it holds
     joined_at: float = 0.0  # when this process was first heard
     moved_at: float = 0.0  # when its position last changed
     stalled: bool = False  # whether it was reported as stalled
@@ -168,6 +170,9 @@ class State:
 
     # Committed rounds.
     has_weights: bool = False
+    frozen: str = ""  # the digest of the model's frozen tensors; empty if it has none
+    # When they were last sent to each session of a worker, since its last hello.
+    frozen_sent: Table[str, float] = field(default_factory=Table)
     base: str = ""  # the name of the weights that this round begins with
     earlier: Mapping[int, str] = field(default_factory=_empty)  # the same for recent rounds
     # The tickets of recent rounds: an update is redelivered if its acknowledgement was lost.

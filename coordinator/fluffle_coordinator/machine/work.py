@@ -5,23 +5,49 @@ Part of the pure machine (``machine``).
 
 from __future__ import annotations
 
-from fluffle_coordinator.machine.effects import Effect, Effects, SendEvaluate, SendFit
-from fluffle_coordinator.machine.state import Issued, Phase, State
+from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine.effects import Effects, Record, SendEvaluate, SendFit
+from fluffle_coordinator.machine.state import Issued, Phase, State, Table
 from fluffle_coordinator.machine.worker_deadlines import schedule_check
 
 
-def work_effects(state: State, workers: tuple[str, ...]) -> list[Effect]:
-    """Return the effects that send these workers what ``State.asked`` says: one per message."""
-    if state.phase is Phase.EVALUATING:
-        return [SendEvaluate(workers)]
-    recipients: dict[tuple[int, int], list[str]] = {}
+def send_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
+    """Send these workers what ``State.asked`` says, and the frozen tensors that they lack.
+
+    Each effect is one message.
+    """
+    evaluating = state.phase is Phase.EVALUATING
+    recipients: dict[tuple[bool, int, int], list[str]] = {}
     for name in workers:
-        key = state.asked[name].sequence, state.attempts.get(name, 0)
-        recipients.setdefault(key, []).append(name)
-    return [
-        SendFit(tuple(names), state.evaluate_pending, sequence, attempt)
-        for (sequence, attempt), names in sorted(recipients.items())
-    ]
+        ticket = (0, 0) if evaluating else (state.asked[name].sequence, state.attempts.get(name, 0))
+        recipients.setdefault((_lacks_frozen(state, name, now), *ticket), []).append(name)
+    for (lacking, sequence, attempt), listed in sorted(recipients.items()):
+        names = tuple(listed)
+        if evaluating:
+            out.append(SendEvaluate(names, lacking))
+        else:
+            out.append(SendFit(names, state.evaluate_pending, sequence, attempt, lacking))
+        if lacking:
+            out.append(Record(run_events.FrozenSent(workers=names, digest=state.frozen)))
+            sessions = (state.workers[name].session for name in names)
+            sent = {**state.frozen_sent, **dict.fromkeys(sessions, now)}
+            state = state.replace(frozen_sent=Table(sent))
+    return state
+
+
+def _lacks_frozen(state: State, name: str, now: float) -> bool:
+    """Whether a worker lacks the frozen tensors, and they are not on their way to it.
+
+    They are on their way until a link is lost, or none of their parts has arrived for long.
+    """
+    worker = state.workers.get(name)
+    if not state.frozen or worker is None or state.frozen in worker.frozen:
+        return False
+    sent_at = state.frozen_sent.get(worker.session)
+    if sent_at is None:
+        return True
+    arrived_at = worker.moved_at if worker.has_steps else worker.joined_at
+    return now - max(sent_at, arrived_at) >= 4 * state.rules.resend_s
 
 
 def assign_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
@@ -32,8 +58,7 @@ def assign_work(state: State, workers: tuple[str, ...], now: float, out: Effects
     issued = Issued(now, state.sequence, state.round)
     for name in workers:
         state = issue(state, name, issued)
-    out += work_effects(state, workers)
-    return note_asked(state, workers)
+    return note_asked(send_work(state, workers, now, out), workers)
 
 
 def issue(state: State, name: str, issued: Issued) -> State:
@@ -63,5 +88,4 @@ def resend_work(state: State, worker: str, now: float, out: Effects) -> State:
     if state.phase is Phase.OPEN and issued.round != state.round:
         return assign_work(state, (worker,), now, out)
     state = state.replace_for(worker, asked=state.asked.insert(worker, issued._replace(at=now)))
-    out += work_effects(state, (worker,))
-    return state
+    return send_work(state, (worker,), now, out)

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple, TypeVar
 
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_tensors
+from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
-from fluffle_common.tensors.groups import select_tensors
+from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
+from fluffle_common.tensors.groups import FROZEN, select_tensors
+from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.parts import PartsGone
@@ -69,6 +71,7 @@ class Aggregator:
         post: sends an event to the machine.
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
+        frozen: the model's frozen tensors; empty before the first weights arrive.
         averaged: called with the new weights and the tensors broadcast with them, before they are
             on disk, so that their digest is ready when they are sent.
         folder: the folder of the files that hold large updates until they are checked.
@@ -84,10 +87,11 @@ class Aggregator:
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
         resumed: tuple[int, Weights] | None = None,
+        frozen: Weights = NO_TENSORS,
         averaged: Callable[[Weights, Weights], object] = lambda *_: None,
         folder: Path | None = None,
     ) -> None:
-        self.weights = weights
+        self.weights, self.frozen = weights, frozen
         self.broadcast: Weights = NO_TENSORS  # the strategy's tensors that travel with the weights
         self._committer, self._post = committer, post
         self._strategy, self._plan = settings.strategy, settings.whole_plan
@@ -193,12 +197,12 @@ class Aggregator:
         self._state = strategy.init(weights)
         self.broadcast = strategy.broadcast(self._state)
 
-    async def begin_with(self, weights: Weights) -> None:
+    async def begin_with(self, weights: Weights, frozen: Frozen = NO_FROZEN) -> None:
         """Save the first weights and start from them."""
-        base = await self._committer.begin_with(weights)
+        base, self.frozen = await self._committer.begin_with(weights, frozen)
         self.weights = weights
         self._init(weights)
-        self._post(ev.WeightsReady(monotonic(), base))
+        self._post(ev.WeightsReady(monotonic(), base, frozen.digest))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
@@ -206,11 +210,13 @@ class Aggregator:
             try:
                 payload = await self._fetcher.payload(held)
                 assert isinstance(payload, memoryview)
-                weights = read_tensors(message.tensors, payload)
+                groups = read_groups(message.tensors, payload)
+                weights = groups[MODEL]
                 if not weights:
                     raise ValueError("there is no tensor")
                 check_names(weights)
                 check_finite(weights)
+                frozen = await asyncio.to_thread(_checked, groups.get(FROZEN, NO_TENSORS))
             except LinkLost:
                 held.free()
                 return  # the broker delivers them again
@@ -219,7 +225,7 @@ class Aggregator:
             except (MalformedMessage, ValueError) as wrong:
                 self._post(ev.Failed(monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
-                await self.begin_with(weights)
+                await self.begin_with(weights, frozen)
         held.delivery.ack()
         held.free()
 
@@ -356,3 +362,8 @@ class Aggregator:
         if nbytes <= self._at_once_bytes:
             return work(*on)  # the trip to a thread and back would take longer
         return await asyncio.to_thread(work, *on)
+
+
+def _checked(frozen: Weights) -> Frozen:
+    check_finite(frozen)
+    return frozen_of(frozen)

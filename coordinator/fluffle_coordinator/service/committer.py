@@ -19,6 +19,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, avoid_fields
 from fluffle_common.tensors.checkpoint import checkpoint_name
+from fluffle_common.tensors.frozen import Frozen, read_frozen
 from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
@@ -108,14 +109,19 @@ class Committer:
         self.run, self.drained = self._jobs.run, self._jobs.drained
         self._committed_at = monotonic()
 
-    async def begin_with(self, weights: Weights) -> str:
-        """Save the first weights as the checkpoint of round 0; return their base name."""
+    async def begin_with(self, weights: Weights, frozen: Frozen) -> tuple[str, Weights]:
+        """Save the first weights as the checkpoint of round 0.
+
+        Returns:
+            Their base name, and the frozen tensors, which are in a file and no longer in memory.
+        """
         base = new_base()
         metadata = {**self._metadata(0), "base": base}
-        await self._on_disk(lambda: self._store.save_weights(0, weights, metadata))
+        await self._on_disk(lambda: self._store.save_first(weights, metadata, frozen))
         parameters = sum(tensor.size for tensor in weights.values())
         self._record(run_events.FirstWeights(tensors=len(weights), parameters=parameters))
-        return base
+        on_disk = await asyncio.to_thread(read_frozen, self._store.folder, frozen.digest)
+        return base, on_disk.tensors
 
     async def keep(self, place: int, held: Held, payload: Iterable[memoryview]) -> None:
         """Store a folded update, so that replay can repeat the sum.

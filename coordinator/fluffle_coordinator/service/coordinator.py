@@ -27,6 +27,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.exchanges import Exchanges, Sent
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.protocol.topology import Queue, Topology
+from fluffle_common.tensors.frozen import IN_METADATA
 from fluffle_common.transport.base import (
     Link,
     QueueInUse,
@@ -72,6 +73,8 @@ class Coordinator:
 
     _ended: asyncio.Future[None]
     _next_tick: asyncio.TimerHandle
+    _next_tick_at = 0.0
+    _link: Link | None = None
 
     def __init__(
         self,
@@ -88,8 +91,7 @@ class Coordinator:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
         self._events, self._advancing = deque[ev.Event](), False
-        self._link: Link | None = None
-        self._linked, self._next_tick_at = asyncio.Event(), 0.0
+        self._linked = asyncio.Event()
         self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
@@ -118,6 +120,7 @@ class Coordinator:
             link=lambda: self._link,
             post=self._post,
             resumed=(saved.committed, saved.kept) if saved.committed else None,
+            frozen=saved.frozen.tensors,
             averaged=self._outbox.prepare,
             folder=store.folder,
         )
@@ -265,7 +268,11 @@ class Coordinator:
                 self._outbox.perform(effect, self.state, None)
             case _:
                 self._outbox.perform(
-                    effect, self.state, self._aggregator.weights, self._aggregator.broadcast
+                    effect,
+                    self.state,
+                    self._aggregator.weights,
+                    self._aggregator.broadcast,
+                    self._aggregator.frozen,
                 )
 
     def _record(self, event: run_events.RunEvent) -> None:
@@ -281,6 +288,7 @@ class Coordinator:
             "round": str(number),
             "task": self._intake.task,
             "classes": json.dumps(list(self.state.classes or ())),
+            **({IN_METADATA: self.state.frozen} if self.state.frozen else {}),
         }
 
     # --- what comes in -------------------------------------------------------------------------
@@ -362,6 +370,7 @@ def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore) -> rs.S
         has_weights=saved.weights is not None,
         base=saved.base,
         classes=settings.classes or (tuple(saved_classes) if saved_classes else None),
-        model=None if saved.weights is None else model_form(saved.weights),
+        model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
+        frozen=saved.frozen.digest,
         decided_by="--classes" if settings.classes else "this run's first weights",
     )

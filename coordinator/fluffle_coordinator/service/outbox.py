@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, encode_refusal
@@ -28,7 +28,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import digest_of
-from fluffle_common.tensors.groups import EXTRA
+from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, reject, send, send_tensors
@@ -142,6 +142,7 @@ class Outbox:
         state: rs.State,
         weights: Weights | None,
         broadcast: Weights = NO_TENSORS,
+        frozen: Weights = NO_TENSORS,
     ) -> None:
         """Send the message of an effect; effects without a message are ignored.
 
@@ -150,6 +151,7 @@ class Outbox:
             state: the machine's current state.
             weights: the current model.
             broadcast: the strategy's tensors that travel with the model to training workers.
+            frozen: the model's frozen tensors, for workers that lack them.
         """
         federation, run = self._settings.federation, self._run
         job: Job
@@ -166,7 +168,7 @@ class Outbox:
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
-            case fx.SendFit(workers, evaluate, sequence, attempt):
+            case fx.SendFit(workers, evaluate, sequence, attempt, lacking):
                 fit = Fit(
                     federation=federation,
                     run=run,
@@ -176,13 +178,20 @@ class Outbox:
                     sequence=sequence,
                     attempt=attempt,
                     plan=self._plan_of(state),
+                    **_frozen_of(state),
                 )
-                job = self._with_weights(fit, weights, workers, broadcast)
-            case fx.SendEvaluate(workers):
+                beside = broadcast, frozen if lacking else NO_TENSORS
+                job = self._with_weights(fit, weights, workers, *beside)
+            case fx.SendEvaluate(workers, lacking):
                 evaluation = Evaluate(
-                    federation=federation, run=run, round=state.round - 1, base=state.base
+                    federation=federation,
+                    run=run,
+                    round=state.round - 1,
+                    base=state.base,
+                    **_frozen_of(state),
                 )
-                job = self._with_weights(evaluation, weights, workers)
+                beside = NO_TENSORS, frozen if lacking else NO_TENSORS
+                job = self._with_weights(evaluation, weights, workers, *beside)
             case fx.End(outcome, reason, workers) if workers:
                 stop = Stop(
                     federation=federation,
@@ -271,7 +280,8 @@ class Outbox:
         message: Fit | Evaluate,
         weights: Weights | None,
         workers: Sequence[str],
-        extra: Weights = NO_TENSORS,
+        extra: Weights,
+        frozen: Weights,
     ) -> Job:
         """Send weights to the workers in one publish; not durable, since a checkpoint exists."""
         assert weights is not None
@@ -281,6 +291,11 @@ class Outbox:
             message,
             weights,
             route,
-            others={EXTRA: extra},
-            digest=self.prepare(weights, extra),
+            others={EXTRA: extra, FROZEN: frozen},
+            digest=None if frozen else self.prepare(weights, extra),
         )
+
+
+def _frozen_of(state: rs.State) -> dict[str, Any]:
+    """Return the fields that say which frozen tensors work needs, if any."""
+    return {"frozen": state.frozen, "critical": (FROZEN,)} if state.frozen else {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
+from fluffle_common.tensors.frozen import IN_METADATA, read_frozen
 from fluffle_common.tensors.weights import Weights, check_finite, check_signature
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.standby import Standby
@@ -95,12 +96,14 @@ def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) 
     """Begin a run with the weights of a model file, such as another run's last checkpoint.
 
     Raises:
-        UsageError: if the file holds no valid model.
+        UsageError: if the file holds no valid model, or its frozen tensors are missing.
     """
     weights, metadata = read_checkpoint(file)
+    frozen = read_frozen(file.parent, metadata.get(IN_METADATA, ""))
     try:
         check_signature(weights)
         check_finite(weights)
+        check_finite(frozen.tensors)
         check_names(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} cannot be used as first weights: {wrong}") from None
@@ -112,8 +115,8 @@ def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) 
         "round": "0",
         "base": new_base(),
     }
-    store.save_weights(0, weights, metadata)
-    return replace(saved, weights=weights, metadata=metadata)
+    store.save_first(weights, metadata, frozen)
+    return replace(saved, weights=weights, metadata=metadata, frozen=frozen)
 
 
 def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
@@ -126,7 +129,8 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
     if not first.exists():
         return
     try:
-        same = same_weights(read_checkpoint(first)[0], read_checkpoint(file)[0])
+        (ours, about), (theirs, said) = read_checkpoint(first), read_checkpoint(file)
+        same = same_weights(ours, theirs) and about.get(IN_METADATA) == said.get(IN_METADATA)
     except UsageError as why:  # unreadable, but the run has its own copy
         watcher.record(run_events.Note(what=f"--init is no longer needed and is ignored: {why}"))
         return

@@ -5,6 +5,7 @@
     runs/letters/
         run.json                  the run's id, and its configurations
         history.jsonl             a line for each commit, for each evaluation and for the end
+        frozen-….safetensors      the model's frozen tensors, if the workers share them
         round-0000.safetensors    the first weights, then one file per round
         best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: a round's updates (see ``update_archive``)
@@ -38,6 +39,13 @@ from fluffle_common.tensors.checkpoint import (
     read_whole,
     save_checkpoint,
 )
+from fluffle_common.tensors.frozen import (
+    IN_METADATA,
+    NO_FROZEN,
+    Frozen,
+    read_frozen,
+    save_frozen,
+)
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.state import Ticket
@@ -66,6 +74,7 @@ class Saved:
         repairs: descriptions of what was repaired.
         strategy: the name of the strategy that made the last model.
         kept: the state that this strategy saved with it.
+        frozen: the frozen tensors of the model.
     """
 
     run: str
@@ -82,6 +91,7 @@ class Saved:
     repairs: tuple[str, ...] = ()
     strategy: str = FEDAVG.name
     kept: Mapping[str, Array] = field(default_factory=dict)
+    frozen: Frozen = NO_FROZEN
 
     @property
     def participants(self) -> frozenset[str]:
@@ -215,7 +225,17 @@ class RunStore:
             repairs=tuple(repairs),
             strategy=line.get("strategy", FEDAVG.name),
             kept=checkpoint.strategy_state if checkpoint else {},
+            frozen=self._frozen(checkpoint) if checkpoint else NO_FROZEN,
         )
+
+    def _frozen(self, checkpoint: Checkpoint) -> Frozen:
+        try:
+            return read_frozen(self.folder, checkpoint.metadata.get(IN_METADATA, ""))
+        except UsageError as why:
+            raise RunError(
+                f"the frozen tensors of this run are missing: {why}; put the file back, or begin a "
+                "new run with --fresh"
+            ) from None
 
     def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:
         """Return the names of the weights that each round began with, as far as they are known."""
@@ -241,6 +261,17 @@ class RunStore:
         # no history line names it.
         save_checkpoint(path, weights, metadata, kept, named_first=number > 0)
         return path
+
+    def save_first(self, weights: Weights, metadata: dict[str, str], frozen: Frozen) -> None:
+        """Write the first weights, after the frozen tensors that belong to them.
+
+        Raises:
+            OSError: if the disk refuses.
+        """
+        if frozen.digest:
+            save_frozen(self.folder, frozen)
+            metadata = {**metadata, IN_METADATA: frozen.digest}
+        self.save_weights(0, weights, metadata)
 
     def keep_update(
         self,

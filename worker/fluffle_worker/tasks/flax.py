@@ -82,14 +82,16 @@ class FlaxTask:
         federated: a Flax filter of the tensors that travel. The others are personal: each worker
             trains its own and keeps them between the rounds of a run, in its state folder too.
         frozen: a Flax filter of the tensors that neither travel nor train. Every worker has them
-            as ``model(nnx.Rngs(0))`` initializes them.
+            as ``model(nnx.Rngs(0))`` initializes them, unless they are shared.
+        share_frozen: whether the frozen tensors are the federation's: those of the coordinator's
+            ``--init`` or of the first worker. Each worker that lacks them is sent them once.
         num_examples: the number of examples in an epoch of streamed data.
         score_trained: whether to evaluate the model on ``valid_data`` after local training too.
             The update then carries the metrics ``personal_loss`` and so on, to compare with the
             evaluation of the model as received.
 
     Raises:
-        TaskError: if the arrays differ in length, or the filters leave nothing to train or to send.
+        TaskError: if the arrays differ in length, or a filter leaves nothing to its purpose.
     """
 
     only_reads = True
@@ -110,6 +112,7 @@ class FlaxTask:
         local_rule: LocalRule[Any] | None = None,
         federated: Any = True,
         frozen: Any = False,
+        share_frozen: bool = False,
         num_examples: int | None = None,
         score_trained: bool = False,
     ) -> None:
@@ -130,6 +133,9 @@ class FlaxTask:
         self._valid: Any = jax.device_put(valid_data) if held_out else None
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
+        if share_frozen and not self.frozen():
+            raise TaskError("share_frozen= has nothing to share: frozen= selects no tensor")
+        self.share_frozen = share_frozen
         self._personal = PersistentTensors()
         self._steps: dict[tuple[int, Any], FlatStep] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
@@ -164,6 +170,14 @@ class FlaxTask:
     def model_form(self) -> dict[str, Any]:
         """Return the names, shapes and dtypes of the tensors that travel."""
         return {tensor_name(path): leaf.get_value() for path, leaf in self._parts.form}
+
+    def frozen(self) -> Weights:
+        """Return the frozen tensors."""
+        return self._parts.frozen()
+
+    def use_frozen(self, tensors: Weights) -> None:
+        """Replace the frozen tensors with those of the federation."""
+        self._parts.use_frozen(tensors)
 
     def init(self, seed: int) -> Weights:
         """Return initial weights, determined by ``seed``."""

@@ -23,7 +23,7 @@ class AtHome(NamedTuple):
 
     Args:
         personal: trained here and kept between rounds.
-        frozen: never changed.
+        frozen: never trained; replaced by ``use_frozen`` alone.
         rest: neither parameters nor running statistics, such as dropout's random state; reset at
             the start of each round.
     """
@@ -60,6 +60,7 @@ class ModelParts:
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
+        self._frozen_form = nnx.to_flat_state(at_home.frozen)
         self._check(
             [*self.form, *self._personal_form], named(nnx.filter_state(nnx.state(like), AVERAGED))
         )
@@ -75,7 +76,7 @@ class ModelParts:
     @property
     def has_statistics(self) -> bool:
         """Whether the model has running statistics, such as those of batch normalization."""
-        flat = [*self.form, *self._personal_form, *nnx.to_flat_state(self.at_home.frozen)]
+        flat = [*self.form, *self._personal_form, *self._frozen_form]
         return any(isinstance(leaf, nnx.BatchStat) for _, leaf in flat)
 
     def init(self, key: Any) -> dict[str, Array]:
@@ -101,6 +102,19 @@ class ModelParts:
     def _arrays(self, learnt: Any, names: list[str]) -> dict[str, Array]:
         arrays = dict(zip(self._names, jax.tree.leaves(learnt), strict=True))
         return {name: np.asarray(arrays[name]) for name in names}
+
+    def frozen(self) -> dict[str, Array]:
+        """Return the frozen tensors, by name."""
+        return {name: np.asarray(array) for name, array in named(self.at_home.frozen).items()}
+
+    def use_frozen(self, arrays: Mapping[str, Array]) -> None:
+        """Replace the frozen tensors that the model was initialized with."""
+        values = jax.device_put([arrays[name] for name in _names(self._frozen_form)])
+        filled = [
+            (path, leaf.replace(value))
+            for (path, leaf), value in zip(self._frozen_form, values, strict=True)
+        ]
+        self.at_home = self.at_home._replace(frozen=nnx.from_flat_state(filled))
 
     def module(self, learnt: Any, frozen: Any, rest: Any) -> Any:
         """Return the module merged from these states."""

@@ -253,6 +253,27 @@ class FirstWeights(RunEvent):
     parameters: Integer = None
 
 
+@event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}, once each")
+class FrozenSent(RunEvent):
+    """Workers that lack the model's frozen tensors are sent them with their work."""
+
+    workers: Names = None
+    digest: Text = None
+
+
+@event(
+    "frozen_differs",
+    "the frozen tensors of {worker} differ from those of {other}: give both workers the same ones, "
+    "or share them with share_frozen=True",
+    "odd",
+)
+class FrozenDiffers(RunEvent):
+    """Two workers whose tasks keep their own frozen tensors have different ones."""
+
+    worker: Text = None
+    other: Text = None
+
+
 @event("classes", "the classes are {classes}: those of {worker}")
 class Classes(RunEvent):
     """The federation's classes are fixed: those of ``worker``."""

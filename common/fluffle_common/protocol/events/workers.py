@@ -88,6 +88,14 @@ class Begun(WorkerEvent):
         return {"doing": _ACTIVITIES.get(self.kind or "", "?")}
 
 
+@event("frozen_received", "round {round}: received the federation's frozen tensors {digest:.12}")
+class FrozenReceived(WorkerEvent):
+    """The coordinator has sent frozen tensors, which replace those of the task."""
+
+    round: Integer = None
+    digest: Text = None
+
+
 @event("abandoned", "round {round}: closed without this worker's update; taking newer work", "odd")
 class Abandoned(WorkerEvent):
     """The worker has given up its work, because its round closed without it."""

@@ -17,6 +17,7 @@ from pydantic import (
 from fluffle_common.protocol.messages.fields import (
     Config,
     Critical,
+    Digest,
     Federation,
     Id,
     KeyId,
@@ -71,7 +72,7 @@ class Transfer(Model):
     id: Id
     parts: Annotated[int, Field(ge=1, le=10**6)]
     nbytes: Annotated[int, Field(ge=1)]
-    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    digest: Digest | None = None
 
 
 class Header(Model):

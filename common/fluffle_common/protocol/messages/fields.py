@@ -26,6 +26,7 @@ Id = Annotated[str, Field(min_length=1, max_length=MAX_ID)]
 Round = Annotated[int, Field(ge=0, le=10**9)]
 Sequence = Annotated[int, Field(ge=1, le=10**15)]
 NumExamples = Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)]
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Metric = Annotated[float, Field(allow_inf_nan=False)]
 Metrics = Annotated[

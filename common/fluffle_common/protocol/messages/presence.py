@@ -9,6 +9,7 @@ from pydantic import Field, Strict
 from fluffle_common.protocol.messages.base import PROTOCOL, Header, Model
 from fluffle_common.protocol.messages.fields import (
     Classes,
+    Digest,
     Id,
     Metric,
     NumExamples,
@@ -35,7 +36,9 @@ class _Presence(Header):
 
     ``run``, ``round``, ``base`` and ``sequence`` identify the work that the worker is doing or did
     last; ``sequence`` is None if that was not training. ``model`` is the form of its task's initial
-    weights, if known. ``loss`` is the training loss at ``step`` of ``steps``.
+    weights, if known. ``loss`` is the training loss at ``step`` of ``steps``. ``features`` lists
+    its optional capabilities, and ``frozen`` the digests of the frozen tensors that it holds (see
+    ``tensors.frozen``).
     """
 
     worker: WorkerId
@@ -53,22 +56,23 @@ class _Presence(Header):
     step: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=0)] = 0
     loss: Metric | None = None
+    features: Annotated[
+        tuple[Annotated[str, Field(max_length=64)], ...], Strict(False), Field(max_length=32)
+    ] = ()
+    frozen: Annotated[tuple[Digest, ...], Strict(False), Field(max_length=16)] = ()
 
 
 class Hello(_Presence):
     """A worker has connected or reconnected.
 
     ``session`` is new at every process start. ``protocols`` lists the protocol versions that the
-    worker supports, ``features`` its optional capabilities.
+    worker supports.
     """
 
     kind: Literal["hello"] = "hello"
     protocols: Annotated[tuple[int, ...], Strict(False), Field(min_length=1, max_length=16)] = (
         PROTOCOL,
     )
-    features: Annotated[
-        tuple[Annotated[str, Field(max_length=64)], ...], Strict(False), Field(max_length=32)
-    ] = ()
 
 
 class Heartbeat(_Presence):
@@ -113,9 +117,9 @@ class Refusal(Header):
     """Refuses the hello of ``session``.
 
     ``code`` is what does not match: ``protocol`` (the version), ``malformed`` (the hello itself),
-    ``classes`` or ``model``. A worker with another protocol version is refused in that version; the
-    fields ``protocol``, ``federation``, ``kind``, ``session`` and ``reason`` are the same in all
-    versions.
+    ``classes``, ``model`` or ``frozen`` (the worker takes no frozen tensors). A worker with another
+    protocol version is refused in that version; the fields ``protocol``, ``federation``, ``kind``,
+    ``session`` and ``reason`` are the same in all versions.
     """
 
     kind: Literal["refusal"] = "refusal"

@@ -23,7 +23,10 @@ from fluffle_common.tensors.table import Encoding
 
 
 class FirstWeights(TransferHeader):
-    """The answer to an ``init_request``."""
+    """The answer to an ``init_request``.
+
+    Frozen tensors that the task shares are in the group ``frozen``.
+    """
 
     kind: Literal["first_weights"] = "first_weights"
     run: Id

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from fluffle_common.protocol.messages.base import Header, Model, TransferHeader
 from fluffle_common.protocol.messages.fields import (
     Config,
+    Digest,
     Extra,
     Id,
     Round,
@@ -107,7 +108,9 @@ class Fit(TransferHeader):
     ``base`` is their name. (run, worker, ``sequence``) is the ticket of this work; its update
     carries the same ``base`` and ``sequence``. ``sequence`` grows with every new piece of work that
     a worker gets; in synchronous rounds it is the round. ``attempt`` counts how often the update of
-    this ticket was rejected; a new attempt requires the worker to train again.
+    this ticket was rejected; a new attempt requires the worker to train again. ``frozen`` is the
+    digest of the frozen tensors that belong to the model: they are in the group of this name if the
+    worker lacks them.
     """
 
     kind: Literal["fit"] = "fit"
@@ -118,15 +121,20 @@ class Fit(TransferHeader):
     evaluate: bool
     attempt: Annotated[int, Field(ge=0, le=10**6)] = 0
     plan: Plan
+    frozen: Digest | None = None
 
 
 class Evaluate(TransferHeader):
-    """Asks for an evaluation of a round's committed weights; sent once, after the last round."""
+    """Asks for an evaluation of a round's committed weights; sent once, after the last round.
+
+    ``frozen`` is as in a ``fit``.
+    """
 
     kind: Literal["evaluate"] = "evaluate"
     run: Id
     round: Round
     base: Id
+    frozen: Digest | None = None
 
 
 class Stop(Header):

@@ -1,0 +1,146 @@
+"""The frozen tensors of a task: those in use, and those that the coordinator has sent.
+
+The latter are kept in the state folder, so that they need not be sent again after a restart::
+
+    runs/workers/letters/client-1/
+        frozen-c0cfac1ff56f74d4.safetensors
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fluffle_common.cli.console import warn
+from fluffle_common.durable_files import make_folder
+from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.tensors.checkpoint import read_metadata
+from fluffle_common.tensors.frozen import (
+    IN_METADATA,
+    NO_FROZEN,
+    Frozen,
+    frozen_file,
+    frozen_of,
+    read_frozen,
+    save_frozen,
+)
+from fluffle_common.tensors.groups import FROZEN
+from fluffle_common.tensors.layout import Signature, Weights, signature_of
+from fluffle_worker.results import arrays
+from fluffle_worker.signature import check_signature, described, difference
+from fluffle_worker.task import Task
+
+
+class FrozenTensors:
+    """The frozen tensors of a task; see ``Task`` for its part in it.
+
+    Args:
+        task: a task with ``frozen``, and perhaps ``share_frozen`` and ``use_frozen``.
+        folder: the folder for received tensors; None keeps them in memory only.
+
+    Raises:
+        TaskError: if the task shares tensors that cannot travel.
+    """
+
+    def __init__(self, task: Task, folder: Path | None = None) -> None:
+        self._task, self._folder = task, folder
+        self.shared = bool(getattr(task, "share_frozen", False))
+        own = self._of_the_task()
+        self.form = signature_of(own)
+        if self.shared:
+            check_signature(self.form)
+        self._in_use = frozen_of(own).digest
+        self._received = self._kept() if self.shared else NO_FROZEN
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digests of all frozen tensors that the worker holds, in use or not."""
+        return tuple(digest for digest in (self._in_use, self._received.digest) if digest)
+
+    def to_share(self) -> Weights:
+        """Return the frozen tensors that go with the first weights; none if they are not shared."""
+        return self._of_the_task() if self.shared else {}
+
+    def receive(self, frozen: Frozen) -> bool:
+        """Take the frozen tensors that came with work, if any; return whether they are new.
+
+        They are not checked before they are used.
+        """
+        new = frozen.digest not in ("", *self.digests)
+        if new:
+            self._received = frozen
+        return new
+
+    def use(self, digest: str | None) -> None:
+        """Make the task use the frozen tensors of this digest; None changes nothing.
+
+        It blocks and runs the task's code: call it in the training thread.
+
+        Raises:
+            TaskError: if they are not here, do not match their digest, or do not fit the task.
+        """
+        received = self._received
+        if digest in (None, self._in_use):
+            return
+        if digest != received.digest:
+            raise TaskError(f"the frozen tensors {digest:.16}… of this run were not received")
+        found = frozen_of(received.tensors).digest
+        if found != digest:
+            self._forget(received)
+            raise TaskError(
+                f"the frozen tensors that were received have the digest {found:.16}…, "
+                f"{digest:.16}… was announced"
+            )
+        if mismatch := difference(signature_of(received.tensors), self.form):
+            raise TaskError(mismatch)
+        self._task.use_frozen(received.tensors)  # type: ignore[attr-defined]
+        self._in_use = digest
+        self._forget(received)
+        self._keep(received)
+
+    def _forget(self, received: Frozen) -> None:
+        if self._received is received:  # others may have been received meanwhile
+            self._received = NO_FROZEN
+
+    def _of_the_task(self) -> Weights:
+        give = getattr(self._task, "frozen", None)
+        return arrays(give(), "frozen()", "the frozen tensors") if callable(give) else {}
+
+    def _kept(self) -> Frozen:
+        """Read the file of an earlier process, unless it is damaged or no longer fits.
+
+        The task goes on with its own until work needs these.
+        """
+        for path in self._files():
+            try:
+                found = read_frozen(path.parent, read_metadata(path).get(IN_METADATA, ""))
+            except UsageError:
+                continue
+            if found.digest and not difference(signature_of(found.tensors), self.form):
+                return found
+        return NO_FROZEN
+
+    def _keep(self, frozen: Frozen) -> None:
+        if self._folder is None:
+            return
+        path = frozen_file(self._folder, frozen.digest)
+        try:
+            make_folder(self._folder)
+            save_frozen(self._folder, frozen)
+            for other in self._files():
+                if other != path:
+                    other.unlink(missing_ok=True)
+        except OSError as why:
+            warn(f"cannot keep {path} ({why.strerror}); after a restart, it has to be sent again")
+
+    def _files(self) -> list[Path]:
+        return sorted(self._folder.glob("frozen-*.safetensors")) if self._folder else []
+
+
+def introduced(form: Signature, frozen: FrozenTensors | None) -> dict[str, Any]:
+    """Return what a sign of life says of the model, and of taking frozen tensors."""
+    shared = frozen is not None and frozen.shared
+    return {
+        "model": described(form, frozen.form if frozen and shared else ()),
+        "features": (FROZEN,) if shared else (),
+    }
