@@ -57,7 +57,7 @@ def read_arguments(
             raise ValueError(_unknown_argument(name, parameters))
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
     if missing:
-        raise ValueError(f"'{missing[0]}' is missing: give {missing[0]}=…")
+        raise ValueError(f"missing argument '{missing[0]}' ({missing[0]}=…)")
     return {name: p.default for name, p in parameters.items()} | given
 
 
@@ -110,16 +110,16 @@ def nearest(name: str, known: Collection[str]) -> str:
     """Return a hint for an unknown name: the closest known name, or else all known names.
 
     >>> nearest("momntum", ["lr", "momentum"]), nearest("x", ["lr"])
-    ("did you mean 'momentum'?", 'known are lr')
+    ("did you mean 'momentum'?", 'choose from lr')
     """
     near = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
+    return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(sorted(known))}"
 
 
 def _unknown_argument(name: str, parameters: Collection[str]) -> str:
     if not parameters:
-        return f"it takes no arguments, but '{name}' is given"
-    return f"there is no argument '{name}'; {nearest(name, parameters)}"
+        return f"no arguments are accepted, but '{name}' is given"
+    return f"unknown argument '{name}'; {nearest(name, parameters)}"
 
 
 def _convert(name: str, value: str, annotation: Any) -> Any:

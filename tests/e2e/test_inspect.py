@@ -126,9 +126,9 @@ def test_peek_refuses_queues_where_it_would_have_side_effects(federation, channe
     federation.coordinator("--quorum", 3).wait_for("connected")
     federation.worker("shard:0/3").wait_for("joined run")
     for queue, why in (
-        ("inbox.shard-0-3", "worker shard-0-3 takes messages as they come"),
-        ("presence", "the coordinator takes messages as they come"),
-        ("outbox.shard-0-3", "would look like a loss"),
+        ("inbox.shard-0-3", "worker shard-0-3 receives messages at once"),
+        ("presence", "the coordinator receives messages at once"),
+        ("outbox.shard-0-3", "would treat it as lost"),
         ("inbox.nobody", "has not been connected"),
         ("nonsense", "has no queue 'nonsense'"),
     ):

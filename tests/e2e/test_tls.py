@@ -132,7 +132,7 @@ async def test_a_ca_in_the_url_is_trusted(broker_node, certificates):
         await opened(f"{url}?cafile={certificates.ca}")
         await opened(f"{url}?no_verify_ssl=1")
         said = await refused(f"amqps://w:open-sesame@127.0.0.1:{port}/")
-    assert "not signed by anyone trusted" in said
+    assert "not signed by a CA that this machine trusts" in said
     assert "?cafile=" in said
 
 
@@ -183,7 +183,7 @@ async def test_plain_amqp_to_a_tls_port_is_refused(broker_node, certificates):
     good = certificates.signed("must", "IP:127.0.0.1")
     with tls_before(broker_node.ports.amqp, good) as port:
         said = await refused(f"amqp://w:open-sesame@127.0.0.1:{port}/")
-    assert "takes TLS only" in said
+    assert "accepts only TLS connections" in said
     assert "amqps://" in said
 
 

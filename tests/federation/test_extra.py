@@ -140,7 +140,7 @@ def test_a_worker_without_the_rule_names_what_is_missing(federated):
         await coordinator.end()
         assert federation.participants() == [["a"]]
         (event, *_) = b.log.of("failure")
-        assert "asks for extra tensors" in event["reason"]
+        assert "requires extra tensors" in event["reason"]
         assert "--local-rule" in event["reason"]
 
     federated(scenario)
@@ -173,10 +173,10 @@ def test_tensors_that_nobody_requests_stay_with_the_worker(federated):
         ({"steps": ()}, {"steps": np.ones(2)}, "'steps' is float64 (2,), expected floats of sh"),
         ({"steps": ()}, {"steps": np.array(1)}, "'steps' is int64 ()"),
         ({"steps": ()}, {"step": np.ones(())}, "'steps' is missing"),
-        ({"steps": ()}, {"steps": np.ones(()), "more": np.ones(1)}, "'more' was not asked for"),
+        ({"steps": ()}, {"steps": np.ones(()), "more": np.ones(1)}, "'more' was not requested"),
         ({"steps": ()}, {"steps": np.array(np.nan)}, "'steps' has 1 values that are NaN"),
         ("model", {"w": np.ones(3)}, "'w' is float64 (3,), expected floats of shape (4,)"),
-        ("model", {"v": np.ones(4)}, "'v' was not asked for"),
+        ("model", {"v": np.ones(4)}, "'v' was not requested"),
     ],
 )
 def test_extra_tensors_that_do_not_match_the_request_fail(federated, wanted, sent, reason):

@@ -332,7 +332,7 @@ def test_a_failing_evaluation_is_reported_and_training_continues(capsys):
     run = fluffle.run({"north": Adder(), "south": Broken("evaluate")}, rounds=2)
     assert run.history["loss"] == [1.0, 2.0]
     stderr = capsys.readouterr().err
-    assert "the task 'south': evaluate() fails, and this worker trains without it" in stderr
+    assert "the task 'south': evaluate() failed, so this worker trains without evaluation" in stderr
     assert stderr.count("ZeroDivisionError: mine\n") == 1
 
 

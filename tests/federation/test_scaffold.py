@@ -89,7 +89,7 @@ def test_the_rule_without_the_strategy_names_what_is_missing(federated):
         coordinator = federation.coordinator(rounds=1)
         workers = [federation.worker(name, Descent(name)) for name in TARGETS]
         failure = await workers[0].log.until("failure")
-        assert "start that with --strategy scaffold" in failure["reason"]
+        assert "start the coordinator with --strategy scaffold" in failure["reason"]
         await coordinator.kill()
 
     federated(scenario)

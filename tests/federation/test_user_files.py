@@ -119,7 +119,7 @@ def test_settings_that_a_workers_codec_refuses_are_reported(federated, documente
         b = federation.worker("b", Adder(federation.loop, size=SIZE), codecs=registry_with(old))
         await coordinator.end()
         reason = b.log.of("failure")[0]["reason"]
-        assert re.search(r"^the codec 'signs' refuses 'signs:4': Val.*\(old.py:\d+\)$", reason)
+        assert re.search(r"^the codec 'signs' rejects 'signs:4': Val.*\(old.py:\d+\)$", reason)
         (trace,) = b.log.of("traceback")
         assert "return cls(int(text))" in trace["text"]
 
@@ -362,7 +362,7 @@ def test_end_must_return_a_mapping():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Proximal", "is a class; name an instance of it"),
+        ("Proximal", "is a class; use an instance of it"),
         ("nothing", "has no 'nothing'"),
     ],
 )
@@ -378,7 +378,7 @@ def test_an_object_without_the_methods_is_no_rule(tmp_path):
 
 
 def test_a_rule_is_refused_if_the_task_applies_none():
-    with pytest.raises(UsageError, match="applies no local rules; make it with flax_task"):
+    with pytest.raises(UsageError, match="applies no local rules; make the task with flax_task"):
         use_local_rule(SimpleNamespace(), PROXIMAL)
 
 
@@ -392,5 +392,5 @@ def test_an_installed_rule_is_found_by_its_name(monkeypatch):
 
 
 def test_an_unknown_rule_is_refused_with_the_installed_ones():
-    with pytest.raises(UsageError, match=r"no local rule 'fedprox' .* known are clip, "):
+    with pytest.raises(UsageError, match=r"unknown local rule 'fedprox' .* choose from clip, "):
         find_rule("fedprox")

@@ -121,8 +121,8 @@ def test_an_announcement_that_does_not_match_the_model_is_refused(encoding, chan
 @pytest.mark.parametrize(
     ("offset", "nbytes", "reason"),
     [
-        (0, 8 * 2**30, "end at byte 8, a transfer of 8589934592 bytes is announced"),
-        (2**32, 2**32 + 8, "its tensors need no more than"),
+        (0, 8 * 2**30, "has 8589934592 bytes, but its tensors end at byte 8"),
+        (2**32, 2**32 + 8, "its tensors need at most"),
         (4, 12, "wrong offset"),
     ],
 )
@@ -171,7 +171,7 @@ async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp
     (event,) = events
     if first:
         assert isinstance(event, ev.Failed)
-        assert "a transfer of 8589934592 bytes is announced" in event.reason
+        assert "the announced transfer has 8589934592 bytes" in event.reason
     else:
         assert isinstance(event, ev.FoldFailed)
         assert (event.cause, event.again) == ("tensors", False)

@@ -126,7 +126,7 @@ def changed(**changes: Any) -> type:
         (changed(parts=staticmethod(lambda shape: [Part("", "int8", shape)])), "a tuple of one"),
         (changed(parts=staticmethod(lambda shape: (Part("q", "int8", shape),))), "suffix 'q'"),
         (changed(parts=staticmethod(lambda shape: (Part("", "int4", shape),))), "dtype 'int4'"),
-        (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "of one suffix"),
+        (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "with the same suffix"),
     ],
 )
 def test_an_invalid_codec_is_refused_with_a_remedy(codec, reason):
@@ -197,7 +197,7 @@ def test_a_residual_that_is_not_finite_is_an_error(codecs):
         return np.full(like.shape, np.inf, like.dtype)
 
     codecs.add(changed(decode=staticmethod(infinite)), "here")
-    with pytest.raises(CodecError, match="'signs' decodes its own encoding of tensor 'w'"):
+    with pytest.raises(CodecError, match="'signs' encodes the finite tensor 'w'"):
         compress(DELTA, "signs", {})
 
 

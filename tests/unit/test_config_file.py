@@ -95,7 +95,7 @@ def test_print_config_prints_an_equivalent_file(written):
     ("line", "message"),
     [
         ("ruonds = 1", "unknown key 'ruonds'; did you mean 'rounds'?"),
-        ("where = 'a'", "unknown key 'where'; known are codec, config, data, fresh"),
+        ("where = 'a'", "unknown key 'where'; choose from codec, config, data, fresh"),
         ("[privacy]\nepsilon = 1", "unknown key 'privacy'"),
         ("rounds = 2.5", "rounds = 2.5: a whole number is expected"),
         ("rounds = true", "rounds = true: a whole number is expected"),

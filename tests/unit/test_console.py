@@ -102,7 +102,7 @@ async def test_a_broken_output_never_raises(kind, wrong, capsys):
             await written(console)
     error = capsys.readouterr().err
     assert error.count("cannot write the log") == 1
-    assert "going on without it" in error
+    assert "continuing without it" in error
 
 
 async def test_writing_resumes_after_a_full_disk_and_counts_lost_lines():

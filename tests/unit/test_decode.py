@@ -86,7 +86,7 @@ async def test_tensors_of_a_transfer_have_no_statistics():
     assert decoded.tensors[0].shape == (PART_BYTES // 4 + 1,)
     assert decoded.tensors[0].norm is None
     assert decoded.transfer.parts == len(parts) == 2
-    assert "its tensors travel separately, in 2 parts, 4.2 MB" in facts(decoded)
+    assert "its tensors are sent separately, in 2 parts, 4.2 MB" in facts(decoded)
     assert [part_of(decode_message(part, "f")) for part in parts] == [(1, 2), (2, 2)]
     assert facts(decode_message(parts[1], "f")) == ["part 2 of 2"]
     assert part_of(decoded) is None

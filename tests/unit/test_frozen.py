@@ -248,7 +248,7 @@ def test_what_does_not_fit_the_task_is_refused():
     task, sent = Backed(), frozen_of(backbone(width=4))
     frozen = FrozenTensors(task)
     frozen.receive(sent)
-    with pytest.raises(TaskError, match=r"tensor '.' is .* of shape \(4,\) there"):
+    with pytest.raises(TaskError, match=r"tensor '.' is .* of shape \(4,\), but in this task"):
         frozen.use(sent.digest)
     assert task.tensors["b"].shape == (3,)
 
@@ -290,7 +290,7 @@ def test_a_full_disk_costs_no_more_than_sending_them_again(tmp_path, monkeypatch
     frozen.use(sent.digest)
     assert task.tensors["b"][0] == 2.0
     assert len(said) == 1
-    assert "has to be sent again" in said[0]
+    assert "must be sent again" in said[0]
 
 
 def test_a_task_that_shares_none_only_says_which_it_has(tmp_path):

@@ -84,7 +84,7 @@ def test_groups_travel_in_parts(monkeypatch):
     assert found["extra"]["w"].tolist() == [0.5] * 5
     assert transfer.digest == digest_of(MODEL, {"extra": EXTRA})
     check_announced(message, MODEL, Plan(extra="model"))
-    with pytest.raises(MalformedMessage, match="the extra tensor 'w' was not asked for") as wrong:
+    with pytest.raises(MalformedMessage, match="the extra tensor 'w' was not requested") as wrong:
         check_announced(message, MODEL)
     assert wrong.value.cause == "tensors"
 
@@ -92,11 +92,11 @@ def test_groups_travel_in_parts(monkeypatch):
 @pytest.mark.parametrize(
     ("groups", "offsets", "reason"),
     [
-        (["model", "extra", "model"], [0, 64, 128], "of the group 'model' do not follow each"),
+        (["model", "extra", "model"], [0, 64, 128], "of the group 'model' are not contiguous"),
         (["model", "extra"], [0, 4], "'b' has the wrong offset 4"),
         (["model", "extra", "extra"], [0, 128, 64], "'c' has the wrong offset -64"),
         (["extra", "model"], [64, 0], "'b' has the wrong offset 0"),
-        (["model", "extra"], [0, 192], "'b' ends at byte 200, the payload has 72"),
+        (["model", "extra"], [0, 192], "'b' ends at byte 200, but the payload has 72 bytes"),
     ],
 )
 def test_inconsistent_groups_are_refused(groups, offsets, reason):
@@ -118,9 +118,9 @@ def test_a_name_may_be_in_two_groups_but_not_twice_in_one():
 @pytest.mark.parametrize(
     ("wanted", "extra", "cause", "reason"),
     [
-        (None, EXTRA, "tensors", "the extra tensor 'w' was not asked for"),
-        ("model", {}, "tensors", "the extra tensors that were asked for are missing"),
-        ("model", {"v": np.ones(5)}, "tensors", "'v' was not asked for"),
+        (None, EXTRA, "tensors", "the extra tensor 'w' was not requested"),
+        ("model", {}, "tensors", "the requested extra tensors are missing"),
+        ("model", {"v": np.ones(5)}, "tensors", "'v' was not requested"),
         ("model", {"w": np.ones(1)}, "tensors", r"'w' is float64 \(1,\), expected floats of sha"),
         ({"k": (2,)}, {"k": np.ones(2, np.int8)}, "tensors", "'k' is int8"),
         ({"k": (2,)}, {"l": np.ones(2)}, "tensors", "'k' is missing"),

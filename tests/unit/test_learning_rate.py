@@ -35,7 +35,7 @@ def test_a_plan_can_carry_the_rate_of_any_round(text):
     ("text", "message"),
     [
         ("cosin", "there is no schedule 'cosin' .* did you mean 'cosine'"),
-        ("", "known are constant, cosine, exponential:FACTOR, step:ROUNDS,FACTOR"),
+        ("", "choose from constant, cosine, exponential:FACTOR, step:ROUNDS,FACTOR"),
         ("cosine:0.5", "is 'cosine:0.5'; expected is cosine"),
         ("exponential", "expected is exponential:FACTOR"),
         ("exponential:2", "a FACTOR above 0 and at most 1"),

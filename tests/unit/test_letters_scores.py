@@ -132,7 +132,7 @@ def test_a_folder_that_seems_to_be_called_wrongly_is_said(folder):
 
 
 def test_all_and_unseen_exclude_each_other(folder):
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match="--all conflicts with --unseen"):
         _confusion(folder, "--all", "--unseen")
 
 

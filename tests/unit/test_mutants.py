@@ -124,6 +124,7 @@ MUTANTS = [
         "    if held.spares:\n",
         "    if False:\n",
         "test_the_copy_is_folded_if_the_first_is_rejected",
+        random=False,
     ),
     Mutant(
         "trusts the first of several copies after an outage",

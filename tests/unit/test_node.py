@@ -299,7 +299,8 @@ def test_every_port_of_the_container_is_bound_to_the_loopback_interface() -> Non
         (
             "  Starting broker...\nBOOT FAILED\n===========\nError during startup: {error,\n"
             '   {could_not_start_listener,"127.0.0.1",45671,\n      {listen_error,eaddrinuse}}}\n',
-            "another program took one of its ports; choose other ports, or --port 0 (port 45671)",
+            "another program uses one of RabbitMQ's ports; choose other ports, or --port 0 "
+            "(port 45671)",
         ),
         (
             "BOOT FAILED\n===========\nException during startup:\n\n"

@@ -100,7 +100,10 @@ async def test_updates_can_be_peeked_at_while_they_are_consumed(broker, link):
 
 @pytest.mark.parametrize(
     ("queue", "who"),
-    [("inbox.w1", "worker w1 takes messages"), ("presence", "the coordinator takes messages")],
+    [
+        ("inbox.w1", "worker w1 receives messages"),
+        ("presence", "the coordinator receives messages"),
+    ],
 )
 async def test_a_queue_with_a_consumer_is_refused(broker, link, queue, who):
     await link.consume(f"f.{queue}", prefetch=1, exclusive=True)
@@ -115,7 +118,7 @@ async def test_the_inbox_of_an_absent_worker_is_shown(broker, link):
 
 
 async def test_an_outbox_is_refused(broker, link):
-    with pytest.raises(UsageError, match="would look like a loss"):
+    with pytest.raises(UsageError, match="would treat it as lost"):
         await peek(link, TOPOLOGY, "outbox.w1", 1)
 
 

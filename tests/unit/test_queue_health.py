@@ -40,7 +40,7 @@ def figures(name: str, ready: int = 0, consumers: int = 1, **more: object) -> Qu
         ),
         (figures("f.presence", consumers=0), "no coordinator is connected"),
         (figures("f.rejected", 1200, consumers=0), "1,200 messages rejected: fluffle rejected"),
-        (figures("f.unrouted", 1, consumers=0), "1 message had no queue to go to: fluffle peek"),
+        (figures("f.unrouted", 1, consumers=0), "1 message matched no queue: fluffle peek"),
         (figures("f.updates", 50, growth_rate=3.0), "growing by 3 messages per second"),
         (figures("f.mine"), "foreign: fluffle has no such queue in federation f"),
         (figures("f.updates", state="down"), "this queue as down"),

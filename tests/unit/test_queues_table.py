@@ -111,7 +111,7 @@ def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, cap
     overview.queues[0] = queue("unrouted", ready=1)
     _show(overview)
     remedy = "fluffle peek unrouted --federation letters"
-    line = f"! unrouted: 1 message had no queue to go to: {remedy}"
+    line = f"! unrouted: 1 message matched no queue: {remedy}"
     assert line in capsys.readouterr().out.splitlines()
     main, terminal = pty.openpty()
     monkeypatch.setenv("COLUMNS", "80")

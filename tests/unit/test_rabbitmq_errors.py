@@ -185,7 +185,7 @@ def test_texts_of_errors_are_one_line_without_credentials():
     [
         (403, "ACCESS_REFUSED - Login was refused", ["user 'w'", "password", "--url"]),
         (530, "NOT_ALLOWED - vhost v not found", ["no vhost 'v'", "add_vhost"]),
-        (530, "NOT_ALLOWED - access to vhost 'v' refused for user 'w'", ["into vhost 'v'"]),
+        (530, "NOT_ALLOWED - access to vhost 'v' refused for user 'w'", ["access to vhost 'v'"]),
         (
             530,
             "NOT_ALLOWED - access to vhost 'v' refused for user 'w': connection limit (1) is "

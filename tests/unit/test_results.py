@@ -131,7 +131,7 @@ def test_of_too_many_metrics_the_first_stay_loss_and_accuracy_among_them():
     seen = Seen(Odd(metrics=many))
     names = ["loss", "accuracy", *(f"class_{number:03}" for number in range(62))]
     assert list(seen.update.metrics) == names
-    assert "102 metrics, but at most 64 travel; the last 38 are left out" in seen.reports[0]
+    assert "102 metrics; at most 64 can be sent, so the last 38 are omitted" in seen.reports[0]
 
 
 def test_names_of_metrics_that_are_too_long_stay_apart():
@@ -168,11 +168,11 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
 @pytest.mark.parametrize(
     ("returned", "named"),
     [
-        ({"count": 0}, "num_examples 0; from 1"),
-        ({"count": -3}, "num_examples -3; from 1"),
-        ({"count": None}, "num_examples that is None, a whole number is expected"),
-        ({"count": 2.5}, "num_examples that is 2.5, a whole number"),
-        ({"count": 10**13}, "num_examples 10000000000000; from 1 to 1000000000000"),
+        ({"count": 0}, "num_examples 0; expected the number"),
+        ({"count": -3}, "num_examples -3; expected the number"),
+        ({"count": None}, "num_examples that is None, but a whole number is expected"),
+        ({"count": 2.5}, "num_examples that is 2.5, but a whole number"),
+        ({"count": 10**13}, "trained on, from 1 to 1000000000000"),
         ({"trained": None}, "train() returned None; it must return TrainResult"),
         ({"trained": ({}, 5)}, "train() returned ({}, 5); it must"),
         ({"new": None}, "train() returned the weights None"),
@@ -205,7 +205,7 @@ def test_an_evaluation_that_fails_costs_no_training_and_is_said_once(raised):
         assert seen.delta == [1, 1, 1, 1]
         assert (seen.evaluation.num_examples, seen.evaluation.round) == (0, 2)
     (one,), (trace,) = reports, traces
-    assert one.startswith("evaluate() fails, and this worker trains without it: ")
+    assert one.startswith("evaluate() failed, so this worker trains without evaluation: ")
     assert "(test_results.py:" in one
     assert "raise self.more" in trace
 
@@ -339,9 +339,9 @@ def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_
             form=signature_of_task(Wide()),
         )  # fmt: skip
     assert str(failed.value) == (
-        "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,) "
-        "there, float64 of shape (4,) here; with JAX, set JAX_ENABLE_X64 for all workers or for "
-        "none"
+        "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,), "
+        "but in this task float64 of shape (4,); with JAX, set JAX_ENABLE_X64 for all workers "
+        "or for none"
     )
 
 

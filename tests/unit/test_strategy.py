@@ -198,7 +198,7 @@ def test_packages_add_names_by_entry_points(monkeypatch):
     )
     assert load_strategy("other") == NamedStrategy("other", fedavg)
     with pytest.raises(
-        UsageError, match="no strategy 'x'.* known are broken, clip, .*other, .*path.py:name"
+        UsageError, match="no strategy 'x'.* choose from broken, clip, .*other, .*path.py:name"
     ):
         load_strategy("x")
     with pytest.raises(TaskError, match="broken of nothing_of_that_name:x fails to load"):
@@ -224,7 +224,7 @@ def make():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nope", "there is no strategy 'nope' .*known are clip, .* path.py:name takes one"),
+        ("nope", "there is no strategy 'nope' .*choose from clip, .* path.py:name takes one"),
         ("gone.py:x", r"there is no file gone\.py \(--strategy\)"),
         ("gone_too:x", r"there is no module gone_too \(--strategy\)"),
         ("mine.py:", "--strategy expects module:name or path.py:name, not 'mine.py:'"),

@@ -257,23 +257,23 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
     ("theirs", "message"),
     [
         ({"b": np.zeros(2), "a": np.zeros(1)}, None),
-        ({"a": np.zeros(1)}, "tensor 'b' is in this task's model only"),
+        ({"a": np.zeros(1)}, "tensor 'b' is only in this task's model"),
         (
             {"a": np.zeros(1), "b": np.zeros(2), "d": np.zeros(1), "c": np.zeros(1)},
             "tensor 'c', and 1 more is not in this task's model",
         ),
         (
             {"a": np.zeros(1), "b": np.zeros(3)},
-            "tensor 'b' is float64 of shape (3,) there, float64 of shape (2,) here",
+            "tensor 'b' is float64 of shape (3,), but in this task float64 of shape (2,)",
         ),
         (
             {"a": np.zeros(1, np.float32), "b": np.zeros(2, np.int32)},
-            "tensor 'a' is float32 of shape (1,) there, float64 of shape (1,) here",
+            "tensor 'a' is float32 of shape (1,), but in this task float64 of shape (1,)",
         ),
         (
             {"a": np.zeros(1), "b": np.zeros(2, np.float32)},
-            "tensor 'b' is float32 of shape (2,) there, float64 of shape (2,) here; with JAX, set "
-            "JAX_ENABLE_X64 for all workers or for none",
+            "tensor 'b' is float32 of shape (2,), but in this task float64 of shape (2,); with "
+            "JAX, set JAX_ENABLE_X64 for all workers or for none",
         ),
     ],
 )
@@ -321,5 +321,5 @@ def test_a_flax_model_says_its_form_without_being_made(monkeypatch):
 
 
 def test_two_tensors_of_one_name_are_refused():
-    with pytest.raises(TaskError, match="two tensors of the model are called 'dense/kernel'"):
+    with pytest.raises(TaskError, match="two tensors of the model have the name 'dense/kernel'"):
         flax(Colliding)

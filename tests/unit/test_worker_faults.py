@@ -263,8 +263,8 @@ async def test_a_model_of_another_form_is_a_failure_that_says_in_what():
     async with federation(Other()) as made:
         await made.ask(1)
         assert (await made.sign(Failure)).reason == (
-            "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,) "
-            "there, float32 of shape (5,) here"
+            "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,), "
+            "but in this task float32 of shape (5,)"
         )
 
 

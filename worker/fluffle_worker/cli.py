@@ -33,13 +33,13 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     metavar="DIR",
-    help="This worker's data; for the letters task, a folder <class>/<image>.",
+    help="Data of this worker; for the letters task, a folder that contains <class>/<image>.",
 )
 @click.option(
     "--task",
     default=DEFAULT_TASK,
     metavar="NAME",
-    help="Function that makes the task to train: module:name or path.py:name.",
+    help="Function that makes the task to train, as module:name or path.py:name.",
 )
 @click.option(
     "--codec",
@@ -47,32 +47,33 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="PATH.PY:NAME",
     help=(
-        "A codec from your own file that the coordinator may ask for; may be given several "
-        "times. Installed codecs need no option."
+        "Codec to load from your own file, so that the coordinator can select it; may be given "
+        "several times. Installed codecs need no option."
     ),
 )
 @click.option(
     "--local-rule",
     metavar="NAME",
     help=(
-        "Change each gradient during training: proximal:MU, clip:NORM, dp_sgd:CLIP,NOISE, "
-        "scaffold, path.py:name, or several joined by + (docs/tasks.md).  [default: nothing]"
+        "Rule that changes each gradient during training: proximal:MU, clip:NORM, "
+        "dp_sgd:CLIP,NOISE, scaffold, path.py:name, or several joined by + (docs/tasks.md).  "
+        "[default: none]"
     ),
     show_default=False,
 )
 @click.option(
     "--id",
     "worker_id",
-    metavar="NAME",
-    help="This worker's name, unique in the federation.  [default: derived from --data]",
+    metavar="ID",
+    help="ID of this worker, unique in the federation.  [default: derived from --data]",
     show_default=False,
 )
 @click.option(
     "--classes",
     metavar="A,B,…",
     help=(
-        "All classes of the federation, if this worker's data lacks some.  [default: those "
-        "of the data]"
+        "Names of all classes of the federation; necessary if this worker's data lacks some.  "
+        "[default: the classes in the data]"
     ),
     show_default=False,
 )
@@ -93,8 +94,8 @@ if TYPE_CHECKING:
     type=seconds(),
     default=45.0,
     help=(
-        "Seconds to wait while another worker has this id: the broker keeps a broken "
-        "connection for a while."
+        "Time limit, in seconds, for waiting while another worker with this id is connected. "
+        "The broker may keep a broken connection of this worker for a while."
     ),
 )
 @click.option(
@@ -102,17 +103,20 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
     help=(
-        "Folder for what this worker keeps between rounds: the state of its local rule, "
-        "personal tensors, and frozen ones that it was sent.  [default: runs/workers/FEDERATION/ID]"
+        "Folder for what this worker keeps between rounds: the state of its local rule, its "
+        "personal tensors, and the frozen tensors that it received.  "
+        "[default: runs/workers/FEDERATION/ID]"
     ),
     show_default=False,
 )
-@click.option("--stay", is_flag=True, help="Wait for the next run when one has ended.")
+@click.option(
+    "--stay", is_flag=True, help="Wait for the next run when a run has ended, instead of exiting."
+)
 @click.option(
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Seconds to wait for an unreachable broker before giving up.",
+    help="Time limit, in seconds, for waiting for an unreachable broker.",
 )
 @queue_type_option
 @log_format_option
@@ -129,7 +133,8 @@ def worker(**options: Any) -> None:
       fluffle worker --federation digits --task digits.py:task --data shard:0/3
       fluffle worker worker.toml --id hospital-7
 
-    Every option may also stand in a TOML file, as a key of the same name. A flag overrides its key.
+    Every option can also be set in a TOML file, by a key of the same name. An option on the
+    command line overrides its key.
     """
     from fluffle_common.cli.settings import check_federation, check_worker
 

@@ -88,8 +88,8 @@ class FrozenTensors:
         if found != digest:
             self._forget(received)
             raise TaskError(
-                f"the frozen tensors that were received have the digest {found:.16}…, "
-                f"{digest:.16}… was announced"
+                f"the received frozen tensors have the digest {found:.16}…, but {digest:.16}… "
+                "was announced"
             )
         if mismatch := difference(signature_of(received.tensors), self.form):
             raise TaskError(mismatch)
@@ -131,7 +131,10 @@ class FrozenTensors:
                 if other != path:
                     other.unlink(missing_ok=True)
         except OSError as why:
-            warn(f"cannot keep {path} ({why.strerror}); after a restart, it has to be sent again")
+            warn(
+                f"cannot write {path} ({why.strerror}); after a restart, the frozen tensors must "
+                "be sent again"
+            )
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("frozen-*.safetensors")) if self._folder else []

@@ -214,7 +214,7 @@ def _planned(change: Weights, plan: Plan) -> Weights:
         names = ", ".join(plan.train or ())
         raise TaskError(
             f"the federation trains the tensors {names[:200]}, but this task's model has none of "
-            "them; 'fluffle peek' and every checkpoint show its names"
+            "them; 'fluffle peek' and every checkpoint show the names of the model's tensors"
         )
     return planned
 
@@ -229,15 +229,15 @@ def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
         return {}
     if not extra:
         raise TaskError(
-            "the federation's strategy asks for extra tensors, but this worker's training returns "
-            "none; add the local rule that belongs to the strategy with --local-rule"
+            "the federation's strategy requires extra tensors, but this worker's training returns "
+            "none; use --local-rule to add the local rule that belongs to the strategy"
         )
     try:
         check_extra(forms_of(extra), wanted, model)
         check_finite(extra)
     except ValueError as wrong:
         raise TaskError(
-            f"the extra tensors are not what the federation's strategy asks for: {wrong}"
+            f"the extra tensors do not match those that the federation's strategy requires: {wrong}"
         ) from None
     return extra
 
@@ -258,11 +258,11 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     except UnknownCodec:
         raise TaskError(
             f"the federation encodes its updates with the codec '{name}', which this worker does "
-            "not have; install the package that provides it, or get its file from the "
-            "coordinator's operator and add --codec path.py:name"
+            "not have; install the package that provides it, or get the codec's file from "
+            "the coordinator's operator and add --codec path.py:name"
         ) from None
     except Exception as why:
-        raise TaskError(f"the codec '{name}' refuses '{plan.compress}': {one_line(why)}") from why
+        raise TaskError(f"the codec '{name}' rejects '{plan.compress}': {one_line(why)}") from why
 
 
 def _encode(

@@ -62,8 +62,8 @@ class Results:
             raise TaskError(f"train() returned num_examples that {wrong}") from None
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
-                f"train() returned num_examples {num_examples}; from 1 to {MAX_NUM_EXAMPLES} is "
-                "expected, the number of examples trained on"
+                f"train() returned num_examples {num_examples}; expected the number of examples "
+                f"trained on, from 1 to {MAX_NUM_EXAMPLES}"
             )
         metrics = self._metrics("train", getattr(result, "metrics", None))
         extra = arrays(getattr(result, "extra", None) or {}, "train()", "the extra tensors")
@@ -80,7 +80,9 @@ class Results:
             result = evaluate()
         except BaseException as why:
             self.failed(why)
-            self._once(f"evaluate() fails, and this worker trains without it: {one_line(why)}")
+            self._once(
+                f"evaluate() failed, so this worker trains without evaluation: {one_line(why)}"
+            )
             return nothing
         if result is None:
             return None
@@ -95,8 +97,8 @@ class Results:
             return nothing
         except ValueError as wrong:
             self._once(
-                f"evaluate() returned a loss or num_examples that {wrong}; this worker reports no "
-                "evaluation when that is so"
+                f"evaluate() returned a loss or num_examples that {wrong}; this worker does not "
+                "report such evaluations"
             )
             return nothing
         if not 0 < num_examples <= MAX_NUM_EXAMPLES:
@@ -110,7 +112,7 @@ class Results:
             try:
                 loss = number(loss)
             except ValueError as wrong:
-                self._once(f"the loss of a training step {wrong}; it is not shown")
+                self._once(f"the loss of a training step {wrong}; such losses are not shown")
                 loss = None
         return _whole(number_), _whole(steps), loss
 
@@ -127,8 +129,8 @@ class Results:
             pairs = list(dict(given).items())
         except (TypeError, ValueError):
             self._once(
-                f"the metrics of {method}() are {_shown(given)}, a mapping of names to numbers is "
-                "expected; they are left out"
+                f"{method}() returned the metrics {_shown(given)}; a mapping of names to numbers "
+                "is expected, so the metrics are omitted"
             )
             return {}
         valid: dict[str, float] = {}
@@ -138,14 +140,14 @@ class Results:
                 valid[name] = number(value)
             except ValueError as wrong:
                 self._once(
-                    f"the metric '{name}' of {method}() {wrong}; it is left out when that is so",
+                    f"the metric '{name}' of {method}() {wrong}; such values are omitted",
                     key=f"{method} {name}",
                 )
         if len(valid) > MAX_METRICS:
             dropped = len(valid) - MAX_METRICS
             self._once(
-                f"{method}() returns {len(valid)} metrics, but at most {MAX_METRICS} travel; the "
-                f"last {dropped} are left out"
+                f"{method}() returned {len(valid)} metrics; at most {MAX_METRICS} can be sent, so "
+                f"the last {dropped} are omitted"
             )
             names = [name for name in _FIRST if name in valid]
             names += [name for name in valid if name not in _FIRST]
@@ -168,14 +170,14 @@ def number(value: Any) -> float:
     """Convert a finite number of any framework to a float.
 
     Raises:
-        ValueError: if it is not one; the message is a predicate, such as "is nan, a …".
+        ValueError: if it is not one; the message is a predicate, such as "is nan, but …".
     """
     try:
         converted = float(_plain(value))
     except Exception:
-        raise ValueError(f"is {_shown(value)}, a number is expected") from None
+        raise ValueError(f"is {_shown(value)}, but a number is expected") from None
     if not math.isfinite(converted):
-        raise ValueError(f"is {converted}, a finite number is expected")
+        raise ValueError(f"is {converted}, but a finite number is expected")
     return converted
 
 
@@ -183,7 +185,7 @@ def count(value: Any) -> int:
     """Convert a whole number of any framework to an int.
 
     Raises:
-        ValueError: if it is not one; the message is a predicate, such as "is 0.5, a …".
+        ValueError: if it is not one; the message is a predicate, such as "is 0.5, but …".
     """
     try:
         plain = _plain(value)
@@ -191,7 +193,7 @@ def count(value: Any) -> int:
             return int(plain)
         return operator.index(plain)
     except Exception:
-        raise ValueError(f"is {_shown(value)}, a whole number is expected") from None
+        raise ValueError(f"is {_shown(value)}, but a whole number is expected") from None
 
 
 def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Array]:

@@ -74,7 +74,7 @@ def difference(federation: Signature, own: Signature) -> str | None:
         return None
     for names, what in (
         (theirs.keys() - ours.keys(), "is not in this task's model"),
-        (ours.keys() - theirs.keys(), "is in this task's model only"),
+        (ours.keys() - theirs.keys(), "is only in this task's model"),
     ):
         if names:
             more = f", and {len(names) - 1} more" if len(names) > 1 else ""
@@ -82,8 +82,8 @@ def difference(federation: Signature, own: Signature) -> str | None:
     differ = [name for name in theirs if theirs[name] != ours[name]]
     (dtype, shape), (own_dtype, own_shape) = theirs[differ[0]], ours[differ[0]]
     message = (
-        f"{_DIFFERS}: tensor '{differ[0]}' is {dtype.name} of shape {shape} there, "
-        f"{own_dtype.name} of shape {own_shape} here"
+        f"{_DIFFERS}: tensor '{differ[0]}' is {dtype.name} of shape {shape}, but in "
+        f"this task {own_dtype.name} of shape {own_shape}"
     )
     if all(
         theirs[name][1] == ours[name][1]

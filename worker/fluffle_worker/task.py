@@ -151,12 +151,12 @@ def check_task(name: str, task: Any) -> Task:
         raise TaskError(f"the task {name} has no examples to train on; check --data")
     if num_examples > MAX_NUM_EXAMPLES:
         raise TaskError(
-            f"the task {name} has {num_examples} examples; at most {MAX_NUM_EXAMPLES} are expected"
+            f"the task {name} has {num_examples} examples; at most {MAX_NUM_EXAMPLES} are allowed"
         )
     for class_name in classes_of(task):
         if len(class_name) > MAX_CLASS_NAME:
             raise TaskError(
-                f"the class '{class_name[:40]}…' of the task {name} has a name of "
-                f"{len(class_name)} characters, but at most {MAX_CLASS_NAME} travel; shorten it"
+                f"the class name '{class_name[:40]}…' in the task {name} has {len(class_name)} "
+                f"characters; at most {MAX_CLASS_NAME} can be sent, so shorten it"
             )
     return task  # type: ignore[no-any-return]

@@ -31,13 +31,13 @@ def _state_option(command: Any) -> Any:
         default=".fluffle",
         type=click.Path(file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Folder of this node's files: configuration, data, logs.  "
+        help="Folder for this node's files: configuration, data and logs.  "
         "[default: $FLUFFLE_STATE, else .fluffle here]",
     )(command)
 
 
 def _port_option(
-    flag: str, what: str, default: int, zero: str = "a free one"
+    flag: str, what: str, default: int, zero: str = "a free port"
 ) -> Callable[[Any], Any]:
     return click.option(
         flag,
@@ -68,7 +68,7 @@ def broker() -> None:
 
 @broker.command()
 @_state_option
-@_port_option("--port", "AMQP", 5673, zero="free ones for all that are not given")
+@_port_option("--port", "AMQP", 5673, zero="a free port for each port option that is not given")
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
 @click.option(
@@ -76,7 +76,7 @@ def broker() -> None:
     default="fluffle",
     show_default=True,
     metavar="NAME",
-    help="Erlang's name for the node; the node's data is stored under this name.",
+    help="Erlang name of the node; the node's data is stored under this name.",
 )
 def up(
     state: Path,
@@ -161,14 +161,14 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     help="ID of a worker, which is also the name of its user; may be given several times.",
 )
 @click.option(
-    "--coordinator", is_flag=True, help="Print the permissions of the coordinator's user."
+    "--coordinator", is_flag=True, help="Print the permissions for the coordinator's user."
 )
 @click.option(
     "--coordinator-user",
     metavar="NAME",
     help="Name of the coordinator's user.  [default: FEDERATION-coordinator]",
 )
-@click.option("--vhost", default="/", show_default=True, metavar="NAME", help="The vhost.")
+@click.option("--vhost", default="/", show_default=True, metavar="NAME", help="Name of the vhost.")
 @queue_type_option
 @click.option(
     "--apply",
@@ -179,14 +179,16 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
         "with a random password, which is printed once on standard output."
     ),
 )
-@click.option("--ask-password", is_flag=True, help="With --apply: ask for each user's password.")
+@click.option(
+    "--ask-password", is_flag=True, help="Prompt for the password of each user (with --apply)."
+)
 @_state_option
 def permissions(**options: Any) -> None:
     """Print the minimal permissions of a RabbitMQ user.
 
     The output is rabbitmqctl commands for any broker; --apply grants the permissions on the
     private broker instead. They replace the user's permissions in the vhost. Start the coordinator
-    with --verify-users, so that no worker can act as another. docs/rights.md explains each
+    with --verify-users, so that no worker can impersonate another. docs/rights.md explains each
     permission.
 
     \b
@@ -205,7 +207,7 @@ def permissions(**options: Any) -> None:
     if options["coordinator"] or options["coordinator_user"]:
         wanted.insert(0, permissions.coordinator_rights(topology, name))
     if not wanted:
-        raise UsageError("no user is given; use --worker NAME, --coordinator, or both")
+        raise UsageError("missing user; give --worker NAME, --coordinator, or both")
     run = permissions.runner([_rabbitmqctl(options["state"])]) if options["applies"] else None
     for each in wanted:
         if run is None:

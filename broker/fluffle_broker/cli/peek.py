@@ -37,14 +37,15 @@ def peek(queue: str, count: int, **options: Any) -> None:
     """Decode messages of a QUEUE without removing them.
 
     QUEUE is updates, presence, rejected, unrouted, journal or inbox.WORKER, with or without the
-    federation in front.
+    federation's name as a prefix.
 
     Each message is taken and returned to its position at once, so the length, the order and the
     bodies stay the same. Two traces remain: the flag 'redelivered', and another 30 minutes until
-    an unused queue expires. For some milliseconds the messages count as unacked and are withheld
-    from the queue's consumer. peek therefore refuses queues that a worker or the coordinator is
-    reading, and quorum queues, where returning a message has side effects. Nobody else can see
-    the updates that the coordinator holds unacknowledged; 'fluffle journal' shows them.
+    an unused queue expires. For some milliseconds, RabbitMQ treats the messages as unacked and
+    withholds them from the queue's consumer. peek therefore refuses queues that a worker or the
+    coordinator is reading, and quorum queues, where returning a message has side effects. Updates
+    that the coordinator holds unacknowledged cannot be inspected; 'fluffle journal' shows their
+    events.
 
     \b
       fluffle peek updates --federation letters

@@ -32,20 +32,21 @@ _common_options = inspection_options("Print JSON instead.", required=False)
 @management_option
 @click.option(
     "-n", "--count", default=20, show_default=True, type=counts(), metavar="N",
-    help="Show only the newest N messages.",
+    help="Maximum number of messages to list; the newest are listed.",
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:
     """List rejected messages and why; show, requeue or purge them.
 
-    A message that cannot be counted (damaged, from another run, with NaN in it …) goes with its
-    reason into the federation's queue 'rejected'. The queue keeps the latest 1,000 messages or
+    An invalid message (damaged, from another run, with NaN in it …) is moved to the federation's
+    queue 'rejected', together with the reason. The queue keeps the latest 1,000 messages or
     256 MB and drops older ones. Messages are numbered from the oldest that is kept, so the numbers
     shift when one is dropped.
 
-    RabbitMQ does not report how many messages it dropped. The number is computed from its
-    statistics since the broker started: published minus removed minus present. These are up to 5
-    seconds behind, and until they catch up, the number is reported as unknown.
+    RabbitMQ does not report how many messages it dropped. fluffle computes the
+    number from RabbitMQ's statistics since the broker started: published minus removed minus
+    present. The statistics are up to 5 seconds behind; until they catch up, the number is reported
+    as unknown.
 
     \b
       fluffle rejected --federation letters
@@ -179,9 +180,10 @@ def requeue(
     """Send messages back to the queue that they were rejected from.
 
     Do this after you fixed the cause. Each message is published again with its original
-    properties, and removed from 'rejected' once the broker has confirmed it. It is validated
-    again, so a message that is still invalid comes back with its reason. The user of --url sends
-    it: a coordinator with --verify-users rejects it unless that is the worker's user.
+    properties, and removed from 'rejected' once the broker has confirmed the new copy. It is
+    validated again, so a message that is still invalid comes back with its reason. The user in
+    --url becomes its sender, so a coordinator with --verify-users rejects the message unless this
+    is the worker's own user.
     """
     from fluffle_broker.inspect import rejected as rejected_queue
 

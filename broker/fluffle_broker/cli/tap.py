@@ -31,17 +31,20 @@ _MOST_TRANSFERS = 256
 @click.command()
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
-    help="Show only messages of this kind (update, evaluation, fit, hello, heartbeat, failure, "
-    "part …); may be given several times.  [default: all but heartbeat; parts are counted, not "
-    "listed]",
+    help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part …); "
+    "may be given several times.  [default: all but heartbeat; only the number of parts "
+    "is shown]",
 )  # fmt: skip
-@click.option("--worker", metavar="W", help="Show only messages from or to this worker.")
+@click.option("--worker", metavar="W", help="ID of a worker; show only messages from or to it.")
 @click.option(
     "--save", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Save each message in this folder: its body as .msgpack, its properties as .json.",
+    help="Folder in which to save each message: its body as .msgpack, its properties as .json.",
 )  # fmt: skip
 @click.option(
-    "-n", "--count", type=counts(), help="Stop after this many lines.  [default: at Ctrl-C]"
+    "-n",
+    "--count",
+    type=counts(),
+    help="Number of lines to print before tap ends.  [default: no limit]",
 )
 @inspection_options("Print one JSON object per line.")
 @management_option
@@ -54,14 +57,14 @@ def tap(**options: Any) -> None:
 
     "→ w1,w2" goes from the coordinator to these workers; "← w1" comes from w1.
 
-    tap reads copies from a temporary queue of its own, so nobody misses a message or gets it
-    later. If it is too slow for the traffic, it loses the oldest copies. The broker does send
-    every copy, which for a large model means all its parts, once more in each round. '--kind
-    update' leaves these out; the parts of updates are copied only with --save.
+    tap reads copies from a temporary queue of its own, so no message is lost or delayed for its
+    receiver. If tap is too slow for the traffic, it loses the oldest copies. The copies load the
+    broker: in each round, it sends a large model, with all its parts, once more to tap. '--kind
+    update' excludes models; the parts of updates are copied only with --save.
 
-    tap listens only to queues that exist, because a message that reaches nothing but a tap would
-    count as delivered. It looks for new queues every 10 seconds, so it may miss the first messages
-    to a new worker.
+    tap listens only to queues that exist, because RabbitMQ would report a message as delivered even
+    if only tap received it. It looks for new queues every 10 seconds, so it may miss the first
+    messages to a new worker.
     """
     from fluffle_broker.inspect.tap import KINDS, Wanted
     from fluffle_common.cli.settings import check_worker, management_of

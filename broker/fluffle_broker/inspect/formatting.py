@@ -90,7 +90,7 @@ def facts(decoded: DecodedMessage) -> list[str]:
         phrases.append(f"part {part[0]} of {part[1] or '?'}")
     if decoded.transfer is not None:
         whole = f"{decoded.transfer.parts} parts, {size(decoded.transfer.nbytes)}"
-        phrases.append(f"its tensors travel separately, in {whole}")
+        phrases.append(f"its tensors are sent separately, in {whole}")
     if decoded.wrong is not None:
         phrases.append(f"cannot be read: {decoded.wrong}")
     return phrases

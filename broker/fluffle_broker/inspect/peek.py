@@ -75,8 +75,8 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"{full} is not a classic queue: reading it would count as a failed delivery and "
-            f"change the order of its messages; {_instead(topology)}"
+            f"{full} is not a classic queue: RabbitMQ would record reading it as a failed "
+            f"delivery and change the order of its messages; {_instead(topology)}"
         )
     async with borrowed(link, full, count=count, most_bytes=MOST_BYTES) as messages:
         deliveries = [delivery async for delivery in messages]
@@ -104,16 +104,16 @@ def _refusal(topology: Topology, full: str, counts: Counts) -> str | None:
     if full.startswith(topology.outbox("")):
         return (
             f"{full} ({counts.ready} ready) holds parts of an update, which the coordinator "
-            "counts before it fetches them: taking one out, however briefly, would look like "
-            f"a loss; {instead}"
+            "counts before it fetches them: if one of them were taken out, however "
+            f"briefly, the coordinator would treat it as lost; {instead}"
         )
     if not counts.consumers or full == topology.updates:
         return None
     inbox = topology.inbox("")
     who = f"worker {full.removeprefix(inbox)}" if full.startswith(inbox) else "the coordinator"
     return (
-        f"{full} ({counts.ready} ready) is being read: {who} takes messages as they come, and "
-        f"holding one back would change their order; {instead}"
+        f"{full} ({counts.ready} ready) is being read: {who} receives messages at once, and "
+        f"withholding one would change their order; {instead}"
     )
 
 

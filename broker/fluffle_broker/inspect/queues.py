@@ -81,7 +81,7 @@ def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
         reason = getattr(why, "reason", None) or why
         note = (
             f"the management API at {base} does not answer ({reason}): unacknowledged messages, "
-            "bytes, rates, ages and the workers' queues are unknown; name the right address with "
+            "bytes, rates, ages and the workers' queues are unknown; give the right address with "
             "--management"
         )
     return QueueOverview(topology, _by_amqp(url, topology), [], note)

@@ -259,7 +259,7 @@ async def _must_be_classic(link: Link, topology: Topology) -> None:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"{queue.name} is not a classic queue: reading it would count as failed "
+            f"{queue.name} is not a classic queue: RabbitMQ would record reading it as failed "
             f"deliveries; 'fluffle journal --federation {topology.federation}' shows what was "
             "rejected, and 'fluffle rejected requeue --all' and 'purge' still work"
         )

@@ -33,8 +33,8 @@ _LONGEST_REASON = 240
 # Erlang's error codes, which may appear anywhere in the nested terms of a failure.
 _SYSTEM_ERRORS = {
     "enospc": "there is no space left on the disk; make room or choose another --state",
-    "eaddrinuse": "another program took one of its ports; choose other ports, or --port 0",
-    "eacces": "RabbitMQ may not read or write its own files; check who owns the state folder",
+    "eaddrinuse": "another program uses one of RabbitMQ's ports; choose other ports, or --port 0",
+    "eacces": "RabbitMQ is not allowed to use its own files; check who owns the state folder",
     "erofs": "the state folder is on a read-only disk; choose another --state",
     "emfile": "too many files are open; raise 'ulimit -n'",
     "duplicate_node_name": (

@@ -56,17 +56,17 @@ def apply(policies: Sequence[Policy], url: str, base: str, *, keep: bool = False
     except urllib.error.HTTPError as no:
         if no.code not in (401, 403):
             raise BrokerError(
-                f"the management API at {base} refuses a policy ({no.code} {no.reason}); check "
+                f"the management API at {base} rejects a policy ({no.code} {no.reason}); check "
                 f"the vhost in --url, {_INSTEAD}"
             ) from None
         user = parse_urls(url)[0].user or "guest"
         raise BrokerError(
-            f"user '{user}' may not set policies on the broker at {base}; give it the tag "
-            f"'policymaker' and rights in the vhost, {_INSTEAD}"
+            f"user '{user}' is not allowed to set policies on the broker at {base}; give this user "
+            f"the tag 'policymaker' and rights in the vhost, {_INSTEAD}"
         ) from None
     except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why
         raise BrokerError(
-            f"the management API at {base} does not answer ({reason}); name its address with "
+            f"the management API at {base} does not answer ({reason}); give the API's address with "
             f"--management, {_INSTEAD}"
         ) from None

@@ -167,7 +167,7 @@ class Commands(click.Group):
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
             hint = f"did you mean '{near[0]}'?" if near else "'fluffle --help' lists the commands"
-            raise click.UsageError(f"there is no command '{name}'; {hint}", ctx)
+            raise click.UsageError(f"unknown command '{name}'; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
 
@@ -213,8 +213,8 @@ def url_option(command: Any) -> Any:
         envvar="FLUFFLE_URL",
         metavar="URL",
         help=(
-            "The broker, amqp://user:password@host:port/vhost or amqps://…. For a cluster, "
-            "list the URLs of several nodes with commas between them; any node that can be "
+            "URL of the broker: amqp://user:password@host:port/vhost or amqps://…. For a cluster, "
+            "the URLs of several nodes, separated by commas; any node that can be "
             "reached is used.  [default: $FLUFFLE_URL, else the broker started by 'fluffle "
             "broker up' here, else amqp://guest:guest@127.0.0.1:5672/]"
         ),
@@ -228,7 +228,7 @@ def federation_option(command: Any, *, required: bool = True) -> Any:
         envvar="FLUFFLE_FEDERATION",
         required=required,
         metavar="NAME",
-        help="Name of the federation; the names of its queues begin with it.",
+        help="Name of the federation, which is also the prefix of its queues' names.",
     )(command)
 
 
@@ -255,8 +255,8 @@ def queue_type_option(command: Any) -> Any:
         default="classic",
         show_default=True,
         help=(
-            "Use replicated quorum queues for a cluster of brokers. Everyone in a federation "
-            "must choose the same type."
+            "Type of the federation's queues: 'quorum' replicates them over a cluster of brokers. "
+            "The coordinator and all workers must use the same type."
         ),
     )(command)
 

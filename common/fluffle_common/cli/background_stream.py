@@ -176,7 +176,7 @@ def warning_about(what: str) -> Callable[[str], None]:
     def warn(reason: str) -> None:
         with contextlib.suppress(OSError, ValueError):
             if stderr is not None:
-                stderr.write(f"fluffle: cannot write {what} ({reason}); going on without it\n")
+                stderr.write(f"fluffle: cannot write {what} ({reason}); continuing without it\n")
                 stderr.flush()
 
     return warn

@@ -126,7 +126,7 @@ def _keys_for(command: click.Command, given: dict[str, Any], path: Path) -> dict
     keys = {name: value for name, value in given.items() if name not in TABLES}
     own = given.get(table, {}) if table else {}
     if not isinstance(own, Mapping):
-        raise UsageError(f"{path}: {table} must be a table, [{table}]")
+        raise UsageError(f"{path}: {table} must be a table; write it as [{table}]")
     return {**keys, **own}
 
 
@@ -205,7 +205,9 @@ def _validated(
         option = known.get(name)
         if option is None:
             near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(sorted(known))}"
+            hint = (
+                f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(sorted(known))}"
+            )
             raise UsageError(f"{place(name)}: unknown {style} '{name}'; {hint}")
         try:
             values[str(option.name)] = raw = _raw(option, value)

@@ -149,7 +149,10 @@ def log_format_option(command: Any) -> Any:
         type=click.Choice(["auto", "plain", "json"]),
         default="auto",
         show_default=True,
-        help="auto: bars on a terminal, plain lines elsewhere; json: one object per line.",
+        help=(
+            "Format of the log. auto: progress bars on a terminal, plain lines elsewhere; json: "
+            "one object per line."
+        ),
     )(command)
 
 

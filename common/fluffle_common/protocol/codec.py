@@ -194,11 +194,11 @@ def _payload_from(view: memoryview, start: int) -> memoryview:
         raise MalformedMessage("the payload is missing, or is not a msgpack bin")
     begin = start + 1 + size.size
     if len(view) < begin:
-        raise MalformedMessage("the body ends within the payload's length")
+        raise MalformedMessage("the body ends in the middle of the payload's length field")
     (claimed,) = size.unpack_from(view, start + 1)
     payload = view[begin:]
     if claimed != len(payload):
-        raise MalformedMessage(f"the payload claims {claimed} bytes, {len(payload)} are there")
+        raise MalformedMessage(f"the payload should have {claimed} bytes, but has {len(payload)}")
     return payload
 
 

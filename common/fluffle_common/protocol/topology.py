@@ -200,7 +200,7 @@ class Topology:
         """Return the journal, the only entity in ``shared`` that some brokers do not support."""
         return Queue(
             self.journal,
-            "every event of the federation; reading it takes nothing out",
+            "every event of the federation; reading it removes nothing",
             {
                 "x-queue-type": "stream",
                 # RabbitMQ deletes whole segments, and no policy can change their size later.

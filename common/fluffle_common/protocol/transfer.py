@@ -129,13 +129,15 @@ def announced_layout(message: WithTensors) -> GroupedLayout:
         raise MalformedMessage(str(error), "tensors") from None
     if layout.nbytes != nbytes:
         raise MalformedMessage(
-            f"its tensors end at byte {layout.nbytes}, a transfer of {nbytes} bytes is announced",
+            f"the announced transfer has {nbytes} bytes, but its tensors end at byte "
+            f"{layout.nbytes}",
             "tensors",
         )
     max_bytes = sum(entry.nbytes + _MAX_PADDING_BYTES for entry in message.tensors)
     if nbytes > max_bytes:
         raise MalformedMessage(
-            f"a transfer of {nbytes} bytes is announced, its tensors need no more than {max_bytes}",
+            f"the announced transfer is too large: {nbytes} bytes, but its tensors need at most "
+            f"{max_bytes}",
             "tensors",
         )
     return layout
@@ -156,7 +158,8 @@ class Incoming(ABC):
     def __init__(self, transfer: Transfer, max_bytes: int) -> None:
         if transfer.nbytes > max_bytes:
             raise MalformedMessage(
-                f"a transfer of {transfer.nbytes} bytes is announced; the limit is {max_bytes}"
+                f"the announced transfer is too large: {transfer.nbytes} bytes; the limit is "
+                f"{max_bytes}"
             )
         if transfer.parts != -(-transfer.nbytes // codec.PART_BYTES):
             raise MalformedMessage(
@@ -193,7 +196,7 @@ class Incoming(ABC):
         expected = self.transfer.nbytes - start if last else codec.PART_BYTES
         if len(payload) != expected:
             raise MalformedMessage(
-                f"part {number} has {len(payload)} bytes, {expected} were announced"
+                f"part {number} has {len(payload)} bytes, but {expected} were announced"
             )
         if self.transfer.digest is not None:
             # Hashing takes half as long while the part is still in the processor's cache.
@@ -217,8 +220,8 @@ class Incoming(ABC):
         digest = digest_of_parts(self._hashes[part] for part in range(self.transfer.parts))
         if digest != self.transfer.digest:
             raise MalformedMessage(
-                f"the parts have the digest {digest}, {self.transfer.digest} was announced: "
-                "some were replaced or damaged on their way",
+                f"the received parts have the digest {digest}, but {self.transfer.digest} was "
+                "announced; some parts were replaced or damaged in transit",
                 "tensors",
             )
 

@@ -267,6 +267,6 @@ def _check_digest(path: Path) -> None:
         digest = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
     if digest.hex().encode() != expected:
         raise ValueError(
-            "its bytes do not match their digest: it is damaged, or was changed without "
+            "its bytes do not match its digest: the file is damaged, or was changed without "
             f"removing {_DIGEST_KEY} from its metadata"
         )

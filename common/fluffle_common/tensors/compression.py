@@ -94,8 +94,8 @@ def compress(
 def _check_residual(codec: Codec, name: str, residual: Array) -> None:
     if codec.name not in OWN_NAMES and not np.isfinite(residual).all():
         raise CodecError(
-            f"the codec '{codec.name}' decodes its own encoding of tensor '{name[:60]}', which is "
-            "finite, to values that are NaN or infinite"
+            f"the codec '{codec.name}' encodes the finite tensor '{name[:60]}' in a way that it "
+            "decodes to NaN or infinite values"
         )
 
 

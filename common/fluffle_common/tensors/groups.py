@@ -58,12 +58,12 @@ class GroupedLayout:
         for group, members in itertools.groupby(table, key=lambda entry: entry.group):
             entries = tuple(members)
             if group in self.layouts:
-                raise ValueError(f"the tensors of the group '{group}' do not follow each other")
+                raise ValueError(f"the tensors of the group '{group}' are not contiguous")
             start = entries[0].offset if self.layouts else 0
             if start < end or start % ALIGNMENT:
                 raise ValueError(
                     f"tensor '{entries[0].name}' has the wrong offset {start}: "
-                    f"a multiple of {ALIGNMENT} is expected, from {end} on"
+                    f"a multiple of {ALIGNMENT}, at least {end}, is expected"
                 )
             self._starts[group] = start
             self.layouts[group] = layout_of(_shifted(entries, -start, MODEL))
@@ -150,12 +150,12 @@ def check_extra(
     """
     if wanted is None:
         if forms:
-            raise ValueError(f"the extra tensor '{min(forms)[:60]}' was not asked for")
+            raise ValueError(f"the extra tensor '{min(forms)[:60]}' was not requested")
         return
     if wanted == "model":
         shapes = {name: model[name].shape for name in forms.keys() & model.keys()}
         if not forms:
-            raise ValueError("the extra tensors that were asked for are missing")
+            raise ValueError("the requested extra tensors are missing")
     else:
         shapes = wanted
         missing = sorted(wanted.keys() - forms.keys())
@@ -163,7 +163,7 @@ def check_extra(
             raise ValueError(f"the extra tensor '{missing[0][:60]}' is missing")
     for name, (dtype, shape) in forms.items():
         if name not in shapes:
-            raise ValueError(f"the extra tensor '{name[:60]}' was not asked for")
+            raise ValueError(f"the extra tensor '{name[:60]}' was not requested")
         if shape != tuple(shapes[name]) or not is_float(dtype):
             raise ValueError(
                 f"the extra tensor '{name[:60]}' is {dtype} {shape}, expected floats of shape "

@@ -263,7 +263,7 @@ def size_mismatch(table: tuple[TensorEntry, ...], nbytes: int, actual: int) -> s
     for entry in table:
         end = entry.offset + entry.nbytes
         if end > actual:
-            return f"tensor '{entry.name}' ends at byte {end}, the payload has {actual}"
+            return f"tensor '{entry.name}' ends at byte {end}, but the payload has {actual} bytes"
     return f"{actual - nbytes} bytes of the payload belong to no tensor"
 
 
@@ -355,7 +355,7 @@ def _checked_places(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
         if offset < end or offset % ALIGNMENT:
             raise ValueError(
                 f"tensor '{name}' has the wrong offset {offset}: "
-                f"a multiple of {ALIGNMENT} is expected, from {end} on"
+                f"a multiple of {ALIGNMENT}, at least {end}, is expected"
             )
         if not nbytes:
             try:

@@ -262,7 +262,7 @@ class MemoryLink(Link):
             raise LinkLost(f"there is no queue '{queue}'")
         if source.is_stream and not reads:  # RabbitMQ would close the connection
             self.cut()
-            raise LinkLost(f"nothing can be taken out of the stream '{queue}'")
+            raise LinkLost(f"messages cannot be removed from the stream '{queue}'")
         return source
 
     def _check(self) -> None:

@@ -30,6 +30,8 @@ async def open_once(transport: Transport) -> AsyncGenerator[Link]:
             f"the connection to the broker at {transport.address} was lost ({error}); try again"
         ) from None
     except QueueInUse as error:
-        raise BrokerError(f"another connection uses it: {error}; try again later") from None
+        raise BrokerError(
+            f"a queue is in exclusive use by another connection ({error}); try again later"
+        ) from None
     finally:
         await link.close()

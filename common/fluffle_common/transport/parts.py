@@ -33,7 +33,7 @@ def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryvi
     """
     message, payload = decode(body, federation, max_header=SMALL_HEADER_BYTES)
     if not isinstance(message, Part):
-        raise MalformedMessage(f"a message of kind {message.kind} is no part", "kind")
+        raise MalformedMessage(f"a message of kind {message.kind} is not a part", "kind")
     return message, payload
 
 
@@ -52,7 +52,7 @@ async def fetch(
     parts = into.transfer.parts
     counts = await link.counts(queue)  # complete: parts are sent before the announcement
     if counts is None or counts.ready < parts:
-        raise PartsGone(f"{counts.ready if counts else 0} of {parts} parts are there")
+        raise PartsGone(f"only {counts.ready if counts else 0} of {parts} parts are in the queue")
     few = parts <= _FEW_PARTS
     source = _one_by_one(link, queue) if few else _streamed(link, queue, counts.ready)
     storing: asyncio.Task[None] | None = None
@@ -74,7 +74,7 @@ async def fetch(
             await asyncio.wait([storing])
             storing.exception()  # if two errors occur, the first one is raised
     if not into.complete:
-        raise PartsGone(f"{into.done_parts} of {parts} parts came")
+        raise PartsGone(f"only {into.done_parts} of {parts} parts arrived")
 
 
 async def _store(

@@ -57,7 +57,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 
 
 @click.command()
-@click.option("--model", type=_FILE, required=True, metavar="FILE", help="A round's model file.")
+@click.option("--model", type=_FILE, required=True, metavar="FILE", help="Model file of a round.")
 @click.option(
     "--image",
     "images",
@@ -65,7 +65,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     required=True,
     multiple=True,
     metavar="PNG",
-    help="An image of any size and mode, white on black; may be given several times.",
+    help="Image of any size and mode, white on black; may be given several times.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
@@ -118,24 +118,29 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", type=_FILE, required=True, metavar="FILE", help="A round's model file.")
+@click.option("--model", type=_FILE, required=True, metavar="FILE", help="Model file of a round.")
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
     metavar="DIR",
-    help="A folder <class>/<image>.",
+    help="Folder of letters, which contains <class>/<image>.",
 )
-@click.option("--out", type=_FILE, required=True, metavar="PNG", help="Where to draw the matrix.")
+@click.option("--out", type=_FILE, required=True, metavar="PNG", help="Image file to write.")
 @click.option(
-    "--all", "everything", is_flag=True, help="Score held-out and training letters, and show both."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Score the held-out and the training letters, and show both scores.",
 )
-@click.option("--unseen", is_flag=True, help="Score all letters: no worker trained on any of them.")
+@click.option(
+    "--unseen", is_flag=True, help="Score all letters of a folder that no worker trained on."
+)
 @click.option(
     "--seed",
     type=SEED,
     default=0,
-    help="The --seed of the worker with this folder; it decides what is held out.",
+    help="The --seed of the worker with this folder; it determines the held-out letters.",
 )
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.
@@ -150,7 +155,7 @@ def confusion(**options: Any) -> None:
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     if options["everything"] and options["unseen"]:
-        raise UsageError("--all and --unseen exclude each other; give one of them")
+        raise UsageError("--all conflicts with --unseen; use only one of them")
     model, data, out = options["model"], options["data"], options["out"]
     loaded = LettersModel(model)
     images = read_images(data, loaded.classes)
@@ -192,7 +197,9 @@ def _scored(
         ]
         return score, of_what, [f"accuracy {', '.join(figures)}"]
     if not len(held_out):
-        raise TaskError(f"{options['data']} has one letter, so none is held out; --all scores it")
+        raise TaskError(
+            f"{options['data']} has only one letter, so none is held out; use --all to score it"
+        )
     score = model.score(images, held_out)
     of_what = f"{score.total} held-out letters"
     return (
@@ -212,9 +219,9 @@ def _warn_of_participant(data: Path, participants: frozenset[str], unseen: bool)
 
     trained = id_from(str(data)) in participants
     if unseen and trained:
-        warn(f"{data.name} took part in this run; if it trained on {data}, leave --unseen out")
+        warn(f"{data.name} took part in this run; if it trained on {data}, remove --unseen")
     elif participants and not (unseen or trained):
         warn(
             f"no participant of this run is named {data.name}; if no worker trained on {data}, "
-            "--unseen scores all of it"
+            "use --unseen to score all of it"
         )

@@ -38,7 +38,7 @@ class BoundRule:
         self._name = name or type(self._rule).__name__
         if isinstance(rule, type):
             raise UsageError(
-                f"the local rule {self._name} is a class; name an instance of it (docs/tasks.md)"
+                f"the local rule {self._name} is a class; use an instance of it (docs/tasks.md)"
             )
         for method in ("begin", "gradient", "end"):
             if not callable(getattr(self._rule, method, None)):

@@ -28,8 +28,8 @@ class Chain:
         if any(later):
             where = type(self._rules[1 + later.index(True)]).__name__
             raise UsageError(
-                f"the local rule {where} takes the gradient of each example, but the rules before "
-                "it return only one per batch; name it first"
+                f"the local rule {where} needs the gradient of each example, but the rules before "
+                f"it return only one gradient per batch; put {where} first"
             )
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> list[Any]:

@@ -39,8 +39,8 @@ def use_local_rule(task: Any, name: str) -> None:
     """
     if not isinstance(getattr(task, "local_rule", None), BoundRule):
         raise UsageError(
-            f"{_OPTION} {name} has no effect: this task applies no local rules; make it with "
-            "flax_task, or call self.local_rule in its train() (docs/tasks.md)"
+            f"{_OPTION} {name} has no effect: this task applies no local rules; make the task "
+            "with flax_task, or call self.local_rule in its train() (docs/tasks.md)"
         )
     task.local_rule = BoundRule(find_rule(name), name)
 
@@ -78,10 +78,10 @@ def _find_one(name: str) -> Any:
     else:
         known = sorted({*OWN, *others})
         near = difflib.get_close_matches(kind, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
+        hint = f"did you mean '{near[0]}'? " if near else ""
         raise UsageError(
-            f"there is no local rule '{kind}' ({_OPTION}); {hint}known are {', '.join(known)}, "
-            "and path.py:name takes one from a file"
+            f"unknown local rule '{kind}' ({_OPTION}); {hint}choose from {', '.join(known)}, "
+            "or load your own with path.py:name"
         )
     if callable(rule):
         return _call_factory(kind, rule, settings)
@@ -98,12 +98,11 @@ def _call_factory(kind: str, factory: Callable[..., Any], settings: str) -> Any:
         names = ",".join(name.upper() for name in inspect.signature(factory).parameters)
         form = f"{kind}:{names}" if names else kind
         raise UsageError(
-            f"the local rule '{kind}' has the settings '{settings}', but {wrong}; expected is "
-            f"{form}"
+            f"invalid settings '{settings}' for the local rule '{kind}': {wrong}; expected {form}"
         ) from None
     try:
         return factory(**given)
     except (TypeError, ValueError) as wrong:
         raise UsageError(
-            f"the local rule '{kind}' refuses '{settings}': {one_line(wrong)}"
+            f"the local rule '{kind}' rejects the settings '{settings}': {one_line(wrong)}"
         ) from wrong

@@ -44,7 +44,7 @@ class Scaffold:
         if not broadcast:
             raise TaskError(
                 "the local rule 'scaffold' received no control variates from the coordinator; "
-                "start that with --strategy scaffold, or train without this rule"
+                "start the coordinator with --strategy scaffold, or train without this rule"
             )
         zeros = {name: one * 0 for name, one in received.items()}
         server = {name: broadcast.get(name, zero) for name, zero in zeros.items()}

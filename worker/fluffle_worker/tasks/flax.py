@@ -134,7 +134,7 @@ class FlaxTask:
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         if share_frozen and not self.frozen():
-            raise TaskError("share_frozen= has nothing to share: frozen= selects no tensor")
+            raise TaskError("share_frozen= has no effect, because frozen= selects no tensor")
         self.share_frozen = share_frozen
         self._personal = PersistentTensors()
         self._steps: dict[tuple[int, Any], FlatStep] = {}
@@ -195,7 +195,7 @@ class FlaxTask:
         parts, data, rule = self._parts, self._data, self.local_rule
         if rule.per_example and parts.has_statistics:
             raise TaskError(
-                f"the local rule {rule.name} takes the gradient of each example, and batch "
+                f"the local rule {rule.name} needs the gradient of each example, but batch "
                 "normalization mixes the examples of a batch; use layer or group normalization"
             )
         run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)

@@ -71,7 +71,7 @@ def _check_size(classes: tuple[str, ...]) -> tuple[str, ...]:
     size_bytes = sum(len(name.encode()) for name in classes)
     if size_bytes > MAX_CLASSES_BYTES:
         raise ValueError(
-            f"the names of {len(classes)} classes have {size_bytes} bytes; the limit is "
+            f"the names of {len(classes)} classes have {size_bytes} bytes in total; the limit is "
             f"{MAX_CLASSES_BYTES}"
         )
     return classes

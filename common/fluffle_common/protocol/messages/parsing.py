@@ -71,10 +71,11 @@ def parse(header: Any) -> Message:
         raise MalformedMessage(f"{path}: {first['msg']}"[:500]) from None
     if message.sealed is not None:
         raise MalformedMessage(
-            f"its payload is sealed by '{message.sealed}', which cannot be opened here", "sealed"
+            f"the payload is encrypted with '{message.sealed}', which cannot be decrypted here",
+            "sealed",
         )
     if message.critical is not None:
         unknown = [name for name in message.critical if name not in type(message).model_fields]
         if unknown:
-            raise MalformedMessage(f"critical: this side does not know '{unknown[0]}'"[:500])
+            raise MalformedMessage(f"critical: unknown field '{unknown[0]}'"[:500])
     return message

@@ -126,7 +126,9 @@ def check_no_settings(text: str, name: str) -> None:
         ValueError: if it has settings.
     """
     if text != name:
-        raise ValueError(f"'{text}' is not '{name}', which takes no settings")
+        raise ValueError(
+            f"the codec '{name}' takes no settings; write '{name}' instead of '{text}'"
+        )
 
 
 def clip_to(tensor: Array, limit: float) -> Array:

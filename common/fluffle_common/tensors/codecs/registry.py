@@ -82,8 +82,8 @@ class Registry:
             if entry_point is None:
                 known = ", ".join(sorted({*self._codecs, *installed(GROUP)}))
                 raise UnknownCodec(
-                    f"the encoding '{name[:40]}' is unknown here; known are {known}; 'fluffle "
-                    "coordinator --compress' and 'fluffle replay --codec' take another from a file"
+                    f"unknown encoding '{name[:40]}'; choose from {known}, or load your own from a "
+                    "file with 'fluffle coordinator --compress' or 'fluffle replay --codec'"
                 )
             self._load(entry_point)
         return self._codecs[name]
@@ -143,7 +143,7 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
         attribute = inspect.getattr_static(codec, method, None)
         if not isinstance(attribute, staticmethod | classmethod):
             raise UsageError(
-                f"{where} has no static method '{method}'; settings do not travel with an update, "
+                f"{where} has no static method '{method}'; settings are not sent with an update, "
                 "so mark it @staticmethod"
             )
     dtypes = getattr(codec, "dtypes", None)
@@ -179,7 +179,7 @@ def _check_parts(codec: Any, where: str) -> None:
                 f"{where} has a part of dtype '{part.dtype!s:.40}'; supported are {supported}"
             )
     if len({part.suffix for part in parts}) < len(parts):
-        raise UsageError(f"{where} has two parts of one suffix; give each its own")
+        raise UsageError(f"{where} has two parts with the same suffix; give each part its own")
 
 
 CODECS = Registry()

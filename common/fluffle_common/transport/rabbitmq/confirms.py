@@ -124,7 +124,7 @@ class ConfirmWatch:
             if self._clock_s - message.progress_at >= patience_s:
                 self._on_overdue(
                     f"the broker did not confirm a message of {message.nbytes} bytes, "
-                    f"and nothing of it moved for {patience_s:.0f} s"
+                    f"and its transfer made no progress for {patience_s:.0f} s"
                 )
                 return
         self._check_later()

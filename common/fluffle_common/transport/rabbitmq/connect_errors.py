@@ -59,9 +59,9 @@ def handshake_error(
     """
     where, user, vhost = display_url(url), url.user or "guest", url.path[1:] or "/"
     if code == _ACCESS_REFUSED:
-        guest_note = ", and lets 'guest' in from its own machine only" if user == "guest" else ""
+        guest_note = ", and accepts 'guest' only from its own machine" if user == "guest" else ""
         return BrokerError(
-            f"the broker at {where} refuses user '{user}' or the password{guest_note}; "
+            f"the broker at {where} rejects user '{user}' or the password{guest_note}; "
             "correct them in --url amqp://user:password@host"
         )
     if code != _NOT_ALLOWED:  # for example, it is starting or stopping
@@ -70,9 +70,9 @@ def handshake_error(
         if was_connected:
             return LinkLost(text)
         return BrokerError(
-            f"the broker at {where} does not let user '{user}' in: {text}; raise the limit with "
-            "'rabbitmqctl set_vhost_limits' or 'set_user_limits' (a fluffle process has 2 "
-            "connections)"
+            f"the broker at {where} rejects a connection of user '{user}': {text}; raise the "
+            "limit with 'rabbitmqctl set_vhost_limits' or 'set_user_limits' (a fluffle process "
+            "has 2 connections)"
         )
     if "not found" in text:
         return BrokerError(
@@ -80,7 +80,7 @@ def handshake_error(
             "'rabbitmqctl add_vhost', or correct the end of --url"
         )
     return BrokerError(
-        f"the broker at {where} does not let user '{user}' into vhost '{vhost}' ({text}); check "
+        f"the broker at {where} denies user '{user}' access to vhost '{vhost}' ({text}); check "
         "the vhost in --url, and 'fluffle broker permissions' for the rights it needs"
     )
 
@@ -102,7 +102,7 @@ def tls_error(error: BaseException, url: URL) -> WrongNode | None:
                 why = f"is not valid for '{host}'"
                 remedy = "use a host name from the certificate in --url, or renew the certificate"
             case _:
-                why = f"is not signed by anyone trusted here ({message})"
+                why = f"is not signed by a CA that this machine trusts ({message})"
                 remedy = "name the CA's file in --url: amqps://…?cafile=/path/ca.pem"
         return WrongNode(f"the certificate of the broker at {where} {why}; {remedy}")
     reason = (cause.reason or str(cause)).upper().replace(" ", "_")
@@ -113,12 +113,12 @@ def tls_error(error: BaseException, url: URL) -> WrongNode | None:
         )
     if any(word in reason for word in _NOT_TLS_REASONS):
         return WrongNode(
-            f"there is no TLS at {where} ({reason}); write amqp://… into --url, or the port of "
-            "the broker's TLS listener (usually 5671)"
+            f"the port at {where} does not use TLS ({reason}); write amqp://… into --url, "
+            "or the port of the broker's TLS listener (usually 5671)"
         )
     if any(word in reason for word in _VERSION_ALERTS):
         return WrongNode(
-            f"the broker at {where} and this machine have no version or cipher of TLS in common "
+            f"the broker at {where} and this machine have no TLS version or cipher in common "
             f"({reason}); allow TLS 1.2 or 1.3 on the broker"
         )
     return None
@@ -141,7 +141,7 @@ def probe_tls_error(url: URL, context: ssl.SSLContext | None) -> WrongNode | Non
         probe_context.check_hostname, probe_context.verify_mode = False, ssl.CERT_NONE
     host, port = url.host or "", url.port or (5671 if url.scheme == "amqps" else 5672)
     only_tls = WrongNode(
-        f"the broker at {display_url(url)} takes TLS only; write amqps://… into --url"
+        f"the broker at {display_url(url)} accepts only TLS connections; write amqps://… into --url"
     )
     try:
         with (

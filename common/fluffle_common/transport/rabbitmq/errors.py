@@ -114,7 +114,7 @@ def map_declare_errors() -> Iterator[None]:
         text = str(error)
         if "inequivalent arg" not in text and _QUEUE_TYPE.search(text):
             raise UnknownQueueType(
-                f"the broker does not have this type of queue ({text})"
+                f"the broker does not support this type of queue ({text})"
             ) from None
         if "PRECONDITION_FAILED" not in text:
             raise
@@ -126,7 +126,7 @@ def _conflict(text: str) -> str:
     match = _ARGUMENT.search(text)
     if match is None or match["argument"] in ("x-queue-type", "type"):
         return (
-            f"it already exists on the broker with different arguments ({text}); use the same "
+            f"a queue already exists on the broker with different arguments ({text}); use the same "
             "--queue-type everywhere, or delete the old queue"
         )
     return (
@@ -158,7 +158,7 @@ def error_for_reply(text: str, user: str = "", right: Right | None = None) -> Tr
     if match := _OTHER_USER.search(text):
         return BrokerError(
             f"messages are sent as {who}, but this connection belongs to user "
-            f"'{match['user']}'; put that name into --url amqp://user:password@host"
+            f"'{match['user']}'; log in as {who} with --url amqp://user:password@host"
         )
     if _LIMIT.search(text):
         return BrokerError(
@@ -186,7 +186,7 @@ def _missing_permission(text: str, who: str, right: Right | None) -> str:
         )
         vhost = f" in vhost '{match['vhost']}'" if match["vhost"] is not None else ""
         return f"the broker does not let {who} {needed} {entity} '{name}'{vhost}"
-    return f"the broker refuses {who} ({text})"
+    return f"the broker denies {who} access ({text})"
 
 
 def error_text(error: BaseException) -> str:

@@ -51,7 +51,7 @@ def _misuse(queue: QueueFigures, topology: Topology) -> str | None:
     if queue.name == topology.rejected and queue.ready:
         return f"{messages(queue.ready)} rejected: fluffle rejected {at}"
     if queue.name == topology.unrouted and queue.ready:
-        return f"{messages(queue.ready)} had no queue to go to: fluffle peek unrouted {at}"
+        return f"{messages(queue.ready)} matched no queue: fluffle peek unrouted {at}"
     return None
 
 
