@@ -150,6 +150,7 @@ def test_what_an_operator_should_look_at_is_explained():
     story.add(12, "stalled", worker="b", round=7, state="training", step=3, steps=40, still_s=120.0)
     story.add(13, "outlier", worker="a", round=7, norm=40.0, median=1.0)
     story.add(14, "quorum", round=7, needed=2, was=3, reason="c is gone")
+    story.add(15, "frozen_differs", worker="b", other="a")
     _, text = story.explained(now=200)
     assert (
         f"At {clock(at(11))}: the update of a claims 1000000000 examples and counts as 80" in text
@@ -157,6 +158,7 @@ def test_what_an_operator_should_look_at_is_explained():
     assert "b has been training at step 3 of 40 for 120 s without advancing" in text
     assert "the norm of the update of a is 40, the median is 1" in text
     assert "needs 2 updates now instead of 3 (c is gone)." in text
+    assert "the frozen tensors of b differ from those of a" in text
 
 
 def test_a_worker_that_came_back_is_no_longer_gone():
