@@ -1,10 +1,8 @@
-"""Prints random sentences from the docs, the help texts and the errors, to review their English.
-
-python docs/sentences.py 1 10       seed 1, ten sentences of each kind
-"""
+"""Prints random sentences from the docs, the help texts and the errors, to review their English."""
 
 from __future__ import annotations
 
+import argparse
 import ast
 import random
 import re
@@ -14,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 SIDES = ("fluffle", "broker", "common", "coordinator", "worker")
-PAGES = ("README.md", "docs/guarantees.md", "docs/debugging.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _MIN_WORDS = 4  # a shorter text is a name, not a sentence
 
 
@@ -38,14 +36,21 @@ def of_code() -> Iterator[tuple[str, str]]:
 
 def main() -> None:
     """Print the sentences of each kind under a heading."""
-    seed, count = map(int, (*sys.argv[1:], "1", "10")[:2])
-    kinds = {page: of_page(ROOT / page) for page in PAGES}
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "seed", type=int, nargs="?", default=1, help="of the sample (default: %(default)s)"
+    )
+    parser.add_argument(
+        "count", type=int, nargs="?", default=10, help="per page and kind (default: %(default)s)"
+    )
+    options = parser.parse_args()
+    kinds = {str(page.relative_to(ROOT)): of_page(page) for page in PAGES}
     for kind, text in of_code():
         if len(text.split()) >= _MIN_WORDS:
             kinds.setdefault(kind, []).append(text)
-    draw = random.Random(seed)
+    draw = random.Random(options.seed)
     for kind, texts in kinds.items():
-        sample = draw.sample(texts, min(count, len(texts)))
+        sample = draw.sample(texts, min(options.count, len(texts)))
         sys.stdout.write("\n".join((f"\n# {kind}", *sample)) + "\n")
 
 

@@ -7,6 +7,10 @@ Run these in the project's folder, in five terminals, in any order (needs scikit
     fluffle worker --federation digits --task examples/digits.py:task --data shard:0/3
     fluffle worker --federation digits --task examples/digits.py:task --data shard:1/3
     fluffle worker --federation digits --task examples/digits.py:task --data shard:2/3
+
+Or simulate a hundred clients, among whom all digits are divided::
+
+    fluffle simulate --task examples/digits.py:task --clients 100 --partition dirichlet:0.5
 """
 
 from __future__ import annotations
@@ -49,8 +53,11 @@ def digits_task(train: Examples, valid: Examples | None, sample_seed: int) -> Ta
 
 
 def task(options: TaskOptions) -> Task:
-    """Make the task of one data owner; ``--data shard:I/N`` is part I of N, from 0."""
-    index, parts = map(int, options.data.removeprefix("shard:").split("/"))
+    """Make the task of one data owner.
+
+    ``--data shard:I/N`` is part I of N, from 0; without ``--data``, it is all digits.
+    """
+    index, parts = map(int, (options.data or "shard:0/1").removeprefix("shard:").split("/"))
     if not 0 <= index < parts:
         raise ValueError(f"{parts} parts are shard:0/{parts} to shard:{parts - 1}/{parts}")
     digits = load_digits()

@@ -115,6 +115,41 @@ def test_a_standby_takes_over(federated):
     federated(scenario)
 
 
+def test_a_resumed_run_that_is_done_tells_workers_that_are_heard_later(federated):
+    async def scenario(federation):
+        workers = [start(federation, name) for name in VALUES]
+        await federation.coordinator(rounds=1, min_workers=3).end()
+        for worker in workers:
+            await worker.end()
+        again = federation.coordinator(rounds=1, min_workers=3)
+        await again.log.until("connected")
+        for name in VALUES:
+            await asyncio.sleep(3)
+            workers.append(start(federation, name))
+        assert (await again.end(within_s=10)).outcome == "finished"
+        for worker in workers[3:]:
+            await worker.end(within_s=10)
+
+    federated(scenario)
+
+
+def test_a_standby_with_a_run_folder_of_its_own_reports_it_rarely(federated):
+    async def scenario(federation):
+        for name in VALUES:
+            start(federation, name)
+        first = federation.coordinator(rounds=1000, min_workers=3)
+        await first.log.until("opened")
+        federation.folder = federation.folder.with_name("other")
+        second = federation.coordinator(rounds=1, min_workers=3)
+        await asyncio.sleep(100)
+        assert len(second.log.of("standby")) == 4  # at once, then every 30 s
+        await first.kill()
+        assert "taking over" in (await second.log.until("note", within_s=5))["what"]
+        await second.log.until("connected")
+
+    federated(scenario)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_a_rain_of_faults(federated, seed):
     """Kill, cut, block and stop at random; the run still finishes with correct averages."""

@@ -101,6 +101,16 @@ class TestOpenRound:
         assert [one["worker"] for one in shown["answered"]] == ["north"]
         assert shown["deadline_at"] == 105.0 + 60.0
 
+    def test_a_worker_whose_update_was_rejected_has_failed_unless_it_trains_again(self) -> None:
+        fields = {"round": 1, "worker": "north", "kind": "update", "reason": "it has a NaN"}
+        board = board_after(STARTED, *JOINED, opened(1, "north"), ("rejected", fields))
+        (missing,) = board.snapshot(110.0)["open"]["missing"]
+        assert (missing["doing"], missing["hopeless"]) == ("failed: it has a NaN", True)
+        heartbeat = {"state": "training", "run": RUN, "round": 1, "step": 3, "steps": 8}
+        board.view.workers.sign_of_life(111.0, "north", heartbeat)
+        (missing,) = board.snapshot(112.0)["open"]["missing"]
+        assert (missing["doing"], missing["hopeless"]) == ("training 3/8", False)
+
     def test_committed_closes_it(self) -> None:
         board = board_after(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
         assert board.snapshot(110.0)["open"] is None
@@ -117,7 +127,7 @@ class TestOpenRound:
         state = State(
             Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, QUORUM, phase=Phase.OPEN, link=1,
             workers=Table({"north": here}), asked=Table({"north": Issued(1.0, 1, 1)}),
-            opened_at=4.0,
+            opened_at=4.0, heard_at=10.0,
         )  # fmt: skip
         bring_up_to_date(board.view, state, epoch=100.0, now=10.0)
         shown = board.snapshot(110.0)
@@ -127,6 +137,8 @@ class TestOpenRound:
         assert shown["run"]["rounds"] == 6
         bring_up_to_date(board.view, state.replace(quorum_at=9.0), epoch=100.0, now=10.0)
         assert board.snapshot(110.0)["open"]["deadline_at"] == 114.0
+        bring_up_to_date(board.view, state, epoch=100.0, now=1013.0)  # nobody was heard for 1003 s
+        assert board.snapshot(1113.0)["open"]["deadline_at"] == 1164.0
 
 
 class TestRun:

@@ -115,6 +115,52 @@ def test_what_is_known_of_a_missing_worker(event, fields, words):
     assert words in line
 
 
+def rejected_b() -> Story:
+    return begun().add(12, "rejected", reason="it has a NaN", kind="update", worker="b", round=7)
+
+
+@pytest.mark.parametrize(("state", "more"), [("failed", ""), ("training", "; training 3/40 at ")])
+def test_a_worker_whose_update_was_rejected_may_train_again(state, more):
+    doing = {"worker": "b", "state": state, "step": 3, "steps": 40}
+    story = rejected_b().add(20, "waiting", what="updates", round=7, missing=[doing], short=0)
+    more = more and more + clock(at(20))
+    said = f"b: its update was rejected at {clock(at(12))}: it has a NaN{more}."
+    assert said in story.explained(now=30)[1]
+
+
+def test_a_later_event_says_more_of_a_worker_than_its_rejected_update():
+    assert "b answered at" in rejected_b().counted(20, "b", 1).explained(now=30)[1]
+    story = rejected_b().add(20, "joined", worker="b", num_examples=80)
+    assert "Still waiting for b: connected, no update yet" in story.explained(now=30)[1]
+    _, text = rejected_b().add(20, "gone", worker="b", silent_s=5.0).explained(now=30)
+    assert "Still waiting for b: it has been gone since" in text
+    assert "rejected a message: it has a NaN (b)." in text
+
+
+def test_a_rejected_update_is_named_after_the_commit_too():
+    story = rejected_b().counted(13, "a", 1).counted(14, "c", 2)
+    story.add(15, "committed", round=7, participants=["a", "c"], num_examples=160)
+    said = f"No update of b counted: its update was rejected at {clock(at(12))}: it has a NaN."
+    assert said in story.explained(now=30)[1]
+
+
+def test_what_an_operator_should_look_at_is_explained():
+    story = begun()
+    story.add(11, "overweight", worker="a", round=7, num_examples=10**9, limit=80)
+    story.add(12, "stalled", worker="b", round=7, state="training", step=3, steps=40, still_s=120.0)
+    story.add(13, "outlier", worker="a", round=7, norm=40.0, median=1.0)
+    story.add(14, "quorum", round=7, needed=2, was=3, reason="c is gone")
+    story.add(15, "frozen_differs", worker="b", other="a")
+    _, text = story.explained(now=200)
+    assert (
+        f"At {clock(at(11))}: the update of a claims 1000000000 examples and counts as 80" in text
+    )
+    assert "b has been training at step 3 of 40 for 120 s without advancing" in text
+    assert "the norm of the update of a is 40, the median is 1" in text
+    assert "needs 2 updates now instead of 3 (c is gone)." in text
+    assert "the frozen tensors of b differ from those of a" in text
+
+
 def test_a_worker_that_came_back_is_no_longer_gone():
     story = begun().add(20, "gone", worker="c", silent_s=5.0)
     story.add(30, "joined", worker="c", num_examples=80)
@@ -166,8 +212,12 @@ def test_rejections_and_refusals_are_explained():
     story.add(14, "rejected", reason="it is of round 9", cause="round", round=9, worker="c")
     story.add(15, "refused", worker="x", reason="other classes")
     story.add(16, "resend", worker="a", reason="its parts are gone")
-    _, text = story.explained(now=20)
-    assert "rejected a message: tensor 'w': NaN or infinite (b)." in text
+    explanation, text = story.explained(now=20)
+    why = f"its update was rejected at {clock(at(12))}: tensor 'w': NaN or infinite"
+    assert f"Still waiting for b: {why}." in text
+    assert text.count("NaN") == 1
+    assert {"worker": "b", "why": why} in as_dict(explanation)["missing"]
+    assert "Still waiting for c: connected, no update yet." in text
     assert "rejected a message: not a msgpack array of [header, payload]." in text
     assert "refused: other classes (x)." in text
     assert "asking a to send its update again: its parts are gone." in text

@@ -86,6 +86,7 @@ MUTANTS = [
         "    if staleness > schedule.max_staleness:\n",
         "    if False:\n",
         "test_a_late_update_is_acknowledged_and_reported",
+        random=False,
     ),
     Mutant(
         "folds updates during the commit",
@@ -123,6 +124,7 @@ MUTANTS = [
         "    if held.spares:\n",
         "    if False:\n",
         "test_the_copy_is_folded_if_the_first_is_rejected",
+        random=False,
     ),
     Mutant(
         "trusts the first of several copies after an outage",
@@ -207,6 +209,7 @@ MUTANTS = [
         "    if fruitless > rules.max_reopenings:",
         "    if False:",
         "test_reopenings_without_a_new_update_are_bounded",
+        random=False,
     ),
     Mutant(
         "forgets the work in progress when a version is committed",
@@ -419,6 +422,30 @@ MUTANTS = [
         "test_no_round_opens_after_a_commit_that_is_enough",
         random=False,
     ),
+    Mutant(
+        "ends a run that is done before its workers are heard",
+        evaluation,
+        "    if listening and not state.evaluate_pending and state.unheard:\n",
+        "    if False:\n",
+        "test_a_run_that_is_done_ends_once_it_has_told_all_its_workers",
+        random=False,
+    ),
+    Mutant(
+        "compares norms with those of the first rounds for ever",
+        closing,
+        "middle)[-_ROUNDS_REMEMBERED:]",
+        "middle)[:_ROUNDS_REMEMBERED]",
+        "test_the_usual_norm_follows_the_rounds",
+        random=False,
+    ),
+    Mutant(
+        "lets an outlier of two become the usual norm",
+        closing,
+        "    middle = median_low(norms.values())\n",
+        "    middle = max(norms.values())\n",
+        "test_an_outlier_of_two_is_reported_from_the_first_round_on_and_never_becomes_usual",
+        random=False,
+    ),
 ]
 # The modules of the coordinator's machine, each after those that it imports.
 PARTS = [
@@ -507,7 +534,7 @@ def _random(machine: ModuleType, worker_machine: ModuleType) -> Callable[[], obj
     )
     profile = settings(
         test_rounds_machine.PROFILE,
-        max_examples=20_000,  # the search ends at the first failure
+        max_examples=4000,  # the search ends at the first failure
         derandomize=True,
         database=None,
         phases=[Phase.generate],

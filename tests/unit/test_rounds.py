@@ -20,6 +20,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
+from fluffle_coordinator.observe.waiting import waiting_for
 
 _E = TypeVar("_E", bound=fx.Effect)
 RUN = "run-a"
@@ -514,7 +515,7 @@ def test_other_classes_are_refused():
     run.seen("a", hello=True, classes=("cat", "dog"))
     effects = run.seen("b", hello=True, classes=("cat",))
     (refused,) = only(effects, fx.Refuse)
-    assert refused.reason.startswith("worker b lacks the classes dog (set by a)")
+    assert refused.reason.startswith("worker b lacks the class dog (set by a)")
     assert "b" not in run.state.workers
 
 
@@ -696,6 +697,7 @@ def test_a_sound_update_clears_its_workers_failure():
 
 def test_every_worker_that_ever_joined_is_told_of_the_end():
     run = resumed(Rules(rounds=1, min_workers=1), evaluated=True)
+    run.sleep()
     assert [end.workers for end in only(run.log, fx.End)] == [("a", "b", "c")]
     run = all_rounds_done()
     run.left("b")
@@ -1029,11 +1031,24 @@ def test_a_run_resumed_for_its_last_evaluation_waits_to_hear_its_workers():
     assert only(effects, fx.End) == [fx.End("finished", "1 rounds are done", ("a", "b", "c"))]
 
 
-def test_it_ends_without_workers_and_at_once_if_no_evaluation_is_missing():
-    run = resumed(Rules(rounds=1))
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_a_run_that_is_done_ends_without_workers_when_it_is_resumed(evaluated):
+    run = resumed(Rules(rounds=1), evaluated=evaluated)
+    assert run.state.outcome is None
     run.sleep()
+    assert run.now == 110.0
     assert run.state.outcome == "finished"
-    assert resumed(Rules(rounds=1), evaluated=True).state.outcome == "finished"
+
+
+def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
+    run = resumed(Rules(rounds=1), evaluated=True, announced={"a": 10, "d": 10}, asked_in={"e": 1})
+    for name in "acde":
+        assert not asked(run.seen(name))
+    assert run.state.outcome is None
+    waiting = waiting_for(run.state, run.now)
+    assert waiting is not None
+    assert waiting.reason == "the run is done; waiting to tell b"
+    assert only(run.seen("b"), fx.End) == [fx.End("finished", "1 rounds are done", tuple("abcde"))]
 
 
 def test_time_before_the_first_link_does_not_count():

@@ -15,6 +15,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
+from fluffle_coordinator.observe.waiting import waiting_for
 from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
@@ -52,6 +53,24 @@ def test_a_stopped_coordinator_makes_no_worker_gone(stopped_s):
     assert "gone" not in event_names(effects)
     assert not only(effects, fx.Commit)
     assert len(run.state.workers) == 3
+
+
+def test_the_deadline_that_is_shown_does_not_pass_while_nobody_is_heard():
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60))
+    pass_time(run, 10, "ab")
+
+    def shown() -> str:
+        waiting = waiting_for(run.state, run.now)
+        assert waiting is not None
+        assert waiting.reason is not None
+        return waiting.reason.split(";")[0]
+
+    assert shown() == "round 1: 0 of 2 updates, 50 s to the deadline"
+    for _ in range(2):
+        run.now += 1000
+        assert shown() == "round 1: 0 of 2 updates, 47 s to the deadline"
+    run.seen("a")  # postpones the deadline by the silence beyond the first 3 s
+    assert shown() == "round 1: 0 of 2 updates, 47 s to the deadline"
 
 
 def test_the_deadline_does_not_pass_while_the_coordinator_is_stopped():
@@ -142,8 +161,9 @@ def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(anno
 def arrives(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
     run.deliveries += 1
     handle = Handle(run.link, run.deliveries)
-    ticket = Ticket(name, 1)
-    return run.on(ev.Arrived(run.now, handle, RUN, 1, ticket, num_examples, run.state.base))
+    number = run.state.round
+    ticket, base = Ticket(name, number), run.state.base
+    return run.on(ev.Arrived(run.now, handle, RUN, number, ticket, num_examples, base))
 
 
 def test_an_update_weighs_no_more_than_its_worker_announced():
@@ -186,12 +206,45 @@ def test_an_outlier_is_reported():
     assert only(effects, fx.Commit)
 
 
+def rounds_of(*norms: dict[str, float], **rules: Any) -> tuple[Run, list[list[Any]]]:
+    """Commit a round with each of these norms; return the run and the outliers of each round."""
+    run = heard(*norms[0], rules=Rules(rounds=len(norms) + 1, min_workers=1, **rules))
+    outliers = []
+    for number, by_name in enumerate(norms, start=1):
+        effects = [effect for name in by_name for effect in folded(run, name, by_name[name])]
+        outliers.append([(o.worker, o.median) for o in recorded(effects, run_events.Outlier)])
+        run.on(ev.Committed(run.now, number, f"b{number}"))
+    return run, outliers
+
+
+def test_an_outlier_of_two_is_reported_from_the_first_round_on_and_never_becomes_usual():
+    run, outliers = rounds_of(*[{"a": 1.0, "b": 40.0}] * 8)
+    assert outliers == [[("b", 1.0)]] * 8
+    assert run.state.usual_norm == 1.0
+
+
+def test_an_outlier_alone_in_its_round_is_reported():
+    _, outliers = rounds_of({"a": 1.0}, {"a": 1.1}, {"a": 40.0}, {"a": 0.9}, {"a": 40.0})
+    assert outliers == [[], [], [("a", 1.1)], [], [("a", 1.1)]]
+
+
+def test_the_usual_norm_follows_the_rounds():
+    norms = [0.8**n for n in range(21)]
+    falling = [{"a": norm, "b": 1.1 * norm} for norm in norms[:-1]]
+    last = {"a": 40 * norms[-1], "b": norms[-1]}
+    run, outliers = rounds_of(*falling, last, max_norm_ratio=5.0)
+    assert outliers == [[]] * 20 + [[("a", norms[-3])]]
+    assert only(arrives(run, "a", 10), fx.Fold)[0].max_norm == 5 * norms[-3]
+
+
 def test_an_outlier_is_rejected_with_the_option():
     run = heard("a", "b", "c", rules=Rules(rounds=2, max_norm_ratio=5.0))
     assert only(arrives(run, "a", 10), fx.Fold)[0].max_norm == math.inf
     folded(run, "a", 1.0)
     folded(run, "b", 3.0)
-    assert only(arrives(run, "c", 10), fx.Fold)[0].max_norm == 10.0  # 5 times the median of 1 and 3
+    assert (
+        only(arrives(run, "c", 10), fx.Fold)[0].max_norm == 5.0
+    )  # 5 times the lower median of 1 and 3
 
 
 # --- stalled and long work ---------------------------------------------------------------------
@@ -357,9 +410,10 @@ def test_the_majority_decides_on_the_classes():
     assert run.state.classes == ("a", "b")
     (refused,) = only(effects, fx.Refuse)
     assert refused.worker == "odd"
-    assert "has the classes x, y" in refused.reason
-    assert "lacks the classes a, b" in refused.reason
-    assert "set by p, q" in refused.reason
+    assert refused.reason.startswith(
+        "worker odd has the classes x, y, which the federation lacks, and lacks the classes a, b "
+        "(set by p, q); "
+    )
     assert "--classes" in refused.reason
 
 
@@ -368,7 +422,7 @@ def test_the_operator_decides_on_the_classes():
     run.connect()
     effects = run.seen("w", hello=True, classes=("a", "b", "c"))
     (refused,) = only(effects, fx.Refuse)
-    assert "has the classes c, which the federation lacks" in refused.reason
+    assert "has the class c, which the federation lacks" in refused.reason
     assert "set by --classes" in refused.reason
 
 

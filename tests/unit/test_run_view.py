@@ -54,6 +54,17 @@ def test_an_outage_postpones_the_deadline():
     assert view.open.deadline_at == 162.0
 
 
+def test_a_block_postpones_the_deadline():
+    blocked, unblocked = run_events.Blocked(reason="memory"), run_events.Unblocked()
+    for events in (
+        (blocked, blocked, run_events.Waiting(), unblocked),
+        (blocked, run_events.Disconnected(), run_events.Waiting(), run_events.Reconnected()),
+    ):
+        view = view_of(opened(1, "a"), *events)
+        assert view.open is not None
+        assert view.open.deadline_at == 163.0
+
+
 def test_an_event_without_a_round_belongs_to_the_open_one():
     view = view_of(rejected(), opened(1, "a"), rejected(), rejected(9), committed(1), rejected())
     assert [note.at for note in view.before.notes] == [100.0]

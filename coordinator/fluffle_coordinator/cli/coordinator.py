@@ -182,8 +182,8 @@ def run_option(command: Any) -> Any:
     type=FiniteFloat(1),
     metavar="R",
     help=(
-        "Maximum norm of an update, as a multiple of the median norm in the last round; larger "
-        "updates are rejected.  [default: no limit; reported from 10 times the median on]"
+        "Maximum norm of an update, as a multiple of the median norm in the last five rounds; "
+        "larger updates are rejected.  [default: no limit; reported from 10 times the median on]"
     ),
     show_default=False,
 )

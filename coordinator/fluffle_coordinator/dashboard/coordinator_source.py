@@ -8,6 +8,7 @@ from collections.abc import Callable
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed, Figures
+from fluffle_coordinator.machine.clock import standstill_s
 from fluffle_coordinator.machine.state import Phase, State
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.waiting import waiting_for
@@ -84,7 +85,7 @@ def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> N
         ends_at = state.opened_at + state.rules.deadline_s
         if state.quorum_at is not None:
             ends_at = state.quorum_at + state.rules.grace_s
-        opened.deadline_at = round(ends_at + epoch, 3)
+        opened.deadline_at = round(ends_at + standstill_s(state, now) + epoch, 3)
     for worker in state.workers.values():
         heartbeat = {name: getattr(worker, name) for name in _HEARTBEAT_FIELDS}
         view.workers.sign_of_life(round(worker.last_seen + epoch, 3), worker.name, heartbeat)

@@ -79,7 +79,7 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         theirs, ours = worker.model.summary, model.summary
         difference = f"{theirs}, but the federation's model has {ours}"
         if theirs == ours:
-            difference = f"other names or shapes of tensors than the federation's ({ours})"
+            difference = f"tensors of other names or shapes than the federation's ({ours})"
         return Misfit(
             "model",
             f"the model of worker {worker.name} has {difference}{source}; give the worker the "
@@ -102,10 +102,14 @@ def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     missing = [name for name in wanted if name not in classes]
     if not extra and not missing:
         return "has the federation's classes in another order"
-    parts = [f"has the classes {_listed(extra)}, which the federation lacks"] if extra else []
+    parts = [f"has the {_classes(extra)}, which the federation lacks"] if extra else []
     if missing:
-        parts.append(f"lacks the classes {_listed(missing)}")
-    return " and ".join(parts)
+        parts.append(f"lacks the {_classes(missing)}")
+    return ", and ".join(parts)
+
+
+def _classes(names: Sequence[str]) -> str:
+    return f"{'class' if len(names) == 1 else 'classes'} {_listed(names)}"
 
 
 def other_frozen(state: State, worker: Worker) -> run_events.FrozenDiffers | None:

@@ -19,6 +19,11 @@ def clock_time(state: State, now: float) -> float:
     return min(now, state.heard_at + state.hearing_s)
 
 
+def standstill_s(state: State, now: float) -> float:
+    """Return how long the clock has stood still; every timer will be postponed by that time."""
+    return now - (clock_time(state, now) if state.link else state.unlinked_since)
+
+
 def heard(state: State, now: float) -> State:
     """Note that something was heard; postpone all timers if the clock had stopped."""
     lost_s = now - state.heard_at - state.hearing_s

@@ -7,7 +7,7 @@ workers that are asked afterwards do not undo it.
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import median_low
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Commit, Effects, Record
@@ -16,6 +16,8 @@ from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Event, Left
 from fluffle_coordinator.machine.opening import reopen
 from fluffle_coordinator.machine.state import Phase, State
+
+_ROUNDS_REMEMBERED = 5  # short, because norms usually fall during a run
 
 
 def try_to_close(state: State, now: float, out: Effects) -> State:
@@ -49,18 +51,24 @@ def _commit(state: State, out: Effects) -> State:
 
 
 def _report_outliers(state: State, out: Effects) -> State:
-    """Report updates whose norm is many times the median of the round's norms."""
+    """Report updates whose norm is many times the median of the round's norms.
+
+    The median of one or two norms exposes no outlier, so these are compared with
+    ``State.usual_norm``. An outlier enters it too, but as a minority it does not change a median.
+    Each median is the lower one, so that one outlier among two norms does not raise it.
+    """
     norms = {t: u.norm for t, u in state.received.items() if u.folded and u.norm > 0}
     if not norms:
         return state
-    ratio, middle = state.rules.outlier_ratio, median(norms.values())
-    if len(norms) <= 2 and state.median_norm:
-        middle = state.median_norm  # the median of two cannot expose either
+    middle = median_low(norms.values())
+    state = state.replace(median_norms=(*state.median_norms, middle)[-_ROUNDS_REMEMBERED:])
+    if len(norms) <= 2:
+        middle = state.usual_norm
     for (worker, _), norm in sorted(norms.items()):
-        if norm > ratio * middle:
+        if norm > state.rules.outlier_ratio * middle:
             outlier = run_events.Outlier(round=state.round, worker=worker, norm=norm, median=middle)
             out.append(Record(outlier))
-    return state.replace(median_norm=middle)
+    return state
 
 
 # --- the deadline ------------------------------------------------------------------------------

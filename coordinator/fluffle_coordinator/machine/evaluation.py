@@ -61,9 +61,15 @@ def evaluate_last_model(state: State, now: float, out: Effects) -> State:
 
 
 def try_to_finish(state: State, now: float, out: Effects) -> State:
-    """Finish the run once the last model is evaluated, or at the deadline."""
+    """Finish the run once the last model is evaluated, or at the deadline.
+
+    After a restart, the run first waits for a sign of life from its workers, for a limited time
+    (``State.gate_until``). One that is heard only after the end would wait for work for ever.
+    """
+    listening = state.gate_until < math.inf
+    if listening and not state.evaluate_pending and state.unheard:
+        return state
     if state.evaluate_pending:
-        listening = state.gate_until < math.inf  # after a restart, workers may not be heard yet
         expired = now >= state.opened_at + state.rules.deadline_s
         if not expired and (listening or state.tally.unevaluated):
             return state

@@ -76,6 +76,8 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     if state.phase not in (Phase.OPEN, Phase.EVALUATING) or name in state.failed:
         return state
     evaluating = state.phase is Phase.EVALUATING
+    if evaluating and not state.evaluate_pending:
+        return state  # the run ends as soon as all its workers were heard
     if name in state.evaluations if evaluating else state.answer(name) is not None:
         return state
     # A model that is still being received lost its remaining parts with a link, at either end.

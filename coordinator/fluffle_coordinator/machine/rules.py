@@ -60,9 +60,10 @@ class Rules:
         stall_s: how long a training may stand still before it is reported.
         stall_timeout_s: how long it may stand still before it counts as failed; None sets no limit.
         outlier_ratio: an update is reported if its norm is more than this many times the median of
-            its round.
+            its round or, in a round of one or two updates, the median of the last five rounds.
         max_norm_ratio: an update is rejected if its norm is more than this many times the median of
-            the updates counted before it; None rejects none.
+            the last five rounds; None rejects none. While no round is known, the updates counted
+            before it take their place.
         wait_s: how long to wait for enough workers before the run stops.
         resend_s: how long a worker may be idle after its work was sent before it is sent again.
         hearing_s: how long the silence may last, the coordinator's own echo included, before the

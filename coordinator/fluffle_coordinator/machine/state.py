@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from statistics import median_low
 from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
@@ -176,7 +177,7 @@ class State:
     earlier: Mapping[int, str] = field(default_factory=_empty)  # the same for recent rounds
     # The tickets of recent rounds: an update is redelivered if its acknowledgement was lost.
     counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=_empty)
-    median_norm: float = 0.0  # of the updates of the last round
+    median_norms: tuple[float, ...] = ()  # of the updates of each of the last rounds
 
     # Before a round: enough workers, the vote on classes and model, the first weights.
     gate: int = 1  # how many workers must be present to open the next round
@@ -291,6 +292,17 @@ class State:
     def needed(self) -> int:
         """How many updates close the open round."""
         return self.schedule.needed(self)
+
+    @property
+    def usual_norm(self) -> float:
+        """The median of the last rounds' medians of their updates' norms; 0 if unknown."""
+        return median_low(self.median_norms) if self.median_norms else 0.0
+
+    @property
+    def unheard(self) -> tuple[str, ...]:
+        """The workers of the run that are not connected, as far as is known, nor refused."""
+        known = {*self.met, *self.announced, *self.asked_in}
+        return tuple(sorted(n for n in known if n not in self.workers and n not in self.refused))
 
     @property
     def missing(self) -> tuple[str, ...]:

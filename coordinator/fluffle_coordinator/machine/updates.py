@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from statistics import median
+from statistics import median_low
 
 from fluffle_common.errors import Cause
 from fluffle_common.protocol import events as run_events
@@ -133,10 +133,10 @@ def _max_norm(state: State) -> float:
     ratio = state.rules.max_norm_ratio
     if ratio is None:
         return math.inf
-    middle = state.median_norm
+    middle = state.usual_norm
     if not middle:  # no earlier round is known, as after a restart
         norms = [update.norm for update in state.received.values() if update.folded]
-        middle = median(norms) if len(norms) >= 2 else math.inf
+        middle = median_low(norms) if len(norms) >= 2 else math.inf
     return ratio * middle
 
 

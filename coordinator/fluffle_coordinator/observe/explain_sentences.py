@@ -8,7 +8,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import Failure, Late, Left, RunEvent
 from fluffle_coordinator.observe.explain import Explanation, Wait, longest_wait, moment
-from fluffle_coordinator.observe.round_view import Answer
+from fluffle_coordinator.observe.round_view import Answer, Note
 from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
@@ -43,12 +43,25 @@ def why_missing(explanation: Explanation, worker: str) -> str:
         return f"it failed: {this.failures[worker]}"
     if (departed := explanation.departed(worker)) is not None:
         return f"it {_absence(*departed)}"
+    if (rejection := _rejection(explanation, worker)) is not None:
+        doing = _doing(explanation, worker)
+        since = "" if doing.startswith("failed") else doing
+        rejected = f"its update was rejected at {clock(rejection.at)}: {rejection.reason}"
+        return f"{rejected}; {since}" if since else rejected
     joined_at = this.joined.get(worker)
     joined = "" if joined_at is None else f", joined at {clock(joined_at)}"
     if not explanation.waits:
         return f"it was connected{joined}"
     doing = _doing(explanation, worker)
     return f"connected{joined}{f', {doing}' if doing else ', no update yet'}"
+
+
+def _rejection(explanation: Explanation, worker: str) -> Note | None:
+    """Return the rejection of a worker's update, if that is what is known of it last."""
+    this = explanation.round
+    if worker in this.failures or explanation.departed(worker) is not None:
+        return None
+    return this.rejections.get(worker) if worker in {*this.asked, *this.joined} else None
 
 
 def _doing(explanation: Explanation, worker: str) -> str:
@@ -195,6 +208,8 @@ def _missing(explanation: Explanation) -> Iterator[str]:
             yield f"Still waiting for {worker}: {why}."
         elif worker in this.failures or explanation.departed(worker) is not None:
             yield f"{worker} did not answer: {why}."
+        elif _rejection(explanation, worker) is not None:
+            yield f"No update of {worker} counted: {why}."
         elif not any(note.worker == worker and isinstance(note.event, Late) for note in this.notes):
             # Once the run has ended, an update may still wait in the broker for the next start.
             by_then = " by then" if this.is_open else ""
@@ -209,10 +224,14 @@ def _missing(explanation: Explanation) -> Iterator[str]:
 def _notes(explanation: Explanation) -> Iterator[str]:
     this = explanation.round
     for note in this.notes:
-        if not isinstance(note.event, Failure) or note.worker not in this.failures:
+        worker = note.worker or ""
+        is_said = note == _rejection(explanation, worker) or (
+            isinstance(note.event, Failure) and worker in this.failures
+        )
+        if not is_said:
             sentence = note.event.sentence().removeprefix(f"round {this.number}: ")
-            sender = note.worker and note.worker not in sentence
-            yield f"At {clock(note.at)}: {sentence}{f' ({note.worker})' if sender else ''}."
+            sender = "" if not worker or worker in sentence else f" ({worker})"
+            yield f"At {clock(note.at)}: {sentence}{sender}."
 
 
 def _progress(explanation: Explanation) -> Iterator[str]:

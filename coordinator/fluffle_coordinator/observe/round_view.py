@@ -76,6 +76,7 @@ class RoundView:
     restarted_at: float | None = None  # when it was restarted; None once the round is open again
     answers: dict[str, Answer] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
+    rejections: dict[str, Note] = field(default_factory=dict)  # of the last update of a worker
     notes: list[Note] = field(default_factory=list)
     joined: dict[str, float] = field(default_factory=dict)  # while the round was open
     came_late: set[str] = field(default_factory=set)
@@ -125,7 +126,8 @@ class RoundView:
 
     def drop_details(self) -> None:
         """Keep only the result, to bound the memory of old rounds."""
-        self.answers, self.notes, self.failures, self.joined = {}, [], {}, {}
+        self.answers, self.notes, self.joined = {}, [], {}
+        self.failures, self.rejections = {}, {}
         self.asked, self.came_late = (), set()
 
     @property

@@ -11,13 +11,13 @@ from __future__ import annotations
 import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, get_args
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent, from_fields
 from fluffle_common.protocol.metric_names import add_test_prefix
 from fluffle_coordinator.observe.counters import Counters, cause_of
-from fluffle_coordinator.observe.round_view import Answer, RoundView, late_updates, remembered
+from fluffle_coordinator.observe.round_view import Answer, Note, RoundView, late_updates, remembered
 from fluffle_coordinator.observe.worker_view import Departure, Workers
 
 _MAX_ROUNDS = 2000
@@ -25,6 +25,13 @@ _MAX_DETAILED = 50  # older rounds keep only their result
 _MAX_FAILURES = 10_000
 _MAX_REJECTIONS = 30
 _CENTURY_S = 3.2e9
+
+
+# The events of a round that change nothing else in its view.
+_OfRound = (
+    run_events.Closed | run_events.Duplicate | run_events.Outlier | run_events.Overweight
+    | run_events.Stalled
+)  # fmt: skip
 
 
 class RunView:
@@ -66,6 +73,7 @@ class RunView:
         self.waiting: tuple[float, run_events.Waiting] | None = None
         self.ended: tuple[float, RunEvent] | None = None
         self.unlinked_since: float | None = None
+        self._blocked_since: float | None = None
         self._open: dict[int, RoundView] = {}
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
@@ -158,6 +166,7 @@ class RunView:
         self.before.failures.pop(worker, None)
         for view in self._open.values():
             view.failures.pop(worker, None)  # a restarted worker gets the work again
+            view.rejections.pop(worker, None)
             if worker not in view.asked:
                 view.joined[worker] = at
 
@@ -174,17 +183,26 @@ class RunView:
         for view in self._open.values():
             view.restarted_at, view.deadline_at = at, None
         self.workers.begin_coordinator()
-        self.waiting = self.ended = self.unlinked_since = None
+        self.waiting = self.ended = self.unlinked_since = self._blocked_since = None
 
     def _connected(self, at: float, _: RunEvent) -> None:
-        if self.unlinked_since is not None:
-            away_s = max(at - self.unlinked_since, 0.0)
-            for view in self._open.values():
-                if view.deadline_at is not None:
-                    view.deadline_at += away_s
+        self._postpone_deadlines(self.unlinked_since, at)
         self.unlinked_since = None
 
-    def _disconnected(self, at: float, _: RunEvent) -> None:
+    def _blocked(self, at: float, _: RunEvent) -> None:
+        self._blocked_since = at if self._blocked_since is None else self._blocked_since
+
+    def _unblocked(self, at: float, _: RunEvent) -> None:
+        self._postpone_deadlines(self._blocked_since, at)
+        self._blocked_since = None
+
+    def _postpone_deadlines(self, since: float | None, at: float) -> None:
+        for view in self._open.values():
+            if view.deadline_at is not None and since is not None:
+                view.deadline_at += max(at - since, 0.0)
+
+    def _disconnected(self, at: float, event: RunEvent) -> None:
+        self._unblocked(at, event)
         if self.unlinked_since is None:
             self.unlinked_since = at
 
@@ -216,7 +234,7 @@ class RunView:
         self, view: RoundView, at: float, event: run_events.Opened | run_events.Reopened
     ) -> None:
         view.asked, view.needed, view.asked_at = event.asked or (), event.needed, at
-        view.failures, view.joined = {}, {}
+        view.failures, view.rejections, view.joined = {}, {}, {}
         view.deadline_at = None
         if event.deadline_s is not None and 0 <= event.deadline_s < _CENTURY_S:
             view.deadline_at = at + event.deadline_s
@@ -238,10 +256,12 @@ class RunView:
                 weight=getattr(event, "weight", None),
             )
             view.failures.pop(worker, None)
+            view.rejections.pop(worker, None)
             view.needed = event.needed or view.needed
 
-    def _quorum(self, _: float, event: run_events.Quorum) -> None:
+    def _quorum(self, at: float, event: run_events.Quorum) -> None:
         if view := self._known(event.round):
+            view.note(at, event)
             view.needed = event.needed or view.needed
 
     def _failure(self, at: float, event: run_events.Failure) -> None:
@@ -279,7 +299,7 @@ class RunView:
         if view := self._round(event.round):
             view.metrics = {**view.metrics, **add_test_prefix(event.metrics or {})}
 
-    def _noted(self, at: float, event: run_events.Closed | run_events.Duplicate) -> None:
+    def _noted(self, at: float, event: _OfRound) -> None:
         if view := self._known(event.round):
             view.note(at, event)
 
@@ -296,10 +316,12 @@ class RunView:
             current.rejected += 1
         self._reject(at, current.number if current else 0, event)
         self._noted_in_open(at, event)
+        view = current if event.round is None else self._known(event.round)
+        of_update = event.worker and event.kind in (None, "update")
+        if view is not None and of_update and len(view.rejections) < _MAX_FAILURES:
+            view.rejections[event.worker or ""] = Note(at, event)
 
-    def _noted_in_open(
-        self, at: float, event: run_events.Rejected | run_events.Refused | run_events.Resend
-    ) -> None:
+    def _noted_in_open(self, at: float, event: RunEvent) -> None:
         """Note an event in its own round, if it names one, and in every open round."""
         views = dict(self._open)
         if view := self._known(getattr(event, "round", None)):
@@ -349,6 +371,8 @@ _HANDLERS: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Connected: RunView._connected,
     run_events.Reconnected: RunView._connected,
     run_events.Disconnected: RunView._disconnected,
+    run_events.Blocked: RunView._blocked,
+    run_events.Unblocked: RunView._unblocked,
     run_events.Waiting: RunView._waiting,
     run_events.Finished: RunView._ended,
     run_events.Stopped: RunView._ended,
@@ -363,10 +387,10 @@ _HANDLERS: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Personal: RunView._personal,
     run_events.Privacy: RunView._privacy,
     run_events.Tested: RunView._tested,
-    run_events.Closed: RunView._noted,
     run_events.Late: RunView._late,
-    run_events.Duplicate: RunView._noted,
     run_events.Rejected: RunView._rejected,
-    run_events.Refused: RunView._noted_in_open,
-    run_events.Resend: RunView._noted_in_open,
+    **dict.fromkeys(get_args(_OfRound), RunView._noted),
+    **dict.fromkeys(
+        (run_events.Refused, run_events.Resend, run_events.FrozenDiffers), RunView._noted_in_open
+    ),
 }

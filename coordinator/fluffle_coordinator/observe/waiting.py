@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from fluffle_common.protocol.events import Doing, Waiting
+from fluffle_coordinator.machine.clock import standstill_s
 from fluffle_coordinator.machine.opening import workers_needed
 from fluffle_coordinator.machine.state import Phase, State
 
@@ -58,7 +59,8 @@ def waiting_for(state: State, now: float) -> Waiting | None:
     if state.phase is Phase.WAITING:
         return _before_a_round(state)
     if state.phase is Phase.OPEN:
-        left_s = max(0.0, state.opened_at + state.rules.deadline_s - now)
+        deadline_at = state.opened_at + state.rules.deadline_s + standstill_s(state, now)
+        left_s = max(0.0, deadline_at - now)
         return Waiting(
             reason=f"round {state.round}: {state.folded} of {state.needed} updates, "
             f"{left_s:.0f} s to the deadline; {missing(state, now)}",
@@ -67,6 +69,9 @@ def waiting_for(state: State, now: float) -> Waiting | None:
             missing=tuple(_doings(state, now)),
             short=_short(state),
         )
+    if state.phase is Phase.EVALUATING and not state.evaluate_pending:
+        reason = f"the run is done; waiting to tell {', '.join(state.unheard)}"
+        return Waiting(reason=reason, what="workers")
     if state.phase is Phase.EVALUATING:
         names = ", ".join(sorted(n for n in state.asked if n not in state.evaluations))
         reason = f"waiting for the evaluation by {names or 'workers: none is connected'}"

@@ -48,6 +48,7 @@ from fluffle_coordinator.service.committer import Committer
 from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
 
@@ -73,6 +74,7 @@ class Coordinator:
     _ended: asyncio.Future[None]
     _next_tick: asyncio.TimerHandle
     _next_tick_at = 0.0
+    _link: Link | None = None
 
     def __init__(
         self,
@@ -89,8 +91,8 @@ class Coordinator:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
         self._events, self._advancing = deque[ev.Event](), False
-        self._link: Link | None = None
         self._linked = asyncio.Event()
+        self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
             topology,
@@ -303,8 +305,7 @@ class Coordinator:
                 try:
                     await self._serve(link, number)
                 except QueueInUse:
-                    what = f"federation {self._settings.federation} on this broker"
-                    self._record(run_events.Standby(what=what))
+                    self._standby.waits()
                 except LinkLost as gone:
                     self._record(run_events.Disconnected(reason=str(gone)))
                 finally:
@@ -319,6 +320,7 @@ class Coordinator:
         await self._declare_journal(journal, link)
         # Exclusive: the consumer of this queue is the federation's only active coordinator.
         presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
+        self._standby.takes_over()
         self._link = link
         self._linked.set()
         self._intake.link_opened()

@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fluffle_common.clock import monotonic
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
 from fluffle_common.tensors.frozen import IN_METADATA, read_frozen
 from fluffle_common.tensors.weights import Weights, check_finite, check_signature
 from fluffle_coordinator.service.configuration import configuration
+from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.service.strategy_loading import check_same
 from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from fluffle_coordinator.service.settings import CoordinatorSettings
 
 _STANDBY_POLL_S = 0.5
-_STANDBY_NOTICE_S = 30.0
 
 
 async def open_run(
@@ -69,16 +68,15 @@ async def open_run(
 
 async def _lock(store: RunStore, watcher: Watcher) -> None:
     """Lock the run folder; wait while another coordinator holds the lock."""
-    notified_at = -_STANDBY_NOTICE_S
+    standby = Standby(str(store.folder), watcher)
     try:
         while not store.try_lock():
-            if monotonic() - notified_at >= _STANDBY_NOTICE_S:
-                watcher.record(run_events.Standby(what=str(store.folder)))
-                notified_at = monotonic()
+            standby.waits()
             await asyncio.sleep(_STANDBY_POLL_S)
     except asyncio.CancelledError:
         watcher.record(run_events.Interrupted(folder=str(store.folder)))
         raise
+    standby.takes_over()
 
 
 @contextlib.contextmanager

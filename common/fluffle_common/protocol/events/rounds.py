@@ -160,11 +160,11 @@ class Overweight(RunEvent):
 
 @event(
     "outlier",
-    "round {round}: the norm of the update of {worker} is {norm:.3g}, but the median of the "
-    "round is {median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
+    "round {round}: the norm of the update of {worker} is {norm:.3g}, but the median is "
+    "{median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
 )
 class Outlier(RunEvent):
-    """An update's norm is far from those of the round's other updates."""
+    """An update's norm is far above the ``median`` that it is compared with."""
 
     round: Integer = None
     worker: Text = None
