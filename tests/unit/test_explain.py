@@ -156,7 +156,7 @@ def test_what_an_operator_should_look_at_is_explained():
         f"At {clock(at(11))}: the update of a claims 1000000000 examples and counts as 80" in text
     )
     assert "b has been training at step 3 of 40 for 120 s without advancing" in text
-    assert "the norm of the update of a is 40, the median is 1" in text
+    assert "the norm of the update of a is 40, but the median is 1" in text
     assert "needs 2 updates now instead of 3 (c is gone)." in text
     assert "the frozen tensors of b differ from those of a" in text
 
