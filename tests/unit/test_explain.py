@@ -153,7 +153,8 @@ def test_what_an_operator_should_look_at_is_explained():
     story.add(15, "frozen_differs", worker="b", other="a")
     _, text = story.explained(now=200)
     assert (
-        f"At {clock(at(11))}: the update of a claims 1000000000 examples and counts as 80" in text
+        f"At {clock(at(11))}: the update of a claims 1000000000 examples, but is weighted as 80"
+        in text
     )
     assert "b has been training at step 3 of 40 for 120 s without advancing" in text
     assert "the norm of the update of a is 40, but the median is 1" in text
