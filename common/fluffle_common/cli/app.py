@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import click
 
-from fluffle_common.cli.printing import (
+from fluffle_common.cli.printing import (, echo
     ReaderGone,
     echo_sentences,
     one_line,
@@ -278,6 +278,9 @@ def _exit_code() -> int:
         return _INTERRUPTED
     except SystemExit as exits:
         return exits.code if isinstance(exits.code, int) else int(exits.code is not None)
+    except click.exceptions.NoArgsIsHelpError as asked:
+        echo(asked.format_message(), err=True)
+        return asked.exit_code
     except click.MissingParameter as wrong:
         return _print_error(_missing_parameter(wrong), wrong.exit_code)
     except click.ClickException as wrong:
