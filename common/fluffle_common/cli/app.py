@@ -13,8 +13,9 @@ from typing import Any, cast
 
 import click
 
-from fluffle_common.cli.printing import (, echo
+from fluffle_common.cli.printing import (
     ReaderGone,
+    echo,
     echo_sentences,
     one_line,
     prepare_streams,
@@ -279,7 +280,7 @@ def _exit_code() -> int:
     except SystemExit as exits:
         return exits.code if isinstance(exits.code, int) else int(exits.code is not None)
     except click.exceptions.NoArgsIsHelpError as asked:
-        echo(asked.format_message(), err=True)
+        echo(*asked.format_message().splitlines(), err=True)
         return asked.exit_code
     except click.MissingParameter as wrong:
         return _print_error(_missing_parameter(wrong), wrong.exit_code)
