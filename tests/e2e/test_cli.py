@@ -53,8 +53,8 @@ C = ["coordinator", "--federation", "f"]
     [
         (["wroker"], "did you mean 'worker'"),
         ([*C, "--quorom", "2"], "--quorum"),
-        ([*C, "--quorum", "0"], "is not a quorum"),
-        ([*C, "--quorum", "1.5"], "is not a quorum"),
+        ([*C, "--quorum", "0"], "invalid quorum"),
+        ([*C, "--quorum", "1.5"], "invalid quorum"),
         ([*C, "--url", "http://x"], "is not the URL of a broker"),
         (["coordinator", "--federation", "a.b"], "is not a valid name of a federation"),
         ([*C, "--init", "missing.safetensors"], "there is no model file"),

@@ -100,7 +100,7 @@ class Note(RunEvent):
 
 @event(
     "blocked",
-    "the broker accepts no messages for now ({reason}); messages to send are waiting",
+    "the broker accepts no messages for now ({reason}); outgoing messages are waiting",
 )
 class Blocked(RunEvent):
     """The broker has stopped accepting messages."""
@@ -116,7 +116,7 @@ class Unblocked(RunEvent):
 @event(
     "no_journal",
     "this run has no journal ({reason}); 'fluffle explain' and 'fluffle journal' cannot show "
-    "it, everything else works",
+    "this run; everything else works",
 )
 class NoJournal(RunEvent):
     """The run has no journal, because the broker cannot provide a stream."""
@@ -141,7 +141,7 @@ class Disk(RunEvent):
     pause_s: Number = None
 
 
-@event("gap", "{dropped} earlier events are missing here: they could not be sent for too long")
+@event("gap", "{dropped} earlier events are missing here: they could not be published")
 class Gap(RunEvent):
     """``dropped`` events before this one are missing from the journal."""
 
@@ -280,7 +280,7 @@ class FrozenDiffers(RunEvent):
     other: Text = None
 
 
-@event("classes", "the classes are {classes}: those of {worker}")
+@event("classes", "the classes of the federation are {classes}, as announced by {worker}")
 class Classes(RunEvent):
     """The federation's classes are fixed: those of ``worker``."""
 
