@@ -27,6 +27,13 @@ def test_help(tmp_path: Path, command: list[str]) -> None:
     assert told.stderr == ""
 
 
+@pytest.mark.parametrize("command", [[], ["broker"]])
+def test_a_command_without_arguments_shows_its_help(tmp_path: Path, command: list[str]) -> None:
+    shown = call(tmp_path, *command)
+    assert shown.returncode == 2
+    assert shown.stderr == call(tmp_path, *command, "--help").stdout
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "empty").mkdir()

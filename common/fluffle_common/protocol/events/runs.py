@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from fluffle_common.protocol.events.base import (
     Doings,
@@ -13,6 +14,8 @@ from fluffle_common.protocol.events.base import (
     Text,
     event,
 )
+
+_THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @event("started", "run {run} in {folder}")
@@ -62,8 +65,7 @@ class Disconnected(BrokerEvent):
 
 @event(
     "no_broker",
-    "no broker at {address} ({reason}); trying again in {pause_s:.1f} s "
-    "('fluffle broker up' starts one here)",
+    "no broker at {address} ({reason}); trying again in {pause_s:.1f} s{remedy}",
     "bad",
 )
 class NoBroker(BrokerEvent):
@@ -72,6 +74,10 @@ class NoBroker(BrokerEvent):
     journalled = False
     reason: Text = None
     pause_s: Number = None
+
+    def _derived(self) -> dict[str, str]:
+        local = (urlsplit(self.address or "").hostname or "") in _THIS_MACHINE
+        return {"remedy": " ('fluffle broker up' starts one here)" if local else ""}
 
 
 @event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
