@@ -40,7 +40,7 @@ class RunFolder:
             RunError: if another coordinator uses it.
         """
         if not self.store.try_lock():
-            raise RunError(f"another coordinator is at work in {self.path}; give another folder=")
+            raise RunError(f"another coordinator is using {self.path}; choose another folder=")
         return self
 
     def __exit__(
@@ -55,7 +55,7 @@ class RunFolder:
         if not committed(self.path):
             shutil.rmtree(self.path, ignore_errors=True)
         elif not isinstance(error, RunError):  # a RunError already says how to continue
-            warn(f"the run is kept{self._how_to_continue()}")
+            warn(f"the committed rounds are kept{self._how_to_continue()}")
 
     def result(self, state: State) -> Run:
         """Return the run that ended in this state.

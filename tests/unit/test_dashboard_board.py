@@ -101,6 +101,16 @@ class TestOpenRound:
         assert [one["worker"] for one in shown["answered"]] == ["north"]
         assert shown["deadline_at"] == 105.0 + 60.0
 
+    def test_a_worker_whose_update_was_rejected_has_failed_unless_it_trains_again(self) -> None:
+        fields = {"round": 1, "worker": "north", "kind": "update", "reason": "it has a NaN"}
+        board = board_after(STARTED, *JOINED, opened(1, "north"), ("rejected", fields))
+        (missing,) = board.snapshot(110.0)["open"]["missing"]
+        assert (missing["doing"], missing["hopeless"]) == ("failed: it has a NaN", True)
+        heartbeat = {"state": "training", "run": RUN, "round": 1, "step": 3, "steps": 8}
+        board.view.workers.sign_of_life(111.0, "north", heartbeat)
+        (missing,) = board.snapshot(112.0)["open"]["missing"]
+        assert (missing["doing"], missing["hopeless"]) == ("training 3/8", False)
+
     def test_committed_closes_it(self) -> None:
         board = board_after(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
         assert board.snapshot(110.0)["open"] is None
@@ -183,7 +193,7 @@ class TestRun:
         bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
         run = board.run()
         assert (run["phase"], run["round"], run["rounds"]) == ("waiting", 1, 3)
-        assert run["words"].startswith("waiting for workers: 0 of 2 are here")
+        assert run["words"].startswith("waiting for workers: 0 of 2 are connected")
 
 
 class TestRounds:

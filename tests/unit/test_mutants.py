@@ -422,6 +422,30 @@ MUTANTS = [
         "test_no_round_opens_after_a_commit_that_is_enough",
         random=False,
     ),
+    Mutant(
+        "ends a run that is done before its workers are heard",
+        evaluation,
+        "    if listening and not state.evaluate_pending and state.unheard:\n",
+        "    if False:\n",
+        "test_a_run_that_is_done_ends_once_it_has_told_all_its_workers",
+        random=False,
+    ),
+    Mutant(
+        "compares norms with those of the first rounds for ever",
+        closing,
+        "middle)[-_ROUNDS_REMEMBERED:]",
+        "middle)[:_ROUNDS_REMEMBERED]",
+        "test_the_usual_norm_follows_the_rounds",
+        random=False,
+    ),
+    Mutant(
+        "lets an outlier of two become the usual norm",
+        closing,
+        "    middle = median_low(norms.values())\n",
+        "    middle = max(norms.values())\n",
+        "test_an_outlier_of_two_is_reported_from_the_first_round_on_and_never_becomes_usual",
+        random=False,
+    ),
 ]
 # The modules of the coordinator's machine, each after those that it imports.
 PARTS = [

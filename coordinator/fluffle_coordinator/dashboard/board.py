@@ -15,6 +15,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.dashboard.snapshot import ending, results
+from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 
@@ -160,18 +161,19 @@ class Board:
             "deadline_at": opened.deadline_at,
             "answered": [asdict(answer) for answer in opened.answers.values()],
             "missing": [
-                self._missing(name, opened.number, opened.failures.get(name))
-                for name in opened.asked
-                if name not in opened.answers
+                self._missing(name, opened) for name in opened.asked if name not in opened.answers
             ],
         }
 
-    def _missing(self, worker: str, current: int, failure: str | None) -> dict[str, Any]:
+    def _missing(self, worker: str, opened: RoundView) -> dict[str, Any]:
         """Return what a worker without an update is doing, and whether it can still send one."""
         row = self.view.workers.get(worker)
+        failure, rejection = opened.failures.get(worker), opened.rejections.get(worker)
+        if failure is None and rejection is not None and row is not None and row.state == "idle":
+            failure = rejection.reason
         if row is None and failure is None:
             return {"worker": worker, "doing": "no heartbeat yet", "hopeless": False}
         row = row or WorkerView(worker)
-        doing = row.doing(current, None if failure is None else clipped(failure, 300))
+        doing = row.doing(opened.number, None if failure is None else clipped(failure, 300))
         hopeless = failure is not None or not row.is_here
         return {"worker": worker, "doing": doing, "hopeless": hopeless}

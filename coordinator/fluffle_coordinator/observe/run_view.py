@@ -390,5 +390,7 @@ _HANDLERS: dict[type[RunEvent], Callable[[RunView, float, Any], None]] = {
     run_events.Late: RunView._late,
     run_events.Rejected: RunView._rejected,
     **dict.fromkeys(get_args(_OfRound), RunView._noted),
-    **dict.fromkeys((run_events.Refused, run_events.Resend), RunView._noted_in_open),
+    **dict.fromkeys(
+        (run_events.Refused, run_events.Resend, run_events.FrozenDiffers), RunView._noted_in_open
+    ),
 }

@@ -74,6 +74,7 @@ class Coordinator:
     _ended: asyncio.Future[None]
     _next_tick: asyncio.TimerHandle
     _next_tick_at = 0.0
+    _link: Link | None = None
 
     def __init__(
         self,
@@ -90,7 +91,6 @@ class Coordinator:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
         self._events, self._advancing = deque[ev.Event](), False
-        self._link: Link | None = None
         self._linked = asyncio.Event()
         self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
