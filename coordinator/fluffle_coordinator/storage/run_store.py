@@ -129,6 +129,10 @@ def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
 class RunStore:
     """The folder of a run.
 
+    Attributes:
+        folder: its absolute path, so that a user's code may change the working directory.
+        shown: its path as given, for messages.
+
     Args:
         folder: created if it does not exist.
 
@@ -137,8 +141,8 @@ class RunStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.history = History(folder)
+        self.folder, self.shown = folder.absolute(), folder
+        self.history = History(self.folder)
         self._lock: IO[str] | None = None
         try:
             make_folder(folder)
@@ -200,7 +204,7 @@ class RunStore:
         self._check_complete(max(committed, default=0))
         last, checkpoint = self._last_readable(max(committed, default=0))
         if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
-            raise RunError(f"no checkpoint in {self.folder} can be read; --fresh starts a new run")
+            raise RunError(f"no checkpoint in {self.shown} can be read; --fresh starts a new run")
         if last < max(committed, default=0):
             self.history.forget_after(last, lines)
             repairs.append(
@@ -331,13 +335,13 @@ class RunStore:
                 raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
             if known != federation:
                 raise RunError(
-                    f"{self.folder} holds a run of federation {known}, not {federation}; choose "
+                    f"{self.shown} holds a run of federation {known}, not {federation}; choose "
                     "another folder with --run, or move that run aside with --fresh"
                 )
             return run
         if self._newest_checkpoint() is not None or self.history.path.exists():
             raise RunError(
-                f"{self.folder} holds a run, but its run.json is missing; put the file back, or "
+                f"{self.shown} holds a run, but its run.json is missing; put the file back, or "
                 "move the run aside with --fresh"
             )
         run = secrets.token_hex(6)
@@ -354,7 +358,7 @@ class RunStore:
         if newest > last + 1 and self._last_readable(newest)[0] > last + 1:
             known = f"ends at round {last}" if last else "has no committed round"
             raise RunError(
-                f"{self.folder} holds the checkpoint of round {newest}, but its history.jsonl "
+                f"{self.shown} holds the checkpoint of round {newest}, but its history.jsonl "
                 f"{known}; put the file back, or move the run aside with --fresh"
             )
 
