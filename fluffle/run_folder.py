@@ -52,7 +52,7 @@ class RunFolder:
         self.store.unlock()
         if error is None or not self._temporary:
             return
-        if not committed(self.path):
+        if not committed(self.store.folder):
             shutil.rmtree(self.path, ignore_errors=True)
         elif not isinstance(error, RunError):  # a RunError already says how to continue
             warn(f"the committed rounds are kept{self._how_to_continue()}")
@@ -65,13 +65,13 @@ class RunFolder:
         """
         if state.outcome == "stopped":
             raise RunError(f"the run stopped: {state.reason}{self._how_to_continue()}")
-        run = Run(self.path)
+        run = Run(self.store.folder)
         if self._temporary:
             weakref.finalize(run, shutil.rmtree, self.path, ignore_errors=True)
         return run
 
     def _how_to_continue(self) -> str:
-        done = committed(self.path)
+        done = committed(self.store.folder)
         call = f"the same call with folder={str(self.path)!r} goes on with round {done + 1}"
         return f"; {call}" if done else ""
 

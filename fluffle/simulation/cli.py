@@ -195,7 +195,7 @@ def simulate(**options: Any) -> None:
         fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
         console.line("simulated", _told(simulated_s, took_s), fields)
     if state.outcome == "stopped":
-        how = endings.after_a_stop(state, store.folder)
+        how = endings.after_a_stop(state, store.shown)
         raise RunError(f"the run stopped: {state.reason}; {how}")
 
 

@@ -432,3 +432,18 @@ def test_no_thread_is_left_behind():
     before = set(threading.enumerate())
     fluffle.run([Adder(), Adder()], rounds=2, parallel=True)
     assert set(threading.enumerate()) <= before
+
+
+def test_a_hook_may_change_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    run = fluffle.run(
+        [Adder()],
+        rounds=2,
+        folder="run",
+        progress=False,
+        on_round=lambda _: os.chdir(tmp_path / "other"),
+    )
+    assert run.folder == tmp_path / "run"
+    assert len(run.history.rounds) == 2
+    assert not list((tmp_path / "other").iterdir())

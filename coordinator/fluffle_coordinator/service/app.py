@@ -84,7 +84,7 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         except Interrupted as signalled:
             sys.exit(signalled.exit_code)
     if state.outcome == "stopped":
-        remedy = endings.after_a_stop(state, store.folder)
+        remedy = endings.after_a_stop(state, store.shown)
         raise RunError(f"the run stopped: {state.reason}; {remedy}")
 
 
@@ -178,7 +178,7 @@ async def coordinate(
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
         page.remember(read_history(store.folder))
-    for event in _beginning(settings, saved, store.folder):
+    for event in _beginning(settings, saved, store.shown):
         watcher.record(event)
     coordinator = Coordinator(
         settings,
@@ -193,7 +193,7 @@ async def coordinate(
     if state.outcome == "finished" and saved.committed < settings.rules.rounds:
         early = state.committed < settings.rules.rounds
         advice = endings.after_an_early_end if early else endings.after_the_end
-        watcher.record(run_events.Note(what=advice(store.folder, state.committed)))
+        watcher.record(run_events.Note(what=advice(store.shown, state.committed)))
     return state
 
 

@@ -89,7 +89,7 @@ class Coordinator:
         exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
-        self._watcher, self._journal, self._folder = watcher, journal, store.folder
+        self._watcher, self._journal, self._folder = watcher, journal, store.shown
         self._events, self._advancing = deque[ev.Event](), False
         self._linked = asyncio.Event()
         self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
