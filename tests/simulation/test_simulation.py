@@ -238,6 +238,8 @@ class TestDevices:
         ({"clients": 3}, "clients = 3, but there are 2 tasks"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "invalid availability 'often'"),
+        ({"step_s": "uniform:2,1"}, "LOW is above HIGH; use uniform:1,2"),
+        ({"step_s": "uniform:0,1e400"}, "invalid distribution 'uniform:0,1e400'"),
     ],
 )
 def test_what_a_simulation_cannot_do_is_told_at_once(options, said):
