@@ -158,6 +158,7 @@ def simulate(**options: Any) -> None:
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of
     from fluffle_coordinator.storage.run_store import RunStore
+    from fluffle_worker.cli import event_printer
 
     check_schedule_options(options)
     number: int = options["clients"]
@@ -184,7 +185,7 @@ def simulate(**options: Any) -> None:
             store,
             Follower(View(console)),
             task=options["task"],
-            say=lambda what: console.line("unfit", what, {"reason": what}),
+            record=event_printer(console, options["log_format"]),
             fresh=options["fresh"],
         )
         try:
