@@ -47,6 +47,25 @@ def test_no_worker_is_gone_after_the_coordinator_was_stopped(federated, after_s)
     federated(scenario)
 
 
+def test_a_worker_reports_that_it_waits_for_a_coordinator_that_was_stopped(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, min_workers=3)
+        three(federation, step_s=2.0)
+        await coordinator.log.until("opened")
+        await coordinator.stop()
+        worker = federation.processes[1]
+        await worker.log.until("sent")
+        event = await worker.log.until("waiting")
+        assert event["reason"].startswith("round 1: update sent 15 s ago; still waiting for")
+        await asyncio.sleep(100.0)
+        assert len(worker.log.of("waiting")) == 1
+        again = federation.coordinator(rounds=2, min_workers=3)
+        await again.log.until("opened")
+        assert (await again.end()).outcome == "finished"
+
+    federated(scenario)
+
+
 def test_no_worker_is_gone_after_the_broker_blocked_publishers(federated):
     async def scenario(federation):
         three(federation, step_s=2.0)

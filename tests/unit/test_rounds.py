@@ -1051,6 +1051,16 @@ def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
     assert only(run.seen("b"), fx.End) == [fx.End("finished", "1 round is done", tuple("abcde"))]
 
 
+def test_a_run_that_is_done_says_at_once_whom_it_waits_for():
+    run = Run(Rules(rounds=1), committed=1, participants="abc", evaluated=True)
+    (waiting,) = [
+        effect.event
+        for effect in run.connect()
+        if isinstance(effect, fx.Record) and isinstance(effect.event, run_events.Waiting)
+    ]
+    assert waiting.reason == "the run is done; waiting up to 10 s to tell a, b, c"
+
+
 def test_time_before_the_first_link_does_not_count():
     run = Run(Rules(rounds=3, min_workers=2, wait_s=60), committed=1)
     run.now += 3600
