@@ -244,7 +244,7 @@ def _on_worker_event(task: LocalTask, failure: asyncio.Future[None], event: RunE
     """Handle a worker's event: a failure ends the run; an unusable result is a warning."""
     match event:
         case Failure(round=number, reason=reason) if not failure.done():
-            where = f"in round {number}" if number else "at the first weights"
+            where = f"in round {number}" if number else "while making the first weights"
             failure.set_exception(task.failure(f"failed {where}: {reason}"))
         case Unfit(reason=reason):
             warn(f"the task '{task.name}': {reason}")

@@ -16,7 +16,7 @@ _UNAVAILABLE = {
     "run": "use folder= for the run folder",
     "log_format": "use progress= to choose what is shown",
     "dashboard": "use 'fluffle dashboard' for a run over RabbitMQ, or 'fluffle report' afterwards",
-    "management": "it belongs to the live page",
+    "management": "only the live page uses it",
 }
 
 

@@ -183,7 +183,9 @@ def _check_enough(rules: Rules, workers: int, url: str | None) -> None:
     if url is not None:
         return
     if not workers:
-        raise UsageError(f"{_CALLER}() has no tasks; give some, or url= to wait for other workers")
+        raise UsageError(
+            f"{_CALLER}() needs at least one task; pass tasks, or url= to wait for other workers"
+        )
     for name, number in (("quorum", rules.quorum.number), ("min_workers", rules.min_workers)):
         if number is not None and number > workers:
             raise UsageError(

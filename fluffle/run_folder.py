@@ -42,7 +42,7 @@ class RunFolder:
             RunError: if another coordinator uses it.
         """
         if not self.store.try_lock():
-            raise RunError(f"another coordinator is at work in {self.path}; give another folder=")
+            raise RunError(f"another coordinator is using {self.path}; choose another folder=")
         return self
 
     def __exit__(
@@ -58,7 +58,7 @@ class RunFolder:
             if self._temporary:
                 shutil.rmtree(self.path, ignore_errors=True)
         elif not isinstance(error, RunError):  # a RunError already says how to continue
-            warn(f"the run is kept{self._how_to_continue()}")
+            warn(f"the committed rounds are kept{self._how_to_continue()}")
 
     def result(self, state: State) -> Run:
         """Return the run that ended in this state.

@@ -45,7 +45,7 @@ ALWAYS = Availability()
 
 
 def parse_availability(text: str) -> Availability:
-    """Return the availability that ``always`` or ``SHARE:SECONDS`` describes.
+    """Return the availability that ``always`` or ``FRACTION:SECONDS`` describes.
 
     Example:
         >>> parse_availability("0.25:600")
@@ -62,8 +62,8 @@ def parse_availability(text: str) -> Availability:
         share = present_s = 0.0
     if not (0 < share < 1 and 0 < present_s < float("inf")):
         raise UsageError(
-            f"'{text}' is not an availability; give 'always', or SHARE:SECONDS such as 0.8:3600: "
-            "the share of the time that a client is present, between 0 and 1, and how long it "
-            "stays on average"
+            f"invalid availability '{text}'; give 'always', or FRACTION:SECONDS such as 0.8:3600: "
+            "the fraction of the time that a client is present, between 0 and 1, and how long a "
+            "client stays present on average"
         )
     return Availability(share, present_s)

@@ -57,8 +57,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     required=True,
     metavar="MODULE:NAME|path.py:name",
     help=(
-        "Function that makes the task, as for 'fluffle worker'. If the task can be divided, "
-        "like those of 'flax_task', its training examples are split among the clients."
+        "Function that makes the task, as for 'fluffle worker'. If the task can be divided, like "
+        "one made with 'flax_task', its training examples are split among the clients."
     ),
 )
 @click.option(
@@ -66,8 +66,9 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="",
     metavar="TEXT",
     help=(
-        "The --data of the task. If it contains '{client}' or '{clients}', a task is made for "
-        "each client, with its number (from 0) and the number of clients in their place."
+        "Argument that the task function gets. If it contains '{client}' or '{clients}', each "
+        "client gets a task of its own; the placeholders stand for the client's number (from 0) "
+        "and the number of clients."
     ),
 )
 @click.option("--clients", type=count(), default=100, help="Number of clients.")
@@ -76,43 +77,46 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="iid",
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
     help=(
-        "How to split the examples among the clients: at random; by label, more unevenly for "
-        "a smaller A; N shards of sorted labels each; or one client for each value of a column."
+        "How to split the examples among the clients: iid at random, dirichlet:A by label (more "
+        "unevenly for a smaller A), shards:N with N shards of sorted labels for each client, or "
+        "by:COLUMN with one client for each value of a column."
     ),
 )
 @click.option(
     "--plot-partition",
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.png",
-    help="Draw a chart of the labels that each client holds, before the first round.",
+    help="File for a chart of the labels that each client holds, drawn before the first round.",
 )
 @click.option(
     "--step-time",
     default="0.01",
     metavar="SECONDS",
     help=(
-        "Time of one training step on a client: a number, classes:1,2,4 in turn, "
-        "lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH."
+        "Duration of one training step on a client, in seconds: a number, classes:1,2,4 "
+        "(assigned to the clients in turn), lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH."
     ),
 )
 @click.option(
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Fixed time that each training takes in addition, in the same form.",
+    help="Fixed time added to each training, in seconds, in the form of --step-time.",
 )
 @click.option(
     "--bandwidth",
     metavar="BYTES/S",
-    help="Speed of a client's network connection, in the same form.  [default: unlimited]",
+    help="Speed of a client's network connection, in bytes per second, in the form of "
+    "--step-time.  [default: unlimited]",
     show_default=False,
 )
 @click.option(
     "--availability",
     default="always",
-    metavar="SHARE:SECONDS",
-    help="When a client is present: with 0.8:3600, it stays for an hour on average, drops its "
-    "work when it leaves, and is present 0.8 of the time.",
+    metavar="FRACTION:SECONDS",
+    help="Availability of the clients, as FRACTION:SECONDS. With 0.8:3600, a client is present "
+    "80 % of the time, for an hour at a stretch on average; when it leaves, its unfinished "
+    "work is lost.",
 )
 @click.option(
     "--test-every",
@@ -229,7 +233,7 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
     if whole is None:
         raise UsageError(
             "--plot-partition needs a task that is divided among the clients; with {client} in "
-            "--data, each client has its own"
+            "--data, each client has a task of its own"
         )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
     file = options["plot_partition"]

@@ -65,8 +65,8 @@ def parse_spread(text: str) -> Spread:
     fits = len(values) == number if number else bool(values) and kind in known
     if not fits or not all(0 <= value < float("inf") for value in values):
         raise UsageError(
-            f"'{text}' is not a distribution; use a number, classes:A,B,C, "
-            "lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH, with numbers of at least 0"
+            f"invalid distribution '{text}'; use a number, classes:A,B,C, lognormal:MEDIAN,SIGMA "
+            "or uniform:LOW,HIGH, with numbers of at least 0"
         )
     match kind:
         case "constant":
@@ -108,7 +108,5 @@ def devices(
     if bytes_per_s is not None:
         lines = parse_spread(bytes_per_s).draw(rng, clients)
         if not np.all(lines > 0):
-            raise UsageError(
-                f"a bandwidth of {bytes_per_s} bytes per second is not usable; give one above 0"
-            )
+            raise UsageError(f"the bandwidth must be above 0 bytes per second, not {bytes_per_s}")
     return [Device(*map(float, one)) for one in zip(steps, rounds, lines, strict=True)]

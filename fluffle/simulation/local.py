@@ -76,14 +76,15 @@ def simulate(
         batch_size: the local batch size.
         learning_rate: the local learning rate; None means the task's own.
         seed: the seed of every random choice, including the partition and the devices.
-        step_s: the time of one training step on a client, in seconds: a number, or a distribution
-            such as ``classes:1,2,4`` or ``lognormal:1,0.5``.
-        fit_s: the fixed time that each training takes in addition, in seconds, likewise.
-        bytes_per_s: the bandwidth of a client's connection, likewise; None means unlimited.
+        step_s: the duration of one training step on a client, in seconds: a number, or a
+            distribution such as ``classes:1,2,4`` or ``lognormal:1,0.5``.
+        fit_s: a fixed time that is added to each training, in seconds, in the form of ``step_s``.
+        bytes_per_s: the bandwidth of a client's connection, in the form of ``step_s``; None means
+            unlimited.
         owned: the clients' devices, instead of the three arguments above.
-        availability: when a client is present: ``always``, or ``SHARE:SECONDS``. With ``0.8:3600``
-            it stays for an hour on average, drops its work when it leaves, and is present 0.8 of
-            the time.
+        availability: ``always`` or ``FRACTION:SECONDS``. With ``0.8:3600``, a client is present
+            80 % of the time, for an hour at a stretch on average; when it leaves, its unfinished
+            work is lost.
         test_every: evaluate every so many rounds' model, and the last one, on the held-out data of
             a divided task.
         evaluate: another test, ``evaluate(weights) -> metrics``, of every round's model.
@@ -147,7 +148,8 @@ def _check(options: Mapping[str, Any], **counts: int | None) -> None:
     """
     if options.get("url"):
         raise UsageError(
-            f"{_CALLER}() has no url=: its broker is in memory; fluffle.run(url=…) uses a real one"
+            f"{_CALLER}() has no url=, because its broker is in memory; fluffle.run(url=…) "
+            "uses a real broker"
         )
     for name, number in counts.items():
         if number is not None and number < 1:
@@ -177,5 +179,5 @@ def _tasks(
     if clients not in {None, len(given)}:
         raise UsageError(f"{_CALLER}(): clients = {clients}, but there are {len(given)} tasks")
     if not given:
-        raise UsageError(f"{_CALLER}() has no tasks; give one for each client")
+        raise UsageError(f"{_CALLER}() needs tasks; give one for each client")
     return None, given

@@ -103,8 +103,8 @@ class By(Partition):
         values = np.unique(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} values, and each makes one client, "
-                f"but {clients} clients were requested; use --clients {len(values)}"
+                f"column '{self.column}' has {len(values)} values, each of which makes one "
+                f"client, but {clients} clients were requested; use --clients {len(values)}"
             )
         return [np.flatnonzero(labels == value) for value in values]
 
@@ -132,7 +132,8 @@ def parse_partition(text: str) -> Partition:
     nearest = difflib.get_close_matches(kind, known, 1)
     hint = f"; did you mean {nearest[0]}?" if nearest and nearest[0] != kind else ""
     raise UsageError(
-        f"there is no partition '{text}'{hint} (iid, dirichlet:ALPHA, shards:N or by:COLUMN)"
+        f"unknown partition '{text}'{hint} (choose from iid, dirichlet:ALPHA, shards:N and "
+        "by:COLUMN)"
     )
 
 

@@ -62,7 +62,7 @@ def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0
         columns = getattr(whole, "columns", {})
         if partition.column != "label" and partition.column not in columns:
             there = ", ".join(["label", *columns])
-            raise UsageError(f"the data have no column '{partition.column}'; they have {there}")
+            raise UsageError(f"the data have no column '{partition.column}'; choose from {there}")
         labels = np.asarray(columns.get(partition.column, labels))
     return partition.deal(labels, clients, seed)
 
@@ -86,7 +86,8 @@ def each_its_own(
         given = [data.format(client=number, clients=clients) for number in range(clients)]
     except (KeyError, IndexError, ValueError):
         raise UsageError(
-            f"--data '{data}' has unknown braces; only {{client}} and {{clients}} are replaced"
+            f"--data '{data}' has an unknown placeholder; only {{client}} and {{clients}} are "
+            "replaced"
         ) from None
     return {
         name: make(TaskOptions(data=one, worker=name, seed=seed))

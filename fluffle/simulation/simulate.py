@@ -125,7 +125,8 @@ def clients_of(
     devices = [Device()] * len(tasks) if owned is None else owned
     if len(devices) != len(tasks):
         raise UsageError(
-            f"there are {len(devices)} devices for {len(tasks)} clients; give one for each"
+            f"there are {len(devices)} devices for {len(tasks)} clients; give one device for "
+            "each client"
         )
     made = []
     for number, ((name, task), device) in enumerate(zip(tasks.items(), devices, strict=True)):

@@ -27,6 +27,13 @@ def test_help(tmp_path: Path, command: list[str]) -> None:
     assert told.stderr == ""
 
 
+@pytest.mark.parametrize("command", [[], ["broker"]])
+def test_a_command_without_arguments_shows_its_help(tmp_path: Path, command: list[str]) -> None:
+    shown = call(tmp_path, *command)
+    assert shown.returncode == 2
+    assert shown.stderr == call(tmp_path, *command, "--help").stdout
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "empty").mkdir()
@@ -46,8 +53,8 @@ C = ["coordinator", "--federation", "f"]
     [
         (["wroker"], "did you mean 'worker'"),
         ([*C, "--quorom", "2"], "--quorum"),
-        ([*C, "--quorum", "0"], "is not a quorum"),
-        ([*C, "--quorum", "1.5"], "is not a quorum"),
+        ([*C, "--quorum", "0"], "invalid quorum"),
+        ([*C, "--quorum", "1.5"], "invalid quorum"),
         ([*C, "--url", "http://x"], "is not the URL of a broker"),
         (["coordinator", "--federation", "a.b"], "is not a valid name of a federation"),
         ([*C, "--init", "missing.safetensors"], "there is no model file"),

@@ -90,7 +90,7 @@ def test_a_live_run(federation: Federation, browser: Browser, tmp_path: Path) ->
     coordinator = federation.coordinator("--quorum", 2, "--rounds", 4, "--dashboard", "127.0.0.1:0")
     url = page_of(coordinator)
     with window(browser, url) as seen:
-        seen.wait("#phase", "waiting for workers: 0 of 2 are here")
+        seen.wait("#phase", "waiting for workers: 0 of 2 are connected")
         seen.wait("#link", "live")
         assert seen.wait("h1") == federation.name
 

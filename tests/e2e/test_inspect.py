@@ -197,7 +197,7 @@ async def look_while(
                         peeked = await peek(link, topology, name, 3)
                         assert len(peeked.messages) <= 3
                     except UsageError as refused:
-                        assert re.search("is being read|does not exist|like a loss", str(refused))
+                        assert re.search("is being read|does not exist|as lost", str(refused))
                     looked[name] += 1
 
     def conduct() -> None:

@@ -154,7 +154,7 @@ def test_a_coordinator_that_was_killed_or_stopped_appears_as_resumed(
     follower.wait_for("stopped; .* the same command .* goes on")
     told = "\n".join(lines(federation, "explain"))
     assert "The coordinator was told to stop" in told
-    assert "opened it again" in told
+    assert "the round was opened again" in told
     third = federation.coordinator(*flags)
     third.wait_for("round 2: opened")
     gate.touch()

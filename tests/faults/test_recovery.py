@@ -366,6 +366,6 @@ def test_a_torn_line_and_a_half_written_checkpoint_are_repaired(federation: Fede
         history.write('{"event":"committed","round":3,"partici')
     shutil.copy(federation.run / "round-0001.safetensors", federation.run / "x.partial")
     again = federation.coordinator(*rules(2), "--rounds", 5, "--config", "train_s=0.5")
-    assert "torn last line" in again.wait_for("repaired")["what"]
+    assert "incomplete last line" in again.wait_for("repaired")["what"]
     assert_ended_well(federation, again, *workers)
     assert not list(federation.run.glob("*.partial"))

@@ -158,7 +158,7 @@ def test_another_backbone_cannot_begin_a_run_that_exists(tmp_path):
         if rounds == 1:
             fluffle.run([adapted(0, share_frozen=True)], **run)
         else:
-            with pytest.raises(fluffle.UsageError, match="holds other weights than this run began"):
+            with pytest.raises(fluffle.UsageError, match="conflicts with the existing run"):
                 fluffle.run([adapted(0, share_frozen=True)], **run)
 
 

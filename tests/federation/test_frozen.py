@@ -331,7 +331,7 @@ def test_tensors_of_another_digest_are_refused_and_the_run_says_so(federated):
         federation.worker("b", task)
         failure = await coordinator.log.until("failure")
         assert failure["worker"] == "b"
-        assert "the frozen tensors that were received have the digest" in failure["reason"]
+        assert "the received frozen tensors have the digest" in failure["reason"]
         assert task.kernel[0] == 5.0
         await coordinator.end()
         assert federation.participants() == [["a"]] * 6
@@ -350,7 +350,7 @@ def test_a_worker_that_takes_none_is_refused_in_one_line(federated, first):
             await other.end()
         unknown = federation.worker("n", OnABackbone(federation.loop, share_frozen=False))
         unknown.service._presence._about["model"] = None  # it does not say what its model is
-        with pytest.raises(RefusedError, match="worker n takes no frozen tensors"):
+        with pytest.raises(RefusedError, match="worker n does not accept frozen tensors"):
             await unknown.end()
         await coordinator.end()
 
@@ -363,7 +363,7 @@ def test_whoever_takes_none_is_refused_once_it_is_known_that_there_are_some(fede
         federation.worker("a", OnABackbone(federation.loop))
         other = federation.worker("b", OnABackbone(federation.loop, share_frozen=False))
         other.service._presence._about["model"] = None
-        with pytest.raises(RefusedError, match="worker b takes no frozen tensors"):
+        with pytest.raises(RefusedError, match="worker b does not accept frozen tensors"):
             await other.end()
         await coordinator.stop()
 

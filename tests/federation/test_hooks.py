@@ -91,11 +91,12 @@ def test_a_failing_hook_is_reported_once_and_loses_no_round(federated, capsys):
         notes = [one["what"] for one in coordinator.log.of("note")]
         assert len(notes) == 2
         assert notes[0].startswith(
-            "round 1 is kept, but its evaluate hook failed: KeyError: 'accuracy' (test_hooks.py:"
+            "round 1 is committed, but its evaluate hook failed: KeyError: 'accuracy' "
+            "(test_hooks.py:"
         )
         assert notes[1].startswith(
-            "round 1 is kept, but its on_round hook failed: TypeError: it returned int; None or a "
-            "reason is expected"
+            "round 1 is committed, but its on_round hook failed: TypeError: it returned int, not "
+            "None or a text with the reason"
         )
         lines = (federation.folder / "history.jsonl").read_text().splitlines()
         assert not any("test" in json.loads(line)["event"] for line in lines)
@@ -144,7 +145,7 @@ def test_hooks_of_a_file_are_found_by_name(tmp_path):
     assert hooks.on_round(None) == "enough"
     assert hooks.names() == {"on_round": "stop"}
     assert not Hooks.load()
-    with pytest.raises(UsageError, match="--evaluate is int; a function is expected"):
+    with pytest.raises(UsageError, match="--evaluate must be a function, not int"):
         Hooks.load(evaluate=f"{file}:number")
     with pytest.raises(UsageError, match="has no 'absent' \\(--evaluate\\)"):
         Hooks.load(evaluate=f"{file}:absent")

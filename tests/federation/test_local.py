@@ -393,7 +393,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
-        ([], {}, "has no tasks; give some, or url="),
+        ([], {}, "needs at least one task; pass tasks, or url="),
         ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
         ([Adder()], {"rounds": 0}, "rounds = 0: 0 is not in the range"),
         ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks, 1;"),
@@ -402,9 +402,9 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"verify_users": True}, "has no verify_users=: "),
         ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
-        ([Adder()], {"strategy": "nosuch"}, "there is no strategy 'nosuch'"),
+        ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
-        ([Adder()], {"evaluate": 7}, "--evaluate is int; a function is expected"),
+        ([Adder()], {"evaluate": 7}, "--evaluate must be a function, not int"),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker id"),
         ([object()], {}, "no method 'init'"),
     ],
@@ -418,7 +418,7 @@ def test_a_wrong_argument_is_named_before_anything_runs(tasks, options, message)
 
 def test_a_folder_that_is_in_use_is_named(tmp_path):
     def on_round(commit):
-        with pytest.raises(fluffle.RunError, match="another coordinator is at work in"):
+        with pytest.raises(fluffle.RunError, match="another coordinator is using"):
             fluffle.run([Adder()], folder=tmp_path)
 
     assert fluffle.run([Adder()], rounds=1, folder=tmp_path, on_round=on_round).reason

@@ -301,7 +301,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
     ("method", "message"),
     [
         ("needed(self, state): return 'two'", "in needed(): it returned 'two', not a number"),
-        ("cohort(self, state): return ['nobody']", "it named 'nobody', but no such worker"),
+        ("cohort(self, state): return ['nobody']", "it selected 'nobody', but no such worker"),
         ("cohort(self, state): return state.nothing", "in cohort(): AttributeError"),
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
     ],
@@ -343,7 +343,7 @@ def test_a_deadline_reissues_lost_work(federated):
 @pytest.mark.parametrize(
     ("timing", "message"),
     [
-        (Timing(schedule="async", max_staleness=3), "there is no schedule 'async'"),
+        (Timing(schedule="async", max_staleness=3), "unknown schedule 'async'"),
         (Timing(buffer=3), "--buffer needs --schedule buffered; add that, or remove --buffer"),
         (Timing(staleness=Discount()), "--staleness needs"),
         (Timing(schedule="buffered", late="discount"), "--late discount needs --schedule quorum"),

@@ -42,17 +42,17 @@ def best_of(federation):
         (
             Stopping("accuracy", target=0.8),
             3,
-            "accuracy is 0.8000, of round 2 (--target 0.8)",
+            "accuracy reached 0.8000 in round 2 (--target 0.8)",
         ),
         (
             Stopping("accuracy", patience=2),
             7,
-            "accuracy is no better than 0.9000, of round 4, for 2 rounds (--patience)",
+            "accuracy has not improved for 2 rounds, since 0.9000 in round 4 (--patience)",
         ),
         (
             Stopping(patience=3),
             5,
-            "loss is no better than 1.0000, of round 1, for 3 rounds (--patience)",
+            "loss has not improved for 3 rounds, since 1.0000 in round 1 (--patience)",
         ),
         (Stopping("accuracy", target=0.95, patience=9), 8, "8 rounds are done"),
         (NO_STOPPING, 8, "8 rounds are done"),
@@ -108,7 +108,9 @@ def test_an_unknown_metric_is_reported_once(federated):
         coordinator = run_with(federation, Stopping("acuracy", patience=1), rounds=3)
         assert (await coordinator.end()).committed == 3
         notes = [one["what"] for one in coordinator.log.of("note")]
-        assert notes == ["no round has the metric 'acuracy' (--monitor); known are loss, accuracy"]
+        assert notes == [
+            "no round has the metric 'acuracy' (--monitor); choose from loss, accuracy"
+        ]
 
     federated(scenario)
 
@@ -122,4 +124,4 @@ def test_a_missing_value_is_never_the_best():
     standing.note(4, {"loss": 0.2})
     assert (standing.best, standing.enough()) == (3, "")
     standing.note(5, {"loss": 0.1})
-    assert standing.enough() == "loss is 0.1000, of round 5 (--target 0.1)"
+    assert standing.enough() == "loss reached 0.1000 in round 5 (--target 0.1)"

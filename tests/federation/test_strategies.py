@@ -290,9 +290,9 @@ WRONG = {
     "name": ({"finish": "new['v'] = new.pop('w')"}, "missing w; unknown v"),
     "list": ({"finish": "new['w'] = [1.0]"}, "tensor 'w' is of type list, not an array"),
     "none": ({"finish": "return None"}, r"returned NoneType, not \(weights, state\)"),
-    "model": ({"finish": "return [], 1"}, "is of type list, not a mapping"),
+    "model": ({"finish": "return [], 1"}, "the value is of type list, not a mapping"),
     "dump": ({"dump": "return {'m': np.array(['x'])}"}, "'m' is <U1, which is not supported"),
-    "state": ({"dump": "return 5"}, "a state that cannot be saved: it is of type int"),
+    "state": ({"dump": "return 5"}, "a state that cannot be saved: the value is of type int"),
 }
 
 

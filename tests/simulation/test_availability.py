@@ -33,7 +33,7 @@ def test_always_is_for_ever():
 
 @pytest.mark.parametrize("text", ["", "0.5", "0:10", "1:10", "0.5:0", "0.5:inf", "nan:1", "a:b"])
 def test_what_is_no_availability_is_refused(text):
-    with pytest.raises(UsageError, match="is not an availability"):
+    with pytest.raises(UsageError, match="invalid availability"):
         parse_availability(text)
 
 

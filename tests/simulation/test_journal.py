@@ -76,9 +76,9 @@ def test_a_line_that_a_crash_has_torn_is_passed_over(tmp_path):
 
 
 def test_where_there_is_no_journal_it_is_said(tmp_path):
-    with pytest.raises(UsageError, match="has no journal: only simulations keep it"):
+    with pytest.raises(UsageError, match="has no journal: only simulations keep their"):
         printed(journal, "--run", tmp_path)
-    with pytest.raises(UsageError, match="--follow needs a journal on a broker"):
+    with pytest.raises(UsageError, match="--follow conflicts with --run"):
         printed(journal, "--run", tmp_path, "--follow")
     with pytest.raises(UsageError, match="missing option '--federation', or '--run'"):
         printed(explain)

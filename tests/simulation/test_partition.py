@@ -82,8 +82,8 @@ def test_a_partition_is_named_by_a_text(text, partition):
         ("dirichlet:0", "needs a number above 0"),
         ("shards:1.5", "needs a whole number"),
         ("dirchlet:1", "did you mean dirichlet"),
-        ("by:", "there is no partition 'by:'"),
-        ("iid:3", "there is no partition 'iid:3'"),
+        ("by:", "unknown partition 'by:'"),
+        ("iid:3", "unknown partition 'iid:3'"),
     ],
 )
 def test_what_names_none_is_told_why(text, told):

@@ -203,23 +203,23 @@ class TestDevices:
         "text", ["", "normal:1", "classes:", "lognormal:1", "-1", "nan", "inf"]
     )
     def test_what_is_no_spread_is_refused(self, text):
-        with pytest.raises(UsageError, match="is not a distribution"):
+        with pytest.raises(UsageError, match="invalid distribution"):
             devices(2, step_s=text)
 
     def test_a_line_that_carries_nothing_is_refused(self):
-        with pytest.raises(UsageError, match="a bandwidth of 0 bytes per second is not usable"):
+        with pytest.raises(UsageError, match="the bandwidth must be above 0 bytes per second"):
             devices(2, bytes_per_s="0")
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"url": "amqp://127.0.0.1"}, "has no url=: its broker is in memory"),
+        ({"url": "amqp://127.0.0.1"}, "has no url=, because its broker is in memory"),
         ({"test_every": 0}, "test_every = 0 must be at least 1"),
         ({"clients": 0}, "clients = 0 must be at least 1"),
         ({"clients": 3}, "clients = 3, but there are 2 tasks"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
-        ({"availability": "often"}, "'often' is not an availability"),
+        ({"availability": "often"}, "invalid availability 'often'"),
     ],
 )
 def test_what_a_simulation_cannot_do_is_told_at_once(options, said):

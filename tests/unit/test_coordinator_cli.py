@@ -35,7 +35,7 @@ def test_every_accepted_encoding_is_valid_in_a_plan(text, how):
     "text", ["", "int4", "bf16", "topk", "topk:", "topk:x", "topk:0", "topk:0.6", "topk:nan"]
 )
 def test_invalid_encodings_are_refused_with_the_valid_ones(text):
-    with pytest.raises(click.BadParameter, match="is not a compression; use int8, or topk"):
+    with pytest.raises(click.BadParameter, match="unknown compression .*; use int8, or topk"):
         CompressType().convert(text, None, None)
 
 
@@ -59,7 +59,7 @@ def test_the_plan_contains_the_options(monkeypatch, flags, compress):
 
 def test_upload_dtype_and_compress_exclude_each_other():
     flags = ["--federation", "f", "--upload-dtype", "bf16", "--compress", "int8"]
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match="conflicts with"):
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)
 
 

@@ -193,7 +193,7 @@ class TestRun:
         bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
         run = board.run()
         assert (run["phase"], run["round"], run["rounds"]) == ("waiting", 1, 3)
-        assert run["words"].startswith("waiting for workers: 0 of 2 are here")
+        assert run["words"].startswith("waiting for workers: 0 of 2 are connected")
 
 
 class TestRounds:

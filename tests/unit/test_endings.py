@@ -92,7 +92,7 @@ def test_only_the_runs_own_first_weights_are_accepted_as_init(store, tmp_path):
     watcher = Recorder()
     run_opening.check_first_weights(same, store, watcher)
     assert not watcher.events
-    with pytest.raises(UsageError, match=r"other\.safetensors holds other weights .* --fresh"):
+    with pytest.raises(UsageError, match=r"other\.safetensors conflicts with .* --fresh"):
         run_opening.check_first_weights(other, store, watcher)
     for differs in ({"w": weights["w"]}, {**weights, "w": weights["w"].astype(np.float64)}):
         assert not run_opening.same_weights(weights, differs)

@@ -16,6 +16,7 @@ from fluffle_common.protocol.events import (
     Evaluated,
     Joined,
     Loaded,
+    NoBroker,
     Other,
     Sent,
     Waiting,
@@ -131,3 +132,16 @@ def test_any_fields_make_an_event_with_a_sentence(data, name):
     event = from_fields(name, data.draw(st.dictionaries(keys, _anything)))
     assert isinstance(event.sentence(), str)
     assert from_fields(name, event.fields()) == event
+
+
+@pytest.mark.parametrize(
+    ("address", "local"),
+    [
+        ("amqp://127.0.0.1:5673/", True),
+        ("amqps://broker.example.org/fluffle", False),
+        (None, False),
+    ],
+)
+def test_a_broker_of_another_machine_is_not_to_be_started_here(address, local):
+    sentence = NoBroker(address=address, reason="refused", pause_s=1.0).sentence()
+    assert ("'fluffle broker up' starts one here" in sentence) is local

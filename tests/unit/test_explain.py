@@ -153,10 +153,11 @@ def test_what_an_operator_should_look_at_is_explained():
     story.add(15, "frozen_differs", worker="b", other="a")
     _, text = story.explained(now=200)
     assert (
-        f"At {clock(at(11))}: the update of a claims 1000000000 examples and counts as 80" in text
+        f"At {clock(at(11))}: the update of a claims 1000000000 examples, but is weighted as 80"
+        in text
     )
     assert "b has been training at step 3 of 40 for 120 s without advancing" in text
-    assert "the norm of the update of a is 40, the median is 1" in text
+    assert "the norm of the update of a is 40, but the median is 1" in text
     assert "needs 2 updates now instead of 3 (c is gone)." in text
     assert "the frozen tensors of b differ from those of a" in text
 
@@ -257,7 +258,7 @@ def test_a_round_that_was_open_when_the_coordinator_was_lost():
     explanation, text = story.explained(now=60)
     assert explanation.missing == ["a"]  # its update is delivered again
     assert explanation.left_s == pytest.approx(597)
-    assert "opened it again" in text
+    assert "the round was opened again" in text
     explanation, _ = story.counted(61, "a", 1, needed=1).explained(now=62)
     assert explanation.missing == []
 
@@ -343,7 +344,7 @@ def test_a_finished_run_waits_for_nobody():
     _, text = story.explained(now=90)
     assert text.endswith("The run has finished: 7 rounds are done.")
     assert "Still waiting" not in text
-    assert "coordinator said" not in text
+    assert "coordinator reported" not in text
 
 
 def test_a_worker_does_what_the_coordinator_last_reported():
@@ -353,7 +354,7 @@ def test_a_worker_does_what_the_coordinator_last_reported():
     story = begun().counted(13, "a", 1)
     story.add(30, "waiting", reason=sentence, what="updates", round=7, missing=missing, short=0)
     _, text = story.explained(now=31)
-    assert "the coordinator said" not in text
+    assert "the coordinator reported" not in text
     assert f"Still waiting for b: connected, training 3/40 at {clock(at(30))}." in text
     assert f"Still waiting for c: connected, receiving at {clock(at(30))}." in text
 
@@ -371,8 +372,8 @@ def test_without_a_coordinator_it_names_the_command(committed):
 
 def test_between_two_rounds_it_names_what_the_run_waits_for():
     story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
-    story.add(20, "waiting", reason="waiting for workers: 0 of 2 are here (nobody)")
-    assert story.explained(now=25)[1].endswith("0 of 2 are here (nobody).")
+    story.add(20, "waiting", reason="waiting for workers: 0 of 2 are connected (nobody)")
+    assert story.explained(now=25)[1].endswith("0 of 2 are connected (nobody).")
     assert "0 of 2" not in story.opened(30, number=8).explained(now=35)[1]
 
 
@@ -380,10 +381,10 @@ def test_before_the_first_round_it_names_connected_and_refused_workers():
     story = Story().add(0, "started", folder="runs/f").add(1, "connected")
     story.add(2, "joined", worker="a", num_examples=80)
     story.add(3, "refused", worker="b", reason="it has other classes")
-    story.add(4, "waiting", reason="waiting for workers: 1 of 2 are here (a)")
+    story.add(4, "waiting", reason="waiting for workers: 1 of 2 are connected (a)")
     explanation = explain(story.events, *_choose_round(story.events, None, None), at(10))
     text = "\n".join(sentences(explanation))
-    assert text.startswith("Run r has opened no round yet.\nConnected is a.\n")
+    assert text.startswith("Run r has opened no round yet.\nConnected: a.\n")
     assert f"At {clock(at(3))}: refused: it has other classes (b)." in text
     assert "waiting for workers: 1 of 2" in text
     assert as_dict(explanation)["round"] == 0
@@ -417,7 +418,7 @@ def test_the_chosen_round():
         UsageError, match="round 9 of run later is not .*; r has 7-8; later has 1-2"
     ):
         _choose_round(story.events, None, 9)
-    with pytest.raises(UsageError, match="run x is not in the journal; there are r, later"):
+    with pytest.raises(UsageError, match="run x is not in the journal; choose from r, later"):
         _choose_round(story.events, "x", None)
     with pytest.raises(UsageError, match="no run yet"):
         _choose_round([], None, None)

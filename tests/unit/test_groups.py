@@ -136,7 +136,7 @@ def test_extra_tensors_that_do_not_match_the_plan_are_refused(wanted, extra, cau
 
 def test_an_unexpected_group_is_refused():
     message, payload = sent({"k": np.ones(1)}, "keys")
-    with pytest.raises(MalformedMessage, match="of the group 'keys' were not asked for"):
+    with pytest.raises(MalformedMessage, match="of the group 'keys' were not requested"):
         decode_extra(message, payload, MODEL, Plan())
 
 

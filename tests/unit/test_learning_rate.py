@@ -34,15 +34,15 @@ def test_a_plan_can_carry_the_rate_of_any_round(text):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("cosin", "there is no schedule 'cosin' .* did you mean 'cosine'"),
+        ("cosin", "unknown learning-rate schedule 'cosin' .* did you mean 'cosine'"),
         ("", "choose from constant, cosine, exponential:FACTOR, step:ROUNDS,FACTOR"),
-        ("cosine:0.5", "is 'cosine:0.5'; expected is cosine"),
-        ("exponential", "expected is exponential:FACTOR"),
+        ("cosine:0.5", "'cosine:0.5' of --learning-rate-schedule; expected cosine"),
+        ("exponential", "expected exponential:FACTOR"),
         ("exponential:2", "a FACTOR above 0 and at most 1"),
         ("exponential:nan", "a FACTOR above 0"),
-        ("step:0,0.5", "expected is step:ROUNDS,FACTOR"),
-        ("step:2", "expected is step:ROUNDS,FACTOR"),
-        ("step:x,0.5", "expected is step:ROUNDS,FACTOR"),
+        ("step:0,0.5", "expected step:ROUNDS,FACTOR"),
+        ("step:2", "expected step:ROUNDS,FACTOR"),
+        ("step:x,0.5", "expected step:ROUNDS,FACTOR"),
     ],
 )
 def test_an_invalid_schedule_is_refused_with_the_valid_forms(text, message):

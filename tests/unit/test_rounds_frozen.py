@@ -139,7 +139,7 @@ def test_whoever_takes_none_is_refused_at_its_hello():
     effects = run.seen("c", hello=True)
     (refused,) = only(effects, fx.Refuse)
     assert (refused.worker, refused.code) == ("c", "frozen")
-    assert "c takes no frozen tensors" in refused.reason
+    assert "c does not accept frozen tensors" in refused.reason
     assert "c" not in run.state.workers
 
 

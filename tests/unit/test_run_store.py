@@ -381,7 +381,7 @@ def test_a_torn_last_line_is_cut_off(three, keep):
     saved = three.load("letters")
     assert saved.committed == 3
     assert_weights(saved.weights, 3)
-    assert any("torn" in repair for repair in saved.repairs)
+    assert any("incomplete last line" in repair for repair in saved.repairs)
     assert three.history.path.read_bytes() == whole
     assert three.load("letters").repairs == ()
     commit(three, 4)
@@ -425,7 +425,7 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     assert_weights(saved.weights, last)
     assert saved.participants == ({"a", f"b{last}"} if last else set())
     assert saved.evaluated == (last == 0)
-    assert any(f"after round {last} cannot be read" in repair for repair in saved.repairs)
+    assert any(f"can be read is that of round {last}" in repair for repair in saved.repairs)
     # The history agrees, the removed lines are archived, and the run continues.
     removed = (three.folder / "history.removed.jsonl").read_text()
     assert three.history.path.read_text() + removed == before
@@ -495,7 +495,10 @@ def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
     damaged = before + bytes(hole) + last[hole:]
     three.history.path.write_bytes(damaged)
     saved = three.load("letters")
-    assert (saved.committed, saved.repairs) == (3, ("cut off a torn last line of history.jsonl",))
+    assert (saved.committed, saved.repairs) == (
+        3,
+        ("removed an incomplete last line from history.jsonl",),
+    )
     assert three.history.path.read_bytes() == before
     assert (three.folder / "history.removed.jsonl").read_bytes() == damaged[len(before) :]
     assert three.load("letters").repairs == ()

@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 @click.option(
     "--id",
     "worker_id",
-    metavar="ID",
+    metavar="NAME",
     help="ID of this worker, unique in the federation.  [default: derived from --data]",
     show_default=False,
 )
@@ -87,15 +87,15 @@ if TYPE_CHECKING:
     "--heartbeat",
     type=seconds(0, 60, min_open=True),
     default=2.0,
-    help="Seconds between heartbeats.",
+    help="Interval between heartbeats, in seconds.",
 )
 @click.option(
     "--wait-id",
     type=seconds(),
     default=45.0,
     help=(
-        "Time limit, in seconds, for waiting while another worker with this id is connected. "
-        "The broker may keep a broken connection of this worker for a while."
+        "Time limit, in seconds, for waiting while another worker with this ID is connected. "
+        "After a crash, the broker may keep this worker's own old connection for a while."
     ),
 )
 @click.option(

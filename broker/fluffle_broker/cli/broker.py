@@ -126,7 +126,7 @@ def down(state: Path) -> None:
 
 @broker.command()
 @_state_option
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead.")
+@click.option("--json", "as_json", is_flag=True, help="Print the status as one JSON object.")
 @click.pass_context
 def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     """Show whether the broker of this folder is up.
@@ -158,7 +158,7 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     "workers",
     multiple=True,
     metavar="NAME",
-    help="ID of a worker, which is also the name of its user; may be given several times.",
+    help="ID of a worker, which is also the name of the worker's user; may be given several times.",
 )
 @click.option(
     "--coordinator", is_flag=True, help="Print the permissions for the coordinator's user."
@@ -225,7 +225,12 @@ def permissions(**options: Any) -> None:
 @federation_option
 @url_option
 @management_option
-@click.option("--print", "prints", is_flag=True, help="Print rabbitmqctl commands instead.")
+@click.option(
+    "--print",
+    "prints",
+    is_flag=True,
+    help="Print rabbitmqctl commands instead of setting the policies.",
+)
 def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
     """Limit the length of a federation's queues.
 

@@ -23,7 +23,7 @@ _EVERY_S = 2.0
 @click.command()
 @inspection_options("Print a list of objects; with --watch, one list per line.")
 @management_option
-@click.option("--watch", is_flag=True, help="Repeat every 2 seconds, until Ctrl-C.")
+@click.option("--watch", is_flag=True, help="Repeat the table every 2 seconds, until Ctrl-C.")
 def queues(
     federation: str, url: str | None, management: str | None, as_json: bool, watch: bool
 ) -> None:

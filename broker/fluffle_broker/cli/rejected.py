@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 # These options may stand before the sub-command or after it.
-_common_options = inspection_options("Print JSON instead.", required=False)
+_common_options = inspection_options("Print the result as JSON.", required=False)
 
 
 @click.group(invoke_without_command=True)
@@ -221,7 +221,7 @@ def _print_result(each: Requeued) -> None:
 
 
 @rejected.command()
-@click.option("--yes", is_flag=True, help="Delete without asking.")
+@click.option("--yes", is_flag=True, help="Delete without a confirmation prompt.")
 @_common_options
 @click.pass_obj
 def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:

@@ -58,9 +58,9 @@ def tap(**options: Any) -> None:
     "→ w1,w2" goes from the coordinator to these workers; "← w1" comes from w1.
 
     tap reads copies from a temporary queue of its own, so no message is lost or delayed for its
-    receiver. If tap is too slow for the traffic, it loses the oldest copies. The copies load the
-    broker: in each round, it sends a large model, with all its parts, once more to tap. '--kind
-    update' excludes models; the parts of updates are copied only with --save.
+    receiver. If tap is too slow for the traffic, it loses the oldest copies. tap adds load
+    to the broker, which sends the model of each round, with all its parts, once more to tap.
+    '--kind update' excludes models; the parts of updates are copied only with --save.
 
     tap listens only to queues that exist, because RabbitMQ would report a message as delivered even
     if only tap received it. It looks for new queues every 10 seconds, so it may miss the first

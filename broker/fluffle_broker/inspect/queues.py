@@ -7,12 +7,13 @@ of ready messages and consumers of the queues whose names are known.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from fluffle_common.protocol.topology import Queue, Topology
-from fluffle_common.transport.base import Counts
+from fluffle_common.transport.base import Counts, QueueInUse
 from fluffle_common.transport.open_once import open_once
 from fluffle_common.transport.rabbitmq.management import (
     REQUEST_ERRORS,
@@ -103,8 +104,12 @@ def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
 
 
 async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
+    counted: dict[str, Counts | None] = {}
     async with open_once(AmqpTransport(url, "fluffle queues")) as link:
-        return {name: await link.counts(name) for name in names}
+        for name in names:
+            with contextlib.suppress(QueueInUse):  # exclusive, such as the queue of a tap
+                counted[name] = await link.counts(name)
+    return counted
 
 
 def _by_amqp(url: str, topology: Topology) -> list[QueueFigures]:

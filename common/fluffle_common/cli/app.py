@@ -15,6 +15,7 @@ import click
 
 from fluffle_common.cli.printing import (
     ReaderGone,
+    echo,
     echo_sentences,
     one_line,
     prepare_streams,
@@ -278,6 +279,9 @@ def _exit_code() -> int:
         return _INTERRUPTED
     except SystemExit as exits:
         return exits.code if isinstance(exits.code, int) else int(exits.code is not None)
+    except click.exceptions.NoArgsIsHelpError as asked:
+        echo(*asked.format_message().splitlines(), err=True)
+        return asked.exit_code
     except click.MissingParameter as wrong:
         return _print_error(_missing_parameter(wrong), wrong.exit_code)
     except click.ClickException as wrong:

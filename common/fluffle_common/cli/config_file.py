@@ -84,7 +84,7 @@ class ConfiguredCommand(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_remember,
-                help="Print every option in effect, with its source, as a TOML file.",
+                help="Print all options in effect, with their sources, as a TOML file, and exit.",
             )
         )
 

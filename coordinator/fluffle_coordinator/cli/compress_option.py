@@ -36,7 +36,7 @@ class CompressType(click.ParamType[Any]):
             fraction = 0.0
         if not _MIN_FRACTION <= fraction <= _MAX_FRACTION:
             self.fail(
-                f"'{text}' is not a compression; use int8, or topk with the fraction of values to "
+                f"unknown compression '{text}'; use int8, or topk with the fraction of values to "
                 f"send ({_MIN_FRACTION:f} to {_MAX_FRACTION:g}), such as topk:0.01, or your own "
                 "codec as path.py:name",
                 param,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--federation",
     default="conformance",
     metavar="NAME",
-    help="Name of a federation that nothing but this check uses.",
+    help="Name of the federation to use; nothing but this check may use it.",
 )
 @click.option(
     "--worker",
@@ -34,27 +34,27 @@ if TYPE_CHECKING:
 @click.option(
     "--large",
     is_flag=True,
-    help="Add a 5 MiB tensor to the model, so that it travels in parts. Use it with workers that "
-    "can train any model.",
+    help="Add a 5 MiB tensor to the model, so that the model is sent in parts. Only for workers "
+    "that can train any model.",
 )
 @click.option(
     "--twice",
     is_flag=True,
-    help="At the end, wait until the worker is restarted, and refuse it.",
+    help="At the end, wait for you to restart the worker, and refuse the new process.",
 )
 @click.option(
     "--wait",
     "wait_s",
     type=seconds(min_open=True),
     default=600.0,
-    help="Seconds to wait for the worker.",
+    help="Time limit for the worker to connect, in seconds.",
 )
 @click.option(
     "--patience",
     "patience_s",
     type=seconds(min_open=True),
     default=60.0,
-    help="Seconds to wait for an answer; must be longer than a training.",
+    help="Time limit for each answer, in seconds; must be longer than a training.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
 @queue_type_option

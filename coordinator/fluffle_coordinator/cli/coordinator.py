@@ -54,9 +54,9 @@ def run_option(command: Any) -> Any:
     "--min-workers",
     type=count(),
     help=(
-        "Workers that must be present before the first round. No round commits with fewer "
-        "updates than the quorum of this many.  [default: the quorum if that is a number, "
-        "else 2]"
+        "Number of workers that must be connected before the first round starts. A fraction as "
+        "quorum never means fewer updates than that fraction of this number.  [default: --quorum "
+        "if it is a number, else 2]"
     ),
     show_default=False,
 )
@@ -65,27 +65,28 @@ def run_option(command: Any) -> Any:
     type=QuorumType(),
     default="all",
     metavar="N|FRACTION|all",
-    help="Updates that close a round: a number, a fraction of the workers asked, or all of them.",
+    help="Number of updates that a round needs to close: a number, a fraction of the workers "
+    "selected for the round, or all of those workers.",
 )
 @click.option(
     "--grace",
     type=seconds(),
     default=0.0,
-    help="Seconds to wait for more updates after the quorum.",
+    help="Time that a round waits for more updates after its quorum, in seconds.",
 )
 @click.option(
     "--deadline",
     type=seconds(min_open=True),
     default=600.0,
-    help="Seconds that a round may stay open without reaching its quorum.",
+    help="Time limit for a round to reach its quorum, in seconds.",
 )
 @click.option(
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
     help=(
-        "When the deadline passes: reopen the round with the workers present, close it with "
-        "the updates that have arrived (at least --min-updates), or stop the run."
+        "What to do when the deadline passes: reopen the round with the workers present, close "
+        "it with the updates that have arrived (at least --min-updates), or stop the run."
     ),
 )
 @click.option(
@@ -100,40 +101,42 @@ def run_option(command: Any) -> Any:
     default="fedavg",
     metavar="NAME[:ARGUMENTS]|path.py:name",
     help=(
-        "How updates become the next model, such as fedadam:lr=0.03, median or "
-        "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or an object in your own file."
+        "Strategy that turns updates into the next model, such as fedadam:lr=0.03, median or "
+        "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or a strategy object in your own "
+        "file."
     ),
 )
 @click.option(
     "--evaluate",
     metavar="path.py:name",
     help=(
-        "Your own function that tests the model of every round: it gets the weights by name "
-        "and returns metrics by name. The next round waits for it."
+        "Function of yours that tests the model of every round: it maps a dict of weights by "
+        "name to a dict of metrics by name. The next round starts when it returns."
     ),
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
     help=(
-        "Your own function that is called after every commit. If it returns a reason, the "
-        "run ends there."
+        "Function of yours that is called after every commit. If it returns a text, the run ends "
+        "with that text as its reason."
     ),
 )
 @stopping_options
 @plan_options
-@click.option("--seed", type=SEED, default=0, help="Seed of every random choice.")
+@click.option("--seed", type=SEED, default=0, help="Seed of all random choices.")
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Classes that every worker must have.  [default: those of most of the workers waiting]",
+    help="Classes that every worker must have.  [default: the classes that most of the waiting "
+    "workers have]",
     show_default=False,
 )
 @click.option(
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Start from the weights in this model file.  [default: a worker initializes them]",
+    help="Model file with the first weights.  [default: a worker initializes them]",
     show_default=False,
 )
 @click.option(
@@ -150,8 +153,8 @@ def run_option(command: Any) -> Any:
     default=86400.0,
     metavar="SECONDS",
     help=(
-        "Maximum time that a round stays open. Until then, workers that make progress keep it "
-        "open past its deadline."
+        "Hard limit on how long a round may stay open. Workers that make progress keep a round "
+        "open past its deadline, but never beyond this limit."
     ),
 )
 @click.option(
@@ -159,8 +162,8 @@ def run_option(command: Any) -> Any:
     type=seconds(min_open=True),
     metavar="SECONDS",
     help=(
-        "Count a training as failed if it makes no progress for this long.  [default: only "
-        "reported, after 2 minutes]"
+        "Time without progress after which a training counts as failed.  [default: no limit; "
+        "reported after 2 minutes]"
     ),
     show_default=False,
 )
@@ -169,8 +172,8 @@ def run_option(command: Any) -> Any:
     type=count(),
     metavar="N",
     help=(
-        "Maximum weight of an update in the average.  [default: the number of examples that "
-        "its worker announced]"
+        "Maximum number of examples that an update is weighted by in the average.  [default: the "
+        "number that its worker announced]"
     ),
     show_default=False,
 )
@@ -179,8 +182,8 @@ def run_option(command: Any) -> Any:
     type=FiniteFloat(1),
     metavar="R",
     help=(
-        "Reject an update whose norm is more than R times the median of the last five rounds.  "
-        "[default: only reported, from 10 times on]"
+        "Maximum norm of an update, as a multiple of the median norm in the last five rounds; "
+        "larger updates are rejected.  [default: no limit; reported from 10 times the median on]"
     ),
     show_default=False,
 )
@@ -189,36 +192,36 @@ def run_option(command: Any) -> Any:
     "--wait-workers",
     type=seconds(min_open=True),
     default=86400.0,
-    help="Seconds to wait for enough workers before giving up.",
+    help="Time limit for enough workers to connect, in seconds.",
 )
 @click.option(
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Seconds to wait for an unreachable broker before giving up.",
+    help="Time limit for reaching the broker, in seconds.",
 )
 @click.option(
     "--verify-users",
     is_flag=True,
     help=(
-        "Require each worker to log in to the broker as the user with its id as the name; "
-        "messages that another user sends in its name are rejected."
+        "Require that each worker's user name on the broker is the worker's id; messages that "
+        "another user sends under that id are rejected."
     ),
 )
 @click.option(
     "--keep-updates",
     is_flag=True,
     help=(
-        "Keep every counted update in the run folder, for 'fluffle replay'. A round then takes "
-        "as many bytes as all its updates."
+        "Keep every counted update in the run folder, for 'fluffle replay'. Each round then "
+        "takes as much disk space as its updates."
     ),
 )
 @click.option(
     "--dashboard",
     metavar="HOST:PORT",
     help=(
-        "Show the run on a read-only live page at this address, such as 127.0.0.1:8080, with "
-        "/metrics for Prometheus; port 0 chooses a free port. Needs 'fluffle[dashboard]'."
+        "Address of a read-only live page of the run, such as 127.0.0.1:8080, with /metrics for "
+        "Prometheus; port 0 chooses a free port. Needs 'fluffle[dashboard]'."
     ),
 )
 @management_option
@@ -245,7 +248,7 @@ def coordinator(**options: Any) -> None:
     from fluffle_coordinator.service.app import run_coordinator
 
     if options["compress"] and options["upload_dtype"] != "float32":
-        raise UsageError("--upload-dtype and --compress exclude each other; give one of them")
+        raise UsageError("--upload-dtype conflicts with --compress; use only one of them")
     check_schedule_options(options)
     run_coordinator(rules_of(options), options)
 
@@ -264,15 +267,15 @@ def rules_of(options: dict[str, Any]) -> Rules:
     min_workers: int | None = options["min_workers"]
     sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
-        raise UsageError("--fraction and --sample exclude each other; give one of them")
+        raise UsageError("--fraction conflicts with --sample; use only one of them")
     least = quorum.number or 1
     if min_workers:
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
         least = quorum.of(cohort)
     if quorum.number is not None and options["min_updates"] > quorum.number:
         raise UsageError(
-            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, "
-            "and a round commits at its quorum; lower --min-updates"
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, at "
+            "which a round closes anyway; lower --min-updates"
         )
     return Rules(
         rounds=options["rounds"],
@@ -298,7 +301,9 @@ def rules_of(options: dict[str, Any]) -> Rules:
 
 @click.command()
 @run_option
-@click.option("--json", "as_json", is_flag=True, help="Print a list with one object per round.")
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print a JSON list with one object per round."
+)
 def history(folder: Path, as_json: bool) -> None:
     """Show the history of a run, one row per round.
 

@@ -52,7 +52,7 @@ def _source_options(command: Any) -> Any:
         "folder",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Read the journal in the run folder of a simulation, instead of one on a broker.",
+        help="Run folder of a simulation; its journal is read instead of one on a broker.",
     )
     return federation_option(url_option(run_option(command)), required=False)
 
@@ -62,7 +62,7 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
         return None if text is None else moment(text)
     except (ValueError, OverflowError):
         raise click.BadParameter(
-            f"'{text}' is not a time; write 90s, 10m, 2h, 3d or 2026-03-01T12:00"
+            f"invalid time '{text}'; write 90s, 10m, 2h, 3d or 2026-03-01T12:00"
         ) from None
 
 
@@ -73,8 +73,8 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
     callback=_since,
     metavar="WHEN",
     help=(
-        "Show events from this time on: 90s, 10m, 2h or 3d ago, or a date and time such as "
-        "2026-03-01T12:00."
+        "Show only events since this time: an age such as 90s, 10m, 2h or 3d, or a date and time "
+        "such as 2026-03-01T12:00."
     ),
 )
 @click.option(
@@ -126,7 +126,8 @@ def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
         return _events(_required(options["federation"]), options["url"], since, live=follow)
     if follow:
         raise UsageError(
-            "--follow needs a journal on a broker, but --run reads a file; give only one of them"
+            "--follow conflicts with --run, which reads a file; only a journal on a broker "
+            "can be followed"
         )
     return _events_in_file(folder, since)
 
@@ -218,15 +219,15 @@ def _choose_round(events: Iterable[Event], run: str | None, number: int | None) 
     if not runs:
         raise UsageError("the journal has no run yet")
     if run is not None and run not in runs:
-        raise UsageError(f"run {run} is not in the journal; there are {', '.join(runs)}")
+        raise UsageError(f"run {run} is not in the journal; choose from {', '.join(runs)}")
     run = run or list(runs)[-1]
     rounds = runs[run]
     if not rounds and number is None:
         return run, 0
     if not rounds:
         raise UsageError(
-            f"run {run} has not opened a round yet; 'fluffle explain' without a round says what it "
-            "is waiting for"
+            f"run {run} has not opened a round yet; 'fluffle explain' without a round shows what "
+            "the run is waiting for"
         )
     if number is not None and number not in rounds:
         others = "; ".join(f"{other} has {_spans(have)}" for other, have in runs.items() if have)

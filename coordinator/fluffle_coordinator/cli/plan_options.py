@@ -10,11 +10,11 @@ from fluffle_coordinator.cli.compress_option import CompressType
 from fluffle_coordinator.cli.option_group import option_group
 
 plan_options = option_group(
-    click.option("--epochs", type=count(), default=1, help="Local epochs per round."),
+    click.option("--epochs", type=count(), default=1, help="Number of local epochs per round."),
     click.option(
         "--steps",
         type=count(),
-        help="Local training steps per round, instead of --epochs.",
+        help="Number of local training steps per round, instead of --epochs.",
     ),
     click.option("--batch-size", type=count(), default=32, help="Local batch size."),
     click.option(
@@ -37,15 +37,15 @@ plan_options = option_group(
         type=KeyValue(),
         multiple=True,
         metavar="KEY=VALUE",
-        help="An extra setting for the tasks; may be given several times.",
+        help="Extra setting that is passed to the tasks; may be given several times.",
     ),
     click.option(
         "--upload-dtype",
         type=click.Choice(["float32", "bf16", "f16"]),
         default="float32",
         help=(
-            "Type of the floats of updates on the wire: bf16 and f16 round them and halve the "
-            "bytes; float32 changes nothing."
+            "Data type in which the floats of updates are sent: bf16 and f16 round them and "
+            "halve the bytes; float32 sends them unchanged."
         ),
     ),
     click.option(
@@ -53,10 +53,10 @@ plan_options = option_group(
         type=CompressType(),
         metavar="int8|topk:FRACTION|PATH.PY:NAME",
         help=(
-            "Send updates as 8-bit integers with scales (int8, about a quarter of the bytes), or "
-            "only their largest values (topk:0.01 sends one in a hundred), or with your own codec "
-            "(docs/codecs.md). What is left out is added to the worker's next update.  "
-            "[default: no compression]"
+            "Codec for updates: int8 sends 8-bit integers with scales (about a quarter of the "
+            "bytes), topk:0.01 sends only the largest values (one in a hundred), or name a codec "
+            "of your own (docs/codecs.md). What the codec leaves out is added to the worker's "
+            "next update.  [default: no compression]"
         ),
         show_default=False,
     ),
@@ -65,8 +65,9 @@ plan_options = option_group(
         multiple=True,
         metavar="TENSOR",
         help=(
-            "Train only this tensor of the model, or all with a prefix, such as 'head/*'; may be "
-            "given several times. The others stay unchanged and are not sent back.  [default: all]"
+            "Name of a tensor to train, or a prefix such as 'head/*'; may be given several "
+            "times. All other tensors stay unchanged and are not sent back.  [default: every "
+            "tensor is trained]"
         ),
         show_default=False,
     ),

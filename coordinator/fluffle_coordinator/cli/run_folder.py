@@ -26,7 +26,9 @@ _run_argument = click.argument(
 
 @click.command()
 @_run_argument
-@click.option("--round", "number", type=count(), required=True, help="The round to replay.")
+@click.option(
+    "--round", "number", type=count(), required=True, help="Number of the round to replay."
+)
 @click.option(
     "--codec",
     "codecs",
@@ -37,7 +39,7 @@ _run_argument = click.argument(
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="The run's strategy, if its file has moved.  [default: as in run.json]",
+    help="Strategy of the run, if its file has moved.  [default: as in run.json]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")
 def replay(

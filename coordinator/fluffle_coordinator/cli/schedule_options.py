@@ -45,8 +45,8 @@ class QuorumType(click.ParamType[Any]):
         except ValueError:
             pass
         self.fail(
-            f"'{text}' is not a quorum; give a number of updates such as 2, a fraction of the "
-            "workers asked such as 0.5 or 50%, or 'all'",
+            f"invalid quorum '{text}'; give a number of updates such as 2, a fraction of the "
+            "selected workers such as 0.5 or 50%, or 'all'",
             param,
             ctx,
         )
@@ -106,8 +106,9 @@ schedule_options = option_group(
         default=1.0,
         metavar="P",
         help=(
-            "Select P times as many workers as --fraction or --sample says, and count the first "
-            "to answer: 1.3 selects 130 %."
+            "Factor by which to select more workers than --fraction or --sample: 1.3 selects 130 "
+            "%. A fraction as --quorum still refers to the smaller number, so the first updates "
+            "to arrive can close the round."
         ),
     ),
     click.option(
@@ -126,16 +127,16 @@ schedule_options = option_group(
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
         help=(
-            "quorum: synchronous rounds that close at a quorum. buffered: asynchronous; idle "
-            "workers train the newest model at once, and every --buffer updates make the next "
-            "(docs/schedules.md)."
+            "When to make the next model. quorum: in synchronous rounds that close at a quorum. "
+            "buffered: asynchronous; idle workers train the newest model at once, and every "
+            "--buffer updates make the next (docs/schedules.md)."
         ),
     ),
     click.option(
         "--buffer",
         type=count(),
         metavar="K",
-        help="With 'buffered': number of updates that make the next model.  [default: 10]",
+        help="Number of updates that make the next model, with --schedule buffered.  [default: 10]",
         show_default=False,
     ),
     click.option(
@@ -143,7 +144,7 @@ schedule_options = option_group(
         type=count(),
         metavar="C",
         help=(
-            "With 'buffered': maximum number of workers that train at the same time.  "
+            "Maximum number of workers that train at the same time, with --schedule buffered.  "
             "[default: all]"
         ),
         show_default=False,
@@ -153,8 +154,8 @@ schedule_options = option_group(
         type=count(0, 10_000),
         metavar="S",
         help=(
-            "Maximum staleness of an update that still counts, in versions of the model.  "
-            "[default: 20 with 'buffered', 2 with '--late discount']"
+            "Maximum staleness of an update, in versions of the model; staler updates are "
+            "discarded.  [default: 20 with 'buffered', 2 with '--late discount']"
         ),
         show_default=False,
     ),
@@ -163,8 +164,8 @@ schedule_options = option_group(
         type=DiscountType(),
         metavar="NAME[:ARGS]",
         help=(
-            "Share of its weight that a stale update keeps: constant, polynomial:a, "
-            "hinge:a,b or threshold:s.  [default: polynomial:0.5]"
+            "Fraction of its weight that a stale update keeps: constant, polynomial:a, hinge:a,b "
+            "or threshold:s.  [default: polynomial:0.5]"
         ),
         show_default=False,
     ),
@@ -174,7 +175,7 @@ schedule_options = option_group(
         default="discard",
         help=(
             "What to do with an update that arrives after its synchronous round: discard it, or "
-            "count it in the open round, discounted as --staleness says."
+            "add it to the open round with a weight discounted by --staleness."
         ),
     ),
 )

@@ -12,9 +12,9 @@ stopping_options = option_group(
         "--monitor",
         metavar="METRIC",
         help=(
-            "Keep the best model by this metric as best.safetensors: a federated metric such as "
-            "accuracy, or test/NAME for one that --evaluate returns. Lower is better for a loss "
-            "or an error."
+            "Metric by which the best model is chosen and kept as best.safetensors: a federated "
+            "metric such as accuracy, or test/NAME for a metric that --evaluate returns. Lower "
+            "is better for a loss or an error."
         ),
     ),
     click.option(
@@ -22,20 +22,22 @@ stopping_options = option_group(
         type=FiniteFloat(),
         metavar="VALUE",
         help=(
-            "End the run when the --monitor metric, or the loss without --monitor, reaches "
-            "this value."
+            "Value of the --monitor metric (or of the loss, without --monitor) at which the run "
+            "ends."
         ),
     ),
     click.option(
         "--patience",
         type=count(),
         metavar="ROUNDS",
-        help="End the run when that metric has not improved for this many rounds.",
+        help="Number of rounds without improvement of the --monitor metric (or of the loss, "
+        "without --monitor) after which the run ends.",
     ),
     click.option(
         "--time-budget",
         type=seconds(min_open=True),
         metavar="SECONDS",
-        help="End the run after the round in which the total time of its rounds reaches this.",
+        help="Time limit for all rounds together, in seconds. The run ends after the round in "
+        "which the limit is reached.",
     ),
 )

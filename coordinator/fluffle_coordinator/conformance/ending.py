@@ -95,7 +95,9 @@ async def refusal(probe: Probe) -> str:
             while not await probe.gone():  # noqa: ASYNC110 - the broker does not announce it
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
-        raise Unmet(f"it still reads its inbox after {probe.options.patience_s:g} s") from None
+        raise Unmet(
+            f"the worker still consumes its inbox after {probe.options.patience_s:g} s"
+        ) from None
     return "it left"
 
 

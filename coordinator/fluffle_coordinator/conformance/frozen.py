@@ -12,9 +12,9 @@ from fluffle_coordinator.conformance.scenario import Section, demands
 
 @demands(
     Section.FROZEN,
-    "a worker with the feature frozen passes over a fit whose frozen tensors it lacks, as "
-    "receiving; it takes those that come with a fit, lists their digest, and then trains without "
-    "being sent them again",
+    "a worker with the feature frozen does not train a fit whose frozen tensors it lacks, and "
+    "reports the state receiving; it keeps the frozen tensors that come with a fit, lists their "
+    "digest, and then trains without being sent them again",
 )
 async def frozen_tensors(probe: Probe) -> str:
     """Send work that needs other frozen tensors: without them, with them, and without them."""
@@ -29,11 +29,13 @@ async def frozen_tensors(probe: Probe) -> str:
     await probe.read_by_now()
     state = _last_sign(probe).state
     if probe.updates_of(sent) or state != "receiving":
-        raise Unmet(f"it is {state} after a fit whose frozen tensors it was not sent")
+        raise Unmet(f"the worker is {state} after a fit whose frozen tensors were not sent to it")
 
     await probe.update(await probe.ask(sent.fit, beside={FROZEN: other.tensors}))
     if other.digest not in (await probe.idle()).frozen:
-        raise Unmet("its heartbeat does not list the digest of the tensors that it was sent")
+        raise Unmet(
+            "the worker's heartbeat does not list the digest of the tensors that it was sent"
+        )
 
     await probe.update(await probe.ask(probe.next_fit(**needs)))
     return f"{len(probe.frozen)} frozen tensors, sent once for two rounds"

@@ -111,7 +111,7 @@ async def _check_not_accepted(probe: Probe, *refused: SentFit) -> None:
 def _check_no_evidence(probe: Probe, refused: Iterable[SentFit]) -> None:
     for sent in refused:
         if evidence := probe.accepted(sent):
-            raise Unmet(f"it accepted the work of round {sent.fit.round}: {evidence}")
+            raise Unmet(f"the worker accepted the work of round {sent.fit.round}: {evidence}")
 
 
 def unsound_fits(probe: Probe) -> Iterator[tuple[bytes, Fit]]:
@@ -168,7 +168,9 @@ async def lost_part(probe: Probe) -> str:
 
     beat = await probe.until(receiving, "heartbeat in state receiving")
     if (beat.run, beat.round) != (probe.run, sent.fit.round):
-        raise Unmet(f"it is receiving round {beat.round}, not {sent.fit.round}")
+        raise Unmet(
+            f"the worker reports that it is receiving round {beat.round}, not {sent.fit.round}"
+        )
     await _send_strange_parts(probe)
     await probe.update(await probe.ask(sent.fit))
     return f"receiving, {beat.step} of {beat.steps} parts; then the update"

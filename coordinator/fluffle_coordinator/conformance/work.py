@@ -54,9 +54,15 @@ async def last_work(probe: Probe) -> str:
     update, _ = await probe.update(await probe.ask(probe.next_fit()))
     beat = await probe.idle()
     if (beat.run, beat.round) != (update.run, update.round):
-        raise Unmet(f"it says run {beat.run}, round {beat.round}; it did round {update.round}")
+        raise Unmet(
+            f"the worker's heartbeat reports run {beat.run}, round {beat.round}, but its last "
+            f"update was for round {update.round}"
+        )
     if beat.base not in (None, update.base):
-        raise Unmet(f"it says that it started from {beat.base}, not from {update.base}")
+        raise Unmet(
+            f"the worker's heartbeat reports the base {beat.base}, but its last update started "
+            f"from {update.base}"
+        )
     return f"idle after round {beat.round}"
 
 
@@ -68,7 +74,7 @@ async def same_fit_again(probe: Probe) -> str:
     await probe.idle()
     again = await probe.update(await probe.ask(sent.fit))
     if not same_answer(first, again):
-        raise Unmet(f"it trained again: {_difference(first, again)}")
+        raise Unmet(f"the worker trained again: {_difference(first, again)}")
     return "the same update"
 
 
@@ -82,7 +88,7 @@ async def same_fit_while_at_work(probe: Probe) -> str:
     updates = probe.updates_of(sent)
     for other in updates[1:]:
         if not same_answer(updates[0], other):
-            raise Unmet(f"it trained twice: {_difference(updates[0], other)}")
+            raise Unmet(f"the worker trained twice: {_difference(updates[0], other)}")
     return f"{len(updates)} update{'s, the same' if len(updates) > 1 else ''}"
 
 
@@ -96,7 +102,7 @@ async def next_fit_at_once(probe: Probe) -> str:
     return "3 rounds without a pause"
 
 
-@demands(Section.WORK, "a fit for a newer round ends the older work, and is answered")
+@demands(Section.WORK, "a fit for a newer round replaces the older work, and is answered")
 async def newer_fit(probe: Probe) -> str:
     """Send the next round while the worker trains."""
     older = await probe.ask(probe.next_fit())
@@ -155,7 +161,7 @@ async def rejected_update(probe: Probe) -> str:
     await probe.send(verdict)
     second = await probe.update(await probe.ask(sent.fit.model_copy(update={"attempt": 1})))
     if same_answer(rejected, second):
-        raise Unmet("it sent the rejected update again, byte for byte")
+        raise Unmet("the worker sent the rejected update again, byte for byte")
     return f"another update, after {second.update.seconds:.2f} s of training"
 
 

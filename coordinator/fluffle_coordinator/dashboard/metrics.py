@@ -32,9 +32,12 @@ _QUEUE_FIGURES = {
     "ready": ("fluffle_queue_ready_messages", "Messages waiting to be delivered."),
     "unacknowledged": (
         "fluffle_queue_unacknowledged_messages",
-        "Messages delivered but not acknowledged; an update stays so until its round is on disk.",
+        (
+            "Messages delivered but not acknowledged; an update stays unacknowledged until its "
+            "round is on disk."
+        ),
     ),
-    "consumers": ("fluffle_queue_consumers", "Consumers of these queues."),
+    "consumers": ("fluffle_queue_consumers", "Number of consumers of these queues."),
     "size_bytes": ("fluffle_queue_size_bytes", "Bytes of the messages in these queues."),
 }
 
@@ -95,7 +98,11 @@ def _run(board: Board) -> Iterator[Metric]:
     if run["rounds"] is not None:
         yield _gauge("fluffle_rounds_planned", "Number of rounds of the run.", run["rounds"])
     yield _gauge("fluffle_quorum_received_updates", "Updates counted in the open round.", updates)
-    yield _gauge("fluffle_quorum_needed_updates", "Updates that close the open round.", needed)
+    yield _gauge(
+        "fluffle_quorum_needed_updates",
+        "Number of updates that the open round needs to close.",
+        needed,
+    )
     for metric, name, words in _EVALUATIONS:
         if (value := latest(board.view, metric)) is not None:
             yield _gauge(name, words, value)
@@ -117,9 +124,7 @@ def _counters(counters: Counters) -> Iterator[Metric]:
         ),
     ):
         yield CounterMetricFamily(name, words, value)
-    outcomes = CounterMetricFamily(
-        "fluffle_updates", "Updates, by what became of them.", labels=["outcome"]
-    )
+    outcomes = CounterMetricFamily("fluffle_updates", "Updates, by outcome.", labels=["outcome"])
     for outcome in OUTCOMES:
         outcomes.add_metric([outcome], counters.outcomes[outcome])
     yield outcomes

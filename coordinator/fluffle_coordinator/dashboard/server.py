@@ -173,7 +173,7 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
         if viewers >= _MAX_VIEWERS:
-            reason = f"this page already has {_MAX_VIEWERS} viewers, the most that it serves\n"
+            reason = f"this page already has {_MAX_VIEWERS} viewers, the maximum that it serves\n"
             return PlainTextResponse(reason, 503)
 
         async def stream() -> AsyncIterator[str]:

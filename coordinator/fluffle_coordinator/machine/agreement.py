@@ -71,24 +71,26 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         return Misfit(
             "classes",
             f"worker {worker.name} {_difference(worker.classes, state.classes)}{source}; give the "
-            "worker --classes or other data, or give the coordinator --classes, which decides",
+            "worker --classes or other data, or set the classes of the federation with --classes "
+            "of the coordinator",
         )
     model = state.model
     if model is not None and worker.model is not None and worker.model.digest != model.digest:
         theirs, ours = worker.model.summary, model.summary
-        difference = f"{theirs}, but the federation's has {ours}"
+        difference = f"{theirs}, but the federation's model has {ours}"
         if theirs == ours:
             difference = f"tensors of other names or shapes than the federation's ({ours})"
         return Misfit(
             "model",
-            f"the model of worker {worker.name} has {difference}{source}; give it the same task, "
-            "and the same JAX_ENABLE_X64",
+            f"the model of worker {worker.name} has {difference}{source}; give the worker the "
+            "same task and the same JAX_ENABLE_X64 as the others",
         )
     if state.frozen and FROZEN not in worker.features:
         return Misfit(
             "frozen",
-            f"worker {worker.name} takes no frozen tensors, and the federation's model has shared "
-            "ones; set share_frozen=True in its task, or install a newer fluffle there",
+            f"worker {worker.name} does not accept frozen tensors, but the federation's model "
+            "shares some; set share_frozen=True in the worker's task, or install a newer fluffle "
+            "on the worker",
         )
     return None
 

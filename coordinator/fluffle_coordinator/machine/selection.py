@@ -204,7 +204,7 @@ def parse_selection(text: str) -> Selection:
         return _RULES[text]
     name, _, setting = text.partition(":")
     if name != "fastest":
-        raise ValueError(f"'{text[:60]}' is unknown; choose one of {', '.join(NAMES)}")
+        raise ValueError(f"unknown selection '{text[:60]}'; choose from {', '.join(NAMES)}")
     try:
         floor = float(setting) if setting else _FLOOR
     except ValueError:

@@ -67,7 +67,7 @@ class Discount:
         """
         kind, _, values = text.partition(":")
         if kind not in _KINDS:
-            raise ValueError(f"'{text[:60]}' is unknown; choose one of {', '.join(_KINDS)}")
+            raise ValueError(f"unknown discount '{text[:60]}'; choose from {', '.join(_KINDS)}")
         default = _KINDS[kind][1]
         try:
             args = tuple(map(float, values.split(","))) if values else default
@@ -75,8 +75,8 @@ class Discount:
             args = (math.nan,)
         if len(args) != len(default) or not all(0 <= arg < math.inf for arg in args):
             raise ValueError(
-                f"'{text[:60]}' does not have {len(default)} numbers from 0 up, as "
-                f"{cls(kind, default)} has"
+                f"invalid discount '{text[:60]}'; expected the form of {cls(kind, default)}, with "
+                "numbers of at least 0"
             )
         return cls(kind, args)
 

@@ -85,8 +85,7 @@ def _before_the_first(explanation: Explanation) -> list[str]:
     present = sorted(explanation.view.workers.present)
     lines = [f"Run {explanation.run} has opened no round yet."]
     if present:
-        are = "is" if len(present) == 1 else "are"
-        lines.append(f"Connected {are} {_names(present)}.")
+        lines.append(f"Connected: {_names(present)}.")
     lines += [
         f"{worker} {_absence(*how)}." for worker, how in explanation.view.workers.departed.items()
     ]
@@ -102,7 +101,7 @@ def _waiting(explanation: Explanation) -> Iterator[str]:
     """Yield what the coordinator waits for, apart from the missing workers."""
     if explanation.waiting is not None and explanation.waiting[1].reason:
         at, event = explanation.waiting
-        yield f"At {clock(at)} the coordinator said: {event.reason}."
+        yield f"At {clock(at)} the coordinator reported: {event.reason}."
 
 
 def as_dict(explanation: Explanation) -> dict[str, Any]:
@@ -175,12 +174,15 @@ def _opening(explanation: Explanation) -> Iterator[str]:
         f"{clock(this.opened_at)} for {_names(this.asked)}{needed}."
     )
     if this.openings > 1:
-        yield "A coordinator was lost or stopped while it was open, and opened it again."
+        yield (
+            "While the round was open, a coordinator was lost or stopped; then the round was "
+            "opened again."
+        )
 
 
 def _answers(explanation: Explanation) -> Iterator[str]:
     if not explanation.round.answers:
-        yield "No update is counted."
+        yield "No update has been counted."
     for answer in explanation.round.answers.values():
         yield _answer(explanation, answer)
 
@@ -252,8 +254,8 @@ def _progress(explanation: Explanation) -> Iterator[str]:
         return
     if this.restarted_at is not None:
         yield (
-            f"A coordinator was started at {clock(this.restarted_at)} and opens it again as soon "
-            "as enough workers are there."
+            f"A coordinator was started at {clock(this.restarted_at)} and opens the round again "
+            "as soon as enough workers are connected."
         )
         return
     if this.needed is not None:
@@ -263,7 +265,8 @@ def _progress(explanation: Explanation) -> Iterator[str]:
     if explanation.view.unlinked_since is not None:
         lost = clock(explanation.view.unlinked_since)
         yield (
-            f"The coordinator lost the broker at {lost}; the time until it is back does not count."
+            f"The coordinator lost the broker at {lost}; the time until the broker is back "
+            "does not count towards the deadline."
         )
     yield _deadline(explanation)
     yield from _waiting(explanation)
@@ -282,7 +285,7 @@ def _deadline(explanation: Explanation) -> str:
     this = explanation.round
     left_s = explanation.left_s
     if left_s is None or this.deadline_at is None:
-        return "Its deadline is not in the journal."
+        return "The deadline of the round is not in the journal."
     if left_s > 0:
         return f"{duration(left_s)} left until the deadline, at {clock(this.deadline_at)}."
     return (

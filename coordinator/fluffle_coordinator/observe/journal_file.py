@@ -81,8 +81,8 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
         file = (folder / _NAME).open(encoding="utf-8")
     except OSError:
         raise UsageError(
-            f"{folder} has no journal: only simulations keep it in the run's folder; that of other "
-            "runs is on their broker (--federation NAME)"
+            f"{folder} has no journal: only simulations keep their journal in the run folder; "
+            "other runs keep it on the broker (--federation NAME)"
         ) from None
     with file:
         for line in file:

@@ -82,9 +82,9 @@ async def _entries(
     while await link.counts(topology.journal) is None:
         if not live:
             raise UsageError(
-                f"federation {topology.federation} has no journal on this broker; "
-                "is --federation right, has its coordinator ever been connected here, and does the "
-                "broker have streams?"
+                f"federation {topology.federation} has no journal on this broker; check that "
+                "--federation is right, that the coordinator has been connected to this broker, "
+                "and that the broker supports streams"
             )
         await asyncio.sleep(_POLL_S)
     last: int | None = None

@@ -74,7 +74,7 @@ def waiting_for(state: State, now: float) -> Waiting | None:
         return Waiting(reason=reason, what="workers")
     if state.phase is Phase.EVALUATING:
         names = ", ".join(sorted(n for n in state.asked if n not in state.evaluations))
-        reason = f"waiting for the evaluation by {names or 'workers: nobody is here'}"
+        reason = f"waiting for the evaluation by {names or 'workers: none is connected'}"
         return Waiting(reason=reason, what="evaluations")
     return None
 
@@ -92,7 +92,7 @@ def _before_a_round(state: State) -> Waiting | None:
     what = _lacking(state)
     if what == "workers":
         present, gate = ", ".join(sorted(state.workers)) or "nobody", workers_needed(state)
-        reason = f"waiting for workers: {len(state.workers)} of {gate} are here ({present})"
+        reason = f"waiting for workers: {len(state.workers)} of {gate} are connected ({present})"
     else:
         reason = f"waiting for first weights from {state.init_asked}"
     return None if what is None else Waiting(reason=reason, what=what)

@@ -213,7 +213,7 @@ class Aggregator:
                 groups = read_groups(message.tensors, payload)
                 weights = groups[MODEL]
                 if not weights:
-                    raise ValueError("there is no tensor")
+                    raise ValueError("the message contains no tensor")
                 check_names(weights)
                 check_finite(weights)
                 frozen = await asyncio.to_thread(_checked, groups.get(FROZEN, NO_TENSORS))
@@ -277,8 +277,8 @@ class Aggregator:
         delta, norm = decode_contribution(message, payload, self._base, self._plan)
         if norm > how.max_norm:
             raise MalformedMessage(
-                f"the norm of the update is {norm:.3g}; the limit is {how.max_norm:.3g} "
-                "(--max-norm-ratio)",
+                f"the norm of the update is too large: {norm:.3g}, but the limit is "
+                f"{how.max_norm:.3g} (--max-norm-ratio)",
                 "norm",
             )
         contribution = Contribution(

@@ -98,8 +98,8 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
     strategy = as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
-            f"--keep-updates would store the updates that the strategy {strategy.name} keeps "
-            "private, and replay cannot reproduce its random noise; remove --keep-updates"
+            f"--keep-updates conflicts with the strategy {strategy.name}, which keeps updates "
+            "private and adds random noise that replay cannot reproduce; remove --keep-updates"
         )
     timing = Timing(**{field.name: options[field.name] for field in fields(Timing)})
     schedule_name, schedule = load_schedule(timing)

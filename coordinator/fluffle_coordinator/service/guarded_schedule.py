@@ -62,7 +62,9 @@ class GuardedSchedule(Schedule[State]):
         """Return ``Schedule.needed``, checked to be a whole number of at least 1."""
         needed = self._number("needed()", self.schedule.needed, state)
         if needed < 1 or needed != int(needed):
-            raise self._wrong("needed()", f"it returned {needed!r}, not a whole number from 1")
+            raise self._wrong(
+                "needed()", f"it returned {needed!r}, not a whole number of at least 1"
+            )
         return int(needed)
 
     def cohort(self, state: State) -> tuple[str, ...]:
@@ -107,7 +109,9 @@ class GuardedSchedule(Schedule[State]):
         names = tuple(_call(self._what, where, function, state, *on))
         for name in names:
             if name not in state.workers:
-                raise self._wrong(where, f"it named {name!r:.60}, but no such worker is connected")
+                raise self._wrong(
+                    where, f"it selected {name!r:.60}, but no such worker is connected"
+                )
         return tuple(dict.fromkeys(names))
 
 

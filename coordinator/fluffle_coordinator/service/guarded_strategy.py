@@ -167,7 +167,9 @@ def _check_tensors(value: Any) -> None:
         ValueError: if it is not.
     """
     if not isinstance(value, Mapping):
-        raise ValueError(f"it is of type {type(value).__name__}, not a mapping of names to arrays")
+        raise ValueError(
+            f"the value is of type {type(value).__name__}, not a mapping of names to arrays"
+        )
     check_signature(value)
     for name, tensor in value.items():
         if not isinstance(tensor, np.ndarray | np.generic):  # arithmetic turns () into a scalar

@@ -98,7 +98,7 @@ NO_HOOKS = Hooks()
 def _function(given: Any, option: str) -> Any:
     function = load_object(given, option) if isinstance(given, str) else given
     if function is not None and not callable(function):
-        raise UsageError(f"{option} is {type(function).__name__}; a function is expected")
+        raise UsageError(f"{option} must be a function, not {type(function).__name__}")
     return function
 
 
@@ -134,7 +134,7 @@ class HookCalls:
                 return str(stop) or "the on_round hook stopped the run"
             if returned is not None and not isinstance(returned, str):
                 raise TypeError(
-                    f"it returned {type(returned).__name__}; None or a reason is expected"
+                    f"it returned {type(returned).__name__}, not None or a text with the reason"
                 )
             return returned or ""
 
@@ -145,7 +145,7 @@ class HookCalls:
         result, why = await asyncio.to_thread(_attempt, call)
         if why is not None and (text := one_line(why)) not in self._reported:
             self._reported.add(text)
-            what = f"round {number} is kept, but its {name} hook failed: {text}"
+            what = f"round {number} is committed, but its {name} hook failed: {text}"
             self._record(run_events.Note(what=what))
             warn_in_full(why, f"{name} hook", _CALLERS)
         return result
@@ -165,7 +165,7 @@ def _metrics(returned: Any) -> dict[str, float]:
         TypeError: if ``returned`` is not a mapping of names to numbers.
     """
     if not isinstance(returned, Mapping):
-        raise TypeError(f"it returned {type(returned).__name__}; metrics by name are expected")
+        raise TypeError(f"it returned {type(returned).__name__}, not a mapping of names to metrics")
     metrics = {}
     for name, value in returned.items():
         if not isinstance(value, numbers.Real) and getattr(value, "shape", None) != ():

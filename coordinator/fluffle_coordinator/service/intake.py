@@ -204,7 +204,7 @@ class Intake:
                 self._post(ev.Failed(now, worker_name, run, number, reason))
             case _:
                 raise MalformedMessage(
-                    f"a message of kind {message.kind} is no sign of life", "kind"
+                    f"a message of kind {message.kind} is not about presence", "kind"
                 )
 
     async def _read_updates(self, deliveries: Any, link: int) -> None:
@@ -257,7 +257,7 @@ class Intake:
                     "run",
                 )
             case _:
-                raise MalformedMessage(f"a message of kind {message.kind} is no update", "kind")
+                raise MalformedMessage(f"a message of kind {message.kind} is not an update", "kind")
 
     def _first_weights(self, held: Held, worker: str) -> None:
         """Accept first weights only from the worker that was asked for them."""

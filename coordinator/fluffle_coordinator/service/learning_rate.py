@@ -51,7 +51,8 @@ class LearningRateSchedule:
         kind, _, rest = text.partition(":")
         if kind not in _FORMS:
             raise UsageError(
-                f"there is no schedule '{kind}' ({_OPTION}); {nearest(kind, _FORMS.values())}"
+                f"unknown learning-rate schedule '{kind}' ({_OPTION}); "
+                f"{nearest(kind, _FORMS.values())}"
             )
         schedule = None
         with contextlib.suppress(ValueError):
@@ -64,7 +65,9 @@ class LearningRateSchedule:
                     schedule = cls(kind, float(factor), int(rounds))
         if schedule is None or not (0 < schedule.factor <= 1 and 1 <= schedule.rounds < 2**31):
             limits = ", with a FACTOR above 0 and at most 1" * ("FACTOR" in _FORMS[kind])
-            raise UsageError(f"{_OPTION} is '{text}'; expected is {_FORMS[kind]}{limits}")
+            raise UsageError(
+                f"invalid value '{text}' of {_OPTION}; expected {_FORMS[kind]}{limits}"
+            )
         return schedule
 
     def __str__(self) -> str:

@@ -87,8 +87,8 @@ def _usable(folder: Path) -> Iterator[None]:
     except OSError as why:
         what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
         raise RunError(
-            f"cannot use the run folder {folder} ({what}); it must be writable and on a file "
-            "system that supports locks: choose another with --run"
+            f"cannot use the run folder {folder} ({what}); the folder must be writable and on a "
+            "file system that supports locks: choose another with --run"
         ) from None
 
 
@@ -136,9 +136,9 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
         return
     if not same:
         raise UsageError(
-            f"--init {file} holds other weights than this run began with, and cannot change an "
-            "existing run; give --fresh to begin a new run with them and move this one aside, or "
-            "leave --init out to continue this run"
+            f"--init {file} conflicts with the existing run, which began with other weights; give "
+            "--fresh to begin a new run with the weights in that file (the existing run is moved "
+            "aside), or leave --init out to continue the existing run"
         )
 
 

@@ -51,8 +51,8 @@ def load_schedule(timing: Timing) -> tuple[str, Schedule[State]]:
     name, discounts_late = timing.schedule, timing.late == "discount"
     if name not in ("quorum", "buffered") and ":" not in name:
         raise UsageError(
-            f"there is no schedule '{name}' (--schedule); quorum and buffered are known, and "
-            "path.py:name takes one from a file of your own"
+            f"unknown schedule '{name}' (--schedule); choose quorum or buffered, or load your own "
+            "with path.py:name"
         )
     if name != "quorum" and discounts_late:
         raise UsageError("--late discount needs --schedule quorum; add that, or remove --late")
@@ -110,8 +110,8 @@ def load_selection(text: str) -> Selection:
     function = place.load(_CALLERS)
     if not callable(function) or isinstance(function, type):
         raise UsageError(
-            f"--select {text} is not a function; a function of the candidates, the number to "
-            "choose and the draw is expected, which returns names (docs/schedules.md)"
+            f"--select {text} must be a function; it receives the candidates, the number to "
+            "choose and the draw, and returns names (docs/schedules.md)"
         )
     return Selection(place.called, guarded_choice(place.called, cast("Choose", function)))
 
@@ -121,8 +121,8 @@ def _from_file(name: str) -> tuple[str, Schedule[State]]:
     schedule = place.found(_CALLERS)
     if isinstance(schedule, type):
         raise UsageError(
-            f"--schedule {name} is a class, not a schedule; create an instance in the file "
-            "and name that"
+            f"--schedule {name} is a class, not a schedule; create an instance in the file and "
+            "name the instance"
         )
     missing = [
         f"{method}()" for method in _METHODS if not callable(getattr(schedule, method, None))

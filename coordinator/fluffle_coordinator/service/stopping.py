@@ -54,7 +54,7 @@ class Standing:
         >>> for number, accuracy in enumerate([0.5, 0.75, 0.75, 0.7], start=1):
         ...     standing.note(number, {"accuracy": accuracy})
         >>> standing.best, standing.enough()
-        (2, 'accuracy is no better than 0.7500, of round 2, for 2 rounds (--patience)')
+        (2, 'accuracy has not improved for 2 rounds, since 0.7500 in round 2 (--patience)')
     """
 
     def __init__(self, stopping: Stopping, lines: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -88,18 +88,21 @@ class Standing:
         of_a_test = any(metric.startswith(TEST_PREFIX) for metric in metrics)
         if not monitored or name in metrics or name.startswith(TEST_PREFIX) != of_a_test:
             return None
-        return f"no round has the metric '{name}' (--monitor); known are {', '.join(metrics)}"
+        return f"no round has the metric '{name}' (--monitor); choose from {', '.join(metrics)}"
 
     def enough(self) -> str:
         """Return the reason to end the run; empty to continue."""
         rules, name = self._stopping, self._stopping.metric
         if self.best is not None:
-            of = f"{self._value:.4f}, of round {self.best}"
+            of = f"{self._value:.4f} in round {self.best}"
             if rules.target is not None and self._sign * (self._value - rules.target) >= 0:
-                return f"{name} is {of} (--target {rules.target:g})"
+                return f"{name} reached {of} (--target {rules.target:g})"
             if rules.patience is not None and self._latest - self.best >= rules.patience:
                 rounds = "1 round" if rules.patience == 1 else f"{rules.patience} rounds"
-                return f"{name} is no better than {of}, for {rounds} (--patience)"
+                return f"{name} has not improved for {rounds}, since {of} (--patience)"
         if rules.time_budget_s is not None and self._seconds >= rules.time_budget_s:
-            return f"its rounds took {self._seconds:.0f} s (--time-budget {rules.time_budget_s:g})"
+            return (
+                f"all rounds together took {self._seconds:.0f} s (--time-budget "
+                f"{rules.time_budget_s:g})"
+            )
         return ""

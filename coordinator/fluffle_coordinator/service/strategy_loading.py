@@ -57,8 +57,8 @@ def _by_name(name: str) -> Any:
         return load_installed("strategy", entry_points[name], _CALLERS)
     known = {*PARTS, *entry_points}
     raise UsageError(
-        f"there is no strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
-        "'fluffle strategies' explains them, and path.py:name takes one from a file of your own"
+        f"unknown strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
+        "('fluffle strategies' explains each; path.py:name loads your own)"
     )
 
 
@@ -71,18 +71,20 @@ def _checked(name: str, value: Any) -> Any:
     attribute = name.rpartition(":")[2]
     if isinstance(value, type):
         raise UsageError(
-            f"--strategy {name} is a class, not a strategy; create an instance in the file, "
-            f"such as my_{attribute.lower()} = {attribute}(), and name that"
+            f"--strategy {name} is a class, not a strategy; create an instance in the file, such "
+            f"as my_{attribute.lower()} = {attribute}(), and name the instance"
         )
     missing = [f"{method}()" for method in _METHODS if not callable(getattr(value, method, None))]
     if not isinstance(getattr(value, "needs", None), Needs):
         missing.append("needs (a Needs object)")
     if missing:
         kind = type(value).__name__
-        hint = "; if it makes one, call it there and name what it returns" * (kind == "function")
+        hint = "; if the function makes a strategy, call it in the file and name the result" * (
+            kind == "function"
+        )
         raise UsageError(
             f"--strategy {name} is not a strategy: this {kind} lacks {', '.join(missing)}; "
-            f"pipeline() makes one that has them{hint}"
+            f"pipeline() makes a complete strategy{hint}"
         )
     return value
 
@@ -102,27 +104,27 @@ def rules_for(
     needs: Needs = named.strategy.needs
     if needs.min_examples > 1:
         raise UsageError(
-            f"the strategy {named.name} needs at least {needs.min_examples} examples a round, "
-            "which this version does not offer; choose another with --strategy"
+            f"the strategy {named.name} needs at least {needs.min_examples} examples per round, "
+            "which this version of fluffle does not support; choose another with --strategy"
         )
     try:
         Plan(extra=needs.extra)
     except ValidationError:
         raise UsageError(
-            f"the strategy {named.name} has needs.extra {needs.extra!r:.80}; a mapping of names to "
-            'shapes, such as {"steps": ()}, or "model" is expected'
+            f"invalid needs.extra of the strategy {named.name}: {needs.extra!r:.80}; expected "
+            '"model", or a mapping of names to shapes such as {"steps": ()}'
         ) from None
     fewest, quorum = needs.min_updates, rules.quorum.number
     if quorum is not None and quorum < fewest:
         raise UsageError(
-            f"the strategy {named.name} needs {fewest} updates a round, and --quorum {quorum} "
-            f"closes it with {quorum}; give --quorum {fewest} or more, or all"
+            f"the strategy {named.name} needs at least {fewest} updates per round, but --quorum "
+            f"{quorum} closes a round with {quorum}; give --quorum {fewest} or more, or all"
         )
     buffer = getattr(schedule, "buffer", fewest)  # only Buffered has one
     if buffer < fewest:
         raise UsageError(
-            f"the strategy {named.name} needs {fewest} updates a version, and --buffer {buffer} "
-            f"closes it with {buffer}; give --buffer {fewest} or more"
+            f"the strategy {named.name} needs at least {fewest} updates per version, but --buffer "
+            f"{buffer} makes a version of {buffer}; give --buffer {fewest} or more"
         )
     if needs.once:
         _check_once(named, rules, schedule_name)
@@ -141,13 +143,14 @@ def rules_for(
 def _check_once(named: NamedStrategy, rules: Rules, schedule_name: str) -> None:
     if schedule_name != "quorum":
         raise UsageError(
-            f"the strategy {named.name} needs synchronous rounds that discard late updates, "
-            f"not the schedule {schedule_name}; remove --schedule and --late"
+            f"the strategy {named.name} needs synchronous rounds that discard late updates, but "
+            f"the schedule is {schedule_name}; remove --schedule and --late"
         )
     if rules.max_norm_ratio is not None:
         raise UsageError(
-            f"the strategy {named.name} does not allow --max-norm-ratio, because one update would "
-            "then decide whether another counts; remove it: the strategy clips"
+            f"--max-norm-ratio conflicts with the strategy {named.name}, because one update would "
+            "decide whether another is rejected; remove --max-norm-ratio (the strategy clips "
+            "updates already)"
         )
 
 
@@ -163,9 +166,9 @@ def _sampled(named: NamedStrategy, rules: Rules, rate: float) -> Rules:
     for option, conflicting in conflicts.items():
         if conflicting:
             raise UsageError(
-                f"the strategy {named.name} asks each worker with probability {rate:g} and waits "
-                f"for all that were asked, which {option} contradicts; remove that option, or the "
-                "strategy's rate"
+                f"{option} conflicts with the strategy {named.name}, which selects each worker "
+                f"with probability {rate:g} and waits for all selected workers; remove that "
+                "option or the strategy's rate"
             )
     return replace(rules, selection=POISSON, fraction=rate, least=1)
 
@@ -191,8 +194,8 @@ def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:
     if saved.committed and saved.strategy != named.name:
         raise UsageError(
             f"the run in {folder} used the strategy {saved.strategy} up to round "
-            f"{saved.committed}, and this command names {named.name}; give --strategy "
-            f"{saved.strategy} to continue it, or --fresh to begin a new run"
+            f"{saved.committed}, but this command names {named.name}; give --strategy "
+            f"{saved.strategy} to continue the run, or --fresh to begin a new run"
         )
 
 

@@ -83,7 +83,7 @@ class History:
         with self.path.open("r+b") as history:
             history.truncate(len(whole))
             os.fsync(history.fileno())
-        return lines, ["cut off a torn last line of history.jsonl"]
+        return lines, ["removed an incomplete last line from history.jsonl"]
 
     def forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:
         """Cut off the lines after a round, and append them to ``history.removed.jsonl``."""

@@ -135,8 +135,8 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     participants = line["participants"]
     if not round_folder(run, number).is_dir():
         raise UsageError(
-            f"no updates of round {number} are in {run}: its coordinator ran without "
-            "--keep-updates, or they were removed since"
+            f"no updates of round {number} are in {run}: the coordinator ran without "
+            "--keep-updates, or the updates were removed"
         )
     before = read_whole(run / checkpoint_name(number - 1))
     base = before.weights
@@ -197,7 +197,7 @@ def _archived(
     try:
         message, inline = decode(body)
         if not isinstance(message, Update):
-            raise MalformedMessage(f"a message of kind {message.kind} is no update")
+            raise MalformedMessage(f"a message of kind {message.kind} is not an update")
         # An update may claim more examples than it was counted with.
         num_examples = min(message.num_examples, participant["num_examples"])
         # A stale update names the earlier round that it was trained from.

@@ -198,7 +198,10 @@ class RunStore:
             raise RunError(f"no checkpoint in {self.folder} can be read; --fresh starts a new run")
         if last < max(committed, default=0):
             self.history.forget_after(last, lines)
-            repairs.append(f"the checkpoint after round {last} cannot be read: going on from there")
+            repairs.append(
+                f"the newest checkpoint that can be read is that of round {last}; continuing from "
+                "there"
+            )
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
         line = committed.get(last, {})
@@ -323,8 +326,8 @@ class RunStore:
                 raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
             if known != federation:
                 raise RunError(
-                    f"{self.folder} holds a run of federation {known}, "
-                    f"not {federation}; choose another folder with --run, or --fresh"
+                    f"{self.folder} holds a run of federation {known}, not {federation}; choose "
+                    "another folder with --run, or move that run aside with --fresh"
                 )
             return run
         run = secrets.token_hex(6)

@@ -29,6 +29,6 @@ def sampling_secret(folder: Path) -> int:
         return int(path.read_text(), 16)
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{path} cannot be used ({error}); it decides who is in a sample: restore it, or "
-            "--fresh starts a new run"
+            f"{path} cannot be used ({error}); this file determines which workers are selected: "
+            "restore it, or --fresh starts a new run"
         ) from None

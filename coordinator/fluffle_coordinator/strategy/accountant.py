@@ -53,7 +53,7 @@ class Accountant:
         most = _most(lambda n: self.epsilon(n) <= budget, first)
         if not most:
             raise ValueError(
-                f"budget={budget:g} allows no round: one costs an epsilon of "
+                f"budget={budget:g} is too small for one round, which costs an epsilon of "
                 f"{self.epsilon(1):.3g} with noise={self.noise:g}; give more noise, or a larger "
                 "budget"
             )
@@ -78,9 +78,12 @@ def accountant(
     """
     method = method or ("exact" if rate is None else "pld")
     if method not in _METHODS:
-        raise ValueError(f"there is no accountant '{method}'; {nearest(method, _METHODS)}")
+        raise ValueError(f"unknown accountant '{method}'; {nearest(method, _METHODS)}")
     if method == "exact" and rate is not None:
-        raise ValueError("accountant=exact counts no sampling; leave out rate, or name pld or rdp")
+        raise ValueError(
+            "accountant=exact cannot account for sampling; leave out rate, or choose "
+            "accountant=pld or accountant=rdp"
+        )
     if method != "exact":
         _library("pld")
     return Accountant(noise, delta, 1.0 if rate is None else rate, method)
@@ -161,8 +164,8 @@ def _library(part: str) -> ModuleType:
         return importlib.import_module(f"dp_accounting.{part}")
     except ModuleNotFoundError:
         raise ValueError(
-            "counting the privacy that sampling saves needs dp-accounting; pip install "
-            "'fluffle[privacy]', or leave out rate and accountant"
+            "accounting for the sampling needs dp-accounting; pip install 'fluffle[privacy]', or "
+            "leave out rate and accountant"
         ) from None
 
 

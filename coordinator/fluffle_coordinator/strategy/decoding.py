@@ -161,4 +161,4 @@ def decode_extra(
 def _check_groups(groups: Mapping[str, object]) -> None:
     unknown = sorted(groups.keys() - {MODEL, EXTRA})
     if unknown:
-        raise ValueError(f"tensors of the group '{unknown[0]}' were not asked for")
+        raise ValueError(f"tensors of the group '{unknown[0]}' were not requested")

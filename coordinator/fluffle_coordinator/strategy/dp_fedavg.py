@@ -205,7 +205,10 @@ def dp_fedavg(
     needs = Needs(repeatable=False, once=True, rate=rate, max_rounds=max_rounds)
     if quantile is None:
         if count_noise is not None:
-            raise ValueError("count_noise goes with quantile; leave it out, or give quantile=…")
+            raise ValueError(
+                "count_noise has no effect without quantile; leave out count_noise, or give "
+                "quantile=…"
+            )
         return DPFedAvg(clip, noise, workers, ledger, needs)
     within("quantile", quantile, 0, 1, above=True, below=True)
     if count_noise is None:

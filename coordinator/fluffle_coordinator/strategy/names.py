@@ -100,7 +100,7 @@ def named_strategy(text: str) -> NamedStrategy:
     for words in _JOIN.split(text):
         name, _, arguments = (word.strip() for word in words.partition(":"))
         if name not in PARTS:
-            raise ValueError(f"there is no part '{name}'; {nearest(name, PARTS)}")
+            raise ValueError(f"unknown part '{name}'; {nearest(name, PARTS)}")
         part = PARTS[name]
         try:
             values = read_arguments(part.make, arguments)
@@ -113,11 +113,12 @@ def named_strategy(text: str) -> NamedStrategy:
     for kind in ("mean", "server step"):
         if len(parts[kind]) > 1:
             raise ValueError(
-                f"{' and '.join(full for full, _ in parts[kind])} are two {kind}s; give one"
+                f"more than one {kind}: {' and '.join(full for full, _ in parts[kind])}; give "
+                "only one"
             )
     for full, whole in parts.pop("whole strategy"):
         if any(parts.values()):
-            raise ValueError(f"{full} is a whole strategy; give it alone")
+            raise ValueError(f"{full} is a complete strategy and cannot be combined with others")
         return NamedStrategy(full, whole)
     if [full for full, _ in parts["mean"]] == [FEDAVG.name]:
         parts["mean"].clear()

@@ -71,7 +71,7 @@ def optax_step(optimizer: str, **arguments: Any) -> OptaxStep:
         raise ValueError("it needs optax and JAX; pip install 'fluffle[worker]'") from None
     make = getattr(optax, optimizer, None)
     if make is None:
-        raise ValueError(f"optax has no optimizer '{optimizer}'")
+        raise ValueError(f"unknown optax optimizer '{optimizer}'")
     try:
         made = make(**arguments)
     except Exception as error:

@@ -107,5 +107,5 @@ def scaffold(workers: int | None = None) -> Scaffold:
         ValueError: if ``workers`` is less than 1.
     """
     if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers} is out of range; a number from 1 is expected")
+        raise ValueError(f"workers={workers} is out of range; a number of at least 1 is expected")
     return Scaffold(pipeline(mean=weighted(), server=replace()), workers)

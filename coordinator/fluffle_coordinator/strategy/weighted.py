@@ -116,7 +116,8 @@ class Weighted:
         num_so_far, num_examples = state.num_examples, one.num_examples
         if num_so_far + num_examples > integer_sum.MOST:
             raise ValueError(
-                f"{num_so_far} and {num_examples} examples are more than can be counted"
+                f"too many examples: {num_so_far} and {num_examples} more exceed the largest "
+                "number that can be counted"
             )
         add = _add_scaled if num_so_far else _set_scaled
         with np.errstate(over="ignore", invalid="ignore"):  # for the gaps between tensors

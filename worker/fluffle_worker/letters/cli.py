@@ -145,7 +145,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.
 
-    A model recognises the letters that it was trained on better than others, so by default only
+    A model recognizes the letters that it was trained on better than others, so by default only
     the letters that the folder's worker held out are scored. This requires that the folder has not
     changed since the training. For a folder that no worker trained on, use --unseen.
     """

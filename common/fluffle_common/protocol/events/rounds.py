@@ -78,7 +78,7 @@ class Counted(RunEvent):
         if not self.staleness:
             return {"stale": ""}
         versions = "1 version" if self.staleness == 1 else f"{self.staleness} versions"
-        return {"stale": f", {versions} old, which weigh {self.weight or 0.0:.1f}"}
+        return {"stale": f", discounted to {self.weight or 0.0:.1f} for being {versions} old"}
 
 
 @event("late", "round {round}: update of {worker} came late and was discarded", "odd")
@@ -145,8 +145,8 @@ class Stalled(RunEvent):
 
 @event(
     "overweight",
-    "round {round}: the update of {worker} claims {num_examples:example} and counts as "
-    "{limit}: {worker} announced no more, or --max-examples allows no more",
+    "round {round}: the update of {worker} claims {num_examples:example}, but is weighted as "
+    "{limit}, the most that {worker} announced or --max-examples allows",
 )
 class Overweight(RunEvent):
     """An update claims more examples (``num_examples``) than are counted (``limit``)."""
@@ -159,8 +159,8 @@ class Overweight(RunEvent):
 
 @event(
     "outlier",
-    "round {round}: the norm of the update of {worker} is {norm:.3g}, the median "
-    "is {median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
+    "round {round}: the norm of the update of {worker} is {norm:.3g}, but the median is "
+    "{median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
 )
 class Outlier(RunEvent):
     """An update's norm is far above the ``median`` that it is compared with."""

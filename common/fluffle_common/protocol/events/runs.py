@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from fluffle_common.protocol.events.base import (
     Doings,
@@ -13,6 +14,8 @@ from fluffle_common.protocol.events.base import (
     Text,
     event,
 )
+
+_THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
 @event("started", "run {run} in {folder}")
@@ -62,8 +65,7 @@ class Disconnected(BrokerEvent):
 
 @event(
     "no_broker",
-    "no broker at {address} ({reason}); trying again in {pause_s:.1f} s "
-    "('fluffle broker up' starts one here)",
+    "no broker at {address} ({reason}); trying again in {pause_s:.1f} s{remedy}",
     "bad",
 )
 class NoBroker(BrokerEvent):
@@ -72,6 +74,10 @@ class NoBroker(BrokerEvent):
     journalled = False
     reason: Text = None
     pause_s: Number = None
+
+    def _derived(self) -> dict[str, str]:
+        local = (urlsplit(self.address or "").hostname or "") in _THIS_MACHINE
+        return {"remedy": " ('fluffle broker up' starts one here)" if local else ""}
 
 
 @event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
@@ -94,7 +100,7 @@ class Note(RunEvent):
 
 @event(
     "blocked",
-    "the broker accepts no messages for now ({reason}); messages to send are waiting",
+    "the broker accepts no messages for now ({reason}); outgoing messages are waiting",
 )
 class Blocked(RunEvent):
     """The broker has stopped accepting messages."""
@@ -110,7 +116,7 @@ class Unblocked(RunEvent):
 @event(
     "no_journal",
     "this run has no journal ({reason}); 'fluffle explain' and 'fluffle journal' cannot show "
-    "it, everything else works",
+    "this run; everything else works",
 )
 class NoJournal(RunEvent):
     """The run has no journal, because the broker cannot provide a stream."""
@@ -135,7 +141,7 @@ class Disk(RunEvent):
     pause_s: Number = None
 
 
-@event("gap", "{dropped} earlier events are missing here: they could not be sent for too long")
+@event("gap", "{dropped} earlier events are missing here: they could not be published")
 class Gap(RunEvent):
     """``dropped`` events before this one are missing from the journal."""
 
@@ -274,7 +280,7 @@ class FrozenDiffers(RunEvent):
     other: Text = None
 
 
-@event("classes", "the classes are {classes}: those of {worker}")
+@event("classes", "the classes of the federation are {classes}, as announced by {worker}")
 class Classes(RunEvent):
     """The federation's classes are fixed: those of ``worker``."""
 

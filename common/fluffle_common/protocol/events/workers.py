@@ -58,8 +58,8 @@ class Alone(WorkerEvent):
 
 @event(
     "occupied",
-    "another worker has this id; waiting up to {pause_s:.0f} s, in case it is our own earlier "
-    "connection, which the broker has not closed yet",
+    "another worker has this id; waiting up to {pause_s:.0f} s, in case the other is an earlier "
+    "connection of this worker that the broker has not closed yet",
     "odd",
 )
 class Occupied(WorkerEvent):
@@ -96,7 +96,9 @@ class FrozenReceived(WorkerEvent):
     digest: Text = None
 
 
-@event("abandoned", "round {round}: closed without this worker's update; taking newer work", "odd")
+@event(
+    "abandoned", "round {round}: closed without this worker's update; starting newer work", "odd"
+)
 class Abandoned(WorkerEvent):
     """The worker has given up its work, because its round closed without it."""
 
@@ -133,8 +135,8 @@ class Unsent(WorkerEvent):
 
 @event(
     "not_counted",
-    "round {round}: the update was rejected: {reason}; it is trained again if the round is "
-    "asked for again",
+    "round {round}: the update was rejected: {reason}; the worker trains again if the "
+    "coordinator sends the round's work again",
     "bad",
 )
 class NotCounted(WorkerEvent):
