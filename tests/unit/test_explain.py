@@ -291,8 +291,8 @@ def test_the_journal_may_be_ahead_of_this_machines_clock():
         ("stopped", "The run has stopped: enough."),
         (
             "interrupted",
-            f"The coordinator was told to stop at {clock(at(20))}; the same command opens this "
-            "round again, and counts the updates that wait in the queue in the meantime.",
+            f"The coordinator was told to stop at {clock(at(20))}; the same command opens the "
+            "round again and counts the updates that wait in the queue.",
         ),
     ],
 )

@@ -12,7 +12,7 @@ from fluffle_coordinator.observe.round_view import Answer, Note
 from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
-_WAITING_UPDATES = "counts the updates that wait in the queue in the meantime"
+_REOPENS = "opens the round again and counts the updates that wait in the queue"
 _SHORTEST_WAIT_S = 0.001  # shorter waits get no sentence
 
 
@@ -273,11 +273,10 @@ def _progress(explanation: Explanation) -> Iterator[str]:
 
 
 def _no_coordinator(explanation: Explanation) -> Iterator[str]:
-    again = f"opens the round again, and {_WAITING_UPDATES}"
-    opens = again if explanation.round.is_open else "opens the next round"
+    opens = f", {_REOPENS}" if explanation.round.is_open else " and opens the next round"
     yield (
         "No coordinator is connected to the broker now: the same command that started it "
-        f"(without --fresh) goes on with this run and {opens}."
+        f"(without --fresh) goes on with this run{opens}."
     )
 
 
@@ -367,7 +366,7 @@ def _ending(explanation: Explanation, at: float, event: RunEvent) -> str:
             return f"The run has stopped: {reason or 'no reason is given'}."
     told = f"The coordinator was told to stop at {clock(at)}; the same command"
     if explanation.round.is_open:
-        return f"{told} opens this round again, and {_WAITING_UPDATES}."
+        return f"{told} {_REOPENS}."
     return f"{told} goes on from there."
 
 
