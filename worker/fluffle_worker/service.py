@@ -392,7 +392,7 @@ class WorkerService:
         """Report that there has been no newer work since an update was sent."""
         if self._state.answered == work and self._state.over is None:
             reason = (
-                f"round {work.round}: update sent {_WAITING_AFTER_S:.0f} s ago, no new work yet: the "
-                "coordinator may be waiting for other workers, or may have been stopped"
+                f"round {work.round}: update sent {_WAITING_AFTER_S:.0f} s ago, no new work yet: "
+                "the coordinator may be waiting for other workers, or may have been stopped"
             )
             self._record(Waiting(reason=reason, what="coordinator"))
