@@ -127,7 +127,7 @@ def read_only(tensor: Array) -> Array:
             ...
         ValueError: cannot set WRITEABLE flag to True of this array
     """
-    values = memoryview(tensor.reshape(-1).view(np.uint8)).toreadonly()
+    values = tensor.reshape(-1).view(np.uint8).data.toreadonly()
     return np.asarray(values).view(tensor.dtype).reshape(tensor.shape)
 
 
