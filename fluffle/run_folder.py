@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -22,7 +23,8 @@ class RunFolder:
     """The folder of a run, locked while the context is open.
 
     A temporary folder is deleted together with the ``Run`` that is returned to the user. If the run
-    fails, the folder is kept if a round was committed, and the user is told how to continue.
+    fails, the folder is kept if a round was committed, and the user is told how to continue; after
+    Ctrl-C, so is the user of any other folder.
 
     Args:
         folder: the user's folder; None makes a temporary one.
@@ -50,10 +52,11 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         self.store.unlock()
-        if error is None or not self._temporary:
+        if error is None or not (self._temporary or isinstance(error, asyncio.CancelledError)):
             return
         if not committed(self.store.folder):
-            shutil.rmtree(self.path, ignore_errors=True)
+            if self._temporary:
+                shutil.rmtree(self.path, ignore_errors=True)
         elif not isinstance(error, RunError):  # a RunError already says how to continue
             warn(f"the committed rounds are kept{self._how_to_continue()}")
 

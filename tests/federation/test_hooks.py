@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 
 import numpy as np
@@ -48,6 +49,23 @@ def test_every_round_is_tested_and_shown_before_the_next_one_opens(federated):
     tasks = [Adder(None), Adder(None)]
     federated(scenario)
     assert len(seen) == 3
+
+
+def test_a_hook_that_writes_to_the_model_does_not_change_the_run(federated):
+    def write(weights):
+        tensor = weights["w"]  # as torch.from_numpy does, which ignores NumPy's read-only flag
+        (ctypes.c_float * tensor.size).from_address(tensor.ctypes.data)[0] = 100.0
+        return {"first": tensor[0]}
+
+    async def scenario(federation):
+        hooks = Hooks(write, lambda commit: write(commit.weights) and None)
+        coordinator = federation.coordinator(3, hooks=hooks)
+        federation.workers(2)
+        await coordinator.end()
+        for number in (1, 2, 3):
+            np.testing.assert_array_equal(federation.weights(number)["w"], number)
+
+    federated(scenario)
 
 
 @pytest.mark.parametrize("raises", [True, False])

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.journal import explain, journal
 from fluffle_coordinator.observe.journal_file import read_journal_file
 from tests.simulation.test_simulation import Adder
+
+FLUFFLE = "from fluffle_common.cli.app import main; main()"
 
 
 def simulated(folder: Path, rounds: int = 2, **options: Any) -> None:
@@ -103,3 +108,21 @@ def test_where_there_is_no_journal_it_is_said(tmp_path):
         printed(journal, "--run", tmp_path, "--follow")
     with pytest.raises(UsageError, match="missing option '--federation', or '--run'"):
         printed(explain)
+
+
+def test_a_finished_simulation_that_is_repeated_reports_no_simulated_time(tmp_path):
+    example = Path(__file__).parents[2] / "examples/numpy_regression.py"
+    flags = ["--task", f"{example}:task", "--data", "shard:{client}/{clients}", "--clients", "2"]
+    flags += ["--rounds", "1", "--federation", "f", "--run", str(tmp_path / "run")]
+    first, again = (
+        subprocess.run(
+            [sys.executable, "-c", FLUFFLE, "simulate", *flags],
+            capture_output=True, text=True, timeout=120, check=True,
+        ).stdout
+        for _ in range(2)
+    )  # fmt: skip
+    assert re.search(r"simulated .* in ", first)
+    assert "simulated" not in again
+    for printed in (first, again):
+        assert "the same command with --rounds 2 (without --fresh) adds more" in printed
+        assert "finished: 1 round is done" in printed

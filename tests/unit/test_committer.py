@@ -79,7 +79,7 @@ async def test_an_update_that_is_late_for_the_last_round_is_in_the_history(run):
     run.committer.counts.note(run_events.from_fields("rejected", {"reason": "it has a NaN"}))
     await run.commit(1)
     run.committer.counts.note(run_events.from_fields("late", LATE))
-    run.committer.record_end(1, "finished", "1 rounds are done")
+    run.committer.record_end(1, "finished", "1 round is done")
     await run.committer.drained()
     ended = read_history_lines(run.folder)[-1]
     assert (ended["event"], ended["outcome"], ended["late"]) == ("ended", "finished", 1)

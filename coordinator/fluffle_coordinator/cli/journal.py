@@ -210,12 +210,12 @@ def explain(
     from fluffle_coordinator.observe.explain_sentences import as_dict, sentences
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
-    now = datetime.now(UTC)
     if folder is None:
         events, coordinated = asyncio.run(_read(_required(federation), url))
+        now = datetime.now(UTC)  # not earlier, because reading takes a while
     else:
         events, coordinated = list(read_journal_file(folder)), None
-        now = events[-1].moment or now if events else now  # simulated time
+        now = (events[-1].moment if events else None) or datetime.now(UTC)  # simulated time
     run, number = _choose_round(events, run_id, number)
     explanation = explain_round(events, run, number, now, coordinated=coordinated)
     if as_json:

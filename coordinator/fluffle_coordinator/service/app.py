@@ -207,7 +207,9 @@ def _beginning(
     else:
         yield run_events.Started(run=saved.run, rounds=rounds, folder=str(folder))
     if rounds == strategy.strategy.needs.max_rounds:
-        what = f"the strategy {strategy.name} allows no more than {rounds} rounds"
+        what = (
+            f"the strategy {strategy.name} allows no more than {rounds} round{'s'[: rounds != 1]}"
+        )
         yield run_events.Note(what=what)
     for what in uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)

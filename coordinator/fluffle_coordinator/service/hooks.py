@@ -17,7 +17,7 @@ from fluffle_common.cli.loading import load_object
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.tensors.weights import Array, Weights
+from fluffle_common.tensors.weights import Array, Weights, read_only
 
 T = TypeVar("T")
 _CALLERS = frozenset({__file__})
@@ -34,7 +34,7 @@ class Commit:
     Args:
         round: its number, from 1.
         rounds: the number of rounds of the run.
-        weights: the new model, read-only, with the names, shapes and dtypes of the task.
+        weights: a read-only copy of the new model, with the names, shapes and dtypes of the task.
         participants: the number of examples of each worker whose update was counted.
         checkpoint: the file of the new model.
         test: the metrics of the new model from the ``evaluate`` hook; empty without one.
@@ -174,9 +174,9 @@ def _metrics(returned: Any) -> dict[str, float]:
     return metrics
 
 
-def read_only(weights: Weights) -> dict[str, Array]:
-    """Return read-only views of the arrays."""
-    views = {name: tensor.view() for name, tensor in weights.items()}
-    for view in views.values():
-        view.flags.writeable = False
-    return views
+def copied(weights: Weights) -> dict[str, Array]:
+    """Return read-only copies of the arrays.
+
+    Views would not do: ``torch.from_numpy`` writes to read-only arrays.
+    """
+    return {name: read_only(tensor.copy()) for name, tensor in weights.items()}
