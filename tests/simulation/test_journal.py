@@ -80,6 +80,27 @@ def test_a_line_that_a_crash_has_torn_is_passed_over(tmp_path):
     assert list(read_journal_file(tmp_path)) == whole[:-1]
 
 
+def test_a_damaged_journal_shows_the_lines_that_can_be_read(tmp_path):
+    simulated(tmp_path)
+    whole = list(read_journal_file(tmp_path))
+    file = tmp_path / "journal.jsonl"
+    file.write_bytes(bytes(range(256)) * 40 + b"\n[1]\n" + file.read_bytes())
+    assert list(read_journal_file(tmp_path)) == whole
+    file.write_bytes(bytes(range(256)))
+    assert printed(journal, "--run", tmp_path) == ""
+    with pytest.raises(UsageError, match="the journal has no run yet"):
+        printed(explain, "--run", tmp_path)
+
+
+def test_a_round_that_is_not_in_it_is_told(tmp_path):
+    simulated(tmp_path)
+    with pytest.raises(UsageError, match="round 99 is not in the journal, which has rounds 1-2"):
+        printed(journal, "--run", tmp_path, "--round", 99)
+    (tmp_path / "journal.jsonl").write_text("")
+    with pytest.raises(UsageError, match="round 99 is not in the journal, which has no round"):
+        printed(journal, "--run", tmp_path, "--round", 99)
+
+
 def test_where_there_is_no_journal_it_is_said(tmp_path):
     with pytest.raises(UsageError, match="has no journal: only simulations keep their"):
         printed(journal, "--run", tmp_path)

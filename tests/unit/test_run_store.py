@@ -500,7 +500,19 @@ def test_a_damaged_run_file_is_reported_in_one_line(three, text):
         three.load("letters")
 
 
-@pytest.mark.parametrize("line", ["{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}'])
+def counting(num_examples: str) -> str:
+    who = f'{{"worker": "a", "num_examples": {num_examples}}}'
+    return f'{{"event": "committed", "round": 2, "participants": [{who}]}}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}',
+        '{"event": "committed", "round": 2, "participants": 1}',
+        counting("-1e999"), counting("0"), counting("null"), counting("1.5"),
+    ],
+)  # fmt: skip
 def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
     lines = three.history.path.read_text().splitlines()
     three.history.path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")

@@ -52,6 +52,7 @@ from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.state import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History
+from fluffle_coordinator.storage.run_file import RUN_FILE, read_run_file
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -312,8 +313,7 @@ class RunStore:
         Raises:
             RunError: if run.json cannot be written.
         """
-        path = self.folder / "run.json"
-        run = json.loads(path.read_text())
+        path, run = self.folder / RUN_FILE, read_run_file(self.folder)
         configurations = run.setdefault("configurations", [])
         new = json.loads(json.dumps(configuration))
         if configurations and {**configurations[-1], **new} == configurations[-1]:
@@ -326,12 +326,12 @@ class RunStore:
             raise RunError(f"cannot write {path} ({error.strerror})") from None
 
     def _identity(self, federation: str) -> str:
-        path = self.folder / "run.json"
+        path = self.folder / RUN_FILE
         if path.exists():
             try:
-                identity = json.loads(path.read_text())
+                identity = read_run_file(self.folder)
                 known, run = str(identity["federation"]), str(identity["run"])
-            except (ValueError, KeyError, TypeError):
+            except (UsageError, KeyError):
                 raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
             if known != federation:
                 raise RunError(
