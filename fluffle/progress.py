@@ -23,7 +23,12 @@ class Progress(Watcher):
     Args:
         wanted: whether to show it; None shows it on a terminal and in a notebook.
         rounds: the planned number of rounds.
+
+    Attributes:
+        fault: the last failed task or rejected update since the last commit; empty if none.
     """
+
+    fault = ""
 
     def __init__(self, wanted: bool | None, rounds: int) -> None:
         terminal = is_terminal(sys.stderr)
@@ -52,6 +57,13 @@ class Progress(Watcher):
 
     def record(self, event: RunEvent) -> None:
         """Show evaluations and problems."""
+        match event:
+            case run_events.Committed():
+                self.fault = ""
+            case run_events.Failure():
+                self.fault = event.sentence()
+            case run_events.Rejected(worker=worker) if worker:
+                self.fault = f"the update of {worker} was rejected: {event.reason}"
         if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
             self._latest = event.sentence()
             if self._lines:

@@ -351,6 +351,17 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
 
 
+@pytest.mark.parametrize("function", [fluffle.run, fluffle.simulate])
+def test_a_run_that_stops_names_the_rejected_update(function):
+    class Diverged(Adder):
+        def train(self, weights, plan, progress):
+            return fluffle.TrainResult({"w": weights["w"] * np.nan}, 10)
+
+    tasks = {"north": Adder(), "south": Diverged()}
+    with pytest.raises(fluffle.RunError, match="the update of south was rejected: tensor 'w' has"):
+        function(tasks, rounds=1, deadline=0.2)
+
+
 def test_a_run_that_a_hook_ends_is_returned():
     def on_round(commit):
         if commit.test["w"] >= 2:

@@ -8,6 +8,7 @@ import msgpack
 import numpy as np
 import pytest
 
+from fluffle_common.errors import TaskError
 from fluffle_common.tensors.layout import signature_of
 from fluffle_common.transport.base import Properties
 from fluffle_worker.task import TrainResult
@@ -96,6 +97,35 @@ def test_a_rejected_update_is_not_sent_again_byte_for_byte(federated):
         assert len(coordinator.log.of("rejected")) == 1
         assert len(bad.trained) == 2
         federation.check_averages({"a": 1.0, "b": 1.0})
+
+    federated(scenario)
+
+
+class AlwaysBad(Adder):
+    """Every update is full of NaN."""
+
+    def train(self, weights, plan, progress):
+        super().train(weights, plan, progress)
+        return TrainResult({"w": np.full(self.size, np.nan, np.float32)}, 10, {})
+
+
+@pytest.mark.parametrize(
+    ("task", "error"), [(Bad, None), (AlwaysBad, "its update was rejected: tensor 'w' has")]
+)
+def test_a_worker_whose_updates_are_all_rejected_ends_with_an_error(federated, task, error):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, number=1, grace_s=5, deadline_s=60)
+        federation.worker("a", Adder(federation.loop))
+        worker = federation.worker("b", task(federation.loop))
+        state = await coordinator.end()
+        await worker.end()
+        assert state.outcome == "finished"
+        verdict = worker.service.verdict()
+        if error is None:
+            assert verdict is None
+        else:
+            assert isinstance(verdict, TaskError)
+            assert f"the task failed in every round: {error}" in str(verdict)
 
     federated(scenario)
 

@@ -106,8 +106,10 @@ class WorkerService:
         keep_in(settings.state_dir, task)
         self._state = machine.State()
         self._outcome = "finished"  # of the run, once it has ended
-        self._failed_with: str | None = None  # the task's last failure in this run
-        self._trained = False  # whether any training of this run has finished
+        self._failed_with: str | None = None  # the last failure or rejected update in this run
+        self._trained: set[int] = (
+            set()
+        )  # the sequences of this run's updates, without rejected ones
         self._jobs: dict[Work, Job] = {}
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         form = signature_of_task(task) if form is None else form
@@ -212,7 +214,7 @@ class WorkerService:
         match message:
             case Welcome(run=run, round=number, rounds=rounds):
                 if run != self._run:
-                    self._failed_with, self._trained = None, False
+                    self._failed_with, self._trained = None, set()
                 self._run = run
                 self._presence.speak_up()
                 if self._welcomed != (run, number, rounds):  # not shown yet
@@ -252,12 +254,14 @@ class WorkerService:
         """Show why an update does not count, and train again if asked to."""
         if verdict.run != self._run:
             return
+        sequence = verdict.sequence or verdict.round
         if verdict.outcome == "late":
             self._record(Late(worker=self._settings.worker, round=verdict.round))
         else:
+            self._trained.discard(sequence)
+            self._failed_with = f"its update was rejected: {verdict.reason}"
             self._record(NotCounted(round=verdict.round, reason=verdict.reason))
         if verdict.train_again:
-            sequence = verdict.sequence or verdict.round
             self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base, sequence))
 
     def _part(self, part: Part, payload: memoryview) -> None:
@@ -350,7 +354,8 @@ class WorkerService:
         self._trainer.begin(job, evaluated)
 
     def _done(self, event: machine.Event) -> None:
-        self._trained |= isinstance(event, machine.Finished) and event.work.kind == "fit"
+        if isinstance(event, machine.Finished) and event.work.kind == "fit":
+            self._trained.add(event.work.sequence)
         self._advance(event)
 
     def _progress(self, work: Work, step: int, steps: int, loss: float | None) -> None:
