@@ -186,7 +186,7 @@ def test_a_rule_from_a_file(tmp_path):
     [
         (
             "None",
-            "the selection mine.py:rule failed in rule(): it returned None, not the names of workers",
+            "selection mine.py:rule failed in rule(): it returned None, not the names of workers",
         ),
         ("'ab'", "it returned 'ab', not the names of workers"),
         ("[1]", "it selected 1, but no such worker is among the candidates"),
