@@ -965,7 +965,7 @@ def test_after_the_last_round_its_model_is_evaluated_and_the_run_ends():
     run.evaluation("a", 1)
     effects = run.evaluation("b", 1)
     assert recorded(effects) == [(1, ["a", "b"])]
-    assert only(effects, fx.End) == [fx.End("finished", "1 rounds are done", ("a", "b"))]
+    assert only(effects, fx.End) == [fx.End("finished", "1 round is done", ("a", "b"))]
     assert run.tick(1000) == []
     assert rounds.wakeup(run.state) == math.inf
 
@@ -1081,7 +1081,7 @@ def test_a_run_resumed_for_its_last_evaluation_waits_to_hear_its_workers():
     run.tick(1)
     effects = run.evaluation("b", 1)
     assert recorded(effects) == [(1, ["a", "b"])]
-    assert only(effects, fx.End) == [fx.End("finished", "1 rounds are done", ("a", "b", "c"))]
+    assert only(effects, fx.End) == [fx.End("finished", "1 round is done", ("a", "b", "c"))]
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
@@ -1101,7 +1101,17 @@ def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
     waiting = waiting_for(run.state, run.now)
     assert waiting is not None
     assert waiting.reason == "the run is done; waiting to tell b"
-    assert only(run.seen("b"), fx.End) == [fx.End("finished", "1 rounds are done", tuple("abcde"))]
+    assert only(run.seen("b"), fx.End) == [fx.End("finished", "1 round is done", tuple("abcde"))]
+
+
+def test_a_run_that_is_done_says_at_once_whom_it_waits_for():
+    run = Run(Rules(rounds=1), committed=1, participants="abc", evaluated=True)
+    (waiting,) = [
+        effect.event
+        for effect in run.connect()
+        if isinstance(effect, fx.Record) and isinstance(effect.event, run_events.Waiting)
+    ]
+    assert waiting.reason == "the run is done; waiting up to 10 s to tell a, b, c"
 
 
 def test_time_before_the_first_link_does_not_count():

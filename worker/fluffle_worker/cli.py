@@ -156,13 +156,13 @@ def id_from(data: str) -> str:
 
 def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.cli.console import Console
+    from fluffle_common.cli.exit_now import exit_now
     from fluffle_common.cli.loading import load_codec
     from fluffle_common.cli.settings import broker_url
     from fluffle_common.protocol.events import Loaded
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
-    from fluffle_worker.exit_now import exit_now
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import signature_of_task
@@ -186,7 +186,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
-        record = _event_printer(console, options["log_format"])
+        record = event_printer(console, options["log_format"])
 
         def make_service() -> WorkerService:
             return WorkerService(
@@ -269,7 +269,7 @@ def _run_to_end(make_service: Callable[[], WorkerService], record: Record) -> tu
     return 0, at_work()
 
 
-def _event_printer(console: Console, log_format: str) -> Record:
+def event_printer(console: Console, log_format: str) -> Record:
     """Return a function that prints an event as a line for people or as JSON."""
     from fluffle_common.protocol.events import Traceback
 

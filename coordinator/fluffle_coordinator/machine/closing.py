@@ -131,7 +131,8 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     else:
         fruitless = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if fruitless > rules.max_reopenings:
-        reason = f"{reason}; reopened {rules.max_reopenings} times without progress (--deadline)"
+        times = "once" if rules.max_reopenings == 1 else f"{rules.max_reopenings} times"
+        reason = f"{reason}; reopened {times} without progress (--deadline)"
         return end(state, "stopped", reason, out)
     state = state.replace(reopenings=fruitless, reopened_with=state.folded)
     return reopen(state, reason, now, out)
