@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import random
 
 import pytest
 
+from fluffle_coordinator.storage import update_archive as archive
 from tests.federation.harness import Adder
 
 VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -29,6 +32,30 @@ def test_a_coordinator_killed_at_any_time_resumes(federated, after_s):
         second = federation.coordinator(rounds=4, min_workers=3)
         assert (await second.end()).outcome == "finished"
         assert [line["round"] for line in federation.history()] == [1, 2, 3, 4]
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_updates_that_wait_for_the_disk_are_not_missing_at_the_deadline(federated, monkeypatch):
+    keep_update = archive.keep_update
+
+    async def scenario(federation):
+        full_until = federation.loop.time() + 60
+
+        def full_for_a_minute(*update):
+            if federation.loop.time() < full_until:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            keep_update(*update)
+
+        monkeypatch.setattr(archive, "keep_update", full_for_a_minute)
+        for name in VALUES:
+            start(federation, name)
+        rules = {"rounds": 2, "min_workers": 3, "deadline_s": 10, "on_deadline": "stop"}
+        coordinator = federation.coordinator(**rules, keep_updates=True)
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.loop.time() > full_until
+        assert coordinator.log.of("disk")
         federation.check_averages(VALUES)
 
     federated(scenario)

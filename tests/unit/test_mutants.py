@@ -335,6 +335,14 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
+        "takes a worker for missing whose update is being folded",
+        closing,
+        "    return latest if _is_folding(state) else min(",
+        "    return min(",
+        "test_the_deadline_decides_once_a_late_fold_has_failed",
+        random=False,
+    ),
+    Mutant(
         "never closes a round that asks nobody",
         quorum,
         "        if rules.secret is not None and not state.asked:\n",

@@ -184,7 +184,10 @@ def test_a_rule_from_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("result", "message"),
     [
-        ("None", "it returned None, not the names of workers"),
+        (
+            "None",
+            "selection mine.py:rule failed in rule(): it returned None, not the names of workers",
+        ),
         ("'ab'", "it returned 'ab', not the names of workers"),
         ("[1]", "it selected 1, but no such worker is among the candidates"),
         ("['nobody']", "it selected 'nobody', but no such worker is among the candidates"),

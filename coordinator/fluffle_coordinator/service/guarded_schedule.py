@@ -142,7 +142,7 @@ class GuardedSchedule(Schedule[State]):
 
 def guarded_choice(name: str, choose: Choose) -> Choose:
     """Wrap a user's selection function: any exception or invalid result is a ``TaskError``."""
-    what, where = f"selection {name}", "its call"
+    what, where = f"selection {name}", f"{name.rpartition(':')[2]}()"
 
     def guarded(candidates: Sequence[Candidate], count: int, draw: Draw) -> tuple[str, ...]:
         selected = call_guarded(what, where, choose, candidates, count, draw)
