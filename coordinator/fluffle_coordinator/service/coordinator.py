@@ -73,8 +73,6 @@ class Coordinator:
 
     _ended: asyncio.Future[None]
     _next_tick: asyncio.TimerHandle
-    _next_tick_at = 0.0
-    _link: Link | None = None
 
     def __init__(
         self,
@@ -91,7 +89,9 @@ class Coordinator:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.shown
         self._events, self._advancing = deque[ev.Event](), False
+        self._link: Link | None = None
         self._linked = asyncio.Event()
+        self._next_tick_at = 0.0
         self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
@@ -125,18 +125,21 @@ class Coordinator:
             averaged=self._outbox.prepare,
             folder=store.folder,
         )
-        self._intake = Intake(
-            settings,
-            topology,
-            task=saved.metadata.get("task", ""),
-            exchanges=exchanges or Exchanges(),
+        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or Exchanges())
+        self.state = _begin(settings, saved, store)
+
+    def _make_intake(self, task: str, exchanges: Exchanges) -> Intake:
+        return Intake(
+            self._settings,
+            self._topology,
+            task=task,
+            exchanges=exchanges,
             aggregator=self._aggregator,
             outbox=self._outbox,
             state=lambda: self.state,
             post=self._post,
             record=self._record,
         )
-        self.state = _begin(settings, saved, store)
 
     async def run(self) -> rs.State:
         """Run to the end and return the final state; cancelling loses nothing a restart needs.
