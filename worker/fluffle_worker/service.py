@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any
 
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
 from fluffle_common.logs import log_step, logger
@@ -107,9 +106,7 @@ class WorkerService:
         self._state = machine.State()
         self._outcome = "finished"  # of the run, once it has ended
         self._failed_with: str | None = None  # the last failure or rejected update in this run
-        self._trained: set[int] = (
-            set()
-        )  # the sequences of this run's updates, without rejected ones
+        self._trained = set[int]()  # the sequences of this run's updates, without rejected ones
         self._jobs: dict[Work, Job] = {}
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
         form = signature_of_task(task) if form is None else form
@@ -157,10 +154,8 @@ class WorkerService:
             RefusedError: if the coordinator or the broker refuses this worker.
             BrokerError: if the broker stays unreachable for too long.
         """
-        tasks: list[asyncio.Future[Any]] = [
-            asyncio.ensure_future(self._connection.run()),
-            asyncio.ensure_future(self._uploader.run()),
-        ]
+        parts = self._connection.run, self._uploader.run
+        tasks = [asyncio.ensure_future(part()) for part in parts]
         try:
             await asyncio.wait({*tasks, self._ended}, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
