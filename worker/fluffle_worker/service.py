@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Any
 
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
 from fluffle_common.logs import log_step, logger
@@ -155,7 +156,7 @@ class WorkerService:
             BrokerError: if the broker stays unreachable for too long.
         """
         parts = self._connection.run, self._uploader.run
-        tasks = [asyncio.ensure_future(part()) for part in parts]
+        tasks: list[asyncio.Future[Any]] = [asyncio.ensure_future(part()) for part in parts]
         try:
             await asyncio.wait({*tasks, self._ended}, return_when=asyncio.FIRST_COMPLETED)
             for task in tasks:
