@@ -90,8 +90,7 @@ class Coordinator:
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.folder
-        self._events, self._advancing = deque[ev.Event](), False
-        self._linked = asyncio.Event()
+        self._events, self._advancing, self._linked = deque[ev.Event](), False, asyncio.Event()
         self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
@@ -119,7 +118,7 @@ class Coordinator:
             settings,
             link=lambda: self._link,
             post=self._post,
-            note=lambda what: self._record(run_events.Note(what=what)),
+            record=self._record,
             resumed=(saved.committed, saved.kept) if saved.committed else None,
             frozen=saved.frozen.tensors,
             averaged=self._outbox.prepare,

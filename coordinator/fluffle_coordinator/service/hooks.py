@@ -126,7 +126,7 @@ class HookCalls:
 
     Args:
         hooks: the hooks.
-        record: records a run event; called once for each distinct error of a hook.
+        record: records a run event: each distinct error of a hook, once, and a hook that is slow.
     """
 
     def __init__(self, hooks: Hooks, record: Callable[[run_events.RunEvent], None]) -> None:
@@ -162,18 +162,15 @@ class HookCalls:
 
     async def _call(self, name: str, number: int, call: Callable[[], T]) -> T | None:
         """Return the result of a hook; if it fails, report the error and return None."""
-        what = f"the {name} hook of round {number}"
-        result, why = await call_user(what, lambda: _attempt(call), self._note)
+        hook = f"the {name} hook of round {number}"
+        result, why = await call_user(hook, lambda: _attempt(call), self._record)
         if why is not None and (text := one_line(why)) not in self._reported:
             self._reported.add(text)
             what = f"round {number} is committed, but its {name} hook failed: {text}"
-            self._note(what)
+            self._record(run_events.Note(what=what))
             if not isinstance(why, _WrongResult):
                 warn_in_full(why, f"{name} hook", _CALLERS)
         return result
-
-    def _note(self, what: str) -> None:
-        self._record(run_events.Note(what=what))
 
 
 def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
