@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fluffle_common.cli.console import warn
 from fluffle_common.cli.loading import load_object
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
@@ -168,7 +169,9 @@ class HookCalls:
             self._reported.add(text)
             what = f"round {number} is committed, but its {name} hook failed: {text}"
             self._record(run_events.Note(what=what))
-            if not isinstance(why, _WrongResult):
+            if isinstance(why, _WrongResult):
+                warn(f"the {name} hook failed: {text}")
+            else:
                 warn_in_full(why, f"{name} hook", _CALLERS)
         return result
 
