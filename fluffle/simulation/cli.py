@@ -158,6 +158,7 @@ def simulate(**options: Any) -> None:
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of
     from fluffle_coordinator.storage.run_store import RunStore
+    from fluffle_worker.cli import event_printer
 
     check_schedule_options(options)
     number: int = options["clients"]
@@ -184,18 +185,19 @@ def simulate(**options: Any) -> None:
             store,
             Follower(View(console)),
             task=options["task"],
-            say=lambda what: console.line("unfit", what, {"reason": what}),
+            record=event_printer(console, options["log_format"]),
             fresh=options["fresh"],
         )
         try:
             state = run_until_signalled(run, lambda: loop)
         except Interrupted as signalled:
             sys.exit(signalled.exit_code)
-        took_s, simulated_s = time.monotonic() - began, loop.time()
-        fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
-        console.line("simulated", _told(simulated_s, took_s), fields)
+        if done < settings.rules.rounds:
+            took_s, simulated_s = time.monotonic() - began, loop.time()
+            fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
+            console.line("simulated", _told(simulated_s, took_s), fields)
     if state.outcome == "stopped":
-        how = endings.after_a_stop(state, store.folder)
+        how = endings.after_a_stop(state, store.shown)
         raise RunError(f"the run stopped: {state.reason}; {how}")
 
 

@@ -78,6 +78,11 @@ def parse_spread(text: str) -> Spread:
             return Spread(text, lambda rng, n: median * np.exp(sigma * rng.standard_normal(n)))
         case _:
             low, high = values
+            if low > high:
+                raise UsageError(
+                    f"invalid distribution '{text}': LOW is above HIGH; use "
+                    f"uniform:{high:g},{low:g}"
+                )
             return Spread(text, lambda rng, n: rng.uniform(low, high, n))
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +19,7 @@ from fluffle.simulation.devices import Device
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.protocol.messages import (
     Bye,
     Evaluate,
@@ -44,7 +44,7 @@ from fluffle_common.transport.base import Body, Delivery, Link, Transport
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.frozen import FrozenTensors, introduced
-from fluffle_worker.inbox import read_frozen, read_work
+from fluffle_worker.inbox import Record, read_frozen, read_work
 from fluffle_worker.job import Job, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
@@ -91,7 +91,8 @@ class Fleet:
         topology: the names on the broker.
         transport: the connection to the broker.
         task: the name of the task, for the run's files.
-        say: called once for each kind of unusable result of a task, with a message.
+        record: called with events about the tasks' faults: unusable results and tracebacks, each
+            reported once for all clients.
         codecs: the codecs that updates may be encoded with.
     """
 
@@ -103,12 +104,16 @@ class Fleet:
         topology: Topology,
         transport: Transport,
         task: str,
-        say: Callable[[str], object] = lambda _: None,
+        record: Record = lambda _: None,
         codecs: Registry = CODECS,
     ) -> None:
         self._clients, self._federation, self._topology = clients, federation, topology
         self._transport, self._task, self._codecs = transport, task, codecs
-        self._results = Results(report=say, trace=say)
+        self._acting = ""  # the client whose task is running
+        self._results = Results(
+            report=lambda reason: record(Unfit(reason=f"at {self._acting}, {reason}")),
+            trace=lambda text: record(Traceback(text=text)),
+        )
         self._forms: dict[int, Signature] = {}
         self._frozen: dict[int, FrozenTensors] = {}
         self._link: Link
@@ -265,6 +270,7 @@ class Fleet:
             steps = of
 
         nbytes_down = size_bytes(job.weights)
+        self._acting = client.name
         try:
             execute(
                 job,
@@ -279,7 +285,8 @@ class Fleet:
                 codecs=self._codecs,
             )
         except (Exception, SystemExit) as why:
-            self._results.failed(why)
+            trace = why.__traceback__  # begins with this function
+            self._results.failed(why.with_traceback(trace and trace.tb_next))
             failure = Failure(
                 **self._about(client), run=job.work.run, round=job.work.round, reason=one_line(why)
             )

@@ -22,7 +22,9 @@ from fluffle.simulation.simulate import (
     tested_every,
 )
 from fluffle_common.cli.console import warn
+from fluffle_common.cli.printing import echo
 from fluffle_common.errors import UsageError
+from fluffle_common.protocol.events import RunEvent, Traceback
 from fluffle_coordinator.machine.state import State
 from fluffle_worker.task import Task, check_task
 
@@ -133,11 +135,19 @@ def simulate(
             done = 0 if fresh else committed(run_folder.path)
             tested = tested_every(settings, whole, test_every, done)
             simulation = simulate_run(
-                tested, everybody, run_folder.store, shown, say=warn, fresh=fresh
+                tested, everybody, run_folder.store, shown, record=_show, fresh=fresh
             )
             return run_folder.result(run_coroutine(simulation))
 
     return Background(body, SimulatedLoop).wait()
+
+
+def _show(event: RunEvent) -> None:
+    """Write an event about a task's fault to stderr; a traceback as it is."""
+    if isinstance(event, Traceback):
+        echo(*event.sentence().splitlines(), err=True)
+    else:
+        warn(event.sentence())
 
 
 def _check(options: Mapping[str, Any], **counts: int | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,6 +23,7 @@ from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.hooks import Evaluate
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_worker.inbox import Record
 from fluffle_worker.task import EvalResult, Task
 
 # Number of missed heartbeats after which a client counts as gone: idle clients send none.
@@ -36,7 +37,7 @@ async def simulate_run(
     watcher: Watcher,
     *,
     task: str = "simulation",
-    say: Callable[[str], object] = lambda _: None,
+    record: Record = lambda _: None,
     fresh: bool = False,
 ) -> State:
     """Run a federation of simulated clients to its end, in the time of a ``SimulatedLoop``.
@@ -47,7 +48,7 @@ async def simulate_run(
         store: the run folder, locked; an earlier run in it is continued.
         watcher: watches the run.
         task: the name of the task, for the run's files.
-        say: called once for each kind of unusable result of a task, with a message.
+        record: called with events about the tasks' faults: unusable results and tracebacks.
         fresh: whether to start a new run and move an earlier one aside.
 
     Raises:
@@ -62,7 +63,7 @@ async def simulate_run(
         topology=topology,
         transport=broker,
         task=task,
-        say=say,
+        record=record,
     )
     journal = JournalFile(store.folder, settings.federation)
     watchers = Watchers(watcher, journal)

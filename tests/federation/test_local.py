@@ -247,7 +247,13 @@ from tests.federation.test_local import Adder
 def on_round(commit):
     print(commit.round, flush=True)
 
-fluffle.run([Adder(steps=100, step_s=0.001)], rounds=1000, on_round=on_round, **eval(sys.argv[1]))
+fluffle.run(
+    [Adder(steps=100, step_s=0.001)],
+    rounds=1000,
+    on_round=on_round,
+    progress=True,
+    **eval(sys.argv[1]),
+)
 """
 
 
@@ -271,11 +277,8 @@ def test_ctrl_c_ends_a_run_cleanly_and_names_how_to_continue(tmp_path, with_fold
     (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
-    if not with_folder:
-        assert (
-            f"the same call with folder={str(folder)!r} goes on with round {committed + 1}"
-            in stderr
-        )
+    assert f"the same call with folder={str(folder)!r} goes on with round {committed + 1}" in stderr
+    assert "command" not in stderr
     run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
     assert run.weights["w"].tolist() == [committed + 1.0] * 2
 
@@ -432,3 +435,18 @@ def test_no_thread_is_left_behind():
     before = set(threading.enumerate())
     fluffle.run([Adder(), Adder()], rounds=2, parallel=True)
     assert set(threading.enumerate()) <= before
+
+
+def test_a_hook_may_change_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    run = fluffle.run(
+        [Adder()],
+        rounds=2,
+        folder="run",
+        progress=False,
+        on_round=lambda _: os.chdir(tmp_path / "other"),
+    )
+    assert run.folder == tmp_path / "run"
+    assert len(run.history.rounds) == 2
+    assert not list((tmp_path / "other").iterdir())

@@ -158,6 +158,24 @@ def test_a_task_that_fails_is_left_out_and_named(tmp_path):
     assert all("no data today" in reason for reason in reasons)
 
 
+def test_a_failing_client_s_traceback_is_its_own_and_readable(capsys):
+    class Failing(Adder):
+        def train(self, weights: Any, plan: Any, progress: Any) -> TrainResult:
+            raise ValueError("no data today")
+
+        def evaluate(self, weights: Any) -> EvalResult:
+            raise ZeroDivisionError("mine")
+
+    tasks = {"north": Adder(1.0), "south": Failing(1.0)}
+    fluffle.simulate(tasks, rounds=1, quorum=1)
+    stderr = capsys.readouterr().err
+    assert "\\n" not in stderr
+    assert stderr.count("ZeroDivisionError: mine\n") == 1
+    assert stderr.count("ValueError: no data today\n") == 1
+    assert stderr.count("  File ") == 2
+    assert "at south, evaluate() failed, so this worker trains without evaluation" in stderr
+
+
 class Letters:
     """A whole data set, of which parts are made."""
 
@@ -220,6 +238,8 @@ class TestDevices:
         ({"clients": 3}, "clients = 3, but there are 2 tasks"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "invalid availability 'often'"),
+        ({"step_s": "uniform:2,1"}, "LOW is above HIGH; use uniform:1,2"),
+        ({"step_s": "uniform:0,1e400"}, "invalid distribution 'uniform:0,1e400'"),
     ],
 )
 def test_what_a_simulation_cannot_do_is_told_at_once(options, said):

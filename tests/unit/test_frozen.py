@@ -35,6 +35,7 @@ from fluffle_worker import frozen as module
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.inbox import read_frozen as frozen_in
 from fluffle_worker.inbox import read_work
+from fluffle_worker.user_code import full_trace
 
 MODEL = {"w": np.ones(4, np.float32)}
 
@@ -318,3 +319,33 @@ def test_what_cannot_travel_is_refused_at_the_start(tensors, why):
     task.tensors = tensors
     with pytest.raises(TaskError, match=why):
         FrozenTensors(task)
+
+
+@pytest.mark.parametrize("error", [ValueError("no file"), SystemExit(3)])
+def test_a_task_whose_frozen_fails_is_a_task_that_failed(error, capsys):
+    class Failing(Backed):
+        def frozen(self) -> Any:
+            raise error
+
+    with pytest.raises(TaskError, match=r"frozen\(\) failed: .* \(test_frozen.py:\d+\)") as failed:
+        FrozenTensors(Failing())
+    assert failed.value.__cause__ is error
+    stderr = capsys.readouterr().err
+    assert "the error in the task's code:" in stderr
+    assert stderr.count("  File ") == 1  # the task's own frame
+
+
+def test_the_traceback_of_a_failing_use_frozen_begins_in_the_task():
+    class Failing(Backed):
+        def use_frozen(self, tensors: Any) -> None:
+            raise ValueError("does not fit")
+
+    frozen = FrozenTensors(Failing())
+    received = frozen_of(backbone(2.0))
+    assert frozen.receive(received)
+    with pytest.raises(ValueError, match="does not fit") as failed:
+        frozen.use(received.digest)
+    trace = failed.value.__traceback__
+    assert trace is not None
+    text = full_trace(failed.value.with_traceback(trace.tb_next))  # without this test's own frame
+    assert text.count("  File ") == 1

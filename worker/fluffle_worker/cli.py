@@ -186,7 +186,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
-        record = _event_printer(console, options["log_format"])
+        record = event_printer(console, options["log_format"])
 
         def make_service() -> WorkerService:
             return WorkerService(
@@ -269,7 +269,7 @@ def _run_to_end(make_service: Callable[[], WorkerService], record: Record) -> tu
     return 0, at_work()
 
 
-def _event_printer(console: Console, log_format: str) -> Record:
+def event_printer(console: Console, log_format: str) -> Record:
     """Return a function that prints an event as a line for people or as JSON."""
     from fluffle_common.protocol.events import Traceback
 

@@ -29,6 +29,7 @@ from fluffle_common.tensors.layout import Signature, Weights, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.signature import check_signature, described, difference
 from fluffle_worker.task import Task
+from fluffle_worker.user_code import one_line, warn_in_full
 
 
 class FrozenTensors:
@@ -39,13 +40,18 @@ class FrozenTensors:
         folder: the folder for received tensors; None keeps them in memory only.
 
     Raises:
-        TaskError: if the task shares tensors that cannot travel.
+        TaskError: if the task's ``frozen`` fails, or returns tensors to share that cannot travel.
     """
 
     def __init__(self, task: Task, folder: Path | None = None) -> None:
         self._task, self._folder = task, folder
         self.shared = bool(getattr(task, "share_frozen", False))
-        own = self._of_the_task()
+        try:
+            own = self._of_the_task()
+        except TaskError as why:
+            if why.__cause__ is not None:
+                warn_in_full(why.__cause__)
+            raise
         self.form = signature_of(own)
         if self.shared:
             check_signature(self.form)
@@ -104,7 +110,15 @@ class FrozenTensors:
 
     def _of_the_task(self) -> Weights:
         give = getattr(self._task, "frozen", None)
-        return arrays(give(), "frozen()", "the frozen tensors") if callable(give) else {}
+        if not callable(give):
+            return {}
+        try:
+            given = give()
+        except TaskError:
+            raise
+        except (Exception, SystemExit) as why:
+            raise TaskError(f"the task's frozen() failed: {one_line(why)}") from why
+        return arrays(given, "frozen()", "the frozen tensors")
 
     def _kept(self) -> Frozen:
         """Read the file of an earlier process, unless it is damaged or no longer fits.

@@ -11,7 +11,14 @@ __all__ = ["CALLERS", "full_trace", "one_line", "sendable", "warn_in_full"]
 
 CALLERS = frozenset(
     str(Path(__file__).parent / name)
-    for name in ("job.py", "results.py", "signature.py", "task_loading.py", "trainer.py")
+    for name in (
+        "frozen.py",
+        "job.py",
+        "results.py",
+        "signature.py",
+        "task_loading.py",
+        "trainer.py",
+    )
 )
 """The files that call a task's code; their frames are left out of its tracebacks."""
 

@@ -292,15 +292,24 @@ class Committer:
         )
 
     async def _on_disk(self, write: Callable[[], object]) -> None:
-        """Write in a thread; while the disk refuses, report it once and retry."""
+        """Write in a thread; while the disk refuses, report it once and retry.
+
+        Raises:
+            RunError: if the run folder was removed.
+        """
         reported = False
         while True:
             try:
                 await asyncio.to_thread(write)
             except OSError as why:
+                folder = str(self._store.shown)
+                if not self._store.folder.is_dir():
+                    raise RunError(
+                        f"the run folder {folder} was removed during the run; put it back and run "
+                        "the same command again: no update is lost"
+                    ) from None
                 if not reported:
                     reason = why.strerror or str(why)
-                    folder = str(self._store.folder)
                     self._record(
                         run_events.Disk(folder=folder, reason=reason, pause_s=_DISK_RETRY_S)
                     )

@@ -89,7 +89,7 @@ class Coordinator:
         exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
-        self._watcher, self._journal, self._folder = watcher, journal, store.folder
+        self._watcher, self._journal, self._folder = watcher, journal, store.shown
         self._events, self._advancing, self._linked = deque[ev.Event](), False, asyncio.Event()
         self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
