@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_groups
+from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import check_names
@@ -71,7 +72,7 @@ class Aggregator:
         settings: the operator's settings. Strategies other than FedAvg always run in a thread.
         link: returns the current link, or None while disconnected.
         post: sends an event to the machine.
-        note: tells the operator something.
+        record: records a run event.
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
         frozen: the model's frozen tensors; empty before the first weights arrive.
@@ -89,7 +90,7 @@ class Aggregator:
         *,
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
-        note: Callable[[str], object] = lambda _: None,
+        record: Callable[[RunEvent], object] = lambda _: None,
         resumed: tuple[int, Weights] | None = None,
         frozen: Weights = NO_TENSORS,
         averaged: Callable[[Weights, Weights], object] = lambda *_: None,
@@ -97,7 +98,7 @@ class Aggregator:
     ) -> None:
         self.weights, self.frozen = weights, frozen
         self.broadcast: Weights = NO_TENSORS  # the strategy's tensors that travel with the weights
-        self._committer, self._post, self._note = committer, post, note
+        self._committer, self._post, self._record = committer, post, record
         self._strategy, self._plan = settings.strategy, settings.whole_plan
         self._keep_updates = settings.keep_updates
         # Whether an update that missed one sum may go into the next.
@@ -366,7 +367,7 @@ class Aggregator:
         if nbytes <= self._at_once_bytes:
             return work(*on)  # the trip to a thread and back would take longer
         what = f"the strategy {self._strategy.name}"
-        return await call_user(what, partial(work, *on), self._note)
+        return await call_user(what, partial(work, *on), self._record)
 
 
 def _checked(frozen: Weights) -> Frozen:

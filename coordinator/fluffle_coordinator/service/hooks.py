@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from fluffle_common.cli.console import warn
 from fluffle_common.cli.loading import load_object
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
@@ -126,7 +127,7 @@ class HookCalls:
 
     Args:
         hooks: the hooks.
-        record: records a run event; called once for each distinct error of a hook.
+        record: records a run event: each distinct error of a hook, once, and a hook that is slow.
     """
 
     def __init__(self, hooks: Hooks, record: Callable[[run_events.RunEvent], None]) -> None:
@@ -162,18 +163,17 @@ class HookCalls:
 
     async def _call(self, name: str, number: int, call: Callable[[], T]) -> T | None:
         """Return the result of a hook; if it fails, report the error and return None."""
-        what = f"the {name} hook of round {number}"
-        result, why = await call_user(what, lambda: _attempt(call), self._note)
+        hook = f"the {name} hook of round {number}"
+        result, why = await call_user(hook, lambda: _attempt(call), self._record)
         if why is not None and (text := one_line(why)) not in self._reported:
             self._reported.add(text)
             what = f"round {number} is committed, but its {name} hook failed: {text}"
-            self._note(what)
-            if not isinstance(why, _WrongResult):
+            self._record(run_events.Note(what=what))
+            if isinstance(why, _WrongResult):
+                warn(f"the {name} hook failed: {text}")
+            else:
                 warn_in_full(why, f"{name} hook", _CALLERS)
         return result
-
-    def _note(self, what: str) -> None:
-        self._record(run_events.Note(what=what))
 
 
 def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:

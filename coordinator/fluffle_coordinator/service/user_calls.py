@@ -1,4 +1,4 @@
-"""Calls of users' functions off the event loop: a slow one is noted, a hanging one abandoned.
+"""Calls of users' functions off the event loop: slow ones are reported, hanging ones abandoned.
 
 They run in daemon threads, because the process waits for all other threads before it exits.
 """
@@ -13,14 +13,15 @@ from concurrent.futures import Executor, Future
 from typing import Any, NoReturn, TypeVar
 
 from fluffle_common.cli.exit_now import exit_now
+from fluffle_common.protocol.events import Slow
 
 T = TypeVar("T")
 
-_SLOW_S = 30.0
+_SLOW_S = 30
 _THREAD = "user-call"
 
 
-async def call_user(what: str, call: Callable[[], T], note: Callable[[str], object]) -> T:
+async def call_user(what: str, call: Callable[[], T], record: Callable[[Slow], object]) -> T:
     """Return the result of a function, which is called in a daemon thread.
 
     Cancelling this coroutine abandons the call.
@@ -28,13 +29,14 @@ async def call_user(what: str, call: Callable[[], T], note: Callable[[str], obje
     Args:
         what: what is called, for messages.
         call: the function.
-        note: called with a message when the function has run for 30 s, 60 s, 120 s and so on.
+        record: records a run event; called when the function has run for 30 s, 60 s, 120 s and so
+            on.
     """
     result = asyncio.get_running_loop().run_in_executor(_THREADS, call)
     running_s = pause_s = _SLOW_S
     try:
         while not (await asyncio.wait([result], timeout=pause_s))[0]:
-            note(f"{what} has been running for {running_s:.0f} s; the run waits for it")
+            record(Slow(what=what, running_s=running_s))
             running_s, pause_s = 2 * running_s, running_s
         return result.result()
     finally:

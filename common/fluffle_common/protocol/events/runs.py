@@ -98,6 +98,14 @@ class Note(RunEvent):
     what: Text = None
 
 
+@event("slow", "{what} has been running for {running_s:g} s; the run waits for it", "odd")
+class Slow(RunEvent):
+    """The run has been waiting for a hook or a strategy."""
+
+    what: Text = None
+    running_s: Number = None
+
+
 @event(
     "blocked",
     "the broker accepts no messages for now ({reason}); outgoing messages are waiting",
