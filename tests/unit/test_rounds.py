@@ -19,6 +19,7 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from fluffle_coordinator.observe.waiting import waiting_for
 
@@ -393,6 +394,58 @@ def test_the_deadline_stops_with_the_reason():
 
 def test_the_deadline_closes_with_the_updates_present():
     assert only(deadline("close").tick(1), fx.Commit)
+
+
+@pytest.mark.parametrize("on_deadline", ["close", "reopen", "stop"])
+def test_the_deadline_waits_for_updates_that_are_being_folded(on_deadline):
+    run = deadline(on_deadline)
+    run.arrived("b")  # the disk is full, for example
+    assert not event_names(run.tick(600))
+    assert run.state.phase is Phase.OPEN
+    assert rounds.wakeup(run.state) > run.now
+    assert only(run.folded("b"), fx.Commit)
+
+
+def test_the_deadline_decides_once_a_late_fold_has_failed():
+    run = deadline("stop")
+    run.arrived("b")
+    run.tick(600)
+    run.fold_failed("b", again=True)
+    assert run.state.reason == "round 1 has 1 of 2 updates after 659 s, missing: b"
+
+
+def test_no_round_waits_for_a_fold_beyond_its_maximum():
+    run = deadline("stop", max_round_s=600)
+    run.arrived("b")
+    run.sleep()
+    assert run.state.outcome == "stopped"
+    assert run.state.reason.endswith("2 updates after 600 s, the others are still being added")
+
+
+class Never(QuorumRounds):
+    """Rounds that their schedule never closes."""
+
+    def closes(self, state: rs.State, now: float) -> bool:
+        return False
+
+    def wakeup(self, state: rs.State) -> float:
+        return state.opened_at if state.rules.grace_s else math.inf
+
+
+@pytest.mark.parametrize("grace_s", [0, 5])
+def test_the_deadline_closes_a_round_that_its_schedule_does_not_close(grace_s):
+    rules = Rules(rounds=1, deadline_s=60, patience=1000, grace_s=grace_s)
+    run = opened("a", "b", rules=rules, schedule=Never())
+    run.update("a")
+    run.tick(30)
+    run.update("b")
+    assert not only(run.tick(59), fx.Commit)
+    effects = run.tick(1)
+    assert only(effects, fx.Commit)
+    (closed,) = [one.event for one in only(effects, fx.Record)]
+    assert closed.reason == (
+        "round 1 has its quorum, but its schedule did not close it in 60 s (--deadline)"
+    )
 
 
 def test_the_deadline_reopens_with_too_few_updates():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -41,6 +40,7 @@ from fluffle_coordinator.service.strategy_loading import (
     rules_for,
     uncounted_sampling,
 )
+from fluffle_coordinator.service.user_calls import leave
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
@@ -64,25 +64,25 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     store = RunStore(options["folder"] or Path("runs") / federation)
     topology = Topology(federation, options["queue_type"])
     page = _page(options, topology)
-    with Console(options["log_format"], {"federation": federation}) as console:
-        journal = Journal(topology)
-        watcher = Watchers(View(console), journal, *([page] if page else []))
-        if page:
-            console.line("page", f"the page is at {page.url}", {"url": page.url})
-        run = coordinate(
-            settings,
-            transport,
-            topology,
-            store,
-            watcher,
-            journal=journal,
-            page=page,
-            fresh=options["fresh"],
-        )
-        try:
+    try:
+        with Console(options["log_format"], {"federation": federation}) as console:
+            journal = Journal(topology)
+            watcher = Watchers(View(console), journal, *([page] if page else []))
+            if page:
+                console.line("page", f"the page is at {page.url}", {"url": page.url})
+            run = coordinate(
+                settings,
+                transport,
+                topology,
+                store,
+                watcher,
+                journal=journal,
+                page=page,
+                fresh=options["fresh"],
+            )
             state = run_until_signalled(page.beside(run) if page else run)
-        except Interrupted as signalled:
-            sys.exit(signalled.exit_code)
+    except Interrupted as signalled:
+        leave(signalled.exit_code)
     if state.outcome == "stopped":
         remedy = endings.after_a_stop(state, store.shown)
         raise RunError(f"the run stopped: {state.reason}; {remedy}")

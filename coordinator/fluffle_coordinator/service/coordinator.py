@@ -119,6 +119,7 @@ class Coordinator:
             settings,
             link=lambda: self._link,
             post=self._post,
+            note=lambda what: self._record(run_events.Note(what=what)),
             resumed=(saved.committed, saved.kept) if saved.committed else None,
             frozen=saved.frozen.tensors,
             averaged=self._outbox.prepare,

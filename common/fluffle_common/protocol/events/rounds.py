@@ -38,7 +38,7 @@ class Reopened(RunEvent):
 
 @event("closed", "{reason}; closed with the updates that have arrived", "odd")
 class Closed(RunEvent):
-    """A round has closed at its deadline with fewer updates than its quorum."""
+    """A round has closed at its deadline: below its quorum, or although its schedule waits."""
 
     round: Integer = None
     reason: Text = None
