@@ -179,7 +179,34 @@ def test_updates_for_a_robust_mean_wait_in_the_run_folder(federated, monkeypatch
     federated(scenario)
 
 
-def test_a_full_disk_under_a_robust_mean_ends_the_run_and_loses_nothing(federated, monkeypatch):
+def test_a_full_disk_pauses_a_robust_mean_until_there_is_room(federated, monkeypatch):
+    async def scenario(federation):
+        full_until = federation.loop.time() + 12.0
+
+        def lay(delta, folder):
+            if federation.loop.time() < full_until:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return map_to_disk(delta, folder)
+
+        monkeypatch.setattr(committer, "map_to_disk", lay)
+        tasks = [Adder(federation.loop, value) for value in (1.0, 2.0, 9.0)]
+        for name, task in zip("abc", tasks, strict=True):
+            federation.worker(name, task)
+        coordinator = federation.coordinator(rounds=1, min_workers=3, strategy=MEDIAN)
+        assert (await coordinator.end()).outcome == "finished"
+        (disk,) = coordinator.log.of("disk")
+        assert disk["reason"] == "No space left on device"
+        assert federation.loop.time() >= full_until
+        assert federation.weights(1)["w"].tolist() == [2.0] * 4
+        assert [len(task.trained) for task in tasks] == [1, 1, 1]
+
+    federated(scenario)
+
+
+def test_a_full_disk_under_a_users_strategy_ends_the_run_and_loses_nothing(federated, monkeypatch):
+    """Its fold cannot be repeated: it may have changed its state already."""
+    strategy = dataclasses.replace(MEDIAN, ours=False)
+
     def full(delta, folder):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -189,10 +216,10 @@ def test_a_full_disk_under_a_robust_mean_ends_the_run_and_loses_nothing(federate
             federation.worker(name, task)
         with monkeypatch.context() as patch:
             patch.setattr(committer, "map_to_disk", full)
-            coordinator = federation.coordinator(rounds=1, min_workers=3, strategy=MEDIAN)
+            coordinator = federation.coordinator(rounds=1, min_workers=3, strategy=strategy)
             with pytest.raises(RunError, match=r"\(No space left on device\); make room there"):
                 await coordinator.end()
-        await federation.coordinator(rounds=1, min_workers=3, strategy=MEDIAN).end()
+        await federation.coordinator(rounds=1, min_workers=3, strategy=strategy).end()
         assert federation.weights(1)["w"].tolist() == [2.0] * 4
         assert [len(task.trained) for task in tasks] == [1, 1, 1]  # the same updates
 

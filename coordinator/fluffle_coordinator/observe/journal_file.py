@@ -75,10 +75,11 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
     """Yield the events in the journal of a run's folder, without lines that are damaged.
 
     Raises:
-        UsageError: if the folder has no journal.
+        UsageError: if the folder has no journal, or none of its lines can be read.
     """
+    path, readable, damaged = folder / _NAME, 0, 0
     try:
-        file = (folder / _NAME).open(encoding="utf-8", errors="replace")
+        file = path.open(encoding="utf-8", errors="replace")
     except OSError:
         raise UsageError(
             f"{folder} has no journal: only simulations keep their journal in the run folder; "
@@ -87,6 +88,11 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
     with file:
         for line in file:
             try:
-                yield Event(**json.loads(line))
+                event = Event(**json.loads(line))
             except (ValueError, TypeError):  # torn by a crash, or damaged
-                continue
+                damaged += 1
+            else:
+                readable += 1
+                yield event
+    if damaged and not readable:
+        raise UsageError(f"{path} cannot be read (none of its lines is an event)")

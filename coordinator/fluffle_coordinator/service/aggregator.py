@@ -249,7 +249,9 @@ class Aggregator:
             received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
             # Folding touches the whole model, however small the encoded update is.
             nbytes = max(received, size_bytes(self._base))
-            norm = await self._off_loop(nbytes, self._check_and_fold, held, payload)
+            fold = partial(self._off_loop, nbytes, self._check_and_fold, held, payload)
+            # A user's strategy may have changed its state before the disk refused the update.
+            norm = await (self._committer.when_room(fold) if self._strategy.ours else fold())
         except (LinkLost, PartsGone, OSError) as gone:
             self._post(ev.FoldFailed(monotonic(), ticket, str(gone), again=True))
         except MalformedMessage as wrong:

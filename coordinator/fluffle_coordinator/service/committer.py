@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.errors import RunError
@@ -35,6 +36,7 @@ from fluffle_coordinator.storage.round_stats import weighted_mean as mean
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
+_T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
 # The field names of a round's history lines and of the Evaluated event. Readers merge those into
 # one mapping, so a metric of one of these names is renamed.
@@ -68,6 +70,22 @@ class Average:
     clock: Clock
     kept: Weights = field(default_factory=dict)
     spent: Mapping[str, float] = field(default_factory=dict)
+
+
+class NoRoom(RunError):
+    """The disk refused a write, which can be repeated when there is room.
+
+    Args:
+        folder: the run folder, as the user named it.
+        reason: the system's message.
+    """
+
+    def __init__(self, folder: Path, reason: str) -> None:
+        super().__init__(
+            f"cannot write to {folder} ({reason}); make room there and run the same command "
+            "again: no update is lost"
+        )
+        self.reason = reason
 
 
 class Committer:
@@ -145,16 +163,10 @@ class Committer:
             The same tensors, mapped from the file.
 
         Raises:
-            RunError: if the file cannot be written.
+            NoRoom: if the disk refuses.
+            RunError: if the run folder was removed.
         """
-        try:
-            return map_to_disk(delta, self._store.folder)
-        except OSError as why:
-            raise RunError(
-                f"cannot write an update of the open round to {self._store.folder} "
-                f"({why.strerror}); make room there and run the same command again: no update "
-                "is lost"
-            ) from None
+        return self._write(lambda: map_to_disk(delta, self._store.folder))
 
     def commit(self, average: Average) -> None:
         """Commit a round; posts ``Committed``."""
@@ -292,7 +304,11 @@ class Committer:
         )
 
     async def _on_disk(self, write: Callable[[], object]) -> None:
-        """Write in a thread; while the disk refuses, report it once and retry.
+        """Write in a thread, as ``when_room`` does."""
+        await self.when_room(lambda: asyncio.to_thread(self._write, write))
+
+    async def when_room(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Await ``work()``; after a ``NoRoom``, report it once and do the work again.
 
         Raises:
             RunError: if the run folder was removed.
@@ -300,23 +316,31 @@ class Committer:
         reported = False
         while True:
             try:
-                await asyncio.to_thread(write)
-            except OSError as why:
-                folder = str(self._store.shown)
-                if not self._store.folder.is_dir():
-                    raise RunError(
-                        f"the run folder {folder} was removed during the run; put it back and run "
-                        "the same command again: no update is lost"
-                    ) from None
+                return await work()
+            except NoRoom as refused:
                 if not reported:
-                    reason = why.strerror or str(why)
                     self._record(
-                        run_events.Disk(folder=folder, reason=reason, pause_s=_DISK_RETRY_S)
+                        run_events.Disk(
+                            folder=str(self._store.shown),
+                            reason=refused.reason,
+                            pause_s=_DISK_RETRY_S,
+                        )
                     )
                 reported = True
                 await asyncio.sleep(_DISK_RETRY_S)
-            else:
-                return
+
+    def _write(self, write: Callable[[], _T]) -> _T:
+        """Call ``write``, and turn an ``OSError`` into one of the two errors of the run folder."""
+        try:
+            return write()
+        except OSError as why:
+            folder = self._store.shown
+            if not self._store.folder.is_dir():
+                raise RunError(
+                    f"the run folder {folder} was removed during the run; put it back and run "
+                    "the same command again: no update is lost"
+                ) from None
+            raise NoRoom(folder, why.strerror or str(why)) from None
 
 
 def average_evaluations(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:

@@ -55,7 +55,8 @@ class Contribution:
         """Return the delta on disk, for a state that holds all updates of a round.
 
         Raises:
-            RunError: if the disk refuses; this ends the run, and no update is lost.
+            RunError: if the disk refuses. No update is lost: a built-in strategy is called again
+                when there is room, and with a user's strategy, the run ends.
         """
         return self.lay_on_disk(self.delta)
 
