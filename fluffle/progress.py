@@ -68,6 +68,8 @@ class Progress(Watcher):
             self._latest = event.sentence()
             if self._lines:
                 self._print(self._latest)
+        elif isinstance(event, run_events.Interrupted):
+            pass  # it names a command, but the run was a call; RunFolder names that
         elif event.severity in ("odd", "bad") and (self._lines or self._bar is not None):
             self._print(event.sentence())
 

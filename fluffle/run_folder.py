@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
 import tempfile
@@ -22,7 +23,8 @@ class RunFolder:
     """The folder of a run, locked while the context is open.
 
     A temporary folder is deleted together with the ``Run`` that is returned to the user. If the run
-    fails, the folder is kept if a round was committed, and the user is told how to continue.
+    fails, the folder is kept if a round was committed, and the user is told how to continue; after
+    Ctrl-C, so is the user of any other folder.
 
     Args:
         folder: the user's folder; None makes a temporary one.
@@ -50,10 +52,11 @@ class RunFolder:
         trace: TracebackType | None,
     ) -> None:
         self.store.unlock()
-        if error is None or not self._temporary:
+        if error is None or not (self._temporary or isinstance(error, asyncio.CancelledError)):
             return
-        if not committed(self.path):
-            shutil.rmtree(self.path, ignore_errors=True)
+        if not committed(self.store.folder):
+            if self._temporary:
+                shutil.rmtree(self.path, ignore_errors=True)
         elif not isinstance(error, RunError):  # a RunError already says how to continue
             warn(f"the committed rounds are kept{self._how_to_continue()}")
 
@@ -70,13 +73,13 @@ class RunFolder:
         if state.outcome == "stopped":
             reason = f"{state.reason}; {fault}" if fault else state.reason
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
-        run = Run(self.path)
+        run = Run(self.store.folder)
         if self._temporary:
             weakref.finalize(run, shutil.rmtree, self.path, ignore_errors=True)
         return run
 
     def _how_to_continue(self) -> str:
-        done = committed(self.path)
+        done = committed(self.store.folder)
         call = f"the same call with folder={str(self.path)!r} goes on with round {done + 1}"
         return f"; {call}" if done else ""
 

@@ -26,7 +26,8 @@ for (const { name, body, header, payload_bytes: size } of vectors.sound) {
     assert.deepEqual(got, header);
     assert.equal(payload.length, size);
     const readIt = () => read(bytes(body), 'letters')[0].kind;
-    if (FROM_COORDINATOR.includes(header.kind)) assert.equal(readIt(), header.kind);
+    const optional = header.critical?.includes('frozen'); // a feature that this worker lacks
+    if (FROM_COORDINATOR.includes(header.kind) && !optional) assert.equal(readIt(), header.kind);
     else assert.throws(readIt, Malformed);
     assert.throws(() => read(bytes(body), 'another'), Malformed);
     const { protocol, federation, kind, ...rest } = header;

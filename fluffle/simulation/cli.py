@@ -192,11 +192,12 @@ def simulate(**options: Any) -> None:
             state = run_until_signalled(run, lambda: loop)
         except Interrupted as signalled:
             sys.exit(signalled.exit_code)
-        took_s, simulated_s = time.monotonic() - began, loop.time()
-        fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
-        console.line("simulated", _told(simulated_s, took_s), fields)
+        if done < settings.rules.rounds:
+            took_s, simulated_s = time.monotonic() - began, loop.time()
+            fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
+            console.line("simulated", _told(simulated_s, took_s), fields)
     if state.outcome == "stopped":
-        how = endings.after_a_stop(state, store.folder)
+        how = endings.after_a_stop(state, store.shown)
         raise RunError(f"the run stopped: {state.reason}; {how}")
 
 

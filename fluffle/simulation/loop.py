@@ -11,10 +11,13 @@ import asyncio
 import selectors
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, TypeVar, TypeVarTuple
 
 from fluffle_common.errors import RunError
+
+_T = TypeVar("_T")
+_Ts = TypeVarTuple("_Ts")
 
 
 class _Selector(selectors.DefaultSelector):
@@ -50,6 +53,12 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def wall_time(self) -> float:
         """Return the simulated time in seconds since 1970, UTC; see ``fluffle_common.clock``."""
         return self._began_at + self._now_s
+
+    def run_in_executor(
+        self, executor: Executor | None, func: Callable[[*_Ts], _T], *args: *_Ts
+    ) -> asyncio.Future[_T]:
+        """Run the work at once in this thread, whatever executor it is meant for."""
+        return super().run_in_executor(None, func, *args)
 
     async def shutdown_default_executor(self, timeout: float | None = None) -> None:
         """Do nothing: there are no threads to wait for."""

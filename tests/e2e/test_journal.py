@@ -90,7 +90,7 @@ def test_whoever_follows_sees_it_as_it_happens_even_from_before_the_beginning(
     follower.wait_for("round 1: opened for shard-0-2, shard-1-2")
     gate.touch()
     follower.wait_for("round 1: committed with shard-0-2, shard-1-2")
-    follower.wait_for("finished: 1 rounds are done")
+    follower.wait_for("finished: 1 round is done")
     assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0]
     follower.send(signal.SIGINT)
     assert follower.end() == 128 + signal.SIGINT

@@ -247,7 +247,13 @@ from tests.federation.test_local import Adder
 def on_round(commit):
     print(commit.round, flush=True)
 
-fluffle.run([Adder(steps=100, step_s=0.001)], rounds=1000, on_round=on_round, **eval(sys.argv[1]))
+fluffle.run(
+    [Adder(steps=100, step_s=0.001)],
+    rounds=1000,
+    on_round=on_round,
+    progress=True,
+    **eval(sys.argv[1]),
+)
 """
 
 
@@ -271,11 +277,8 @@ def test_ctrl_c_ends_a_run_cleanly_and_names_how_to_continue(tmp_path, with_fold
     (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
-    if not with_folder:
-        assert (
-            f"the same call with folder={str(folder)!r} goes on with round {committed + 1}"
-            in stderr
-        )
+    assert f"the same call with folder={str(folder)!r} goes on with round {committed + 1}" in stderr
+    assert "command" not in stderr
     run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
     assert run.weights["w"].tolist() == [committed + 1.0] * 2
 
@@ -359,6 +362,21 @@ def test_a_run_that_stops_names_the_rejected_update(function):
         function(tasks, rounds=1, deadline=0.2)
 
 
+def test_tasks_may_come_from_a_generator_or_have_numbers_as_names():
+    for function in (fluffle.run, fluffle.simulate):
+        run = function((Adder() for _ in range(2)), rounds=1)
+        assert len(run.history[0].participants) == 2
+        assert list(function({1: Adder()}, rounds=1).history[0].participants) == ["1"]
+
+
+def test_a_hook_that_stops_a_run_without_a_reason_is_named_as_the_reason():
+    def stop(_: fluffle.Commit) -> None:
+        raise fluffle.StopRun(None)
+
+    run = fluffle.run([Adder()], rounds=3, on_round=stop)
+    assert run.reason == "the on_round hook stopped the run"
+
+
 def test_a_run_that_a_hook_ends_is_returned():
     def on_round(commit):
         if commit.test["w"] >= 2:
@@ -412,8 +430,11 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
-        ([Adder()], {"evaluate": 7}, "--evaluate must be a function, not int"),
+        ([Adder()], {"evaluate": 7}, "evaluate= must be a function, not int"),
+        ([Adder()], {"init": ""}, 'init = "": a path in quotes is expected'),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker id"),
+        ({"a b": Adder()}, {}, "choose another key in tasks"),
+        (Adder(), {}, "a list of tasks is expected, or a mapping of names to tasks, not <"),
         ([object()], {}, "no method 'init'"),
     ],
 )
@@ -443,3 +464,18 @@ def test_no_thread_is_left_behind():
     before = set(threading.enumerate())
     fluffle.run([Adder(), Adder()], rounds=2, parallel=True)
     assert set(threading.enumerate()) <= before
+
+
+def test_a_hook_may_change_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+    run = fluffle.run(
+        [Adder()],
+        rounds=2,
+        folder="run",
+        progress=False,
+        on_round=lambda _: os.chdir(tmp_path / "other"),
+    )
+    assert run.folder == tmp_path / "run"
+    assert len(run.history.rounds) == 2
+    assert not list((tmp_path / "other").iterdir())

@@ -6,6 +6,8 @@ import asyncio
 
 import pytest
 
+from fluffle_common.protocol.events import Resumed, from_fields
+from fluffle_coordinator.observe.run_view import RunView
 from tests.federation.harness import Adder
 
 VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -43,6 +45,49 @@ def test_no_worker_is_gone_after_the_coordinator_was_stopped(federated, after_s)
         assert not coordinator.log.of("quorum")
         assert federation.participants() == [["a", "b", "c"]] * 3
         federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_a_worker_reports_that_it_waits_for_a_coordinator_that_was_stopped(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, min_workers=3)
+        three(federation, step_s=2.0)
+        await coordinator.log.until("opened")
+        await coordinator.stop()
+        worker = federation.processes[1]
+        await worker.log.until("sent")
+        event = await worker.log.until("waiting")
+        assert event["reason"].startswith("round 1: update sent 15 s ago, no new work yet")
+        await asyncio.sleep(100.0)
+        assert len(worker.log.of("waiting")) == 1
+        again = federation.coordinator(rounds=2, min_workers=3)
+        await again.log.until("opened")
+        assert (await again.end()).outcome == "finished"
+
+    federated(scenario)
+
+
+def test_updates_that_waited_for_a_restarted_coordinator_are_shown_in_their_round(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, min_workers=3)
+        three(federation, step_s=2.0)
+        await coordinator.log.until("opened", 2)
+        await coordinator.stop()
+        for worker in federation.processes[1:]:
+            await worker.log.until("sent", 2)
+        again = federation.coordinator(rounds=2, min_workers=4)  # so that it opens later
+        await again.log.until("committed")
+        view = RunView()
+        for at, name, fields in coordinator.log.lines:
+            view.add(at, from_fields(name, fields))
+        view.add(at, Resumed(run="r", rounds=2, round=1))
+        for at, name, fields in again.log.lines:
+            view.add(at, from_fields(name, fields))
+        counted = [name for _, name, _ in again.log.lines if name in ("counted", "opened")]
+        assert counted == ["counted", "counted", "counted", "opened"]
+        assert sorted(view.rounds[2].answers) == ["a", "b", "c"]
+        await again.end()
 
     federated(scenario)
 

@@ -304,6 +304,15 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
         ("cohort(self, state): return ['nobody']", "it selected 'nobody', but no such worker"),
         ("cohort(self, state): return state.nothing", "in cohort(): AttributeError"),
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
+        ("needed(self, state): return float('inf')", "in needed(): it returned inf, not a whole"),
+        ("cohort(self, state): return None", "it returned None, not the names of workers"),
+        ("cohort(self, state): return 'a'", "it returned 'a', not the names of workers"),
+        ("cohort(self, state): return [['a']]", "it selected ['a'], but no such worker is conn"),
+        ("cohort(self, state): return (1 / 0 for _ in 'a')", "in cohort(): ZeroDivisionError"),
+        (
+            "discount(self, staleness): return 0\n\n    continuous = True",
+            "in discount(): it returned 0 for the staleness 0, so nothing counts",
+        ),
     ],
 )
 def test_a_failing_user_schedule_ends_the_run(federated, tmp_path, method, message):
@@ -320,6 +329,23 @@ def test_a_failing_user_schedule_ends_the_run(federated, tmp_path, method, messa
         assert "no update is lost" in str(wrong.value)
 
     federated(scenario)
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "message"),
+    [
+        ("-1", UsageError, "has max_staleness = -1; it must be at least 0"),
+        ("None", UsageError, "is not a schedule: this Windows lacks max_staleness (int)"),
+        ("1 / 0", TaskError, "the schedule broken.py:minutes failed in max_staleness: ZeroDiv"),
+    ],
+)
+def test_the_staleness_of_a_user_schedule_is_checked(tmp_path, value, error, message):
+    original = (Path(__file__).parent / "windows.py").read_text()
+    field = f"    @property\n    def max_staleness(self):\n        return {value}\n\n\n"
+    broken = original.replace("minutes = Windows()", f"{field}minutes = Windows()")
+    (tmp_path / "broken.py").write_text(broken)
+    with pytest.raises(error, match=re.escape(message)):
+        load_schedule(Timing(schedule=f"{tmp_path}/broken.py:minutes"))
 
 
 def test_a_deadline_reissues_lost_work(federated):

@@ -277,6 +277,14 @@ def test_a_scalar_of_the_model_stays_an_array(tmp_path, name):
     assert all(isinstance(one, np.ndarray) for one in strategy.dump(state).values())
 
 
+def test_a_strategy_cannot_make_the_model_writeable(tmp_path):
+    how = {"fold": "pass", "finish": "weights['w'].flags.writeable = True", "dump": "pass"}
+    (tmp_path / "broken.py").write_text(BROKEN.format(**how))
+    strategy = GuardedStrategy(load_strategy(f"{tmp_path / 'broken.py'}:mean"), 1)
+    with pytest.raises(TaskError, match="cannot set WRITEABLE"):
+        strategy.finish([{"w": np.ones(3)}], {"w": np.zeros(3)})
+
+
 WRONG = {
     "fold": ({"fold": "raise KeyError('b')"}, r"fold\(\) of the update of [ab]: KeyError: 'b' \("),
     "exit": ({"fold": "raise SystemExit(3)"}, r"fold\(\) of the update of [ab]: SystemExit: 3"),

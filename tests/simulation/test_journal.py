@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,8 @@ from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.journal import explain, journal
 from fluffle_coordinator.observe.journal_file import read_journal_file
 from tests.simulation.test_simulation import Adder
+
+FLUFFLE = "from fluffle_common.cli.app import main; main()"
 
 
 def simulated(folder: Path, rounds: int = 2, **options: Any) -> None:
@@ -75,6 +80,27 @@ def test_a_line_that_a_crash_has_torn_is_passed_over(tmp_path):
     assert list(read_journal_file(tmp_path)) == whole[:-1]
 
 
+def test_a_damaged_journal_shows_the_lines_that_can_be_read(tmp_path):
+    simulated(tmp_path)
+    whole = list(read_journal_file(tmp_path))
+    file = tmp_path / "journal.jsonl"
+    file.write_bytes(bytes(range(256)) * 40 + b"\n[1]\n" + file.read_bytes())
+    assert list(read_journal_file(tmp_path)) == whole
+    file.write_bytes(bytes(range(256)))
+    assert printed(journal, "--run", tmp_path) == ""
+    with pytest.raises(UsageError, match="the journal has no run yet"):
+        printed(explain, "--run", tmp_path)
+
+
+def test_a_round_that_is_not_in_it_is_told(tmp_path):
+    simulated(tmp_path)
+    with pytest.raises(UsageError, match="round 99 is not in the journal, which has rounds 1-2"):
+        printed(journal, "--run", tmp_path, "--round", 99)
+    (tmp_path / "journal.jsonl").write_text("")
+    with pytest.raises(UsageError, match="round 99 is not in the journal, which has no round"):
+        printed(journal, "--run", tmp_path, "--round", 99)
+
+
 def test_where_there_is_no_journal_it_is_said(tmp_path):
     with pytest.raises(UsageError, match="has no journal: only simulations keep their"):
         printed(journal, "--run", tmp_path)
@@ -82,3 +108,21 @@ def test_where_there_is_no_journal_it_is_said(tmp_path):
         printed(journal, "--run", tmp_path, "--follow")
     with pytest.raises(UsageError, match="missing option '--federation', or '--run'"):
         printed(explain)
+
+
+def test_a_finished_simulation_that_is_repeated_reports_no_simulated_time(tmp_path):
+    example = Path(__file__).parents[2] / "examples/numpy_regression.py"
+    flags = ["--task", f"{example}:task", "--data", "shard:{client}/{clients}", "--clients", "2"]
+    flags += ["--rounds", "1", "--federation", "f", "--run", str(tmp_path / "run")]
+    first, again = (
+        subprocess.run(
+            [sys.executable, "-c", FLUFFLE, "simulate", *flags],
+            capture_output=True, text=True, timeout=120, check=True,
+        ).stdout
+        for _ in range(2)
+    )  # fmt: skip
+    assert re.search(r"simulated .* in ", first)
+    assert "simulated" not in again
+    for printed in (first, again):
+        assert "the same command with --rounds 2 (without --fresh) adds more" in printed
+        assert "finished: 1 round is done" in printed

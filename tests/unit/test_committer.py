@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.dashboard.report import read_report
 from fluffle_coordinator.machine import events as ev
@@ -50,9 +52,9 @@ class Run:
 @pytest.fixture
 async def run(tmp_path):
     made = Run(tmp_path)
-    task = asyncio.create_task(made.committer.run())
+    made.running = asyncio.create_task(made.committer.run())
     yield made
-    task.cancel()
+    made.running.cancel()
 
 
 async def test_a_round_is_committed_when_checkpoint_and_line_are_on_disk(run):
@@ -77,7 +79,7 @@ async def test_an_update_that_is_late_for_the_last_round_is_in_the_history(run):
     run.committer.counts.note(run_events.from_fields("rejected", {"reason": "it has a NaN"}))
     await run.commit(1)
     run.committer.counts.note(run_events.from_fields("late", LATE))
-    run.committer.record_end(1, "finished", "1 rounds are done")
+    run.committer.record_end(1, "finished", "1 round is done")
     await run.committer.drained()
     ended = read_history_lines(run.folder)[-1]
     assert (ended["event"], ended["outcome"], ended["late"]) == ("ended", "finished", 1)
@@ -93,3 +95,11 @@ async def test_a_run_that_ends_before_its_first_round_has_no_line(run):
     run.committer.record_end(0, "stopped", "nobody came")
     await run.committer.drained()
     assert not (run.folder / "history.jsonl").exists()
+
+
+async def test_a_run_whose_folder_is_removed_ends_with_one_line(run):
+    await run.commit(1)
+    shutil.rmtree(run.folder)
+    with pytest.raises(RunError, match=r"the run folder .* was removed .* no update is lost"):
+        async with asyncio.timeout(2):
+            await asyncio.gather(run.commit(2), run.running)

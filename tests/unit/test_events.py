@@ -97,6 +97,16 @@ def test_events_of_a_worker_in_words(event, sentence):
     assert not event.journalled
 
 
+def test_a_count_of_one_is_singular():
+    one = from_fields("opened", {"round": 1, "asked": ["a"], "needed": 1})
+    assert one.sentence() == "round 1: opened for a, 1 update needed"
+    assert from_fields("opened", {"needed": 3}).sentence().endswith("3 updates needed")
+    assert from_fields("opened", {}).sentence() == "round ?: opened for ?, ? updates needed"
+    assert (
+        from_fields("joined", {"worker": "a", "num_examples": 1}).sentence().endswith("1 example")
+    )
+
+
 def test_no_metric_replaces_a_field_of_the_log_line():
     event = Sent(round=2, kind="fit", metrics={"round": 9.0, "metrics": 1.0, "loss": 0.5})
     fields = event.fields()

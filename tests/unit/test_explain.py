@@ -263,6 +263,27 @@ def test_a_round_that_was_open_when_the_coordinator_was_lost():
     assert explanation.missing == []
 
 
+def test_updates_that_count_before_the_round_is_opened_again():
+    story = begun().counted(13, "a", 1).add(20, "interrupted").add(50, "resumed", round=6)
+    for updates, worker in enumerate("abc", start=1):
+        story.counted(50.0 + updates, worker, updates)
+    explanation, text = story.opened(55).explained(now=56)
+    assert explanation.missing == []
+    assert f"a answered at {clock(at(51))}, before the round was opened again: 80" in text
+    assert "No update" not in text
+    story.add(57, "committed", round=7, participants=["a", "b", "c"], num_examples=240)
+    _, text = story.explained(now=60)
+    assert "did not answer" not in text
+    assert "with a, b, c, 240 examples." in text
+
+
+def test_the_journal_may_be_ahead_of_this_machines_clock():
+    explanation, text = begun().counted(13, "a", 1).explained(now=11)
+    assert explanation.now == at(13).timestamp()
+    assert "a answered at" in text
+    assert "since the opening" not in text
+
+
 @pytest.mark.parametrize(
     ("event", "sentence"),
     [
@@ -270,7 +291,8 @@ def test_a_round_that_was_open_when_the_coordinator_was_lost():
         ("stopped", "The run has stopped: enough."),
         (
             "interrupted",
-            "The coordinator was told to stop; the same command opens this round again.",
+            f"The coordinator was told to stop at {clock(at(20))}; the same command opens the "
+            "round again and counts the updates that wait in the queue.",
         ),
     ],
 )
@@ -280,7 +302,8 @@ def test_a_run_that_ended_with_the_round_open(event, sentence):
     assert "deadline" not in text
     assert "Still waiting" not in text
     assert "so far" not in text
-    assert "a did not answer by then." in text
+    stopped = "coordinator stopped" if event == "interrupted" else "run ended"
+    assert f"a had not answered when the {stopped} at {clock(at(20))}." in text
     assert "The longest wait was for a, b, c: 10 s since the opening." in text  # until the end
 
 

@@ -229,6 +229,16 @@ def test_without_examples_there_is_no_average():
         fedavg.finish(fedavg.init(base), base)
 
 
+@pytest.mark.parametrize("discount", [0.0, 1e-310])
+@pytest.mark.parametrize("close", [strategy.Weighted.finish, strategy.Weighted.replaced])
+def test_without_weight_there_is_no_average(discount, close):
+    base = {"w": np.zeros(2, np.float32)}
+    mean = strategy.weighted()
+    one = Contribution(worker="a", num_examples=1, delta=base, discount=discount)
+    with pytest.raises(ValueError, match="so they have no mean; check the discounts"):
+        close(mean, mean.fold(mean.init(base), one), base)
+
+
 # --- memory and blocks -------------------------------------------------------------------------
 
 

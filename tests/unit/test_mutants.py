@@ -275,9 +275,9 @@ MUTANTS = [
     ),
     Mutant(
         "spins while the grace outlasts the deadline",
-        transitions,
-        "    if state.quorum_at is not None:\n        if state.phase",
-        "    if False:\n        if state.phase",
+        closing,
+        "    if state.quorum_at is not None:\n        planned",
+        "    if False:\n        planned",
         "test_the_grace_may_last_longer_than_the_deadline",
         random=False,
     ),

@@ -308,6 +308,24 @@ def test_the_order_is_that_of_the_history(folder):
         replay.replay(folder, 1)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("num_examples", "-1e999", "line 1 is damaged"),
+        ("discount", "-1e999", r"the discount -inf, which is not in \(0, 1\]"),
+        ("discount", "NaN", r"the discount nan, which is not in \(0, 1\]"),
+        ("discount", '"1"', r"the discount '1', which is not in \(0, 1\]"),
+    ],
+)
+def test_a_damaged_history_is_not_blamed_on_the_strategy(folder, field, value, says):
+    history = folder / "history.jsonl"
+    lines = [json.loads(line) for line in history.read_text().splitlines()]
+    lines[0]["participants"][0][field] = json.loads(value)
+    history.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UsageError, match=says):
+        CliRunner().invoke(replay_command, [str(folder), "--round", "1"], catch_exceptions=False)
+
+
 @pytest.mark.parametrize("of", ["update", "checkpoint"])
 def test_one_altered_bit_is_found_and_its_tensor_named(folder, of):
     if of == "update":

@@ -27,6 +27,7 @@ from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.observe.round_view import PHASES, RoundView, remembered
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.replay import strategy_of
 from fluffle_coordinator.storage.round_stats import Counts
 from fluffle_coordinator.storage.run_store import RunStore
 
@@ -318,9 +319,24 @@ def test_what_is_missing_or_cannot_be_written_is_told_in_one_line(folder, tmp_pa
     with pytest.raises(RunError, match="cannot write"):
         arguments = [str(folder), "--out", str(tmp_path / "no" / "x.html")]
         CliRunner().invoke(report, arguments, catch_exceptions=False)
-    (folder / "run.json").write_text("{")
-    with pytest.raises(UsageError, match=r"run\.json cannot be read"):
-        read_report(folder, NOW)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{", "\udcff", "[1,2]", "null", '{"configurations": 1}', '{"configurations": [1]}',
+        '{"configurations": [{"from_round": "1"}]}',
+        '{"configurations": [{"from_round": 1, "rules": []}]}',
+        '{"configurations": [{"from_round": 1, "plan": null}]}',
+    ],
+)  # fmt: skip
+def test_a_damaged_run_file_is_reported_in_one_line(folder, text):
+    (folder / "run.json").write_text(text, errors="surrogateescape")
+    for read in (lambda: read_report(folder, NOW), lambda: strategy_of(folder, 1)):
+        with pytest.raises(UsageError, match=r"run\.json cannot be read"):
+            read()
+    with pytest.raises(RunError, match=r"run\.json cannot be read; --fresh"):
+        RunStore(folder).load("letters")
 
 
 # --- what is noted during a run ----------------------------------------------------------------

@@ -19,6 +19,7 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from fluffle_coordinator.observe.waiting import waiting_for
 
@@ -393,6 +394,58 @@ def test_the_deadline_stops_with_the_reason():
 
 def test_the_deadline_closes_with_the_updates_present():
     assert only(deadline("close").tick(1), fx.Commit)
+
+
+@pytest.mark.parametrize("on_deadline", ["close", "reopen", "stop"])
+def test_the_deadline_waits_for_updates_that_are_being_folded(on_deadline):
+    run = deadline(on_deadline)
+    run.arrived("b")  # the disk is full, for example
+    assert not event_names(run.tick(600))
+    assert run.state.phase is Phase.OPEN
+    assert rounds.wakeup(run.state) > run.now
+    assert only(run.folded("b"), fx.Commit)
+
+
+def test_the_deadline_decides_once_a_late_fold_has_failed():
+    run = deadline("stop")
+    run.arrived("b")
+    run.tick(600)
+    run.fold_failed("b", again=True)
+    assert run.state.reason == "round 1 has 1 of 2 updates after 659 s, missing: b"
+
+
+def test_no_round_waits_for_a_fold_beyond_its_maximum():
+    run = deadline("stop", max_round_s=600)
+    run.arrived("b")
+    run.sleep()
+    assert run.state.outcome == "stopped"
+    assert run.state.reason.endswith("2 updates after 600 s, the others are still being added")
+
+
+class Never(QuorumRounds):
+    """Rounds that their schedule never closes."""
+
+    def closes(self, state: rs.State, now: float) -> bool:
+        return False
+
+    def wakeup(self, state: rs.State) -> float:
+        return state.opened_at if state.rules.grace_s else math.inf
+
+
+@pytest.mark.parametrize("grace_s", [0, 5])
+def test_the_deadline_closes_a_round_that_its_schedule_does_not_close(grace_s):
+    rules = Rules(rounds=1, deadline_s=60, patience=1000, grace_s=grace_s)
+    run = opened("a", "b", rules=rules, schedule=Never())
+    run.update("a")
+    run.tick(30)
+    run.update("b")
+    assert not only(run.tick(59), fx.Commit)
+    effects = run.tick(1)
+    assert only(effects, fx.Commit)
+    (closed,) = [one.event for one in only(effects, fx.Record)]
+    assert closed.reason == (
+        "round 1 has its quorum, but its schedule did not close it in 60 s (--deadline)"
+    )
 
 
 def test_the_deadline_reopens_with_too_few_updates():
@@ -912,7 +965,7 @@ def test_after_the_last_round_its_model_is_evaluated_and_the_run_ends():
     run.evaluation("a", 1)
     effects = run.evaluation("b", 1)
     assert recorded(effects) == [(1, ["a", "b"])]
-    assert only(effects, fx.End) == [fx.End("finished", "1 rounds are done", ("a", "b"))]
+    assert only(effects, fx.End) == [fx.End("finished", "1 round is done", ("a", "b"))]
     assert run.tick(1000) == []
     assert rounds.wakeup(run.state) == math.inf
 
@@ -1028,7 +1081,7 @@ def test_a_run_resumed_for_its_last_evaluation_waits_to_hear_its_workers():
     run.tick(1)
     effects = run.evaluation("b", 1)
     assert recorded(effects) == [(1, ["a", "b"])]
-    assert only(effects, fx.End) == [fx.End("finished", "1 rounds are done", ("a", "b", "c"))]
+    assert only(effects, fx.End) == [fx.End("finished", "1 round is done", ("a", "b", "c"))]
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
@@ -1048,7 +1101,17 @@ def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
     waiting = waiting_for(run.state, run.now)
     assert waiting is not None
     assert waiting.reason == "the run is done; waiting to tell b"
-    assert only(run.seen("b"), fx.End) == [fx.End("finished", "1 rounds are done", tuple("abcde"))]
+    assert only(run.seen("b"), fx.End) == [fx.End("finished", "1 round is done", tuple("abcde"))]
+
+
+def test_a_run_that_is_done_says_at_once_whom_it_waits_for():
+    run = Run(Rules(rounds=1), committed=1, participants="abc", evaluated=True)
+    (waiting,) = [
+        effect.event
+        for effect in run.connect()
+        if isinstance(effect, fx.Record) and isinstance(effect.event, run_events.Waiting)
+    ]
+    assert waiting.reason == "the run is done; waiting up to 10 s to tell a, b, c"
 
 
 def test_time_before_the_first_link_does_not_count():

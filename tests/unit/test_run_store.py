@@ -450,6 +450,34 @@ def test_a_run_without_a_readable_checkpoint_stops_and_says_so(three):
     assert three.history.path.read_bytes() == history
 
 
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [(None, "has no committed round"), (0, "no committed"), (1, "ends at round 1")],
+)
+def test_a_history_that_lost_its_lines_is_refused_and_nothing_is_overwritten(three, keep, says):
+    if keep is None:
+        three.history.path.unlink()
+    else:
+        lines = three.history.path.read_text().splitlines(keepends=True)
+        three.history.path.write_text("".join(lines[:keep]))
+    before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
+    with pytest.raises(RunError, match=rf"checkpoint of round 3, but its .* {says}.*--fresh"):
+        three.load("letters")
+    assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
+    three.start_afresh()
+    assert three.load("letters").committed == 0
+
+
+@pytest.mark.parametrize("also", ["history.jsonl", "round-000*"])
+def test_a_run_without_its_run_file_is_refused(three, also):
+    """A part of the run is enough: both the history and the checkpoints name another run."""
+    for path in [three.folder / "run.json", *three.folder.glob(also)]:
+        path.unlink()
+    with pytest.raises(RunError, match=r"its run\.json is missing; put the file back.*--fresh"):
+        three.load("letters")
+    assert not (three.folder / "run.json").exists()
+
+
 def test_damaged_first_weights_are_not_treated_as_none(store):
     store.load("letters")
     store.save_weights(0, weights(0), {})
@@ -472,7 +500,19 @@ def test_a_damaged_run_file_is_reported_in_one_line(three, text):
         three.load("letters")
 
 
-@pytest.mark.parametrize("line", ["{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}'])
+def counting(num_examples: str) -> str:
+    who = f'{{"worker": "a", "num_examples": {num_examples}}}'
+    return f'{{"event": "committed", "round": 2, "participants": [{who}]}}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}',
+        '{"event": "committed", "round": 2, "participants": 1}',
+        counting("-1e999"), counting("0"), counting("null"), counting("1.5"),
+    ],
+)  # fmt: skip
 def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
     lines = three.history.path.read_text().splitlines()
     three.history.path.write_text("\n".join([lines[0], line, *lines[1:]]) + "\n")

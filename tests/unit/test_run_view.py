@@ -72,6 +72,26 @@ def test_an_event_without_a_round_belongs_to_the_open_one():
     assert 9 not in view.rounds  # invalid messages create no rounds
 
 
+def test_updates_counted_between_a_restart_and_the_opening_belong_to_the_round():
+    resumed = run_events.Resumed(run="r", rounds=3, round=0)
+    view = view_of(opened(1, "a", "b"), counted(1, "a"), resumed, counted(1, "b"))
+    assert set(view.rounds[1].answers) == {"b"}
+    view.add(104.0, opened(1, "a", "b"))
+    assert {one.worker: one.after_s for one in view.rounds[1].answers.values()} == {"b": 0.0}
+    view = view_of(resumed, counted(1, "b"), opened(1, "a", "b"))  # a new live page
+    assert set(view.rounds[1].answers) == {"b"}
+
+
+def test_a_run_that_goes_back_a_round_counts_again():
+    resumed = run_events.Resumed(run="r", rounds=3, round=1)
+    view = view_of(*(e for n in (1, 2) for e in (opened(n, "a"), counted(n, "a"), committed(n))))
+    view.add(110.0, resumed)
+    view.add(111.0, opened(2, "a"))
+    assert [set(view.rounds[number].answers) for number in (1, 2)] == [{"a"}, set()]
+    view.add(112.0, opened(2, "a"))  # without a restart in the journal
+    assert view.open is view.rounds[2]
+
+
 def test_another_run_resets_the_view():
     view = view_of(
         run_events.Started(run="r", rounds=3), opened(1, "a"), run_events.Started(run="s")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.selection import (
     UNIFORM,
@@ -178,6 +179,25 @@ def test_a_rule_from_a_file(tmp_path):
     assert set(opened(*"dcba", rules=rules).state.asked) == {"a", "b"}
     with pytest.raises(UsageError, match="must be a function"):
         load_selection(f"{tmp_path}/mine.py:nothing")
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [
+        ("None", "it returned None, not the names of workers"),
+        ("'ab'", "it returned 'ab', not the names of workers"),
+        ("[1]", "it selected 1, but no such worker is among the candidates"),
+        ("['nobody']", "it selected 'nobody', but no such worker is among the candidates"),
+        ("[['a']]", "it selected ['a'], but no such worker is among the candidates"),
+        ("[]", "it selected none of the 4 candidates"),
+        ("(1 / 0 for _ in 'a')", "ZeroDivisionError: division by zero (mine.py:1)"),
+    ],
+)
+def test_an_invalid_result_of_a_rule_from_a_file_is_refused(tmp_path, result, message):
+    (tmp_path / "mine.py").write_text(f"def rule(candidates, count, draw): return {result}\n")
+    rule = load_selection(f"{tmp_path}/mine.py:rule")
+    with pytest.raises(TaskError, match=re.escape(message)):
+        select(rule, map(Candidate, "abcd"), 2, Draw(0, 1))
 
 
 # --- in the machine ----------------------------------------------------------------------------

@@ -156,13 +156,13 @@ def id_from(data: str) -> str:
 
 def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.cli.console import Console
+    from fluffle_common.cli.exit_now import exit_now
     from fluffle_common.cli.loading import load_codec
     from fluffle_common.cli.settings import broker_url
     from fluffle_common.protocol.events import Loaded
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
-    from fluffle_worker.exit_now import exit_now
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import signature_of_task

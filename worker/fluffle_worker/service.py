@@ -22,6 +22,7 @@ from fluffle_common.protocol.events import (
     Late,
     NotCounted,
     Sent,
+    Waiting,
     Welcomed,
 )
 from fluffle_common.protocol.exchanges import Exchanges
@@ -61,6 +62,9 @@ from fluffle_worker.uploader import Uploader
 
 _LOG = logger("worker.machine")
 
+# A worker whose update is sent reports once that it waits, after this time.
+_WAITING_AFTER_S = 15.0
+
 
 class WorkerService:
     """One data owner's worker.
@@ -80,6 +84,8 @@ class WorkerService:
 
     _run: str | None = None  # the current or the last run
     _welcomed: tuple[str, int, int] | None = None
+    _steps = 0  # of the last training
+    _report_due: asyncio.TimerHandle | None = None  # calls ``_still_waiting``
 
     def __init__(
         self,
@@ -167,6 +173,8 @@ class WorkerService:
             await self._presence.bye(self._connection.current, "stopped by its owner")
             raise
         finally:
+            if self._report_due is not None:
+                self._report_due.cancel()
             for job in self._jobs.values():
                 job.wanted = False
             for task in tasks:
@@ -355,6 +363,7 @@ class WorkerService:
             return
         self._presence.now("training", work, steps=steps)
         self._presence.progress(step, loss)
+        self._steps = steps
         shown = f"round {work.round}" + (f", loss {loss:.4f}" if loss is not None else "")
         self._bar("training", step, steps, shown)
 
@@ -371,3 +380,24 @@ class WorkerService:
         answer = job.answer[0] if job.answer else None
         metrics = answer.metrics if isinstance(answer, Update) else None
         self._record(Sent(round=job.work.round, kind=job.work.kind, metrics=metrics))
+        if self._state.answered == job.work and job.work.kind == "fit":
+            self._wait_for_work(job.work)
+
+    def _wait_for_work(self, work: Work) -> None:
+        """Show that the worker waits for the coordinator, since its update is sent."""
+        if self._steps:
+            shown = f"round {work.round}: update sent; waiting for the coordinator"
+            self._bar("training", self._steps, self._steps, shown)
+        if self._report_due is not None:
+            self._report_due.cancel()
+        loop = asyncio.get_running_loop()
+        self._report_due = loop.call_later(_WAITING_AFTER_S, self._still_waiting, work)
+
+    def _still_waiting(self, work: Work) -> None:
+        """Report that there has been no newer work since an update was sent."""
+        if self._state.answered == work and self._state.over is None:
+            reason = (
+                f"round {work.round}: update sent {_WAITING_AFTER_S:.0f} s ago, no new work yet: "
+                "the coordinator may be waiting for other workers, or may have been stopped"
+            )
+            self._record(Waiting(reason=reason, what="coordinator"))

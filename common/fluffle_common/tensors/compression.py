@@ -42,7 +42,14 @@ from fluffle_common.tensors.codecs.base import (
 )
 from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES, Registry
 from fluffle_common.tensors.table import MAX_TENSOR_NAME
-from fluffle_common.tensors.weights import Array, NotFinite, Weights, delta_dtype, is_float
+from fluffle_common.tensors.weights import (
+    Array,
+    NotFinite,
+    Weights,
+    delta_dtype,
+    is_float,
+    read_only,
+)
 
 SMALLEST = 1024
 """Tensors with fewer values are not encoded."""
@@ -124,7 +131,7 @@ def _encode(
     codec: Codec, name: str, tensor: Array, parts: tuple[Part, ...], rng: np.random.Generator
 ) -> tuple[Array, ...]:
     try:
-        result = codec.encode(_read_only(tensor), rng)
+        result = codec.encode(read_only(tensor), rng)
     except Exception as error:
         raise codec_error(type(codec), "encode", name, error) from error
     if not isinstance(result, tuple) or len(result) != len(parts):
@@ -188,7 +195,7 @@ def decompress(
 
 def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Array) -> Array:
     try:
-        result = codec.decode(encoded, _read_only(like))
+        result = codec.decode(encoded, read_only(like))
     except NotFinite as error:
         raise NotFinite(f"tensor '{name}', encoded as {codec.name}: {error}") from None
     except ValueError as error:
@@ -270,13 +277,6 @@ def _check_parts(name: str, parts: tuple[Part, ...], forms: Iterable[_Form]) -> 
 
 def _forms(tensors: Iterable[Array]) -> list[_Form]:
     return [(tensor.dtype, tensor.shape) for tensor in tensors]
-
-
-def _read_only(tensor: Array) -> Array:
-    """Return a view that a codec cannot write to."""
-    view = tensor.view()
-    view.flags.writeable = False
-    return view
 
 
 def _parts(codec: type[Codec], name: str, shape: Shape) -> tuple[Part, ...]:

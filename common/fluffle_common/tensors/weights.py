@@ -118,6 +118,19 @@ def as_dict(weights: Weights) -> dict[str, Array]:
     return dict(weights.as_dict if isinstance(weights, Tensors) else weights)
 
 
+def read_only(tensor: Array) -> Array:
+    """Return a view that cannot be made writeable, as an ordinary view of a writeable array can.
+
+    Example:
+        >>> read_only(np.zeros(3)).flags.writeable = True
+        Traceback (most recent call last):
+            ...
+        ValueError: cannot set WRITEABLE flag to True of this array
+    """
+    values = tensor.reshape(-1).view(np.uint8).data.toreadonly()
+    return np.asarray(values).view(tensor.dtype).reshape(tensor.shape)
+
+
 def same_form(weights: Weights, like: Weights) -> None:
     """Check that two sets of weights have the same names, shapes and dtypes.
 

@@ -110,13 +110,30 @@ def journal(**options: Any) -> None:
     """
     show = _print_json if options["as_json"] else _SentencePrinter()
 
+    rounds: set[int] = set()
+
     async def run() -> None:
         async with contextlib.aclosing(_events_of(options)) as events:
             async for event in events:
+                if isinstance(event.fields.get("round"), int):
+                    rounds.add(event.fields["round"])
                 if _is_wanted(event, options):
                     show(event)
 
     asyncio.run(run())
+    _check_round(options["number"], rounds)
+
+
+def _check_round(number: int | None, rounds: set[int]) -> None:
+    """Check that the events that were read include the requested round.
+
+    Raises:
+        UsageError: if not; the message lists those that there are.
+    """
+    if number is None or number in rounds:
+        return
+    have = f"rounds {_spans(rounds)}" if rounds else "no round"
+    raise UsageError(f"round {number} is not in the journal, which has {have}")
 
 
 def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
@@ -193,12 +210,12 @@ def explain(
     from fluffle_coordinator.observe.explain_sentences import as_dict, sentences
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
-    now = datetime.now(UTC)
     if folder is None:
         events, coordinated = asyncio.run(_read(_required(federation), url))
+        now = datetime.now(UTC)  # not earlier, because reading takes a while
     else:
         events, coordinated = list(read_journal_file(folder)), None
-        now = events[-1].moment or now if events else now  # simulated time
+        now = (events[-1].moment if events else None) or datetime.now(UTC)  # simulated time
     run, number = _choose_round(events, run_id, number)
     explanation = explain_round(events, run, number, now, coordinated=coordinated)
     if as_json:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -23,6 +22,7 @@ from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import read_history, read_history_lines
+from fluffle_coordinator.storage.run_file import read_run_file
 
 _SCRIPTS = (
     "dom.js",
@@ -47,16 +47,9 @@ def read_report(folder: Path, now: float) -> dict[str, Any]:
         UsageError: if the folder holds no run, or its files cannot be read.
     """
     rows, last = read_history(folder), read_history_lines(folder)[-1:]
-    path = folder / "run.json"
-    try:
-        identity = json.loads(path.read_text())
-    except FileNotFoundError:
-        identity = {}
-    except (OSError, ValueError) as why:
-        raise UsageError(f"{path} cannot be read ({why})") from None
     checkpoints = [_checkpoint(file) for file in sorted(folder.glob("round-*.safetensors"))]
     end = next((line for line in last if line["event"] == "ended"), None)
-    return snapshot(rows, identity, checkpoints, end, now)
+    return snapshot(rows, read_run_file(folder), checkpoints, end, now)
 
 
 def snapshot(

@@ -2,11 +2,13 @@
 
 A round has its quorum once ``State.folded`` reaches ``State.needed``; the schedule says how many
 updates are needed, and when, from then on, the round closes (``Schedule.closes``). A quorum stands:
-workers that are asked afterwards do not undo it.
+workers that are asked afterwards do not undo it. A schedule that does not close the round is
+overruled after ``Rules.deadline_s``.
 """
 
 from __future__ import annotations
 
+import math
 from statistics import median_low
 
 from fluffle_common.protocol import events as run_events
@@ -24,15 +26,55 @@ def try_to_close(state: State, now: float, out: Effects) -> State:
     """Commit the open round at its quorum; at its deadline, reopen it, commit it or stop."""
     if state.quorum_at is None and state.folded >= state.needed:
         state = state.replace(quorum_at=now)
-    expired = now >= state.began_at + state.rules.max_round_s
     if state.quorum_at is not None:
-        return _commit(state, out) if expired or state.schedule.closes(state, now) else state
+        return _close_after_quorum(state, now, out)
     if _all_failed(state):
         reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
         return end(state, "stopped", reason, out)
-    if now >= state.opened_at + state.rules.deadline_s:
+    # ``due_at`` may look at every update, so most events must not call it.
+    if now >= state.opened_at + state.rules.deadline_s and now >= due_at(state):
         return _at_the_deadline(state, now, out)
-    return end(state, "stopped", _too_long(state), out) if expired else state
+    return end(state, "stopped", _too_long(state), out) if _expired(state, now) else state
+
+
+def due_at(state: State) -> float:
+    """Return when the open round is closed, reopened or stopped if nothing else happens.
+
+    This is its deadline, which waits for updates that are being folded. From the quorum on, the
+    deadline begins anew, and the schedule may ask for more time (``Schedule.wakeup``). No round
+    stays open longer than ``Rules.max_round_s``.
+    """
+    rules = state.rules
+    latest = state.began_at + rules.max_round_s
+    if state.quorum_at is not None:
+        planned = state.schedule.wakeup(state)
+        deadline = state.quorum_at + rules.deadline_s
+        return min(latest, deadline if math.isinf(planned) else max(deadline, planned))
+    return latest if _is_folding(state) else min(latest, state.opened_at + rules.deadline_s)
+
+
+def _is_folding(state: State) -> bool:
+    """Whether an update is here that is not in the sum yet."""
+    return not all(update.folded for update in state.received.values())
+
+
+def _expired(state: State, now: float) -> bool:
+    return now >= state.began_at + state.rules.max_round_s
+
+
+def _close_after_quorum(state: State, now: float, out: Effects) -> State:
+    """Commit the round when its schedule says so, or when that has taken too long."""
+    assert state.quorum_at is not None
+    if not state.schedule.closes(state, now):
+        if now < due_at(state):
+            return state
+        option = "--max-round" if _expired(state, now) else "--deadline"
+        reason = (
+            f"round {state.round} has its quorum, but its schedule did not close it in "
+            f"{now - state.quorum_at:.0f} s ({option})"
+        )
+        out.append(Record(run_events.Closed(round=state.round, reason=reason)))
+    return _commit(state, out)
 
 
 def _all_failed(state: State) -> bool:
@@ -76,20 +118,21 @@ def _report_outliers(state: State, out: Effects) -> State:
 
 def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     rules = state.rules
-    reason = _progress_after(state, rules.deadline_s)
+    reason = _progress_after(state, now - state.opened_at)
     if rules.on_deadline == "stop":
         return end(state, "stopped", reason, out)
     if rules.on_deadline == "close" and state.folded >= rules.min_updates:
         out.append(Record(run_events.Closed(round=state.round, reason=reason)))
         return _commit(state, out)
-    if now >= state.began_at + rules.max_round_s:
+    if _expired(state, now):
         return end(state, "stopped", _too_long(state), out)
     if any(state.advancing(name) for name in state.missing):
         fruitless = 0  # a long round is not a dead one
     else:
         fruitless = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if fruitless > rules.max_reopenings:
-        reason = f"{reason}; reopened {rules.max_reopenings} times without progress (--deadline)"
+        times = "once" if rules.max_reopenings == 1 else f"{rules.max_reopenings} times"
+        reason = f"{reason}; reopened {times} without progress (--deadline)"
         return end(state, "stopped", reason, out)
     state = state.replace(reopenings=fruitless, reopened_with=state.folded)
     return reopen(state, reason, now, out)
@@ -102,7 +145,12 @@ def _too_long(state: State) -> str:
 
 def _progress_after(state: State, seconds: float) -> str:
     names = ", ".join(state.missing)
-    missing = f"missing: {names}" if names else "no other worker is connected"
+    if names:
+        missing = f"missing: {names}"
+    elif _is_folding(state):
+        missing = "the others are still being added"
+    else:
+        missing = "no other worker is connected"
     return (
         f"round {state.round} has {state.folded} of {state.needed} updates "
         f"after {seconds:.0f} s, {missing}"

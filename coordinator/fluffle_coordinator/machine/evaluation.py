@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 
-from fluffle_coordinator.machine.effects import Effects, RecordEvaluation
+from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine.effects import Effects, Record, RecordEvaluation
 from fluffle_coordinator.machine.ending import end
 from fluffle_coordinator.machine.events import EvaluationArrived
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
@@ -57,6 +58,10 @@ def evaluate_last_model(state: State, now: float, out: Effects) -> State:
     )
     if state.evaluate_pending and present:
         state = send_work(state, present, now, out)
+    elif not state.evaluate_pending and state.unheard and now < state.gate_until < math.inf:
+        limit, names = f"{state.gate_until - now:.0f} s", ", ".join(state.unheard)
+        reason = f"the run is done; waiting up to {limit} to tell {names}"
+        out.append(Record(run_events.Waiting(reason=reason, what="workers")))
     return try_to_finish(state, now, out)
 
 
@@ -74,4 +79,6 @@ def try_to_finish(state: State, now: float, out: Effects) -> State:
         if not expired and (listening or state.tally.unevaluated):
             return state
         state = record_evaluation(state, out, partial=True)
-    return end(state, "finished", state.enough or f"{state.round - 1} rounds are done", out)
+    done = state.round - 1
+    rounds = "1 round is" if done == 1 else f"{done} rounds are"
+    return end(state, "finished", state.enough or f"{rounds} done", out)

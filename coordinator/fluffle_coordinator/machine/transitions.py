@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 from fluffle_coordinator.machine.clock import clock_time
-from fluffle_coordinator.machine.closing import try_to_close
+from fluffle_coordinator.machine.closing import due_at, try_to_close
 from fluffle_coordinator.machine.effects import Effects
 from fluffle_coordinator.machine.evaluation import (
     evaluate_last_model,
@@ -60,16 +60,14 @@ def wakeup(state: State) -> float:
 def _next_timer(state: State) -> float:
     rules = state.rules
     times = [state.gate_until, first_due(state) if math.isinf(state.due_at) else state.due_at]
-    if state.quorum_at is not None:
-        if state.phase is Phase.OPEN:
+    if state.phase is Phase.OPEN:
+        times.append(due_at(state))
+        if state.quorum_at is not None:
             times.append(state.schedule.wakeup(state))
-            times.append(state.began_at + rules.max_round_s)
     elif state.phase is Phase.WAITING:
         times.append(state.waiting_since + rules.wait_s)
         if state.init_asked is not None and not state.has_weights:
             times.append(state.init_asked_at + rules.deadline_s)
-    elif state.phase in (Phase.OPEN, Phase.EVALUATING):
+    elif state.phase is Phase.EVALUATING:
         times.append(state.opened_at + rules.deadline_s)
-        if state.phase is Phase.OPEN:
-            times.append(state.began_at + rules.max_round_s)
     return min(times)

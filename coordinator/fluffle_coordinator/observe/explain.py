@@ -125,13 +125,15 @@ def explain(
         now: the time, with a time zone.
         coordinated: whether a coordinator is connected now; None if unknown.
     """
-    view = RunView(only=number)
+    view, now_s = RunView(only=number), now.timestamp()
     for entry in events:
-        at = entry.moment
-        if at is not None and entry.run in (run, None):
-            view.add(at.timestamp(), from_fields(entry.event, entry.fields))
+        moment = entry.moment
+        if moment is not None and entry.run in (run, None):
+            at = moment.timestamp()
+            now_s = max(now_s, at)  # the coordinator's clock may be ahead of this machine's
+            view.add(at, from_fields(entry.event, entry.fields))
     round_view = view.rounds.get(number) or (RoundView(number) if number else view.before)
-    return Explanation(run, view, round_view, now.timestamp(), coordinated)
+    return Explanation(run, view, round_view, now_s, coordinated)
 
 
 def longest_wait(explanation: Explanation) -> Wait | None:

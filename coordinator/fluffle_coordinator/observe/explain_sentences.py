@@ -12,6 +12,7 @@ from fluffle_coordinator.observe.round_view import Answer, Note
 from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
+_REOPENS = "opens the round again and counts the updates that wait in the queue"
 _SHORTEST_WAIT_S = 0.001  # shorter waits get no sentence
 
 
@@ -191,6 +192,8 @@ def _answer(explanation: Explanation, answer: Answer) -> str:
     after = ""
     if this.opened_at is not None and answer.at >= this.opened_at:
         after = f", {duration(answer.at - this.opened_at)} after the opening"
+    elif this.opened_at is not None and this.openings > 1:
+        after = ", before the round was opened again"
     words = [
         _number(answer.num_examples, "example") if answer.num_examples is not None else "",
         f"{duration(answer.train_s)} of training" if answer.train_s is not None else "",
@@ -211,14 +214,21 @@ def _missing(explanation: Explanation) -> Iterator[str]:
         elif _rejection(explanation, worker) is not None:
             yield f"No update of {worker} counted: {why}."
         elif not any(note.worker == worker and isinstance(note.event, Late) for note in this.notes):
-            # Once the run has ended, an update may still wait in the broker for the next start.
-            by_then = " by then" if this.is_open else ""
             # In an asynchronous run, the worker may have answered in an earlier round.
             yield (
-                f"The round has no update of {worker}{by_then}."
+                f"The round has no update of {worker}."
                 if this.is_asynchronous
-                else f"{worker} did not answer{by_then}."
+                else f"{worker} {_did_not_answer(explanation)}."
             )
+
+
+def _did_not_answer(explanation: Explanation) -> str:
+    """Say that a worker did not answer: until when, if the run ended with the round open."""
+    ended = explanation.view.ended
+    if ended is None or not explanation.round.is_open:
+        return "did not answer"
+    what = "coordinator stopped" if isinstance(ended[1], run_events.Interrupted) else "run ended"
+    return f"had not answered when the {what} at {clock(ended[0])}"
 
 
 def _notes(explanation: Explanation) -> Iterator[str]:
@@ -263,10 +273,10 @@ def _progress(explanation: Explanation) -> Iterator[str]:
 
 
 def _no_coordinator(explanation: Explanation) -> Iterator[str]:
-    opens = "opens the round again" if explanation.round.is_open else "opens the next round"
+    opens = f", {_REOPENS}" if explanation.round.is_open else " and opens the next round"
     yield (
         "No coordinator is connected to the broker now: the same command that started it "
-        f"(without --fresh) goes on with this run and {opens}."
+        f"(without --fresh) goes on with this run{opens}."
     )
 
 
@@ -341,21 +351,23 @@ def _waited_for(explanation: Explanation, wait: Wait) -> str:
 
 def _afterwards(explanation: Explanation) -> Iterator[str]:
     if explanation.view.ended is not None:
-        yield _ending(explanation, explanation.view.ended[1])
+        yield _ending(explanation, *explanation.view.ended)
     elif explanation.round.committed_at is not None and explanation.coordinated is False:
         yield from _no_coordinator(explanation)
     elif explanation.round.committed_at is not None:
         yield from _waiting(explanation)
 
 
-def _ending(explanation: Explanation, event: RunEvent) -> str:
+def _ending(explanation: Explanation, at: float, event: RunEvent) -> str:
     match event:
         case run_events.Finished(reason=reason):
             return f"The run has finished: {reason or 'no reason is given'}."
         case run_events.Stopped(reason=reason):
             return f"The run has stopped: {reason or 'no reason is given'}."
-    again = "opens this round again" if explanation.round.is_open else "goes on from there"
-    return f"The coordinator was told to stop; the same command {again}."
+    told = f"The coordinator was told to stop at {clock(at)}; the same command"
+    if explanation.round.is_open:
+        return f"{told} {_REOPENS}."
+    return f"{told} goes on from there."
 
 
 def _names(names: tuple[str, ...] | list[str]) -> str:

@@ -72,13 +72,13 @@ class JournalFile(Watcher):
 
 
 def read_journal_file(folder: Path) -> Iterator[Event]:
-    """Yield the events in the journal of a run's folder.
+    """Yield the events in the journal of a run's folder, without lines that are damaged.
 
     Raises:
         UsageError: if the folder has no journal.
     """
     try:
-        file = (folder / _NAME).open(encoding="utf-8")
+        file = (folder / _NAME).open(encoding="utf-8", errors="replace")
     except OSError:
         raise UsageError(
             f"{folder} has no journal: only simulations keep their journal in the run folder; "
@@ -88,5 +88,5 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
         for line in file:
             try:
                 yield Event(**json.loads(line))
-            except (ValueError, TypeError):  # torn by a crash
+            except (ValueError, TypeError):  # torn by a crash, or damaged
                 continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -118,6 +118,21 @@ class RoundView:
     def is_open(self) -> bool:
         """Whether the round still waits for updates."""
         return self.opened_at is not None and self.committed_at is None
+
+    def restart(self, at: float) -> None:
+        """Forget the answers of a round that is not on disk, since a coordinator was restarted.
+
+        The broker delivers these updates again, and they may be counted before the next opening.
+        """
+        self.restarted_at, self.deadline_at, self.answers = at, None, {}
+
+    def open(self, at: float) -> None:
+        """Open the round, for the first time or after a restart."""
+        if self.openings and self.restarted_at is None:  # the restart is not in the journal
+            self.answers = {}
+        self.answers = {key: replace(one, after_s=0.0) for key, one in self.answers.items()}
+        self.openings += 1
+        self.opened_at, self.restarted_at, self.committed_at = at, None, None
 
     def note(self, at: float, event: RunEvent) -> None:
         """Add an event to the notes."""

@@ -180,8 +180,10 @@ class RunView:
     def _started(self, at: float, event: run_events.Started | run_events.Resumed) -> None:
         """Apply the start of a coordinator, which does not know any worker yet."""
         self.planned = event.rounds or self.planned
-        for view in self._open.values():
-            view.restarted_at, view.deadline_at = at, None
+        committed = event.round if isinstance(event, run_events.Resumed) else 0
+        for number, view in self.rounds.items():
+            if view.is_open or (committed is not None and number > committed):
+                view.restart(at)
         self.workers.begin_coordinator()
         self.waiting = self.ended = self.unlinked_since = self._blocked_since = None
 
@@ -218,10 +220,7 @@ class RunView:
         self.waiting = None
         if view := self._round(event.round):
             self._open.pop(view.number, None)  # so that _ask puts it last
-            view.openings += 1
-            view.opened_at, view.restarted_at = at, None
-            # After a restart, the broker delivers the updates again and they are counted again.
-            view.answers, view.committed_at = {}, None
+            view.open(at)
             self._ask(view, at, event)
 
     def _reopened(self, at: float, event: run_events.Reopened) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -32,6 +33,7 @@ from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.user_calls import call_user
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.decoding import (
@@ -69,6 +71,7 @@ class Aggregator:
         settings: the operator's settings. Strategies other than FedAvg always run in a thread.
         link: returns the current link, or None while disconnected.
         post: sends an event to the machine.
+        note: tells the operator something.
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
         frozen: the model's frozen tensors; empty before the first weights arrive.
@@ -86,6 +89,7 @@ class Aggregator:
         *,
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
+        note: Callable[[str], object] = lambda _: None,
         resumed: tuple[int, Weights] | None = None,
         frozen: Weights = NO_TENSORS,
         averaged: Callable[[Weights, Weights], object] = lambda *_: None,
@@ -93,7 +97,7 @@ class Aggregator:
     ) -> None:
         self.weights, self.frozen = weights, frozen
         self.broadcast: Weights = NO_TENSORS  # the strategy's tensors that travel with the weights
-        self._committer, self._post = committer, post
+        self._committer, self._post, self._note = committer, post, note
         self._strategy, self._plan = settings.strategy, settings.whole_plan
         self._keep_updates = settings.keep_updates
         # Whether an update that missed one sum may go into the next.
@@ -201,7 +205,7 @@ class Aggregator:
         """Save the first weights and start from them."""
         base, self.frozen = await self._committer.begin_with(weights, frozen)
         self.weights = weights
-        self._init(weights)
+        await self._off_loop(size_bytes(weights), self._init, weights)
         self._post(ev.WeightsReady(monotonic(), base, frozen.digest))
 
     async def _take_first(self, held: Held) -> None:
@@ -361,7 +365,8 @@ class Aggregator:
         """Call ``work``, whose time grows with ``nbytes``: in a thread, unless that is small."""
         if nbytes <= self._at_once_bytes:
             return work(*on)  # the trip to a thread and back would take longer
-        return await asyncio.to_thread(work, *on)
+        what = f"the strategy {self._strategy.name}"
+        return await call_user(what, partial(work, *on), self._note)
 
 
 def _checked(frozen: Weights) -> Frozen:

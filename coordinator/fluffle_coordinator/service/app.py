@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -41,6 +40,7 @@ from fluffle_coordinator.service.strategy_loading import (
     rules_for,
     uncounted_sampling,
 )
+from fluffle_coordinator.service.user_calls import leave
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
@@ -64,27 +64,27 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     store = RunStore(options["folder"] or Path("runs") / federation)
     topology = Topology(federation, options["queue_type"])
     page = _page(options, topology)
-    with Console(options["log_format"], {"federation": federation}) as console:
-        journal = Journal(topology)
-        watcher = Watchers(View(console), journal, *([page] if page else []))
-        if page:
-            console.line("page", f"the page is at {page.url}", {"url": page.url})
-        run = coordinate(
-            settings,
-            transport,
-            topology,
-            store,
-            watcher,
-            journal=journal,
-            page=page,
-            fresh=options["fresh"],
-        )
-        try:
+    try:
+        with Console(options["log_format"], {"federation": federation}) as console:
+            journal = Journal(topology)
+            watcher = Watchers(View(console), journal, *([page] if page else []))
+            if page:
+                console.line("page", f"the page is at {page.url}", {"url": page.url})
+            run = coordinate(
+                settings,
+                transport,
+                topology,
+                store,
+                watcher,
+                journal=journal,
+                page=page,
+                fresh=options["fresh"],
+            )
             state = run_until_signalled(page.beside(run) if page else run)
-        except Interrupted as signalled:
-            sys.exit(signalled.exit_code)
+    except Interrupted as signalled:
+        leave(signalled.exit_code)
     if state.outcome == "stopped":
-        remedy = endings.after_a_stop(state, store.folder)
+        remedy = endings.after_a_stop(state, store.shown)
         raise RunError(f"the run stopped: {state.reason}; {remedy}")
 
 
@@ -178,7 +178,7 @@ async def coordinate(
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
         page.remember(read_history(store.folder))
-    for event in _beginning(settings, saved, store.folder):
+    for event in _beginning(settings, saved, store.shown):
         watcher.record(event)
     coordinator = Coordinator(
         settings,
@@ -193,7 +193,7 @@ async def coordinate(
     if state.outcome == "finished" and saved.committed < settings.rules.rounds:
         early = state.committed < settings.rules.rounds
         advice = endings.after_an_early_end if early else endings.after_the_end
-        watcher.record(run_events.Note(what=advice(store.folder, state.committed)))
+        watcher.record(run_events.Note(what=advice(store.shown, state.committed)))
     return state
 
 
@@ -207,7 +207,9 @@ def _beginning(
     else:
         yield run_events.Started(run=saved.run, rounds=rounds, folder=str(folder))
     if rounds == strategy.strategy.needs.max_rounds:
-        what = f"the strategy {strategy.name} allows no more than {rounds} rounds"
+        what = (
+            f"the strategy {strategy.name} allows no more than {rounds} round{'s'[: rounds != 1]}"
+        )
         yield run_events.Note(what=what)
     for what in uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)

@@ -25,7 +25,7 @@ from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
-from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, read_only
+from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, copied
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.storage.best_model import keep_best
@@ -221,7 +221,7 @@ class Committer:
         """Call the hooks for a committed round; return the reason to end the run, or ""."""
         if not self._hooks:
             return ""
-        weights = read_only(weights)
+        weights = await asyncio.to_thread(copied, weights)
         test = await self._calls.test(number, weights)
         if test:
             measured = add_test_prefix(test)
@@ -292,15 +292,24 @@ class Committer:
         )
 
     async def _on_disk(self, write: Callable[[], object]) -> None:
-        """Write in a thread; while the disk refuses, report it once and retry."""
+        """Write in a thread; while the disk refuses, report it once and retry.
+
+        Raises:
+            RunError: if the run folder was removed.
+        """
         reported = False
         while True:
             try:
                 await asyncio.to_thread(write)
             except OSError as why:
+                folder = str(self._store.shown)
+                if not self._store.folder.is_dir():
+                    raise RunError(
+                        f"the run folder {folder} was removed during the run; put it back and run "
+                        "the same command again: no update is lost"
+                    ) from None
                 if not reported:
                     reason = why.strerror or str(why)
-                    folder = str(self._store.folder)
                     self._record(
                         run_events.Disk(folder=folder, reason=reason, pause_s=_DISK_RETRY_S)
                     )

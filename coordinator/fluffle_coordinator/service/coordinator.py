@@ -89,7 +89,7 @@ class Coordinator:
         exchanges: Exchanges | None = None,
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
-        self._watcher, self._journal, self._folder = watcher, journal, store.folder
+        self._watcher, self._journal, self._folder = watcher, journal, store.shown
         self._events, self._advancing = deque[ev.Event](), False
         self._linked = asyncio.Event()
         self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
@@ -119,6 +119,7 @@ class Coordinator:
             settings,
             link=lambda: self._link,
             post=self._post,
+            note=lambda what: self._record(run_events.Note(what=what)),
             resumed=(saved.committed, saved.kept) if saved.committed else None,
             frozen=saved.frozen.tensors,
             averaged=self._outbox.prepare,

@@ -12,13 +12,13 @@ def after_the_end(folder: Path, rounds: int) -> str:
     """Return the advice after a finished run.
 
     >>> after_the_end(Path("runs/letters"), 6)
-    "'fluffle history --run runs/letters' shows the rounds; start the coordinator again with \
---rounds 12 (without --fresh) to add more, or with --fresh for a new run"
+    "'fluffle history --run runs/letters' shows the rounds; the same command with --rounds 12 \
+(without --fresh) adds more, and with --fresh it begins a new run"
     """
     return (
-        f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds; start the "
-        f"coordinator again with --rounds {2 * rounds} (without --fresh) to add more, or with "
-        "--fresh for a new run"
+        f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds; the same command "
+        f"with --rounds {2 * rounds} (without --fresh) adds more, and with --fresh it begins a "
+        "new run"
     )
 
 

@@ -15,8 +15,7 @@ from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import RunError, TaskError
 from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
-from fluffle_common.tensors.weights import Weights, check_finite, same_form
-from fluffle_coordinator.service.hooks import read_only
+from fluffle_common.tensors.weights import Weights, check_finite, read_only, same_form
 from fluffle_coordinator.strategy.base import (
     NO_TENSORS,
     Accounted,
@@ -118,7 +117,9 @@ class GuardedStrategy:
 
     def _protected(self, weights: Weights) -> Weights:
         """Return the weights, as read-only views for a user's strategy."""
-        return weights if self._trusted else read_only(weights)
+        if self._trusted:
+            return weights
+        return {name: read_only(tensor) for name, tensor in weights.items()}
 
     def _checked(self, result: Any, weights: Weights) -> tuple[Tensors, Any]:
         try:

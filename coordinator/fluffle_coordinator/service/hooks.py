@@ -6,7 +6,7 @@ hook that fails loses no round, and a run that a hook stops ends at exactly that
 
 from __future__ import annotations
 
-import asyncio
+import inspect
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,9 +15,10 @@ from typing import Any, TypeVar
 
 from fluffle_common.cli.loading import load_object
 from fluffle_common.cli.user_code import one_line, warn_in_full
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.tensors.weights import Array, Weights
+from fluffle_common.tensors.weights import Array, Weights, read_only
+from fluffle_coordinator.service.user_calls import call_user
 
 T = TypeVar("T")
 _CALLERS = frozenset({__file__})
@@ -25,6 +26,9 @@ _CALLERS = frozenset({__file__})
 
 class StopRun(Exception):
     """Raised by an ``on_round`` hook to end the run; its text is the reason that users see."""
+
+    def __str__(self) -> str:
+        return "" if self.args == (None,) else super().__str__()
 
 
 @dataclass(frozen=True)
@@ -34,7 +38,7 @@ class Commit:
     Args:
         round: its number, from 1.
         rounds: the number of rounds of the run.
-        weights: the new model, read-only, with the names, shapes and dtypes of the task.
+        weights: a read-only copy of the new model, with the names, shapes and dtypes of the task.
         participants: the number of examples of each worker whose update was counted.
         checkpoint: the file of the new model.
         test: the metrics of the new model from the ``evaluate`` hook; empty without one.
@@ -75,10 +79,13 @@ class Hooks:
         """Return the hooks for functions, or for names such as ``path.py:name``.
 
         Raises:
-            UsageError: if there is no such function.
+            UsageError: if there is no such function, or it does not take one argument.
             TaskError: if its file fails to load.
         """
-        return cls(_function(evaluate, "--evaluate"), _function(on_round, "--on-round"))
+        return cls(
+            _function(evaluate, "--evaluate", "the weights"),
+            _function(on_round, "--on-round", "the commit"),
+        )
 
     def __bool__(self) -> bool:
         return self.evaluate is not None or self.on_round is not None
@@ -95,10 +102,25 @@ class Hooks:
 NO_HOOKS = Hooks()
 
 
-def _function(given: Any, option: str) -> Any:
+class _WrongResult(TaskError):
+    """A hook returned a value of a wrong type."""
+
+
+def _function(given: Any, option: str, argument: str) -> Any:
     function = load_object(given, option) if isinstance(given, str) else given
     if function is not None and not callable(function):
         raise UsageError(f"{option} must be a function, not {type(function).__name__}")
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # None, or written in C
+        return function
+    try:
+        signature.bind(argument)
+    except TypeError:
+        raise UsageError(
+            f"{option} must be a function that can be called with one argument, {argument}; its "
+            f"parameters are {signature}"
+        ) from None
     return function
 
 
@@ -133,8 +155,9 @@ class HookCalls:
             except StopRun as stop:
                 return str(stop) or "the on_round hook stopped the run"
             if returned is not None and not isinstance(returned, str):
-                raise TypeError(
-                    f"it returned {type(returned).__name__}, not None or a text with the reason"
+                raise _WrongResult(
+                    f"it returned {type(returned).__name__}; it must return None, or a text with "
+                    "the reason to end the run"
                 )
             return returned or ""
 
@@ -142,13 +165,18 @@ class HookCalls:
 
     async def _call(self, name: str, number: int, call: Callable[[], T]) -> T | None:
         """Return the result of a hook; if it fails, report the error and return None."""
-        result, why = await asyncio.to_thread(_attempt, call)
+        what = f"the {name} hook of round {number}"
+        result, why = await call_user(what, lambda: _attempt(call), self._note)
         if why is not None and (text := one_line(why)) not in self._reported:
             self._reported.add(text)
             what = f"round {number} is committed, but its {name} hook failed: {text}"
-            self._record(run_events.Note(what=what))
-            warn_in_full(why, f"{name} hook", _CALLERS)
+            self._note(what)
+            if not isinstance(why, _WrongResult):
+                warn_in_full(why, f"{name} hook", _CALLERS)
         return result
+
+    def _note(self, what: str) -> None:
+        self._record(run_events.Note(what=what))
 
 
 def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
@@ -162,21 +190,24 @@ def _metrics(returned: Any) -> dict[str, float]:
     """Return metrics as floats.
 
     Raises:
-        TypeError: if ``returned`` is not a mapping of names to numbers.
+        _WrongResult: if ``returned`` is not a mapping of names to numbers.
     """
     if not isinstance(returned, Mapping):
-        raise TypeError(f"it returned {type(returned).__name__}, not a mapping of names to metrics")
+        raise _WrongResult(
+            f"it returned {type(returned).__name__}; it must return a mapping of metric names to "
+            "numbers"
+        )
     metrics = {}
     for name, value in returned.items():
         if not isinstance(value, numbers.Real) and getattr(value, "shape", None) != ():
-            raise TypeError(f"the metric {name!r} is {type(value).__name__}, not a number")
+            raise _WrongResult(f"the metric {name!r} is {type(value).__name__}, not a number")
         metrics[str(name)] = float(value)
     return metrics
 
 
-def read_only(weights: Weights) -> dict[str, Array]:
-    """Return read-only views of the arrays."""
-    views = {name: tensor.view() for name, tensor in weights.items()}
-    for view in views.values():
-        view.flags.writeable = False
-    return views
+def copied(weights: Weights) -> dict[str, Array]:
+    """Return read-only copies of the arrays.
+
+    Views would not do: ``torch.from_numpy`` writes to read-only arrays.
+    """
+    return {name: read_only(tensor.copy()) for name, tensor in weights.items()}

@@ -48,14 +48,14 @@ async def open_run(
         RunError: if the folder cannot be used.
         UsageError: if the run cannot continue with these settings.
     """
-    with _usable(store.folder):
+    with _usable(store.shown):
         await _lock(store, watcher)
         if fresh:
             aside = store.start_afresh()
             if aside is not None:
                 watcher.record(run_events.Repaired(what=f"the earlier run was moved to {aside}"))
         saved = store.load(settings.federation)
-        check_same(settings.strategy, saved, store.folder)
+        check_same(settings.strategy, saved, store.shown)
         if settings.init is not None and saved.weights is None:
             saved = begin_with_file(settings.init, store, saved, settings.federation)
         elif settings.init is not None:
@@ -68,13 +68,13 @@ async def open_run(
 
 async def _lock(store: RunStore, watcher: Watcher) -> None:
     """Lock the run folder; wait while another coordinator holds the lock."""
-    standby = Standby(str(store.folder), watcher)
+    standby = Standby(str(store.shown), watcher)
     try:
         while not store.try_lock():
             standby.waits()
             await asyncio.sleep(_STANDBY_POLL_S)
     except asyncio.CancelledError:
-        watcher.record(run_events.Interrupted(folder=str(store.folder)))
+        watcher.record(run_events.Interrupted(folder=str(store.shown)))
         raise
     standby.takes_over()
 

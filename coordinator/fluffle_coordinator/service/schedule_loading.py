@@ -13,7 +13,11 @@ from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.selection import Choose, Selection, parse_selection
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.service.guarded_schedule import GuardedSchedule, guarded_choice
+from fluffle_coordinator.service.guarded_schedule import (
+    GuardedSchedule,
+    call_guarded,
+    guarded_choice,
+)
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
 _CALLERS = frozenset({__file__})
@@ -124,18 +128,28 @@ def _from_file(name: str) -> tuple[str, Schedule[State]]:
             f"--schedule {name} is a class, not a schedule; create an instance in the file and "
             "name the instance"
         )
-    missing = [
-        f"{method}()" for method in _METHODS if not callable(getattr(schedule, method, None))
-    ]
+    what = f"schedule {place.called}"
+    fields = {
+        field: call_guarded(what, field, getattr, schedule, field, None)
+        for field in (*_METHODS, "max_staleness", "continuous")
+    }
+    missing = [f"{method}()" for method in _METHODS if not callable(fields[method])]
     missing += [
         f"{field} ({kind.__name__})"
         for field, kind in (("max_staleness", int), ("continuous", bool))
-        if not isinstance(getattr(schedule, field, None), kind)
+        if not isinstance(fields[field], kind)
     ]
     if missing:
         raise UsageError(
             f"--schedule {name} is not a schedule: this {type(schedule).__name__} lacks "
             f"{', '.join(missing)}; inherit from fluffle_coordinator.machine.schedule.Schedule"
         )
-    guarded = GuardedSchedule(place.called, schedule, schedule.max_staleness, schedule.continuous)
-    return place.called, guarded
+    max_staleness = fields["max_staleness"]
+    if max_staleness < 0:
+        raise UsageError(
+            f"--schedule {name} has max_staleness = {max_staleness}; it must be at least 0 "
+            "(0 counts only updates of the open version)"
+        )
+    return place.called, GuardedSchedule(
+        place.called, schedule, max_staleness, fields["continuous"]
+    )

@@ -98,9 +98,8 @@ class Standing:
             if rules.target is not None and self._sign * (self._value - rules.target) >= 0:
                 return f"{name} reached {of} (--target {rules.target:g})"
             if rules.patience is not None and self._latest - self.best >= rules.patience:
-                return (
-                    f"{name} has not improved for {rules.patience} rounds, since {of} (--patience)"
-                )
+                rounds = "1 round" if rules.patience == 1 else f"{rules.patience} rounds"
+                return f"{name} has not improved for {rounds}, since {of} (--patience)"
         if rules.time_budget_s is not None and self._seconds >= rules.time_budget_s:
             return (
                 f"all rounds together took {self._seconds:.0f} s (--time-budget "

@@ -163,10 +163,22 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
             continue
         try:
             line = json.loads(text)
-            valid = isinstance(line["event"], str) and isinstance(line["round"], int)
+            valid = _is_valid(line)
         except (ValueError, KeyError, TypeError):
             valid = False
         if not valid:
             raise ValueError(f"line {number} is damaged")
         lines.append(line)
     return lines
+
+
+def _is_valid(line: dict[str, Any]) -> bool:
+    """Whether a line has the fields that everything depends on; KeyError also means no."""
+    if not isinstance(line["event"], str) or not isinstance(line["round"], int):
+        return False
+    return line["event"] != "committed" or all(
+        isinstance(who["worker"], str)
+        and isinstance(who["num_examples"], int)
+        and who["num_examples"] > 0
+        for who in line["participants"]
+    )

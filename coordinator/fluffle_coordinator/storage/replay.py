@@ -6,8 +6,6 @@ averaging, there is also a second opinion: the average by NumPy, which shares no
 
 from __future__ import annotations
 
-import contextlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +22,7 @@ from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.history import read_history_lines
+from fluffle_coordinator.storage.run_file import read_run_file
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
 from fluffle_coordinator.strategy.base import Contribution, Strategy
 from fluffle_coordinator.strategy.decoding import decode_contribution, decode_extra
@@ -106,10 +105,8 @@ def strategy_of(run: Path, number: int) -> tuple[str, str | None]:
 
 def _configurations(run: Path, number: int) -> list[dict[str, Any]]:
     """Return the run's configurations up to a round, the one of that round last."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        configurations = json.loads((run / "run.json").read_text())["configurations"]
-        return [one for one in configurations if one["from_round"] <= number]
-    return []
+    configurations = read_run_file(run).get("configurations", ())
+    return [one for one in configurations if one["from_round"] <= number]
 
 
 def _plan(run: Path, number: int, strategy: Strategy[Any]) -> Plan:
@@ -185,7 +182,12 @@ def _archived(
     plan: Plan,
 ) -> Contribution:
     """Read an archived update as the coordinator read it when it arrived."""
-    worker = participant["worker"]
+    worker, discount = participant["worker"], participant.get("discount", 1.0)
+    if not isinstance(discount, int | float) or not 0 < discount <= 1:
+        raise UsageError(
+            f"the history is damaged: it gives the update of {worker} in round {line['round']} the "
+            f"discount {discount!r}, which is not in (0, 1]"
+        )
     try:
         body, payload = read_update(path)
     except FileNotFoundError:
@@ -221,7 +223,7 @@ def _archived(
         num_examples=participant["num_examples"],
         delta=delta,
         staleness=participant.get("staleness", 0),
-        discount=participant.get("discount", 1.0),
+        discount=discount,
         extra=extra,
         metrics=message.metrics,
     )

@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -51,8 +52,11 @@ from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.state import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History
+from fluffle_coordinator.storage.run_file import RUN_FILE, read_run_file
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+
+_CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,10 @@ def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
 class RunStore:
     """The folder of a run.
 
+    Attributes:
+        folder: its absolute path, so that a user's code may change the working directory.
+        shown: its path as given, for messages.
+
     Args:
         folder: created if it does not exist.
 
@@ -134,8 +142,8 @@ class RunStore:
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.history = History(folder)
+        self.folder, self.shown = folder.absolute(), folder
+        self.history = History(self.folder)
         self._lock: IO[str] | None = None
         try:
             make_folder(folder)
@@ -185,7 +193,8 @@ class RunStore:
         """Read the state of the run, and repair what a crash has damaged.
 
         Raises:
-            RunError: if the folder holds another federation's run, or no readable checkpoint.
+            RunError: if the folder holds another federation's run, or no readable checkpoint, or
+                if ``run.json`` or lines of the history were removed.
         """
         for leftover in self.folder.glob("*.partial"):
             leftover.unlink()
@@ -193,9 +202,10 @@ class RunStore:
         sync_folder(self.folder)  # a crash may have left renamed files that are not on disk
         lines, repairs = self.history.mend()
         committed = {line["round"]: line for line in lines if line["event"] == "committed"}
+        self._check_complete(max(committed, default=0))
         last, checkpoint = self._last_readable(max(committed, default=0))
         if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
-            raise RunError(f"no checkpoint in {self.folder} can be read; --fresh starts a new run")
+            raise RunError(f"no checkpoint in {self.shown} can be read; --fresh starts a new run")
         if last < max(committed, default=0):
             self.history.forget_after(last, lines)
             repairs.append(
@@ -303,8 +313,7 @@ class RunStore:
         Raises:
             RunError: if run.json cannot be written.
         """
-        path = self.folder / "run.json"
-        run = json.loads(path.read_text())
+        path, run = self.folder / RUN_FILE, read_run_file(self.folder)
         configurations = run.setdefault("configurations", [])
         new = json.loads(json.dumps(configuration))
         if configurations and {**configurations[-1], **new} == configurations[-1]:
@@ -317,23 +326,46 @@ class RunStore:
             raise RunError(f"cannot write {path} ({error.strerror})") from None
 
     def _identity(self, federation: str) -> str:
-        path = self.folder / "run.json"
+        path = self.folder / RUN_FILE
         if path.exists():
             try:
-                identity = json.loads(path.read_text())
+                identity = read_run_file(self.folder)
                 known, run = str(identity["federation"]), str(identity["run"])
-            except (ValueError, KeyError, TypeError):
+            except (UsageError, KeyError):
                 raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
             if known != federation:
                 raise RunError(
-                    f"{self.folder} holds a run of federation {known}, not {federation}; choose "
+                    f"{self.shown} holds a run of federation {known}, not {federation}; choose "
                     "another folder with --run, or move that run aside with --fresh"
                 )
             return run
+        if self._newest_checkpoint() is not None or self.history.path.exists():
+            raise RunError(
+                f"{self.shown} holds a run, but its run.json is missing; put the file back, or "
+                "move the run aside with --fresh"
+            )
         run = secrets.token_hex(6)
         with replacing(path) as file:
             file.write(json.dumps({"run": run, "federation": federation}).encode() + b"\n")
         return run
+
+    def _check_complete(self, last: int) -> None:
+        """Check that the history, whose last commit is ``last``, has not lost lines.
+
+        A crash leaves at most one checkpoint without a line, and a repair only unreadable ones.
+        """
+        newest = self._newest_checkpoint() or 0
+        if newest > last + 1 and self._last_readable(newest)[0] > last + 1:
+            known = f"ends at round {last}" if last else "has no committed round"
+            raise RunError(
+                f"{self.shown} holds the checkpoint of round {newest}, but its history.jsonl "
+                f"{known}; put the file back, or move the run aside with --fresh"
+            )
+
+    def _newest_checkpoint(self) -> int | None:
+        """Return the highest round that has a checkpoint, readable or not."""
+        names = map(_CHECKPOINT.fullmatch, (path.name for path in self.folder.iterdir()))
+        return max((int(name[1]) for name in names if name), default=None)
 
     def _last_readable(self, last: int) -> tuple[int, Checkpoint | None]:
         for number in range(last, -1, -1):

@@ -26,8 +26,17 @@ Numbers = Mapping[str, float] | None
 class _Missing:
     """Formats a missing field as a question mark, whatever the format specification."""
 
-    def __format__(self, _: str) -> str:
-        return "?"
+    def __format__(self, spec: str) -> str:
+        return f"? {spec}s" if spec.isalpha() else "?"
+
+
+class _Integer(int):
+    """Formats an integer with a noun as the format specification: ``{updates:update}``."""
+
+    def __format__(self, spec: str) -> str:
+        if not spec.isalpha():
+            return super().__format__(spec)
+        return f"{self} {spec}" if self == 1 else f"{self} {spec}s"
 
 
 _MISSING = _Missing()
@@ -38,7 +47,8 @@ class RunEvent:
     """Something that happened in a run.
 
     ``name`` is the name on the wire. ``template`` is the sentence; its placeholders are fields, or
-    keys of ``_derived``. An event that is not ``journalled`` appears in the log only.
+    keys of ``_derived``; ``{updates:update}`` becomes "1 update" or "3 updates". An event that is
+    not ``journalled`` appears in the log only.
     """
 
     name: ClassVar[str] = ""
@@ -169,6 +179,8 @@ def formatted(value: Any) -> Any:
     """Return a field's value as a sentence shows it."""
     if value is None:
         return _MISSING
+    if isinstance(value, int):
+        return _Integer(value)
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
 
 

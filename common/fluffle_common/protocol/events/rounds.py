@@ -15,7 +15,7 @@ from fluffle_common.protocol.events.base import (
 )
 
 
-@event("opened", "round {round}: opened for {asked}, {needed} updates needed")
+@event("opened", "round {round}: opened for {asked}, {needed:update} needed")
 class Opened(RunEvent):
     """A round has opened; its work is sent to the workers ``asked``."""
 
@@ -38,13 +38,13 @@ class Reopened(RunEvent):
 
 @event("closed", "{reason}; closed with the updates that have arrived", "odd")
 class Closed(RunEvent):
-    """A round has closed at its deadline with fewer updates than its quorum."""
+    """A round has closed at its deadline: below its quorum, or although its schedule waits."""
 
     round: Integer = None
     reason: Text = None
 
 
-@event("quorum", "round {round}: needs {needed} updates now instead of {was} ({reason})")
+@event("quorum", "round {round}: needs {needed:update} now instead of {was} ({reason})")
 class Quorum(RunEvent):
     """The quorum of an open round has shrunk."""
 
@@ -56,8 +56,7 @@ class Quorum(RunEvent):
 
 @event(
     "counted",
-    "round {round}: update of {worker} counted, {num_examples} examples{stale} "
-    "({updates}/{needed})",
+    "round {round}: update of {worker} counted, {num_examples:example}{stale} ({updates}/{needed})",
 )
 class Counted(RunEvent):
     """An update was counted, as number ``updates`` of the ``needed`` ones.
@@ -146,7 +145,7 @@ class Stalled(RunEvent):
 
 @event(
     "overweight",
-    "round {round}: the update of {worker} claims {num_examples} examples, but is weighted as "
+    "round {round}: the update of {worker} claims {num_examples:example}, but is weighted as "
     "{limit}, the most that {worker} announced or --max-examples allows",
 )
 class Overweight(RunEvent):

@@ -212,7 +212,7 @@ class Interrupted(RunEvent):
 # --- workers -----------------------------------------------------------------------------------
 
 
-@event("joined", "{worker} joined with {num_examples} examples", "good")
+@event("joined", "{worker} joined with {num_examples:example}", "good")
 class Joined(RunEvent):
     """A worker was heard for the first time, or for the first time since it started or left."""
 
@@ -251,7 +251,7 @@ class Init(RunEvent):
     worker: Text = None
 
 
-@event("first_weights", "received the first weights: {tensors} tensors, {parameters:,} parameters")
+@event("first_weights", "received the first weights: {tensors:tensor}, {parameters:,} parameters")
 class FirstWeights(RunEvent):
     """The initial weights of the run are on disk."""
 

@@ -34,7 +34,7 @@ class WorkerEvent(RunEvent):
     journalled: ClassVar[bool] = False
 
 
-@event("loaded", "task {task}: {num_examples} examples{more}")
+@event("loaded", "task {task}: {num_examples:example}{more}")
 class Loaded(WorkerEvent):
     """The task is loaded; ``classes`` are those of its data."""
 

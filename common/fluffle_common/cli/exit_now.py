@@ -1,4 +1,4 @@
-"""Immediate process exit, for when a task's code may still be running."""
+"""Immediate process exit, for when a user's code may still be running."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def exit_now(code: int) -> NoReturn:
     and XLA may die of SIGABRT or SIGSEGV. Open files are not flushed, except stdout and stderr.
     """
     multiprocessing = sys.modules.get("multiprocessing")
-    if multiprocessing is not None:  # atexit would have ended the task's children
+    if multiprocessing is not None:  # atexit would have ended the code's children
         with contextlib.suppress(Exception):
             for child in multiprocessing.active_children():
                 child.kill()

@@ -1,0 +1,103 @@
+"""Users' functions that are slow or never return."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+import fluffle
+from fluffle_coordinator.service import user_calls
+from fluffle_coordinator.service.user_calls import call_user
+from fluffle_worker.task import EvalResult, TrainResult
+
+SCRIPT = """
+import time
+from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_coordinator.service.user_calls import call_user, leave
+
+def hang():
+    print("hangs", flush=True)
+    time.sleep(1000)
+
+try:
+    run_until_signalled(call_user("hang", hang, print))
+except Interrupted as signalled:
+    leave(signalled.exit_code)
+"""
+
+
+class Task:
+    num_examples, classes = 1, ()
+
+    def init(self, seed):
+        return {"w": np.zeros(2, np.float32)}
+
+    def train(self, weights, plan, progress):
+        return TrainResult({"w": weights["w"] + 1}, 1)
+
+    def evaluate(self, weights):
+        return EvalResult(0.0, 1)
+
+
+def fail():
+    raise KeyError("b")
+
+
+async def test_a_result_and_an_error_reach_the_caller():
+    assert await call_user("it", lambda: 7, print) == 7
+    with pytest.raises(KeyError, match="b"):
+        await call_user("it", fail, print)
+
+
+async def test_a_slow_function_is_noted_ever_more_rarely(monkeypatch):
+    monkeypatch.setattr(user_calls, "_SLOW_S", 0.1)
+    notes: list[str] = []
+    await call_user("the evaluate hook of round 3", lambda: time.sleep(0.6), notes.append)
+    assert len(notes) == 3  # after 0.1, 0.2 and 0.4 s
+    assert notes[0] == (
+        "the evaluate hook of round 3 has been running for 0 s; the run waits for it"
+    )
+
+
+@pytest.mark.parametrize("what", ["evaluate", "on_round", "strategy"])
+async def test_a_run_can_be_cancelled_while_users_code_hangs(what):
+    hangs, over = threading.Event(), threading.Event()
+
+    def hang(*_):
+        hangs.set()
+        over.wait()
+
+    class Hanging(fluffle.Strategy):
+        def init(self, weights):
+            return []
+
+        def fold(self, state, contribution):
+            return state
+
+        finish = hang
+
+    given = {what: Hanging() if what == "strategy" else hang}
+    run = asyncio.ensure_future(fluffle.arun([Task()], rounds=2, **given))
+    try:
+        assert await asyncio.to_thread(hangs.wait, 20)
+        run.cancel()
+        async with asyncio.timeout(4):
+            with pytest.raises(asyncio.CancelledError):
+                await run
+    finally:
+        over.set()
+
+
+def test_one_signal_ends_the_process_while_users_code_hangs():
+    with subprocess.Popen([sys.executable, "-c", SCRIPT], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"hangs\n"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(10) == 128 + signal.SIGTERM
