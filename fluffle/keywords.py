@@ -21,8 +21,17 @@ _UNAVAILABLE = {
     "management": "only the live page uses it",
 }
 # An option in the text of an error, but not in the command lines in it, which are quoted.
-_OPTION = re.compile(r"'fluffle [^']*'|(?<![\w-])--([a-z][a-z-]*)")
-_RENAMED = {"id": "key in tasks", "run": "folder="}
+_OPTION = re.compile(r"'fluffle [^']*'|(?<![\w-])--[a-z][a-z-]*")
+_KEYWORDS = {
+    **{
+        flag: f"{flag.removeprefix('--').replace('-', '_')}="
+        for option in coordinator.params
+        for flag in option.opts
+    },
+    "--id": "key in tasks",
+    "--local-rule": "local_rule=",  # of flax_task
+    "--run": "folder=",
+}
 
 
 @contextmanager
@@ -31,15 +40,8 @@ def as_keywords() -> Iterator[None]:
     try:
         yield
     except FluffleError as why:
-        why.args = (_OPTION.sub(_keyword, str(why)),)
+        why.args = (_OPTION.sub(lambda found: _KEYWORDS.get(found[0], found[0]), str(why)),)
         raise
-
-
-def _keyword(match: re.Match[str]) -> str:
-    option = match[1]
-    if option is None:
-        return match[0]
-    return _RENAMED.get(option, f"{option.replace('-', '_')}=")
 
 
 def settings_from(

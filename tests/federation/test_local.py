@@ -17,6 +17,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import fluffle
+from fluffle.keywords import as_keywords
 from fluffle_common.protocol.messages import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +243,7 @@ async def test_cancelling_stops_the_run_and_the_same_call_resumes_it(tmp_path):
 INTERRUPTED = """
 import sys, time
 import fluffle
+from fluffle.keywords import as_keywords
 from tests.federation.test_local import Adder
 
 def on_round(commit):
@@ -349,6 +351,15 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
 
     with pytest.raises(fluffle.RunError, match=r"the run stopped: .*goes on with round 2$"):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
+
+
+def test_errors_name_keywords_and_leave_command_lines_as_they_are():
+    text = "--max-round, --run and --elsewhere; 'fluffle history --run x' (--deadline)"
+    with pytest.raises(fluffle.RunError) as named, as_keywords():
+        raise fluffle.RunError(text)
+    assert str(named.value) == (
+        "max_round=, folder= and --elsewhere; 'fluffle history --run x' (deadline=)"
+    )
 
 
 @pytest.mark.parametrize("function", [fluffle.run, fluffle.simulate])
