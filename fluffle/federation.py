@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
@@ -31,8 +31,9 @@ from fluffle_worker.task import Task, check_task
 from fluffle_worker.training_thread import TrainingThread
 from fluffle_worker.user_code import CALLERS, one_line
 
+T = TypeVar("T")
 MakesTask: TypeAlias = Callable[[], Task]
-Tasks: TypeAlias = Sequence[Task | MakesTask] | Mapping[str, Task | MakesTask]
+Tasks: TypeAlias = Iterable[Task | MakesTask] | Mapping[str, Task | MakesTask]
 
 # The time that workers get to leave after the coordinator has ended.
 _LEAVE_S = 5.0
@@ -105,11 +106,24 @@ def named_tasks(tasks: Tasks) -> list[LocalTask]:
         UsageError: if a name is invalid, or an object is not a task.
         TaskError: if a task cannot be made, or cannot make first weights.
     """
-    if isinstance(tasks, Mapping):
-        pairs = list(tasks.items())
-    else:
-        pairs = list(zip(numbered("worker", len(tasks)), tasks, strict=True))
-    return [LocalTask(check_worker(name), _make_task(name, task)) for name, task in pairs]
+    named = by_name(tasks, "worker")
+    return [LocalTask(name, _make_task(name, task)) for name, task in named.items()]
+
+
+def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
+    """Return tasks by the names of their workers; number those of an iterable.
+
+    Raises:
+        UsageError: if a name is invalid, or ``given`` is a single object.
+    """
+    if not isinstance(given, Iterable):
+        raise UsageError(
+            f"a list of tasks is expected, or a mapping of names to tasks, not {given!r:.80}"
+        )
+    if not isinstance(given, Mapping):
+        tasks = list(given)
+        given = dict(zip(numbered(what, len(tasks)), tasks, strict=True))
+    return {check_worker(str(name)): task for name, task in given.items()}
 
 
 def numbered(what: str, count: int) -> list[str]:

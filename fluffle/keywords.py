@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from fluffle_common.cli.config_file import options_from
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import FluffleError, UsageError
 from fluffle_coordinator.cli.coordinator import coordinator, rules_of
 from fluffle_coordinator.cli.schedule_options import SYNCHRONOUS_ONLY
 from fluffle_coordinator.service.app import settings_of
@@ -18,6 +20,28 @@ _UNAVAILABLE = {
     "dashboard": "use 'fluffle dashboard' for a run over RabbitMQ, or 'fluffle report' afterwards",
     "management": "only the live page uses it",
 }
+# An option in the text of an error, but not in the command lines in it, which are quoted.
+_OPTION = re.compile(r"'fluffle [^']*'|(?<![\w-])--[a-z][a-z-]*")
+_KEYWORDS = {
+    **{
+        flag: f"{flag.removeprefix('--').replace('-', '_')}="
+        for option in coordinator.params
+        for flag in option.opts
+    },
+    "--id": "key in tasks",
+    "--local-rule": "local_rule=",  # of flax_task
+    "--run": "folder=",
+}
+
+
+@contextmanager
+def as_keywords() -> Iterator[None]:
+    """Name keywords instead of options in errors: ``quorum=`` instead of ``--quorum``."""
+    try:
+        yield
+    except FluffleError as why:
+        why.args = (_OPTION.sub(lambda found: _KEYWORDS.get(found[0], found[0]), str(why)),)
+        raise
 
 
 def settings_from(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fluffle.background import Background
 from fluffle.federation import Federation, Tasks, named_tasks
-from fluffle.keywords import settings_from
+from fluffle.keywords import as_keywords, settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
 from fluffle.run_folder import RunFolder
@@ -126,6 +126,7 @@ async def arun(*arguments: Any, **keywords: Any) -> Run:
     return await _start(*arguments, **keywords).result()
 
 
+@as_keywords()
 def _start(
     tasks: Tasks = (),
     *,
@@ -153,6 +154,7 @@ def _start(
     _check_enough(rules, len(workers), url)
     one_by_one = rules.quorum == Quorum() if parallel is None else not parallel
 
+    @as_keywords()
     def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         with RunFolder(folder) as run_folder, Progress(progress, rules.rounds) as shown:
             federation = Federation(

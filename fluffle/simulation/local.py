@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from fluffle.background import Background
-from fluffle.keywords import settings_from
+from fluffle.federation import by_name
+from fluffle.keywords import as_keywords, settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
 from fluffle.run_folder import RunFolder, committed
@@ -15,7 +17,7 @@ from fluffle.simulation.availability import parse_availability
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Partition, parse_partition
-from fluffle.simulation.population import Divisible, dealt, names
+from fluffle.simulation.population import Divisible, dealt
 from fluffle.simulation.simulate import (
     clients_of,
     simulate_run,
@@ -36,8 +38,9 @@ _CALLER = "fluffle.simulate"
 _CLIENTS = 100
 
 
+@as_keywords()
 def simulate(
-    tasks: Task | Sequence[Task] | Mapping[str, Task],
+    tasks: Task | Iterable[Task] | Mapping[str, Task],
     *,
     clients: int | None = None,
     partition: str | Partition = "iid",
@@ -126,7 +129,7 @@ def simulate(
     speeds = {"step_s": step_s, "round_s": fit_s, "bytes_per_s": bytes_per_s}
     spreads = {name: str(value) for name, value in speeds.items() if value is not None}
     drawn = devices(len(by_name), **spreads, seed=seed)
-    presence = parse_availability(availability)
+    presence = parse_availability(str(availability))
     everybody = clients_of(by_name, drawn if owned is None else owned, presence, seed)
 
     def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
@@ -162,22 +165,22 @@ def _check(options: Mapping[str, Any], **counts: int | None) -> None:
             "uses a real broker"
         )
     for name, number in counts.items():
-        if number is not None and number < 1:
-            raise UsageError(f"{_CALLER}(): {name} = {number} must be at least 1")
+        if number is not None and (not isinstance(number, Integral) or number < 1):
+            raise UsageError(
+                f"{_CALLER}(): {name} = {number!r} must be a whole number of at least 1"
+            )
 
 
 def _tasks(
-    tasks: Task | Sequence[Task] | Mapping[str, Task],
+    tasks: Task | Iterable[Task] | Mapping[str, Task],
     clients: int | None,
     partition: str | Partition,
     seed: int,
 ) -> tuple[Task | None, dict[str, Task]]:
     """Return the task that is divided, or None, and the clients' tasks by name."""
-    if isinstance(tasks, Mapping):
-        given = {str(name): check_task(f"'{name}'", task) for name, task in tasks.items()}
-    elif isinstance(tasks, Sequence):
-        pairs = zip(names(len(tasks)), tasks, strict=True)
-        given = {name: check_task(f"'{name}'", task) for name, task in pairs}
+    if isinstance(tasks, Iterable):
+        named = by_name(tasks, "client")
+        given = {name: check_task(f"'{name}'", task) for name, task in named.items()}
     elif isinstance(tasks, Divisible):
         rule = parse_partition(partition) if isinstance(partition, str) else partition
         return tasks, dealt(tasks, rule, clients or _CLIENTS, seed)

@@ -17,6 +17,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import fluffle
+from fluffle.keywords import as_keywords
 from fluffle_common.protocol.messages import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -242,6 +243,7 @@ async def test_cancelling_stops_the_run_and_the_same_call_resumes_it(tmp_path):
 INTERRUPTED = """
 import sys, time
 import fluffle
+from fluffle.keywords import as_keywords
 from tests.federation.test_local import Adder
 
 def on_round(commit):
@@ -351,6 +353,15 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
 
 
+def test_errors_name_keywords_and_leave_command_lines_as_they_are():
+    text = "--max-round, --run and --elsewhere; 'fluffle history --run x' (--deadline)"
+    with pytest.raises(fluffle.RunError) as named, as_keywords():
+        raise fluffle.RunError(text)
+    assert str(named.value) == (
+        "max_round=, folder= and --elsewhere; 'fluffle history --run x' (deadline=)"
+    )
+
+
 @pytest.mark.parametrize("function", [fluffle.run, fluffle.simulate])
 def test_a_run_that_stops_names_the_rejected_update(function):
     class Diverged(Adder):
@@ -360,6 +371,21 @@ def test_a_run_that_stops_names_the_rejected_update(function):
     tasks = {"north": Adder(), "south": Diverged()}
     with pytest.raises(fluffle.RunError, match="the update of south was rejected: tensor 'w' has"):
         function(tasks, rounds=1, deadline=0.2)
+
+
+def test_tasks_may_come_from_a_generator_or_have_numbers_as_names():
+    for function in (fluffle.run, fluffle.simulate):
+        run = function((Adder() for _ in range(2)), rounds=1)
+        assert len(run.history[0].participants) == 2
+        assert list(function({1: Adder()}, rounds=1).history[0].participants) == ["1"]
+
+
+def test_a_hook_that_stops_a_run_without_a_reason_is_named_as_the_reason():
+    def stop(_: fluffle.Commit) -> None:
+        raise fluffle.StopRun(None)
+
+    run = fluffle.run([Adder()], rounds=3, on_round=stop)
+    assert run.reason == "the on_round hook stopped the run"
 
 
 def test_a_run_that_a_hook_ends_is_returned():
@@ -415,8 +441,11 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
-        ([Adder()], {"evaluate": 7}, "--evaluate must be a function, not int"),
+        ([Adder()], {"evaluate": 7}, "evaluate= must be a function, not int"),
+        ([Adder()], {"init": ""}, 'init = "": a path in quotes is expected'),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker id"),
+        ({"a b": Adder()}, {}, "choose another key in tasks"),
+        (Adder(), {}, "a list of tasks is expected, or a mapping of names to tasks, not <"),
         ([object()], {}, "no method 'init'"),
     ],
 )

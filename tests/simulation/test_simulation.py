@@ -233,8 +233,10 @@ class TestDevices:
     ("options", "said"),
     [
         ({"url": "amqp://127.0.0.1"}, "has no url=, because its broker is in memory"),
-        ({"test_every": 0}, "test_every = 0 must be at least 1"),
-        ({"clients": 0}, "clients = 0 must be at least 1"),
+        ({"test_every": 0}, "test_every = 0 must be a whole number of at least 1"),
+        ({"clients": 0}, "clients = 0 must be a whole number of at least 1"),
+        ({"clients": "2"}, "clients = '2' must be a whole number of at least 1"),
+        ({"availability": 0.5}, "invalid availability '0.5'"),
         ({"clients": 3}, "clients = 3, but there are 2 tasks"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "invalid availability 'often'"),

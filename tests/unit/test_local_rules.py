@@ -212,3 +212,28 @@ def test_rules_are_chained_with_a_plus(tmp_path):
 def test_what_names_no_rule_is_refused_with_what_would(name, message):
     with pytest.raises(UsageError, match=message):
         find_rule(name)
+
+
+@pytest.mark.parametrize("what", ["received", "broadcast", "kept"])
+def test_a_rule_cannot_change_in_place_what_it_is_given(what):
+    class Writes:
+        def begin(self, received, broadcast, kept):
+            given = {"received": received, "broadcast": broadcast, "kept": kept}
+            for array in given[what].values():
+                array[...] = 100
+
+        def gradient(self, gradient, weights, state):
+            return gradient, state
+
+        def end(self, trained, state):
+            return {"n": np.ones(2)}
+
+    rule = BoundRule(Writes())
+    model, broadcast = {"w": np.zeros((2, 2), np.float32)}, {"c": np.zeros(2)}
+    rule.of_round("r", 1)
+    rule.end(model, None)
+    rule.of_round("r", 2, broadcast)
+    with pytest.raises(TaskError, match=r"begin\(\) of the local rule Writes fails: .*read-only"):
+        rule.begin(model)
+    assert not model["w"].any()
+    assert not broadcast["c"].any()

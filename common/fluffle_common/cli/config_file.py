@@ -266,7 +266,9 @@ def _single(option: click.Option, value: Any) -> Any:
         fits, expected = is_number and isinstance(value, int), "a whole number is expected"
     elif isinstance(kind, click.types.FloatParamType):
         fits, expected = is_number, "a number is expected"
-    elif isinstance(kind, click.types.StringParamType | click.Choice | click.Path):
+    elif isinstance(kind, click.Path):
+        fits, expected = isinstance(value, str) and value != "", "a path in quotes is expected"
+    elif isinstance(kind, click.types.StringParamType | click.Choice):
         fits, expected = isinstance(value, str), "text in quotes is expected"
     else:  # a type of our own, whose values look like text or like numbers
         fits, expected = isinstance(value, str) or is_number, "text or a number is expected"

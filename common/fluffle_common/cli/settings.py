@@ -81,7 +81,7 @@ def check_worker(name: str) -> str:
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
             f"'{name}' is not a valid worker id: use letters, digits, '-', '_' and '.', at "
-            "most 64; choose another with --id"
+            "most 64; choose another --id"
         )
     return name
 

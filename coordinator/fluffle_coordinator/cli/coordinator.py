@@ -162,8 +162,8 @@ def run_option(command: Any) -> Any:
     type=seconds(min_open=True),
     metavar="SECONDS",
     help=(
-        "Time without progress after which a training counts as failed.  [default: no limit; "
-        "reported after 2 minutes]"
+        "Time without progress after which a training counts as failed. It needs a task that calls "
+        "'progress' in its training.  [default: no limit; reported after 2 minutes]"
     ),
     show_default=False,
 )

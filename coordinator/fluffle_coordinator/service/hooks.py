@@ -28,6 +28,9 @@ _CALLERS = frozenset({__file__})
 class StopRun(Exception):
     """Raised by an ``on_round`` hook to end the run; its text is the reason that users see."""
 
+    def __str__(self) -> str:
+        return "" if self.args == (None,) else super().__str__()
+
 
 @dataclass(frozen=True)
 class Commit:

@@ -42,7 +42,7 @@ class LocalRule(Protocol[S]):
     """
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> S:
-        """Return the initial state of a training.
+        """Return the initial state of a training; NumPy arrays in the arguments are read-only.
 
         Args:
             received: the trainable weights, as received.

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.tensors.weights import Weights
+from fluffle_common.tensors.weights import Weights, read_only
 from fluffle_worker.local.base import Identity, LocalRule, Named, kept_and_extra
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.user_code import one_line
@@ -88,7 +88,8 @@ class BoundRule:
     def begin(self, received: Named) -> Any:
         """Return the initial state of a training."""
         kept = self._kept.before(*self._round)
-        return self._call("begin", self._rule.begin, received, self._broadcast, kept)
+        given = [_protected(arrays) for arrays in (received, self._broadcast, kept)]
+        return self._call("begin", self._rule.begin, *given)
 
     def gradient(self, gradient: Named, weights: Named, state: Any) -> tuple[dict[str, Any], Any]:
         """Return the gradient to use, and the next state."""
@@ -116,7 +117,7 @@ class BoundRule:
 
     def end(self, trained: Named, state: Any) -> None:
         """Keep the arrays to keep, and set ``sent`` to the extra tensors."""
-        result = self._call("end", self._rule.end, trained, state)
+        result = self._call("end", self._rule.end, _protected(trained), state)
         kept, extra = kept_and_extra(result)
         if not isinstance(kept, Mapping) or not isinstance(extra, Mapping):
             raise TaskError(
@@ -143,3 +144,11 @@ class BoundRule:
             raise TaskError(
                 f"{method}() of the local rule {self._name} fails: {one_line(own)}"
             ) from own
+
+
+def _protected(arrays: Named) -> Named:
+    """Return read-only views of NumPy arrays, so that a rule cannot shift the model in place."""
+    return {
+        name: read_only(array) if isinstance(array, np.ndarray) else array
+        for name, array in arrays.items()
+    }
