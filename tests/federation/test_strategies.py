@@ -25,7 +25,7 @@ from fluffle_coordinator.cli.run_folder import replay
 from fluffle_coordinator.service import committer
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.strategy_loading import load_strategy
-from fluffle_coordinator.strategy.base import Contribution
+from fluffle_coordinator.strategy.base import Contribution, Strategy
 from tests.federation.harness import Adder
 
 FILE = Path(__file__).with_name("momentum.py")
@@ -302,6 +302,17 @@ def test_a_scalar_of_the_model_stays_an_array(tmp_path, name):
     weights, state = strategy.finish(state, weights)
     assert (weights["s"].shape, weights["s"].dtype, float(weights["s"])) == ((), np.float32, 3.0)
     assert all(isinstance(one, np.ndarray) for one in strategy.dump(state).values())
+
+
+def test_a_method_with_a_wrong_signature_is_described_without_our_frames(capsys):
+    class Wrong(Strategy):
+        def init(self):
+            return []
+
+    named = dataclasses.replace(momentum(), strategy=Wrong())
+    with pytest.raises(TaskError, match=r"init\(\): TypeError: .* 1 positional") as wrong:
+        GuardedStrategy(named, 1).init({})
+    assert "guarded_strategy" not in str(wrong.value) + capsys.readouterr().err
 
 
 def test_a_strategy_cannot_make_the_model_writeable(tmp_path):

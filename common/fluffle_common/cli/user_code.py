@@ -17,10 +17,14 @@ _OURS = frozenset({"fluffle_broker", "fluffle_common", "fluffle_coordinator", "f
 _LONGEST = 500
 
 
-def one_line(why: BaseException) -> str:
+def one_line(why: BaseException, callers: Collection[str] = ()) -> str:
     """Return an error in a user's code in one line, with its file and line.
 
     A ``TaskError`` is not raised *in* the user's code, so its text is returned without a place.
+
+    Args:
+        why: the error.
+        callers: see ``full_trace``; they are never the place of an error.
     """
     try:
         text = " ".join(str(why).split())
@@ -28,7 +32,7 @@ def one_line(why: BaseException) -> str:
         text = ""
     if not isinstance(why, TaskError):
         text = f"{type(why).__name__}: {text}" if text else type(why).__name__
-        where = _where(why)
+        where = _where(why, callers)
         if where:
             return f"{sendable(text, _LONGEST - len(where) - 3)} ({where})"
     return sendable(text, _LONGEST)
@@ -42,7 +46,7 @@ def full_trace(why: BaseException, callers: Collection[str]) -> str:
         callers: fluffle's source files that call the user's code, which are left out.
     """
     trace = why.__traceback__
-    while trace is not None and trace.tb_next is not None and _is_before_user_code(trace, callers):
+    while trace is not None and _is_before_user_code(trace, callers):
         trace = trace.tb_next
     return sendable("".join(traceback.format_exception(type(why), why, trace)).rstrip())
 
@@ -69,14 +73,15 @@ def _is_before_user_code(trace: TracebackType, callers: Collection[str]) -> bool
     return name in callers or name.startswith("<frozen ")
 
 
-def _where(why: BaseException) -> str:
+def _where(why: BaseException, callers: Collection[str]) -> str:
     """Return the innermost place in the user's own files, such as ``file.py:12``.
 
     The folders are left out, because they belong to the data owner's machine.
     """
     if isinstance(why, SyntaxError):
         return ""  # its text says where
-    frames = traceback.extract_tb(why.__traceback__)
+    trace = traceback.extract_tb(why.__traceback__)
+    frames = [frame for frame in trace if frame.filename not in callers]
     own = [frame for frame in frames if _is_users(frame.filename)]
     if not frames:
         return ""

@@ -43,7 +43,7 @@ def call_guarded(what: str, where: str, function: Callable[..., _T], *on: Any) -
         return function(*on)
     except (Exception, SystemExit) as why:
         warn_in_full(why, what.partition(" ")[0], _CALLERS)
-        raise _failed(what, where, one_line(why)) from why
+        raise _failed(what, where, one_line(why, _CALLERS)) from why
 
 
 def _names(

@@ -144,7 +144,7 @@ class GuardedStrategy:
         except (Exception, SystemExit) as why:
             if not self._trusted:
                 warn_in_full(why, "strategy", _CALLERS)
-            raise self._wrong(what, one_line(why)) from why
+            raise self._wrong(what, one_line(why, _CALLERS)) from why
 
     def _wrong(self, what: str, why: str) -> TaskError:
         return TaskError(

@@ -168,7 +168,7 @@ class HookCalls:
         """Return the result of a hook; if it fails, report the error and return None."""
         hook = f"the {name} hook of round {number}"
         result, why = await call_user(hook, lambda: _attempt(call), self._record)
-        if why is not None and (text := one_line(why)) not in self._reported:
+        if why is not None and (text := one_line(why, _CALLERS)) not in self._reported:
             self._reported.add(text)
             what = f"round {number} is committed, but its {name} hook failed: {text}"
             self._record(run_events.Note(what=what))
