@@ -766,3 +766,15 @@ def test_a_fresh_start_in_an_empty_folder_moves_nothing(store):
     assert store.start_afresh() is None
     assert names(store.folder.parent) == {"letters"}
     release(store)
+
+
+def test_only_the_files_of_a_run_are_moved_aside(three):
+    three.try_lock()
+    mine = three.folder / "thesis.txt"
+    mine.write_text("mine")
+    run = {path.name for path in three.folder.iterdir()} - {"thesis.txt", "lock"}
+    aside = three.start_afresh()
+    assert aside is not None
+    assert {path.name for path in aside.iterdir()} == run
+    assert {path.name for path in three.folder.iterdir()} == {"thesis.txt", "lock"}
+    assert three.start_afresh() is None

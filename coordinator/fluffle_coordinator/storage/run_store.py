@@ -59,6 +59,20 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG
 _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
 
 
+# Everything that a run writes, except the lock.
+_RUN_FILES = (
+    "run.json",
+    "history*.jsonl",
+    "frozen-*.safetensors",
+    "round-*.safetensors",
+    "best.safetensors",
+    "updates",
+    "journal.jsonl",
+    "sampling.secret",
+    "*.partial",
+)
+
+
 @dataclass(frozen=True)
 class Saved:
     """The state of a run on disk; the defaults are those of a new run.
@@ -175,8 +189,11 @@ class RunStore:
             self._lock = None
 
     def start_afresh(self) -> Path | None:
-        """Move an earlier run to a new folder, and return that; None if there was no run."""
-        earlier = [path for path in self.folder.iterdir() if path.name != "lock"]
+        """Move an earlier run to a new folder, and return that; None if there was no run.
+
+        Other files in the folder stay there: it may be somebody's working directory.
+        """
+        earlier = sorted({path for name in _RUN_FILES for path in self.folder.glob(name)})
         if not earlier:
             return None
         number = 1
