@@ -7,7 +7,7 @@ import gc
 import itertools
 import threading
 import tracemalloc
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +197,9 @@ class Sum:
 
     def lay_on_disk(self, tensors: Any) -> Any:
         return tensors
+
+    async def when_room(self, work: Callable[[], Awaitable[Any]]) -> Any:
+        return await work()
 
     def commit(self, average: Average) -> None:
         self.averages.put_nowait(average)
