@@ -36,7 +36,8 @@ test: install check browser
 # The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal.
 SLOW := $(addprefix unit/,demo doctests drawing flax_parts flax_task front_door letters \
 	letters_images letters_scores local_rules mutants node printing rabbitmq_connection results \
-	rounds_machine server_steps sklearn_task task_loading) \
+	private rounds_machine run_store server_steps sklearn_task strategy_names \
+	task_loading) \
 	$(addprefix federation/,adapters local user_files)
 FAST := $(filter-out $(foreach name,$(SLOW),tests/$(dir $(name))test_$(notdir $(name)).py),\
 	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
@@ -49,7 +50,8 @@ PURE := fluffle_coordinator.machine fluffle_coordinator.strategy fluffle_common.
 	fluffle_common.protocol
 
 coverage: install
-	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) --cov-branch \
+	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) \
+		$(addprefix tests/unit/test_,private.py server_steps.py strategy_names.py) --cov-branch \
 		$(PURE:%=--cov=%) --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
 # Before a release: all tests, coverage, and a hundred random faults.
