@@ -39,13 +39,13 @@ from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.layout import Signature
-from fluffle_common.tensors.weights import Weights, size_bytes
+from fluffle_common.tensors.weights import size_bytes
 from fluffle_common.transport.base import Body, Delivery, Link, Transport
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.frozen import FrozenTensors, introduced
-from fluffle_worker.inbox import Record, read_frozen, read_work
-from fluffle_worker.job import Job, execute
+from fluffle_worker.inbox import ReceivedTensors, Record, read_work
+from fluffle_worker.job import Job, execute, work_of
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
 from fluffle_worker.signature import signature_of_task
@@ -117,9 +117,9 @@ class Fleet:
         self._forms: dict[int, Signature] = {}
         self._frozen: dict[int, FrozenTensors] = {}
         self._link: Link
-        # Cache: the last body decoded, and its weights and broadcast once they are decoded.
+        # Cache: the last body decoded, and its tensors once they are decoded.
         self._read: tuple[Body, Message, memoryview] | None = None
-        self._brought: tuple[Weights, Weights] | None = None
+        self._brought: ReceivedTensors | None = None
 
     async def run(self) -> None:
         """Take part until cancelled.
@@ -171,14 +171,14 @@ class Fleet:
 
     def _form(self, task: Task) -> Signature:
         """Return the signature of a task's model, computed once for all parts of one task."""
-        key = id(getattr(task, "whole", task))
-        if key not in self._forms:
-            self._forms[key] = signature_of_task(task)
-        return self._forms[key]
+        whole = _whole(task)
+        if id(whole) not in self._forms:
+            self._forms[id(whole)] = signature_of_task(task)
+        return self._forms[id(whole)]
 
     def _frozen_of(self, task: Task) -> FrozenTensors:
         """Return the frozen tensors of a task; the parts of one task have the same ones."""
-        whole = getattr(task, "whole", task)
+        whole = _whole(task)
         if id(whole) not in self._frozen:
             self._frozen[id(whole)] = FrozenTensors(whole)
         return self._frozen[id(whole)]
@@ -214,22 +214,19 @@ class Fleet:
         message, payload = self._decoded(body)
         match message:
             case InitRequest():
-                self._begin(client, Job(Work("init", message.run, 0), message, {}))
+                self._begin(client, Job(work_of(message), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
                 client.assembly = message, Assembly(message.transfer, _MAX_MODEL_BYTES)
             case Fit() | Evaluate():
                 if self._brought is None:
                     self._brought = read_work(message, payload)
-                self._frozen_of(client.task).receive(read_frozen(message, payload))
-                self._work(client, message, *self._brought)
+                self._work(client, message, self._brought)
             case Part() if client.assembly is not None:
                 whole, assembly = client.assembly
                 assembly.add(message, payload)
                 if assembly.complete:
                     client.assembly = None
-                    payload = assembly.payload()
-                    self._frozen_of(client.task).receive(read_frozen(whole, payload))
-                    self._work(client, whole, *read_work(whole, payload))
+                    self._work(client, whole, read_work(whole, assembly.payload()))
             case Refusal():
                 raise TaskError(f"the coordinator refuses {client.name}: {message.reason}")
             case _:
@@ -243,15 +240,10 @@ class Fleet:
 
     # --- work ----------------------------------------------------------------------------------
 
-    def _work(
-        self, client: Client, message: Fit | Evaluate, weights: Weights, broadcast: Weights
-    ) -> None:
-        of = message.run, message.round, message.base
-        if isinstance(message, Fit):
-            work = Work("fit", *of, message.attempt, message.sequence or message.round)
-        else:
-            work = Work("evaluate", *of)
-        self._begin(client, Job(work, message, weights, broadcast))
+    def _work(self, client: Client, message: Fit | Evaluate, received: ReceivedTensors) -> None:
+        weights, broadcast, frozen = received
+        self._frozen_of(client.task).receive(frozen)
+        self._begin(client, Job(work_of(message), message, weights, broadcast))
 
     def _begin(self, client: Client, job: Job) -> None:
         """Begin a piece of work, unless it is already under way; newer work ends older."""
@@ -339,3 +331,9 @@ class Fleet:
             others={EXTRA: job.extra, FROZEN: job.frozen},
             parts=Route(results, [f"part.{name}"], durable=False),
         )
+
+
+def _whole(task: Task) -> Task:
+    """Return the task that was divided into parts, of which this is one, or else the task."""
+    whole: Task = getattr(task, "whole", task)
+    return whole

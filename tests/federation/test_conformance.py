@@ -15,6 +15,7 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import codec
 from fluffle_common.protocol.codec import read_tensors
 from fluffle_common.protocol.messages import Evaluate, Heartbeat, Hello, Stop
+from fluffle_common.tensors.frozen import NO_FROZEN
 from fluffle_coordinator.conformance.examine import SCENARIOS, examine
 from fluffle_coordinator.conformance.findings import Finding
 from fluffle_coordinator.conformance.listener import ExamOptions
@@ -237,7 +238,11 @@ def works_for_any_federation(patch):
 
 
 def does_not_look_at_the_weights(patch):
-    patch(service, "read_work", lambda work, payload: (read_tensors(work.tensors, payload), {}))
+    patch(
+        service,
+        "read_work",
+        lambda work, payload: (read_tensors(work.tensors, payload), {}, NO_FROZEN),
+    )
 
 
 def hides_that_it_receives(patch):

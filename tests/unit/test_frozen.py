@@ -33,7 +33,6 @@ from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker import frozen as module
 from fluffle_worker.frozen import FrozenTensors
-from fluffle_worker.inbox import read_frozen as frozen_in
 from fluffle_worker.inbox import read_work
 from fluffle_worker.user_code import full_trace
 
@@ -184,15 +183,14 @@ def carrying(frozen: dict[str, Any], digest: str | None, kind: str = "fit") -> A
 def test_they_travel_in_a_group_beside_the_model(kind):
     frozen = frozen_of(backbone())
     message, payload = carrying(frozen.tensors, frozen.digest, kind)
-    weights, extra = read_work(message, payload)
+    weights, extra, found = read_work(message, payload)
     assert (weights.keys(), extra) == (MODEL.keys(), {})
-    found = frozen_in(message, payload)
     assert found.digest == frozen.digest == frozen_of(found.tensors).digest
 
 
 def test_work_without_them_brings_none():
-    assert frozen_in(*carrying({}, "d" * 64)) == NO_FROZEN
-    assert frozen_in(*carrying(backbone(), None)) == NO_FROZEN  # of nobody knows which run
+    assert read_work(*carrying({}, "d" * 64)).frozen == NO_FROZEN
+    assert read_work(*carrying(backbone(), None)).frozen == NO_FROZEN  # of nobody knows which run
 
 
 def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):

@@ -78,7 +78,7 @@ def fit_with(beside: dict[str, dict[str, np.ndarray]]) -> bytes:
 def test_a_worker_takes_what_is_broadcast_and_passes_over_groups_that_it_does_not_know():
     body = fit_with({"later": {"w": np.array([np.nan])}, "extra": {"c": np.full(2, 0.5)}})
     check_message(body, "f")
-    weights, broadcast = read_work(*decode(body))
+    weights, broadcast, _ = read_work(*decode(body))
     assert {name: one.tolist() for name, one in weights.items()} == {"w": [1, 1, 1]}
     assert {name: one.tolist() for name, one in broadcast.items()} == {"c": [0.5, 0.5]}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import NamedTuple
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.codec import decode, read_groups
@@ -46,10 +47,19 @@ def not_for_workers(message: Message) -> MalformedMessage:
     return MalformedMessage(f"a message of kind {message.kind} is not for workers", "kind")
 
 
-def read_work(message: Fit | Evaluate, payload: memoryview) -> tuple[Weights, Weights]:
-    """Return a message's weights, and the extra tensors that the strategy sends with them.
+class ReceivedTensors(NamedTuple):
+    """The tensors that come with work: the model's, the strategy's extra ones, and frozen ones.
 
-    Unknown groups of tensors are ignored.
+    The frozen tensors are not yet compared with their digest.
+    """
+
+    weights: Weights
+    broadcast: Weights
+    frozen: Frozen
+
+
+def read_work(message: Fit | Evaluate, payload: memoryview) -> ReceivedTensors:
+    """Return the tensors of a message; unknown groups of tensors are ignored.
 
     Raises:
         MalformedMessage: if the payload does not match the message's table of tensors, or a tensor
@@ -63,19 +73,10 @@ def read_work(message: Fit | Evaluate, payload: memoryview) -> tuple[Weights, We
         check_finite(broadcast)
     except ValueError as wrong:
         raise MalformedMessage(str(wrong), "not_finite") from None
-    return weights, broadcast
-
-
-def read_frozen(message: Fit | Evaluate, payload: memoryview) -> Frozen:
-    """Return the frozen tensors that come with work, not yet compared with their digest.
-
-    Raises:
-        MalformedMessage: if they do not match the message's table of tensors.
-    """
-    tensors = read_groups(message.tensors, payload).get(FROZEN)
-    if tensors is None or message.frozen is None:
-        return NO_FROZEN
-    return Frozen(message.frozen, tensors)
+    frozen = NO_FROZEN
+    if message.frozen is not None and FROZEN in groups:
+        frozen = Frozen(message.frozen, groups[FROZEN])
+    return ReceivedTensors(weights, broadcast, frozen)
 
 
 class Refusals:

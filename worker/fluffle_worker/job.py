@@ -79,6 +79,17 @@ class Job:
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
+def work_of(message: Fit | Evaluate | InitRequest) -> Work:
+    """Return the identity of the work that a message requests."""
+    match message:
+        case InitRequest():
+            return Work("init", message.run, 0)
+        case Fit(run=run, round=number, base=base):
+            return Work("fit", run, number, base, message.attempt, message.sequence or number)
+        case Evaluate():
+            return Work("evaluate", message.run, message.round, message.base)
+
+
 def execute(
     job: Job,
     task: Task,

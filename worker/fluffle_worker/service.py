@@ -49,8 +49,8 @@ from fluffle_worker import machine
 from fluffle_worker.connection import Connection
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Record, not_for_workers, read_frozen, read_work
-from fluffle_worker.job import Job
+from fluffle_worker.inbox import Record, not_for_workers, read_work
+from fluffle_worker.job import Job, work_of
 from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
@@ -219,7 +219,7 @@ class WorkerService:
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():
-                self._ask(Job(Work("init", message.run, 0), message, {}))
+                self._ask(Job(work_of(message), message, {}))
             case Fit() | Evaluate() if message.transfer is not None:
                 announced_layout(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
@@ -273,19 +273,14 @@ class WorkerService:
             self._work(message, assembly.payload())
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
-        weights, broadcast = read_work(message, payload)
-        if self._frozen.receive(read_frozen(message, payload)):
+        weights, broadcast, frozen = read_work(message, payload)
+        if self._frozen.receive(frozen):
             self._record(FrozenReceived(round=message.round, digest=message.frozen))
             self._presence.speak_up()  # so that they are not sent again
         if message.frozen not in (None, *self._frozen.digests):
             self._presence.now("receiving", message)  # they were lost with a link, and come again
             return
-        ids = message.run, message.round, message.base
-        if isinstance(message, Fit):
-            work = Work("fit", *ids, message.attempt, message.sequence or message.round)
-        else:
-            work = Work("evaluate", *ids)
-        self._ask(Job(work, message, weights, broadcast))
+        self._ask(Job(work_of(message), message, weights, broadcast))
 
     def _ask(self, job: Job) -> None:
         work = job.work
