@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from fluffle_common.errors import UsageError
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
 from fluffle_coordinator.observe.round_view import metrics_of
 from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.round_stats import seconds_of, weighted_mean
+from fluffle_coordinator.storage.round_stats import examples_by_worker, seconds_of, weighted_mean
 from fluffle_worker.task import EvalResult
 
 if TYPE_CHECKING:
@@ -172,12 +171,9 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
 def _round(row: Mapping[str, Any], folder: Path) -> Round:
     participants = row["participants"]
     metrics = metrics_of(row)
-    examples: Counter[str] = Counter()  # an asynchronous round can count a worker more than once
-    for each in participants:
-        examples[each["worker"]] += each["num_examples"]
     return Round(
         number=row["round"],
-        participants=dict(examples),
+        participants=examples_by_worker(participants),
         checkpoint=folder / row["checkpoint"],
         train_loss=weighted_mean(
             (each["num_examples"], each["train_loss"])

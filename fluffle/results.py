@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import json
 import os
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fluffle.history import History, Round
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.storage.history import read_history_lines
+from fluffle_coordinator.storage.run_file import read_run_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -57,7 +57,7 @@ class Run:
     @property
     def id(self) -> str:
         """The run's id, on the wire and in its files."""
-        return str(json.loads((self.folder / "run.json").read_text())["run"])
+        return str(read_run_file(self.folder)["run"])
 
     @property
     def reason(self) -> str:

@@ -32,8 +32,9 @@ class RunFolder:
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._temporary = folder is None
-        self.path = Path(tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder)
-        self.store = RunStore(self.path)
+        self.store = RunStore(
+            Path(tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder)
+        )
 
     def __enter__(self) -> Self:
         """Lock the folder.
@@ -42,7 +43,9 @@ class RunFolder:
             RunError: if another coordinator uses it.
         """
         if not self.store.try_lock():
-            raise RunError(f"another coordinator is using {self.path}; choose another folder=")
+            raise RunError(
+                f"another coordinator is using {self.store.shown}; choose another folder="
+            )
         return self
 
     def __exit__(
@@ -56,7 +59,7 @@ class RunFolder:
             return
         if not committed(self.store.folder):
             if self._temporary:
-                shutil.rmtree(self.path, ignore_errors=True)
+                shutil.rmtree(self.store.folder, ignore_errors=True)
         elif not isinstance(error, RunError):  # a RunError already says how to continue
             warn(f"the committed rounds are kept{self._how_to_continue()}")
 
@@ -75,12 +78,12 @@ class RunFolder:
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
         if self._temporary:
-            weakref.finalize(run, shutil.rmtree, self.path, ignore_errors=True)
+            weakref.finalize(run, shutil.rmtree, self.store.folder, ignore_errors=True)
         return run
 
     def _how_to_continue(self) -> str:
         done = committed(self.store.folder)
-        call = f"the same call with folder={str(self.path)!r} goes on with round {done + 1}"
+        call = f"the same call with folder={str(self.store.shown)!r} goes on with round {done + 1}"
         return f"; {call}" if done else ""
 
 

@@ -43,6 +43,17 @@ def _forget_modules_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterat
             del sys.modules[name]
 
 
+@pytest.fixture(scope="module")
+def compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Let JAX use a temporary compilation cache instead of the user's."""
+    import jax
+
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
 @pytest.fixture(scope="session")
 def broker_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[node.NodeInfo]:
     """Run one private RabbitMQ for the whole session; tests keep apart by their federation."""

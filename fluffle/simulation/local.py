@@ -135,7 +135,7 @@ def simulate(
     def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         fresh = values["fresh"]
         with RunFolder(folder) as run_folder, Progress(progress, settings.rules.rounds) as shown:
-            done = 0 if fresh else committed(run_folder.path)
+            done = 0 if fresh else committed(run_folder.store.folder)
             tested = tested_every(settings, whole, test_every, done)
             simulation = simulate_run(
                 tested, everybody, run_folder.store, shown, record=_show, fresh=fresh

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -31,15 +28,6 @@ class Adapted(nnx.Module):
 
     def __call__(self, inputs: Any) -> Any:
         return self.head(self.backbone(inputs))[:, 0]
-
-
-@pytest.fixture
-def _compiled_elsewhere(tmp_path: Path) -> Iterator[None]:
-    """Keep JAX's compiled code out of the user's cache."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 def adapted(seed: int, backbone: int = 0, **options: Any) -> Any:
@@ -76,7 +64,7 @@ def trained_alone(rounds: int) -> list[Any]:
     return averages
 
 
-@pytest.mark.usefixtures("_compiled_elsewhere")
+@pytest.mark.usefixtures("compiled_elsewhere")
 def test_only_adapters_travel_and_each_worker_keeps_its_own_head(federated):
     expected = trained_alone(2)
     tasks = [adapted(seed) for seed in (0, 1)]
@@ -100,7 +88,7 @@ def test_only_adapters_travel_and_each_worker_keeps_its_own_head(federated):
     federated(scenario)
 
 
-@pytest.mark.usefixtures("_compiled_elsewhere")
+@pytest.mark.usefixtures("compiled_elsewhere")
 def test_one_backbone_serves_all_workers_if_it_is_shared(federated):
     tasks = [adapted(seed, 10 * seed, share_frozen=True) for seed in (0, 1)]
     for task in tasks:
@@ -123,7 +111,7 @@ def test_one_backbone_serves_all_workers_if_it_is_shared(federated):
     federated(scenario)
 
 
-@pytest.mark.usefixtures("_compiled_elsewhere")
+@pytest.mark.usefixtures("compiled_elsewhere")
 def test_a_backbone_that_only_the_coordinator_has_reaches_the_workers_and_the_checkpoints(tmp_path):
     module = pretrained(99)
     start = tmp_path / "start.safetensors"
@@ -149,7 +137,7 @@ def test_a_backbone_that_only_the_coordinator_has_reaches_the_workers_and_the_ch
         fluffle.run(tasks, rounds=3, folder=tmp_path / "run", progress=False)
 
 
-@pytest.mark.usefixtures("_compiled_elsewhere")
+@pytest.mark.usefixtures("compiled_elsewhere")
 def test_another_backbone_cannot_begin_a_run_that_exists(tmp_path):
     start = tmp_path / "start.safetensors"
     for seed, rounds in ((99, 1), (98, 2)):
@@ -162,7 +150,7 @@ def test_another_backbone_cannot_begin_a_run_that_exists(tmp_path):
                 fluffle.run([adapted(0, share_frozen=True)], **run)
 
 
-@pytest.mark.usefixtures("_compiled_elsewhere")
+@pytest.mark.usefixtures("compiled_elsewhere")
 def test_simulated_clients_share_a_backbone_too(tmp_path):
     start = tmp_path / "start.safetensors"
     fluffle.save_model(start, pretrained(99), federated=nnx.LoRAParam, frozen=FROZEN)

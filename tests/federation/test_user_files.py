@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import SimpleNamespace
@@ -231,15 +231,6 @@ def test_a_federation_uses_a_local_rule_from_a_file(federated, rule, mu):
             np.testing.assert_allclose(federation.weights(number)["w"], expected, rtol=1e-5)
 
     federated(scenario)
-
-
-@pytest.fixture
-def compiled_elsewhere(tmp_path: Path) -> Iterator[None]:
-    """Keep JAX's compiled code out of the user's cache."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "jax"))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
 
 
 class Line(nnx.Module):

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -20,14 +18,7 @@ from fluffle_coordinator.cli.coordinator import history
 from fluffle_coordinator.cli.journal import journal
 from fluffle_coordinator.dashboard.report import read_report
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keep what JAX compiles away from the user's cache."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compiled_elsewhere")
 
 
 class Net(nnx.Module):

@@ -26,13 +26,7 @@ from fluffle_worker.tasks.flax import FlaxTask, flax_task
 COUNT, FEATURES = 12, 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Use a temporary compilation cache instead of the user's."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compiled_elsewhere")
 
 
 class Adapted(nnx.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,7 @@ from fluffle_worker.tasks.flax import FlaxTask, accuracy, flax_task
 COUNT, FEATURES, CLASSES = 22, 4, 3
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Use a temporary compilation cache instead of the user's."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compiled_elsewhere")
 
 
 class Net(nnx.Module):

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,13 +20,7 @@ from fluffle_worker.local.scaffold import Scaffold
 Arrays = dict[str, np.ndarray]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Use a temporary compilation cache instead of the user's."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
+pytestmark = pytest.mark.usefixtures("compiled_elsewhere")
 
 
 def tensors(seed: int, first: tuple[int, ...] = ()) -> Arrays:

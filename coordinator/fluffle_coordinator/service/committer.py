@@ -8,7 +8,6 @@ A crash at any earlier point therefore loses no update: the broker delivers them
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +30,12 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.storage.best_model import keep_best
 from fluffle_coordinator.storage.history import read_history_lines
-from fluffle_coordinator.storage.round_stats import Clock, Counts, personal_means
+from fluffle_coordinator.storage.round_stats import (
+    Clock,
+    Counts,
+    examples_by_worker,
+    personal_means,
+)
 from fluffle_coordinator.storage.round_stats import weighted_mean as mean
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -218,9 +222,7 @@ class Committer:
             self._record(run_events.Privacy(round=number, **average.spent))
         if personal:
             self._record(run_events.Personal(round=number, metrics=personal))
-        participants: Counter[str] = Counter()  # in a buffer, a worker can appear more than once
-        for participant in average.participants:
-            participants[participant["worker"]] += participant["num_examples"]
+        participants = examples_by_worker(average.participants)
         self._standing.add_time(line["timings"])
         enough = await self._call_hooks(number, average.weights, participants)
         enough = enough or self._standing.enough()

@@ -18,6 +18,7 @@ from fluffle_common.cli.console import json_line
 from fluffle_common.durable_files import replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.storage.round_stats import add_uncounted
+from fluffle_coordinator.storage.run_file import RUN_FILE
 
 _NAME = "history.jsonl"
 
@@ -139,7 +140,7 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / _NAME
     if not path.exists():
-        if (folder / "run.json").exists():
+        if (folder / RUN_FILE).exists():
             raise UsageError(f"the run in {folder} has committed no round yet")
         raise UsageError(
             f"there is no history in {folder}; name a run folder, such as runs/letters"

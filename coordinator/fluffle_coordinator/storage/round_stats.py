@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -125,6 +126,17 @@ class Clock:
             "fold_s": self.fold_s,
         }
         return {name: round(value, 6) for name, value in seconds.items()}
+
+
+def examples_by_worker(participants: Iterable[Mapping[str, Any]]) -> dict[str, int]:
+    """Return how many examples of each worker a round counted.
+
+    An asynchronous round can count a worker more than once.
+    """
+    examples: Counter[str] = Counter()
+    for participant in participants:
+        examples[participant["worker"]] += participant["num_examples"]
+    return dict(examples)
 
 
 def seconds_of(timings: Mapping[str, float]) -> float:

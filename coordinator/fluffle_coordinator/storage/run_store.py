@@ -61,7 +61,7 @@ _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
 
 # Everything that a run writes, except the lock.
 _RUN_FILES = (
-    "run.json",
+    RUN_FILE,
     "history*.jsonl",
     "frozen-*.safetensors",
     "round-*.safetensors",
