@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import re
@@ -15,10 +16,11 @@ import numpy as np
 import pytest
 
 import fluffle
+from fluffle.federation import numbered
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Shards
-from fluffle.simulation.population import dealt, each_its_own, names
+from fluffle.simulation.population import dealt, each_its_own
 from fluffle.simulation.simulate import clients_of, simulate_run
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint
@@ -27,6 +29,8 @@ from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.task import EvalResult, TaskOptions, TrainResult
+
+names = functools.partial(numbered, "client")
 
 
 class Adder:
