@@ -16,7 +16,6 @@ import numpy as np
 
 from fluffle.simulation.availability import ALWAYS, Availability
 from fluffle.simulation.devices import Device
-from fluffle_common.concurrency import run_all
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.events import Traceback, Unfit
@@ -114,9 +113,10 @@ class Fleet:
             report=lambda reason: record(Unfit(reason=f"at {self._acting}, {reason}")),
             trace=lambda text: record(Traceback(text=text)),
         )
-        self._forms: dict[int, Signature] = {}
-        self._frozen: dict[int, FrozenTensors] = {}
+        # By task; the parts of one task share those of the whole.
+        self._models: dict[int, tuple[Signature, FrozenTensors]] = {}
         self._link: Link
+        self._running: asyncio.TaskGroup
         # Cache: the last body decoded, and its tensors once they are decoded.
         self._read: tuple[Body, Message, memoryview] | None = None
         self._brought: ReceivedTensors | None = None
@@ -137,10 +137,11 @@ class Fleet:
             mail = await self._link.consume(inbox, prefetch=_PREFETCH)
             readers.append(self._read_mail(client, mail))
         try:
-            await run_all(self._greet(), *readers, *map(self._come_and_go, self._clients))
-        finally:
-            for client in self._clients:
-                self._drop_work(client)
+            async with asyncio.TaskGroup() as self._running:
+                for part in (self._greet(), *readers, *map(self._come_and_go, self._clients)):
+                    self._running.create_task(part)
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
 
     async def _greet(self) -> None:
         for client in self._clients:
@@ -148,8 +149,7 @@ class Fleet:
                 await self._say_hello(client)
 
     async def _say_hello(self, client: Client) -> None:
-        form = self._form(client.task)
-        await self._send(Hello(**self._about(client), **self._introduction(client, form)))
+        await self._send(Hello(**self._about(client), **self._introduction(client)))
 
     async def _come_and_go(self, client: Client) -> None:
         """Let a client leave, which drops its work, and come back, as its availability says."""
@@ -169,25 +169,18 @@ class Fleet:
             client.at_work[1].cancel()
             client.at_work = None
 
-    def _form(self, task: Task) -> Signature:
-        """Return the signature of a task's model, computed once for all parts of one task."""
-        whole = _whole(task)
-        if id(whole) not in self._forms:
-            self._forms[id(whole)] = signature_of_task(task)
-        return self._forms[id(whole)]
-
-    def _frozen_of(self, task: Task) -> FrozenTensors:
-        """Return the frozen tensors of a task; the parts of one task have the same ones."""
-        whole = _whole(task)
-        if id(whole) not in self._frozen:
-            self._frozen[id(whole)] = FrozenTensors(whole)
-        return self._frozen[id(whole)]
+    def _model(self, task: Task) -> tuple[Signature, FrozenTensors]:
+        """Return the signature and the frozen tensors of a task's model."""
+        whole = getattr(task, "whole", task)
+        if id(whole) not in self._models:
+            self._models[id(whole)] = signature_of_task(task), FrozenTensors(whole)
+        return self._models[id(whole)]
 
     def _about(self, client: Client) -> dict[str, Any]:
         return {"federation": self._federation, "worker": client.name, "session": client.session}
 
-    def _introduction(self, client: Client, form: Signature) -> dict[str, Any]:
-        frozen = self._frozen_of(client.task)
+    def _introduction(self, client: Client) -> dict[str, Any]:
+        form, frozen = self._model(client.task)
         return {
             "num_examples": num_examples_of(client.task),
             "task": self._task,
@@ -201,7 +194,7 @@ class Fleet:
         worker = message.worker
         await send(self._link, message, Route(self._topology.results, [f"{message.kind}.{worker}"]))
 
-    # --- what comes in -------------------------------------------------------------------------
+    # --- messages received ---------------------------------------------------------------------
 
     async def _read_mail(self, client: Client, mail: Any) -> None:
         delivery: Delivery
@@ -242,7 +235,7 @@ class Fleet:
 
     def _work(self, client: Client, message: Fit | Evaluate, received: ReceivedTensors) -> None:
         weights, broadcast, frozen = received
-        self._frozen_of(client.task).receive(frozen)
+        self._model(client.task)[1].receive(frozen)
         self._begin(client, Job(work_of(message), message, weights, broadcast))
 
     def _begin(self, client: Client, job: Job) -> None:
@@ -252,7 +245,7 @@ class Fleet:
             if doing == job.work:
                 return
             task.cancel()
-        client.at_work = job.work, asyncio.ensure_future(self._do(client, job))
+        client.at_work = job.work, self._running.create_task(self._do(client, job))
 
     async def _do(self, client: Client, job: Job) -> None:
         steps = 0
@@ -262,6 +255,7 @@ class Fleet:
             steps = of
 
         nbytes_down = size_bytes(job.weights)
+        form, frozen = self._model(client.task)
         self._acting = client.name
         try:
             execute(
@@ -272,8 +266,8 @@ class Fleet:
                 progress=progress,
                 residual=lambda: client.residual,
                 results=self._results,
-                form=self._form(client.task),
-                frozen=self._frozen_of(client.task),
+                form=form,
+                frozen=frozen,
                 codecs=self._codecs,
             )
         except (Exception, SystemExit) as why:
@@ -301,7 +295,7 @@ class Fleet:
             left_s -= _HEARTBEAT_S
             beat = Heartbeat(
                 **self._about(client),
-                **self._introduction(client, self._form(client.task)),
+                **self._introduction(client),
                 state="training",
                 run=work.run,
                 round=work.round,
@@ -331,9 +325,3 @@ class Fleet:
             others={EXTRA: job.extra, FROZEN: job.frozen},
             parts=Route(results, [f"part.{name}"], durable=False),
         )
-
-
-def _whole(task: Task) -> Task:
-    """Return the task that was divided into parts, of which this is one, or else the task."""
-    whole: Task = getattr(task, "whole", task)
-    return whole

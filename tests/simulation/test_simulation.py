@@ -24,6 +24,7 @@ from fluffle.simulation.population import dealt, each_its_own
 from fluffle.simulation.simulate import clients_of, simulate_run
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_common.transport.base import QueueFull
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -160,6 +161,12 @@ def test_a_task_that_fails_is_left_out_and_named(tmp_path):
     reasons = [event.reason for event in told.events if event.name == "failure"]
     assert reasons
     assert all("no data today" in reason for reason in reasons)
+
+
+def test_a_client_that_cannot_send_ends_the_run_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("fluffle_common.protocol.topology._UPDATES_BYTES", 1)
+    with pytest.raises(QueueFull, match="queue 'sim.updates' is full"):
+        run(tmp_path, {"a": Adder(1.0)}, rounds=1)
 
 
 def test_a_failing_client_s_traceback_is_its_own_and_readable(capsys):
