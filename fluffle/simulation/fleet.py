@@ -8,7 +8,6 @@ it when the client's device would have finished.
 from __future__ import annotations
 
 import asyncio
-import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,13 +19,8 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.protocol.messages import (
-    Bye,
     Evaluate,
-    Evaluation,
-    Failure,
     Fit,
-    Heartbeat,
-    Hello,
     InitRequest,
     Message,
     Part,
@@ -42,13 +36,15 @@ from fluffle_common.tensors.weights import size_bytes
 from fluffle_common.transport.base import Body, Delivery, Link, Transport
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.frozen import FrozenTensors, introduced
+from fluffle_worker.frozen import FrozenTensors
+from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import ReceivedTensors, Record, read_work
 from fluffle_worker.job import Job, execute, work_of
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import signature_of_task
-from fluffle_worker.task import Task, classes_of, num_examples_of
+from fluffle_worker.task import Task
 from fluffle_worker.user_code import one_line
 
 # The heartbeat interval of a client at work. Idle clients send none, since nobody is ever gone.
@@ -75,7 +71,7 @@ class Client:
     availability: Availability = ALWAYS
     rng: np.random.Generator = field(default_factory=np.random.default_rng)
     present: bool = True
-    session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    presence: Presence = field(init=False)  # a new one each time that it comes
     at_work: tuple[Work, asyncio.Task[None]] | None = None
     residual: Residual = field(default_factory=Residual)
     assembly: tuple[Fit | Evaluate, Assembly] | None = None
@@ -149,7 +145,11 @@ class Fleet:
                 await self._say_hello(client)
 
     async def _say_hello(self, client: Client) -> None:
-        await self._send(Hello(**self._about(client), **self._introduction(client)))
+        settings = WorkerSettings(
+            self._federation, client.name, self._task, heartbeat_s=_HEARTBEAT_S
+        )
+        client.presence = Presence(settings, client.task, self._topology, *self._model(client.task))
+        await client.presence.greet(self._link)
 
     async def _come_and_go(self, client: Client) -> None:
         """Let a client leave, which drops its work, and come back, as its availability says."""
@@ -157,11 +157,10 @@ class Fleet:
             await asyncio.sleep(seconds)
             client.present = not client.present
             if client.present:
-                client.session = uuid.uuid4().hex[:12]
                 await self._say_hello(client)
             else:
                 self._drop_work(client)
-                await self._send(Bye(**self._about(client), reason="not available"))
+                await client.presence.bye(self._link, "not available")
 
     def _drop_work(self, client: Client) -> None:
         client.assembly = None
@@ -175,24 +174,6 @@ class Fleet:
         if id(whole) not in self._models:
             self._models[id(whole)] = signature_of_task(task), FrozenTensors(whole)
         return self._models[id(whole)]
-
-    def _about(self, client: Client) -> dict[str, Any]:
-        return {"federation": self._federation, "worker": client.name, "session": client.session}
-
-    def _introduction(self, client: Client) -> dict[str, Any]:
-        form, frozen = self._model(client.task)
-        return {
-            "num_examples": num_examples_of(client.task),
-            "task": self._task,
-            "classes": classes_of(client.task),
-            **introduced(form, frozen),
-            "frozen": frozen.digests,
-            "heartbeat_s": _HEARTBEAT_S,
-        }
-
-    async def _send(self, message: Hello | Heartbeat | Bye | Failure | Evaluation) -> None:
-        worker = message.worker
-        await send(self._link, message, Route(self._topology.results, [f"{message.kind}.{worker}"]))
 
     # --- messages received ---------------------------------------------------------------------
 
@@ -273,11 +254,8 @@ class Fleet:
         except (Exception, SystemExit) as why:
             trace = why.__traceback__  # begins with this function
             self._results.failed(why.with_traceback(trace and trace.tb_next))
-            failure = Failure(
-                **self._about(client), run=job.work.run, round=job.work.round, reason=one_line(why)
-            )
             client.at_work = None
-            await self._send(failure)
+            client.presence.failed(self._link, job.work, one_line(why))
             return
         moved = nbytes_down + (size_bytes(job.answer[1]) if job.answer is not None else 0)
         seconds = client.device.moving_s(moved)
@@ -289,34 +267,25 @@ class Fleet:
 
     async def _pass(self, client: Client, work: Work, steps: int, seconds: float) -> None:
         """Let the time of a piece of work pass, sending heartbeats meanwhile."""
+        client.presence.now("training", work, steps=steps)
         left_s = seconds
         while left_s > _HEARTBEAT_S:
             await asyncio.sleep(_HEARTBEAT_S)
             left_s -= _HEARTBEAT_S
-            beat = Heartbeat(
-                **self._about(client),
-                **self._introduction(client),
-                state="training",
-                run=work.run,
-                round=work.round,
-                base=work.base or None,
-                sequence=work.sequence or None,
-                step=int(steps * (1 - left_s / seconds)),
-                steps=steps,
-            )
-            await self._send(beat)
+            client.presence.progress(int(steps * (1 - left_s / seconds)))
+            await client.presence.beat(self._link)
         await asyncio.sleep(left_s)
 
     async def _answer(self, client: Client, job: Job, seconds: float) -> None:
+        name, results = client.name, self._topology.results
         if job.evaluation is not None:
-            await self._send(job.evaluation)
+            await send(self._link, job.evaluation, Route(results, [f"evaluation.{name}"]))
         if job.answer is None:
             return
         message, weights = job.answer
         if isinstance(message, Update):
             message = message.model_copy(update={"seconds": seconds})
             client.residual = job.residual
-        name, results = client.name, self._topology.results
         await send_tensors(
             self._link,
             message,
