@@ -70,7 +70,7 @@ class LettersModel:
             classes = json.loads(metadata.get("classes", "[]"))
         except ValueError:
             classes = []
-        if not classes:
+        if not (isinstance(classes, list) and classes):
             raise UsageError(
                 f"{path} is not a model of letters: it has no classes "
                 f"(its task: {metadata.get('task') or 'unknown'})"
