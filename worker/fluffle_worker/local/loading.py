@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -70,8 +70,7 @@ def _find_one(name: str) -> Any:
     kind, colon, settings = name.partition(":")
     others = installed(GROUP)
     if kind in OWN:
-        module, _, attribute = OWN[kind].partition(":")
-        rule = getattr(importlib.import_module(module), attribute)
+        rule = pkgutil.resolve_name(OWN[kind])
     elif kind in others:
         rule = load_installed("local rule", others[kind], CALLERS)
     elif name.rpartition(":")[0].endswith(".py"):
