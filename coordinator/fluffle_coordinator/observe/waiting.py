@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from fluffle_common.protocol.events import Doing, Waiting
@@ -82,10 +83,29 @@ def waiting_for(state: State, now: float) -> Waiting | None:
 def missing(state: State, now: float) -> str:
     """Return a sentence part about what each worker that has not answered is doing."""
     parts = [f"{doing.worker} {doing.sentence()}" for doing in _doings(state, now)]
+    return ", ".join(parts + _more_needed(state)) or "all have answered"
+
+
+def in_brief(state: State, now: float) -> str:
+    """Return what the run waits for, in a few words, without the workers' names."""
+    match state.phase:
+        case Phase.WAITING if len(state.workers) < workers_needed(state):
+            return f"workers: {len(state.workers)} of {workers_needed(state)} connected"
+        case Phase.OPEN:
+            counts = Counter(doing.state for doing in _doings(state, now))
+            parts = [f"{count} {doing}" for doing, count in counts.items()]
+            return f"round {state.round}: {', '.join(parts + _more_needed(state))}"
+        case Phase.EVALUATING if not state.evaluate_pending:
+            return f"workers to tell: {len(state.unheard)}"
+        case Phase.EVALUATING:
+            return f"evaluations: {len(state.evaluations)} of {len(state.asked)}"
+        case _:
+            return ""
+
+
+def _more_needed(state: State) -> list[str]:
     short = _short(state)
-    if short:
-        parts.append(f"{short} more worker{'s'[: short > 1]} needed")
-    return ", ".join(parts) or "all have answered"
+    return [f"{short} more worker{'s'[: short > 1]} needed"] if short else []
 
 
 def _before_a_round(state: State) -> Waiting | None:
