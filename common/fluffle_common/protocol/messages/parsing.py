@@ -7,8 +7,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.messages.base import Part
-from fluffle_common.protocol.messages.exchange import Exchange
+from fluffle_common.protocol.messages.base import Exchange, Part
 from fluffle_common.protocol.messages.journal import Event, Events
 from fluffle_common.protocol.messages.presence import (
     Bye,
