@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport.base import Body, QueueFull, Unroutable
@@ -22,19 +22,6 @@ from fluffle_common.transport.rabbitmq import frames
 LARGE_BYTES = 16 * 2**10
 # How long an acknowledgement may wait for others: a batch costs hardly more than one.
 _ACK_WITHIN_S = 0.02
-
-
-class Socket(Protocol):
-    """The part of ``asyncio.Transport`` that is used here."""
-
-    def write(self, data: Body) -> None:
-        """Send or buffer bytes, in order."""
-
-    def writelines(self, pieces: list[Body]) -> None:
-        """Send or buffer several pieces without joining them."""
-
-    def is_closing(self) -> bool:
-        """Return whether the socket is closing or closed."""
 
 
 class Content(NamedTuple):
@@ -75,7 +62,7 @@ class ContentChannel:
     def __init__(
         self,
         number: int,
-        socket: Socket,
+        socket: asyncio.WriteTransport,
         frame_max: int,
         on_delivery: Callable[[TaggedContent], object] | None = None,
         prefetch: int = 0,

@@ -65,34 +65,28 @@ class AmqpDelivery:
 
     @property
     def redelivered(self) -> bool:
-        """See ``base.Delivery``."""
         return self._origin.redelivered
 
     @property
     def exchange(self) -> str:
-        """See ``base.Delivery``."""
         return self._origin.exchange
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """See ``base.Delivery``."""
         more = (self._decoded.headers or {}).get("CC")
         return (self._origin.key, *map(str, more if isinstance(more, list) else ()))
 
     @property
     def sent_at(self) -> float | None:
-        """See ``base.Delivery``."""
         return self._decoded.timestamp.timestamp() if self._decoded.timestamp else None
 
     @property
     def offset(self) -> int | None:
-        """See ``base.Delivery``."""
         offset = (self._decoded.headers or {}).get("x-stream-offset")
         return offset if isinstance(offset, int) else None
 
     @cached_property
     def properties(self) -> Properties:
-        """See ``base.Delivery``."""
         decoded = self._decoded
         return Properties(
             type=decoded.message_type or "",
@@ -109,7 +103,6 @@ class AmqpDelivery:
             self._channel.ack(tag, multiple=multiple)
 
     def release(self) -> None:
-        """See ``base.Delivery``."""
         tag = self.take_tag()
         if tag is not None:
             self._channel.requeue(tag)
