@@ -31,7 +31,6 @@ from fluffle_common.transport.rabbitmq.channel import (
     LARGE_BYTES,
     Content,
     ContentChannel,
-    TaggedContent,
 )
 
 _READ_AHEAD_BYTES = 2**20
@@ -300,7 +299,7 @@ class Connection(aio_pika.Connection):
     async def content_channel(
         self,
         channel: AbstractChannel,
-        on_delivery: Callable[[TaggedContent], object] | None = None,
+        on_delivery: Callable[[Content], object] | None = None,
         prefetch: int = 0,
     ) -> ContentChannel:
         """Let the message traffic of an open channel bypass aiormq from now on.

@@ -223,8 +223,8 @@ class AmqpLink(Link):
 
     async def get(self, queue: str) -> Delivery | None:
         self._lifetime.check()
-        message = await self._get_channel.get(queue)
-        return AmqpDelivery(message, queue, self._get_channel) if message is not None else None
+        content = await self._get_channel.get(queue)
+        return None if content is None else AmqpDelivery(content, queue, self._get_channel)
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         arguments = {"x-stream-offset": "first" if since is None else since}
