@@ -20,6 +20,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
+from fluffle_coordinator.machine.selection import sample_size
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from fluffle_coordinator.observe.waiting import waiting_for
 
@@ -195,6 +196,19 @@ def test_too_few_workers_stop_the_run_with_the_reason():
         "stopped",
         "1 of 3 workers joined in 60 s (--wait-workers)",
     )
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.29, 1 / 3, 0.5, 0.9])
+@pytest.mark.parametrize("least", [1, 2, 3, 7, 30])
+def test_a_fraction_waits_for_the_fewest_workers_that_reach_the_quorum(fraction, least):
+    fewest = Rules(rounds=1, fraction=fraction, least=least).fewest_present
+    assert sample_size(fraction, fewest) >= least
+    assert fewest == least or sample_size(fraction, fewest - 1) < least
+
+
+def test_a_quorum_that_the_sample_cannot_reach_does_not_hang_the_coordinator():
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=2, quorum=Quorum(number=3)))
+    assert (run.state.workers_needed, len(run.state.asked)) == (3, 2)
 
 
 def test_an_outage_does_not_count_as_waiting_for_workers():

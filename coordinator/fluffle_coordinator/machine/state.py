@@ -283,10 +283,14 @@ class State:
         return self.round - 1
 
     @property
+    def workers_needed(self) -> int:
+        """How many workers must be present to open the next round."""
+        return max(self.gate, self.rules.fewest_present)
+
+    @property
     def has_enough_workers(self) -> bool:
         """Whether enough workers are present to open the next round."""
-        present = len(self.workers)
-        return present >= self.gate and self.rules.enough(present)
+        return len(self.workers) >= self.workers_needed
 
     @property
     def needed(self) -> int:
