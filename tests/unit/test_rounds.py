@@ -211,6 +211,17 @@ def test_a_quorum_that_the_sample_cannot_reach_does_not_hang_the_coordinator():
     assert (run.state.workers_needed, len(run.state.asked)) == (3, 2)
 
 
+def test_work_is_not_sent_again_because_of_heartbeats_that_waited_during_a_standstill():
+    run = opened("a", "b", rules=Rules(rounds=1, hearing_s=3.0), hearing=True)
+    run.now += 100  # the coordinator was stopped; what it reads now was sent before
+    assert not asked(run.seen("a"))
+    sent = []
+    for _ in range(int(Rules(rounds=1).resend_s)):  # from now on, time counts
+        run.now += 1
+        sent += asked(run.seen("a"))
+    assert sent == ["a"]
+
+
 def test_an_outage_does_not_count_as_waiting_for_workers():
     run = opened("a", "b", rules=Rules(rounds=2, wait_s=60))
     run.update("a")

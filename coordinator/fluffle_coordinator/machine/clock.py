@@ -42,8 +42,11 @@ def postpone(state: State, seconds: float) -> State:
             for name, worker in state.workers.items()
         }
     )
+    asked = {n: issued._replace(at=issued.at + seconds) for n, issued in state.asked.items()}
     return state.replace(
         workers=workers,
+        asked=Table(asked),
+        frozen_sent=Table({name: at + seconds for name, at in state.frozen_sent.items()}),
         due_at=state.due_at + seconds,
         opened_at=state.opened_at + seconds,
         began_at=state.began_at + seconds,
