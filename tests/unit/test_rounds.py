@@ -67,7 +67,11 @@ class Run:
         return self.on(ev.Seen(self.now, worker, hello))
 
     def at_work(self, name: str, state: str = "training") -> list[fx.Effect]:
-        return self.seen(name, state=state, run=RUN, round=self.state.at_work_on(name))
+        return self.seen(name, state=state, run=RUN, round=self.asked_round(name))
+
+    def asked_round(self, name: str) -> int:
+        issued = self.state.asked.get(name)
+        return issued.round if issued else self.state.round
 
     def left(self, name: str, session: str | None = None) -> list[fx.Effect]:
         return self.on(ev.Left(self.now, name, session or f"{name}-1", "it is late"))
@@ -1166,7 +1170,7 @@ _STEPS = {
     "hello": lambda run, name: run.seen(name, hello=True),
     "at work": lambda run, name: run.at_work(name),
     "left": lambda run, name: run.left(name),
-    "failed": lambda run, name: run.failed(name, run.state.at_work_on(name)),
+    "failed": lambda run, name: run.failed(name, run.asked_round(name)),
     "update": lambda run, name: run.state.answer(name) is None and run.update(name),
     "evaluation": lambda run, name: run.evaluation(name, run.state.round - 1),
     "committed": lambda run, _: (

@@ -347,13 +347,6 @@ class State:
         """Return the name of the weights that a round began with, if its updates still count."""
         return self.base if number == self.round else self.earlier.get(number)
 
-    def at_work_on(self, worker: str) -> int:
-        """Return the round that a worker reports while it does the work that it was asked for."""
-        if self.phase is Phase.EVALUATING:
-            return self.round - 1
-        issued = self.asked.get(worker)
-        return self.round if issued is None else issued.round
-
     def done(self, worker: str) -> bool:
         """Whether a worker reports that it has sent the update that it was asked for."""
         known = self.workers.get(worker)
