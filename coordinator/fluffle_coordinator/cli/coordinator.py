@@ -268,6 +268,11 @@ def rules_of(options: dict[str, Any]) -> Rules:
     sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
         raise UsageError("--fraction conflicts with --sample; use only one of them")
+    if sample is not None and (quorum.number or 1) > sample:
+        raise UsageError(
+            f"--quorum {quorum.number} needs more updates than --sample {sample} asks for; lower "
+            "--quorum or raise --sample"
+        )
     least = quorum.number or 1
     if min_workers:
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)

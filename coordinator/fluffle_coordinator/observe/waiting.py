@@ -7,7 +7,6 @@ from collections.abc import Iterator
 
 from fluffle_common.protocol.events import Doing, Waiting
 from fluffle_coordinator.machine.clock import standstill_s
-from fluffle_coordinator.machine.opening import workers_needed
 from fluffle_coordinator.machine.state import Phase, State
 
 
@@ -111,7 +110,7 @@ def _more_needed(state: State) -> list[str]:
 def _before_a_round(state: State) -> Waiting | None:
     what = _lacking(state)
     if what == "workers":
-        present, gate = ", ".join(sorted(state.workers)) or "nobody", workers_needed(state)
+        present, gate = ", ".join(sorted(state.workers)) or "nobody", state.workers_needed
         reason = f"waiting for workers: {len(state.workers)} of {gate} are connected ({present})"
     else:
         reason = f"waiting for first weights from {state.init_asked}"
@@ -120,7 +119,7 @@ def _before_a_round(state: State) -> Waiting | None:
 
 def _lacking(state: State) -> str | None:
     """Return what the next round lacks, as ``Waiting.what``; None if it can open."""
-    if len(state.workers) < workers_needed(state):
+    if len(state.workers) < state.workers_needed:
         return "workers"
     return None if state.has_weights else "first_weights"
 
