@@ -8,9 +8,13 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
+from fluffle_common.protocol.metric_names import add_test_prefix
 
 _MAX_NOTES = 1000
+_MAX_FAILURES = 10_000
+_CENTURY_S = 3.2e9
 
 PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
 """The phases of the time between two commits; see ``RoundView.phases``."""
@@ -119,6 +123,74 @@ class RoundView:
         """Whether the round still waits for updates."""
         return self.opened_at is not None and self.committed_at is None
 
+    def add(self, at: float, event: RunEvent) -> None:
+        """Apply an event that names this round."""
+        match event:
+            case run_events.Opened():
+                self._open(at)
+                self._ask(at, event)
+            case run_events.Reopened():
+                self.note(at, event)
+                self.opened_at = self.opened_at or at
+                self._ask(at, event)
+            case run_events.Counted():
+                self._count(at, event)
+            case run_events.Committed(num_examples=num_examples, timings=timings):
+                self.committed_at, self.participants = at, event.participants or ()
+                self.num_examples, self.timings = num_examples, timings or {}
+            case run_events.Evaluated(loss=loss, num_examples=num_examples):
+                self.evaluated, self.loss, self.evaluated_on = True, loss, num_examples
+                self.metrics = {**self.metrics, **(event.metrics or {})}
+            case run_events.Personal(metrics=metrics):
+                self.metrics = {**self.metrics, **(metrics or {})}
+            case run_events.Tested(metrics=metrics):
+                self.metrics = {**self.metrics, **add_test_prefix(metrics or {})}
+            case run_events.Privacy(epsilon=epsilon):
+                self.epsilon = epsilon
+            case _:
+                self._add_note(at, event)
+
+    def _add_note(self, at: float, event: RunEvent) -> None:
+        self.note(at, event)
+        match event:
+            case run_events.Quorum(needed=needed):
+                self.needed = needed or self.needed
+            case run_events.Late(worker=worker):
+                self.came_late.add(worker or "")
+            case run_events.Failure(worker=worker, reason=reason):
+                if len(self.failures) < _MAX_FAILURES:
+                    self.failures[worker or ""] = reason or ""
+
+    def _open(self, at: float) -> None:
+        if self.openings and self.restarted_at is None:  # the restart is not in the journal
+            self.answers = {}
+        self.answers = {key: replace(one, after_s=0.0) for key, one in self.answers.items()}
+        self.openings += 1
+        self.opened_at, self.restarted_at, self.committed_at = at, None, None
+
+    def _ask(self, at: float, event: run_events.Opened | run_events.Reopened) -> None:
+        self.asked, self.needed, self.asked_at = event.asked or (), event.needed, at
+        self.failures, self.rejections, self.joined = {}, {}, {}
+        self.deadline_at = None
+        if event.deadline_s is not None and 0 <= event.deadline_s < _CENTURY_S:
+            self.deadline_at = at + event.deadline_s
+
+    def _count(self, at: float, event: run_events.Counted) -> None:
+        worker = event.worker or ""
+        self.answers[self.answer_key(worker, event.updates or 0)] = Answer(
+            worker,
+            at,
+            event.num_examples,
+            event.train_s,
+            event.bytes,
+            after_s=None if self.asked_at is None else max(0.0, at - self.asked_at),
+            staleness=event.staleness,
+            weight=event.weight,
+        )
+        self.failures.pop(worker, None)
+        self.rejections.pop(worker, None)
+        self.needed = event.needed or self.needed
+
     def restart(self, at: float) -> None:
         """Forget the answers of a round that is not on disk, since a coordinator was restarted.
 
@@ -126,13 +198,11 @@ class RoundView:
         """
         self.restarted_at, self.deadline_at, self.answers = at, None, {}
 
-    def open(self, at: float) -> None:
-        """Open the round, for the first time or after a restart."""
-        if self.openings and self.restarted_at is None:  # the restart is not in the journal
-            self.answers = {}
-        self.answers = {key: replace(one, after_s=0.0) for key, one in self.answers.items()}
-        self.openings += 1
-        self.opened_at, self.restarted_at, self.committed_at = at, None, None
+    def reject(self, at: float, event: run_events.Rejected) -> None:
+        """Keep the rejection of a worker's update; other messages change nothing."""
+        # A message that cannot be decoded has no kind, and may be an update.
+        if event.worker and event.kind in (None, "update") and len(self.rejections) < _MAX_FAILURES:
+            self.rejections[event.worker] = Note(at, event)
 
     def note(self, at: float, event: RunEvent) -> None:
         """Add an event to the notes."""
