@@ -197,6 +197,19 @@ async def test_unconfirmed_events_are_published_again_with_the_same_identity(bro
     assert [event.number for event in events] == [1, 2, 3, 4, 5, 6]
 
 
+async def test_an_event_that_is_published_again_is_not_counted_as_dropped(broker):
+    journal = Journal(TOPOLOGY)
+    for number in range(1, 4):
+        journal.record(from_fields("opened", {"round": number}))
+    with pytest.raises(LinkLost):
+        await journal.publish(Faulty(await broker.open(), [QueueFull("x"), LinkLost("x")]))  # type: ignore[arg-type]
+    async with published(journal, await broker.open()):
+        await drained(journal)
+        journal.record(from_fields("opened", {"round": 4}))
+        await drained(journal)
+    assert set(names(raw(broker))) == {"opened"}
+
+
 async def test_cancelling_loses_no_unconfirmed_event(broker):
     journal = Journal(TOPOLOGY)
     begun, never = asyncio.Event(), asyncio.Event()
