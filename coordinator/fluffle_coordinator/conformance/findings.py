@@ -1,17 +1,16 @@
-"""The findings of a conformance check, and pure functions that judge a worker's messages."""
+"""What a conformance check receives from a worker, and pure functions that judge it."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple
+from typing import NamedTuple
 
-from fluffle_common.protocol.messages import Bye, Failure, Heartbeat, Hello, Update
+from fluffle_common.protocol.messages import FromWorker, Heartbeat, Hello, Update
+from fluffle_common.transport.base import Delivery
 from fluffle_coordinator.machine.state import Rules
 
-Outcome = Literal["ok", "failed", "skipped"]
-PresenceMessage = Hello | Heartbeat | Bye | Failure
+_DURABLE = ("update", "evaluation", "first_weights", "failure")
 
 
 class Unmet(Exception):
@@ -22,37 +21,46 @@ class Skipped(Exception):
     """A scenario cannot be tried with this worker; the text says why."""
 
 
-@dataclass(frozen=True)
-class Finding:
-    """The outcome of one scenario.
+class Received(NamedTuple):
+    """A message with the payload that it carried itself.
 
-    Args:
-        scenario: the name of the scenario.
-        outcome: ``ok``, ``failed`` or ``skipped``.
-        seen: what the worker did, or why the scenario was skipped.
-        demand: what docs/protocol.md demands.
-        section: the section of that document.
+    ``at`` is the time of its arrival, in seconds of a monotonic clock.
     """
 
-    scenario: str
-    outcome: Outcome
-    seen: str
-    demand: str
-    section: str
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the finding as plain data, for JSON."""
-        return asdict(self)
-
-
-class Heard(NamedTuple):
-    """A presence message and the time of its arrival, in seconds of a monotonic clock."""
-
     at: float
-    message: PresenceMessage
+    message: FromWorker
+    payload: memoryview = memoryview(b"")
 
 
-def check_rhythm(presence: Sequence[Heard], now: float) -> str:
+class ReceivedUpdate(NamedTuple):
+    """An update with its complete payload."""
+
+    update: Update
+    payload: memoryview
+
+
+def envelope_faults(message: FromWorker, delivery: Delivery) -> list[str]:
+    """Return what is wrong with the routing key and the AMQP properties of a message."""
+    kind, properties = message.kind, delivery.properties
+    key = f"{kind}.{message.worker}"
+    faults = []
+    if key not in delivery.keys:
+        faults.append(f"{kind} came under the routing key {delivery.keys[0]}, not {key}")
+    if properties.type != kind:
+        faults.append(f"{kind} has the AMQP type '{properties.type}'")
+    if not properties.message_id:
+        faults.append(f"{kind} has no message_id")
+    if kind in _DURABLE and not properties.durable:
+        faults.append(f"{kind} is not persistent (delivery_mode 2)")
+    return faults
+
+
+def signs_of_life(messages: Sequence[Received]) -> list[tuple[float, Hello | Heartbeat]]:
+    """Return the hellos and heartbeats among messages, with the times of their arrival."""
+    return [(at, each) for at, each, _ in messages if isinstance(each, Hello | Heartbeat)]
+
+
+def check_rhythm(messages: Sequence[Received], now: float) -> str:
     """Check that a worker was never silent for so long that it would count as gone.
 
     Returns:
@@ -61,27 +69,16 @@ def check_rhythm(presence: Sequence[Heard], now: float) -> str:
     Raises:
         Unmet: if the worker was silent for too long.
     """
-    beats = [
-        (each.message.heartbeat_s, each.at)
-        for each in presence
-        if isinstance(each.message, Hello | Heartbeat)
-    ]
-    if not beats:
+    signs = signs_of_life(messages)
+    if not signs:
         raise Unmet("no heartbeat came")
-    every_s = max(heartbeat_s for heartbeat_s, _ in beats)
-    times = [*(at for _, at in beats), now]
+    every_s = max(sign.heartbeat_s for _, sign in signs)
+    times = [*(at for at, _ in signs), now]
     longest_s = max(later - earlier for earlier, later in pairwise(times))
-    summary = f"{len(beats)} heartbeats, one every {every_s:g} s announced"
+    summary = f"{len(signs)} heartbeats, one every {every_s:g} s announced"
     if longest_s > Rules.patience * every_s:
         raise Unmet(f"{summary}, and none for {longest_s:.1f} s")
     return f"{summary}, the longest silence {longest_s:.1f} s"
-
-
-class ReceivedUpdate(NamedTuple):
-    """An update with its complete payload."""
-
-    update: Update
-    payload: memoryview
 
 
 def same_answer(one: ReceivedUpdate, other: ReceivedUpdate) -> bool:

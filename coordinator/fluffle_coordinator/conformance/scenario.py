@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal, NamedTuple
 
+from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
 
 Play = Callable[[Probe], Awaitable[str]]
 """Plays a scenario; returns what the worker did, or raises ``Unmet`` or ``Skipped``."""
+
+Outcome = Literal["ok", "failed", "skipped"]
 
 
 class Section(StrEnum):
@@ -24,6 +28,24 @@ class Section(StrEnum):
     OUTCOME = "What becomes of an update"
     LEAVING = "Leaving"
     FROZEN = "Frozen tensors"
+
+
+class Finding(NamedTuple):
+    """The outcome of one scenario.
+
+    Attributes:
+        scenario: the name of the scenario.
+        outcome: ``ok``, ``failed`` or ``skipped``.
+        seen: what the worker did, or why the scenario was skipped.
+        demand: what docs/protocol.md demands.
+        section: the section of that document.
+    """
+
+    scenario: str
+    outcome: Outcome
+    seen: str
+    demand: str
+    section: str
 
 
 @dataclass(frozen=True)
@@ -42,7 +64,20 @@ class Scenario:
     section: Section
     demand: str
     play: Play
-    needed: bool = False
+    needed: bool
+
+    async def finding(self, probe: Probe) -> Finding:
+        """Play the scenario and return its outcome."""
+        try:
+            return self.found("ok", await self.play(probe))
+        except Unmet as why:
+            return self.found("failed", str(why))
+        except Skipped as why:
+            return self.found("skipped", str(why))
+
+    def found(self, outcome: Outcome, seen: str) -> Finding:
+        """Return a finding of this scenario."""
+        return Finding(self.name, outcome, seen, self.demand, self.section)
 
 
 def demands(section: Section, demand: str, *, needed: bool = False) -> Callable[[Play], Scenario]:
