@@ -16,7 +16,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.report import page, snapshot
-from fluffle_coordinator.dashboard.server import listen, served, url_of
+from fluffle_coordinator.dashboard.server import listen, served
 from tests.browser import PATIENCE_MS, Window, chromium, window
 
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\u2028"
@@ -143,12 +143,11 @@ def one_round() -> list[RunEvent]:
 @contextmanager
 def serving(source: CoordinatorSource) -> Iterator[tuple[str, Callable[..., None]]]:
     """Serve a page from a thread; yields its address, and what tells it of events."""
-    listening = listen("127.0.0.1:0", "--dashboard")
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:
         ended = asyncio.Event()
-        async with served(source.feed, listening):
+        async with served(source.feed, source.listening):
             started.set_result((asyncio.get_running_loop(), ended))
             await ended.wait()
 
@@ -160,7 +159,7 @@ def serving(source: CoordinatorSource) -> Iterator[tuple[str, Callable[..., None
         done = thread.submit(asyncio.run, serve())
         loop, ended = started.result(PATIENCE_MS / 1000)
         try:
-            yield url_of(listening), happen
+            yield source.url, happen
         finally:
             loop.call_soon_threadsafe(ended.set)
             done.result(PATIENCE_MS / 1000)
@@ -169,7 +168,10 @@ def serving(source: CoordinatorSource) -> Iterator[tuple[str, Callable[..., None
 def test_a_live_page_draws_another_run_afresh(browser: Browser) -> None:
     drawings = [f"#{name} svg" for name in ("chart", "time", "participation")]
     with (
-        serving(CoordinatorSource("letters")) as (url, happen),
+        serving(CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))) as (
+            url,
+            happen,
+        ),
         window(browser, url) as seen,
     ):
         happen(run_events.Started(run="first"), *one_round())

@@ -83,10 +83,9 @@ class Board:
 
     # --- output --------------------------------------------------------------------------------
 
-    def snapshot(self, now: float) -> dict[str, Any]:
-        """Return the whole page at time ``now`` as plain data, one key per section."""
+    def snapshot(self) -> dict[str, Any]:
+        """Return the whole page as plain data, one key per section."""
         return {
-            "now": now,
             "run": self.run(),
             "open": self._open_section(),
             **results(self.view, self._current),

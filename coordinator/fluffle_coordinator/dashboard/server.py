@@ -31,8 +31,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluffle_common.cli.console import warn
+from fluffle_common.clock import wall_time
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.dashboard.feed import Feed, as_json
+from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import registry
 
 _MAX_VIEWERS = 50
@@ -239,7 +240,7 @@ async def _events(feed: Feed) -> AsyncGenerator[str, None]:
             new = {name: text for name, text in sections.items() if known.get(name) != text}
             known = sections
             if new.keys() - {"now"}:
-                yield f"data: {_joined({**new, 'now': as_json(feed.clock())})}\n\n"
+                yield f"data: {_joined(new)}\n\n"
             if is_last:
                 return
             try:
@@ -247,7 +248,7 @@ async def _events(feed: Feed) -> AsyncGenerator[str, None]:
                     await feed.news(version)
             except TimeoutError:
                 # An event instead of a comment: scripts cannot see comments.
-                yield f"event: alive\ndata: {feed.clock()}\n\n"
+                yield f"event: alive\ndata: {wall_time()}\n\n"
             if not feed.closed:
                 await asyncio.sleep(pause_s)
     finally:
