@@ -66,12 +66,16 @@ COMMITTED = (
 )
 
 
+def worker(name: str, **fields: Any) -> Worker:
+    """Return a worker that trains."""
+    return Worker(name, "s", 5, (), 2.0, last_seen=8.0, state="training", **fields)
+
+
 class TestOpenRound:
     def test_it_names_who_answered_and_what_the_others_do(self) -> None:
         board = board_after(STARTED, *JOINED, opened(1, "north", "south"), counted("north", 1, 1))
-        board.view.workers.sign_of_life(
-            105.0, "south", {"state": "training", "round": 1, "step": 3, "steps": 9}
-        )
+        training = worker("south", round=1, step=3, steps=9)
+        board.view.workers.sign_of_life(105.0, "south", training)
         shown = board.snapshot()["open"]
         assert (shown["round"], shown["updates"], shown["needed"]) == (1, 1, 2)
         assert (shown["opened_at"], shown["deadline_at"]) == (103.0, 163.0)
@@ -106,8 +110,8 @@ class TestOpenRound:
         board = board_after(STARTED, *JOINED, opened(1, "north"), ("rejected", fields))
         (missing,) = board.snapshot()["open"]["missing"]
         assert (missing["doing"], missing["hopeless"]) == ("failed: it has a NaN", True)
-        heartbeat = {"state": "training", "run": RUN, "round": 1, "step": 3, "steps": 8}
-        board.view.workers.sign_of_life(111.0, "north", heartbeat)
+        training = worker("north", round=1, step=3, steps=8)
+        board.view.workers.sign_of_life(111.0, "north", training)
         (missing,) = board.snapshot()["open"]["missing"]
         assert (missing["doing"], missing["hopeless"]) == ("training 3/8", False)
 
@@ -123,7 +127,7 @@ class TestOpenRound:
 
     def test_the_coordinator_knows_better_than_its_events(self) -> None:
         board = board_after(STARTED, CONNECTED, *JOINED, opened(1, "north", "south"))
-        here = Worker("north", "s", 5, (), 2.0, last_seen=8.0, state="training", step=3, steps=8)
+        here = worker("north", step=3, steps=8)
         state = State(
             Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, QUORUM, phase=Phase.OPEN, link=1,
             workers=Table({"north": here}), asked=Table({"north": Issued(1.0, 1, 1)}),
@@ -268,7 +272,7 @@ class TestWorkers:
 
     def test_an_old_farewell_does_not_undo_a_newer_sign_of_life(self) -> None:
         workers = Workers()
-        workers.sign_of_life(50.0, "north", {"state": "training"})
+        workers.sign_of_life(50.0, "north", worker("north"))
         farewell = from_fields("left", {"worker": "north", "reason": "stopped by its owner"})
         workers.add(40.0, farewell)
         assert workers.by_state()["training"] == 1
@@ -281,7 +285,7 @@ class TestWorkers:
 
     def test_a_worker_of_an_earlier_round_is_said_to_be_behind(self) -> None:
         workers = Workers()
-        workers.sign_of_life(1.0, "north", {"state": "training", "round": 3, "step": 1, "steps": 2})
+        workers.sign_of_life(1.0, "north", worker("north", round=3, step=1, steps=2))
         assert workers["north"].doing(4) == "training 1/2 of round 3"
 
     def test_those_on_the_page_are_bounded(self) -> None:

@@ -54,10 +54,7 @@ async def examine(
 ) -> AsyncGenerator[Finding]:
     """Wait for a worker and examine it; yield one finding per scenario.
 
-    Args:
-        transport: the connection to the broker.
-        topology: the names on the broker, of a federation that nothing else uses.
-        options: the options of the examination.
+    The topology is that of a federation that nothing else uses.
 
     Raises:
         BrokerError: if there is no broker, or the link to it was lost.

@@ -69,13 +69,7 @@ class SentFit(NamedTuple):
 
 
 class Listener(ABC):
-    """Reads what workers send, and keeps those of the examined one from its first sign of life on.
-
-    Args:
-        link: the link to the broker.
-        topology: the names on the broker.
-        options: the options of the examination.
-    """
+    """Keeps the messages of the examined worker, from its first sign of life on."""
 
     def __init__(self, link: Link, topology: Topology, options: ExamOptions) -> None:
         self.link, self.topology, self.options = link, topology, options

@@ -50,13 +50,7 @@ def fresh_name() -> str:
 
 
 class Probe(Listener):
-    """Plays the coordinator of one worker.
-
-    Args:
-        link: the link to the broker.
-        topology: the names on the broker.
-        options: the options of the examination.
-    """
+    """Plays the coordinator of one worker."""
 
     def __init__(self, link: Link, topology: Topology, options: ExamOptions) -> None:
         super().__init__(link, topology, options)

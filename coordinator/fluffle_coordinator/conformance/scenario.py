@@ -33,12 +33,8 @@ class Section(StrEnum):
 class Finding(NamedTuple):
     """The outcome of one scenario.
 
-    Attributes:
-        scenario: the name of the scenario.
-        outcome: ``ok``, ``failed`` or ``skipped``.
-        seen: what the worker did, or why the scenario was skipped.
-        demand: what docs/protocol.md demands.
-        section: the section of that document.
+    ``seen`` says what the worker did, or why the scenario was skipped; ``demand`` and ``section``
+    are from docs/protocol.md.
     """
 
     scenario: str
@@ -50,14 +46,9 @@ class Finding(NamedTuple):
 
 @dataclass(frozen=True)
 class Scenario:
-    """One scenario.
+    """A demand in a section of docs/protocol.md, and the test of it.
 
-    Args:
-        name: a few words that name it.
-        section: the section of docs/protocol.md that contains the demand.
-        demand: what a worker has to do.
-        play: the test.
-        needed: whether no later scenario can be tried if this one fails.
+    If it is ``needed`` and not met, no later scenario can be tried.
     """
 
     name: str

@@ -27,9 +27,7 @@ PHASES = ("standby", "waiting", "open", "committing", "evaluating", "ended")
 class Board:
     """Everything the page shows of one federation.
 
-    Args:
-        federation: the name of the federation.
-        source: where the events come from: ``coordinator`` or ``journal``.
+    ``source`` is where the events come from: ``coordinator`` or ``journal``.
     """
 
     def __init__(self, federation: str, source: str = "coordinator") -> None:

@@ -19,20 +19,12 @@ from fluffle_coordinator.observe.watchers import Watcher
 
 _T = TypeVar("_T")
 _CLOCK_STEP_S = 0.5
-_HEARTBEAT_FIELDS = (
-    "state", "num_examples", "run", "round", "step", "steps", "loss", "heartbeat_s",
-)  # fmt: skip
 
 
 class CoordinatorSource(Watcher):
     """A watcher that keeps the board of its run and serves it as a page.
 
     ``show`` costs the run one assignment; the state is read only when someone looks at the page.
-
-    Args:
-        federation: the name of the federation.
-        listening: the socket of the page.
-        ask_queues: returns the queues' figures; see ``Feed``.
     """
 
     def __init__(
@@ -83,11 +75,7 @@ class CoordinatorSource(Watcher):
 def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> None:
     """Add to a view what only the machine's state shows: phase, cohort, deadline, heartbeats.
 
-    Args:
-        view: the view of the run's events; changed in place.
-        state: the state of the round machine.
-        epoch: the seconds to add to the machine's times to get seconds since 1970.
-        now: the time by the machine's clock.
+    ``now`` is the time by the machine's clock; with ``epoch`` added, it is in seconds since 1970.
     """
     view.planned = state.rules.rounds
     if view.ended is None:
@@ -104,5 +92,4 @@ def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> N
             ends_at = state.quorum_at + state.rules.grace_s
         opened.deadline_at = round(ends_at + standstill_s(state, now) + epoch, 3)
     for worker in state.workers.values():
-        heartbeat = {name: getattr(worker, name) for name in _HEARTBEAT_FIELDS}
-        view.workers.sign_of_life(round(worker.last_seen + epoch, 3), worker.name, heartbeat)
+        view.workers.sign_of_life(round(worker.last_seen + epoch, 3), worker.name, worker)

@@ -27,10 +27,8 @@ _AFTER_A_FAILURE_S = 10.0
 class Feed:
     """A board with any number of viewers.
 
-    Args:
-        board: the content of the page.
-        refresh: called before each read, to bring the board up to date.
-        ask_queues: returns the queues' figures; called in a thread. None: queues are not shown.
+    ``refresh`` brings the board up to date, and is called before each read. ``ask_queues`` returns
+    the queues' figures, and is called in a thread; without it, no queues are shown.
     """
 
     def __init__(
@@ -115,13 +113,7 @@ class Feed:
 
 
 def queue_asker(topology: Topology, url: str, base: str) -> Callable[[], Figures]:
-    """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does.
-
-    Args:
-        topology: the names of the federation's queues.
-        url: URL of the broker.
-        base: URL of its management API.
-    """
+    """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does."""
     return lambda: [figures.as_dict() for figures in queue_figures(url, base, topology)]
 
 

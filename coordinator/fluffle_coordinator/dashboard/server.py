@@ -214,7 +214,7 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         Route("/", _file(_STATIC / "page.html")),
         *(Route(f"/{file.name}", _file(file)) for file in _STATIC.iterdir()),
     ]
-    return Guard(Starlette(routes=routes), hosts)
+    return _read_only(Starlette(routes=routes), hosts)
 
 
 def _file(file: Traversable) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -265,21 +265,14 @@ def _joined(sections: dict[str, str]) -> str:
     return "{" + ",".join(f'"{name}":{text}' for name, text in sections.items()) + "}"
 
 
-class Guard:
-    """Middleware that admits only reads of known host names and adds the security headers.
+def _read_only(app: ASGIApp, hosts: set[str] | None) -> ASGIApp:
+    """Return middleware that admits only reads of known host names and adds security headers.
 
     The host check prevents DNS rebinding: a web page can point its own name at 127.0.0.1 and make
     a browser read this server, but that name is then in the ``Host`` header.
     """
 
-    def __init__(self, app: ASGIApp, hosts: set[str] | None) -> None:
-        self._app, self._hosts = app, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            return
-
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 present = {name for name, _ in message["headers"]}
@@ -287,14 +280,16 @@ class Guard:
                 message["headers"] = [*message["headers"], *missing]
             await send(message)
 
-        refusal: Response | None = None
+        respond = app
         if scope["method"] not in ("GET", "HEAD"):
-            refusal = PlainTextResponse(
+            respond = PlainTextResponse(
                 "this page is read-only; use GET or HEAD\n", 405, headers={"allow": "GET, HEAD"}
             )
-        elif self._hosts is not None and _host(scope) not in self._hosts:
-            refusal = PlainTextResponse("this page answers to localhost and 127.0.0.1 only\n", 403)
-        await (refusal or self._app)(scope, receive, send_with_headers)
+        elif hosts is not None and _host(scope) not in hosts:
+            respond = PlainTextResponse("this page answers to localhost and 127.0.0.1 only\n", 403)
+        await respond(scope, receive, send_with_headers)
+
+    return answer
 
 
 def _host(scope: Scope) -> str:

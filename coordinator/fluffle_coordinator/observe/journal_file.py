@@ -23,12 +23,7 @@ _MOST_UNWRITTEN = 10_000
 
 
 class JournalFile(Watcher):
-    """A watcher that writes every event, a round at a time.
-
-    Args:
-        folder: the run's folder.
-        federation: its name.
-    """
+    """A watcher that writes every event to the run's folder, a round at a time."""
 
     def __init__(self, folder: Path, federation: str) -> None:
         self._path, self._federation = folder / _NAME, federation

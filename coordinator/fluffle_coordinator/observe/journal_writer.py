@@ -50,9 +50,7 @@ _UNENCODABLE = (TypeError, ValueError, OverflowError)  # what msgpack raises
 class Journal(Watcher):
     """A watcher that publishes every event.
 
-    Args:
-        topology: the names of the federation's queues and exchanges.
-        capacity: the number of waiting events beyond which the oldest are dropped.
+    Beyond ``capacity`` waiting events, the oldest are dropped.
     """
 
     def __init__(self, topology: Topology, *, capacity: int = _CAPACITY) -> None:

@@ -99,11 +99,8 @@ class RoundView:
     def answer_key(self, worker: str, updates: int) -> str:
         """Return the key of a worker's answer in ``answers``.
 
-        An asynchronous round can count a worker more than once; later keys then contain a number.
-
-        Args:
-            worker: the worker.
-            updates: the number of counted updates, this one included.
+        An asynchronous round can count a worker more than once. Later keys then contain
+        ``updates``, the number of counted updates, this one included.
         """
         again = worker in self.answers and updates > len(self.answers)
         return f"{worker} ({updates})" if again else worker
@@ -252,11 +249,9 @@ class RoundView:
 
 
 def remembered(row: Mapping[str, Any]) -> RoundView:
-    """Return the view of a round in a history.
+    """Return the view of a round in a history, given its row of ``history.read_history``.
 
-    Args:
-        row: a row of ``history.read_history``. Rows of older versions may lack fields; those are
-            None or empty in the view.
+    Rows of older versions may lack fields; those are None or empty in the view.
     """
     view = RoundView(row["round"])
     if "committed_at" in row or "participants" in row:

@@ -8,7 +8,6 @@ memory is bounded.
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,9 +49,7 @@ _PHASE_AFTER: dict[type[RunEvent], str] = {
 class RunView:
     """A run, folded from its events or its history.
 
-    Args:
-        only: keep this round only; None keeps the latest 2000.
-        whole: keep every round, with all details.
+    If it is ``whole``, it keeps every round with all details, not only the latest.
 
     Attributes:
         run: the run's id; None while unknown.
@@ -60,17 +57,14 @@ class RunView:
         phase: ``standby``, ``waiting``, ``open``, ``committing`` or ``ended``.
         rounds: the rounds by number.
         before: round 0: what happened before the first round.
-        workers: all known workers.
         rejections: the latest rejected messages, as (time, open round or 0, event).
-        causes: the number of rejected messages by cause.
-        counters: the counters for Prometheus, across runs.
+        causes: the number of rejected messages by cause; ``counters`` counts across runs.
         waiting: what the coordinator last reported to wait for, and when.
         ended: when and how the run ended.
         unlinked_since: when the coordinator lost the broker; None while it is connected.
     """
 
-    def __init__(self, only: int | None = None, *, whole: bool = False) -> None:
-        self._only, self._most = only, math.inf if whole else _MAX_ROUNDS
+    def __init__(self, *, whole: bool = False) -> None:
         self.whole = whole
         self.run: str | None = None
         self.planned: int | None = None
@@ -90,13 +84,7 @@ class RunView:
         self._open: dict[int, RoundView] = {}
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
-        """Apply an event.
-
-        Args:
-            at: when it happened.
-            event: the event.
-            run: the run that it belongs to, for events that do not name it.
-        """
+        """Apply an event; ``run`` is its run, if it does not name that itself."""
         run = getattr(event, "run", None) or run
         if run and run != self.run:
             self._begin(run)
@@ -114,14 +102,13 @@ class RunView:
         """Apply the rows of a history (``read_history``); they do not change ``counters``."""
         rows = sorted(rows, key=lambda row: row["round"])
         for row in rows:
-            number = row["round"]
-            if self._round(number):
-                view = self.rounds[number] = remembered(row)
-                for name in view.asked:
-                    self.workers.remember(name)
-                for answer in view.answers.values():
-                    worker = self.workers.remember(answer.worker)
-                    worker.count(answer.num_examples, answer.bytes, answer.train_s)
+            self._round(row["round"])  # makes room
+            view = self.rounds[row["round"]] = remembered(row)
+            for name in view.asked:
+                self.workers.remember(name)
+            for answer in view.answers.values():
+                worker = self.workers.remember(answer.worker)
+                worker.count(answer.num_examples, answer.bytes, answer.train_s)
         for number, name in late_updates(rows):
             self.workers.remember(name).late += 1
             if number in self.rounds:
@@ -189,7 +176,7 @@ class RunView:
             case run_events.Joined(worker=worker):
                 self._join(at, worker or "")
             case run_events.Left(worker=worker) | run_events.Gone(worker=worker):
-                for view in (self._open if self._only is None else self.rounds).values():
+                for view in (self.rounds if self.whole else self._open).values():
                     view.joined.pop(worker or "", None)
             case run_events.Late() if self.rounds:
                 (self.open or self.rounds[max(self.rounds)]).late += 1
@@ -266,24 +253,24 @@ class RunView:
                 self._open.pop(view.number, None)
             if view.is_open:
                 self._open[view.number] = view  # the last one is the one opened last
-        if isinstance(event, run_events.Committed) and self._only is None:
+        if isinstance(event, run_events.Committed) and not self.whole:
             for number in sorted(self.rounds)[-_MAX_DETAILED - 2 : -_MAX_DETAILED]:
                 self.rounds[number].drop_details()
 
     # --- the rounds that are kept --------------------------------------------------------------
 
     def _round(self, number: int | None) -> RoundView | None:
-        """Return the round of this number, new if it is unknown; None if it is not kept."""
-        if number is None or self._only not in (None, number):
+        """Return the round of this number, new if it is unknown; None without a number."""
+        if number is None:
             return None
-        if number not in self.rounds and len(self.rounds) >= self._most:
+        if number not in self.rounds and len(self.rounds) >= _MAX_ROUNDS and not self.whole:
             oldest = min(self.rounds)
             del self.rounds[oldest]
             self._open.pop(oldest, None)
         return self.rounds.setdefault(number, RoundView(number))
 
     def _known(self, number: int | None) -> RoundView | None:
-        """Return the round of this number if it is known or is ``only``; None otherwise."""
+        """Return the round of this number, unless it is unknown and nobody has asked for it."""
         if number == 0:
             return self.before
-        return self._round(number) if number in self.rounds or number == self._only else None
+        return self._round(number) if number in self.rounds or self.whole else None
