@@ -165,15 +165,21 @@ def serving(source: CoordinatorSource) -> Iterator[tuple[str, Callable[..., None
             done.result(PATIENCE_MS / 1000)
 
 
+def test_a_live_page_lists_each_answer_of_the_open_round_once(browser: Browser) -> None:
+    source = CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))
+    opened = run_events.Opened(round=1, asked=("a", "b"), needed=6, deadline_s=600.0)
+    with serving(source) as (url, happen), window(browser, url) as seen:
+        happen(run_events.Started(run="first"), opened)
+        for updates in range(1, 5):  # an asynchronous round can count a worker more than once
+            happen(run_events.Counted(worker="a", round=1, num_examples=5, updates=updates))
+            seen.wait("#quorum-words", f"{updates} of 6 updates")
+        assert texts(seen, "#answers b") == ["a", "a", "a", "a", "b"]
+
+
 def test_a_live_page_draws_another_run_afresh(browser: Browser) -> None:
     drawings = [f"#{name} svg" for name in ("chart", "time", "participation")]
-    with (
-        serving(CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))) as (
-            url,
-            happen,
-        ),
-        window(browser, url) as seen,
-    ):
+    source = CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))
+    with serving(source) as (url, happen), window(browser, url) as seen:
         happen(run_events.Started(run="first"), *one_round())
         for drawing in drawings:
             seen.page.locator(drawing).wait_for()

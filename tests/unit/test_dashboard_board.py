@@ -314,6 +314,16 @@ class TestAsynchrony:
         assert shown["curves"] == {"rounds": [1], "epsilon": [1.5]}
         assert board_after(STARTED, COMMITTED).snapshot()["staleness"] is None
 
+    def test_a_worker_that_is_counted_twice_in_a_round_has_two_updates(self) -> None:
+        events = [opened(1, "a", "b"), counted("a", 1, 1), counted("a", 1, 2)]
+        board = board_after(STARTED, *events)
+        answered = board.snapshot()["open"]["answered"]
+        assert [one["worker"] for one in answered] == ["a", "a"]
+        assert len({one["key"] for one in answered}) == 2
+        board.add(110.0, from_fields("committed", {"round": 1, "participants": ["a"]}))
+        (row,) = board.snapshot()["rounds"]
+        assert (row["updates"], row["participants"], row["examples"]) == (2, ["a"], [20])
+
 
 class TestRefusals:
     def test_the_reason_is_the_same_everywhere(self) -> None:

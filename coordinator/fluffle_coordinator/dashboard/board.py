@@ -156,7 +156,7 @@ class Board:
             "needed": needed,
             "opened_at": opened.asked_at,
             "deadline_at": opened.deadline_at,
-            "answered": [asdict(answer) for answer in opened.answers.values()],
+            "answered": [{"key": key, **asdict(each)} for key, each in opened.answers.items()],
             "missing": [
                 self._missing(name, opened) for name in opened.asked if name not in opened.answers
             ],

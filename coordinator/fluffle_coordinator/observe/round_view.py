@@ -14,7 +14,7 @@ from fluffle_common.protocol.metric_names import add_test_prefix
 
 _MAX_NOTES = 1000
 _MAX_FAILURES = 10_000
-_CENTURY_S = 3.2e9
+_CENTURY_S = 3.2e9  # a longer deadline may have no calendar date
 
 PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
 """The phases of the time between two commits; see ``RoundView.phases``."""
@@ -255,8 +255,8 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
     """
     view = RoundView(row["round"])
     if "committed_at" in row or "participants" in row:
-        opened_at = epoch_seconds(row.get("opened_at"))
-        view.asked_at, view.committed_at = opened_at, epoch_seconds(row.get("committed_at")) or 0.0
+        opened_at = _epoch_seconds(row.get("opened_at"))
+        view.asked_at, view.committed_at = opened_at, _epoch_seconds(row.get("committed_at")) or 0.0
         view.asked = tuple(row.get("asked", ()))
         for number, participant in enumerate(row.get("participants", ()), start=1):
             key = view.answer_key(participant["worker"], number)
@@ -265,26 +265,26 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
         view.num_examples = sum(answer.num_examples or 0 for answer in view.answers.values())
         view.timings = row.get("timings") or {}
         view.late, view.rejected = row.get("late", 0), row.get("rejected", 0)
-        view.epsilon = finite(row.get("epsilon"))
+        view.epsilon = _finite(row.get("epsilon"))
     if "loss" in row:
-        view.evaluated, view.loss = True, finite(row["loss"])
+        view.evaluated, view.loss = True, _finite(row["loss"])
         view.evaluated_on = row.get("num_examples")
     view.metrics = metrics_of(row)
     return view
 
 
 def _answer(participant: Mapping[str, Any], opened_at: float | None) -> Answer:
-    after_s = finite(participant.get("counted_s"))
+    after_s = _finite(participant.get("counted_s"))
     return Answer(
         participant["worker"],
         (opened_at or 0.0) + (after_s or 0.0),
         num_examples=participant.get("num_examples"),
-        train_s=finite(participant.get("seconds")),
+        train_s=_finite(participant.get("seconds")),
         bytes=participant.get("bytes"),
         after_s=after_s,
-        train_loss=finite(participant.get("train_loss")),
+        train_loss=_finite(participant.get("train_loss")),
         staleness=participant.get("staleness"),
-        weight=finite(participant.get("weight")),
+        weight=_finite(participant.get("weight")),
     )
 
 
@@ -310,20 +310,14 @@ def late_updates(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, str]]
                 yield update["round"], update["worker"]
 
 
-def finite(value: Any) -> float | None:
-    """Return a finite number as a float; None for anything else."""
+def _finite(value: Any) -> float | None:
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     return None
 
 
-def epoch_seconds(text: Any) -> float | None:
-    """Return an ISO 8601 time as seconds since 1970; None if it is not one.
-
-    Example:
-        >>> epoch_seconds("1970-01-01T00:01:00.500+00:00"), epoch_seconds("soon")
-        (60.5, None)
-    """
+def _epoch_seconds(text: Any) -> float | None:
+    """Return an ISO 8601 time as seconds since 1970; None if it is not one."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except (TypeError, ValueError, OverflowError):
