@@ -15,7 +15,7 @@ from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.feed import Feed, Figures
-from fluffle_coordinator.dashboard.server import is_loopback, listen, served, url_of
+from fluffle_coordinator.dashboard.server import _events, is_loopback, listen, served, url_of
 
 PATIENCE_S = 20.0
 
@@ -167,6 +167,15 @@ async def test_events_are_the_board_at_once_and_then_what_changes(site: Site) ->
         second = await following()
         assert second.keys() == {"now", "workers", "journal"}
         assert second["workers"][0]["name"] == "north"
+
+
+async def test_a_viewer_that_leaves_at_once_leaves_nothing_behind() -> None:
+    before = asyncio.all_tasks()
+    events = _events(Feed(Board("letters"), ask_queues=list))
+    await anext(events)
+    await events.aclose()
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
 
 
 async def test_a_stream_ends_with_the_last_news_when_the_page_does() -> None:

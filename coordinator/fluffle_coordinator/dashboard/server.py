@@ -231,8 +231,8 @@ async def _events(feed: Feed) -> AsyncGenerator[str, None]:
     known: dict[str, str] = {}
     loop = asyncio.get_running_loop()
     polling = asyncio.create_task(_poll_queues(feed), name="queues of the page")
-    yield "retry: 1000\n\n"
     try:
+        yield "retry: 1000\n\n"
         while True:
             version, is_last, began = feed.version, feed.closed, loop.time()
             sections = feed.sections()
