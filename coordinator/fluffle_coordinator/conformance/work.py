@@ -42,8 +42,7 @@ async def evaluation_before_the_update(probe: Probe) -> str:
     answers = [
         each.message
         for each in probe.messages[sent.since :]
-        if isinstance(each.message, Update)
-        or (isinstance(each.message, Evaluation) and each.message.base == sent.fit.base)
+        if isinstance(each.message, Update | Evaluation) and each.message.base == sent.fit.base
     ]
     evaluation = next((each for each in answers if isinstance(each, Evaluation)), None)
     if evaluation is None:
