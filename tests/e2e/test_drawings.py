@@ -86,6 +86,18 @@ def test_drawings_of_few_and_of_many_rounds_keep_inside(
         assert seen.complaints == []
 
 
+def test_a_report_of_many_workers_and_rounds_has_every_panel(
+    browser: Browser, tmp_path: Path
+) -> None:
+    workers = [f"w{number}" for number in range(1000)]
+    rows = [row(number, *workers) for number in range(1, 161)]
+    with window(browser, drawn(rows, tmp_path)) as seen:
+        seen.wait("#phase", "160 of 160 rounds are committed")
+        assert "900 more workers are not shown" in seen.wait("#participation-note")
+        assert "quorum" in seen.wait("#configuration")  # a panel that is drawn later
+        assert seen.complaints == []
+
+
 def test_who_took_part_and_what_came_late(browser: Browser, tmp_path: Path) -> None:
     with window(browser, drawn([row(1, "a"), row(2, "a", "b")], tmp_path)) as seen:
         seen.wait("#phase", "2 of 2 rounds are committed")

@@ -91,7 +91,6 @@ class RunView:
         self.phase = _PHASE_AFTER.get(type(event), self.phase)
         self.workers.add(at, event)
         self.counters.add(at, event)
-        self._add_to_link(at, event)
         self._add_to_run(at, event)
         if isinstance(event, _RoundResult):
             self._add_to_round(self._round(event.round), at, event)
@@ -167,27 +166,6 @@ class RunView:
         match event:
             case run_events.Started() | run_events.Resumed():
                 self._start(at, event)
-            case run_events.Waiting():
-                self.waiting = (at, event)
-            case run_events.Opened() | run_events.Committed():
-                self.waiting = None
-            case run_events.Finished() | run_events.Stopped() | run_events.Interrupted():
-                self.ended, self.waiting = (at, event), None
-            case run_events.Joined(worker=worker):
-                self._join(at, worker or "")
-            case run_events.Left(worker=worker) | run_events.Gone(worker=worker):
-                for view in (self.rounds if self.whole else self._open).values():
-                    view.joined.pop(worker or "", None)
-            case run_events.Late() if self.rounds:
-                (self.open or self.rounds[max(self.rounds)]).late += 1
-            case run_events.Rejected():
-                self._add_rejected(at, event)
-            case run_events.Refused() | run_events.Resend() | run_events.FrozenDiffers():
-                self._note_in_open(at, event)
-
-    def _add_to_link(self, at: float, event: RunEvent) -> None:
-        """Apply what an event says about the connection to the broker."""
-        match event:
             case run_events.Connected() | run_events.Reconnected():
                 self._postpone_deadlines(self.unlinked_since, at)
                 self.unlinked_since = None
@@ -198,6 +176,20 @@ class RunView:
                 self._blocked_since = at if self._blocked_since is None else self._blocked_since
             case run_events.Unblocked():
                 self._unblock(at)
+            case run_events.Waiting():
+                self.waiting = (at, event)
+            case run_events.Finished() | run_events.Stopped() | run_events.Interrupted():
+                self.ended, self.waiting = (at, event), None
+            case run_events.Joined(worker=worker):
+                self._join(at, worker or "")
+            case run_events.Left(worker=worker) | run_events.Gone(worker=worker):
+                self._depart(worker or "")
+            case run_events.Late() if self.rounds:
+                (self.open or self.rounds[max(self.rounds)]).late += 1
+            case run_events.Rejected():
+                self._add_rejected(at, event)
+            case run_events.Refused() | run_events.Resend() | run_events.FrozenDiffers():
+                self._note_in_open(at, event)
 
     def _start(self, at: float, event: run_events.Started | run_events.Resumed) -> None:
         """Apply the start of a coordinator, which does not know any worker yet."""
@@ -226,6 +218,10 @@ class RunView:
             if worker not in view.asked:
                 view.joined[worker] = at
 
+    def _depart(self, worker: str) -> None:
+        for view in (self.rounds if self.whole else self._open).values():
+            view.joined.pop(worker, None)
+
     def _add_rejected(self, at: float, event: run_events.Rejected) -> None:
         current = self.open
         if current is not None:
@@ -247,12 +243,15 @@ class RunView:
             view.note(at, event)
 
     def _add_to_round(self, view: RoundView | None, at: float, event: RunEvent) -> None:
-        if view is not None:
-            view.add(at, event)
-            if isinstance(event, run_events.Opened) or not view.is_open:
-                self._open.pop(view.number, None)
-            if view.is_open:
-                self._open[view.number] = view  # the last one is the one opened last
+        if view is None:
+            return
+        view.add(at, event)
+        if isinstance(event, run_events.Opened) or not view.is_open:
+            self._open.pop(view.number, None)
+        if view.is_open:
+            self._open[view.number] = view  # the last one is the one opened last
+        if isinstance(event, run_events.Opened | run_events.Committed):
+            self.waiting = None
         if isinstance(event, run_events.Committed) and not self.whole:
             for number in sorted(self.rounds)[-_MAX_DETAILED - 2 : -_MAX_DETAILED]:
                 self.rounds[number].drop_details()

@@ -1,6 +1,6 @@
 // The panels (see panels.js) about committed rounds and the configuration; the report has them too.
 
-import { $, either, figure, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
+import { $, either, figure, largest, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
 import { chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 
 /** The phases between two commits, in the coordinator's order. */
@@ -119,7 +119,7 @@ function participation(board) {
   const examples = shown.map((one) => new Map(one.participants.map((name, place) => [name, one.examples[place]])));
   const asked = shown.map((one) => new Set(one.asked));
   const late = shown.map((one) => new Set(one.came_late));
-  const most = Math.max(...examples.flatMap((one) => [...one.values()]), 1);
+  const most = largest(examples.flatMap((one) => [...one.values()]), 1);
   const cell = (name, place) => {
     const count = examples[place].get(name);
     if (count !== undefined) {
