@@ -11,14 +11,14 @@ import pytest
 from fluffle_common.protocol.codec import decode, encode
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello, Stop, Update
 from fluffle_coordinator.conformance.examine import SCENARIOS
-from fluffle_coordinator.conformance.findings import (
+from fluffle_coordinator.conformance.probe import altered
+from fluffle_coordinator.conformance.received import (
     Received,
     ReceivedUpdate,
     Unmet,
     check_rhythm,
     same_answer,
 )
-from fluffle_coordinator.conformance.probe import altered
 
 F = {"federation": "f"}
 ABOUT = {**F, "worker": "w", "session": "s", "num_examples": 1, "task": "t", "heartbeat_s": 2.0}

@@ -12,8 +12,8 @@ from fluffle_common.protocol.messages import (
     Refusal,
     Stop,
 )
-from fluffle_coordinator.conformance.findings import Skipped, Unmet, check_rhythm
 from fluffle_coordinator.conformance.probe import Probe
+from fluffle_coordinator.conformance.received import Skipped, Unmet, check_rhythm
 from fluffle_coordinator.conformance.scenario import Section, demands
 
 _POLL_S = 0.2

@@ -10,9 +10,9 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import QueueInUse, Transport
 from fluffle_common.transport.open_once import open_once
 from fluffle_coordinator.conformance import ending, greeting, odd_messages, work
-from fluffle_coordinator.conformance.findings import Unmet
 from fluffle_coordinator.conformance.listener import ExamOptions
 from fluffle_coordinator.conformance.probe import Probe
+from fluffle_coordinator.conformance.received import Unmet
 from fluffle_coordinator.conformance.scenario import Finding, Scenario
 
 SCENARIOS: tuple[Scenario, ...] = (

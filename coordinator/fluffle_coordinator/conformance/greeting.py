@@ -8,8 +8,8 @@ from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import check_finite
-from fluffle_coordinator.conformance.findings import Skipped, Unmet, signs_of_life
 from fluffle_coordinator.conformance.probe import Probe
+from fluffle_coordinator.conformance.received import Skipped, Unmet, signs_of_life
 from fluffle_coordinator.conformance.scenario import Section, demands
 
 _HELLO_AGAIN_S = 5.0

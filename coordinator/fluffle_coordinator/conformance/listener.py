@@ -24,7 +24,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Delivery, Link
-from fluffle_coordinator.conformance.findings import (
+from fluffle_coordinator.conformance.received import (
     Received,
     ReceivedUpdate,
     Unmet,

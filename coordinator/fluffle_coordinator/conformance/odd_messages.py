@@ -19,9 +19,9 @@ from fluffle_common.protocol.messages import (
 from fluffle_common.protocol.transfer import pack
 from fluffle_common.tensors.layout import as_maps
 from fluffle_common.tensors.weights import size_bytes
-from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.listener import RUNS, SentFit
 from fluffle_coordinator.conformance.probe import Probe, altered, fresh_name
+from fluffle_coordinator.conformance.received import Skipped, Unmet
 from fluffle_coordinator.conformance.scenario import Section, demands
 
 _UNKNOWN = "conformance_later"

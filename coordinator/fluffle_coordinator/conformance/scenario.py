@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, NamedTuple
 
-from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
+from fluffle_coordinator.conformance.received import Skipped, Unmet
 
 Play = Callable[[Probe], Awaitable[str]]
 """Plays a scenario; returns what the worker did, or raises ``Unmet`` or ``Skipped``."""

@@ -5,15 +5,15 @@ from __future__ import annotations
 from fluffle_common.protocol.messages import Evaluation, Heartbeat, Hello, Update, Verdict
 from fluffle_common.tensors.frozen import frozen_of
 from fluffle_common.tensors.groups import FROZEN
-from fluffle_coordinator.conformance.findings import (
+from fluffle_coordinator.conformance.listener import SentFit
+from fluffle_coordinator.conformance.probe import Probe, fresh_name
+from fluffle_coordinator.conformance.received import (
     ReceivedUpdate,
     Skipped,
     Unmet,
     same_answer,
     signs_of_life,
 )
-from fluffle_coordinator.conformance.listener import SentFit
-from fluffle_coordinator.conformance.probe import Probe, fresh_name
 from fluffle_coordinator.conformance.scenario import Section, demands
 
 
