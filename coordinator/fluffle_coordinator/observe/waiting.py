@@ -11,12 +11,7 @@ from fluffle_coordinator.machine.state import Phase, State
 
 
 class WaitingReport:
-    """Decides when to report what a run waits for: on a change, and at a fixed interval.
-
-    Args:
-        every_s: the interval between two equal reports, in seconds.
-        now: the time.
-    """
+    """Decides when to report what a run waits for: on a change, and every ``every_s`` seconds."""
 
     def __init__(self, every_s: float, now: float) -> None:
         self.due_at = now + every_s
@@ -27,11 +22,8 @@ class WaitingReport:
     def due(self, state: State, now: float, *, had_effects: bool) -> Waiting | None:
         """Return the report that is due now, if any.
 
-        Args:
-            state: the machine's state.
-            now: the time.
-            had_effects: whether the machine has just reacted to something. Its own events then
-                say more than this report, which waits until its interval is over.
+        If the machine ``had_effects`` just now, its own events say more than this report, which
+        then waits until its interval is over.
         """
         inputs = state.phase is Phase.WAITING, state.round, len(state.workers), state.init_asked
         if inputs == self._inputs and now < self.due_at:

@@ -30,9 +30,6 @@ class Watchers(Watcher):
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
-        self._with_show = [
-            watcher for watcher in watchers if type(watcher).show is not Watcher.show
-        ]
         self._reported: set[Watcher] = set()
 
     def record(self, event: RunEvent) -> None:
@@ -44,8 +41,8 @@ class Watchers(Watcher):
                 self._report(watcher, f"the event '{event.name}'", wrong)
 
     def show(self, state: State, now: float) -> None:
-        """Pass the machine's state on to the watchers that have ``show``."""
-        for watcher in self._with_show:
+        """Pass the machine's state on."""
+        for watcher in self._watchers:
             try:
                 watcher.show(state, now)
             except Exception as wrong:

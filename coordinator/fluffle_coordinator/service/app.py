@@ -45,7 +45,7 @@ from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 if TYPE_CHECKING:
-    from fluffle_coordinator.dashboard.page import Page
+    from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 
 
 def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
@@ -152,7 +152,7 @@ async def coordinate(
     watcher: Watcher,
     *,
     journal: Journal | None,
-    page: Page | None = None,
+    page: CoordinatorSource | None = None,
     fresh: bool = False,
 ) -> State:
     """Begin or resume the run in a folder, and run it to its end.
@@ -217,13 +217,18 @@ def _beginning(
         yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
 
 
-def _page(options: dict[str, Any], topology: Topology) -> Page | None:
+def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | None:
     """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
     from fluffle_coordinator.dashboard import needs
 
     with needs():
-        from fluffle_coordinator.dashboard.page import Page
+        from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
+        from fluffle_coordinator.dashboard.feed import queue_asker
+        from fluffle_coordinator.dashboard.server import listen
     url = broker_url(options["url"])
-    return Page(options["dashboard"], topology, url, management_of(url, options["management"]))
+    ask_queues = queue_asker(topology, url, management_of(url, options["management"]))
+    # Bound at once, so that a port in use stops the command before the run begins.
+    listening = listen(options["dashboard"], "--dashboard")
+    return CoordinatorSource(topology.federation, listening, ask_queues)
