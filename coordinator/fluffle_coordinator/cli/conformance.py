@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     "--worker",
     metavar="ID",
     help="Id of the worker to examine.  [default: the first that connects]",
-    show_default=False,
 )
 @click.option(
     "--large",

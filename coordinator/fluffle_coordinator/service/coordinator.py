@@ -174,10 +174,10 @@ class Coordinator:
         finally:
             if self._journal is not None:
                 await self._journal.drained(_JOURNAL_DRAIN_S)
-            self._next_tick.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._next_tick.cancel()  # last, because the end of the link is an event, too
         return self.state
 
     async def _end(self) -> None:
