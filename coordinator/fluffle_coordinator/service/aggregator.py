@@ -246,7 +246,6 @@ class Aggregator:
         ticket = held.how.ticket
         try:
             payload = await self._fetcher.payload(held)
-            self._fetcher.fetch_next()
             received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
             # Folding touches the whole model, however small the encoded update is.
             nbytes = max(received, size_bytes(self._base))
