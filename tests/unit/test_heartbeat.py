@@ -12,7 +12,7 @@ from fluffle_common.errors import BrokerError, TaskError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Fit, Heartbeat, Hello, Plan
 from fluffle_common.protocol.topology import Binding, Topology
-from fluffle_common.transport.base import Properties
+from fluffle_common.transport.base import Blocking, Properties
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
@@ -105,7 +105,7 @@ class Slow:
     """A link that never confirms a heartbeat."""
 
     def __init__(self) -> None:
-        self.blocked: str | None = None
+        self.blocking = Blocking()
         self.published: list[tuple[str, bool]] = []
         self.enough = asyncio.Event()
 
@@ -123,7 +123,7 @@ async def test_signs_of_life_are_urgent_and_do_not_wait_for_each_others_confirma
     speaking = asyncio.ensure_future(presence.signs_of_life(link))
     async with asyncio.timeout(5):
         await link.enough.wait()
-    link.blocked = "low on memory"  # one is under way, and more would only be old
+    link.blocking.set("low on memory")  # one is under way, and more would only be old
     count = len(link.published)
     await asyncio.sleep(0.05)
     speaking.cancel()

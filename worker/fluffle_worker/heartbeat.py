@@ -116,7 +116,7 @@ class Presence:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._beat_now.wait()
-            if link.blocked and self._being_sent:
+            if link.blocking.reason and self._being_sent:
                 continue  # one heartbeat is enough once the broker takes messages again
             # Behind a large message, its confirmation may take long.
             self._start_sending(link, Heartbeat(**self._status()))
