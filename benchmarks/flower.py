@@ -168,7 +168,7 @@ def parser() -> argparse.ArgumentParser:
         "--job", nargs="+", choices=JOBS, default=list(JOBS), help="simulated jobs (all)"
     )
     made.add_argument(
-        "--num-cpus", type=float, default=1.0, help="Flower's num_cpus of a simulated client (1)"
+        "--num-cpus", type=float, help="Flower's num_cpus of a simulated client (the fastest)"
     )
     made.add_argument("--repeats", type=int, default=3, help="repetitions of a whole job (3)")
     made.add_argument("--python", type=Path, default=PYTHON, help="Flower's Python")
