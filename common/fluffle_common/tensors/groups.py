@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
+    Forms,
     Layout,
     Tensors,
     Weights,
@@ -117,6 +116,7 @@ def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
         train: names, or prefixes of names followed by ``*``; None selects all tensors.
 
     Example:
+        >>> import numpy as np
         >>> model = dict.fromkeys(["head/kernel", "head/bias", "body/kernel"], np.zeros(1))
         >>> sorted(select_tensors(model, ["head/*"]))
         ['head/bias', 'head/kernel']
@@ -128,20 +128,11 @@ def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
     return {n: w for n, w in weights.items() if n in names or n.startswith(prefixes)}
 
 
-def forms_of(tensors: Weights) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Return the dtype and the shape of each tensor."""
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
-
-
-def check_extra(
-    forms: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
-    wanted: ExtraForm | None,
-    model: Weights,
-) -> None:
-    """Check that extra tensors with these dtypes and shapes are those that were required.
+def check_extra(forms: Forms, wanted: ExtraForm | None, model: Weights) -> None:
+    """Check that extra tensors of these dtypes and shapes are those that were required.
 
     Args:
-        forms: the dtype and shape of each tensor, as ``forms_of`` returns them.
+        forms: the extra tensors, or their places in a layout.
         wanted: the required tensors; None if there should be none.
         model: the weights of the model.
 
@@ -161,11 +152,11 @@ def check_extra(
         missing = sorted(wanted.keys() - forms.keys())
         if missing:
             raise ValueError(f"the extra tensor '{missing[0][:60]}' is missing")
-    for name, (dtype, shape) in forms.items():
+    for name, form in forms.items():
         if name not in shapes:
             raise ValueError(f"the extra tensor '{name[:60]}' was not requested")
-        if shape != tuple(shapes[name]) or not is_float(dtype):
+        if form.shape != tuple(shapes[name]) or not is_float(form.dtype):
             raise ValueError(
-                f"the extra tensor '{name[:60]}' is {dtype} {shape}, expected floats of shape "
-                f"{tuple(shapes[name])}"
+                f"the extra tensor '{name[:60]}' is {form.dtype} {form.shape}, "
+                f"expected floats of shape {tuple(shapes[name])}"
             )

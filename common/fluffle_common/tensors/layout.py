@@ -58,6 +58,10 @@ class Place(NamedTuple):
     size: int
 
 
+Forms = Mapping[str, Array | Place]
+"""Anything with the dtype and the shape of each tensor, by name."""
+
+
 class Tensors(Mapping[str, Array]):
     """Named tensors in one buffer; the arrays are created on first access.
 

@@ -20,7 +20,9 @@ from fluffle_common.tensors.layout import (
     FLOATS,
     INTEGERS,
     Array,
+    Forms,
     Layout,
+    Place,
     Signature,
     Tensors,
     Weights,
@@ -150,10 +152,19 @@ def check_delta(update: Weights, base: Weights) -> float:
     if isinstance(update, InPieces) and update.layout is layout_for(base):
         return _norm_of_pieces(update)
     if not _share_float_layout(update, base):
-        _check_names(update, base)
-        for name, expected in base.items():
-            _check_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
+        check_delta_form(update, base)
     return finite_norm(update)
+
+
+def check_delta_form(update: Forms, base: Weights) -> None:
+    """Check that tensors have the names, shapes and dtypes of a delta for ``base``.
+
+    Raises:
+        ValueError: naming the first tensor that differs.
+    """
+    _check_names(update, base)
+    for name, expected in base.items():
+        _check_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
 
 
 def _share_float_layout(update: Weights, base: Weights) -> bool:
@@ -301,7 +312,7 @@ def size_bytes(weights: Weights) -> int:
     return sum(tensor.nbytes for tensor in weights.values())
 
 
-def _check_names(weights: Weights, like: Weights) -> None:
+def _check_names(weights: Forms, like: Weights) -> None:
     if weights.keys() == like.keys():
         return
     missing = sorted(like.keys() - weights.keys())
@@ -311,10 +322,12 @@ def _check_names(weights: Weights, like: Weights) -> None:
         for what, names in (("missing", missing), ("unknown", extra))
         if names
     ]
-    raise ValueError(f"tensor names differ from the model's: {'; '.join(differences)}")
+    raise ValueError(f"tensor names differ from the model's: {'; '.join(differences)}"[:500])
 
 
-def _check_tensor(name: str, tensor: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def _check_tensor(
+    name: str, tensor: Array | Place, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
     if tensor.shape != shape:
         raise ValueError(f"tensor '{name}' has shape {tensor.shape}, the model has {shape}")
     if tensor.dtype != dtype and tensor.dtype.newbyteorder("=") != dtype:
