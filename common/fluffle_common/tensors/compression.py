@@ -156,14 +156,8 @@ def _encode(
 def decompress(tensors: Weights, encoding: str | None, like: Weights) -> Weights:
     """Decode an untrusted delta, checking dtypes and shapes before anything is decoded.
 
-    Args:
-        tensors: the tensors as they were sent.
-        encoding: the codec's name in the message; None for plain tensors.
-        like: the model's weights.
-
-    Returns:
-        The delta. Tensors that are not encoded, or do not belong to the model, are returned
-        unchanged; ``check_delta`` has to check the result.
+    Tensors that are not encoded, or do not belong to the model, are returned unchanged;
+    ``check_delta`` has to check the result. ``like`` are the model's weights.
 
     Raises:
         NotFinite: if a scale is NaN or infinite.

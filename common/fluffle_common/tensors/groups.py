@@ -41,9 +41,6 @@ names and shapes of tensors of the model, such as a correction of each gradient.
 class GroupedLayout:
     """The layouts of all groups of a table; created by ``groups_of``.
 
-    Args:
-        table: the entries, as they are on the wire.
-
     Raises:
         ValueError: if an entry is inconsistent, overlaps or precedes the entry before it, or is
             separated from others of its group.
@@ -65,7 +62,7 @@ class GroupedLayout:
                     f"a multiple of {ALIGNMENT}, at least {end}, is expected"
                 )
             self._starts[group] = start
-            self.layouts[group] = layout_of(_shifted(entries, -start, MODEL))
+            self.layouts[group] = layout_of(shifted(entries, -start, MODEL))
             end = start + self.layouts[group].nbytes
         self.nbytes = end
         if MODEL not in self.layouts:
@@ -89,31 +86,21 @@ class GroupedLayout:
 
 @cached
 def groups_of(table: tuple[TensorEntry, ...]) -> GroupedLayout:
-    """Return the layout that a table describes.
-
-    Raises:
-        ValueError: as ``GroupedLayout`` does.
-    """
+    """Return the layout that a table describes; raises what ``GroupedLayout`` does."""
     return GroupedLayout(table)
 
 
-def entries_at(start: int, layout: Layout, group: str) -> tuple[TensorEntry, ...]:
-    """Return the table entries of a group that begins at byte ``start`` of a payload."""
-    return _shifted(layout.table, start, group)
-
-
-def _shifted(table: tuple[TensorEntry, ...], by: int, group: str) -> tuple[TensorEntry, ...]:
+def shifted(table: tuple[TensorEntry, ...], by: int, group: str) -> tuple[TensorEntry, ...]:
+    """Return the entries moved by some bytes and put into a group."""
     if not by and all(entry.group == group for entry in table):
         return table
     return tuple([e._replace(offset=e.offset + by, group=group) for e in table])
 
 
 def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
-    """Return the tensors that a plan lets workers train.
+    """Return the tensors of a model that a plan lets workers train.
 
-    Args:
-        weights: the model.
-        train: names, or prefixes of names followed by ``*``; None selects all tensors.
+    ``train`` has names, and prefixes of names followed by ``*``; None selects all tensors.
 
     Example:
         >>> import numpy as np
@@ -131,10 +118,7 @@ def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
 def check_extra(forms: Forms, wanted: ExtraForm | None, model: Weights) -> None:
     """Check that extra tensors of these dtypes and shapes are those that were required.
 
-    Args:
-        forms: the extra tensors, or their places in a layout.
-        wanted: the required tensors; None if there should be none.
-        model: the weights of the model.
+    There should be none if ``wanted`` is None.
 
     Raises:
         ValueError: naming the first tensor that is missing, unexpected or different.

@@ -23,7 +23,6 @@ from fluffle_common.tensors.layout import (
     Forms,
     Layout,
     Place,
-    Signature,
     Tensors,
     Weights,
     check_signature,
@@ -70,20 +69,10 @@ def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.int64) if dtype.kind in "iu" else dtype
 
 
-def delta_signature(weights: Weights) -> Signature:
-    """Return the names, dtypes and shapes of a delta of these weights."""
-    return tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in weights.items()])
-
-
 def delta(trained: Weights, received: Weights) -> Weights:
     """Return ``trained - received``, tensor by tensor.
 
-    Args:
-        trained: the weights after local training; same names, shapes and dtypes as ``received``.
-        received: the global weights of the round.
-
-    Returns:
-        The delta, each tensor in its ``delta_dtype``; in one buffer if that is at most 16 MiB.
+    Each tensor has its ``delta_dtype``; all are in one buffer if that is at most 16 MiB.
 
     Raises:
         ValueError: if names, shapes or dtypes differ, or a difference of 64-bit integers overflows.
@@ -93,7 +82,9 @@ def delta(trained: Weights, received: Weights) -> Weights:
     if signature_of(trained) != layout.signature:  # the order may differ
         same_form(trained, base)
     if not layout.floats:
-        layout = layout_of_signature(delta_signature(base))
+        layout = layout_of_signature(
+            tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in base.items()])
+        )
     if layout.nbytes > _MAX_BUFFER_BYTES:
         return {name: _subtract(name, trained[name], old) for name, old in base.items()}
     difference = layout.empty()
@@ -277,7 +268,11 @@ def _measure(values: Array) -> tuple[float, int]:
 
 def _rows(values: Array) -> Iterator[Array]:
     """Yield a vector's values in blocks of rows, in a dtype that BLAS can square and sum."""
-    dtype = _squared_dtype(values.dtype)
+    dtype = values.dtype
+    if not is_float(dtype):
+        dtype = np.dtype(np.float64)
+    elif dtype.itemsize < np.dtype(np.float32).itemsize:
+        dtype = np.dtype(np.float32)
     for start in range(0, values.size, _BLOCK):
         block = values[start : start + _BLOCK].astype(dtype, copy=False)
         whole = block.size - block.size % _ROW
@@ -285,12 +280,6 @@ def _rows(values: Array) -> Iterator[Array]:
             yield block[:whole].reshape(-1, _ROW)
         if whole < block.size:
             yield block[whole:].reshape(1, -1)
-
-
-def _squared_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    if not is_float(dtype):
-        return np.dtype(np.float64)
-    return np.dtype(np.float32) if dtype.itemsize < np.dtype(np.float32).itemsize else dtype
 
 
 def _measure_scaled(row: Array) -> tuple[float, int]:
