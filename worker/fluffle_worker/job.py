@@ -29,7 +29,7 @@ from fluffle_common.tensors.codecs.base import (
 )
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
-from fluffle_common.tensors.groups import ExtraForm, check_extra, forms_of, select_tensors
+from fluffle_common.tensors.groups import ExtraForm, check_extra, select_tensors
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
@@ -244,7 +244,7 @@ def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
             "none; use --local-rule to add the local rule that belongs to the strategy"
         )
     try:
-        check_extra(forms_of(extra), wanted, model)
+        check_extra(extra, wanted, model)
         check_finite(extra)
     except ValueError as wrong:
         raise TaskError(
