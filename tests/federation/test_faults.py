@@ -41,6 +41,18 @@ def test_a_coordinator_killed_at_any_time_resumes(federated, after_s, in_parts):
     federated(scenario)
 
 
+def test_a_stopped_coordinator_leaves_no_timer(federated):
+    async def scenario(federation):
+        start(federation, "a")
+        coordinator = federation.coordinator(min_workers=2)
+        await coordinator.log.until("joined")
+        await asyncio.sleep(2.5)  # between two ticks
+        await coordinator.stop()
+        assert coordinator.service._next_tick.cancelled()
+
+    federated(scenario)
+
+
 def test_updates_that_wait_for_the_disk_are_not_missing_at_the_deadline(federated, monkeypatch):
     keep_update = archive.keep_update
 

@@ -24,7 +24,7 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, TaskError
 from fluffle_common.logs import log_step, logger
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.exchanges import Exchanges, Sent
+from fluffle_common.protocol.exchanges import Handlers, Sent
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.tensors.frozen import IN_METADATA
@@ -84,7 +84,7 @@ class Coordinator:
         saved: Saved,
         watcher: Watcher,
         journal: Journal | None = None,
-        exchanges: Exchanges | None = None,
+        exchanges: Handlers | None = None,
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.shown
@@ -125,10 +125,10 @@ class Coordinator:
             averaged=self._send_ahead,
             folder=store.folder,
         )
-        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or Exchanges())
+        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
         self.state = _begin(settings, saved, store)
 
-    def _make_intake(self, task: str, exchanges: Exchanges) -> Intake:
+    def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
         return Intake(
             self._settings,
             self._topology,
@@ -174,10 +174,10 @@ class Coordinator:
         finally:
             if self._journal is not None:
                 await self._journal.drained(_JOURNAL_DRAIN_S)
-            self._next_tick.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._next_tick.cancel()  # last, because the end of the link is an event, too
         return self.state
 
     async def _end(self) -> None:
