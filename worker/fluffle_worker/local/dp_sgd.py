@@ -18,7 +18,7 @@ class DpSgd:
     Each example's gradient is scaled down to the norm ``clip``. Gaussian noise of standard
     deviation ``noise * clip / B`` is added to the mean over a batch of ``B`` examples. Source:
     Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1. The rule needs
-    JAX and a task made with ``flax_task``.
+    JAX, and a task made with ``flax_task`` or ``torch_task``.
 
     The rule does not compute ε. Use an accountant with ``noise``, the batch size and the numbers of
     examples and steps, and note that batches are shuffled, not Poisson-sampled.
