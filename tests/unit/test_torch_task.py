@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -124,6 +126,16 @@ def by_numpy(weights: Weights, batches: Iterator[Any], pull: float = 0.0) -> tup
 def check_line(found: Weights, expected: tuple[Any, Any]) -> None:
     np.testing.assert_allclose(found["linear.weight"][0], expected[0], rtol=1e-5)
     np.testing.assert_allclose(found["linear.bias"][0], expected[1], rtol=1e-5)
+
+
+def test_a_worker_with_torch_needs_no_jax():
+    code = """if True:
+        import sys, fluffle
+        fluffle.torch_task, fluffle.accuracy
+        assert not {"jax", "flax", "optax"} & sys.modules.keys()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 # --- what travels ------------------------------------------------------------------------------
