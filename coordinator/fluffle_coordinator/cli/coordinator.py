@@ -58,7 +58,6 @@ def run_option(command: Any) -> Any:
         "quorum never means fewer updates than that fraction of this number.  [default: --quorum "
         "if it is a number, else 2]"
     ),
-    show_default=False,
 )
 @click.option(
     "--quorum",
@@ -130,14 +129,12 @@ def run_option(command: Any) -> Any:
     metavar="A,B,…",
     help="Classes that every worker must have.  [default: the classes that most of the waiting "
     "workers have]",
-    show_default=False,
 )
 @click.option(
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Model file with the first weights.  [default: a worker initializes them]",
-    show_default=False,
 )
 @click.option(
     "--run",
@@ -145,7 +142,6 @@ def run_option(command: Any) -> Any:
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Run folder.  [default: runs/FEDERATION]",
-    show_default=False,
 )
 @click.option(
     "--max-round",
@@ -165,7 +161,6 @@ def run_option(command: Any) -> Any:
         "Time without progress after which a training counts as failed. It needs a task that calls "
         "'progress' in its training.  [default: no limit; reported after 2 minutes]"
     ),
-    show_default=False,
 )
 @click.option(
     "--max-examples",
@@ -175,7 +170,6 @@ def run_option(command: Any) -> Any:
         "Maximum number of examples that an update is weighted by in the average.  [default: the "
         "number that its worker announced]"
     ),
-    show_default=False,
 )
 @click.option(
     "--max-norm-ratio",
@@ -185,7 +179,6 @@ def run_option(command: Any) -> Any:
         "Maximum norm of an update, as a multiple of the median norm in the last five rounds; "
         "larger updates are rejected.  [default: no limit; reported from 10 times the median on]"
     ),
-    show_default=False,
 )
 @click.option("--fresh", is_flag=True, help="Start a new run; an earlier run is moved aside.")
 @click.option(
@@ -268,6 +261,11 @@ def rules_of(options: dict[str, Any]) -> Rules:
     sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
         raise UsageError("--fraction conflicts with --sample; use only one of them")
+    if sample is not None and (quorum.number or 1) > sample:
+        raise UsageError(
+            f"--quorum {quorum.number} needs more updates than --sample {sample} asks for; lower "
+            "--quorum or raise --sample"
+        )
     least = quorum.number or 1
     if min_workers:
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)

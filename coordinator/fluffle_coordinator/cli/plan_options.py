@@ -21,7 +21,6 @@ plan_options = option_group(
         "--learning-rate",
         type=FiniteFloat(0, min_open=True),
         help="Local learning rate.  [default: the task's own]",
-        show_default=False,
     ),
     click.option(
         "--learning-rate-schedule",
@@ -58,7 +57,6 @@ plan_options = option_group(
             "of your own (docs/codecs.md). What the codec leaves out is added to the worker's "
             "next update.  [default: no compression]"
         ),
-        show_default=False,
     ),
     click.option(
         "--train",
@@ -69,6 +67,5 @@ plan_options = option_group(
             "times. All other tensors stay unchanged and are not sent back.  [default: every "
             "tensor is trained]"
         ),
-        show_default=False,
     ),
 )

@@ -137,7 +137,6 @@ schedule_options = option_group(
         type=count(),
         metavar="K",
         help="Number of updates that make the next model, with --schedule buffered.  [default: 10]",
-        show_default=False,
     ),
     click.option(
         "--concurrency",
@@ -147,7 +146,6 @@ schedule_options = option_group(
             "Maximum number of workers that train at the same time, with --schedule buffered.  "
             "[default: all]"
         ),
-        show_default=False,
     ),
     click.option(
         "--max-staleness",
@@ -157,7 +155,6 @@ schedule_options = option_group(
             "Maximum staleness of an update, in versions of the model; staler updates are "
             "discarded.  [default: 20 with 'buffered', 2 with '--late discount']"
         ),
-        show_default=False,
     ),
     click.option(
         "--staleness",
@@ -167,7 +164,6 @@ schedule_options = option_group(
             "Fraction of its weight that a stale update keeps: constant, polynomial:a, hinge:a,b "
             "or threshold:s.  [default: polynomial:0.5]"
         ),
-        show_default=False,
     ),
     click.option(
         "--late",

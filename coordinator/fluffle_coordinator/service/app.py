@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +31,7 @@ from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
-from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
+from fluffle_coordinator.service.schedule_loading import load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import (
@@ -45,7 +44,7 @@ from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 if TYPE_CHECKING:
-    from fluffle_coordinator.dashboard.page import Page
+    from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 
 
 def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
@@ -101,8 +100,15 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
             f"--keep-updates conflicts with the strategy {strategy.name}, which keeps updates "
             "private and adds random noise that replay cannot reproduce; remove --keep-updates"
         )
-    timing = Timing(**{field.name: options[field.name] for field in fields(Timing)})
-    schedule_name, schedule = load_schedule(timing)
+    schedule_name, schedule = load_schedule(
+        options["schedule"],
+        buffer=options["buffer"],
+        concurrency=options["concurrency"],
+        max_staleness=options["max_staleness"],
+        staleness=options["staleness"],
+        late=options["late"],
+    )
+    codec = options["compress"] or options["upload_dtype"]
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
         rules=rules_for(strategy, rules, schedule_name, schedule),
@@ -111,7 +117,7 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
             steps=options["steps"],
             batch_size=options["batch_size"],
             learning_rate=options["learning_rate"],
-            compress=_compress(options),
+            compress=None if codec == "float32" else Compression.parse(codec),
             config=parse_config(options["config"]),
             train=options["train"] or None,
         ),
@@ -136,14 +142,6 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
     )
 
 
-def _compress(options: dict[str, Any]) -> Compression | None:
-    """Return the encoding of the workers' updates, or None for plain tensors."""
-    if options["compress"] is not None:
-        return Compression.parse(options["compress"])
-    dtype: str = options["upload_dtype"]
-    return None if dtype == "float32" else Compression(kind=dtype)
-
-
 async def coordinate(
     settings: CoordinatorSettings,
     transport: Transport,
@@ -152,7 +150,7 @@ async def coordinate(
     watcher: Watcher,
     *,
     journal: Journal | None,
-    page: Page | None = None,
+    page: CoordinatorSource | None = None,
     fresh: bool = False,
 ) -> State:
     """Begin or resume the run in a folder, and run it to its end.
@@ -211,19 +209,24 @@ def _beginning(
             f"the strategy {strategy.name} allows no more than {rounds} round{'s'[: rounds != 1]}"
         )
         yield run_events.Note(what=what)
-    for what in uncounted_sampling(strategy, settings.rules):
+    if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)
     if saved.committed >= rounds:
         yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
 
 
-def _page(options: dict[str, Any], topology: Topology) -> Page | None:
+def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | None:
     """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
     from fluffle_coordinator.dashboard import needs
 
     with needs():
-        from fluffle_coordinator.dashboard.page import Page
+        from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
+        from fluffle_coordinator.dashboard.feed import queue_asker
+        from fluffle_coordinator.dashboard.server import listen
     url = broker_url(options["url"])
-    return Page(options["dashboard"], topology, url, management_of(url, options["management"]))
+    ask_queues = queue_asker(topology, url, management_of(url, options["management"]))
+    # Bound at once, so that a port in use stops the command before the run begins.
+    listening = listen(options["dashboard"], "--dashboard")
+    return CoordinatorSource(topology.federation, listening, ask_queues)
