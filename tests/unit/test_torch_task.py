@@ -601,6 +601,13 @@ def test_dp_sgd_refuses_batch_normalization():
         train(task, task.init(0))
 
 
+def test_dp_sgd_without_jax_says_what_brings_it(monkeypatch):
+    task = task_of(local_rule=DpSgd(1.0, 1.0))
+    monkeypatch.setitem(sys.modules, "jax", None)  # as if it were not installed
+    with pytest.raises(TaskError, match=r"draws its noise with JAX.*'fluffle\[worker\]'"):
+        train(task, task.init(0))
+
+
 def test_a_part_has_its_own_examples_and_shares_the_rest():
     task = task_of(valid_data=numbers(1))
     np.testing.assert_array_equal(task.labels, numbers()[1])

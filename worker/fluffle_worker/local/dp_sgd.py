@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from fluffle_common.errors import TaskError
 from fluffle_worker.local.base import Named, check_number
 
 _TINY = 1e-30
@@ -46,9 +47,19 @@ class DpSgd:
         check_number("dp_sgd", "noise", self.noise, zero=True)
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> Any:
-        """Return the key of the noise as the state."""
-        import jax
-        import jax.numpy as jnp
+        """Return the key of the noise as the state.
+
+        Raises:
+            TaskError: if JAX is not installed.
+        """
+        try:
+            import jax
+            import jax.numpy as jnp
+        except ModuleNotFoundError:
+            raise TaskError(
+                "the local rule 'dp_sgd' draws its noise with JAX, which is not installed; "
+                "pip install 'fluffle[worker]'"
+            ) from None
 
         words = [secrets.randbits(32), secrets.randbits(32)]
         return jax.random.wrap_key_data(jnp.array(words, jnp.uint32), impl="threefry2x32")
