@@ -77,15 +77,15 @@ bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # The comparison with Flower uses its published package, in a separate environment that also has the
-# libraries of the letters task. No test uses it.
+# libraries of fluffle's tasks. No test uses it.
 FLOWER := .venv-flower
 FLOWER_STAMP := $(FLOWER)/.installed
 
-$(FLOWER_STAMP): requirements.lock
+$(FLOWER_STAMP): requirements.lock Makefile
 	@echo "installing Flower into $(FLOWER); this takes one or two minutes ..."
 	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
-	@$(FLOWER)/bin/python -m pip install $(PIP_FLAGS) flwr==1.42.0 \
-		$(shell grep -E '^(flax|jax|jaxlib|msgpack|numpy|optax|pillow|pydantic|safetensors)==' \
+	@$(FLOWER)/bin/python -m pip install $(PIP_FLAGS) 'flwr[simulation]==1.42.0' \
+		$(shell grep -E '^(blake3|flax|jax|jaxlib|msgpack|numpy|optax|pillow|pydantic|safetensors)==' \
 		requirements.lock)
 	@touch $(FLOWER_STAMP)
 
@@ -93,6 +93,7 @@ bench-flower: install $(FLOWER_STAMP)
 	$(BIN)/python -m benchmarks.flower --size-mb 0.1,1.36,10,100 --clients 3 $(ARGS)
 	$(BIN)/python -m benchmarks.flower --size-mb 1.36 --clients 10,30 $(ARGS)
 	$(BIN)/python -m benchmarks.flower --letters $(ARGS)
+	$(BIN)/python -m benchmarks.flower --simulation $(ARGS)
 
 format: install
 	$(BIN)/ruff format .
