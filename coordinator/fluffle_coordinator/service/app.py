@@ -65,20 +65,10 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     page = _page(options, topology)
     try:
         with Console(options["log_format"], {"federation": federation}) as console:
-            journal = Journal(topology)
-            watcher = Watchers(View(console), journal, *([page] if page else []))
             if page:
                 console.line("page", f"the page is at {page.url}", {"url": page.url})
-            run = coordinate(
-                settings,
-                transport,
-                topology,
-                store,
-                watcher,
-                journal=journal,
-                page=page,
-                fresh=options["fresh"],
-            )
+            view, fresh = View(console), options["fresh"]
+            run = coordinate(settings, transport, topology, store, view, page=page, fresh=fresh)
             state = run_until_signalled(page.beside(run) if page else run)
     except Interrupted as signalled:
         leave(signalled.exit_code)
@@ -149,7 +139,7 @@ async def coordinate(
     store: RunStore,
     watcher: Watcher,
     *,
-    journal: Journal | None,
+    journaled: bool = True,
     page: Page | None = None,
     fresh: bool = False,
 ) -> State:
@@ -160,8 +150,8 @@ async def coordinate(
         transport: connects to the broker.
         topology: the names of the federation's queues and exchanges.
         store: the run folder; waits while another coordinator holds its lock.
-        watcher: receives every event, and passes it on to ``journal`` among others.
-        journal: publishes the events on the broker; None publishes none.
+        watcher: receives every event.
+        journaled: whether to publish the events on the broker.
         page: the live page, which also shows the rounds of the history.
         fresh: move an earlier run aside and begin a new one.
 
@@ -173,6 +163,8 @@ async def coordinate(
         TaskError: if the user's strategy, schedule or selection fails.
         UsageError: if the run in the folder cannot continue with these settings.
     """
+    journal = Journal(topology) if journaled else None
+    watcher = Watchers(watcher, *filter(None, (journal, page)))
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
         page.remember(read_history(store.folder))
@@ -188,10 +180,10 @@ async def coordinate(
         journal=journal,
     )
     state = await coordinator.run()
-    if state.outcome == "finished" and saved.committed < settings.rules.rounds:
-        early = state.committed < settings.rules.rounds
-        advice = endings.after_an_early_end if early else endings.after_the_end
-        watcher.record(run_events.Note(what=advice(store.shown, state.committed)))
+    rounds = settings.rules.rounds
+    if state.outcome == "finished" and saved.committed < rounds:
+        advice = endings.after_the_end(store.shown, state.committed, rounds)
+        watcher.record(run_events.Note(what=advice))
     return state
 
 
