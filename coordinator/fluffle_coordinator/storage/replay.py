@@ -111,9 +111,8 @@ def _configurations(run: Path, number: int) -> list[dict[str, Any]]:
 
 def _plan(run: Path, number: int, strategy: Strategy[Any]) -> Plan:
     """Return the plan of a round, as far as it says which tensors workers send."""
-    train = None
-    for configuration in _configurations(run, number):
-        train = configuration.get("plan", {}).get("train")
+    configurations = _configurations(run, number)
+    train = configurations[-1].get("plan", {}).get("train") if configurations else None
     return Plan(train=train, extra=strategy.needs.extra)
 
 
@@ -302,11 +301,11 @@ def _ordered(tensor: Array) -> Array:
     """Map values to unsigned integers in the same order, in which neighbours differ by one."""
     bits = np.ascontiguousarray(tensor).reshape(-1)
     unsigned: Array = bits.view(np.dtype(f"u{tensor.dtype.itemsize}"))
-    ordered = unsigned
     top = unsigned.dtype.type(1 << (8 * tensor.dtype.itemsize - 1))
     if tensor.dtype.kind == "i":
-        ordered = unsigned ^ top
-    elif is_float(tensor.dtype):
+        return unsigned ^ top
+    if is_float(tensor.dtype):
         # Floats are sign and magnitude: negative ones are in reverse order, and -0 is next to 0.
-        ordered = np.where(unsigned & top, ~unsigned, unsigned | top)
-    return ordered
+        ordered: Array = np.where(unsigned & top, ~unsigned, unsigned | top)
+        return ordered
+    return unsigned
