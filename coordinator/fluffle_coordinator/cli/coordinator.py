@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -24,14 +24,11 @@ from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
 from fluffle_coordinator.cli.schedule_options import (
-    QuorumType,
+    QUORUM,
     check_schedule_options,
     schedule_options,
 )
 from fluffle_coordinator.cli.stopping_options import stopping_options
-
-if TYPE_CHECKING:
-    from fluffle_coordinator.machine.state import Quorum, Rules
 
 
 def run_option(command: Any) -> Any:
@@ -61,7 +58,7 @@ def run_option(command: Any) -> Any:
 )
 @click.option(
     "--quorum",
-    type=QuorumType(),
+    type=QUORUM,
     default="all",
     metavar="N|FRACTION|all",
     help="Number of updates that a round needs to close: a number, a fraction of the workers "
@@ -243,53 +240,7 @@ def coordinator(**options: Any) -> None:
     if options["compress"] and options["upload_dtype"] != "float32":
         raise UsageError("--upload-dtype conflicts with --compress; use only one of them")
     check_schedule_options(options)
-    run_coordinator(rules_of(options), options)
-
-
-def rules_of(options: dict[str, Any]) -> Rules:
-    """Return the rules of a run that the command's options describe.
-
-    Raises:
-        UsageError: if two options contradict each other.
-    """
-    from fluffle_coordinator.machine.selection import sample_size
-    from fluffle_coordinator.machine.state import Rules
-
-    quorum: Quorum = options["quorum"]
-    fraction: float = options["fraction"]
-    min_workers: int | None = options["min_workers"]
-    sample: int | None = options["sample"]
-    if sample is not None and fraction < 1:
-        raise UsageError("--fraction conflicts with --sample; use only one of them")
-    least = quorum.number or 1
-    if min_workers:
-        cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
-        least = quorum.of(cohort)
-    if quorum.number is not None and options["min_updates"] > quorum.number:
-        raise UsageError(
-            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, at "
-            "which a round closes anyway; lower --min-updates"
-        )
-    return Rules(
-        rounds=options["rounds"],
-        min_workers=min_workers or quorum.number or 2,
-        least=least,
-        quorum=quorum,
-        grace_s=options["grace"],
-        deadline_s=options["deadline"],
-        on_deadline=options["on_deadline"],
-        min_updates=options["min_updates"],
-        fraction=fraction,
-        sample=sample,
-        over_provision=options["over_provision"],
-        selection=options["select"],
-        max_examples=options["max_examples"],
-        max_norm_ratio=options["max_norm_ratio"],
-        max_round_s=options["max_round"],
-        stall_timeout_s=options["stall_timeout"],
-        seed=options["seed"],
-        wait_s=options["wait_workers"],
-    )
+    run_coordinator(options)
 
 
 @click.command()

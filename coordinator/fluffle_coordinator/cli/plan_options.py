@@ -6,7 +6,7 @@ import click
 
 from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.cli.config_file import KeyValue
-from fluffle_coordinator.cli.compress_option import CompressType
+from fluffle_coordinator.cli.compress_option import COMPRESS
 from fluffle_coordinator.cli.option_group import option_group
 
 plan_options = option_group(
@@ -49,7 +49,7 @@ plan_options = option_group(
     ),
     click.option(
         "--compress",
-        type=CompressType(),
+        type=COMPRESS,
         metavar="int8|topk:FRACTION|PATH.PY:NAME",
         help=(
             "Codec for updates: int8 sends 8-bit integers with scales (about a quarter of the "

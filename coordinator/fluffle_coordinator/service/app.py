@@ -23,7 +23,8 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
-from fluffle_coordinator.machine.state import Rules, State
+from fluffle_coordinator.machine.selection import sample_size
+from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
@@ -47,15 +48,15 @@ if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.page import Page
 
 
-def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
-    """Run a coordinator to its end.
+def run_coordinator(options: dict[str, Any]) -> None:
+    """Run a coordinator, with the options of ``fluffle coordinator``, to its end.
 
     Raises:
         RunError: if the run stopped before its last round.
         TaskError: if the user's strategy, schedule or selection fails.
         SystemExit: after a signal, with 128 + its number.
     """
-    settings = settings_of(rules, options)
+    settings = settings_of(options)
     federation = settings.federation
     # Called before every attempt: a private broker may start later, on another port.
     find = functools.partial(broker_url, options["url"])
@@ -77,14 +78,14 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         raise RunError(f"the run stopped: {state.reason}; {remedy}")
 
 
-def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
+def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
     """Turn command-line options into settings.
 
     Raises:
         UsageError: if an option is invalid, or options contradict each other.
         TaskError: if the file of a strategy, schedule or hook fails to load.
     """
-    strategy = as_named(options["strategy"])
+    rules, strategy = _rules_of(options), as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
             f"--keep-updates conflicts with the strategy {strategy.name}, which keeps updates "
@@ -132,6 +133,49 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
     )
 
 
+def _rules_of(options: dict[str, Any]) -> Rules:
+    """Return the rules of a run that the options describe, before its strategy changes them.
+
+    Raises:
+        UsageError: if two options contradict each other.
+    """
+    quorum: Quorum = options["quorum"]
+    fraction: float = options["fraction"]
+    min_workers: int | None = options["min_workers"]
+    sample: int | None = options["sample"]
+    if sample is not None and fraction < 1:
+        raise UsageError("--fraction conflicts with --sample; use only one of them")
+    least = quorum.number or 1
+    if min_workers:
+        cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
+        least = quorum.of(cohort)
+    if quorum.number is not None and options["min_updates"] > quorum.number:
+        raise UsageError(
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, at "
+            "which a round closes anyway; lower --min-updates"
+        )
+    return Rules(
+        rounds=options["rounds"],
+        min_workers=min_workers or quorum.number or 2,
+        least=least,
+        quorum=quorum,
+        grace_s=options["grace"],
+        deadline_s=options["deadline"],
+        on_deadline=options["on_deadline"],
+        min_updates=options["min_updates"],
+        fraction=fraction,
+        sample=sample,
+        over_provision=options["over_provision"],
+        selection=options["select"],
+        max_examples=options["max_examples"],
+        max_norm_ratio=options["max_norm_ratio"],
+        max_round_s=options["max_round"],
+        stall_timeout_s=options["stall_timeout"],
+        seed=options["seed"],
+        wait_s=options["wait_workers"],
+    )
+
+
 async def coordinate(
     settings: CoordinatorSettings,
     transport: Transport,
@@ -164,7 +208,8 @@ async def coordinate(
         UsageError: if the run in the folder cannot continue with these settings.
     """
     journal = Journal(topology) if journaled else None
-    watcher = Watchers(watcher, *filter(None, (journal, page)))
+    watchers: list[Watcher | None] = [watcher, journal, page]
+    watcher = Watchers(*filter(None, watchers))
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
         page.remember(read_history(store.folder))
