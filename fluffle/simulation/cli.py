@@ -147,13 +147,10 @@ def simulate(**options: Any) -> None:
     from fluffle.simulation.devices import devices
     from fluffle.simulation.follower import Follower
     from fluffle.simulation.loop import SimulatedLoop
-    from fluffle.simulation.simulate import (
-        clients_of,
-        simulate_run,
-        tested_every,
-    )
+    from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_coordinator.observe.explain_sentences import duration
     from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of
@@ -195,7 +192,8 @@ def simulate(**options: Any) -> None:
         if done < settings.rules.rounds:
             took_s, simulated_s = time.monotonic() - began, loop.time()
             fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
-            console.line("simulated", _told(simulated_s, took_s), fields)
+            said = f"simulated {duration(simulated_s)} in {took_s:.1f} s"
+            console.line("simulated", said, fields)
     if state.outcome == "stopped":
         how = endings.after_a_stop(state, store.shown)
         raise RunError(f"the run stopped: {state.reason}; {how}")
@@ -242,9 +240,3 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
         plot_partition(whole, **asked).savefig(file, dpi=150)
     except (OSError, ValueError) as why:
         raise UsageError(f"--plot-partition: cannot write {file}: {why}") from None
-
-
-def _told(simulated_s: float, took_s: float) -> str:
-    from fluffle_coordinator.observe.explain_sentences import duration
-
-    return f"simulated {duration(simulated_s)} in {took_s:.1f} s"

@@ -31,11 +31,6 @@ class Divisible(Protocol):
         """
 
 
-def names(clients: int) -> list[str]:
-    """Return a name for each client."""
-    return numbered("client", clients)
-
-
 def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> dict[str, Task]:
     """Divide a task among clients; return their tasks by client name.
 
@@ -49,9 +44,10 @@ def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -
         UsageError: if there is no such column, or there are too few examples.
     """
     parts = parts_of(whole, partition, clients, seed)
+    names = numbered("client", clients)
     return {
         name: whole.part(rows, number)
-        for number, (name, rows) in enumerate(zip(names(clients), parts, strict=True))
+        for number, (name, rows) in enumerate(zip(names, parts, strict=True))
     }
 
 
@@ -91,5 +87,5 @@ def each_its_own(
         ) from None
     return {
         name: make(TaskOptions(data=one, worker=name, seed=seed))
-        for name, one in zip(names(clients), given, strict=True)
+        for name, one in zip(numbered("client", clients), given, strict=True)
     }

@@ -20,11 +20,10 @@ from fluffle_coordinator.machine.state import State
 from fluffle_coordinator.observe.journal_file import JournalFile
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
-from fluffle_coordinator.service.hooks import Evaluate
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.inbox import Record
-from fluffle_worker.task import EvalResult, Task
+from fluffle_worker.task import Task
 
 # Number of missed heartbeats after which a client counts as gone: idle clients send none.
 _NEVER = 10**9
@@ -152,27 +151,14 @@ def tested_every(
     """
     if settings.hooks.evaluate is not None or whole is None:
         return settings
-    test = _evaluated_every(whole, every, done, settings.rules.rounds)
-    return replace(settings, hooks=replace(settings.hooks, evaluate=test))
-
-
-def _evaluated_every(task: Task, every: int, begin: int, last: int) -> Evaluate:
-    """Return a hook that evaluates every so many rounds' model on a task's held-out data.
-
-    Args:
-        task: the task.
-        every: evaluate every so many rounds' model.
-        begin: the number of rounds already committed.
-        last: the number of the last round, whose model is always evaluated.
-    """
-    number = begin
+    number = done
 
     def evaluate(weights: Weights) -> Mapping[str, float]:
         nonlocal number
         number += 1
-        if number % every and number != last:
+        if number % every and number != settings.rules.rounds:
             return {}
-        found: EvalResult | None = task.evaluate(weights)
+        found = whole.evaluate(weights)
         return {} if found is None else {"loss": found.loss, **found.metrics}
 
-    return evaluate
+    return replace(settings, hooks=replace(settings.hooks, evaluate=evaluate))

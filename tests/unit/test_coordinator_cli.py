@@ -64,6 +64,12 @@ def test_upload_dtype_and_compress_exclude_each_other():
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)
 
 
+def test_a_quorum_that_no_sample_can_reach_is_refused():
+    flags = ["--federation", "f", "--quorum", "3", "--sample", "2"]
+    with pytest.raises(UsageError, match="--quorum 3 needs more updates than --sample 2 asks for"):
+        CliRunner().invoke(coordinator, flags, catch_exceptions=False)
+
+
 @pytest.mark.parametrize("command", [coordinator, simulate])
 @pytest.mark.parametrize(
     "flags", [("--quorum", "2"), ("--grace", "1"), ("--fraction", "1"), ("--over-provision", "1")]

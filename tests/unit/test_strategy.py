@@ -281,6 +281,11 @@ def needing(**needs):
             {"quorum": Quorum(number=2)},
             "needs at least 3 updates per round, but --quorum 2 closes a round with 2",
         ),
+        (
+            {"min_updates": 3},
+            {"sample": 2},
+            "needs at least 3 updates per round, but --sample 2 asks for 2; give --sample 3",
+        ),
     ],
 )
 def test_a_run_that_does_not_meet_a_strategys_needs_is_refused(needs, rules, message):

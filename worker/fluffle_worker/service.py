@@ -25,7 +25,7 @@ from fluffle_common.protocol.events import (
     Waiting,
     Welcomed,
 )
-from fluffle_common.protocol.exchanges import Exchanges
+from fluffle_common.protocol.exchanges import Handlers, handle_exchange
 from fluffle_common.protocol.messages import (
     Evaluate,
     Exchange,
@@ -99,10 +99,10 @@ class WorkerService:
         training: Training | None = None,
         form: Signature | None = None,
         codecs: Registry = CODECS,
-        exchanges: Exchanges | None = None,
+        exchanges: Handlers | None = None,
     ) -> None:
         self._settings, self._task, self._topology = settings, task, topology
-        self._record, self._bar, self._exchanges = record, bar, exchanges or Exchanges()
+        self._record, self._bar, self._exchanges = record, bar, exchanges or {}
         keep_in(settings.state_dir, task)
         self._state = machine.State()
         self._outcome = "finished"  # of the run, once it has ended
@@ -242,7 +242,7 @@ class WorkerService:
         """Handle one phase of a multi-phase protocol and send the replies in order."""
         if message.run != self._run:
             return  # of an earlier run
-        for sent, body in self._exchanges.receive(message, payload):
+        for sent, body in handle_exchange(self._exchanges, message, payload):
             key = f"{sent.message.kind}.{self._settings.worker}"
             await send(link, sent.message, Route(self._topology.results, [key]), body)
 

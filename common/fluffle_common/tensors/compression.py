@@ -40,7 +40,7 @@ from fluffle_common.tensors.codecs.base import (
     codec_error,
     location_of,
 )
-from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES, Registry
+from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES
 from fluffle_common.tensors.table import MAX_TENSOR_NAME
 from fluffle_common.tensors.weights import (
     Array,
@@ -151,16 +151,13 @@ def _encode(
     return encoded
 
 
-def decompress(
-    tensors: Weights, encoding: str | None, like: Weights, codecs: Registry = CODECS
-) -> Weights:
+def decompress(tensors: Weights, encoding: str | None, like: Weights) -> Weights:
     """Decode an untrusted delta, checking dtypes and shapes before anything is decoded.
 
     Args:
         tensors: the tensors as they were sent.
         encoding: the codec's name in the message; None for plain tensors.
         like: the model's weights.
-        codecs: the codecs that may be used.
 
     Returns:
         The delta. Tensors that are not encoded, or do not belong to the model, are returned
@@ -174,7 +171,7 @@ def decompress(
     """
     if encoding is None:
         return tensors
-    codec = codecs.get(encoding)
+    codec = CODECS.get(encoding)
     rest = dict(tensors)
     delta: dict[str, Array] = {}
     for name, base in like.items():
@@ -217,10 +214,7 @@ def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Arr
 
 
 def check_announced_signature(
-    announced: Mapping[str, _Form],
-    encoding: str | None,
-    like: Weights,
-    codecs: Registry = CODECS,
+    announced: Mapping[str, _Form], encoding: str | None, like: Weights
 ) -> None:
     """Check that tensors with these dtypes and shapes can be a delta for ``like``, as encoded.
 
@@ -230,7 +224,7 @@ def check_announced_signature(
     Raises:
         ValueError: naming the tensors that are missing, unknown or different.
     """
-    codec = None if encoding is None else codecs.get(encoding)
+    codec = None if encoding is None else CODECS.get(encoding)
     rest, missing = dict(announced), []
     for name, base in like.items():
         plain = rest.get(name)

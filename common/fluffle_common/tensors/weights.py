@@ -86,7 +86,7 @@ def delta(trained: Weights, received: Weights) -> Weights:
     Raises:
         ValueError: if names, shapes or dtypes differ, or a difference of 64-bit integers overflows.
     """
-    base = as_dict(received)
+    base = dict(received)
     layout = layout_for(received)
     if signature_of(trained) != layout.signature:  # the order may differ
         same_form(trained, base)
@@ -111,11 +111,6 @@ def _subtract(name: str, new: Array, old: Array, out: Array | None = None) -> Ar
             "keep it out of the weights, or use integers of 32 bits"
         )
     return difference
-
-
-def as_dict(weights: Weights) -> dict[str, Array]:
-    """Return the tensors in a new dict."""
-    return dict(weights.as_dict if isinstance(weights, Tensors) else weights)
 
 
 def read_only(tensor: Array) -> Array:

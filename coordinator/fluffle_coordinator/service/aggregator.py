@@ -36,6 +36,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.user_calls import call_user
 from fluffle_coordinator.storage.round_stats import Clock
+from fluffle_coordinator.storage.run_store import new_base
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.decoding import (
     check_metrics,
@@ -76,8 +77,8 @@ class Aggregator:
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
         frozen: the model's frozen tensors; empty before the first weights arrive.
-        averaged: called with the new weights and the tensors broadcast with them, before they are
-            on disk, so that their digest is ready when they are sent.
+        averaged: called with a round's number and the name of the weights that it made, while
+            they are being written to disk.
         folder: the folder of the files that hold large updates until they are checked.
     """
 
@@ -93,7 +94,7 @@ class Aggregator:
         record: Callable[[RunEvent], object] = lambda _: None,
         resumed: tuple[int, Weights] | None = None,
         frozen: Weights = NO_TENSORS,
-        averaged: Callable[[Weights, Weights], object] = lambda *_: None,
+        averaged: Callable[[int, str], object] = lambda *_: None,
         folder: Path | None = None,
     ) -> None:
         self.weights, self.frozen = weights, frozen
@@ -245,7 +246,6 @@ class Aggregator:
         ticket = held.how.ticket
         try:
             payload = await self._fetcher.payload(held)
-            self._fetcher.fetch_next()
             received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
             # Folding touches the whole model, however small the encoded update is.
             nbytes = max(received, size_bytes(self._base))
@@ -352,6 +352,7 @@ class Aggregator:
         average = Average(
             number,
             result.weights,
+            new_base(),
             asked,
             self._participants,
             self._clock,
@@ -359,10 +360,10 @@ class Aggregator:
             result.spent,
         )
         self._committer.commit(average)
-        self._averaged(result.weights, result.broadcast)
         self.weights, self._state, self.broadcast = result.weights, result.state, result.broadcast
         self._clock = Clock()
         self._participants, self._closing = [], False
+        self._averaged(number, average.base)
 
     async def _off_loop(self, nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
         """Call ``work``, whose time grows with ``nbytes``: in a thread, unless that is small."""

@@ -45,7 +45,7 @@ from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 if TYPE_CHECKING:
-    from fluffle_coordinator.dashboard.page import Page
+    from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 
 
 def run_coordinator(options: dict[str, Any]) -> None:
@@ -145,6 +145,11 @@ def _rules_of(options: dict[str, Any]) -> Rules:
     sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
         raise UsageError("--fraction conflicts with --sample; use only one of them")
+    if sample is not None and (quorum.number or 1) > sample:
+        raise UsageError(
+            f"--quorum {quorum.number} needs more updates than --sample {sample} asks for; lower "
+            "--quorum or raise --sample"
+        )
     least = quorum.number or 1
     if min_workers:
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
@@ -184,7 +189,7 @@ async def coordinate(
     watcher: Watcher,
     *,
     journaled: bool = True,
-    page: Page | None = None,
+    page: CoordinatorSource | None = None,
     fresh: bool = False,
 ) -> State:
     """Begin or resume the run in a folder, and run it to its end.
@@ -252,13 +257,18 @@ def _beginning(
         yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
 
 
-def _page(options: dict[str, Any], topology: Topology) -> Page | None:
+def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | None:
     """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
     from fluffle_coordinator.dashboard import needs
 
     with needs():
-        from fluffle_coordinator.dashboard.page import Page
+        from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
+        from fluffle_coordinator.dashboard.feed import queue_asker
+        from fluffle_coordinator.dashboard.server import listen
     url = broker_url(options["url"])
-    return Page(options["dashboard"], topology, url, management_of(url, options["management"]))
+    ask_queues = queue_asker(topology, url, management_of(url, options["management"]))
+    # Bound at once, so that a port in use stops the command before the run begins.
+    listening = listen(options["dashboard"], "--dashboard")
+    return CoordinatorSource(topology.federation, listening, ask_queues)

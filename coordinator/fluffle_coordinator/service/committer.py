@@ -59,6 +59,7 @@ class Average:
     Args:
         number: the round.
         weights: the new weights.
+        base: their name.
         asked: the workers that were asked.
         participants: the history's entry for each update in the sum, in the order of folding.
         clock: the round's timings.
@@ -69,6 +70,7 @@ class Average:
 
     number: int
     weights: Weights
+    base: str
     asked: tuple[str, ...]
     participants: list[dict[str, Any]]
     clock: Clock
@@ -192,7 +194,7 @@ class Committer:
             self._jobs.put(record)
 
     async def _commit(self, average: Average) -> None:
-        number, clock, base = average.number, average.clock, new_base()
+        number, clock, base = average.number, average.clock, average.base
         metadata = {**self._metadata(number), "base": base}
         line: dict[str, Any] = {
             "event": "committed",

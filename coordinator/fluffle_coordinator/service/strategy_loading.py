@@ -120,6 +120,11 @@ def rules_for(
             f"the strategy {named.name} needs at least {fewest} updates per round, but --quorum "
             f"{quorum} closes a round with {quorum}; give --quorum {fewest} or more, or all"
         )
+    if rules.sample is not None and rules.sample < fewest:
+        raise UsageError(
+            f"the strategy {named.name} needs at least {fewest} updates per round, but --sample "
+            f"{rules.sample} asks for {rules.sample}; give --sample {fewest} or more"
+        )
     buffer = getattr(schedule, "buffer", fewest)  # only Buffered has one
     if buffer < fewest:
         raise UsageError(
