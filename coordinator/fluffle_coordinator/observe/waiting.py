@@ -80,7 +80,7 @@ def missing(state: State, now: float) -> str:
 def in_brief(state: State, now: float) -> str:
     """Return what the run waits for, in a few words, without the workers' names."""
     match state.phase:
-        case Phase.WAITING if len(state.workers) < state.workers_needed:
+        case Phase.WAITING if _lacking(state) == "workers":
             return f"workers: {len(state.workers)} of {state.workers_needed} connected"
         case Phase.OPEN:
             counts = Counter(doing.state for doing in _doings(state, now))
