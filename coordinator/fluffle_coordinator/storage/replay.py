@@ -301,11 +301,11 @@ def _ordered(tensor: Array) -> Array:
     """Map values to unsigned integers in the same order, in which neighbours differ by one."""
     bits = np.ascontiguousarray(tensor).reshape(-1)
     unsigned: Array = bits.view(np.dtype(f"u{tensor.dtype.itemsize}"))
+    ordered = unsigned
     top = unsigned.dtype.type(1 << (8 * tensor.dtype.itemsize - 1))
     if tensor.dtype.kind == "i":
-        return unsigned ^ top
-    if is_float(tensor.dtype):
+        ordered = unsigned ^ top
+    elif is_float(tensor.dtype):
         # Floats are sign and magnitude: negative ones are in reverse order, and -0 is next to 0.
-        ordered: Array = np.where(unsigned & top, ~unsigned, unsigned | top)
-        return ordered
-    return unsigned
+        ordered = np.where(unsigned & top, ~unsigned, unsigned | top)
+    return ordered
