@@ -50,11 +50,9 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--min-workers",
     type=count(),
-    help=(
-        "Number of workers that must be connected before the first round starts. A fraction as "
-        "quorum never means fewer updates than that fraction of this number.  [default: --quorum "
-        "if it is a number, else 2]"
-    ),
+    help="Number of workers that must be connected before the first round starts. A fraction as "
+    "quorum never means fewer updates than that fraction of this number.  [default: --quorum if it "
+    "is a number, else 2]",
 )
 @click.option(
     "--quorum",
@@ -80,10 +78,8 @@ def run_option(command: Any) -> Any:
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
-    help=(
-        "What to do when the deadline passes: reopen the round with the workers present, close "
-        "it with the updates that have arrived (at least --min-updates), or stop the run."
-    ),
+    help="What to do when the deadline passes: reopen the round with the workers present, close it "
+    "with the updates that have arrived (at least --min-updates), or stop the run.",
 )
 @click.option(
     "--min-updates",
@@ -96,27 +92,20 @@ def run_option(command: Any) -> Any:
     "--strategy",
     default="fedavg",
     metavar="NAME[:ARGUMENTS]|path.py:name",
-    help=(
-        "Strategy that turns updates into the next model, such as fedadam:lr=0.03, median or "
-        "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or a strategy object in your own "
-        "file."
-    ),
+    help="Strategy that turns updates into the next model, such as fedadam:lr=0.03, median or "
+    "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or a strategy object in your own file.",
 )
 @click.option(
     "--evaluate",
     metavar="path.py:name",
-    help=(
-        "Function of yours that tests the model of every round: it maps a dict of weights by "
-        "name to a dict of metrics by name. The next round starts when it returns."
-    ),
+    help="Function of yours that tests the model of every round: it maps a dict of weights by name "
+    "to a dict of metrics by name. The next round starts when it returns.",
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help=(
-        "Function of yours that is called after every commit. If it returns a text, the run ends "
-        "with that text as its reason."
-    ),
+    help="Function of yours that is called after every commit. If it returns a text, the run ends "
+    "with that text as its reason.",
 )
 @stopping_options
 @plan_options
@@ -145,37 +134,29 @@ def run_option(command: Any) -> Any:
     type=seconds(min_open=True),
     default=86400.0,
     metavar="SECONDS",
-    help=(
-        "Hard limit on how long a round may stay open. Workers that make progress keep a round "
-        "open past its deadline, but never beyond this limit."
-    ),
+    help="Hard limit on how long a round may stay open. Workers that make progress keep a round "
+    "open past its deadline, but never beyond this limit.",
 )
 @click.option(
     "--stall-timeout",
     type=seconds(min_open=True),
     metavar="SECONDS",
-    help=(
-        "Time without progress after which a training counts as failed. It needs a task that calls "
-        "'progress' in its training.  [default: no limit; reported after 2 minutes]"
-    ),
+    help="Time without progress after which a training counts as failed. It needs a task that "
+    "calls 'progress' in its training.  [default: no limit; reported after 2 minutes]",
 )
 @click.option(
     "--max-examples",
     type=count(),
     metavar="N",
-    help=(
-        "Maximum number of examples that an update is weighted by in the average.  [default: the "
-        "number that its worker announced]"
-    ),
+    help="Maximum number of examples that an update is weighted by in the average.  [default: the "
+    "number that its worker announced]",
 )
 @click.option(
     "--max-norm-ratio",
     type=FiniteFloat(1),
     metavar="R",
-    help=(
-        "Maximum norm of an update, as a multiple of the median norm in the last five rounds; "
-        "larger updates are rejected.  [default: no limit; reported from 10 times the median on]"
-    ),
+    help="Maximum norm of an update, as a multiple of the median norm in the last five rounds; "
+    "larger updates are rejected.  [default: no limit; reported from 10 times the median on]",
 )
 @click.option("--fresh", is_flag=True, help="Start a new run; an earlier run is moved aside.")
 @click.option(
@@ -193,26 +174,20 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help=(
-        "Require that each worker's user name on the broker is the worker's id; messages that "
-        "another user sends under that id are rejected."
-    ),
+    help="Require that each worker's user name on the broker is the worker's id; messages that "
+    "another user sends under that id are rejected.",
 )
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help=(
-        "Keep every counted update in the run folder, for 'fluffle replay'. Each round then "
-        "takes as much disk space as its updates."
-    ),
+    help="Keep every counted update in the run folder, for 'fluffle replay'. Each round then takes "
+    "as much disk space as its updates.",
 )
 @click.option(
     "--dashboard",
     metavar="HOST:PORT",
-    help=(
-        "Address of a read-only live page of the run, such as 127.0.0.1:8080, with /metrics for "
-        "Prometheus; port 0 chooses a free port. Needs 'fluffle[dashboard]'."
-    ),
+    help="Address of a read-only live page of the run, such as 127.0.0.1:8080, with /metrics for "
+    "Prometheus; port 0 chooses a free port. Needs 'fluffle[dashboard]'.",
 )
 @management_option
 @queue_type_option

@@ -72,10 +72,8 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
     "--since",
     callback=_since,
     metavar="WHEN",
-    help=(
-        "Show only events since this time: an age such as 90s, 10m, 2h or 3d, or a date and time "
-        "such as 2026-03-01T12:00."
-    ),
+    help="Show only events since this time: an age such as 90s, 10m, 2h or 3d, or a date and time "
+    "such as 2026-03-01T12:00.",
 )
 @click.option(
     "--round", "number", type=count(0), metavar="N", help="Show only events of this round."
@@ -86,10 +84,8 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
     "kinds",
     multiple=True,
     metavar="EVENT",
-    help=(
-        "Show only events of this kind, such as counted, late or rejected; may be given "
-        "several times."
-    ),
+    help="Show only events of this kind, such as counted, late or rejected; may be given several "
+    "times.",
 )
 @_run_id_option
 @click.option("--follow", "-f", is_flag=True, help="Continue with new events as they happen.")

@@ -70,32 +70,26 @@ schedule_options = option_group(
         type=FiniteFloat(1, 100),
         default=1.0,
         metavar="P",
-        help=(
-            "Factor by which to select more workers than --fraction or --sample: 1.3 selects 130 "
-            "%. A fraction as --quorum still refers to the smaller number, so the first updates "
-            "to arrive can close the round."
-        ),
+        help="Factor by which to select more workers than --fraction or --sample: 1.3 selects 130 "
+        "%. A fraction as --quorum still refers to the smaller number, so the first updates to "
+        "arrive can close the round.",
     ),
     click.option(
         "--select",
         type=Parsed("selection", _selection),
         default="uniform",
         metavar="NAME|PATH.PY:NAME",
-        help=(
-            "How to select workers: uniform (at random), poisson (each independently at random), "
-            "weighted (in proportion to their examples), round-robin (in turn), or fastest:0.2 "
-            "(the fastest, with 20 % of the places given in turn)."
-        ),
+        help="How to select workers: uniform (at random), poisson (each independently at random), "
+        "weighted (in proportion to their examples), round-robin (in turn), or fastest:0.2 (the "
+        "fastest, with 20 % of the places given in turn).",
     ),
     click.option(
         "--schedule",
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
-        help=(
-            "When to make the next model. quorum: in synchronous rounds that close at a quorum. "
-            "buffered: asynchronous; idle workers train the newest model at once, and every "
-            "--buffer updates make the next (docs/schedules.md)."
-        ),
+        help="When to make the next model. quorum: in synchronous rounds that close at a quorum. "
+        "buffered: asynchronous; idle workers train the newest model at once, and every --buffer "
+        "updates make the next (docs/schedules.md).",
     ),
     click.option(
         "--buffer",
@@ -107,37 +101,29 @@ schedule_options = option_group(
         "--concurrency",
         type=count(),
         metavar="C",
-        help=(
-            "Maximum number of workers that train at the same time, with --schedule buffered.  "
-            "[default: all]"
-        ),
+        help="Maximum number of workers that train at the same time, with --schedule buffered.  "
+        "[default: all]",
     ),
     click.option(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help=(
-            "Maximum staleness of an update, in versions of the model; staler updates are "
-            "discarded.  [default: 20 with 'buffered', 2 with '--late discount']"
-        ),
+        help="Maximum staleness of an update, in versions of the model; staler updates are "
+        "discarded.  [default: 20 with 'buffered', 2 with '--late discount']",
     ),
     click.option(
         "--staleness",
         type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
-        help=(
-            "Fraction of its weight that a stale update keeps: constant, polynomial:a, hinge:a,b "
-            "or threshold:s.  [default: polynomial:0.5]"
-        ),
+        help="Fraction of its weight that a stale update keeps: constant, polynomial:a, hinge:a,b "
+        "or threshold:s.  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",
         type=click.Choice(["discard", "discount"]),
         default="discard",
-        help=(
-            "What to do with an update that arrives after its synchronous round: discard it, or "
-            "add it to the open round with a weight discounted by --staleness."
-        ),
+        help="What to do with an update that arrives after its synchronous round: discard it, or "
+        "add it to the open round with a weight discounted by --staleness.",
     ),
 )
 
