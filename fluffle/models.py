@@ -12,6 +12,8 @@ from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, read_frozen, save_frozen
 
+_SHOWN = 5  # names of a difference that are listed
+
 if TYPE_CHECKING:
     from flax import nnx
     from torch import nn
@@ -135,9 +137,6 @@ def _with_frozen(file: Path) -> tuple[Weights, Weights]:
         return weights, read_frozen(file.parent, metadata.get(IN_METADATA, "")).tensors
     except UsageError as why:
         raise UsageError(f"the frozen tensors that belong to {file} are missing: {why}") from None
-
-
-_SHOWN = 5
 
 
 def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:
