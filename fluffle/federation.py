@@ -19,7 +19,6 @@ from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -207,14 +206,13 @@ class Federation:
             thread.end(max(0.0, deadline - time.monotonic()))
 
     async def _coordinate(self) -> State:
-        journal = None if self._url is None else Journal(self._topology)
         return await coordinate(
             self._settings,
             self._transport("coordinator"),
             self._topology,
             self._store,
-            Watchers(self._watcher, *([journal] if journal else [])),
-            journal=journal,
+            self._watcher,
+            journaled=self._url is not None,
             fresh=self._fresh,
         )
 

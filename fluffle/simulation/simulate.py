@@ -54,7 +54,7 @@ async def simulate_run(
     journal = JournalFile(store.folder, settings.federation)
     watchers = Watchers(watcher, journal)
     run = asyncio.ensure_future(
-        coordinate(settings, broker, topology, store, watchers, journal=None, fresh=fresh)
+        coordinate(settings, broker, topology, store, watchers, journaled=False, fresh=fresh)
     )
     taking_part = asyncio.ensure_future(fleet.run())
     try:

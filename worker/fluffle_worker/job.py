@@ -31,7 +31,6 @@ from fluffle_common.tensors.groups import (
     ExtraForm,
     Groups,
     check_extra,
-    forms_of,
     select_tensors,
 )
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
@@ -240,7 +239,7 @@ def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
             "none; use --local-rule to add the local rule that belongs to the strategy"
         )
     try:
-        check_extra(forms_of(extra), wanted, model)
+        check_extra(extra, wanted, model)
         check_finite(extra)
     except ValueError as wrong:
         raise TaskError(

@@ -2,7 +2,8 @@
 
 A task owns one data owner's data and model code. It receives the global weights and a plan, and
 returns trained weights; it knows nothing about brokers or other workers. Any object with the three
-methods is a task, whatever its framework; ``flax_task`` and ``sklearn_task`` are adapters.
+methods is a task, whatever its framework; ``flax_task``,
+``torch_task`` and ``sklearn_task`` are adapters.
 """
 
 from __future__ import annotations

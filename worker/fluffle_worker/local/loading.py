@@ -41,7 +41,7 @@ def use_local_rule(task: Any, name: str) -> None:
     if not isinstance(getattr(task, "local_rule", None), BoundRule):
         raise UsageError(
             f"{_OPTION} {name} has no effect: this task applies no local rules; make the task "
-            "with flax_task, or call self.local_rule in its train() (docs/tasks.md)"
+            "with flax_task or torch_task, or call self.local_rule in its train() (docs/tasks.md)"
         )
     task.local_rule = BoundRule(find_rule(name), name)
 
