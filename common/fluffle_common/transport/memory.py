@@ -107,6 +107,7 @@ class MemoryLink(Link):
             while (delivery := await consumer.deliveries.get()) is not None:
                 self._check()
                 yield delivery
+                await asyncio.sleep(0)  # a full queue must not keep the loop from other tasks
             self._check()  # raises, since the link is lost
         finally:
             if consumer in source.consumers:
