@@ -13,7 +13,7 @@ import click
 from fluffle_common.cli.app import count
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.errors import RunError, UsageError
-from fluffle_coordinator.cli.coordinator import coordinator, rules_of
+from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.cli.schedule_options import check_schedule_options
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def simulate(**options: Any) -> None:
     whole, tasks = _tasks(options)
     if options["plot_partition"] is not None:
         _plot(whole, options)
-    settings = settings_of(rules_of({**options, "min_workers": number}), options)
+    settings = settings_of({**options, "min_workers": number})
     store = RunStore(options["folder"] or Path("runs") / settings.federation)
     done = 0 if options["fresh"] else committed(store.folder)
     settings = tested_every(settings, whole, options["test_every"] or 1, done)

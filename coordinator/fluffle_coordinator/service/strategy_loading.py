@@ -16,6 +16,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
+from fluffle_coordinator.service.user_calls import call_guarded
 from fluffle_coordinator.storage.run_store import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -67,6 +68,7 @@ def _checked(name: str, value: Any) -> Any:
 
     Raises:
         UsageError: if it is a class or lacks some of them.
+        TaskError: if its code fails.
     """
     attribute = name.rpartition(":")[2]
     if isinstance(value, type):
@@ -74,8 +76,12 @@ def _checked(name: str, value: Any) -> Any:
             f"--strategy {name} is a class, not a strategy; create an instance in the file, such "
             f"as my_{attribute.lower()} = {attribute}(), and name the instance"
         )
-    missing = [f"{method}()" for method in _METHODS if not callable(getattr(value, method, None))]
-    if not isinstance(getattr(value, "needs", None), Needs):
+    found = {
+        field: call_guarded(f"strategy {name}", field, getattr, value, field, None)
+        for field in (*_METHODS, "needs")
+    }
+    missing = [f"{method}()" for method in _METHODS if not callable(found[method])]
+    if not isinstance(found["needs"], Needs):
         missing.append("needs (a Needs object)")
     if missing:
         kind = type(value).__name__
