@@ -8,13 +8,15 @@ it when the client's device would have finished.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fluffle.simulation.availability import ALWAYS, Availability
+from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.events import Traceback, Unfit
@@ -29,8 +31,6 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
-from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import size_bytes
 from fluffle_common.transport.base import Body, Delivery, Link, Transport
@@ -39,13 +39,12 @@ from fluffle_worker.error_feedback import Residual
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import ReceivedTensors, Record, read_work
-from fluffle_worker.job import Job, execute, work_of
+from fluffle_worker.job import Job, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import one_line
 
 # The heartbeat interval of a client at work. Idle clients send none, since nobody is ever gone.
 _HEARTBEAT_S = 60.0
@@ -55,22 +54,14 @@ _PREFETCH = 100
 
 @dataclass(eq=False)
 class Client:
-    """One simulated client.
-
-    Args:
-        name: the worker id.
-        task: the model and the data.
-        device: the speed of its computation and connection.
-        availability: when it is present.
-        rng: the generator of its times present and away.
-    """
+    """One simulated client; ``rng`` generates its times present and away."""
 
     name: str
     task: Task
-    device: Device = field(default_factory=Device)
-    availability: Availability = ALWAYS
-    rng: np.random.Generator = field(default_factory=np.random.default_rng)
-    present: bool = True
+    device: Device
+    availability: Availability
+    rng: np.random.Generator
+    present: bool
     presence: Presence = field(init=False)  # a new one each time that it comes
     at_work: tuple[Work, asyncio.Task[None]] | None = None
     residual: Residual = field(default_factory=Residual)
@@ -80,30 +71,21 @@ class Client:
 class Fleet:
     """All clients of a federation.
 
-    Args:
-        clients: the clients.
-        federation: the name of the federation.
-        topology: the names on the broker.
-        transport: the connection to the broker.
-        task: the name of the task, for the run's files.
-        record: called with events about the tasks' faults: unusable results and tracebacks, each
-            reported once for all clients.
-        codecs: the codecs that updates may be encoded with.
+    ``task`` is the name of their task, for the run's files. ``record`` is called with events about
+    the tasks' faults, each reported once for all clients.
     """
 
     def __init__(
         self,
-        clients: list[Client],
+        clients: Sequence[Client],
         *,
-        federation: str,
         topology: Topology,
         transport: Transport,
         task: str,
-        record: Record = lambda _: None,
-        codecs: Registry = CODECS,
+        record: Record,
     ) -> None:
-        self._clients, self._federation, self._topology = clients, federation, topology
-        self._transport, self._task, self._codecs = transport, task, codecs
+        self._clients, self._topology = clients, topology
+        self._transport, self._task = transport, task
         self._acting = ""  # the client whose task is running
         self._results = Results(
             report=lambda reason: record(Unfit(reason=f"at {self._acting}, {reason}")),
@@ -146,7 +128,7 @@ class Fleet:
 
     async def _say_hello(self, client: Client) -> None:
         settings = WorkerSettings(
-            self._federation, client.name, self._task, heartbeat_s=_HEARTBEAT_S
+            self._topology.federation, client.name, self._task, heartbeat_s=_HEARTBEAT_S
         )
         client.presence = Presence(settings, client.task, self._topology, *self._model(client.task))
         await client.presence.greet(self._link)
@@ -188,7 +170,7 @@ class Fleet:
         message, payload = self._decoded(body)
         match message:
             case InitRequest():
-                self._begin(client, Job(work_of(message), message, {}))
+                self._begin(client, Job(message))
             case Fit() | Evaluate() if message.transfer is not None:
                 client.assembly = message, Assembly(message.transfer, _MAX_MODEL_BYTES)
             case Fit() | Evaluate():
@@ -209,7 +191,7 @@ class Fleet:
     def _decoded(self, body: Body) -> tuple[Message, memoryview]:
         """Decode a message; one body sent to many clients is decoded once."""
         if self._read is None or self._read[0] is not body:
-            self._read, self._brought = (body, *decode(body, self._federation)), None
+            self._read, self._brought = (body, *decode(body, self._topology.federation)), None
         return self._read[1], self._read[2]
 
     # --- work ----------------------------------------------------------------------------------
@@ -217,7 +199,7 @@ class Fleet:
     def _work(self, client: Client, message: Fit | Evaluate, received: ReceivedTensors) -> None:
         weights, broadcast, frozen = received
         self._model(client.task)[1].receive(frozen)
-        self._begin(client, Job(work_of(message), message, weights, broadcast))
+        self._begin(client, Job(message, weights, broadcast))
 
     def _begin(self, client: Client, job: Job) -> None:
         """Begin a piece of work, unless it is already under way; newer work ends older."""
@@ -242,14 +224,13 @@ class Fleet:
             execute(
                 job,
                 client.task,
-                {"federation": self._federation, "worker": client.name},
+                {"federation": self._topology.federation, "worker": client.name},
                 evaluated=lambda: None,
                 progress=progress,
                 residual=lambda: client.residual,
                 results=self._results,
                 form=form,
                 frozen=frozen,
-                codecs=self._codecs,
             )
         except (Exception, SystemExit) as why:
             trace = why.__traceback__  # begins with this function
@@ -291,6 +272,6 @@ class Fleet:
             message,
             weights,
             Route(results, [f"{message.kind}.{name}"]),
-            others={EXTRA: job.extra, FROZEN: job.frozen},
+            others=job.others,
             parts=Route(results, [f"part.{name}"], durable=False),
         )

@@ -34,11 +34,7 @@ class Divisible(Protocol):
 def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> dict[str, Task]:
     """Divide a task among clients; return their tasks by client name.
 
-    Args:
-        whole: the task with all examples.
-        partition: the rule; ``by:COLUMN`` needs ``whole.columns[COLUMN]``.
-        clients: the number of clients.
-        seed: the seed of the rule.
+    The partition ``by:COLUMN`` needs ``whole.columns[COLUMN]``.
 
     Raises:
         UsageError: if there is no such column, or there are too few examples.
@@ -68,12 +64,8 @@ def each_its_own(
 ) -> dict[str, Task]:
     """Make a separate task for each client.
 
-    Args:
-        make: makes a task from its options, like the function that ``--task`` names.
-        data: the ``--data`` of each task; ``{client}`` is replaced by the client's number, from 0,
-            and ``{clients}`` by the number of clients.
-        clients: the number of clients.
-        seed: the ``--seed`` of each task.
+    In ``data``, the ``--data`` of each task, ``{client}`` is replaced by the client's number, from
+    0, and ``{clients}`` by the number of clients.
 
     Raises:
         UsageError: if ``data`` has other braces.

@@ -41,14 +41,8 @@ async def simulate_run(
 ) -> State:
     """Run a federation of simulated clients to its end, in the time of a ``SimulatedLoop``.
 
-    Args:
-        settings: the coordinator's settings.
-        clients: the clients.
-        store: the run folder, locked; an earlier run in it is continued.
-        watcher: watches the run.
-        task: the name of the task, for the run's files.
-        record: called with events about the tasks' faults: unusable results and tracebacks.
-        fresh: whether to start a new run and move an earlier one aside.
+    An earlier run in the folder is continued unless ``fresh``. See ``Fleet`` for ``task`` and
+    ``record``.
 
     Raises:
         RunError: if no further event is due although the run has not ended.
@@ -56,14 +50,7 @@ async def simulate_run(
     """
     settings = _for_clients(settings, clients)
     broker, topology = MemoryBroker(), Topology(settings.federation)
-    fleet = Fleet(
-        list(clients),
-        federation=settings.federation,
-        topology=topology,
-        transport=broker,
-        task=task,
-        record=record,
-    )
+    fleet = Fleet(clients, topology=topology, transport=broker, task=task, record=record)
     journal = JournalFile(store.folder, settings.federation)
     watchers = Watchers(watcher, journal)
     run = asyncio.ensure_future(
@@ -113,11 +100,8 @@ def clients_of(
 ) -> list[Client]:
     """Return a client for each task, by name.
 
-    Args:
-        tasks: the tasks, by the names of the clients.
-        owned: a device for each client; None means that nothing takes any time.
-        availability: when each client is present.
-        seed: the seed of their times present and away.
+    ``owned`` has a device for each client; None means that nothing takes any time. ``seed`` is that
+    of the times present and away.
 
     Raises:
         UsageError: if the numbers of devices and tasks differ.
@@ -132,22 +116,17 @@ def clients_of(
     for number, ((name, task), device) in enumerate(zip(tasks.items(), devices, strict=True)):
         rng = np.random.default_rng([seed, number])
         present = availability.begin(rng)
-        made.append(Client(name, task, device, availability, rng, present=present))
+        made.append(Client(name, task, device, availability, rng, present))
     return made
 
 
 def tested_every(
     settings: CoordinatorSettings, whole: Task | None, every: int, done: int
 ) -> CoordinatorSettings:
-    """Return settings that test models on a divided task's held-out data.
+    """Return settings that test models on the held-out data of the task that was divided.
 
+    They test every so many rounds' model, and the last one; ``done`` rounds are already committed.
     They are unchanged if they already have an ``evaluate`` hook, or no task was divided.
-
-    Args:
-        settings: the settings of the run.
-        whole: the task that was divided among the clients, or None.
-        every: test every so many rounds' model, and the last one.
-        done: the number of rounds already committed.
     """
     if settings.hooks.evaluate is not None or whole is None:
         return settings

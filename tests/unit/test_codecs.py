@@ -17,6 +17,7 @@ from fluffle_common.tensors.codecs import registry
 from fluffle_common.tensors.codecs.base import BrokenCodec, CodecError, Part, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
 from fluffle_common.tensors.compression import check_announced_signature, compress, decompress
+from fluffle_common.tensors.layout import Place
 from fluffle_coordinator.cli.compress_option import COMPRESS
 
 DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).reshape(30, 100) / 7}
@@ -80,11 +81,10 @@ def test_a_users_codec_encodes_and_decodes(codecs):
     }  # fmt: skip
     got = decompress(encoded, "signs", DELTA)
     np.testing.assert_allclose(got["w"] + left["w"], DELTA["w"], atol=1e-4)
-    announced = {name: (tensor.dtype, tensor.shape) for name, tensor in encoded.items()}
-    check_announced_signature(announced, "signs", DELTA)
-    announced["w#size"] = (np.dtype(np.float32), (10**9,))
+    check_announced_signature(encoded, "signs", DELTA)
+    too_long = {**encoded, "w#size": Place(np.dtype(np.float32), (10**9,), 0, 10**9)}
     with pytest.raises(ValueError, match="'w#size' is float32"):
-        check_announced_signature(announced, "signs", DELTA)
+        check_announced_signature(too_long, "signs", DELTA)
 
 
 def test_random_numbers_are_seeded_by_the_plan(codecs):

@@ -234,6 +234,18 @@ def test_an_event_that_cannot_be_shown_is_warned_of_once(
     assert live.feed.board.snapshot()["workers"][0]["name"] == "north"
 
 
+def test_a_snapshot_that_fails_is_not_taken_for_an_empty_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    feed = Feed(Board("letters"))
+    with monkeypatch.context() as patch:
+        patch.setattr(feed.board, "snapshot", lambda: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                feed.sections()
+    assert "run" in feed.sections()
+
+
 async def test_a_page_that_fails_does_not_end_the_run(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
+from fluffle_common.cli.user_code import sendable
 from fluffle_common.errors import BrokerError, LinkLost, TaskError
 from fluffle_common.protocol.messages import (
     MAX_TASK_CHARACTERS,
@@ -26,12 +27,9 @@ from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.machine import Work
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import described
 from fluffle_worker.task import Task, classes_of, num_examples_of
-from fluffle_worker.user_code import sendable
-
-if TYPE_CHECKING:
-    from fluffle_worker.settings import WorkerSettings
 
 _BYE_PATIENCE_S = 2.0
 # Pause before a hello that no queue received is sent again.
@@ -40,13 +38,6 @@ _HELLO_AGAIN_S = 0.5
 
 class Presence:
     """A worker's identity and current activity, and the messages that report them.
-
-    Args:
-        settings: the worker's settings.
-        task: the model and the data.
-        topology: the names on the broker.
-        form: the signature of the task's model.
-        frozen: the task's frozen tensors.
 
     Raises:
         TaskError: if the task's description does not fit into a hello.

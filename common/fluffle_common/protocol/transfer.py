@@ -28,10 +28,7 @@ _MAX_PADDING_BYTES = 4096  # between two tensors: other implementations may alig
 class Outgoing:
     """A message with tensors, ready to encode: in one body or, if large, with parts.
 
-    Args:
-        message: the header, without its tensor table.
-        weights: the tensors of the group ``model``.
-        others: the other groups.
+    ``weights`` are the tensors of the group ``model``.
 
     Raises:
         ValueError: if a tensor has an unsupported dtype.
@@ -147,10 +144,6 @@ def announced_layout(message: WithTensors) -> GroupedLayout:
 class Incoming(ABC):
     """An incoming transfer; subclasses store the parts.
 
-    Args:
-        transfer: the announcement.
-        max_bytes: the maximum size that is accepted.
-
     Raises:
         MalformedMessage: if the announced size exceeds ``max_bytes``, or the number of parts does
             not match it.
@@ -228,7 +221,7 @@ class Incoming(ABC):
 
 
 class Assembly(Incoming):
-    """A transfer that is assembled in memory; the arguments are those of ``Incoming``.
+    """A transfer that is assembled in memory.
 
     Raises:
         MalformedMessage: also if there is not enough memory.

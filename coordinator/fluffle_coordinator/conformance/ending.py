@@ -4,14 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
-from fluffle_common.protocol.messages import (
-    Bye,
-    Failure,
-    Heartbeat,
-    Hello,
-    Refusal,
-    Stop,
-)
+from fluffle_common.protocol.messages import Bye, Failure, Heartbeat, Hello, Refusal, Stop
 from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.received import Skipped, Unmet, check_rhythm
 from fluffle_coordinator.conformance.scenario import Section, demands

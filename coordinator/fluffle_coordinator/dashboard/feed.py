@@ -87,9 +87,9 @@ class Feed:
         The section ``now``, the time in seconds since 1970, is always new.
         """
         if self._sections_version != self.version:
-            self._sections_version = self.version
             snapshot = self.board.snapshot()
             self._sections = {name: as_json(section) for name, section in snapshot.items()}
+            self._sections_version = self.version
         return self._sections | {"now": as_json(wall_time())}
 
     async def ask_queues(self, max_age_s: float) -> None:

@@ -80,7 +80,7 @@ def missing(state: State, now: float) -> str:
 def in_brief(state: State, now: float) -> str:
     """Return what the run waits for, in a few words, without the workers' names."""
     match state.phase:
-        case Phase.WAITING if _lacking(state) == "workers":
+        case Phase.WAITING if not state.has_enough_workers:
             return f"workers: {len(state.workers)} of {state.workers_needed} connected"
         case Phase.OPEN:
             counts = Counter(doing.state for doing in _doings(state, now))
@@ -111,7 +111,7 @@ def _before_a_round(state: State) -> Waiting | None:
 
 def _lacking(state: State) -> str | None:
     """Return what the next round lacks, as ``Waiting.what``; None if it can open."""
-    if len(state.workers) < state.workers_needed:
+    if not state.has_enough_workers:
         return "workers"
     return None if state.has_weights else "first_weights"
 

@@ -8,10 +8,10 @@ large one runs in a thread, started by the one task that serves the job queue.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
@@ -47,20 +47,6 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
 _AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work
-
-
-class _Result(NamedTuple):
-    """The outcome of a round: the start of the next one, and what the checkpoint stores.
-
-    ``kept`` is the part of the strategy's state that the checkpoint stores; ``spent`` is the
-    privacy budget used so far.
-    """
-
-    weights: Weights
-    state: Any
-    kept: Weights
-    broadcast: Weights
-    spent: Mapping[str, float]
 
 
 class Aggregator:
@@ -169,7 +155,7 @@ class Aggregator:
         """Average the round and commit it, without the updates whose folding has not begun."""
         self._clock.close()
         if self._quick:
-            self._close(number, asked, self._finish(number))
+            self._close(*self._finish(number, asked))
         else:
             self._closing = True
             self._jobs.put(lambda: self._average(number, asked))
@@ -327,14 +313,23 @@ class Aggregator:
         self._post(ev.Folded(now, how.ticket, message.seconds, nbytes, norm))
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
-        result = await self._off_loop(size_bytes(self._base), self._finish, number)
-        self._close(number, asked, result)
+        self._close(*await self._off_loop(size_bytes(self._base), self._finish, number, asked))
 
-    def _finish(self, number: int) -> _Result:
+    def _finish(self, number: int, asked: tuple[str, ...]) -> tuple[Average, Any, Weights]:
+        """Return the average, and the strategy's next state with the tensors that it broadcasts."""
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
-        kept, broadcast = strategy.dump(state), strategy.broadcast(state)
-        return _Result(self._restored(weights), state, kept, broadcast, strategy.spent(number))
+        average = Average(
+            number,
+            self._restored(weights),
+            new_base(),
+            asked,
+            self._participants,
+            self._clock,
+            strategy.dump(state),
+            strategy.spent(number),
+        )
+        return average, state, strategy.broadcast(state)
 
     def _restored(self, weights: Weights) -> Weights:
         """Undo the noise that a private strategy added to tensors that are not trained."""
@@ -346,24 +341,14 @@ class Aggregator:
                 weights[name][...] = old
         return weights
 
-    def _close(self, number: int, asked: tuple[str, ...], result: _Result) -> None:
+    def _close(self, average: Average, state: Any, broadcast: Weights) -> None:
         """Commit the average and begin the next sum."""
         self._clock.average()
-        average = Average(
-            number,
-            result.weights,
-            new_base(),
-            asked,
-            self._participants,
-            self._clock,
-            result.kept,
-            result.spent,
-        )
         self._committer.commit(average)
-        self.weights, self._state, self.broadcast = result.weights, result.state, result.broadcast
+        self.weights, self._state, self.broadcast = average.weights, state, broadcast
         self._clock = Clock()
         self._participants, self._closing = [], False
-        self._averaged(number, average.base)
+        self._averaged(average.number, average.base)
 
     async def _off_loop(self, nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
         """Call ``work``, whose time grows with ``nbytes``: in a thread, unless that is small."""

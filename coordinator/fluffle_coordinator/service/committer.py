@@ -1,8 +1,9 @@
 """The committer: writes and fsyncs checkpoints and history lines, strictly in order.
 
 A round is committed once its history line is on disk, and the line is written after the checkpoint.
-Only then does the machine receive ``Committed``, send the new weights and acknowledge the updates.
-A crash at any earlier point therefore loses no update: the broker delivers them again.
+Only then does the machine receive ``Committed``, send the new weights and acknowledge the updates;
+of large weights, only the last part waits (``Outbox.begin``). A crash at any earlier point
+therefore loses no update: the broker delivers them again.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, encode_refusal
-from fluffle_common.protocol.events import RunEvent, Untold, Waiting
+from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
     PROTOCOL,
@@ -296,8 +296,15 @@ class Outbox:
         if sent.workers:
             self._put(lambda link: send(link, sent.message, route, body))
 
-    def refuse(self, to: MinimalHello, reason: str, code: str) -> None:
-        """Send a refusal, in the worker's protocol version and once per session."""
+    def refuse(self, to: MinimalHello, reason: str, code: str, *, report: bool = False) -> None:
+        """Send a refusal, in the worker's protocol version and once per session.
+
+        Args:
+            to: the hello that is refused.
+            reason: the reason, for people.
+            code: the reason, for programs.
+            report: whether to record an event when it is sent, as the machine does for its own.
+        """
         refusal = Refusal(
             federation=self._settings.federation,
             session=to.session,
@@ -309,6 +316,8 @@ class Outbox:
         async def refuse_once(link: Link) -> None:
             if not self.was_refused(to):
                 await send(link, refusal, route, encode_refusal(refusal, to.protocol))
+                if report:
+                    self._record(Refused(worker=to.worker, reason=reason))
                 self._refused[to.worker, to.session] = None
                 if len(self._refused) > _MAX_REFUSED:
                     del self._refused[next(iter(self._refused))]

@@ -11,5 +11,4 @@ from fluffle_common.protocol.messages.fields import *
 from fluffle_common.protocol.messages.journal import *
 from fluffle_common.protocol.messages.parsing import *
 from fluffle_common.protocol.messages.presence import *
-from fluffle_common.protocol.messages.results import *
 from fluffle_common.protocol.messages.work import *

@@ -18,8 +18,16 @@ from fluffle_common.protocol.messages.presence import (
     Refusal,
     Welcome,
 )
-from fluffle_common.protocol.messages.results import Evaluation, FirstWeights, Update, Verdict
-from fluffle_common.protocol.messages.work import Evaluate, Fit, InitRequest, Stop
+from fluffle_common.protocol.messages.work import (
+    Evaluate,
+    Evaluation,
+    FirstWeights,
+    Fit,
+    InitRequest,
+    Stop,
+    Update,
+    Verdict,
+)
 
 WithTensors = Fit | Evaluate | FirstWeights | Update
 ToWorker = Welcome | Refusal | Verdict | InitRequest | Fit | Evaluate | Stop | Exchange
