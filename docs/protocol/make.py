@@ -18,10 +18,11 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import msgpack
 import numpy as np
+from pydantic import Field, TypeAdapter
 
 from fluffle_common.protocol import messages as m
 from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
@@ -29,6 +30,7 @@ from fluffle_common.protocol.transfer import digest_of
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.frozen import frozen_of
+from fluffle_common.tensors.table import TensorEntry
 
 HERE = Path(__file__).parent
 F: dict[str, Any] = {"federation": "letters"}
@@ -363,11 +365,28 @@ def page(text: str) -> str:
     return text
 
 
+def schema() -> dict[str, Any]:
+    """Return the JSON schema of all headers; it describes binary data as strings."""
+    adapter: TypeAdapter[m.Message] = TypeAdapter(Annotated[m.Message, Field(discriminator="kind")])
+    schema = adapter.json_schema()
+    for definition in schema["$defs"].values():
+        if "protocol" in definition.get("properties", {}):
+            definition["required"] = ["protocol", "kind", *definition["required"]]
+    entry = schema["$defs"]["TensorEntry"]  # a tuple in Python, a map on the wire
+    schema["$defs"]["TensorEntry"] = {
+        "type": "object",
+        "properties": dict(zip(TensorEntry._fields, entry["prefixItems"], strict=True)),
+        "required": [n for n in TensorEntry._fields if n not in TensorEntry._field_defaults],
+        "additionalProperties": False,
+    }
+    return schema
+
+
 def files() -> dict[Path, str]:
     """Return the text of each generated file."""
     generated = {
         HERE / name: json.dumps(value, indent=1) + "\n"
-        for name, value in (("schema.json", m.json_schema()), ("vectors.json", vectors()))
+        for name, value in (("schema.json", schema()), ("vectors.json", vectors()))
     }
     document = HERE.parent / "protocol.md"
     return {**generated, document: page(document.read_text(encoding="utf-8"))}

@@ -18,7 +18,7 @@ from fluffle_broker.node import node
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Properties
-from fluffle_common.transport.rabbitmq.connection import new_connection
+from fluffle_common.transport.rabbitmq.connection import Connection
 from fluffle_common.transport.rabbitmq.link import AmqpLink
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.faults.proxy import Proxy, Side
@@ -168,7 +168,7 @@ async def test_a_connection_lost_before_its_channels_open_is_a_lost_link(
 ) -> None:
     """Regression: a worker ended with a traceback when the broker died at this moment."""
     url = URL(broker_node.url)
-    first, second = (new_connection(url, f"fault test {number}") for number in (1, 2))
+    first, second = (Connection(url, f"fault test {number}") for number in (1, 2))
     for connection in (first, second):
         await connection.connect(PATIENCE_S)
         await connection.close()

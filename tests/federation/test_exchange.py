@@ -9,7 +9,7 @@ import pytest
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import codec
-from fluffle_common.protocol.exchanges import Exchanges, Sent
+from fluffle_common.protocol.exchanges import Sent, handle_exchange
 from fluffle_common.protocol.messages import Exchange
 from tests.federation.harness import NAME, Adder
 
@@ -51,9 +51,9 @@ def test_handlers_on_both_sides_exchange_messages(federated):
         return handle
 
     async def scenario(federation):
-        coordinator = federation.coordinator(rounds=1, exchanges=Exchanges({"sum": collect}))
+        coordinator = federation.coordinator(rounds=1, exchanges={"sum": collect})
         for name in numbers:
-            exchanges = Exchanges({"sum": takes_part(name)})
+            exchanges = {"sum": takes_part(name)}
             federation.worker(name, slow(federation), exchanges=exchanges)
         run = await began(coordinator)
         begin = Sent(sum_exchange("begin", run=run), {}, tuple(numbers))
@@ -71,8 +71,8 @@ def test_an_exchange_without_a_handler_is_rejected_on_both_sides(federated):
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1)
-        federation.worker("a", slow(federation), exchanges=Exchanges({"sum": asks}))
-        b = federation.worker("b", slow(federation), exchanges=Exchanges({"product": asks}))
+        federation.worker("a", slow(federation), exchanges={"sum": asks})
+        b = federation.worker("b", slow(federation), exchanges={"product": asks})
         run = await began(coordinator)
         begin = Sent(sum_exchange("begin", run=run), {}, ("a", "b"))
         coordinator.service.exchange(begin)
@@ -92,7 +92,7 @@ def test_a_failing_handler_is_reported_in_one_line():
 
     message, payload = codec.decode(Sent(sum_exchange("begin", run="r")).body())
     with pytest.raises(MalformedMessage, match="of the exchange 'sum' fails: RuntimeError: no key"):
-        Exchanges({"sum": fails}).receive(message, payload)
+        handle_exchange({"sum": fails}, message, payload)
 
 
 def test_the_tensors_of_an_exchange_must_fit_into_one_message():

@@ -76,7 +76,7 @@ def test_valid_announcements_are_accepted_in_every_encoding(how):
 @pytest.mark.parametrize(
     ("encoding", "change", "reason"),
     [
-        (None, {"kernel": np.zeros((64, 32), np.float32)}, "'kernel' is float32 (64, 32)"),
+        (None, {"kernel": np.zeros((64, 32), np.float32)}, "'kernel' has shape (64, 32)"),
         (None, {"kernel": np.zeros((32, 64), np.float64)}, "'kernel' is float64"),
         (None, {"counts": np.zeros(3, np.int32)}, "'counts' is int32"),
         (None, {"more": np.zeros(10**6)}, "unknown more"),
@@ -175,7 +175,7 @@ async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp
     else:
         assert isinstance(event, ev.FoldFailed)
         assert (event.cause, event.again) == ("tensors", False)
-        assert "missing kernel, bias, counts" in event.reason
+        assert "missing bias, counts, kernel" in event.reason
 
 
 # --- parts ---------------------------------------------------------------------------------------

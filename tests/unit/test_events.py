@@ -107,6 +107,12 @@ def test_a_count_of_one_is_singular():
     )
 
 
+def test_a_one_letter_format_is_no_noun():
+    slow = from_fields("slow", {"what": "a hook", "running_s": 30})
+    assert slow.sentence() == "a hook has been running for 30 s; the run waits for it"
+    assert from_fields("slow", {}).sentence().startswith("? has been running for ? s;")
+
+
 def test_no_metric_replaces_a_field_of_the_log_line():
     event = Sent(round=2, kind="fit", metrics={"round": 9.0, "metrics": 1.0, "loss": 0.5})
     fields = event.fields()

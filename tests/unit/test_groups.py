@@ -14,7 +14,7 @@ from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol.codec import decode, encode, lay_out, read_groups
 from fluffle_common.protocol.messages import Part, Plan, Update
 from fluffle_common.protocol.transfer import Assembly, digest_of, pack
-from fluffle_common.tensors.groups import check_extra, forms_of
+from fluffle_common.tensors.groups import check_extra
 from fluffle_common.tensors.layout import as_maps, layout_for
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_coordinator.strategy.decoding import (
@@ -146,7 +146,7 @@ def test_required_extra_tensors_are_accepted():
     steps = {"steps": np.array(3.0)}
     assert decode_extra(*sent(steps), MODEL, Plan(extra={"steps": ()}))["steps"] == 3
     assert not decode_extra(*sent({}), MODEL, Plan())
-    check_extra(forms_of(EXTRA), {"w": (5,)}, MODEL)
+    check_extra(EXTRA, {"w": (5,)}, MODEL)
 
 
 @pytest.mark.parametrize(

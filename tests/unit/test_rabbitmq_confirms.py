@@ -10,8 +10,10 @@ import sys
 import pytest
 from uvloop.loop import PseudoSocket
 
+from fluffle_common.transport.base import Blocking
 from fluffle_common.transport.rabbitmq import confirms as amqp_confirms
-from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch, queued_bytes
+from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
+from fluffle_common.transport.rabbitmq.connection import queued_bytes
 
 
 class Line:
@@ -21,8 +23,8 @@ class Line:
         self.written, self.left, self.received = 0, 0, 0
         self.reports_queue = True  # whether the system reports queued bytes
         self.why: list[str] = []
-        self.is_blocked = False
-        self.watch = ConfirmWatch(self, self.why.append, lambda: self.is_blocked)
+        self.blocking = Blocking()
+        self.watch = ConfirmWatch(self, self.why.append)
 
     def buffered_bytes(self) -> int:
         return (self.written - self.left) // 2 if self.reports_queue else self.written - self.left
@@ -102,9 +104,9 @@ async def test_incoming_bodies_extend_the_limit(line):
 
 async def test_blocked_and_stopped_time_does_not_count(line):
     line.send(1000)
-    line.is_blocked = True
+    line.blocking.set("low on memory")
     line.pass_s(300)
-    line.is_blocked = False
+    line.blocking.set(None)
     line.pass_s(300, asleep=True)  # as if the process had been stopped
     assert line.why == []
     line.pass_s(25)

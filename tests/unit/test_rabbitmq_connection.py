@@ -13,7 +13,7 @@ from pamqp.heartbeat import Heartbeat
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport.base import QueueFull, Unroutable
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import ContentChannel, TaggedContent
+from fluffle_common.transport.rabbitmq.channel import Content, ContentChannel
 from fluffle_common.transport.rabbitmq.connection import FrameSplitter
 
 SMALL = 16 * 2**10
@@ -57,7 +57,7 @@ class Ends:
         self.fed, self.written = bytearray(), bytearray()
         self.news = asyncio.Event()
         self.now, self.closing = 0.0, False
-        self.delivered: list[tuple[int, TaggedContent]] = []
+        self.delivered: list[tuple[int, Content]] = []
         self.splitter = FrameSplitter(self.fed.extend, lambda: self.now)
         self.channels = {
             number: ContentChannel(
@@ -96,7 +96,7 @@ def test_bodies_arrive_whole_however_the_bytes_are_split(sizes, cuts):
         ends.splitter.data_received(stream[at : at + cuts[turn % len(cuts)]])
         at += cuts[turn % len(cuts)]
         turn += 1
-    assert [one.content.body for _, one in ends.delivered] == bodies
+    assert [one.body for _, one in ends.delivered] == bodies
     assert [one.tag for _, one in ends.delivered] == [*range(1, len(bodies) + 1)]
     assert ends.fed == beat * len(bodies)
 
@@ -109,7 +109,7 @@ def test_channels_may_interleave_and_other_frames_go_to_aiormq():
         for stream in streams:
             for piece in stream[turn : turn + 1]:
                 ends.splitter.data_received(piece)
-    assert sorted((number, one.content.body) for number, one in ends.delivered) == [
+    assert sorted((number, one.body) for number, one in ends.delivered) == [
         (1, one),
         (2, two),
     ]
@@ -263,7 +263,7 @@ async def test_cancelled_futures_are_skipped():
     for tag, body in ((4, b"x"), (5, b"y")):
         got = commands.Basic.GetOk(tag, True, "e", "k", 0)
         ends.splitter.data_received(b"".join(framed(1, got, body)))
-    assert second.result().content.body == b"y"
+    assert second.result().body == b"y"
     (back,) = sent(bytes(ends.written))  # what nobody waits for goes back to its queue
     assert (back.delivery_tag, back.requeue, back.multiple) == (4, True, False)
 
@@ -278,9 +278,9 @@ async def test_gets_are_answered_in_order():
     ends.splitter.data_received(b"".join(framed(1, got, bytes(SMALL))))
     ends.splitter.data_received(frame.marshal(commands.Basic.GetEmpty(), 1))
     there = getting[0].result()
-    assert frames.origin(there.content.method) == (True, "letters.results", "part.w1")
+    assert frames.origin(there.method) == (True, "letters.results", "part.w1")
     assert there.tag == 8
-    assert there.content.body == bytes(SMALL)
+    assert there.body == bytes(SMALL)
     assert getting[1].result() is None
 
 

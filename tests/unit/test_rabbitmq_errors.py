@@ -166,9 +166,9 @@ def test_our_own_runtime_error_is_not_a_lost_link():
 
 
 async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
-    from fluffle_common.transport.rabbitmq.connection import new_connection
+    from fluffle_common.transport.rabbitmq.connection import Connection
 
-    connection = new_connection(URL("amqp://nowhere/"), "test")
+    connection = Connection(URL("amqp://nowhere/"), "test")
     with pytest.raises(LinkLost, match="not opened"), map_exceptions():
         connection.channel()
     await connection.close()

@@ -34,13 +34,13 @@ async def test_publishing_waits_until_the_broker_unblocks():
     link = await broker.open()
     await link.declare([Queue("q", "of a test")])
     broker.block("low on memory")
-    assert link.blocked == "low on memory"
+    assert link.blocking.reason == "low on memory"
     publishing = asyncio.ensure_future(link.publish(b"x", Properties(), exchange="", keys=["q"]))
     await asyncio.sleep(0)
     assert (await link.counts("q")).ready == 0
     broker.block(None)
     await publishing
-    assert link.blocked is None
+    assert link.blocking.reason is None
     assert (await link.counts("q")).ready == 1
 
 

@@ -16,19 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.cli.user_code import one_line, sendable
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
 from fluffle_common.tensors.layout import Tensors
-from fluffle_common.tensors.weights import Array, Weights, as_dict
+from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import full_trace, one_line, sendable
+from fluffle_worker.user_code import full_trace
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
-
-
-def _ignore(_: object) -> None:
-    """Do nothing."""
 
 
 class Results:
@@ -40,7 +37,9 @@ class Results:
     """
 
     def __init__(
-        self, report: Callable[[str], object] = _ignore, trace: Callable[[str], object] = _ignore
+        self,
+        report: Callable[[str], object] = lambda _: None,
+        trace: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._report, self._trace = report, trace
         self._reported: set[str] = set()
@@ -230,10 +229,10 @@ def lent(weights: Weights, task: Task) -> dict[str, Array]:
     task that modified the received weights in place would then send a delta of zeros.
     """
     if getattr(task, "only_reads", False):
-        return as_dict(weights)
+        return dict(weights)
     if isinstance(weights, Tensors) and weights.memory:  # one contiguous block: one copy
         memory = np.frombuffer(weights.memory, np.uint8).copy().data
-        return as_dict(weights.layout.over(memory))
+        return dict(weights.layout.over(memory))
     return copied(weights)
 
 

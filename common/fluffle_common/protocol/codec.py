@@ -29,7 +29,7 @@ from fluffle_common.protocol.messages import (
     parse,
     present_fields,
 )
-from fluffle_common.tensors.groups import NO_GROUPS, Groups, entries_at, groups_of
+from fluffle_common.tensors.groups import NO_GROUPS, Groups, groups_of, shifted
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
     Layout,
@@ -227,7 +227,7 @@ def lay_out(
         start = end + -end % ALIGNMENT
         if start > end:
             pieces.append(memoryview(bytes(start - end)))
-        table += entries_at(start, layout, group)
+        table += shifted(layout.table, start, group)
         pieces += _pieces(layout, tensors)
         end = start + layout.nbytes
     return table, pieces

@@ -44,34 +44,30 @@ Handler = Callable[[Exchange, Weights], Iterable[Sent]]
 """Takes a message and its tensors (read-only views); returns the messages to send."""
 
 
-class Exchanges:
-    """The handlers of one process.
+Handlers = Mapping[str, Handler]
+"""The handlers of one process, by the ``name`` of their messages."""
 
-    Args:
-        handlers: the handlers, by the ``name`` of their messages.
+
+def handle_exchange(
+    handlers: Handlers, message: Exchange, payload: memoryview
+) -> list[tuple[Sent, bytes]]:
+    """Handle a message; return the messages to send, each with its encoding.
+
+    Raises:
+        MalformedMessage: with the cause ``exchange`` if there is no handler or it fails; with the
+            cause ``tensors`` if the tensors are invalid.
     """
-
-    def __init__(self, handlers: Mapping[str, Handler] | None = None) -> None:
-        self._handlers = dict(handlers or {})
-
-    def receive(self, message: Exchange, payload: memoryview) -> list[tuple[Sent, bytes]]:
-        """Handle a message; return the messages to send, each with its encoding.
-
-        Raises:
-            MalformedMessage: with the cause ``exchange`` if there is no handler or it fails; with
-                the cause ``tensors`` if the tensors are invalid.
-        """
-        tensors = read_tensors(message.tensors, payload)
-        handler = self._handlers.get(message.name)
-        if handler is None:
-            known = ", ".join(sorted(self._handlers)) or "none"
-            raise MalformedMessage(
-                f"no handler for the exchange '{message.name}' (handled: {known})", "exchange"
-            )
-        try:
-            return [(sent, sent.body()) for sent in handler(message, tensors)]
-        except Exception as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
-            raise MalformedMessage(
-                f"the handler of the exchange '{message.name}' fails: {reason}"[:500], "exchange"
-            ) from error
+    tensors = read_tensors(message.tensors, payload)
+    handler = handlers.get(message.name)
+    if handler is None:
+        known = ", ".join(sorted(handlers)) or "none"
+        raise MalformedMessage(
+            f"no handler for the exchange '{message.name}' (handled: {known})", "exchange"
+        )
+    try:
+        return [(sent, sent.body()) for sent in handler(message, tensors)]
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise MalformedMessage(
+            f"the handler of the exchange '{message.name}' fails: {reason}"[:500], "exchange"
+        ) from error

@@ -61,13 +61,9 @@ class Queue:
 
 @dataclass(frozen=True)
 class Policy:
-    """A RabbitMQ policy that limits queues.
+    """A RabbitMQ policy that limits the queues whose names its ``pattern`` is found in.
 
-    Args:
-        name: the policy's name.
-        pattern: a regular expression that is searched for in queue names.
-        definition: the limits.
-        priority: RabbitMQ applies only the matching policy with the highest priority.
+    RabbitMQ applies only the matching policy with the highest priority.
     """
 
     name: str

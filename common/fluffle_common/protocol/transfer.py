@@ -8,6 +8,7 @@ announced digest.
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -27,10 +28,7 @@ _MAX_PADDING_BYTES = 4096  # between two tensors: other implementations may alig
 class Outgoing:
     """A message with tensors, ready to encode: in one body or, if large, with parts.
 
-    Args:
-        message: the header, without its tensor table.
-        weights: the tensors of the group ``model``.
-        others: the other groups.
+    ``weights`` are the tensors of the group ``model``.
 
     Raises:
         ValueError: if a tensor has an unsupported dtype.
@@ -57,10 +55,10 @@ class Outgoing:
         """Return the announcement of the parts."""
         return Transfer(id=self.id, parts=self.parts, nbytes=self.nbytes, digest=digest)
 
-    def bodies(self) -> Iterator[bytes]:
-        """Yield the encoded parts, each encoded when it is requested."""
+    def bodies(self, first: int = 0, until: int | None = None) -> Iterator[bytes]:
+        """Yield the encoded parts from ``first`` to before ``until``, each when it is requested."""
         if self.parts:
-            for number, pieces in enumerate(_split(self._pieces)):
+            for number, pieces in itertools.islice(enumerate(_split(self._pieces)), first, until):
                 part = Part(federation=self._message.federation, transfer=self.id, part=number)
                 yield codec.encode(part, pieces)
 
@@ -146,10 +144,6 @@ def announced_layout(message: WithTensors) -> GroupedLayout:
 class Incoming(ABC):
     """An incoming transfer; subclasses store the parts.
 
-    Args:
-        transfer: the announcement.
-        max_bytes: the maximum size that is accepted.
-
     Raises:
         MalformedMessage: if the announced size exceeds ``max_bytes``, or the number of parts does
             not match it.
@@ -227,7 +221,7 @@ class Incoming(ABC):
 
 
 class Assembly(Incoming):
-    """A transfer that is assembled in memory; the arguments are those of ``Incoming``.
+    """A transfer that is assembled in memory.
 
     Raises:
         MalformedMessage: also if there is not enough memory.

@@ -26,8 +26,8 @@ Example:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
@@ -40,12 +40,14 @@ from fluffle_common.tensors.codecs.base import (
     codec_error,
     location_of,
 )
-from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES, Registry
+from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES
+from fluffle_common.tensors.layout import Forms, Place
 from fluffle_common.tensors.table import MAX_TENSOR_NAME
 from fluffle_common.tensors.weights import (
     Array,
     NotFinite,
     Weights,
+    check_delta_form,
     delta_dtype,
     is_float,
     read_only,
@@ -55,7 +57,7 @@ SMALLEST = 1024
 """Tensors with fewer values are not encoded."""
 _LARGEST = 2**31 - 1  # values, so that indices fit into an int32
 _MAX_NAME = MAX_TENSOR_NAME - MAX_SUFFIX
-_Form = tuple[np.dtype[Any], Shape]
+_Form = TypeVar("_Form", Array, Array | Place)
 
 
 def compress(
@@ -143,7 +145,7 @@ def _encode(
         )
     encoded = tuple(np.asarray(part) for part in result)
     try:
-        _check_parts(name, parts, _forms(encoded))
+        _check_parts(name, parts, encoded)
     except ValueError as error:
         raise CodecError(
             f"encode() of the codec '{codec.name}' returned wrong parts: {error}"
@@ -151,20 +153,11 @@ def _encode(
     return encoded
 
 
-def decompress(
-    tensors: Weights, encoding: str | None, like: Weights, codecs: Registry = CODECS
-) -> Weights:
+def decompress(tensors: Weights, encoding: str | None, like: Weights) -> Weights:
     """Decode an untrusted delta, checking dtypes and shapes before anything is decoded.
 
-    Args:
-        tensors: the tensors as they were sent.
-        encoding: the codec's name in the message; None for plain tensors.
-        like: the model's weights.
-        codecs: the codecs that may be used.
-
-    Returns:
-        The delta. Tensors that are not encoded, or do not belong to the model, are returned
-        unchanged; ``check_delta`` has to check the result.
+    Tensors that are not encoded, or do not belong to the model, are returned unchanged;
+    ``check_delta`` has to check the result. ``like`` are the model's weights.
 
     Raises:
         NotFinite: if a scale is NaN or infinite.
@@ -174,9 +167,29 @@ def decompress(
     """
     if encoding is None:
         return tensors
-    codec = codecs.get(encoding)
-    rest = dict(tensors)
-    delta: dict[str, Array] = {}
+    with np.errstate(over="ignore", invalid="ignore"):  # check_delta finds infinities
+        return _replace_parts(tensors, CODECS.get(encoding), like, _decode)
+
+
+def check_announced_signature(announced: Forms, encoding: str | None, like: Weights) -> None:
+    """Check that tensors of these dtypes and shapes can be a delta for ``like``, as encoded.
+
+    This allows a transfer to be rejected before it is fetched. ``decompress`` and ``check_delta``
+    check the tensors themselves.
+
+    Raises:
+        ValueError: naming the tensors that are missing, unknown or different.
+    """
+    if encoding is not None:
+        announced = _replace_parts(announced, CODECS.get(encoding), like, lambda *_, like: like)
+    check_delta_form(announced, like)
+
+
+def _replace_parts(
+    sent: Mapping[str, _Form], codec: type[Codec], like: Weights, decode: Callable[..., _Form]
+) -> dict[str, _Form]:
+    """Replace the parts of each encoded tensor by the result of ``decode``."""
+    rest, delta = dict(sent), {}
     for name, base in like.items():
         if name in rest and rest[name].dtype == delta_dtype(base.dtype):
             delta[name] = rest.pop(name)
@@ -187,9 +200,8 @@ def decompress(
         names = _names(name, parts)
         if all(part in rest for part in names):
             encoded = tuple(rest.pop(part) for part in names)
-            _check_parts(name, parts, _forms(encoded))
-            with np.errstate(over="ignore", invalid="ignore"):  # check_delta finds infinities
-                delta[name] = _decode(codec, name, encoded, base)
+            _check_parts(name, parts, encoded)
+            delta[name] = decode(codec, name, encoded, like=base)
     return delta | rest
 
 
@@ -216,50 +228,11 @@ def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Arr
     return result
 
 
-def check_announced_signature(
-    announced: Mapping[str, _Form],
-    encoding: str | None,
-    like: Weights,
-    codecs: Registry = CODECS,
-) -> None:
-    """Check that tensors with these dtypes and shapes can be a delta for ``like``, as encoded.
-
-    This allows a transfer to be rejected before it is fetched. ``decompress`` and ``check_delta``
-    check the tensors themselves.
-
-    Raises:
-        ValueError: naming the tensors that are missing, unknown or different.
-    """
-    codec = None if encoding is None else codecs.get(encoding)
-    rest, missing = dict(announced), []
-    for name, base in like.items():
-        plain = rest.get(name)
-        if plain is not None and (codec is None or plain[0] == delta_dtype(base.dtype)):
-            del rest[name]
-            if plain != (delta_dtype(base.dtype), base.shape):
-                raise ValueError(
-                    f"tensor '{name}' is {plain[0]} {plain[1]}, "
-                    f"expected {delta_dtype(base.dtype)} {base.shape}"
-                )
-            continue
-        parts = _parts(codec, name, base.shape) if codec and is_float(base.dtype) else ()
-        names = _names(name, parts)
-        if parts and all(part in rest for part in names):
-            _check_parts(name, parts, [rest.pop(part) for part in names])
-        else:
-            missing.append(name)
-    for what, differing in (("missing", missing), ("unknown", sorted(rest))):
-        if differing:
-            more = " …" if len(differing) > 3 else ""
-            listed = f"{what} {', '.join(differing[:3])}{more}"
-            raise ValueError(f"tensor names differ from the model's: {listed}"[:500])
-
-
-def _check_parts(name: str, parts: tuple[Part, ...], forms: Iterable[_Form]) -> None:
+def _check_parts(name: str, parts: tuple[Part, ...], encoded: Iterable[Array | Place]) -> None:
     """Check the dtypes and shapes of the encoded parts of the tensor ``name``."""
     length: Shape | None = None  # of the parts that may be shorter
-    for part, (dtype, shape) in zip(parts, forms, strict=True):
-        expected, bound = part.shape, ""
+    for part, tensor in zip(parts, encoded, strict=True):
+        shape, expected, bound = tensor.shape, part.shape, ""
         if not part.at_most:
             fits = shape == expected
         elif length is None:
@@ -268,15 +241,11 @@ def _check_parts(name: str, parts: tuple[Part, ...], forms: Iterable[_Form]) -> 
         else:
             expected = length
             fits = shape == expected
-        if dtype != np.dtype(part.dtype) or not fits:
+        if tensor.dtype != np.dtype(part.dtype) or not fits:
             raise ValueError(
-                f"tensor '{name}{part.suffix}' is {dtype} {shape}, "
+                f"tensor '{name}{part.suffix}' is {tensor.dtype} {shape}, "
                 f"expected {bound}{part.dtype} {expected}"
             )
-
-
-def _forms(tensors: Iterable[Array]) -> list[_Form]:
-    return [(tensor.dtype, tensor.shape) for tensor in tensors]
 
 
 def _parts(codec: type[Codec], name: str, shape: Shape) -> tuple[Part, ...]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
-
-import numpy as np
+from typing import Literal
 
 from fluffle_common.tensors.layout import (
     ALIGNMENT,
+    Forms,
     Layout,
     Tensors,
     Weights,
@@ -42,9 +41,6 @@ names and shapes of tensors of the model, such as a correction of each gradient.
 class GroupedLayout:
     """The layouts of all groups of a table; created by ``groups_of``.
 
-    Args:
-        table: the entries, as they are on the wire.
-
     Raises:
         ValueError: if an entry is inconsistent, overlaps or precedes the entry before it, or is
             separated from others of its group.
@@ -66,7 +62,7 @@ class GroupedLayout:
                     f"a multiple of {ALIGNMENT}, at least {end}, is expected"
                 )
             self._starts[group] = start
-            self.layouts[group] = layout_of(_shifted(entries, -start, MODEL))
+            self.layouts[group] = layout_of(shifted(entries, -start, MODEL))
             end = start + self.layouts[group].nbytes
         self.nbytes = end
         if MODEL not in self.layouts:
@@ -90,33 +86,24 @@ class GroupedLayout:
 
 @cached
 def groups_of(table: tuple[TensorEntry, ...]) -> GroupedLayout:
-    """Return the layout that a table describes.
-
-    Raises:
-        ValueError: as ``GroupedLayout`` does.
-    """
+    """Return the layout that a table describes; raises what ``GroupedLayout`` does."""
     return GroupedLayout(table)
 
 
-def entries_at(start: int, layout: Layout, group: str) -> tuple[TensorEntry, ...]:
-    """Return the table entries of a group that begins at byte ``start`` of a payload."""
-    return _shifted(layout.table, start, group)
-
-
-def _shifted(table: tuple[TensorEntry, ...], by: int, group: str) -> tuple[TensorEntry, ...]:
+def shifted(table: tuple[TensorEntry, ...], by: int, group: str) -> tuple[TensorEntry, ...]:
+    """Return the entries moved by some bytes and put into a group."""
     if not by and all(entry.group == group for entry in table):
         return table
     return tuple([e._replace(offset=e.offset + by, group=group) for e in table])
 
 
 def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
-    """Return the tensors that a plan lets workers train.
+    """Return the tensors of a model that a plan lets workers train.
 
-    Args:
-        weights: the model.
-        train: names, or prefixes of names followed by ``*``; None selects all tensors.
+    ``train`` has names, and prefixes of names followed by ``*``; None selects all tensors.
 
     Example:
+        >>> import numpy as np
         >>> model = dict.fromkeys(["head/kernel", "head/bias", "body/kernel"], np.zeros(1))
         >>> sorted(select_tensors(model, ["head/*"]))
         ['head/bias', 'head/kernel']
@@ -128,22 +115,10 @@ def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
     return {n: w for n, w in weights.items() if n in names or n.startswith(prefixes)}
 
 
-def forms_of(tensors: Weights) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    """Return the dtype and the shape of each tensor."""
-    return {name: (tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
+def check_extra(forms: Forms, wanted: ExtraForm | None, model: Weights) -> None:
+    """Check that extra tensors of these dtypes and shapes are those that were required.
 
-
-def check_extra(
-    forms: Mapping[str, tuple[np.dtype[Any], tuple[int, ...]]],
-    wanted: ExtraForm | None,
-    model: Weights,
-) -> None:
-    """Check that extra tensors with these dtypes and shapes are those that were required.
-
-    Args:
-        forms: the dtype and shape of each tensor, as ``forms_of`` returns them.
-        wanted: the required tensors; None if there should be none.
-        model: the weights of the model.
+    There should be none if ``wanted`` is None.
 
     Raises:
         ValueError: naming the first tensor that is missing, unexpected or different.
@@ -161,11 +136,11 @@ def check_extra(
         missing = sorted(wanted.keys() - forms.keys())
         if missing:
             raise ValueError(f"the extra tensor '{missing[0][:60]}' is missing")
-    for name, (dtype, shape) in forms.items():
+    for name, form in forms.items():
         if name not in shapes:
             raise ValueError(f"the extra tensor '{name[:60]}' was not requested")
-        if shape != tuple(shapes[name]) or not is_float(dtype):
+        if form.shape != tuple(shapes[name]) or not is_float(form.dtype):
             raise ValueError(
-                f"the extra tensor '{name[:60]}' is {dtype} {shape}, expected floats of shape "
-                f"{tuple(shapes[name])}"
+                f"the extra tensor '{name[:60]}' is {form.dtype} {form.shape}, "
+                f"expected floats of shape {tuple(shapes[name])}"
             )

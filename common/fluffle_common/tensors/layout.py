@@ -58,6 +58,10 @@ class Place(NamedTuple):
     size: int
 
 
+Forms = Mapping[str, Array | Place]
+"""Anything with the dtype and the shape of each tensor, by name."""
+
+
 class Tensors(Mapping[str, Array]):
     """Named tensors in one buffer; the arrays are created on first access.
 
@@ -77,22 +81,21 @@ class Tensors(Mapping[str, Array]):
     @property
     def as_dict(self) -> dict[str, Array]:
         """All tensors by name; callers must not modify this dict."""
-        if self._arrays is None:
-            self._arrays = self._make_arrays()
-        return self._arrays
-
-    def _make_arrays(self) -> dict[str, Array]:
+        if self._arrays is not None:
+            return self._arrays
         memory, flat, places = self.memory, self.flat, self.layout.places
         if memory is not None:
-            return {
+            self._arrays = {
                 name: np.ndarray(shape, dtype, memory, offset)
                 for name, (dtype, shape, offset, _) in places.items()
             }
-        assert flat is not None
-        return {
-            name: flat[offset // dtype.itemsize :][:size].reshape(shape)
-            for name, (dtype, shape, offset, size) in places.items()
-        }
+        else:
+            assert flat is not None
+            self._arrays = {
+                name: flat[offset // dtype.itemsize :][:size].reshape(shape)
+                for name, (dtype, shape, offset, size) in places.items()
+            }
+        return self._arrays
 
     def __getitem__(self, name: str) -> Array:
         return self.as_dict[name]
@@ -113,9 +116,6 @@ class Layout:
         signature: the tensors' names, dtypes and shapes.
         floats: whether all tensors are floats.
         dtype: the dtype of all tensors; None if they have several.
-
-    Args:
-        table: the entries, as they are on the wire.
 
     Raises:
         ValueError: if an entry is inconsistent, or overlaps or precedes the entry before it.
@@ -163,9 +163,7 @@ class Layout:
     def has_zero_gaps(self, flat: Array, start: int = 0) -> bool:
         """Whether the gaps in ``flat`` hold zeros; False if a gap is larger than alignment needs.
 
-        Args:
-            flat: the values in this layout, or a slice of them.
-            start: the index of the slice's first element.
+        ``flat`` may be a slice, which begins at the element ``start``.
         """
         if not self._gaps_are_small:
             return False
@@ -193,11 +191,7 @@ class Layout:
 
 @cached
 def layout_of(table: tuple[TensorEntry, ...]) -> Layout:
-    """Return the layout that a table describes.
-
-    Raises:
-        ValueError: as ``Layout`` does.
-    """
+    """Return the layout that a table describes; raises what ``Layout`` does."""
     return Layout(table)
 
 
@@ -278,14 +272,11 @@ def bytes_of(tensor: Array) -> memoryview:
 @cached
 def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
     """Return a table in its wire format; callers must not modify it."""
-    return [_as_map(entry) for entry in table]
-
-
-def _as_map(entry: TensorEntry) -> dict[str, Any]:
-    fields = entry._asdict()
-    if entry.group == MODEL:
-        del fields["group"]
-    return fields
+    maps = [entry._asdict() for entry in table]
+    for fields in maps:
+        if fields["group"] == MODEL:
+            del fields["group"]
+    return maps
 
 
 def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:

@@ -20,8 +20,9 @@ from fluffle_common.tensors.layout import (
     FLOATS,
     INTEGERS,
     Array,
+    Forms,
     Layout,
-    Signature,
+    Place,
     Tensors,
     Weights,
     check_signature,
@@ -68,30 +69,22 @@ def delta_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
     return np.dtype(np.int64) if dtype.kind in "iu" else dtype
 
 
-def delta_signature(weights: Weights) -> Signature:
-    """Return the names, dtypes and shapes of a delta of these weights."""
-    return tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in weights.items()])
-
-
 def delta(trained: Weights, received: Weights) -> Weights:
     """Return ``trained - received``, tensor by tensor.
 
-    Args:
-        trained: the weights after local training; same names, shapes and dtypes as ``received``.
-        received: the global weights of the round.
-
-    Returns:
-        The delta, each tensor in its ``delta_dtype``; in one buffer if that is at most 16 MiB.
+    Each tensor has its ``delta_dtype``; all are in one buffer if that is at most 16 MiB.
 
     Raises:
         ValueError: if names, shapes or dtypes differ, or a difference of 64-bit integers overflows.
     """
-    base = as_dict(received)
+    base = dict(received)
     layout = layout_for(received)
     if signature_of(trained) != layout.signature:  # the order may differ
         same_form(trained, base)
     if not layout.floats:
-        layout = layout_of_signature(delta_signature(base))
+        layout = layout_of_signature(
+            tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in base.items()])
+        )
     if layout.nbytes > _MAX_BUFFER_BYTES:
         return {name: _subtract(name, trained[name], old) for name, old in base.items()}
     difference = layout.empty()
@@ -111,11 +104,6 @@ def _subtract(name: str, new: Array, old: Array, out: Array | None = None) -> Ar
             "keep it out of the weights, or use integers of 32 bits"
         )
     return difference
-
-
-def as_dict(weights: Weights) -> dict[str, Array]:
-    """Return the tensors in a new dict."""
-    return dict(weights.as_dict if isinstance(weights, Tensors) else weights)
 
 
 def read_only(tensor: Array) -> Array:
@@ -155,10 +143,19 @@ def check_delta(update: Weights, base: Weights) -> float:
     if isinstance(update, InPieces) and update.layout is layout_for(base):
         return _norm_of_pieces(update)
     if not _share_float_layout(update, base):
-        _check_names(update, base)
-        for name, expected in base.items():
-            _check_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
+        check_delta_form(update, base)
     return finite_norm(update)
+
+
+def check_delta_form(update: Forms, base: Weights) -> None:
+    """Check that tensors have the names, shapes and dtypes of a delta for ``base``.
+
+    Raises:
+        ValueError: naming the first tensor that differs.
+    """
+    _check_names(update, base)
+    for name, expected in base.items():
+        _check_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
 
 
 def _share_float_layout(update: Weights, base: Weights) -> bool:
@@ -271,7 +268,11 @@ def _measure(values: Array) -> tuple[float, int]:
 
 def _rows(values: Array) -> Iterator[Array]:
     """Yield a vector's values in blocks of rows, in a dtype that BLAS can square and sum."""
-    dtype = _squared_dtype(values.dtype)
+    dtype = values.dtype
+    if not is_float(dtype):
+        dtype = np.dtype(np.float64)
+    elif dtype.itemsize < np.dtype(np.float32).itemsize:
+        dtype = np.dtype(np.float32)
     for start in range(0, values.size, _BLOCK):
         block = values[start : start + _BLOCK].astype(dtype, copy=False)
         whole = block.size - block.size % _ROW
@@ -279,12 +280,6 @@ def _rows(values: Array) -> Iterator[Array]:
             yield block[:whole].reshape(-1, _ROW)
         if whole < block.size:
             yield block[whole:].reshape(1, -1)
-
-
-def _squared_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    if not is_float(dtype):
-        return np.dtype(np.float64)
-    return np.dtype(np.float32) if dtype.itemsize < np.dtype(np.float32).itemsize else dtype
 
 
 def _measure_scaled(row: Array) -> tuple[float, int]:
@@ -306,7 +301,7 @@ def size_bytes(weights: Weights) -> int:
     return sum(tensor.nbytes for tensor in weights.values())
 
 
-def _check_names(weights: Weights, like: Weights) -> None:
+def _check_names(weights: Forms, like: Weights) -> None:
     if weights.keys() == like.keys():
         return
     missing = sorted(like.keys() - weights.keys())
@@ -316,10 +311,12 @@ def _check_names(weights: Weights, like: Weights) -> None:
         for what, names in (("missing", missing), ("unknown", extra))
         if names
     ]
-    raise ValueError(f"tensor names differ from the model's: {'; '.join(differences)}")
+    raise ValueError(f"tensor names differ from the model's: {'; '.join(differences)}"[:500])
 
 
-def _check_tensor(name: str, tensor: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+def _check_tensor(
+    name: str, tensor: Array | Place, shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> None:
     if tensor.shape != shape:
         raise ValueError(f"tensor '{name}' has shape {tensor.shape}, the model has {shape}")
     if tensor.dtype != dtype and tensor.dtype.newbyteorder("=") != dtype:

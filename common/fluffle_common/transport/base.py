@@ -20,13 +20,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import (
-    AsyncGenerator,
-    Callable,
-    Iterable,
-    Mapping,
-    Sequence,
-)
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
 from typing import NamedTuple, Protocol
@@ -168,12 +162,7 @@ class Link(Protocol):
     would refuse it again, for example because the user lacks a permission. The error names it.
     """
 
-    @property
-    def blocked(self) -> str | None:
-        """The broker's reason for blocking publishers at the moment; None if it does not."""
-
-    def blocking(self) -> AsyncGenerator[str | None]:
-        """Yield ``blocked`` after each change, without end, and at first unless it is None."""
+    blocking: Blocking
 
     async def declare(self, entities: Iterable[Entity]) -> None:
         """Create the queues, exchanges and bindings that do not exist yet.
@@ -290,9 +279,6 @@ class Transport(Protocol):
 
 async def report_blocking(link: Link, emit: Callable[[RunEvent], object]) -> None:
     """Emit an event whenever the broker blocks or unblocks publishers, without end."""
-    async with contextlib.aclosing(link.blocking()) as changes:
+    async with contextlib.aclosing(link.blocking.changes()) as changes:
         async for reason in changes:
-            if reason is not None:
-                emit(Blocked(reason=reason))
-            else:
-                emit(Unblocked())
+            emit(Unblocked() if reason is None else Blocked(reason=reason))

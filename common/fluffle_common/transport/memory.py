@@ -44,25 +44,16 @@ _LOG = logger("transport.link")
 
 
 class MemoryLink(Link):
-    """See ``base.Link``."""
+    """A link to a ``MemoryBroker``."""
 
     def __init__(self, broker: MemoryBroker) -> None:
+        self.blocking = broker.blocking
+        self.unacked: list[MemoryDelivery] = []
         self._broker = broker
         self._lost = asyncio.Event()
-        self.unacked: list[MemoryDelivery] = []
         self._taps: set[str] = set()
 
-    @property
-    def blocked(self) -> str | None:
-        """See ``base.Link``."""
-        return self._broker.blocking.reason
-
-    def blocking(self) -> AsyncGenerator[str | None]:
-        """See ``base.Link``."""
-        return self._broker.blocking.changes()
-
     async def declare(self, entities: Iterable[Entity]) -> None:
-        """See ``base.Link``."""
         self._check()
         for entity in entities:
             _LOG.debug("declaring %s", entity)
@@ -74,12 +65,10 @@ class MemoryLink(Link):
                 self._broker.declare(entity)
 
     async def exists(self, exchange: str) -> bool:
-        """See ``base.Link``."""
         self._check()
         return exchange in self._broker.exchanges
 
     async def bind(self, bindings: Iterable[Binding]) -> bool:
-        """See ``base.Link``."""
         self._check()
         return all(self._broker.bind(binding) for binding in bindings)
 
@@ -92,7 +81,6 @@ class MemoryLink(Link):
         keys: Sequence[str],
         urgent: bool = False,
     ) -> None:
-        """See ``base.Link``."""
         await self._wait_unblocked()
         message = StoredMessage(body, properties, exchange, tuple(keys), float(int(wall_time())))
         if exchange and exchange not in self._broker.exchanges:  # RabbitMQ would close the channel
@@ -103,7 +91,6 @@ class MemoryLink(Link):
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
-        """See ``base.Link``."""
         self._check()
         source = self._find(queue)
         if source.consumers and (exclusive or source.consumers[0].exclusive):
@@ -116,19 +103,12 @@ class MemoryLink(Link):
     async def _deliveries(
         self, source: MemoryQueue, consumer: Consumer
     ) -> AsyncGenerator[Delivery]:
-        lost = asyncio.ensure_future(self._lost.wait())
         try:
-            while True:
-                next_delivery = asyncio.ensure_future(consumer.deliveries.get())
-                try:
-                    await asyncio.wait({next_delivery, lost}, return_when=asyncio.FIRST_COMPLETED)
-                finally:
-                    if not next_delivery.done():
-                        next_delivery.cancel()
+            while (delivery := await consumer.deliveries.get()) is not None:
                 self._check()
-                yield next_delivery.result()
+                yield delivery
+            self._check()  # raises, since the link is lost
         finally:
-            lost.cancel()
             if consumer in source.consumers:
                 source.consumers.remove(consumer)
                 for delivery in reversed([d for d in self.unacked if d.consumer is consumer]):
@@ -136,7 +116,6 @@ class MemoryLink(Link):
                 source.dispatch()
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
-        """See ``base.Link``."""
         self._check()
         return self._entries(self._find(stream, reads=True), since)
 
@@ -153,24 +132,22 @@ class MemoryLink(Link):
                     self._check()
                     offset = message.number + 1
                     if message.sent_at >= int(at):
-                        yield await self._copy(source, message)
+                        yield self._copy(source, message)
                 await arrival.wait()
         finally:
             source.arrivals.discard(arrival)
 
-    async def _copy(self, source: MemoryQueue, message: StoredMessage) -> Delivery:
+    def _copy(self, source: MemoryQueue, message: StoredMessage) -> Delivery:
         copy = MemoryDelivery(source, message, self, None)
         copy.ack()  # so that losing the link does not put it into the stream again
         return copy
 
     async def newest(self, stream: str) -> Delivery | None:
-        """See ``base.Link``."""
         self._check()
         source = self._find(stream, reads=True)
-        return await self._copy(source, source.ready[-1]) if source.ready else None
+        return self._copy(source, source.ready[-1]) if source.ready else None
 
     async def get(self, queue: str) -> Delivery | None:
-        """See ``base.Link``."""
         self._check()
         source = self._find(queue)
         if not source.ready:
@@ -178,7 +155,6 @@ class MemoryLink(Link):
         return MemoryDelivery(source, source.ready.popleft(), self, None)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
-        """See ``base.Link``."""
         await self.declare([queue, *bindings])
         self._taps.add(queue.name)
         return self._copies(queue.name, await self.consume(queue.name, prefetch=1, exclusive=True))
@@ -196,18 +172,15 @@ class MemoryLink(Link):
             self._broker.delete(queue)
 
     async def unbind(self, binding: Binding) -> None:
-        """See ``base.Link``."""
         self._check()
         self._broker.bindings.discard(binding)
 
     async def counts(self, queue: str) -> Counts | None:
-        """See ``base.Link``."""
         self._check()
         source = self._broker.queues.get(queue)
         return Counts(len(source.ready), len(source.consumers)) if source else None
 
     async def purge(self, queue: str) -> int:
-        """See ``base.Link``."""
         self._check()
         ready = self._find(queue).ready
         count = len(ready)
@@ -215,11 +188,9 @@ class MemoryLink(Link):
         return count
 
     async def lost(self) -> None:
-        """See ``base.Link``."""
         await self._lost.wait()
 
     async def close(self) -> None:
-        """See ``base.Link``."""
         self.cut()
 
     def cut(self) -> None:
@@ -228,7 +199,9 @@ class MemoryLink(Link):
             return
         self._lost.set()
         for queue in self._broker.queues.values():
-            queue.consumers = [c for c in queue.consumers if c.link is not self]
+            for consumer in [c for c in queue.consumers if c.link is self]:
+                queue.consumers.remove(consumer)
+                consumer.deliveries.put_nowait(None)
             for arrival in queue.arrivals:
                 arrival.set()
         for delivery in reversed(list(self.unacked)):
@@ -242,12 +215,9 @@ class MemoryLink(Link):
     async def _wait_unblocked(self) -> None:
         """Wait until the broker accepts messages."""
         self._check()
-        if self.blocked is None:
+        if self.blocking.reason is None:
             return
-        waits = [
-            asyncio.ensure_future(event.wait())
-            for event in (self._broker.blocking.free, self._lost)
-        ]
+        waits = [asyncio.ensure_future(event.wait()) for event in (self.blocking.free, self._lost)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -283,11 +253,9 @@ class MemoryBroker(Transport):
 
     @property
     def address(self) -> str:
-        """See ``base.Transport``."""
         return "memory"
 
     async def open(self) -> MemoryLink:
-        """See ``base.Transport``."""
         if not self.up:
             raise LinkLost("the broker is down")
         link = MemoryLink(self)

@@ -41,7 +41,8 @@ class Consumer:
     link: Holder
     prefetch: int
     exclusive: bool
-    deliveries: asyncio.Queue[MemoryDelivery] = field(default_factory=asyncio.Queue)
+    deliveries: asyncio.Queue[MemoryDelivery | None] = field(default_factory=asyncio.Queue)
+    """Ends with None once the link is lost."""
     unacked: int = 0
 
 
@@ -108,7 +109,7 @@ class MemoryQueue:
 
 
 class MemoryDelivery:
-    """See ``base.Delivery``."""
+    """A delivery from a ``MemoryQueue``."""
 
     def __init__(
         self, queue: MemoryQueue, message: StoredMessage, link: Holder, consumer: Consumer | None
@@ -126,12 +127,10 @@ class MemoryDelivery:
         link.unacked.append(self)
 
     def ack(self) -> None:
-        """See ``base.Delivery``."""
         if self._settle():
             self._source.dispatch()
 
     def release(self) -> None:
-        """See ``base.Delivery``."""
         self.give_back()
         self._source.dispatch()
 

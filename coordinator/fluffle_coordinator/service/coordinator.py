@@ -24,7 +24,7 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, TaskError
 from fluffle_common.logs import log_step, logger
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.exchanges import Exchanges, Sent
+from fluffle_common.protocol.exchanges import Handlers, Sent
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.tensors.frozen import IN_METADATA
@@ -84,7 +84,7 @@ class Coordinator:
         saved: Saved,
         watcher: Watcher,
         journal: Journal | None = None,
-        exchanges: Exchanges | None = None,
+        exchanges: Handlers | None = None,
     ) -> None:
         self._settings, self._transport, self._topology = settings, transport, topology
         self._watcher, self._journal, self._folder = watcher, journal, store.shown
@@ -122,13 +122,13 @@ class Coordinator:
             record=self._record,
             resumed=(saved.committed, saved.kept) if saved.committed else None,
             frozen=saved.frozen.tensors,
-            averaged=self._outbox.prepare,
+            averaged=self._send_ahead,
             folder=store.folder,
         )
-        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or Exchanges())
+        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
         self.state = _begin(settings, saved, store)
 
-    def _make_intake(self, task: str, exchanges: Exchanges) -> Intake:
+    def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
         return Intake(
             self._settings,
             self._topology,
@@ -174,10 +174,10 @@ class Coordinator:
         finally:
             if self._journal is not None:
                 await self._journal.drained(_JOURNAL_DRAIN_S)
-            self._next_tick.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._next_tick.cancel()  # last, because the end of the link is an event, too
         return self.state
 
     async def _end(self) -> None:
@@ -278,6 +278,21 @@ class Coordinator:
                     self._aggregator.broadcast,
                     self._aggregator.frozen,
                 )
+
+    def _send_ahead(self, number: int, base: str) -> None:
+        """Begin to send the work of the next round while its weights are being written to disk.
+
+        The machine is pure, so it can tell what it will ask for once they are. If it then asks for
+        something else, because a worker has joined or left, that is sent in full.
+        """
+        weights, broadcast = self._aggregator.weights, self._aggregator.broadcast
+        assert weights is not None
+        if self._outbox.prepare(weights, broadcast) is None or self.state.schedule.continuous:
+            return
+        state, effects = machine.advance(self.state, ev.Committed(monotonic(), number, base))
+        for effect in effects:
+            if isinstance(effect, fx.SendFit):
+                self._outbox.begin(effect, state, weights, broadcast)
 
     def _record(self, event: run_events.RunEvent) -> None:
         self._committer.counts.note(event)

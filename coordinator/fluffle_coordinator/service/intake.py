@@ -18,7 +18,7 @@ from fluffle_common.clock import monotonic
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, minimal_hello
-from fluffle_common.protocol.exchanges import Exchanges
+from fluffle_common.protocol.exchanges import Handlers, handle_exchange
 from fluffle_common.protocol.messages import (
     PROTOCOL,
     Bye,
@@ -72,7 +72,7 @@ class Intake:
         topology: Topology,
         *,
         task: str,
-        exchanges: Exchanges,
+        exchanges: Handlers,
         aggregator: Aggregator,
         outbox: Outbox,
         state: Callable[[], rs.State],
@@ -176,9 +176,8 @@ class Intake:
                 f"worker {hello.worker} speaks protocol {hello.protocol}, but this coordinator "
                 f"speaks protocol {PROTOCOL}; install the same version of fluffle on both sides"
             )
-        self._record(run_events.Refused(worker=hello.worker, reason=reason))
         self._outbox.bind(hello.worker, hello.session, again=True)
-        self._outbox.refuse(hello, reason, code)
+        self._outbox.refuse(hello, reason, code, report=True)
 
     def _presence(self, message: Any) -> None:
         now = monotonic()
@@ -248,7 +247,7 @@ class Intake:
             case FirstWeights() if message.run == self._state().run:
                 self._first_weights(Held(delivery, message, payload, self._room), message.worker)
             case Exchange(worker=str()) if message.run == self._state().run:
-                for sent, body in self._exchanges.receive(message, payload):
+                for sent, body in handle_exchange(self._exchanges, message, payload):
                     self._outbox.exchange(sent, body)
                 delivery.ack()
             case FirstWeights() | Exchange(worker=str()):

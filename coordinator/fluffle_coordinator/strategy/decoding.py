@@ -16,7 +16,6 @@ from fluffle_common.tensors.groups import (
     GroupedLayout,
     Groups,
     check_extra,
-    forms_of,
     select_tensors,
 )
 from fluffle_common.tensors.pieces import InPieces
@@ -53,10 +52,7 @@ def check_announced(
     layout = announced_layout(message)
     if base is None or not isinstance(message, Update):
         return layout
-    forms = {
-        group: {name: (place.dtype, place.shape) for name, place in of.places.items()}
-        for group, of in layout.layouts.items()
-    }
+    forms = {group: of.places for group, of in layout.layouts.items()}
     try:
         _check_groups(forms)
         check_announced_signature(forms[MODEL], message.encoding, select_tensors(base, plan.train))
@@ -145,7 +141,7 @@ def decode_extra(
     extra: Weights = groups.get(EXTRA, {})
     try:
         _check_groups(groups)
-        check_extra(forms_of(extra), plan.extra, base)
+        check_extra(extra, plan.extra, base)
         check_finite(extra)
     except ValueError as error:
         raise _malformed(error) from None

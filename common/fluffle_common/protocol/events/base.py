@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from dataclasses import fields as fields_of
 from string import Formatter
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
@@ -23,18 +23,23 @@ Names = tuple[str, ...] | None
 Numbers = Mapping[str, float] | None
 
 
+def _is_noun(spec: str) -> bool:
+    """Whether a format specification is a noun, and not one of the types such as ``g``."""
+    return spec.isalpha() and len(spec) > 1
+
+
 class _Missing:
     """Formats a missing field as a question mark, whatever the format specification."""
 
     def __format__(self, spec: str) -> str:
-        return f"? {spec}s" if spec.isalpha() else "?"
+        return f"? {spec}s" if _is_noun(spec) else "?"
 
 
 class _Integer(int):
     """Formats an integer with a noun as the format specification: ``{updates:update}``."""
 
     def __format__(self, spec: str) -> str:
-        if not spec.isalpha():
+        if not _is_noun(spec):
             return super().__format__(spec)
         return f"{self} {spec}" if self == 1 else f"{self} {spec}s"
 
@@ -60,12 +65,8 @@ class RunEvent:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are not missing, as plain data for the log and the wire."""
-        values = {}
-        for name in self.field_names:
-            value = getattr(self, name)
-            if value is not None:
-                values[name] = _plain(value) if isinstance(value, tuple) else value
-        return values
+        values = {name: getattr(self, name) for name in self.field_names}
+        return {name: _plain(value) for name, value in values.items() if value is not None}
 
     def sentence(self) -> str:
         """Return the event in words, with a question mark for each missing field."""
@@ -111,8 +112,7 @@ class Doing:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are not None, as plain data."""
-        values = {field.name: getattr(self, field.name) for field in fields_of(self)}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     def sentence(self) -> str:
         """Return the state in words, without the worker's name.

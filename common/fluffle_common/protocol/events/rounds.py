@@ -17,8 +17,6 @@ from fluffle_common.protocol.events.base import (
 
 @event("opened", "round {round}: opened for {asked}, {needed:update} needed")
 class Opened(RunEvent):
-    """A round has opened; its work is sent to the workers ``asked``."""
-
     round: Integer = None
     asked: Names = None
     needed: Integer = None
@@ -46,8 +44,6 @@ class Closed(RunEvent):
 
 @event("quorum", "round {round}: needs {needed:update} now instead of {was} ({reason})")
 class Quorum(RunEvent):
-    """The quorum of an open round has shrunk."""
-
     round: Integer = None
     needed: Integer = None
     was: Integer = None
@@ -92,16 +88,12 @@ class Late(RunEvent):
 
 @event("duplicate", "round {round}: update of {worker} arrived again; it is already counted", "odd")
 class Duplicate(RunEvent):
-    """A counted update arrived again after its round was committed."""
-
     worker: Text = None
     round: Integer = None
 
 
 @event("resend", "asking {worker} to send its update again: {reason}", "odd")
 class Resend(RunEvent):
-    """A worker was asked to send its update again."""
-
     worker: Text = None
     reason: Text = None
 
@@ -133,8 +125,6 @@ class Failure(RunEvent):
     "{still_s:.0f} s without advancing; its heartbeats arrive (--stall-timeout)",
 )
 class Stalled(RunEvent):
-    """A worker sends heartbeats and makes no progress."""
-
     worker: Text = None
     round: Integer = None
     state: Text = None
@@ -149,8 +139,6 @@ class Stalled(RunEvent):
     "{limit}, the most that {worker} announced or --max-examples allows",
 )
 class Overweight(RunEvent):
-    """An update claims more examples (``num_examples``) than are counted (``limit``)."""
-
     worker: Text = None
     round: Integer = None
     num_examples: Integer = None
@@ -163,8 +151,6 @@ class Overweight(RunEvent):
     "{median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
 )
 class Outlier(RunEvent):
-    """An update's norm is far above the ``median`` that it is compared with."""
-
     round: Integer = None
     worker: Text = None
     norm: Number = None
@@ -183,8 +169,6 @@ class Committed(RunEvent):
 
 @event("privacy", "round {round}: privacy spent so far: epsilon {epsilon:.4g} at delta {delta:g}")
 class Privacy(RunEvent):
-    """The privacy budget spent by all rounds so far, as (epsilon, delta)."""
-
     round: Integer = None
     epsilon: Number = None
     delta: Number = None
@@ -194,8 +178,6 @@ class Privacy(RunEvent):
     "evaluated", "round {round}: loss {loss:.4f}{more} on {num_examples} held-out examples", "good"
 )
 class Evaluated(RunEvent):
-    """The workers have evaluated a round's model."""
-
     round: Integer = None
     num_examples: Integer = None
     loss: Number = None
@@ -224,8 +206,6 @@ class Personal(RunEvent):
 
 @event("tested", "round {round}: tested by the coordinator{more}", "good")
 class Tested(RunEvent):
-    """The coordinator has tested a round's model on its own data."""
-
     round: Integer = None
     metrics: Numbers = None
 

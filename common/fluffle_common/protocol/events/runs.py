@@ -20,8 +20,6 @@ _THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
 
 @event("started", "run {run} in {folder}")
 class Started(RunEvent):
-    """A coordinator has started a run."""
-
     run: Text = None
     rounds: Integer = None
     folder: Text = None
@@ -29,8 +27,6 @@ class Started(RunEvent):
 
 @event("resumed", "going on with run {run} after round {round}")
 class Resumed(RunEvent):
-    """A coordinator has resumed a run; ``round`` is the last committed one."""
-
     run: Text = None
     rounds: Integer = None
     round: Integer = None
@@ -58,8 +54,6 @@ class Reconnected(BrokerEvent):
 
 @event("disconnected", "lost the broker ({reason}); connecting again", "bad")
 class Disconnected(BrokerEvent):
-    """The connection to the broker was lost."""
-
     reason: Text = None
 
 
@@ -69,8 +63,6 @@ class Disconnected(BrokerEvent):
     "bad",
 )
 class NoBroker(BrokerEvent):
-    """An attempt to connect to the broker failed."""
-
     journalled = False
     reason: Text = None
     pause_s: Number = None
@@ -82,8 +74,6 @@ class NoBroker(BrokerEvent):
 
 @event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
 class Standby(RunEvent):
-    """This coordinator waits because another one holds the run folder or the federation."""
-
     what: Text = None
 
     def gist(self) -> object:
@@ -111,8 +101,6 @@ class Slow(RunEvent):
     "the broker accepts no messages for now ({reason}); outgoing messages are waiting",
 )
 class Blocked(RunEvent):
-    """The broker has stopped accepting messages."""
-
     reason: Text = None
 
 
@@ -127,8 +115,6 @@ class Unblocked(RunEvent):
     "this run; everything else works",
 )
 class NoJournal(RunEvent):
-    """The run has no journal, because the broker cannot provide a stream."""
-
     journalled = False
     reason: Text = None
 
@@ -142,8 +128,6 @@ class Repaired(RunEvent):
 
 @event("disk", "cannot write to {folder} ({reason}); trying again every {pause_s:.0f} s", "bad")
 class Disk(RunEvent):
-    """Writing to the run folder failed."""
-
     folder: Text = None
     reason: Text = None
     pause_s: Number = None
@@ -151,8 +135,6 @@ class Disk(RunEvent):
 
 @event("gap", "{dropped} earlier events are missing here: they could not be published")
 class Gap(RunEvent):
-    """``dropped`` events before this one are missing from the journal."""
-
     dropped: Integer = None
 
 
@@ -187,8 +169,6 @@ class Waiting(RunEvent):
     "the workers by hand",
 )
 class Untold(RunEvent):
-    """The coordinator could not send ``stop`` to the workers."""
-
     waited_s: Number = None
 
 
@@ -238,24 +218,18 @@ class Left(RunEvent):
 
 @event("gone", "{worker} is gone: no heartbeat for {silent_s:.0f} s", "bad")
 class Gone(RunEvent):
-    """A worker has sent no heartbeat for too long."""
-
     worker: Text = None
     silent_s: Number = None
 
 
 @event("refused", "refused: {reason}", "bad")
 class Refused(RunEvent):
-    """A worker was refused."""
-
     worker: Text = None
     reason: Text = None
 
 
 @event("init", "asking {worker} for the first weights")
 class Init(RunEvent):
-    """A worker was asked for the first weights."""
-
     worker: Text = None
 
 
@@ -269,8 +243,6 @@ class FirstWeights(RunEvent):
 
 @event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}, once each")
 class FrozenSent(RunEvent):
-    """Workers that lack the model's frozen tensors are sent them with their work."""
-
     workers: Names = None
     digest: Text = None
 
@@ -290,7 +262,5 @@ class FrozenDiffers(RunEvent):
 
 @event("classes", "the classes of the federation are {classes}, as announced by {worker}")
 class Classes(RunEvent):
-    """The federation's classes are fixed: those of ``worker``."""
-
     worker: Text = None
     classes: Names = None

@@ -36,8 +36,6 @@ class WorkerEvent(RunEvent):
 
 @event("loaded", "task {task}: {num_examples:example}{more}")
 class Loaded(WorkerEvent):
-    """The task is loaded; ``classes`` are those of its data."""
-
     task: Text = None
     num_examples: Integer = None
     classes: Names = None
@@ -51,8 +49,6 @@ class Loaded(WorkerEvent):
     "federation {federation} has no queues yet; waiting for a coordinator",
 )
 class Alone(WorkerEvent):
-    """The worker has connected before any coordinator."""
-
     federation: Text = None
 
 
@@ -63,15 +59,11 @@ class Alone(WorkerEvent):
     "odd",
 )
 class Occupied(WorkerEvent):
-    """Another connection consumes this worker's inbox."""
-
     pause_s: Number = None
 
 
 @event("welcome", "joined run {run}, round {round} of {rounds}", "good")
 class Welcomed(WorkerEvent):
-    """The coordinator has accepted the worker's hello."""
-
     run: Text = None
     round: Integer = None
     rounds: Integer = None
@@ -100,8 +92,6 @@ class FrozenReceived(WorkerEvent):
     "abandoned", "round {round}: closed without this worker's update; starting newer work", "odd"
 )
 class Abandoned(WorkerEvent):
-    """The worker has given up its work, because its round closed without it."""
-
     round: Integer = None
 
 
@@ -127,8 +117,6 @@ class Sent(WorkerEvent):
 
 @event("unsent", "round {round}: not sent yet ({reason}); trying again", "odd")
 class Unsent(WorkerEvent):
-    """The broker did not accept the worker's answer."""
-
     round: Integer = None
     reason: Text = None
 
@@ -140,8 +128,6 @@ class Unsent(WorkerEvent):
     "bad",
 )
 class NotCounted(WorkerEvent):
-    """The coordinator rejected this worker's update."""
-
     round: Integer = None
     reason: Text = None
 
@@ -162,8 +148,6 @@ class Traceback(WorkerEvent):
 
 @event("ended", "the run has ended: {reason}")
 class Ended(WorkerEvent):
-    """The coordinator has ended the run."""
-
     reason: Text = None
 
 

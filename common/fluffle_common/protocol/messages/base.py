@@ -1,4 +1,4 @@
-"""The base classes of all messages: header, tensor table, and payload in parts."""
+"""The base classes of all messages, and those that travel in both directions."""
 
 from __future__ import annotations
 
@@ -21,8 +21,10 @@ from fluffle_common.protocol.messages.fields import (
     Federation,
     Id,
     KeyId,
+    Round,
     Scheme,
     Signature,
+    WorkerId,
 )
 from fluffle_common.tensors.table import CACHED_TABLES, MAX_CACHED_TENSORS, MAX_TENSORS, TensorEntry
 
@@ -128,6 +130,27 @@ class Part(Header):
     kind: Literal["part"] = "part"
     transfer: Id
     part: Annotated[int, Field(ge=0)]
+
+
+class Exchange(TensorHeader):
+    """A message of a user-defined protocol, in either direction.
+
+    ``name`` identifies the protocol and selects the handler; the meaning of ``phase`` is up to the
+    protocol. ``worker`` is the sender, or None if the coordinator sends the message. Tensors travel
+    in the message itself, never in parts.
+    """
+
+    kind: Literal["exchange"] = "exchange"
+    name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
+    phase: Annotated[str, Field(min_length=1, max_length=64)]
+    run: Id
+    round: Round
+    worker: WorkerId | None = None
+
+    @property
+    def identity(self) -> str:
+        """The header's identity, followed by ``name`` and ``phase``."""
+        return f"{super().identity}/{self.name}/{self.phase}"
 
 
 def present_fields(message: BaseModel, fields: tuple[str, ...]) -> dict[str, Any]:

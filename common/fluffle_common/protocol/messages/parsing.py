@@ -1,4 +1,4 @@
-"""Parsing of decoded headers into messages, and the JSON schema of all messages."""
+"""Parsing of decoded headers into messages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field, TypeAdapter, ValidationError
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.messages.base import Part
-from fluffle_common.protocol.messages.exchange import Exchange
+from fluffle_common.protocol.messages.base import Exchange, Part
 from fluffle_common.protocol.messages.journal import Event, Events
 from fluffle_common.protocol.messages.presence import (
     Bye,
@@ -19,9 +18,16 @@ from fluffle_common.protocol.messages.presence import (
     Refusal,
     Welcome,
 )
-from fluffle_common.protocol.messages.results import Evaluation, FirstWeights, Update, Verdict
-from fluffle_common.protocol.messages.work import Evaluate, Fit, InitRequest, Stop
-from fluffle_common.tensors.table import TensorEntry
+from fluffle_common.protocol.messages.work import (
+    Evaluate,
+    Evaluation,
+    FirstWeights,
+    Fit,
+    InitRequest,
+    Stop,
+    Update,
+    Verdict,
+)
 
 WithTensors = Fit | Evaluate | FirstWeights | Update
 ToWorker = Welcome | Refusal | Verdict | InitRequest | Fit | Evaluate | Stop | Exchange
@@ -35,22 +41,6 @@ def kinds_of(messages: Any) -> tuple[str, ...]:
 
 
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
-
-
-def json_schema() -> dict[str, Any]:
-    """Return the JSON schema of all headers; it describes binary data as strings."""
-    schema = _adapter.json_schema()
-    for definition in schema["$defs"].values():
-        if "protocol" in definition.get("properties", {}):
-            definition["required"] = ["protocol", "kind", *definition["required"]]
-    entry = schema["$defs"]["TensorEntry"]  # a tuple in Python, a map on the wire
-    schema["$defs"]["TensorEntry"] = {
-        "type": "object",
-        "properties": dict(zip(TensorEntry._fields, entry["prefixItems"], strict=True)),
-        "required": [n for n in TensorEntry._fields if n not in TensorEntry._field_defaults],
-        "additionalProperties": False,
-    }
-    return schema
 
 
 def parse(header: Any) -> Message:

@@ -23,7 +23,6 @@ class F16:
 
     @classmethod
     def parse(cls, text: str) -> F16:
-        """Return the codec; it takes no settings."""
         check_no_settings(text, cls.name)
         return cls()
 
@@ -33,7 +32,6 @@ class F16:
 
     @staticmethod
     def parts(shape: Shape) -> tuple[Part, ...]:
-        """Return the parts of a tensor of this shape."""
         return (Part("", "float16", shape),)
 
     @staticmethod

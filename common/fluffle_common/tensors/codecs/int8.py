@@ -26,7 +26,6 @@ class Int8:
 
     @classmethod
     def parse(cls, text: str) -> Int8:
-        """Return the codec; it takes no settings."""
         check_no_settings(text, cls.name)
         return cls()
 
@@ -43,7 +42,6 @@ class Int8:
 
     @staticmethod
     def parts(shape: Shape) -> tuple[Part, ...]:
-        """Return the parts of a tensor of this shape."""
         scales = (_blocks(math.prod(shape)),)
         return Part("#q", "int8", shape), Part("#scale", "float32", scales)
 

@@ -48,11 +48,7 @@ class Registry:
         self._codecs: dict[str, type[Codec]] = {codec.name: codec for codec in _BUILT_IN}
 
     def add(self, codec: Any, where: str) -> type[Codec]:
-        """Add a codec and return it.
-
-        Args:
-            codec: the class of the codec.
-            where: its origin, for error messages.
+        """Add a codec and return it; ``where`` is its origin, for error messages.
 
         Raises:
             UsageError: if it is not a codec, or has the name of a built-in one.

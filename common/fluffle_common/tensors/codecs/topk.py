@@ -52,7 +52,6 @@ class TopK:
 
     @staticmethod
     def parts(shape: Shape) -> tuple[Part, ...]:
-        """Return the parts of a tensor of this shape."""
         size = (math.prod(shape),)
         return (
             Part("#index", "int32", size, at_most=True),

@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport.base import Body, QueueFull, Unroutable
@@ -24,19 +24,6 @@ LARGE_BYTES = 16 * 2**10
 _ACK_WITHIN_S = 0.02
 
 
-class Socket(Protocol):
-    """The part of ``asyncio.Transport`` that is used here."""
-
-    def write(self, data: Body) -> None:
-        """Send or buffer bytes, in order."""
-
-    def writelines(self, pieces: list[Body]) -> None:
-        """Send or buffer several pieces without joining them."""
-
-    def is_closing(self) -> bool:
-        """Return whether the socket is closing or closed."""
-
-
 class Content(NamedTuple):
     """A received message: the payloads of its method frame and header frame, and its body."""
 
@@ -44,12 +31,10 @@ class Content(NamedTuple):
     header: bytes
     body: Body
 
-
-class TaggedContent(NamedTuple):
-    """A received message with the delivery tag that settles it."""
-
-    tag: int
-    content: Content
+    @property
+    def tag(self) -> int:
+        """The delivery tag that settles it; a returned message has none."""
+        return frames.tag(self.method)
 
 
 @dataclass(slots=True)
@@ -75,16 +60,16 @@ class ContentChannel:
     def __init__(
         self,
         number: int,
-        socket: Socket,
+        socket: asyncio.WriteTransport,
         frame_max: int,
-        on_delivery: Callable[[TaggedContent], object] | None = None,
+        on_delivery: Callable[[Content], object] | None = None,
         prefetch: int = 0,
     ) -> None:
         self.number = number
         self._socket, self._frame_max, self._on_delivery = socket, frame_max, on_delivery
         self._publish_seq = 0  # the broker numbers messages the same way
         self._unconfirmed: dict[int, _Unconfirmed] = {}
-        self._pending_gets: deque[asyncio.Future[TaggedContent | None]] = deque()
+        self._pending_gets: deque[asyncio.Future[Content | None]] = deque()
         self._unsettled: set[int] = set()  # delivery tags
         self._unsent_acks: set[int] = set()  # delivery tags
         self._ack_batch = max(prefetch // 2, 1)  # early enough that deliveries never stop
@@ -125,14 +110,14 @@ class ContentChannel:
             self._socket.writelines(pieces)
         return confirmation
 
-    def get(self, queue: str) -> asyncio.Future[TaggedContent | None]:
+    def get(self, queue: str) -> asyncio.Future[Content | None]:
         """Request one message; the future's result is None if the queue is empty.
 
         Raises:
             LinkLost: if the socket is already closed.
         """
         self._check()
-        response: asyncio.Future[TaggedContent | None] = asyncio.get_running_loop().create_future()
+        response: asyncio.Future[Content | None] = asyncio.get_running_loop().create_future()
         self._pending_gets.append(response)
         self._socket.write(frames.get(self.number, queue))
         return response
@@ -208,22 +193,18 @@ class ContentChannel:
         """Handle a complete message."""
         match frames.kind_of(content.method):
             case frames.DELIVER:
-                delivery = self._track(content)
+                self._unsettled.add(content.tag)
                 if self._on_delivery is not None:
-                    self._on_delivery(delivery)
+                    self._on_delivery(content)
             case frames.GET_OK:
-                self._answer_get(self._track(content))
+                self._unsettled.add(content.tag)
+                self._answer_get(content)
             case frames.RETURN:  # the confirmation follows
                 message_id = frames.properties(content.header).message_id or ""
                 for message in self._unconfirmed.values():
                     if message.message_id == message_id and message.return_reason is None:
                         message.return_reason = frames.return_reason(content.method)
                         break
-
-    def _track(self, content: Content) -> TaggedContent:
-        tag = frames.tag(content.method)
-        self._unsettled.add(tag)
-        return TaggedContent(tag, content)
 
     def _confirm(self, payload: bytes, *, nacked: bool) -> None:
         last, multiple = frames.settlement(payload)
@@ -242,7 +223,7 @@ class ContentChannel:
             else:
                 message.confirmation.set_result(None)
 
-    def _answer_get(self, message: TaggedContent | None) -> None:
+    def _answer_get(self, message: Content | None) -> None:
         if not self._pending_gets:
             return
         response = self._pending_gets.popleft()

@@ -7,34 +7,16 @@ left, or none leave any more, its confirmation is overdue after a constant time.
 from __future__ import annotations
 
 import asyncio
-import fcntl
-import struct
-import sys
-import termios
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+
+from fluffle_common.transport.rabbitmq.connection import Connection
 
 # How long a message may make no progress.
 _CONFIRM_S = 20.0
 _CHECK_EVERY_S = 1.0
 # Allows for bytes in the socket buffer on systems that do not report how many there are.
 _SLOWEST_BYTES_PER_S = 10_000
-
-_QUEUED = struct.Struct("@i")
-
-
-class Flow(Protocol):
-    """The byte counters of one connection."""
-
-    def buffered_bytes(self) -> int:
-        """Return how many bytes this process has not yet passed to the operating system."""
-
-    def queued_bytes(self) -> int | None:
-        """Return how many sent bytes the peer's TCP has not acknowledged; None if unknown."""
-
-    def received_bytes(self) -> int:
-        """Return the total size of the received bodies, behind which a confirmation may wait."""
 
 
 @dataclass(slots=True, eq=False)
@@ -57,17 +39,16 @@ class Unconfirmed:
 class ConfirmWatch:
     """Checks the unconfirmed messages of one channel for progress.
 
+    Time in which the broker blocks publishers does not count.
+
     Args:
-        flow: the byte counters of the channel's connection.
+        connection: the connection of the channel.
         on_overdue: called with a reason when a confirmation is overdue.
-        is_blocked: returns whether the broker blocks publishers; that time does not count.
     """
 
-    def __init__(
-        self, flow: Flow, on_overdue: Callable[[str], object], is_blocked: Callable[[], bool]
-    ) -> None:
+    def __init__(self, connection: Connection, on_overdue: Callable[[str], object]) -> None:
         self.unconfirmed_bytes = 0
-        self._flow, self._on_overdue, self._is_blocked = flow, on_overdue, is_blocked
+        self._connection, self._on_overdue = connection, on_overdue
         self._unconfirmed: dict[Unconfirmed, None] = {}
         self._sent_bytes = 0  # since there last was no unconfirmed message
         self._left_bytes, self._received_bytes = 0, 0  # at the last check
@@ -107,11 +88,11 @@ class ConfirmWatch:
         self._timer = None
         if not self._unconfirmed:
             return
-        if not self._is_blocked():
+        if self._connection.blocking.reason is None:
             elapsed_s = asyncio.get_running_loop().time() - self._checked_at
             self._clock_s += min(elapsed_s, 2 * _CHECK_EVERY_S)
-        queued, received = self._flow.queued_bytes(), self._flow.received_bytes()
-        left = self._sent_bytes - self._flow.buffered_bytes() - (queued or 0)
+        queued, received = self._connection.queued_bytes(), self._connection.received_bytes()
+        left = self._sent_bytes - self._connection.buffered_bytes() - (queued or 0)
         sends, receives = left != self._left_bytes, received != self._received_bytes
         self._left_bytes, self._received_bytes = left, received
         patience_s = _CONFIRM_S
@@ -128,18 +109,3 @@ class ConfirmWatch:
                 )
                 return
         self._check_later()
-
-
-def queued_bytes(descriptor: int) -> int | None:
-    """Return how many bytes in a socket's send queue the peer's TCP has not acknowledged.
-
-    Returns None on systems that do not report it, and for a closed socket.
-    """
-    if sys.platform != "linux":
-        return None
-    try:
-        buffer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size))
-    except (OSError, ValueError):  # it is closed
-        return None
-    nbytes: int = _QUEUED.unpack(buffer)[0]
-    return nbytes

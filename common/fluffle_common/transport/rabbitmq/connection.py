@@ -10,7 +10,11 @@ keeps the handshake, channels, declarations, heartbeats and closing. This relies
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import ssl
+import struct
+import sys
+import termios
 import time
 from collections.abc import Callable
 from typing import Any
@@ -27,9 +31,7 @@ from fluffle_common.transport.rabbitmq.channel import (
     LARGE_BYTES,
     Content,
     ContentChannel,
-    TaggedContent,
 )
-from fluffle_common.transport.rabbitmq.confirms import queued_bytes
 
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
@@ -43,6 +45,7 @@ _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
 _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
 _TLS_ALERT = b"\x15\x03"
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
+_QUEUED = struct.Struct("@i")
 
 
 class _PartialContent:
@@ -93,8 +96,7 @@ class FrameSplitter:
         self._frame_missing_bytes = 0  # of that body frame, its end byte included
         self.received_bytes = 0  # total size of the received bodies
         self._foreign = False  # not AMQP 0-9-1; aiormq reports what is wrong
-        self.has_received = False  # whether anything was received
-        self.tls_alert = False  # whether the first bytes were a TLS alert
+        self.first_bytes = b""  # the first bytes received
         self.close_reason: tuple[int, str] | None = None  # code and text of connection.close
 
     def attach(self, channel: ContentChannel) -> None:
@@ -108,8 +110,8 @@ class FrameSplitter:
         Raises:
             ConnectionError: if the bytes are not well-formed frames.
         """
-        if not self.has_received:
-            self.has_received, self.tls_alert = True, data.startswith(_TLS_ALERT)
+        if not self.first_bytes:
+            self.first_bytes = data[: len(_TLS_ALERT)]
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, end, fed = 0, len(data), False
@@ -242,17 +244,30 @@ class SocketFactory(TransportFactory):
 
 
 class Connection(aio_pika.Connection):
-    """An aio_pika connection on which message traffic can bypass aiormq."""
+    """An aio_pika connection on which message traffic can bypass aiormq.
+
+    It is not open yet: open it with ``connect(timeout)``.
+
+    Args:
+        url: the broker's URL.
+        name: the name of the connection on RabbitMQ's management page.
+        context: the result of ``urls.tls_context``.
+    """
 
     PARAMETERS = (
         *aio_pika.Connection.PARAMETERS,
         ConnectionParameter("transport_factory", parser=lambda factory: factory),
     )
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+    def __init__(self, url: URL, name: str, context: ssl.SSLContext | None = None) -> None:
         self._sockets = SocketFactory()
         self.blocking = self._sockets.blocking
-        super().__init__(*args, **options, transport_factory=self._sockets)
+        super().__init__(
+            url,
+            client_properties={"connection_name": name},
+            ssl_context=context,
+            transport_factory=self._sockets,
+        )
 
     @property
     def close_reason(self) -> tuple[int, str] | None:
@@ -260,35 +275,31 @@ class Connection(aio_pika.Connection):
         return self._sockets.splitter.close_reason
 
     @property
-    def has_received(self) -> bool:
-        """Whether anything was received."""
-        return self._sockets.splitter.has_received
-
-    @property
-    def tls_alert(self) -> bool:
-        """Whether the broker answered a plain connection with a TLS alert."""
-        return self._sockets.splitter.tls_alert
+    def may_need_tls(self) -> bool:
+        """Whether the broker has sent nothing, or has answered with a TLS alert."""
+        first_bytes = self._sockets.splitter.first_bytes
+        return not first_bytes or first_bytes == _TLS_ALERT
 
     def __del__(self) -> None:
         """Do nothing: links close their connections, and aio_pika's version needs a loop."""
 
     def buffered_bytes(self) -> int:
-        """See ``confirms.Flow``."""
+        """Return how many bytes this process has not yet passed to the operating system."""
         return self._sockets.socket.get_write_buffer_size()
 
     def queued_bytes(self) -> int | None:
-        """See ``confirms.Flow``."""
+        """Return how many sent bytes the peer's TCP has not acknowledged; None if unknown."""
         socket = self._sockets.socket.get_extra_info("socket")
         return None if socket is None else queued_bytes(socket.fileno())
 
     def received_bytes(self) -> int:
-        """See ``confirms.Flow``."""
+        """Return the total size of the received bodies, behind which a confirmation may wait."""
         return self._sockets.splitter.received_bytes
 
     async def content_channel(
         self,
         channel: AbstractChannel,
-        on_delivery: Callable[[TaggedContent], object] | None = None,
+        on_delivery: Callable[[Content], object] | None = None,
         prefetch: int = 0,
     ) -> ContentChannel:
         """Let the message traffic of an open channel bypass aiormq from now on.
@@ -310,12 +321,16 @@ class Connection(aio_pika.Connection):
         return content_channel
 
 
-def new_connection(url: URL, name: str, context: ssl.SSLContext | None = None) -> Connection:
-    """Return a connection that is not open yet; open it with ``connect(timeout)``.
+def queued_bytes(descriptor: int) -> int | None:
+    """Return how many bytes in a socket's send queue the peer's TCP has not acknowledged.
 
-    Args:
-        url: the broker's URL.
-        name: the name of the connection on RabbitMQ's management page.
-        context: the result of ``urls.tls_context``.
+    Returns None on systems that do not report it, and for a closed socket.
     """
-    return Connection(url, client_properties={"connection_name": name}, ssl_context=context)
+    if sys.platform != "linux":
+        return None
+    try:
+        buffer = fcntl.ioctl(descriptor, termios.TIOCOUTQ, bytes(_QUEUED.size))
+    except (OSError, ValueError):  # it is closed
+        return None
+    nbytes: int = _QUEUED.unpack(buffer)[0]
+    return nbytes

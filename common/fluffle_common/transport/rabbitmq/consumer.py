@@ -12,9 +12,9 @@ from aio_pika.abc import AbstractChannel
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.topology import lock_of
 from fluffle_common.transport.base import Delivery
-from fluffle_common.transport.rabbitmq.channel import ContentChannel
+from fluffle_common.transport.rabbitmq.channel import Content, ContentChannel
 from fluffle_common.transport.rabbitmq.connection import Connection
-from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery, DeliveryQueue
+from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
 from fluffle_common.transport.rabbitmq.errors import map_exceptions
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 
@@ -37,7 +37,7 @@ class Consumer:
 
     def __init__(self, queue: str, connection: Connection, lifetime: Lifetime) -> None:
         self._queue_name, self._connection, self._lifetime = queue, connection, lifetime
-        self._received = DeliveryQueue()
+        self._received = asyncio.Queue[Content | None]()  # ends with None when the link is lost
         self._channel: AbstractChannel
         self._content_channel: ContentChannel
         self._tag = ""
@@ -68,7 +68,7 @@ class Consumer:
                         arguments={"x-queue-type": "classic"},
                     )
             content_channel = await self._connection.content_channel(
-                channel, self._received.put, prefetch
+                channel, self._received.put_nowait, prefetch
             )
             consume_ok = await underlay.basic_consume(
                 self._queue_name, _unused_callback, exclusive=exclusive, arguments=arguments
@@ -82,16 +82,12 @@ class Consumer:
 
     async def deliveries(self) -> AsyncGenerator[AmqpDelivery]:
         """Yield deliveries until the link is lost or the iterator is closed."""
-        received = self._received
         try:
-            while True:
+            self._lifetime.check()
+            while (content := await self._received.get()) is not None:
                 self._lifetime.check()
-                if not received.items:
-                    await received.wait()
-                message = received.items.popleft()
-                if message is not None:
-                    self._lifetime.check()
-                    yield AmqpDelivery(message, self._queue_name, self._content_channel)
+                yield AmqpDelivery(content, self._queue_name, self._content_channel)
+            self._lifetime.check()  # raises, since the link is lost
         finally:
             await self._end()
 
@@ -116,7 +112,6 @@ class Consumer:
 
     async def newest(self) -> Delivery | None:
         """Return the last entry of a stream that is read from its last chunk."""
-        received = self._received
         newest: AmqpDelivery | None = None
         loop = asyncio.get_running_loop()
         gives_up_at = loop.time() + _EMPTY_S
@@ -125,20 +120,20 @@ class Consumer:
                 with map_exceptions():  # a round trip: all that was sent before has arrived
                     await self._channel.set_qos(prefetch_count=STREAM_PREFETCH)
                 self._lifetime.check()
-                if not received.items:
+                if self._received.empty():
                     if newest is not None or loop.time() >= gives_up_at:
                         return newest
                     await asyncio.sleep(_EMPTY_S / 10)
-                while received.items:
-                    message = received.items.popleft()
-                    if message is not None:
-                        newest = AmqpDelivery(message, self._queue_name, self._content_channel)
+                while not self._received.empty():
+                    content = self._received.get_nowait()
+                    if content is not None:
+                        newest = AmqpDelivery(content, self._queue_name, self._content_channel)
                         newest.ack()
         finally:
             await self._end()
 
     def _on_link_end(self) -> None:
-        self._received.put(None)  # wakes the reader
+        self._received.put_nowait(None)
         self._content_channel.close(self._lifetime.error())
 
     def _on_queue_deleted(self, *_: Any) -> None:

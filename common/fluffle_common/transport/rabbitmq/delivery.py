@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections import deque
 from functools import cached_property
 from typing import Any
 
@@ -12,46 +10,15 @@ from pamqp.commands import Basic
 
 from fluffle_common.transport.base import HeaderValue, Properties
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import ContentChannel, TaggedContent
-
-
-class DeliveryQueue:
-    """An unbounded queue of received messages with one reader; None marks the end.
-
-    It takes a fraction of the steps of an ``asyncio.Queue``, which matters at about four messages
-    per worker and round.
-    """
-
-    def __init__(self) -> None:
-        self.items: deque[TaggedContent | None] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, message: TaggedContent | None) -> None:
-        """Add a message and wake the reader."""
-        self.items.append(message)
-        waiter, self._waiter = self._waiter, None
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
-
-    async def wait(self) -> None:
-        """Wait until there is an item."""
-        while not self.items:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
+from fluffle_common.transport.rabbitmq.channel import Content, ContentChannel
 
 
 class AmqpDelivery:
-    """A ``base.Delivery`` that decodes its properties on first use.
+    """A delivery that decodes its properties on first use."""
 
-    Args:
-        message: the received message.
-        queue: the queue that it was delivered from.
-        channel: the channel that it was received on.
-    """
-
-    def __init__(self, message: TaggedContent, queue: str, channel: ContentChannel) -> None:
-        self._tag: int | None = message.tag  # None once it is settled
-        self._method, self._header, self.body = message.content
+    def __init__(self, content: Content, queue: str, channel: ContentChannel) -> None:
+        self._tag: int | None = content.tag  # None once it is settled
+        self._method, self._header, self.body = content
         self.queue = queue
         self._channel = channel
 
@@ -65,34 +32,28 @@ class AmqpDelivery:
 
     @property
     def redelivered(self) -> bool:
-        """See ``base.Delivery``."""
         return self._origin.redelivered
 
     @property
     def exchange(self) -> str:
-        """See ``base.Delivery``."""
         return self._origin.exchange
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """See ``base.Delivery``."""
         more = (self._decoded.headers or {}).get("CC")
         return (self._origin.key, *map(str, more if isinstance(more, list) else ()))
 
     @property
     def sent_at(self) -> float | None:
-        """See ``base.Delivery``."""
         return self._decoded.timestamp.timestamp() if self._decoded.timestamp else None
 
     @property
     def offset(self) -> int | None:
-        """See ``base.Delivery``."""
         offset = (self._decoded.headers or {}).get("x-stream-offset")
         return offset if isinstance(offset, int) else None
 
     @cached_property
     def properties(self) -> Properties:
-        """See ``base.Delivery``."""
         decoded = self._decoded
         return Properties(
             type=decoded.message_type or "",
@@ -109,7 +70,6 @@ class AmqpDelivery:
             self._channel.ack(tag, multiple=multiple)
 
     def release(self) -> None:
-        """See ``base.Delivery``."""
         tag = self.take_tag()
         if tag is not None:
             self._channel.requeue(tag)

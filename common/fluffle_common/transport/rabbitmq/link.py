@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -57,6 +56,7 @@ class AmqpLink(Link):
     """A link over two open connections; call ``start`` before anything else."""
 
     def __init__(self, publishing: Connection, consuming: Connection, user: str) -> None:
+        self.blocking = publishing.blocking
         self._connections = (publishing, consuming)
         self._user = user
         self._lifetime = Lifetime(user, lambda: consuming.close_reason)
@@ -65,7 +65,9 @@ class AmqpLink(Link):
         self._publish_channel: ContentChannel
         self._get_channel: ContentChannel  # urgent messages are published there too
         # One for each channel that is published on.
-        self._watch, self._urgent_watch = map(self._watch_over, self._connections)
+        self._watch, self._urgent_watch = (
+            ConfirmWatch(connection, self._on_overdue) for connection in self._connections
+        )
         self._probe_channel: AbstractChannel | None = None
         self._probe_lock = asyncio.Lock()
 
@@ -92,17 +94,7 @@ class AmqpLink(Link):
         for channel in (self._publish_channel, self._get_channel):
             channel.close(self._lifetime.error())
 
-    @property
-    def blocked(self) -> str | None:
-        """See ``base.Link``; this is the state of the publishing connection."""
-        return self._connections[0].blocking.reason
-
-    def blocking(self) -> AsyncGenerator[str | None]:
-        """See ``base.Link``."""
-        return self._connections[0].blocking.changes()
-
     async def declare(self, entities: Iterable[Entity]) -> None:
-        """See ``base.Link``."""
         self._lifetime.check()
         for entity in entities:
             _LOG.debug("declaring %s", entity)
@@ -125,17 +117,18 @@ class AmqpLink(Link):
                         await channel.queue_bind(queue, exchange, key)
 
     async def exists(self, exchange: str) -> bool:
-        """See ``base.Link``."""
-        return (
-            await self._request_or_none(lambda on: on.exchange_declare(exchange, passive=True))
-        ) is not None
+        declare_ok = await self._request_or_none(
+            lambda channel: channel.exchange_declare(exchange, passive=True)
+        )
+        return declare_ok is not None
 
     async def bind(self, bindings: Iterable[Binding]) -> bool:
-        """See ``base.Link``."""
-        for binding in bindings:
-            if await self._request_or_none(functools.partial(_bind, binding), "bind") is None:
-                return False
-        return True
+        async def bind_all(channel: UnderlayChannel) -> bool:
+            for binding in bindings:
+                await channel.queue_bind(binding.queue, binding.exchange, binding.key)
+            return True
+
+        return await self._request_or_none(bind_all, "bind") is not None
 
     async def _request_or_none(
         self,
@@ -170,7 +163,6 @@ class AmqpLink(Link):
         keys: Sequence[str],
         urgent: bool = False,
     ) -> None:
-        """See ``base.Link``."""
         self._lifetime.check()
         first, *rest = keys
         headers: dict[str, frames.Value] = dict(properties.headers)
@@ -212,10 +204,6 @@ class AmqpLink(Link):
             return self._get_channel, self._urgent_watch
         return self._publish_channel, self._watch
 
-    def _watch_over(self, connection: Connection) -> ConfirmWatch:
-        blocking = connection.blocking
-        return ConfirmWatch(connection, self._on_overdue, lambda: blocking.reason is not None)
-
     def _on_overdue(self, why: str) -> None:
         """End the link.
 
@@ -228,25 +216,21 @@ class AmqpLink(Link):
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
-        """See ``base.Link``."""
         consumer = await Consumer(queue, self._connections[1], self._lifetime).start(
             prefetch, exclusive=exclusive, replicated=queue in self._quorum
         )
         return consumer.deliveries()
 
     async def get(self, queue: str) -> Delivery | None:
-        """See ``base.Link``."""
         self._lifetime.check()
-        message = await self._get_channel.get(queue)
-        return AmqpDelivery(message, queue, self._get_channel) if message is not None else None
+        content = await self._get_channel.get(queue)
+        return None if content is None else AmqpDelivery(content, queue, self._get_channel)
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
-        """See ``base.Link``."""
         arguments = {"x-stream-offset": "first" if since is None else since}
         return (await self._stream(stream, arguments)).entries()
 
     async def newest(self, stream: str) -> Delivery | None:
-        """See ``base.Link``."""
         # "last" is the last chunk, which may hold many entries.
         return await (await self._stream(stream, {"x-stream-offset": "last"})).newest()
 
@@ -255,7 +239,6 @@ class AmqpLink(Link):
         return await consumer.start(STREAM_PREFETCH, arguments=arguments)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
-        """See ``base.Link``."""
         with self._lifetime.requesting("configure"):
             channel = await self._request_channel.get_underlay_channel()
             await channel.queue_declare(
@@ -266,37 +249,30 @@ class AmqpLink(Link):
         return (await consumer.start(_TAP_PREFETCH, exclusive=True)).auto_acked()
 
     async def unbind(self, binding: Binding) -> None:
-        """See ``base.Link``."""
         with self._lifetime.requesting("bind"):
             channel = await self._request_channel.get_underlay_channel()
             await channel.queue_unbind(binding.queue, binding.exchange, binding.key)
 
     async def counts(self, queue: str) -> Counts | None:
-        """See ``base.Link``."""
-        declare_ok = await self._request_or_none(lambda on: on.queue_declare(queue, passive=True))
+        declare_ok = await self._request_or_none(
+            lambda channel: channel.queue_declare(queue, passive=True)
+        )
         if declare_ok is None:
             return None
         return Counts(int(declare_ok.message_count or 0), int(declare_ok.consumer_count or 0))
 
     async def purge(self, queue: str) -> int:
-        """See ``base.Link``."""
         with self._lifetime.requesting("read"):
             channel = await self._request_channel.get_underlay_channel()
             return int((await channel.queue_purge(queue)).message_count or 0)
 
     async def lost(self) -> None:
-        """See ``base.Link``."""
         await self._lifetime.lost()
 
     async def close(self) -> None:
-        """See ``base.Link``."""
         self._lifetime.end()
         # Concurrently: each may run into its timeout, and reconnecting waits for both.
         await asyncio.gather(*(close(connection) for connection in self._connections))
-
-
-async def _bind(binding: Binding, on: UnderlayChannel) -> Any:
-    return await on.queue_bind(binding.queue, binding.exchange, binding.key)
 
 
 async def close(connection: Connection) -> None:

@@ -15,7 +15,7 @@ from fluffle_common.transport.rabbitmq.connect_errors import (
     probe_tls_error,
     tls_error,
 )
-from fluffle_common.transport.rabbitmq.connection import Connection, new_connection
+from fluffle_common.transport.rabbitmq.connection import Connection
 from fluffle_common.transport.rabbitmq.errors import error_text, is_connection_error
 from fluffle_common.transport.rabbitmq.link import AmqpLink, close
 from fluffle_common.transport.rabbitmq.urls import display_url, parse_urls, tls_context
@@ -55,7 +55,6 @@ class AmqpTransport(Transport):
         return self._address
 
     async def open(self) -> Link:
-        """See ``base.Transport``."""
         unreachable, unusable = [], []
         self._urls = parse_urls(self._find_url())
         for url in sorted(self._urls, key=lambda url: url != self._current):
@@ -97,7 +96,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
     """Open a connection; ``was_connected`` says that this process was connected before."""
     with_heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
     context = tls_context(str(url))
-    connection = new_connection(with_heartbeat, name, context)
+    connection = Connection(with_heartbeat, name, context)
     try:
         await connection.connect(_CONNECT_TIMEOUT_S)
     except asyncio.CancelledError:
@@ -115,7 +114,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
             raise refusal from None
         if not is_connection_error(error):
             raise
-        if connection.tls_alert or not connection.has_received:
+        if connection.may_need_tls:
             refusal = await asyncio.to_thread(probe_tls_error, url, context)
             if refusal is not None:
                 raise refusal from None
