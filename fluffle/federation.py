@@ -44,10 +44,6 @@ _STEP_S = 5.0
 class LocalTask:
     """A task with the name of its worker; remembers the exceptions that the task's code raises.
 
-    Args:
-        name: the name of its worker.
-        task: the task.
-
     Raises:
         TaskError: if the task cannot make first weights.
     """
@@ -114,7 +110,7 @@ def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
     """Return tasks by the names of their workers; number those of an iterable.
 
     Raises:
-        UsageError: if a name is invalid, or ``given`` is a single object.
+        UsageError: if a name is invalid or not unique, or ``given`` is a single object.
     """
     if not isinstance(given, Iterable):
         raise UsageError(
@@ -123,7 +119,10 @@ def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
     if not isinstance(given, Mapping):
         tasks = list(given)
         given = dict(zip(numbered(what, len(tasks)), tasks, strict=True))
-    return {check_worker(str(name)): task for name, task in given.items()}
+    named = {check_worker(str(name)): task for name, task in given.items()}
+    if len(named) < len(given):
+        raise UsageError(f"some tasks have the same name: {', '.join(map(repr, given))}")
+    return named
 
 
 def numbered(what: str, count: int) -> list[str]:

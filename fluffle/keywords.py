@@ -55,13 +55,9 @@ def settings_from(
 ) -> tuple[CoordinatorSettings, dict[str, Any]]:
     """Return the settings of a run, and all options of ``fluffle coordinator`` with their values.
 
-    Args:
-        caller: the function that was called, for errors.
-        keywords: options by name, with underscores; None means the default.
-        workers: the number of tasks; by default, the run starts when so many workers are connected.
-        strategy: a strategy by name or as an object; None means the default.
-        evaluate: the hook that tests every round's model, or None.
-        on_round: the hook that is called after each commit, or None.
+    ``caller`` is the function that was called, for errors. ``keywords`` are options by name, with
+    underscores; None means the default. By default, the run starts when as many workers are
+    connected as there are tasks, ``workers``.
 
     Raises:
         UsageError: if a keyword is unknown, does not apply, or has an invalid value.

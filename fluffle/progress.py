@@ -17,17 +17,12 @@ _UPDATE_EVERY_S = 0.2
 
 
 class Progress(Watcher):
-    """Shows the progress of a run on stderr.
+    """Shows the progress of a run of so many rounds on stderr.
 
-    Args:
-        wanted: whether to show it; None shows it on a terminal and in a notebook.
-        rounds: the planned number of rounds.
-
-    Attributes:
-        fault: the last failed task or rejected update since the last commit; empty if none.
+    If ``wanted`` is None, it is shown on a terminal and in a notebook.
     """
 
-    fault = ""
+    fault = ""  # the last failed task or rejected update since the last commit
 
     def __init__(self, wanted: bool | None, rounds: int) -> None:
         terminal = is_terminal(sys.stderr)

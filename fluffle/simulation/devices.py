@@ -90,12 +90,8 @@ def devices(
 ) -> list[Device]:
     """Return a device for each client; the same seed gives the same devices.
 
-    Args:
-        clients: the number of clients.
-        step_s: the distribution of ``Device.step_s``; see ``draw``.
-        round_s: the distribution of ``Device.round_s``.
-        bytes_per_s: the distribution of ``Device.bytes_per_s``; None means infinite.
-        seed: the seed of the draws.
+    The arguments are distributions of the fields of ``Device``, as for ``draw``; None means
+    infinite.
 
     Raises:
         UsageError: if one is not a distribution, or a bandwidth is 0.

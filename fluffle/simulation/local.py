@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from fluffle.background import Background
@@ -16,7 +15,7 @@ from fluffle.run_folder import RunFolder, committed
 from fluffle.simulation.availability import parse_availability
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
-from fluffle.simulation.partition import Partition, parse_partition
+from fluffle.simulation.partition import Partition, check_whole, parse_partition
 from fluffle.simulation.population import Divisible, dealt
 from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
 from fluffle_common.cli.console import warn
@@ -159,10 +158,8 @@ def _check(options: Mapping[str, Any], **counts: int | None) -> None:
             "uses a real broker"
         )
     for name, number in counts.items():
-        if number is not None and (not isinstance(number, Integral) or number < 1):
-            raise UsageError(
-                f"{_CALLER}(): {name} = {number!r} must be a whole number of at least 1"
-            )
+        if number is not None:
+            check_whole(f"{_CALLER}(): {name}", number, 1)
 
 
 def _tasks(

@@ -14,6 +14,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import numpy as np
@@ -143,6 +144,16 @@ def counts(labels: Array, parts: Parts) -> Array:
     """Return the number of examples of each label at each client, shape [clients, labels]."""
     values, numbers = np.unique(labels, return_inverse=True)
     return np.stack([np.bincount(numbers[part], minlength=len(values)) for part in parts])
+
+
+def check_whole(name: str, number: Any, least: int) -> None:
+    """Check a number.
+
+    Raises:
+        UsageError: if it is not a whole number of at least ``least``.
+    """
+    if not isinstance(number, Integral) or int(number) < least:
+        raise UsageError(f"{name} = {number!r} must be a whole number of at least {least}")
 
 
 def _number(kind: Callable[[str], Any], text: str, given: str, wanted: str) -> Any:

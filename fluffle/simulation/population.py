@@ -8,7 +8,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from fluffle.federation import numbered
-from fluffle.simulation.partition import By, Partition, Parts
+from fluffle.simulation.partition import By, Partition, Parts, check_whole
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.task import Task, TaskOptions
@@ -37,7 +37,7 @@ def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -
     The partition ``by:COLUMN`` needs ``whole.columns[COLUMN]``.
 
     Raises:
-        UsageError: if there is no such column, or there are too few examples.
+        UsageError: if there is no such column, there are too few examples, or a number is invalid.
     """
     parts = parts_of(whole, partition, clients, seed)
     names = numbered("client", clients)
@@ -48,7 +48,9 @@ def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -
 
 
 def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> Parts:
-    """Return the rows of each client; see ``dealt`` for arguments and errors."""
+    """Return the rows of each client; see ``dealt`` for errors."""
+    check_whole("clients", clients, 1)
+    check_whole("seed", seed, 0)
     labels = np.asarray(whole.labels)
     if isinstance(partition, By):
         columns = getattr(whole, "columns", {})

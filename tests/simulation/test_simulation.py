@@ -260,13 +260,32 @@ def test_what_a_simulation_cannot_do_is_told_at_once(options, said):
         fluffle.simulate([Adder(1.0), Adder(2.0)], rounds=1, **options)
 
 
+class Whole(Adder):
+    """A task that can be divided."""
+
+    labels = np.zeros(4)
+
+    def part(self, rows: Any, sample_seed: int) -> Any:
+        return Adder(1.0)
+
+
+@pytest.mark.parametrize("seed", [-1, 1.5, "x"])
+def test_a_seed_that_is_none_is_refused_before_the_data_are_divided(seed):
+    said = re.escape(f"seed = {seed!r} must be a whole number of at least 0")
+    with pytest.raises(UsageError, match=said):
+        fluffle.simulate(Whole(0.0), clients=2, rounds=1, seed=seed)
+    with pytest.raises(UsageError, match=said):
+        fluffle.plot_partition(Whole(0.0), clients=2, seed=seed)
+    with pytest.raises(UsageError, match="clients = 0 must be a whole number of at least 1"):
+        fluffle.plot_partition(Whole(0.0), clients=0)
+
+
+def test_two_tasks_of_one_name_are_refused():
+    with pytest.raises(UsageError, match="some tasks have the same name: 1, '1'"):
+        fluffle.simulate({1: Adder(1.0), "1": Adder(2.0)}, rounds=1)
+
+
 def test_every_nth_model_is_tested_after_a_resumption_too(tmp_path):
-    class Whole(Adder):
-        labels = np.zeros(4)
-
-        def part(self, rows: Any, sample_seed: int) -> Any:
-            return Adder(1.0)
-
     for rounds in (3, 7):
         run = fluffle.simulate(Whole(0.0), clients=2, rounds=rounds, test_every=2, folder=tmp_path)
     assert [bool(one.test) for one in run.history] == [False, True, True, True, False, True, True]

@@ -84,12 +84,7 @@ class Refusals:
 
     A worker has no right to write to that queue, so rejected messages go through the results
     exchange under a key of the worker's own. Until a coordinator has declared that exchange, they
-    wait here, unacknowledged.
-
-    Args:
-        topology: the names on the broker.
-        worker: the id of the rejecting worker.
-        record: called with an event for each rejected message.
+    wait here, unacknowledged. ``record`` is called with an event for each of them.
     """
 
     def __init__(self, topology: Topology, worker: str, record: Record) -> None:

@@ -31,9 +31,8 @@ _MAX_REPORTS = 1000
 class Results:
     """Converts what a task returns and reports each distinct fault once.
 
-    Args:
-        report: called with a sentence about each value that is left out.
-        trace: called with the traceback of each error in the task's code.
+    ``report`` is called with a sentence about each value that is left out, ``trace`` with the
+    traceback of each error in the task's code.
     """
 
     def __init__(
@@ -196,12 +195,7 @@ def count(value: Any) -> int:
 
 
 def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Array]:
-    """Convert tensors returned by a task to NumPy arrays.
-
-    Args:
-        given: the mapping of names to tensors.
-        method: the method that returned it, for errors.
-        what: what the tensors are, for errors.
+    """Convert tensors that a task's method returned to NumPy arrays; ``what`` is for errors.
 
     Raises:
         TaskError: if ``given`` is not a mapping or NumPy cannot convert a tensor.
