@@ -36,8 +36,9 @@ test: install check browser
 # The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal.
 SLOW := $(addprefix unit/,demo doctests drawing flax_parts flax_task front_door letters \
 	letters_images letters_scores local_rules mutants node printing private rabbitmq_connection \
-	results rounds_machine run_store server_steps sklearn_task strategy_names task_loading) \
-	$(addprefix federation/,adapters local user_files)
+	results rounds_machine run_store server_steps sklearn_task strategy_names task_loading \
+	torch_task) \
+	$(addprefix federation/,adapters local torch user_files)
 FAST := $(filter-out $(foreach name,$(SLOW),tests/$(dir $(name))test_$(notdir $(name)).py),\
 	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
 
@@ -76,15 +77,15 @@ bench: install
 	$(BIN)/python -m benchmarks $(ARGS)
 
 # The comparison with Flower uses its published package, in a separate environment that also has the
-# libraries of the letters task. No test uses it.
+# libraries of fluffle's tasks. No test uses it.
 FLOWER := .venv-flower
 FLOWER_STAMP := $(FLOWER)/.installed
 
-$(FLOWER_STAMP): requirements.lock
+$(FLOWER_STAMP): requirements.lock Makefile
 	@echo "installing Flower into $(FLOWER); this takes one or two minutes ..."
 	@test -x $(FLOWER)/bin/python || $(PYTHON) -m venv $(FLOWER)
-	@$(FLOWER)/bin/python -m pip install $(PIP_FLAGS) flwr==1.42.0 \
-		$(shell grep -E '^(flax|jax|jaxlib|msgpack|numpy|optax|pillow|pydantic|safetensors)==' \
+	@$(FLOWER)/bin/python -m pip install $(PIP_FLAGS) 'flwr[simulation]==1.42.0' \
+		$(shell grep -E '^(blake3|flax|jax|jaxlib|msgpack|numpy|optax|pillow|pydantic|safetensors)==' \
 		requirements.lock)
 	@touch $(FLOWER_STAMP)
 
@@ -92,6 +93,7 @@ bench-flower: install $(FLOWER_STAMP)
 	$(BIN)/python -m benchmarks.flower --size-mb 0.1,1.36,10,100 --clients 3 $(ARGS)
 	$(BIN)/python -m benchmarks.flower --size-mb 1.36 --clients 10,30 $(ARGS)
 	$(BIN)/python -m benchmarks.flower --letters $(ARGS)
+	$(BIN)/python -m benchmarks.flower --simulation $(ARGS)
 
 format: install
 	$(BIN)/ruff format .

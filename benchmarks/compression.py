@@ -35,7 +35,6 @@ from fluffle_coordinator.strategy.decoding import decode_contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job, execute
-from fluffle_worker.machine import Work
 from fluffle_worker.task import Task
 
 PLAIN = "none"
@@ -65,16 +64,15 @@ class Federation:
         return largest
 
     def _update(self, place: int, task: Task, number: int) -> tuple[Update, memoryview]:
-        work = Work("fit", "r", number, f"b{number - 1}")
         fit = Fit(
             federation="bench",
-            run=work.run,
-            round=work.round,
-            base=work.base,
+            run="r",
+            round=number,
+            base=f"b{number - 1}",
             evaluate=False,
             plan=self._plan,
         )
-        job = Job(work, fit, self.weights)
+        job = Job(fit, self.weights)
         execute(
             job,
             task,

@@ -4,6 +4,7 @@
     python -m benchmarks.flower --size-mb 0.1,1.36,10,100 --clients 3
     python -m benchmarks.flower --size-mb 1.36 --clients 10,30
     python -m benchmarks.flower --letters
+    python -m benchmarks.flower --simulation
 
 Flower is the published package, unmodified, offline and in its own environment. The **direct**
 engine is ``start_server`` and ``start_client`` (gRPC; deprecated since 1.13, but present in 1.42).
@@ -22,6 +23,9 @@ anew for each block of its rounds. Only fluffle writes every round's model to di
 
 ``--letters`` runs the whole letters job on each side instead, from the start of the processes to
 the saved model: the same network, images and rounds, with evaluation (see ``flower_letters``).
+
+``--simulation`` runs whole simulated jobs on ``fluffle.simulate`` and on Flower's third engine, the
+simulation engine (see ``flower_simulation``).
 """
 
 from __future__ import annotations
@@ -36,7 +40,9 @@ from benchmarks import command, stats
 from benchmarks.comparison import Floor, Fluffle, Measured, Side, compare
 from benchmarks.floor import Spec
 from benchmarks.flower_engines import FlowerDirect, FlowerProduction
+from benchmarks.flower_simulation import simulations, simulations_as_text
 from benchmarks.processes import ROOT, Programs, machine, private_broker, scratch
+from benchmarks.simulated_jobs import JOBS
 
 PYTHON = ROOT / ".venv-flower" / "bin" / "python"
 _MAX_TOGETHER_MB = 400
@@ -139,28 +145,40 @@ def _list(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [convert(part) for part in text.split(",")]
 
 
-def main() -> None:
-    """Run the benchmark from the command line."""
-    parser = command.parser("flower", __doc__)
-    parser.add_argument("--size-mb", type=_list(float), default=[0.1, 1.36, 10.0, 100.0])
-    parser.add_argument("--clients", type=_list(int), default=[3], help="numbers of clients (3)")
-    command.add_rounds(parser)
-    parser.add_argument("--blocks", type=int, default=4, help="blocks of rounds per side (4)")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the options."""
+    made = command.parser("flower", __doc__)
+    made.add_argument("--size-mb", type=_list(float), default=[0.1, 1.36, 10.0, 100.0])
+    made.add_argument("--clients", type=_list(int), default=[3], help="numbers of clients (3)")
+    command.add_rounds(made)
+    made.add_argument("--blocks", type=int, default=4, help="blocks of rounds per side (4)")
+    made.add_argument(
         "--evaluate", action="store_true", help="every client evaluates every round's model"
     )
-    parser.add_argument("--slow-rounds", type=int, default=4, help="production rounds (4)")
-    parser.add_argument("--direct-only", action="store_true", help="omit the production engine")
-    parser.add_argument(
+    made.add_argument("--slow-rounds", type=int, default=4, help="production rounds (4)")
+    made.add_argument("--direct-only", action="store_true", help="omit the production engine")
+    made.add_argument(
         "--apart",
         action="store_true",
         help="start one side at a time, as always above 400 MB",
     )
-    parser.add_argument("--letters", action="store_true", help="run the letters job instead")
-    parser.add_argument("--repeats", type=int, default=3, help="repetitions of the letters job (3)")
-    parser.add_argument("--python", type=Path, default=PYTHON, help="Flower's Python")
-    parser.add_argument("--folder", type=Path, help="folder for temporary files")
-    options = parser.parse_args()
+    made.add_argument("--letters", action="store_true", help="run the letters job instead")
+    made.add_argument("--simulation", action="store_true", help="run simulated jobs instead")
+    made.add_argument(
+        "--job", nargs="+", choices=JOBS, default=list(JOBS), help="simulated jobs (all)"
+    )
+    made.add_argument(
+        "--num-cpus", type=float, help="Flower's num_cpus of a simulated client (the fastest)"
+    )
+    made.add_argument("--repeats", type=int, default=3, help="repetitions of a whole job (3)")
+    made.add_argument("--python", type=Path, default=PYTHON, help="Flower's Python")
+    made.add_argument("--folder", type=Path, help="folder for temporary files")
+    return made
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    options = parser().parse_args()
     if not options.python.exists():
         raise SystemExit(f"there is no {options.python}; 'make bench-flower' installs Flower there")
     before = machine()
@@ -169,6 +187,9 @@ def main() -> None:
 
         results = {**jobs(options), "machine": before}
         command.show(results, options, jobs_as_text)
+        return
+    if options.simulation:
+        command.show({**simulations(options), "machine": before}, options, simulations_as_text)
         return
     runs = [rounds(options, mb, n) for mb in options.size_mb for n in options.clients]
     results = {"runs": runs, "machine": before}

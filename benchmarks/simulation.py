@@ -3,13 +3,7 @@
     python -m benchmarks.simulation --job lr
     python -m benchmarks.simulation --job emnist --rounds 20 --json
 
-There are three jobs, on random data of the given shapes:
-
-``lr``      1,000 clients with 60 MNIST-shaped examples each, of which 10 take part in a round;
-            logistic regression, batches of 10, one epoch, 100 rounds, a test every 20 rounds
-``emnist``  340 clients per round with 100 EMNIST-shaped examples each; a dense network 784-128-62,
-            batches of 20, one epoch
-``noop``    100 clients that do not train and send a model of 1.36 MB
+``simulated_jobs`` describes the three jobs, ``lr``, ``emnist`` and ``noop``.
 
 ``seconds`` is the time since the start of this program, including its imports; ``seconds_a_round``
 is the median time between commits.
@@ -24,92 +18,13 @@ import time
 _BEGAN_AT = time.perf_counter()
 
 import statistics
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
-
-import numpy as np
 
 import fluffle
 from benchmarks import command, stats
-from benchmarks.noop import Noop
 from benchmarks.processes import machine, scratch
-
-_SIDE = 28 * 28
-_HELD_OUT = 10_000
-
-
-@dataclass(frozen=True)
-class Job:
-    """One job.
-
-    Args:
-        rounds: the default number of rounds.
-        targets: upper limits of results, by name.
-        arguments: returns the arguments of ``fluffle.simulate``.
-    """
-
-    rounds: int
-    targets: Mapping[str, float]
-    arguments: Callable[[], dict[str, Any]]
-
-
-def _classifier(width: int, classes: int, each: int, clients: int) -> Any:
-    """Return a task that classifies random images; with ``width`` 0, without a hidden layer."""
-    import optax
-    from flax import nnx
-
-    class Dense(nnx.Module):
-        def __init__(self, rngs: nnx.Rngs) -> None:
-            self.hidden = nnx.Linear(_SIDE, width, rngs=rngs) if width else None
-            self.out = nnx.Linear(width or _SIDE, classes, rngs=rngs)
-
-        def __call__(self, x: Any) -> Any:
-            return self.out(x if self.hidden is None else nnx.relu(self.hidden(x)))
-
-    rng = np.random.default_rng(0)
-
-    def examples(count: int) -> tuple[Any, Any]:
-        images = rng.random((count, _SIDE), np.float32)
-        return images, rng.integers(0, classes, count, np.int32)
-
-    return fluffle.flax_task(
-        Dense,
-        optax.softmax_cross_entropy_with_integer_labels,
-        optax.sgd,
-        examples(each * clients),
-        examples(_HELD_OUT),
-        learning_rate=0.03,
-        metrics={"accuracy": fluffle.accuracy},
-    )
-
-
-def _lr() -> dict[str, Any]:
-    task = _classifier(0, 10, each=60, clients=1000)
-    return {
-        "tasks": task,
-        "clients": 1000,
-        "fraction": 0.01,
-        "batch_size": 10,
-        "epochs": 1,
-        "test_every": 20,
-    }
-
-
-def _emnist() -> dict[str, Any]:
-    task = _classifier(128, 62, each=100, clients=340)
-    return {"tasks": task, "clients": 340, "batch_size": 20, "epochs": 1, "test_every": 20}
-
-
-def _noop() -> dict[str, Any]:
-    return {"tasks": [Noop(1_360_000, seed) for seed in range(100)]}
-
-
-JOBS = {
-    "lr": Job(100, {"seconds": 10.0}, _lr),
-    "emnist": Job(20, {"seconds_a_round": 1.0}, _emnist),
-    "noop": Job(20, {"seconds_a_round": 0.3}, _noop),
-}
+from benchmarks.simulated_jobs import JOBS, Job
 
 
 def run(job: Job, rounds: int) -> dict[str, Any]:
@@ -121,7 +36,11 @@ def run(job: Job, rounds: int) -> dict[str, Any]:
 
     with scratch() as folder:
         done = fluffle.simulate(
-            **job.arguments(),
+            job.tasks(),
+            clients=job.clients,
+            fraction=job.fraction,
+            batch_size=job.batch_size,
+            test_every=job.test_every,
             rounds=rounds,
             folder=folder / "run",
             on_round=on_round,

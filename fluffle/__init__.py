@@ -63,9 +63,10 @@ if TYPE_CHECKING:
     from fluffle_worker.task import Task as Task
     from fluffle_worker.task import TaskOptions as TaskOptions
     from fluffle_worker.task import TrainResult as TrainResult
-    from fluffle_worker.tasks.flax import accuracy as accuracy
+    from fluffle_worker.tasks.examples import accuracy as accuracy
     from fluffle_worker.tasks.flax import flax_task as flax_task
     from fluffle_worker.tasks.sklearn import sklearn_task as sklearn_task
+    from fluffle_worker.tasks.torch import torch_task as torch_task
 
 _NAMES = {
     "fluffle.history": ("History", "Round"),
@@ -98,8 +99,10 @@ _NAMES = {
         "TaskOptions",
         "TrainResult",
     ),
-    "fluffle_worker.tasks.flax": ("accuracy", "flax_task"),
+    "fluffle_worker.tasks.examples": ("accuracy",),
+    "fluffle_worker.tasks.flax": ("flax_task",),
     "fluffle_worker.tasks.sklearn": ("sklearn_task",),
+    "fluffle_worker.tasks.torch": ("torch_task",),
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

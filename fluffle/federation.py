@@ -11,6 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import check_worker
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.events import Failure, RunEvent, Traceback, Unfit
 from fluffle_common.protocol.topology import Topology
@@ -18,7 +19,6 @@ from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -28,8 +28,8 @@ from fluffle_worker.service import WorkerService
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import UNKNOWN, signature_of_task
 from fluffle_worker.task import Task, check_task
-from fluffle_worker.training_thread import TrainingThread
-from fluffle_worker.user_code import CALLERS, one_line
+from fluffle_worker.trainer import TrainingThread
+from fluffle_worker.user_code import CALLERS
 
 T = TypeVar("T")
 MakesTask: TypeAlias = Callable[[], Task]
@@ -151,15 +151,8 @@ def _make_task(name: str, task: Task | MakesTask) -> Task:
 class Federation:
     """One run: its coordinator, and the workers in this process.
 
-    Args:
-        settings: the coordinator's settings.
-        topology: the names on the broker.
-        store: the run folder, locked.
-        tasks: one task per worker.
-        url: the URL of the broker; None uses a broker in this process.
-        watcher: watches the run.
-        one_by_one: whether all tasks train in one thread, in the order in which they are asked.
-        fresh: whether to start a new run and move an earlier one aside.
+    The run folder is locked. Without ``url``, the broker is in this process too. With
+    ``one_by_one``, all tasks train in one thread, in the order in which they are asked.
     """
 
     def __init__(
@@ -214,14 +207,13 @@ class Federation:
             thread.end(max(0.0, deadline - time.monotonic()))
 
     async def _coordinate(self) -> State:
-        journal = None if self._url is None else Journal(self._topology)
         return await coordinate(
             self._settings,
             self._transport("coordinator"),
             self._topology,
             self._store,
-            Watchers(self._watcher, *([journal] if journal else [])),
-            journal=journal,
+            self._watcher,
+            journaled=self._url is not None,
             fresh=self._fresh,
         )
 

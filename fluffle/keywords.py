@@ -9,7 +9,7 @@ from typing import Any
 
 from fluffle_common.cli.config_file import options_from
 from fluffle_common.errors import FluffleError, UsageError
-from fluffle_coordinator.cli.coordinator import coordinator, rules_of
+from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.cli.schedule_options import SYNCHRONOUS_ONLY
 from fluffle_coordinator.service.app import settings_of
 from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -85,4 +85,4 @@ def settings_from(
     options |= {"evaluate": evaluate, "on_round": on_round}
     if strategy is not None:
         options["strategy"] = strategy
-    return settings_of(rules_of(options), options), options
+    return settings_of(options), options

@@ -1,20 +1,22 @@
-"""Model files: a checkpoint as arrays or in a Flax module, and a Flax module as a model file."""
+"""Model files: a checkpoint as arrays or in a module, and a module as a model file."""
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, read_frozen, save_frozen
 
+_SHOWN = 5  # names of a difference that are listed
+
 if TYPE_CHECKING:
     from flax import nnx
+    from torch import nn
 
     from fluffle_common.tensors.weights import Array, Weights
 
@@ -44,16 +46,21 @@ def load_model(file: str | os.PathLike[str]) -> dict[str, Array]:
 
 
 def load_into(
-    module: nnx.Module, source: str | os.PathLike[str] | Weights, *, federated: Any = True
+    module: nn.Module | nnx.Module,
+    source: str | os.PathLike[str] | Weights,
+    *,
+    federated: Any = True,
 ) -> None:
-    """Load a model into a Flax module: every ``nnx.Param`` and ``nnx.BatchStat``, by name.
+    """Load a model into a module of Flax or PyTorch, by name.
 
-    A checkpoint's frozen tensors, if it has some, are read from the file beside it.
+    These are the tensors that travel by default: every ``nnx.Param`` and ``nnx.BatchStat``, or
+    every parameter and persistent buffer. A checkpoint's frozen tensors, if it has some, are read
+    from the file beside it.
 
     Args:
         module: the module to change in place; it has the structure of the trained module.
         source: a checkpoint, or arrays by name, such as ``fluffle.Run.weights``.
-        federated: a Flax filter that selects the tensors that the model has, such as
+        federated: the filter of the task, which selects the tensors that the model has, such as
             ``nnx.LoRAParam`` for adapters; the others stay unchanged.
 
     Raises:
@@ -69,39 +76,32 @@ def load_into(
         >>> module(np.full((1, 1), 2, np.float32)).tolist()
         [[7.0]]
     """
-    import jax.numpy as jnp
-    from flax import nnx
-
-    from fluffle_worker.local.optax import tensor_name
-    from fluffle_worker.tasks.model_parts import AVERAGED
-
+    tensors = _framework_of(module)
     weights, frozen = (source, {}) if isinstance(source, Mapping) else _with_frozen(Path(source))
-    weights = {**weights, **frozen}
-
-    def is_frozen(path: Any, _: Any) -> bool:
-        return tensor_name(path) in frozen
-
-    filled = nnx.All(AVERAGED, nnx.Any(federated, is_frozen))
-    state = nnx.to_flat_state(nnx.state(module, filled))
-    current = {tensor_name(path): leaf.get_value() for path, leaf in state}
+    weights, every = {**weights, **frozen}, tensors.arrays_of(module)
+    current = tensors.arrays_of(module, federated)
+    current |= {name: array for name, array in every.items() if name in frozen}
     differences = _differences(weights, current)
     if differences:
         what = "the model" if isinstance(source, Mapping) else os.fspath(source)
         raise UsageError(f"{what} does not fit {type(module).__name__}: {'; '.join(differences)}")
-    loaded = [(path, leaf.replace(jnp.asarray(weights[tensor_name(path)]))) for path, leaf in state]
-    nnx.update(module, nnx.from_flat_state(loaded))
+    tensors.fill(module, weights)
 
 
 def save_model(
-    file: str | os.PathLike[str], module: nnx.Module, *, federated: Any = True, frozen: Any = False
+    file: str | os.PathLike[str],
+    module: nn.Module | nnx.Module,
+    *,
+    federated: Any = True,
+    frozen: Any = False,
 ) -> None:
-    """Write a Flax module as a model file, such as one for ``fluffle coordinator --init``.
+    """Write a module of Flax or PyTorch as a model file, such as ``fluffle coordinator --init``.
 
     Args:
         file: the safetensors file to write.
-        module: the module; every ``nnx.Param`` and every ``nnx.BatchStat`` is written.
-        federated: a Flax filter of the tensors that travel, the same as the task's.
-        frozen: a Flax filter of the frozen tensors, the same as that of a task with
+        module: the module; the tensors that travel by default are written (see ``load_into``).
+        federated: the filter of the tensors that travel, the same as the task's.
+        frozen: the filter of the frozen tensors, the same as that of a task with
             ``share_frozen=True``. They go to a file of their own beside ``file``, whose name is
             made from their content.
 
@@ -109,20 +109,25 @@ def save_model(
         OSError: if a file cannot be written.
         ValueError: if a tensor has a dtype that does not travel.
     """
-    from flax import nnx
-
-    from fluffle_worker.local.optax import named
-    from fluffle_worker.tasks.model_parts import AVERAGED
-
-    def arrays(chosen: Any) -> dict[str, Array]:
-        state = nnx.state(module, nnx.All(AVERAGED, chosen))
-        return {name: np.asarray(array) for name, array in named(state).items()}
-
-    path, kept = Path(file), frozen_of(arrays(frozen))
+    arrays_of = _framework_of(module).arrays_of
+    path, kept = Path(file), frozen_of(arrays_of(module, frozen))
     if kept.digest:
         save_frozen(path.parent, kept)
     told = {IN_METADATA: kept.digest} if kept.digest else {}
-    save_checkpoint(path, arrays(nnx.All(nnx.Not(frozen), federated)), told)
+    model = arrays_of(module, federated)
+    save_checkpoint(path, {n: one for n, one in model.items() if n not in kept.tensors}, told)
+
+
+def _framework_of(module: Any) -> Any:
+    """Return the functions ``arrays_of`` and ``fill`` for a module of its framework."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(module, torch.nn.Module):
+        from fluffle_worker.tasks import torch_tensors
+
+        return torch_tensors
+    from fluffle_worker.tasks import model_parts
+
+    return model_parts
 
 
 def _with_frozen(file: Path) -> tuple[Weights, Weights]:
@@ -132,9 +137,6 @@ def _with_frozen(file: Path) -> tuple[Weights, Weights]:
         return weights, read_frozen(file.parent, metadata.get(IN_METADATA, "")).tensors
     except UsageError as why:
         raise UsageError(f"the frozen tensors that belong to {file} are missing: {why}") from None
-
-
-_SHOWN = 5
 
 
 def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:

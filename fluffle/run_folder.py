@@ -8,7 +8,6 @@ import shutil
 import tempfile
 import weakref
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 from fluffle.results import Run
@@ -48,12 +47,7 @@ class RunFolder:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.store.unlock()
         if error is None or not (self._temporary or isinstance(error, asyncio.CancelledError)):
             return

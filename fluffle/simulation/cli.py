@@ -13,7 +13,7 @@ import click
 from fluffle_common.cli.app import count
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.errors import RunError, UsageError
-from fluffle_coordinator.cli.coordinator import coordinator, rules_of
+from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.cli.schedule_options import check_schedule_options
 
 if TYPE_CHECKING:
@@ -147,13 +147,10 @@ def simulate(**options: Any) -> None:
     from fluffle.simulation.devices import devices
     from fluffle.simulation.follower import Follower
     from fluffle.simulation.loop import SimulatedLoop
-    from fluffle.simulation.simulate import (
-        clients_of,
-        simulate_run,
-        tested_every,
-    )
+    from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_coordinator.observe.explain_sentences import duration
     from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of
@@ -166,7 +163,7 @@ def simulate(**options: Any) -> None:
     whole, tasks = _tasks(options)
     if options["plot_partition"] is not None:
         _plot(whole, options)
-    settings = settings_of(rules_of({**options, "min_workers": number}), options)
+    settings = settings_of({**options, "min_workers": number})
     store = RunStore(options["folder"] or Path("runs") / settings.federation)
     done = 0 if options["fresh"] else committed(store.folder)
     settings = tested_every(settings, whole, options["test_every"] or 1, done)
@@ -195,7 +192,8 @@ def simulate(**options: Any) -> None:
         if done < settings.rules.rounds:
             took_s, simulated_s = time.monotonic() - began, loop.time()
             fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
-            console.line("simulated", _told(simulated_s, took_s), fields)
+            said = f"simulated {duration(simulated_s)} in {took_s:.1f} s"
+            console.line("simulated", said, fields)
     if state.outcome == "stopped":
         how = endings.after_a_stop(state, store.shown)
         raise RunError(f"the run stopped: {state.reason}; {how}")
@@ -242,9 +240,3 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
         plot_partition(whole, **asked).savefig(file, dpi=150)
     except (OSError, ValueError) as why:
         raise UsageError(f"--plot-partition: cannot write {file}: {why}") from None
-
-
-def _told(simulated_s: float, took_s: float) -> str:
-    from fluffle_coordinator.observe.explain_sentences import duration
-
-    return f"simulated {duration(simulated_s)} in {took_s:.1f} s"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,25 +33,20 @@ class Device:
         return self.round_s + steps * self.step_s
 
 
-@dataclass(frozen=True)
-class Spread:
-    """The distribution of a quantity over the clients.
+def draw(distribution: float | str, rng: np.random.Generator, clients: int) -> Array:
+    """Draw a quantity for each client.
 
-    ``constant:V`` is the same for all; ``classes:A,B,C`` assigns the values in turn;
-    ``lognormal:MEDIAN,SIGMA`` puts most near the median and a few far above it;
-    ``uniform:LOW,HIGH`` draws from an interval.
-    """
-
-    text: str
-    draw: Callable[[np.random.Generator, int], Array]
-
-
-def parse_spread(text: str) -> Spread:
-    """Return the distribution that a text describes; a number alone is ``constant``.
+    Args:
+        distribution: a number or ``constant:V`` is the same for all; ``classes:A,B,C`` assigns the
+            values in turn; ``lognormal:MEDIAN,SIGMA`` puts most near the median and a few far above
+            it; ``uniform:LOW,HIGH`` draws from an interval.
+        rng: the source of randomness.
+        clients: the number of clients.
 
     Raises:
-        UsageError: if it describes none.
+        UsageError: if it is not a distribution.
     """
+    text = str(distribution)
     kind, colon, given = text.partition(":")
     if not colon:
         kind, given = "constant", text
@@ -70,12 +64,12 @@ def parse_spread(text: str) -> Spread:
         )
     match kind:
         case "constant":
-            return Spread(text, lambda _, n: np.full(n, values[0]))
+            return np.full(clients, values[0])
         case "classes":
-            return Spread(text, lambda _, n: np.resize(np.array(values), n))
+            return np.resize(np.array(values), clients)
         case "lognormal":
             median, sigma = values
-            return Spread(text, lambda rng, n: median * np.exp(sigma * rng.standard_normal(n)))
+            return np.asarray(median * np.exp(sigma * rng.standard_normal(clients)))
         case _:
             low, high = values
             if low > high:
@@ -83,35 +77,34 @@ def parse_spread(text: str) -> Spread:
                     f"invalid distribution '{text}': LOW is above HIGH; use "
                     f"uniform:{high:g},{low:g}"
                 )
-            return Spread(text, lambda rng, n: rng.uniform(low, high, n))
+            return rng.uniform(low, high, clients)
 
 
 def devices(
     clients: int,
     *,
-    step_s: str = "0.01",
-    round_s: str = "0",
-    bytes_per_s: str | None = None,
+    step_s: float | str = 0.01,
+    round_s: float | str = 0,
+    bytes_per_s: float | str | None = None,
     seed: int = 0,
 ) -> list[Device]:
     """Return a device for each client; the same seed gives the same devices.
 
     Args:
         clients: the number of clients.
-        step_s: the distribution of ``Device.step_s``; see ``Spread``.
+        step_s: the distribution of ``Device.step_s``; see ``draw``.
         round_s: the distribution of ``Device.round_s``.
         bytes_per_s: the distribution of ``Device.bytes_per_s``; None means infinite.
         seed: the seed of the draws.
 
     Raises:
-        UsageError: if a text is not a distribution, or a bandwidth is 0.
+        UsageError: if one is not a distribution, or a bandwidth is 0.
     """
     rng = np.random.default_rng([seed, clients])
-    steps = parse_spread(step_s).draw(rng, clients)
-    rounds = parse_spread(round_s).draw(rng, clients)
+    steps, rounds = draw(step_s, rng, clients), draw(round_s, rng, clients)
     lines = np.full(clients, np.inf)
     if bytes_per_s is not None:
-        lines = parse_spread(bytes_per_s).draw(rng, clients)
+        lines = draw(bytes_per_s, rng, clients)
         if not np.all(lines > 0):
             raise UsageError(f"the bandwidth must be above 0 bytes per second, not {bytes_per_s}")
     return [Device(*map(float, one)) for one in zip(steps, rounds, lines, strict=True)]

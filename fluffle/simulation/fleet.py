@@ -8,26 +8,21 @@ it when the client's device would have finished.
 from __future__ import annotations
 
 import asyncio
-import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from fluffle.simulation.availability import ALWAYS, Availability
+from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
-from fluffle_common.concurrency import run_all
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.protocol.messages import (
-    Bye,
     Evaluate,
-    Evaluation,
-    Failure,
     Fit,
-    Heartbeat,
-    Hello,
     InitRequest,
     Message,
     Part,
@@ -36,21 +31,20 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
-from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import size_bytes
 from fluffle_common.transport.base import Body, Delivery, Link, Transport
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.frozen import FrozenTensors, introduced
+from fluffle_worker.frozen import FrozenTensors
+from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import ReceivedTensors, Record, read_work
-from fluffle_worker.job import Job, execute, work_of
+from fluffle_worker.job import Job, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import signature_of_task
-from fluffle_worker.task import Task, classes_of, num_examples_of
-from fluffle_worker.user_code import one_line
+from fluffle_worker.task import Task
 
 # The heartbeat interval of a client at work. Idle clients send none, since nobody is ever gone.
 _HEARTBEAT_S = 60.0
@@ -60,23 +54,15 @@ _PREFETCH = 100
 
 @dataclass(eq=False)
 class Client:
-    """One simulated client.
-
-    Args:
-        name: the worker id.
-        task: the model and the data.
-        device: the speed of its computation and connection.
-        availability: when it is present.
-        rng: the generator of its times present and away.
-    """
+    """One simulated client; ``rng`` generates its times present and away."""
 
     name: str
     task: Task
-    device: Device = field(default_factory=Device)
-    availability: Availability = ALWAYS
-    rng: np.random.Generator = field(default_factory=np.random.default_rng)
-    present: bool = True
-    session: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    device: Device
+    availability: Availability
+    rng: np.random.Generator
+    present: bool
+    presence: Presence = field(init=False)  # a new one each time that it comes
     at_work: tuple[Work, asyncio.Task[None]] | None = None
     residual: Residual = field(default_factory=Residual)
     assembly: tuple[Fit | Evaluate, Assembly] | None = None
@@ -85,38 +71,30 @@ class Client:
 class Fleet:
     """All clients of a federation.
 
-    Args:
-        clients: the clients.
-        federation: the name of the federation.
-        topology: the names on the broker.
-        transport: the connection to the broker.
-        task: the name of the task, for the run's files.
-        record: called with events about the tasks' faults: unusable results and tracebacks, each
-            reported once for all clients.
-        codecs: the codecs that updates may be encoded with.
+    ``task`` is the name of their task, for the run's files. ``record`` is called with events about
+    the tasks' faults, each reported once for all clients.
     """
 
     def __init__(
         self,
-        clients: list[Client],
+        clients: Sequence[Client],
         *,
-        federation: str,
         topology: Topology,
         transport: Transport,
         task: str,
-        record: Record = lambda _: None,
-        codecs: Registry = CODECS,
+        record: Record,
     ) -> None:
-        self._clients, self._federation, self._topology = clients, federation, topology
-        self._transport, self._task, self._codecs = transport, task, codecs
+        self._clients, self._topology = clients, topology
+        self._transport, self._task = transport, task
         self._acting = ""  # the client whose task is running
         self._results = Results(
             report=lambda reason: record(Unfit(reason=f"at {self._acting}, {reason}")),
             trace=lambda text: record(Traceback(text=text)),
         )
-        self._forms: dict[int, Signature] = {}
-        self._frozen: dict[int, FrozenTensors] = {}
+        # By task; the parts of one task share those of the whole.
+        self._models: dict[int, tuple[Signature, FrozenTensors]] = {}
         self._link: Link
+        self._running: asyncio.TaskGroup
         # Cache: the last body decoded, and its tensors once they are decoded.
         self._read: tuple[Body, Message, memoryview] | None = None
         self._brought: ReceivedTensors | None = None
@@ -137,10 +115,11 @@ class Fleet:
             mail = await self._link.consume(inbox, prefetch=_PREFETCH)
             readers.append(self._read_mail(client, mail))
         try:
-            await run_all(self._greet(), *readers, *map(self._come_and_go, self._clients))
-        finally:
-            for client in self._clients:
-                self._drop_work(client)
+            async with asyncio.TaskGroup() as self._running:
+                for part in (self._greet(), *readers, *map(self._come_and_go, self._clients)):
+                    self._running.create_task(part)
+        except BaseExceptionGroup as several:
+            raise several.exceptions[0] from None
 
     async def _greet(self) -> None:
         for client in self._clients:
@@ -148,8 +127,11 @@ class Fleet:
                 await self._say_hello(client)
 
     async def _say_hello(self, client: Client) -> None:
-        form = self._form(client.task)
-        await self._send(Hello(**self._about(client), **self._introduction(client, form)))
+        settings = WorkerSettings(
+            self._topology.federation, client.name, self._task, heartbeat_s=_HEARTBEAT_S
+        )
+        client.presence = Presence(settings, client.task, self._topology, *self._model(client.task))
+        await client.presence.greet(self._link)
 
     async def _come_and_go(self, client: Client) -> None:
         """Let a client leave, which drops its work, and come back, as its availability says."""
@@ -157,11 +139,10 @@ class Fleet:
             await asyncio.sleep(seconds)
             client.present = not client.present
             if client.present:
-                client.session = uuid.uuid4().hex[:12]
                 await self._say_hello(client)
             else:
                 self._drop_work(client)
-                await self._send(Bye(**self._about(client), reason="not available"))
+                await client.presence.bye(self._link, "not available")
 
     def _drop_work(self, client: Client) -> None:
         client.assembly = None
@@ -169,39 +150,14 @@ class Fleet:
             client.at_work[1].cancel()
             client.at_work = None
 
-    def _form(self, task: Task) -> Signature:
-        """Return the signature of a task's model, computed once for all parts of one task."""
-        whole = _whole(task)
-        if id(whole) not in self._forms:
-            self._forms[id(whole)] = signature_of_task(task)
-        return self._forms[id(whole)]
+    def _model(self, task: Task) -> tuple[Signature, FrozenTensors]:
+        """Return the signature and the frozen tensors of a task's model."""
+        whole = getattr(task, "whole", task)
+        if id(whole) not in self._models:
+            self._models[id(whole)] = signature_of_task(task), FrozenTensors(whole)
+        return self._models[id(whole)]
 
-    def _frozen_of(self, task: Task) -> FrozenTensors:
-        """Return the frozen tensors of a task; the parts of one task have the same ones."""
-        whole = _whole(task)
-        if id(whole) not in self._frozen:
-            self._frozen[id(whole)] = FrozenTensors(whole)
-        return self._frozen[id(whole)]
-
-    def _about(self, client: Client) -> dict[str, Any]:
-        return {"federation": self._federation, "worker": client.name, "session": client.session}
-
-    def _introduction(self, client: Client, form: Signature) -> dict[str, Any]:
-        frozen = self._frozen_of(client.task)
-        return {
-            "num_examples": num_examples_of(client.task),
-            "task": self._task,
-            "classes": classes_of(client.task),
-            **introduced(form, frozen),
-            "frozen": frozen.digests,
-            "heartbeat_s": _HEARTBEAT_S,
-        }
-
-    async def _send(self, message: Hello | Heartbeat | Bye | Failure | Evaluation) -> None:
-        worker = message.worker
-        await send(self._link, message, Route(self._topology.results, [f"{message.kind}.{worker}"]))
-
-    # --- what comes in -------------------------------------------------------------------------
+    # --- messages received ---------------------------------------------------------------------
 
     async def _read_mail(self, client: Client, mail: Any) -> None:
         delivery: Delivery
@@ -214,7 +170,7 @@ class Fleet:
         message, payload = self._decoded(body)
         match message:
             case InitRequest():
-                self._begin(client, Job(work_of(message), message, {}))
+                self._begin(client, Job(message))
             case Fit() | Evaluate() if message.transfer is not None:
                 client.assembly = message, Assembly(message.transfer, _MAX_MODEL_BYTES)
             case Fit() | Evaluate():
@@ -235,15 +191,15 @@ class Fleet:
     def _decoded(self, body: Body) -> tuple[Message, memoryview]:
         """Decode a message; one body sent to many clients is decoded once."""
         if self._read is None or self._read[0] is not body:
-            self._read, self._brought = (body, *decode(body, self._federation)), None
+            self._read, self._brought = (body, *decode(body, self._topology.federation)), None
         return self._read[1], self._read[2]
 
     # --- work ----------------------------------------------------------------------------------
 
     def _work(self, client: Client, message: Fit | Evaluate, received: ReceivedTensors) -> None:
         weights, broadcast, frozen = received
-        self._frozen_of(client.task).receive(frozen)
-        self._begin(client, Job(work_of(message), message, weights, broadcast))
+        self._model(client.task)[1].receive(frozen)
+        self._begin(client, Job(message, weights, broadcast))
 
     def _begin(self, client: Client, job: Job) -> None:
         """Begin a piece of work, unless it is already under way; newer work ends older."""
@@ -252,7 +208,7 @@ class Fleet:
             if doing == job.work:
                 return
             task.cancel()
-        client.at_work = job.work, asyncio.ensure_future(self._do(client, job))
+        client.at_work = job.work, self._running.create_task(self._do(client, job))
 
     async def _do(self, client: Client, job: Job) -> None:
         steps = 0
@@ -262,28 +218,25 @@ class Fleet:
             steps = of
 
         nbytes_down = size_bytes(job.weights)
+        form, frozen = self._model(client.task)
         self._acting = client.name
         try:
             execute(
                 job,
                 client.task,
-                {"federation": self._federation, "worker": client.name},
+                {"federation": self._topology.federation, "worker": client.name},
                 evaluated=lambda: None,
                 progress=progress,
                 residual=lambda: client.residual,
                 results=self._results,
-                form=self._form(client.task),
-                frozen=self._frozen_of(client.task),
-                codecs=self._codecs,
+                form=form,
+                frozen=frozen,
             )
         except (Exception, SystemExit) as why:
             trace = why.__traceback__  # begins with this function
             self._results.failed(why.with_traceback(trace and trace.tb_next))
-            failure = Failure(
-                **self._about(client), run=job.work.run, round=job.work.round, reason=one_line(why)
-            )
             client.at_work = None
-            await self._send(failure)
+            client.presence.failed(self._link, job.work, one_line(why))
             return
         moved = nbytes_down + (size_bytes(job.answer[1]) if job.answer is not None else 0)
         seconds = client.device.moving_s(moved)
@@ -295,45 +248,30 @@ class Fleet:
 
     async def _pass(self, client: Client, work: Work, steps: int, seconds: float) -> None:
         """Let the time of a piece of work pass, sending heartbeats meanwhile."""
+        client.presence.now("training", work, steps=steps)
         left_s = seconds
         while left_s > _HEARTBEAT_S:
             await asyncio.sleep(_HEARTBEAT_S)
             left_s -= _HEARTBEAT_S
-            beat = Heartbeat(
-                **self._about(client),
-                **self._introduction(client, self._form(client.task)),
-                state="training",
-                run=work.run,
-                round=work.round,
-                base=work.base or None,
-                sequence=work.sequence or None,
-                step=int(steps * (1 - left_s / seconds)),
-                steps=steps,
-            )
-            await self._send(beat)
+            client.presence.progress(int(steps * (1 - left_s / seconds)))
+            await client.presence.beat(self._link)
         await asyncio.sleep(left_s)
 
     async def _answer(self, client: Client, job: Job, seconds: float) -> None:
+        name, results = client.name, self._topology.results
         if job.evaluation is not None:
-            await self._send(job.evaluation)
+            await send(self._link, job.evaluation, Route(results, [f"evaluation.{name}"]))
         if job.answer is None:
             return
         message, weights = job.answer
         if isinstance(message, Update):
             message = message.model_copy(update={"seconds": seconds})
             client.residual = job.residual
-        name, results = client.name, self._topology.results
         await send_tensors(
             self._link,
             message,
             weights,
             Route(results, [f"{message.kind}.{name}"]),
-            others={EXTRA: job.extra, FROZEN: job.frozen},
+            others=job.others,
             parts=Route(results, [f"part.{name}"], durable=False),
         )
-
-
-def _whole(task: Task) -> Task:
-    """Return the task that was divided into parts, of which this is one, or else the task."""
-    whole: Task = getattr(task, "whole", task)
-    return whole

@@ -18,11 +18,7 @@ from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Partition, parse_partition
 from fluffle.simulation.population import Divisible, dealt
-from fluffle.simulation.simulate import (
-    clients_of,
-    simulate_run,
-    tested_every,
-)
+from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.errors import UsageError
@@ -108,7 +104,7 @@ def simulate(
         RunError: if the run stopped before its end.
     """
     _check(options, clients=clients, test_every=test_every)
-    whole, by_name = _tasks(tasks, clients, partition, seed)
+    whole, named = _tasks(tasks, clients, partition, seed)
     settings, values = settings_from(
         _CALLER,
         {
@@ -121,16 +117,14 @@ def simulate(
             "federation": "simulation",
             **options,
         },
-        workers=len(by_name),
+        workers=len(named),
         strategy=strategy,
         evaluate=evaluate,
         on_round=on_round,
     )
-    speeds = {"step_s": step_s, "round_s": fit_s, "bytes_per_s": bytes_per_s}
-    spreads = {name: str(value) for name, value in speeds.items() if value is not None}
-    drawn = devices(len(by_name), **spreads, seed=seed)
+    drawn = devices(len(named), step_s=step_s, round_s=fit_s, bytes_per_s=bytes_per_s, seed=seed)
     presence = parse_availability(str(availability))
-    everybody = clients_of(by_name, drawn if owned is None else owned, presence, seed)
+    everybody = clients_of(named, drawn if owned is None else owned, presence, seed)
 
     def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         fresh = values["fresh"]
@@ -182,8 +176,7 @@ def _tasks(
         named = by_name(tasks, "client")
         given = {name: check_task(f"'{name}'", task) for name, task in named.items()}
     elif isinstance(tasks, Divisible):
-        rule = parse_partition(partition) if isinstance(partition, str) else partition
-        return tasks, dealt(tasks, rule, clients or _CLIENTS, seed)
+        return tasks, dealt(tasks, parse_partition(partition), clients or _CLIENTS, seed)
     else:
         raise UsageError(
             f"{_CALLER}(): a {type(tasks).__name__} cannot be divided among clients (it has no "

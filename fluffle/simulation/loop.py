@@ -11,7 +11,7 @@ import asyncio
 import selectors
 import time
 from collections.abc import Callable
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import Any, TypeVar, TypeVarTuple
 
 from fluffle_common.errors import RunError
@@ -31,7 +31,7 @@ class _Selector(selectors.DefaultSelector):
             return found
         if timeout is None:
             raise RunError("the simulation is stuck: no further event is due")
-        self.loop.pass_time(timeout)
+        self.loop.now_s += timeout
         return found
 
 
@@ -39,43 +39,27 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     """The loop. Its time starts at 0 s, which corresponds to the wall time of its creation."""
 
     def __init__(self) -> None:
-        self._now_s = 0.0
+        self.now_s = 0.0
         self._began_at = time.time()
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
-        self.set_default_executor(InTheLoop(max_workers=1))
 
     def time(self) -> float:
         """Return the simulated time in seconds."""
-        return self._now_s
+        return self.now_s
 
     def wall_time(self) -> float:
         """Return the simulated time in seconds since 1970, UTC; see ``fluffle_common.clock``."""
-        return self._began_at + self._now_s
+        return self._began_at + self.now_s
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*_Ts], _T], *args: *_Ts
     ) -> asyncio.Future[_T]:
-        """Run the work at once in this thread, whatever executor it is meant for."""
-        return super().run_in_executor(None, func, *args)
-
-    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
-        """Do nothing: there are no threads to wait for."""
-
-    def pass_time(self, seconds: float) -> None:
-        """Advance the clock."""
-        self._now_s += seconds
-
-
-class InTheLoop(ThreadPoolExecutor):
-    """Runs work in the event loop's thread instead of another, so that no simulated time passes."""
-
-    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """Run the work at once; return a future that is done."""
-        done: Future[Any] = Future()
+        """Run the work at once in this thread, so that no simulated time passes."""
+        done: Future[_T] = Future()
         try:
-            done.set_result(work(*args, **kwargs))
+            done.set_result(func(*args))
         except BaseException as wrong:
             done.set_exception(wrong)
-        return done
+        return asyncio.wrap_future(done, loop=self)

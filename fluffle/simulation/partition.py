@@ -109,8 +109,8 @@ class By(Partition):
         return [np.flatnonzero(labels == value) for value in values]
 
 
-def parse_partition(text: str) -> Partition:
-    """Return the partition that a text describes.
+def parse_partition(text: str | Partition) -> Partition:
+    """Return the partition that a text describes; return anything else as it is.
 
     Args:
         text: ``iid``, ``dirichlet:ALPHA``, ``shards:N`` or ``by:COLUMN``.
@@ -118,6 +118,8 @@ def parse_partition(text: str) -> Partition:
     Raises:
         UsageError: if it describes none.
     """
+    if not isinstance(text, str):
+        return text
     kind, _, given = text.partition(":")
     if kind == "iid" and not given:
         return Iid()

@@ -41,9 +41,8 @@ def plot_partition(
         raise UsageError(
             "a plot of a partition needs matplotlib: pip install 'fluffle[plot]'"
         ) from None
-    rule = parse_partition(partition) if isinstance(partition, str) else partition
     labels = np.asarray(task.labels)
-    held = counts(labels, parts_of(task, rule, clients, seed))
+    held = counts(labels, parts_of(task, parse_partition(partition), clients, seed))
     names: list[str] = [str(value) for value in np.unique(labels)]
     if len(names) > _COLOURS:
         held, names = held.sum(axis=1, keepdims=True), ["all labels"]
@@ -56,7 +55,6 @@ def plot_partition(
     for number, name in enumerate(names):
         top = np.append(tops[:, number], tops[-1, number])
         below = np.append((tops - held)[:, number], (tops - held)[-1, number])
-
         axes.fill_between(
             edges, below, top, step="post", label=name, color=colours(number), linewidth=0
         )

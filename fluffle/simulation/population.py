@@ -31,27 +31,19 @@ class Divisible(Protocol):
         """
 
 
-def names(clients: int) -> list[str]:
-    """Return a name for each client."""
-    return numbered("client", clients)
-
-
 def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> dict[str, Task]:
     """Divide a task among clients; return their tasks by client name.
 
-    Args:
-        whole: the task with all examples.
-        partition: the rule; ``by:COLUMN`` needs ``whole.columns[COLUMN]``.
-        clients: the number of clients.
-        seed: the seed of the rule.
+    The partition ``by:COLUMN`` needs ``whole.columns[COLUMN]``.
 
     Raises:
         UsageError: if there is no such column, or there are too few examples.
     """
     parts = parts_of(whole, partition, clients, seed)
+    names = numbered("client", clients)
     return {
         name: whole.part(rows, number)
-        for number, (name, rows) in enumerate(zip(names(clients), parts, strict=True))
+        for number, (name, rows) in enumerate(zip(names, parts, strict=True))
     }
 
 
@@ -72,12 +64,8 @@ def each_its_own(
 ) -> dict[str, Task]:
     """Make a separate task for each client.
 
-    Args:
-        make: makes a task from its options, like the function that ``--task`` names.
-        data: the ``--data`` of each task; ``{client}`` is replaced by the client's number, from 0,
-            and ``{clients}`` by the number of clients.
-        clients: the number of clients.
-        seed: the ``--seed`` of each task.
+    In ``data``, the ``--data`` of each task, ``{client}`` is replaced by the client's number, from
+    0, and ``{clients}`` by the number of clients.
 
     Raises:
         UsageError: if ``data`` has other braces.
@@ -91,5 +79,5 @@ def each_its_own(
         ) from None
     return {
         name: make(TaskOptions(data=one, worker=name, seed=seed))
-        for name, one in zip(names(clients), given, strict=True)
+        for name, one in zip(numbered("client", clients), given, strict=True)
     }

@@ -20,11 +20,10 @@ from fluffle_coordinator.machine.state import State
 from fluffle_coordinator.observe.journal_file import JournalFile
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
-from fluffle_coordinator.service.hooks import Evaluate
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.inbox import Record
-from fluffle_worker.task import EvalResult, Task
+from fluffle_worker.task import Task
 
 # Number of missed heartbeats after which a client counts as gone: idle clients send none.
 _NEVER = 10**9
@@ -42,14 +41,8 @@ async def simulate_run(
 ) -> State:
     """Run a federation of simulated clients to its end, in the time of a ``SimulatedLoop``.
 
-    Args:
-        settings: the coordinator's settings.
-        clients: the clients.
-        store: the run folder, locked; an earlier run in it is continued.
-        watcher: watches the run.
-        task: the name of the task, for the run's files.
-        record: called with events about the tasks' faults: unusable results and tracebacks.
-        fresh: whether to start a new run and move an earlier one aside.
+    An earlier run in the folder is continued unless ``fresh``. See ``Fleet`` for ``task`` and
+    ``record``.
 
     Raises:
         RunError: if no further event is due although the run has not ended.
@@ -57,18 +50,11 @@ async def simulate_run(
     """
     settings = _for_clients(settings, clients)
     broker, topology = MemoryBroker(), Topology(settings.federation)
-    fleet = Fleet(
-        list(clients),
-        federation=settings.federation,
-        topology=topology,
-        transport=broker,
-        task=task,
-        record=record,
-    )
+    fleet = Fleet(clients, topology=topology, transport=broker, task=task, record=record)
     journal = JournalFile(store.folder, settings.federation)
     watchers = Watchers(watcher, journal)
     run = asyncio.ensure_future(
-        coordinate(settings, broker, topology, store, watchers, journal=None, fresh=fresh)
+        coordinate(settings, broker, topology, store, watchers, journaled=False, fresh=fresh)
     )
     taking_part = asyncio.ensure_future(fleet.run())
     try:
@@ -114,11 +100,8 @@ def clients_of(
 ) -> list[Client]:
     """Return a client for each task, by name.
 
-    Args:
-        tasks: the tasks, by the names of the clients.
-        owned: a device for each client; None means that nothing takes any time.
-        availability: when each client is present.
-        seed: the seed of their times present and away.
+    ``owned`` has a device for each client; None means that nothing takes any time. ``seed`` is that
+    of the times present and away.
 
     Raises:
         UsageError: if the numbers of devices and tasks differ.
@@ -133,46 +116,28 @@ def clients_of(
     for number, ((name, task), device) in enumerate(zip(tasks.items(), devices, strict=True)):
         rng = np.random.default_rng([seed, number])
         present = availability.begin(rng)
-        made.append(Client(name, task, device, availability, rng, present=present))
+        made.append(Client(name, task, device, availability, rng, present))
     return made
 
 
 def tested_every(
     settings: CoordinatorSettings, whole: Task | None, every: int, done: int
 ) -> CoordinatorSettings:
-    """Return settings that test models on a divided task's held-out data.
+    """Return settings that test models on the held-out data of the task that was divided.
 
+    They test every so many rounds' model, and the last one; ``done`` rounds are already committed.
     They are unchanged if they already have an ``evaluate`` hook, or no task was divided.
-
-    Args:
-        settings: the settings of the run.
-        whole: the task that was divided among the clients, or None.
-        every: test every so many rounds' model, and the last one.
-        done: the number of rounds already committed.
     """
     if settings.hooks.evaluate is not None or whole is None:
         return settings
-    test = _evaluated_every(whole, every, done, settings.rules.rounds)
-    return replace(settings, hooks=replace(settings.hooks, evaluate=test))
-
-
-def _evaluated_every(task: Task, every: int, begin: int, last: int) -> Evaluate:
-    """Return a hook that evaluates every so many rounds' model on a task's held-out data.
-
-    Args:
-        task: the task.
-        every: evaluate every so many rounds' model.
-        begin: the number of rounds already committed.
-        last: the number of the last round, whose model is always evaluated.
-    """
-    number = begin
+    number = done
 
     def evaluate(weights: Weights) -> Mapping[str, float]:
         nonlocal number
         number += 1
-        if number % every and number != last:
+        if number % every and number != settings.rules.rounds:
             return {}
-        found: EvalResult | None = task.evaluate(weights)
+        found = whole.evaluate(weights)
         return {} if found is None else {"loss": found.loss, **found.metrics}
 
-    return evaluate
+    return replace(settings, hooks=replace(settings.hooks, evaluate=evaluate))

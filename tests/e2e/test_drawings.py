@@ -16,7 +16,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.report import page, snapshot
-from fluffle_coordinator.dashboard.server import listen, served, url_of
+from fluffle_coordinator.dashboard.server import listen, served
 from tests.browser import PATIENCE_MS, Window, chromium, window
 
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\u2028"
@@ -86,6 +86,18 @@ def test_drawings_of_few_and_of_many_rounds_keep_inside(
         assert seen.complaints == []
 
 
+def test_a_report_of_many_workers_and_rounds_has_every_panel(
+    browser: Browser, tmp_path: Path
+) -> None:
+    workers = [f"w{number}" for number in range(1000)]
+    rows = [row(number, *workers) for number in range(1, 161)]
+    with window(browser, drawn(rows, tmp_path)) as seen:
+        seen.wait("#phase", "160 of 160 rounds are committed")
+        assert "902 more workers are not shown" in seen.wait("#participation-note")
+        assert "quorum" in seen.wait("#configuration")  # a panel that is drawn later
+        assert seen.complaints == []
+
+
 def test_who_took_part_and_what_came_late(browser: Browser, tmp_path: Path) -> None:
     with window(browser, drawn([row(1, "a"), row(2, "a", "b")], tmp_path)) as seen:
         seen.wait("#phase", "2 of 2 rounds are committed")
@@ -143,12 +155,11 @@ def one_round() -> list[RunEvent]:
 @contextmanager
 def serving(source: CoordinatorSource) -> Iterator[tuple[str, Callable[..., None]]]:
     """Serve a page from a thread; yields its address, and what tells it of events."""
-    listening = listen("127.0.0.1:0", "--dashboard")
     started: Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = Future()
 
     async def serve() -> None:
         ended = asyncio.Event()
-        async with served(source.feed, listening):
+        async with served(source.feed, source.listening):
             started.set_result((asyncio.get_running_loop(), ended))
             await ended.wait()
 
@@ -160,18 +171,27 @@ def serving(source: CoordinatorSource) -> Iterator[tuple[str, Callable[..., None
         done = thread.submit(asyncio.run, serve())
         loop, ended = started.result(PATIENCE_MS / 1000)
         try:
-            yield url_of(listening), happen
+            yield source.url, happen
         finally:
             loop.call_soon_threadsafe(ended.set)
             done.result(PATIENCE_MS / 1000)
 
 
+def test_a_live_page_lists_each_answer_of_the_open_round_once(browser: Browser) -> None:
+    source = CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))
+    opened = run_events.Opened(round=1, asked=("a", "b"), needed=6, deadline_s=600.0)
+    with serving(source) as (url, happen), window(browser, url) as seen:
+        happen(run_events.Started(run="first"), opened)
+        for updates in range(1, 5):  # an asynchronous round can count a worker more than once
+            happen(run_events.Counted(worker="a", round=1, num_examples=5, updates=updates))
+            seen.wait("#quorum-words", f"{updates} of 6 updates")
+        assert texts(seen, "#answers b") == ["a", "a", "a", "a", "b"]
+
+
 def test_a_live_page_draws_another_run_afresh(browser: Browser) -> None:
     drawings = [f"#{name} svg" for name in ("chart", "time", "participation")]
-    with (
-        serving(CoordinatorSource("letters")) as (url, happen),
-        window(browser, url) as seen,
-    ):
+    source = CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))
+    with serving(source) as (url, happen), window(browser, url) as seen:
         happen(run_events.Started(run="first"), *one_round())
         for drawing in drawings:
             seen.page.locator(drawing).wait_for()

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from fluffle.simulation.loop import InTheLoop
+from fluffle.simulation.loop import SimulatedLoop
 
 _STUCK_S = 5.0  # of real time
 
@@ -56,11 +56,8 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
-        self.set_default_executor(InTheLoop(max_workers=1))
 
-    def run_in_executor(self, executor: Any, func: Any, *args: Any) -> Any:
-        """Run work at once, whatever executor it is meant for."""
-        return super().run_in_executor(None, func, *args)
+    run_in_executor = SimulatedLoop.run_in_executor  # type: ignore[assignment]
 
     def time(self) -> float:
         """Return the virtual time in seconds."""

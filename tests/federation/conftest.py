@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import pytest
 
+from fluffle_common.protocol import codec
+from fluffle_coordinator.service import outbox
 from tests.federation.harness import Scenario, play
 
 
@@ -16,3 +18,11 @@ def federated(tmp_path, monkeypatch) -> Callable[[Scenario], None]:
     return lambda scenario: play(
         scenario, tmp_path, lambda clock: monkeypatch.setattr(time, "monotonic", clock)
     )
+
+
+@pytest.fixture
+def in_parts(monkeypatch, request) -> None:
+    """Send the harness's models in parts; tests may be parametrized with False."""
+    if getattr(request, "param", True):
+        for module in (codec, outbox):
+            monkeypatch.setattr(module, "PART_BYTES", 8)

@@ -14,11 +14,12 @@ import pytest
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import codec
 from fluffle_common.protocol.codec import read_tensors
-from fluffle_common.protocol.messages import Evaluate, Heartbeat, Hello, Stop
+from fluffle_common.protocol.messages import Bye, Evaluate, Heartbeat, Hello, Stop
 from fluffle_common.tensors.frozen import NO_FROZEN
+from fluffle_common.transport.base import Properties
 from fluffle_coordinator.conformance.examine import SCENARIOS, examine
-from fluffle_coordinator.conformance.findings import Finding
 from fluffle_coordinator.conformance.listener import ExamOptions
+from fluffle_coordinator.conformance.scenario import Finding
 from fluffle_worker import connection, job, machine, service, uploader
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
@@ -134,6 +135,30 @@ def test_earlier_messages_do_not_count_and_the_worker_may_run_already(federated)
         ]
         assert "worker w was started before this command" in findings["hello"].seen
         await here.end(60)
+
+    federated(scenario)
+
+
+def test_a_bye_from_before_is_no_sign_of_life(federated):
+    async def scenario(federation):
+        async def leave_and_return():
+            link = await federation.broker.open()
+            bye = Bye(federation="letters", worker="w", session="earlier", reason="stopped")
+            properties = Properties(type="bye", message_id="bye")
+            results = federation.topology.results
+            await link.publish(codec.encode(bye), properties, exchange=results, keys=["bye.w"])
+            await link.close()
+            federation.worker("w", Slowing(federation.loop))
+
+        tasks = set[asyncio.Future[None]]()
+
+        def tell(line: str) -> None:
+            if line.startswith("waiting for"):
+                tasks.add(asyncio.ensure_future(leave_and_return()))
+
+        findings = await examined(federation, worker="w", tell=tell)
+        assert failed(findings) == []
+        assert findings["hello"].outcome == "ok"
 
     federated(scenario)
 

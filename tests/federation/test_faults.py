@@ -12,6 +12,9 @@ import pytest
 from fluffle_coordinator.storage import update_archive as archive
 from tests.federation.harness import Adder
 
+BOTH = pytest.mark.parametrize(
+    "in_parts", [False, True], ids=["in one message", "in parts"], indirect=True
+)
 VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
 
 
@@ -20,8 +23,9 @@ def start(federation, name, **options):
     return federation.worker(name, Adder(federation.loop, value, int(10 * value), **options))
 
 
+@BOTH
 @pytest.mark.parametrize("after_s", [0.0, 0.4, 0.9, 1.0, 1.001, 1.3, 2.1, 2.6])
-def test_a_coordinator_killed_at_any_time_resumes(federated, after_s):
+def test_a_coordinator_killed_at_any_time_resumes(federated, after_s, in_parts):
     async def scenario(federation):
         for name in VALUES:
             start(federation, name)
@@ -33,6 +37,18 @@ def test_a_coordinator_killed_at_any_time_resumes(federated, after_s):
         assert (await second.end()).outcome == "finished"
         assert [line["round"] for line in federation.history()] == [1, 2, 3, 4]
         federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_a_stopped_coordinator_leaves_no_timer(federated):
+    async def scenario(federation):
+        start(federation, "a")
+        coordinator = federation.coordinator(min_workers=2)
+        await coordinator.log.until("joined")
+        await asyncio.sleep(2.5)  # between two ticks
+        await coordinator.stop()
+        assert coordinator.service._next_tick.cancelled()
 
     federated(scenario)
 
@@ -61,8 +77,9 @@ def test_updates_that_wait_for_the_disk_are_not_missing_at_the_deadline(federate
     federated(scenario)
 
 
+@BOTH
 @pytest.mark.parametrize("after_s", [0.0, 0.5, 1.0, 1.5, 2.2, 3.0])
-def test_a_worker_killed_at_any_time_returns(federated, after_s):
+def test_a_worker_killed_at_any_time_returns(federated, after_s, in_parts):
     async def scenario(federation):
         workers = [start(federation, name) for name in VALUES]
         coordinator = federation.coordinator(rounds=5, min_workers=3)
@@ -95,8 +112,11 @@ def test_a_workers_line_cut_at_any_message_loses_nothing(federated, kind):
     federated(scenario)
 
 
-@pytest.mark.parametrize("kind", ["welcome", "init_request", "fit", "echo", "evaluate", "event"])
-def test_the_coordinators_line_cut_at_any_message_loses_nothing(federated, kind):
+@BOTH
+@pytest.mark.parametrize(
+    "kind", ["welcome", "init_request", "fit", "part", "echo", "evaluate", "event"]
+)
+def test_the_coordinators_line_cut_at_any_message_loses_nothing(federated, kind, in_parts):
     async def scenario(federation):
         for name in VALUES:
             start(federation, name)
@@ -177,8 +197,9 @@ def test_a_standby_with_a_run_folder_of_its_own_reports_it_rarely(federated):
     federated(scenario)
 
 
+@BOTH
 @pytest.mark.parametrize("seed", range(12))
-def test_a_rain_of_faults(federated, seed):
+def test_a_rain_of_faults(federated, seed, in_parts):
     """Kill, cut, block and stop at random; the run still finishes with correct averages."""
 
     async def scenario(federation):

@@ -16,7 +16,7 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
-from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
+from fluffle_coordinator.service.schedule_loading import load_schedule
 from fluffle_coordinator.storage.replay import replay
 from tests.federation.harness import Adder
 
@@ -267,7 +267,7 @@ def test_late_updates_count_in_the_next_round_with_late_discount(federated):
 
 def test_a_schedule_from_a_file(federated):
     where = Path(__file__).parent / "windows.py"
-    name, schedule = load_schedule(Timing(schedule=f"{where}:minutes"))
+    name, schedule = load_schedule(f"{where}:minutes")
     assert name == "windows.py:minutes"
 
     async def scenario(federation):
@@ -286,7 +286,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
     original = (Path(__file__).parent / "windows.py").read_text()
     never = original.replace("window_s: float = 60.0", "window_s: float = float('inf')")
     (tmp_path / "never.py").write_text(never)
-    _, schedule = load_schedule(Timing(schedule=f"{tmp_path}/never.py:minutes"))
+    _, schedule = load_schedule(f"{tmp_path}/never.py:minutes")
 
     async def scenario(federation):
         federation.workers(2)
@@ -305,6 +305,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
         ("cohort(self, state): return state.nothing", "in cohort(): AttributeError"),
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
         ("needed(self, state): return float('inf')", "in needed(): it returned inf, not a whole"),
+        ("needed(self, state): return 0", "in needed(): it returned 0, not a whole number of at"),
         ("cohort(self, state): return None", "it returned None, not the names of workers"),
         ("cohort(self, state): return 'a'", "it returned 'a', not the names of workers"),
         ("cohort(self, state): return [['a']]", "it selected ['a'], but no such worker is conn"),
@@ -319,7 +320,7 @@ def test_a_failing_user_schedule_ends_the_run(federated, tmp_path, method, messa
     original = (Path(__file__).parent / "windows.py").read_text()
     broken = original.replace("minutes = Windows()", f"    def {method}\n\n\nminutes = Windows()")
     (tmp_path / "broken.py").write_text(broken)
-    _, schedule = load_schedule(Timing(schedule=f"{tmp_path}/broken.py:minutes"))
+    _, schedule = load_schedule(f"{tmp_path}/broken.py:minutes")
 
     async def scenario(federation):
         federation.workers(2)
@@ -327,6 +328,25 @@ def test_a_failing_user_schedule_ends_the_run(federated, tmp_path, method, messa
         with pytest.raises(TaskError, match=re.escape(message)) as wrong:
             await coordinator.end()
         assert "no update is lost" in str(wrong.value)
+
+    federated(scenario)
+
+
+def test_a_user_schedule_may_return_numbers_of_numpy(federated, tmp_path):
+    original = (Path(__file__).parent / "windows.py").read_text()
+    numpy = original.replace("return 1\n", "return np.int64(1)\n").replace(
+        "return state.opened_at + self.window_s", "return np.float32(state.opened_at + 60)"
+    )
+    (tmp_path / "numpy_windows.py").write_text(
+        numpy.replace("import dataclass\n", "import dataclass\n\nimport numpy as np\n")
+    )
+    _, schedule = load_schedule(f"{tmp_path}/numpy_windows.py:minutes")
+
+    async def scenario(federation):
+        federation.workers(2)
+        coordinator = federation.coordinator(rounds=2, schedule=schedule)
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants() == [["a", "b"]] * 2
 
     federated(scenario)
 
@@ -345,7 +365,7 @@ def test_the_staleness_of_a_user_schedule_is_checked(tmp_path, value, error, mes
     broken = original.replace("minutes = Windows()", f"{field}minutes = Windows()")
     (tmp_path / "broken.py").write_text(broken)
     with pytest.raises(error, match=re.escape(message)):
-        load_schedule(Timing(schedule=f"{tmp_path}/broken.py:minutes"))
+        load_schedule(f"{tmp_path}/broken.py:minutes")
 
 
 def test_a_deadline_reissues_lost_work(federated):
@@ -367,18 +387,18 @@ def test_a_deadline_reissues_lost_work(federated):
 
 
 @pytest.mark.parametrize(
-    ("timing", "message"),
+    ("options", "message"),
     [
-        (Timing(schedule="async", max_staleness=3), "unknown schedule 'async'"),
-        (Timing(buffer=3), "--buffer needs --schedule buffered; add that, or remove --buffer"),
-        (Timing(staleness=Discount()), "--staleness needs"),
-        (Timing(schedule="buffered", late="discount"), "--late discount needs --schedule quorum"),
-        (Timing(schedule=f"{Path(__file__).parent}/windows.py:Windows"), "is a class"),
-        (Timing(schedule=f"{Path(__file__).parent}/windows.py:dataclass"), "is not a schedule"),
-        (Timing(schedule=f"{Path(__file__).parent}/windows.py:x"), "has no 'x'"),
+        ({"name": "async", "max_staleness": 3}, "unknown schedule 'async'"),
+        ({"buffer": 3}, "--buffer needs --schedule buffered; add that, or remove --buffer"),
+        ({"staleness": Discount()}, "--staleness needs"),
+        ({"name": "buffered", "late": "discount"}, "--late discount needs --schedule quorum"),
+        ({"name": f"{Path(__file__).parent}/windows.py:Windows"}, "is a class"),
+        ({"name": f"{Path(__file__).parent}/windows.py:dataclass"}, "is not a schedule"),
+        ({"name": f"{Path(__file__).parent}/windows.py:x"}, "has no 'x'"),
     ],
 )
-def test_conflicting_schedule_options_are_refused_in_one_line(timing, message):
+def test_conflicting_schedule_options_are_refused_in_one_line(options, message):
     with pytest.raises(UsageError, match=message) as refused:
-        load_schedule(timing)
+        load_schedule(**options)
     assert "\n" not in str(refused.value)

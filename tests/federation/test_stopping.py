@@ -77,16 +77,19 @@ def test_the_coordinators_own_test_counts_immediately(federated):
     federated(scenario)
 
 
-def test_the_best_model_is_kept_across_a_restart(federated):
+@pytest.mark.parametrize("written", [True, False])
+def test_the_best_model_is_kept_across_a_restart(federated, written):
     async def scenario(federation):
         first = run_with(federation, Stopping("accuracy"))
         await first.log.until("evaluated", 4)
         await first.kill()
         assert best_of(federation) == "4"
-        (federation.folder / "best.safetensors").unlink()  # as if it had crashed before writing it
+        if not written:  # as if it had crashed before
+            (federation.folder / "best.safetensors").unlink()
         again = federation.coordinator(8, stopping=Stopping("accuracy"))
         assert (await again.end()).committed == 8
         assert best_of(federation) == "4"
+        assert not [*federation.folder.glob("*.partial")]
 
     federated(scenario)
 

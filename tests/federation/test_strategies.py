@@ -312,7 +312,20 @@ def test_a_method_with_a_wrong_signature_is_described_without_our_frames(capsys)
     named = dataclasses.replace(momentum(), strategy=Wrong())
     with pytest.raises(TaskError, match=r"init\(\): TypeError: .* 1 positional") as wrong:
         GuardedStrategy(named, 1).init({})
-    assert "guarded_strategy" not in str(wrong.value) + capsys.readouterr().err
+    shown = str(wrong.value) + capsys.readouterr().err
+    assert "guarded_strategy" not in shown
+    assert "user_calls" not in shown
+
+
+@pytest.mark.parametrize("budget", [None, {"epsilon": "much"}, {"delta": [1]}])
+def test_a_wrong_privacy_budget_is_an_error_of_the_strategy(budget):
+    class Wrong(Strategy):
+        def spent(self, rounds):
+            return budget
+
+    named = dataclasses.replace(momentum(), strategy=Wrong())
+    with pytest.raises(TaskError, match=r"in spent\(\): it returned .*, not a mapping of names to"):
+        GuardedStrategy(named, 2).spent(2)
 
 
 def test_a_strategy_cannot_make_the_model_writeable(tmp_path):
@@ -378,6 +391,7 @@ def test_a_failing_strategy_ends_the_run_and_loses_nothing(federated, tmp_path, 
     assert ("the error in the strategy's code:" in shown) == raises
     assert ("broken.py" in shown) == raises
     assert "guarded_strategy.py" not in shown
+    assert "user_calls.py" not in shown
 
 
 def test_a_state_that_cannot_be_loaded_is_reported_before_anything_is_sent(federated, tmp_path):

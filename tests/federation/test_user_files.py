@@ -19,7 +19,7 @@ from fluffle_common.cli.loading import load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_coordinator.cli.compress_option import CompressType
+from fluffle_coordinator.cli.compress_option import COMPRESS
 from fluffle_worker.local import loading
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import find_rule, use_local_rule
@@ -64,7 +64,7 @@ def registry_with(path: str) -> Registry:
 
 def test_a_federation_uses_a_codec_from_a_file(federated, documented):
     path = documented("signs.py")
-    how = CompressType().convert(f"{path}:Signs", None, None)
+    how = COMPRESS.convert(f"{path}:Signs", None, None)
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=3, plan=Plan(compress=Compression.parse(how)))
@@ -83,7 +83,7 @@ def test_a_federation_uses_a_codec_from_a_file(federated, documented):
 
 def test_a_worker_without_the_codec_names_it_and_the_round_continues(federated, documented):
     path = documented("signs.py")
-    how = CompressType().convert(f"{path}:Signs", None, None)
+    how = COMPRESS.convert(f"{path}:Signs", None, None)
 
     async def scenario(federation):
         coordinator = federation.coordinator(
@@ -108,7 +108,7 @@ def test_a_worker_without_the_codec_names_it_and_the_round_continues(federated, 
 
 def test_settings_that_a_workers_codec_refuses_are_reported(federated, documented):
     path = documented("signs.py")
-    how = CompressType().convert(f"{path}:Signs:4", None, None)
+    how = COMPRESS.convert(f"{path}:Signs:4", None, None)
     old = documented("signs.py", ("return cls()", "return cls(int(text))"), into="old.py")
 
     async def scenario(federation):
@@ -128,7 +128,7 @@ def test_settings_that_a_workers_codec_refuses_are_reported(federated, documente
 
 def test_a_failing_encode_costs_its_worker_the_round(federated, documented):
     path = documented("signs.py")
-    how = CompressType().convert(f"{path}:Signs", None, None)
+    how = COMPRESS.convert(f"{path}:Signs", None, None)
     broken = documented("signs.py", ("np.sign(tensor)", "np.no_sign(tensor)"), into="broken.py")
 
     async def scenario(federation):
@@ -157,7 +157,7 @@ def test_an_update_that_cannot_be_decoded_is_rejected_and_trained_again(federate
         "        sign, size = parts if Signs.calls > 1 else 0",
     )
     bad = documented("signs.py", fails_once, into="bad.py")
-    how = CompressType().convert(f"{bad}:Signs", None, None)
+    how = COMPRESS.convert(f"{bad}:Signs", None, None)
 
     async def scenario(federation):
         coordinator = federation.coordinator(

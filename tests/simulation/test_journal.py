@@ -96,6 +96,10 @@ def test_a_round_that_is_not_in_it_is_told(tmp_path):
     simulated(tmp_path)
     with pytest.raises(UsageError, match="round 99 is not in the journal, which has rounds 1-2"):
         printed(journal, "--run", tmp_path, "--round", 99)
+    with pytest.raises(UsageError, match="round 1 is not in this part of the journal, which has"):
+        printed(journal, "--run", tmp_path, "--round", 1, "--since", "2999-01-01")
+    with pytest.raises(UsageError, match="round 1 is not in the journal, which has no round"):
+        printed(journal, "--run", tmp_path, "--round", 1, "--run-id", "another")
     (tmp_path / "journal.jsonl").write_text("")
     with pytest.raises(UsageError, match="round 99 is not in the journal, which has no round"):
         printed(journal, "--run", tmp_path, "--round", 99)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import math
 import re
@@ -15,18 +16,22 @@ import numpy as np
 import pytest
 
 import fluffle
+from fluffle.federation import numbered
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Shards
-from fluffle.simulation.population import dealt, each_its_own, names
+from fluffle.simulation.population import dealt, each_its_own
 from fluffle.simulation.simulate import clients_of, simulate_run
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_common.transport.base import QueueFull
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.task import EvalResult, TaskOptions, TrainResult
+
+names = functools.partial(numbered, "client")
 
 
 class Adder:
@@ -156,6 +161,12 @@ def test_a_task_that_fails_is_left_out_and_named(tmp_path):
     reasons = [event.reason for event in told.events if event.name == "failure"]
     assert reasons
     assert all("no data today" in reason for reason in reasons)
+
+
+def test_a_client_that_cannot_send_ends_the_run_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr("fluffle_common.protocol.topology._UPDATES_BYTES", 1)
+    with pytest.raises(QueueFull, match="queue 'sim.updates' is full"):
+        run(tmp_path, {"a": Adder(1.0)}, rounds=1)
 
 
 def test_a_failing_client_s_traceback_is_its_own_and_readable(capsys):

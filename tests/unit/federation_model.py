@@ -639,7 +639,7 @@ class World:
         number = self.rules.quorum.number
         living = sum(worker.alive for worker in self.workers.values())
         enough = living >= max(self.rules.min_workers, self.rules.least, number or 1)
-        enough &= self.rules.enough(living)
+        enough &= living >= self.rules.fewest_present
         enough |= self.schedule.continuous and living >= self.rules.min_workers and not ended
         enough &= self.rules.fraction == 1.0 or number is None
         enough &= self.rules.fraction == 1.0 or self.rules.on_deadline != "stop"

@@ -1,13 +1,15 @@
 """The benchmarks' statistics, gates, logs and simulated workers."""
 
 import doctest
+import json
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from benchmarks import command, papers, stats
+from benchmarks import command, flower, flower_simulation, papers, stats
 from benchmarks.aggregate import axpy
 from benchmarks.arrays import Perturbation, make_weights
 from benchmarks.comparison import compare
@@ -16,13 +18,14 @@ from benchmarks.floor import Spec
 from benchmarks.gate import Gate, Gates
 from benchmarks.logs import read_events
 from benchmarks.processes import Died
+from benchmarks.simulated_jobs import JOBS
 from fluffle_common.cli.console import Console
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_worker.task import RoundPlan
 from tests.e2e.pull_task import COUNT, Pull, target
 
 
-@pytest.mark.parametrize("module", [command, papers, stats])
+@pytest.mark.parametrize("module", [command, flower_simulation, papers, stats])
 def test_the_examples_do_what_they_say(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
@@ -217,3 +220,33 @@ def test_a_ratio_of_rounds_needs_both_partitions_to_reach_the_target():
     assert found["iid"] == {"learning_rate": 0.1, "rounds": 30.0}
     assert found["ratio"] == 3.0
     assert papers.compared({"iid": iid, "shards:2": {0.1: [None, 5]}})["ratio"] is None
+
+
+def test_both_engines_get_the_same_simulated_job(tmp_path):
+    options = flower.parser().parse_args(["--simulation", "--job", "lr", "--num-cpus", "0.5"])
+    ours, _ = flower_simulation.command_of("fluffle", options, "lr", tmp_path)
+    theirs, env = flower_simulation.command_of("flower", options, "lr", tmp_path)
+    assert ours[0] == sys.executable
+    assert ours[2:] == ["benchmarks.simulation", "--job", "lr", "--rounds", "100", "--json"]
+    assert theirs[0] == str(flower.PYTHON)
+    config = json.loads(theirs[-1])
+    assert (config["job"], config["rounds"], config["num_cpus"]) == ("lr", 100, 0.5)
+    assert env["FLWR_TELEMETRY_ENABLED"] == env["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_all_simulated_jobs_run_unless_some_are_named():
+    assert flower.parser().parse_args([]).job == list(JOBS)
+    assert flower.parser().parse_args(["--job", "noop", "lr"]).job == ["noop", "lr"]
+    with pytest.raises(SystemExit):
+        flower.parser().parse_args(["--job", "letters"])
+
+
+def test_a_job_that_fails_shows_what_it_wrote():
+    command_line = [sys.executable, "-c", "raise SystemExit('no ray here')"]
+    with pytest.raises(Died, match="no ray here"):
+        flower_simulation.timed(command_line, {})
+
+
+def test_every_simulated_client_has_a_task():
+    assert len(JOBS["noop"].tasks()) == JOBS["noop"].clients
+    assert JOBS["lr"].fraction * JOBS["lr"].clients == 10

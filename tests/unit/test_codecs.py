@@ -18,7 +18,7 @@ from fluffle_common.tensors.codecs.base import BrokenCodec, CodecError, Part, Un
 from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
 from fluffle_common.tensors.compression import check_announced_signature, compress, decompress
 from fluffle_common.tensors.layout import Place
-from fluffle_coordinator.cli.compress_option import CompressType
+from fluffle_coordinator.cli.compress_option import COMPRESS
 
 DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).reshape(30, 100) / 7}
 
@@ -275,7 +275,7 @@ class Tenths:
 @pytest.mark.parametrize("settings", ["", ":1"])
 def test_compress_takes_a_codec_from_a_file_and_sends_its_name(codecs, tmp_path, settings):
     (tmp_path / "queue.py").write_text(CODEC)  # does not shadow the standard library's module
-    how = CompressType().convert(f"{tmp_path}/queue.py:Tenths{settings}", None, None)
+    how = COMPRESS.convert(f"{tmp_path}/queue.py:Tenths{settings}", None, None)
     assert str(Compression.parse(how)) == f"tenths{settings}"
     assert decompress(compress(DELTA, how, {})[0], "tenths", DELTA)["w"].shape == (30, 100)
 
@@ -293,7 +293,7 @@ def test_compress_takes_a_codec_from_a_file_and_sends_its_name(codecs, tmp_path,
 def test_compress_refuses_an_invalid_codec(codecs, tmp_path, text, reason):
     (tmp_path / "codec.py").write_text(CODEC)
     with pytest.raises(UsageError) as wrong:
-        CompressType().convert(text.format(tmp_path), None, None)
+        COMPRESS.convert(text.format(tmp_path), None, None)
     assert reason in str(wrong.value)
     assert "\n" not in str(wrong.value)
 

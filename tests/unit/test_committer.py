@@ -45,7 +45,7 @@ class Run:
         clock.close()
         clock.average()
         weights = {"w": np.full(1, number, np.float32)}
-        self.committer.commit(Average(number, weights, ("a", "b"), [participant], clock))
+        self.committer.commit(Average(number, weights, "base", ("a", "b"), [participant], clock))
         await self.committer.drained()
 
 

@@ -11,22 +11,22 @@ import pytest
 from fluffle_common.protocol.codec import decode, encode
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello, Stop, Update
 from fluffle_coordinator.conformance.examine import SCENARIOS
-from fluffle_coordinator.conformance.findings import (
-    Heard,
+from fluffle_coordinator.conformance.probe import altered
+from fluffle_coordinator.conformance.received import (
+    Received,
     ReceivedUpdate,
     Unmet,
     check_rhythm,
     same_answer,
 )
-from fluffle_coordinator.conformance.probe import altered
 
 F = {"federation": "f"}
 ABOUT = {**F, "worker": "w", "session": "s", "num_examples": 1, "task": "t", "heartbeat_s": 2.0}
 
 
-def beats(*times: float) -> list[Heard]:
+def beats(*times: float) -> list[Received]:
     first, *others = times
-    return [Heard(first, Hello(**ABOUT)), *(Heard(at, Heartbeat(**ABOUT)) for at in others)]
+    return [Received(first, Hello(**ABOUT)), *(Received(at, Heartbeat(**ABOUT)) for at in others)]
 
 
 def test_a_rhythm_may_lack_less_than_five_beats():
@@ -36,7 +36,7 @@ def test_a_rhythm_may_lack_less_than_five_beats():
     with pytest.raises(Unmet, match=r"none for 11\.0 s"):
         check_rhythm(beats(0, 2), now=13)
     with pytest.raises(Unmet, match="no heartbeat came"):
-        check_rhythm([Heard(0, Bye(**F, worker="w", session="s", reason=""))], now=1)
+        check_rhythm([Received(0, Bye(**F, worker="w", session="s", reason=""))], now=1)
 
 
 def update(transfer: str | None = None, **fields: object) -> ReceivedUpdate:

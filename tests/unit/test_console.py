@@ -194,6 +194,19 @@ def test_bars_keep_their_width_and_text_is_truncated(monkeypatch):
         assert any(line.startswith("rounds    ") for line in drawn.splitlines())
 
 
+def test_where_names_do_not_fit_a_bar_counts_take_their_place(monkeypatch):
+    names = "round 2: client-1 training, client-2 training, client-3 training"
+    for columns, shown in ((80, "round 2: 3 training"), (120, names)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        stream = Terminal()
+        with Console("auto", {}, stream) as console:
+            console.bar("updates", 0, 3, names, "round 2: 3 training")
+            console._progress.refresh()
+            console._stream.settle(PATIENCE_S)
+            drawn = Text.from_ansi(stream.getvalue()).plain
+        assert any(line.rstrip().endswith(f"0/3  {shown}") for line in drawn.splitlines()), drawn
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -9,9 +9,10 @@ from click.testing import CliRunner
 from fluffle.simulation.cli import simulate
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Compression
-from fluffle_coordinator.cli.compress_option import CompressType
+from fluffle_coordinator.cli.compress_option import COMPRESS
 from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.service import app as main
+from fluffle_coordinator.service.app import settings_of
 
 
 @pytest.mark.parametrize(
@@ -27,7 +28,7 @@ from fluffle_coordinator.service import app as main
     ],
 )
 def test_every_accepted_encoding_is_valid_in_a_plan(text, how):
-    assert CompressType().convert(text, None, None) == how
+    assert COMPRESS.convert(text, None, None) == how
     assert str(Compression.parse(how)) == how
 
 
@@ -36,7 +37,7 @@ def test_every_accepted_encoding_is_valid_in_a_plan(text, how):
 )
 def test_invalid_encodings_are_refused_with_the_valid_ones(text):
     with pytest.raises(click.BadParameter, match="unknown compression .*; use int8, or topk"):
-        CompressType().convert(text, None, None)
+        COMPRESS.convert(text, None, None)
 
 
 @pytest.mark.parametrize(
@@ -51,15 +52,21 @@ def test_invalid_encodings_are_refused_with_the_valid_ones(text):
     ],
 )
 def test_the_plan_contains_the_options(monkeypatch, flags, compress):
-    asked = []
-    monkeypatch.setattr(main, "run_coordinator", lambda rules, options: asked.append(options))
+    settings = []
+    monkeypatch.setattr(main, "run_coordinator", lambda asked: settings.append(settings_of(asked)))
     CliRunner().invoke(coordinator, ["--federation", "f", *flags], catch_exceptions=False)
-    assert str(main._compress(asked[0])) == str(compress)
+    assert str(settings[0].plan.compress) == str(compress)
 
 
 def test_upload_dtype_and_compress_exclude_each_other():
     flags = ["--federation", "f", "--upload-dtype", "bf16", "--compress", "int8"]
     with pytest.raises(UsageError, match="conflicts with"):
+        CliRunner().invoke(coordinator, flags, catch_exceptions=False)
+
+
+def test_a_quorum_that_no_sample_can_reach_is_refused():
+    flags = ["--federation", "f", "--quorum", "3", "--sample", "2"]
+    with pytest.raises(UsageError, match="--quorum 3 needs more updates than --sample 2 asks for"):
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)
 
 

@@ -12,9 +12,10 @@ import pytest
 
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import from_fields
+from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
-from fluffle_coordinator.dashboard.feed import Feed
-from fluffle_coordinator.dashboard.server import is_loopback, listen, served, url_of
+from fluffle_coordinator.dashboard.feed import Feed, Figures
+from fluffle_coordinator.dashboard.server import _events, is_loopback, listen, served, url_of
 
 PATIENCE_S = 20.0
 
@@ -64,12 +65,15 @@ class Site:
             await writer.wait_closed()
 
 
+def source(ask: Callable[[], Figures] | None = None) -> CoordinatorSource:
+    return CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"), ask)
+
+
 @pytest.fixture
 async def site() -> AsyncIterator[Site]:
-    live = CoordinatorSource("letters")
-    listening = listen("127.0.0.1:0", "--dashboard")
-    async with served(live.feed, listening):
-        yield Site(live, listening.getsockname()[1])
+    live = source()
+    async with served(live.feed, live.listening):
+        yield Site(live, live.listening.getsockname()[1])
 
 
 @pytest.fixture
@@ -150,6 +154,11 @@ async def test_the_board_and_the_metrics(site: Site) -> None:
     assert 'fluffle_rejected_messages_total{cause="tensors"} 1.0' in body
 
 
+async def test_the_board_has_the_current_time(site: Site) -> None:
+    first, second = [json.loads((await site.ask("/api/board"))[2])["now"] for _ in range(2)]
+    assert first < second
+
+
 async def test_events_are_the_board_at_once_and_then_what_changes(site: Site) -> None:
     async with site.listening() as following:
         first = await following()
@@ -160,12 +169,20 @@ async def test_events_are_the_board_at_once_and_then_what_changes(site: Site) ->
         assert second["workers"][0]["name"] == "north"
 
 
+async def test_a_viewer_that_leaves_at_once_leaves_nothing_behind() -> None:
+    before = asyncio.all_tasks()
+    events = _events(Feed(Board("letters"), ask_queues=list))
+    await anext(events)
+    await events.aclose()
+    await asyncio.sleep(0)
+    assert asyncio.all_tasks() == before
+
+
 async def test_a_stream_ends_with_the_last_news_when_the_page_does() -> None:
-    live = CoordinatorSource("letters")
-    listening = listen("127.0.0.1:0", "--dashboard")
-    site = Site(live, listening.getsockname()[1])
+    live = source()
+    site = Site(live, live.listening.getsockname()[1])
     async with contextlib.AsyncExitStack() as stack:
-        async with served(live.feed, listening):
+        async with served(live.feed, live.listening):
             following = await stack.enter_async_context(site.listening())
             await following()
             live.record(from_fields("finished", {"reason": "done"}))
@@ -197,22 +214,36 @@ async def test_queues_that_cannot_be_asked_are_a_note() -> None:
     def ask() -> list[dict[str, object]]:
         raise ConnectionRefusedError("nobody there")
 
-    live = CoordinatorSource("letters", ask)
+    live = source(ask)
+    live.listening.close()
     await live.feed.ask_queues(0.0)
-    assert "nobody there" in live.feed.board.snapshot(1.0)["queues"]["note"]
+    assert "nobody there" in live.feed.board.snapshot()["queues"]["note"]
 
 
 def test_an_event_that_cannot_be_shown_is_warned_of_once(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    live = CoordinatorSource("letters")
+    live = source()
+    live.listening.close()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(live.feed.board, "add", lambda *_: 1 / 0)
         for _ in range(3):
             live.record(from_fields("opened", {"round": 1}))
     live.record(from_fields("joined", {"worker": "north", "num_examples": 7}))
     assert capsys.readouterr().err.count("the page skips an event 'opened'") == 1
-    assert live.feed.board.snapshot(1.0)["workers"][0]["name"] == "north"
+    assert live.feed.board.snapshot()["workers"][0]["name"] == "north"
+
+
+def test_a_snapshot_that_fails_is_not_taken_for_an_empty_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    feed = Feed(Board("letters"))
+    with monkeypatch.context() as patch:
+        patch.setattr(feed.board, "snapshot", lambda: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                feed.sections()
+    assert "run" in feed.sections()
 
 
 async def test_a_page_that_fails_does_not_end_the_run(
@@ -222,7 +253,8 @@ async def test_a_page_that_fails_does_not_end_the_run(
         raise RuntimeError("no page today")
 
     monkeypatch.setattr("fluffle_coordinator.dashboard.server._Server.serve", fail)
-    async with served(CoordinatorSource("letters").feed, listen("127.0.0.1:0", "--dashboard")):
+    live = source()
+    async with served(live.feed, live.listening):
         await asyncio.sleep(0)
     assert "no page today" in capsys.readouterr().err
 
@@ -250,6 +282,6 @@ def test_it_is_for_this_machine_alone_unless_told_otherwise(address: str, loopba
 async def test_a_page_that_others_can_reach_is_warned_of(
     address: str, warnings: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    async with served(CoordinatorSource("letters").feed, listen(address, "--dashboard")):
+    async with served(Feed(Board("letters")), listen(address, "--dashboard")):
         pass
     assert capsys.readouterr().err.count("anyone who can reach this machine") == warnings

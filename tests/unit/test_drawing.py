@@ -14,7 +14,7 @@ from fluffle_worker.letters.handwriting.drawing import (
     draw_letters,
     writer_style,
 )
-from fluffle_worker.letters.handwriting.strokes import ALLOGRAPHS, LETTERS, pen
+from fluffle_worker.letters.handwriting.strokes import ALLOGRAPHS, LETTERS, parse_strokes
 
 
 def _tree(root: Path) -> dict[str, bytes]:
@@ -107,7 +107,7 @@ def test_every_letter_has_allographs_that_differ():
 
 
 def test_a_stroke_turns_at_line_knots_and_at_the_end_of_curves():
-    stroke = pen(0, 0).line((0, 9)).curve((3, 9), (6, 6), (9, 0))
+    (stroke,) = parse_strokes("M0,0 L0,9 R3,9 6,6 9,0")
     assert stroke.knots == ((0, 0), (0, 9), (3, 9), (6, 6), (9, 0))
     assert stroke.corners == (0, 1, 4)
 

@@ -119,9 +119,7 @@ async def test_a_folder_that_cannot_be_locked_is_an_error_in_one_line(
     store = RunStore(tmp_path / "run")
     settings = SimpleNamespace(federation="f")
     with pytest.raises(RunError, match=r"cannot use the run folder .* --run") as caught:
-        await main.coordinate(
-            settings, None, None, store, Recorder(), journal=None, page=None, fresh=False  # type: ignore[arg-type]
-        )  # fmt: skip
+        await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
     assert "\n" not in str(caught.value)
 
 
@@ -133,10 +131,8 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
 
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(RunError, match="lock: Permission denied"):
-        await main.coordinate(
-            SimpleNamespace(federation="f"), None, None, store, Recorder(),
-            journal=None, page=None, fresh=False,
-        )  # fmt: skip
+        settings = SimpleNamespace(federation="f")
+        await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
 
 
 # --- what a worker is doing ----------------------------------------------------------------------

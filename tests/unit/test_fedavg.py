@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fluffle_common.tensors.weights import FLOATS, INTEGERS, Weights, check_delta, delta
+from fluffle_coordinator.strategy import blocks
 from fluffle_coordinator.strategy import weighted as strategy
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.fedavg import fedavg
@@ -249,13 +250,13 @@ def test_blocks_make_no_difference(monkeypatch, size, block):
     base = {"w": rng.normal(size=size), "n": rng.integers(0, 9, size)}
     updates = [({"w": rng.normal(size=size), "n": rng.integers(-9, 9, size)}, n) for n in (1, 2, 5)]
     expected = average(base, updates)
-    monkeypatch.setattr(strategy, "_BLOCK", block)
+    monkeypatch.setattr(blocks, "BLOCK", block)
     got = average(base, updates)
     assert {k: v.tolist() for k, v in got.items()} == {k: v.tolist() for k, v in expected.items()}
 
 
 def test_tensors_of_more_than_a_block_are_folded_whole():
-    size = 2 * strategy._BLOCK + 5
+    size = 2 * blocks.BLOCK + 5
     rng = np.random.default_rng(0)
     updates = [(rng.normal(size=size), n) for n in (3, 4)]
     base = {"w": rng.normal(size=size)}

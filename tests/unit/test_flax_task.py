@@ -18,7 +18,8 @@ from fluffle_common.tensors.weights import Weights, same_form
 from fluffle_worker.task import RoundPlan
 from fluffle_worker.tasks import flat_step
 from fluffle_worker.tasks import flax as training
-from fluffle_worker.tasks.flax import FlaxTask, accuracy, flax_task
+from fluffle_worker.tasks.examples import accuracy
+from fluffle_worker.tasks.flax import FlaxTask, flax_task
 
 COUNT, FEATURES, CLASSES = 22, 4, 3
 

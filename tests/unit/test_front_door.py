@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -18,8 +19,10 @@ from fluffle_common.tensors.checkpoint import save_checkpoint
 
 
 def test_every_public_name_is_there_and_documented():
-    types = {"Progress", "Weights"}
-    for name in set(fluffle.__all__) - types:
+    others = {"Progress", "Weights"}  # types
+    if importlib.util.find_spec("torch") is None:
+        others.add("torch_task")
+    for name in set(fluffle.__all__) - others:
         assert getattr(fluffle, name).__doc__, name
     assert set(fluffle.__all__) <= set(dir(fluffle))
     assert fluffle.__version__ == version("fluffle")
@@ -40,7 +43,7 @@ def test_the_import_loads_what_is_used_and_no_more():
         import sys, fluffle
         assert not {"numpy", "jax", "click", "aio_pika", "fluffle_common"} & sys.modules.keys()
         fluffle.run, fluffle.Run, fluffle.Strategy, fluffle.Task, fluffle.load_model
-        assert not {"jax", "flax", "optax", "matplotlib", "sklearn"} & sys.modules.keys()
+        assert not {"jax", "flax", "optax", "matplotlib", "sklearn", "torch"} & sys.modules.keys()
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
@@ -117,6 +120,14 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
         fluffle.load_model(str(file))
     with pytest.raises(fluffle.UsageError, match="there is no model file"):
         fluffle.load_model(tmp_path / "absent")
+
+
+def test_a_missing_torch_is_named_with_what_brings_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, "fluffle_worker.tasks.torch", raising=False)
+    monkeypatch.delitem(vars(fluffle), "torch_task", raising=False)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fluffle\[torch\]'"):
+        fluffle.torch_task  # noqa: B018
 
 
 def test_a_history_has_rows_and_columns():

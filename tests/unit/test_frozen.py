@@ -18,6 +18,7 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Evaluate, Fit, Plan
 from fluffle_common.protocol.model_form import model_form
+from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import save_checkpoint
 from fluffle_common.tensors.frozen import (
     IN_METADATA,
@@ -33,7 +34,9 @@ from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker import frozen as module
 from fluffle_worker.frozen import FrozenTensors
+from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import read_work
+from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.user_code import full_trace
 
 MODEL = {"w": np.ones(4, np.float32)}
@@ -300,7 +303,8 @@ def test_a_task_that_shares_none_only_says_which_it_has(tmp_path):
     frozen = FrozenTensors(Own(), tmp_path)
     assert frozen.digests == (frozen_of(backbone()).digest,)
     assert frozen.to_share() == {}
-    assert module.introduced((), frozen) == {"model": None, "features": ()}
+    hello = Presence(WorkerSettings("f", "w", "t"), Own(), Topology("f"), (), frozen)._status()
+    assert (hello["model"], hello["features"]) == (None, ())
 
 
 def test_a_task_of_before_has_none(tmp_path: Path):

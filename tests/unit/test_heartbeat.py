@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from typing import Any
 
 import pytest
 
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import BrokerError, TaskError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Fit, Heartbeat, Hello, Plan
 from fluffle_common.protocol.topology import Binding, Topology
 from fluffle_common.transport.base import Blocking, Properties
 from fluffle_common.transport.memory import MemoryBroker
+from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
+from fluffle_worker.signature import UNKNOWN
 from fluffle_worker.task import EvalResult, TrainResult
 
 TOPOLOGY = Topology("f")
@@ -36,6 +40,11 @@ class Nothing:
         return EvalResult(0.0, 1)
 
 
+def presence_of(task: Any, name: str = "t", **settings: Any) -> Presence:
+    settings = WorkerSettings("f", "w", name, **settings)
+    return Presence(settings, task, TOPOLOGY, UNKNOWN, FrozenTensors(task))
+
+
 async def sent_messages(presence: Presence, count: int) -> list[Hello | Heartbeat]:
     """Request heartbeats, one at a time."""
     link = await MemoryBroker().open()
@@ -51,7 +60,7 @@ async def sent_messages(presence: Presence, count: int) -> list[Hello | Heartbea
 
 @pytest.mark.parametrize("work", [FIT, Work("fit", "r", 3, "b7")], ids=["message", "work"])
 async def test_it_says_what_it_is_at_and_which_weights_that_began_with(work):
-    presence = Presence(WorkerSettings("f", "w", "t", heartbeat_s=0.01), Nothing(), TOPOLOGY)
+    presence = presence_of(Nothing(), heartbeat_s=0.01)
     (hello,) = await sent_messages(presence, 1)
     assert (hello.kind, hello.run, hello.round, hello.base) == ("hello", None, 0, None)
     presence.now("training", work, steps=9)
@@ -60,7 +69,7 @@ async def test_it_says_what_it_is_at_and_which_weights_that_began_with(work):
 
 
 async def test_it_names_no_weights_where_it_was_asked_for_the_first():
-    presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
+    presence = presence_of(Nothing())
     presence.now("idle", Work("init", "r", 0))
     (hello,) = await sent_messages(presence, 1)
     assert (hello.run, hello.round, hello.base) == ("r", 0, None)
@@ -70,19 +79,18 @@ def test_a_task_with_more_to_say_of_itself_than_may_be_sent_is_an_error_of_the_t
     task = Nothing()
     task.classes = ("c" * 90,) * 1000
     with pytest.raises(TaskError, match=r"'t' cannot be sent: classes: .*90000 bytes"):
-        Presence(WorkerSettings("f", "w", "t"), task, TOPOLOGY)
+        presence_of(task)
 
 
 async def test_of_a_long_task_name_the_end_is_said():
-    (hello,) = await sent_messages(
-        Presence(WorkerSettings("f", "w", "/long" * 50 + "/task.py:task"), Nothing(), TOPOLOGY), 1
-    )
+    presence = presence_of(Nothing(), name="/long" * 50 + "/task.py:task")
+    (hello,) = await sent_messages(presence, 1)
     assert len(hello.task) == 200
     assert hello.task.endswith("/task.py:task")
 
 
 async def test_it_says_how_much_of_its_answer_has_arrived():
-    presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
+    presence = presence_of(Nothing())
     presence.now("training", FIT, steps=9)
     presence.sent(1, 4)  # of the answer before
     (beat,) = await sent_messages(presence, 1)
@@ -110,7 +118,7 @@ class Slow:
 
 
 async def test_signs_of_life_are_urgent_and_do_not_wait_for_each_others_confirmation():
-    presence = Presence(WorkerSettings("f", "w", "t", heartbeat_s=0.01), Nothing(), TOPOLOGY)
+    presence = presence_of(Nothing(), heartbeat_s=0.01)
     link = Slow()
     speaking = asyncio.ensure_future(presence.signs_of_life(link))
     async with asyncio.timeout(5):
@@ -125,9 +133,26 @@ async def test_signs_of_life_are_urgent_and_do_not_wait_for_each_others_confirma
         telling.cancel()
 
 
+class Forbidden:
+    """A link whose user may not publish."""
+
+    async def publish(self, *_: object, **__: object) -> None:
+        raise BrokerError("access to topic 'failure.w' refused")
+
+
+async def test_a_refused_message_in_the_background_leaves_no_unhandled_exception():
+    presence, unhandled = presence_of(Nothing()), []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unhandled.append(context))
+    presence.failed(Forbidden(), Work("fit", "r", 3, "b7"), "no data")
+    while presence._being_sent:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    gc.collect()
+    assert unhandled == []
+
+
 async def test_a_hello_that_no_queue_is_bound_for_is_said_again(monkeypatch):
     monkeypatch.setattr("fluffle_worker.heartbeat._HELLO_AGAIN_S", 0.001)
-    presence = Presence(WorkerSettings("f", "w", "t"), Nothing(), TOPOLOGY)
+    presence = presence_of(Nothing())
     link = await MemoryBroker().open()
     shared = TOPOLOGY.shared()
     await link.declare([one for one in shared if not isinstance(one, Binding)])

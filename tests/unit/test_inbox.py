@@ -25,7 +25,7 @@ async def test_what_is_refused_before_anybody_can_keep_it_waits_until_somebody_c
     link = await broker.open()
     await link.declare(NAMES.queues_of("w"))
     await link.publish(b"x", Properties(), exchange="", keys=[NAMES.inbox("w")])
-    refusals = Refusals(NAMES, "w")
+    refusals = Refusals(NAMES, "w", lambda _: None)
     await refusals.refuse(link, await link.get(NAMES.inbox("w")), WRONG)
     assert link.unacked, "it is ours still: dying now loses nothing"
     await link.declare(NAMES.shared())
@@ -44,7 +44,9 @@ async def test_what_is_refused_while_a_coordinator_makes_where_it_goes_is_not_lo
     shared = NAMES.shared()
     await link.declare([one for one in shared if isinstance(one, Exchange)])
     delivery = await link.get(NAMES.inbox("w"))
-    refusing = asyncio.ensure_future(Refusals(NAMES, "w").refuse(link, delivery, WRONG))
+    refusing = asyncio.ensure_future(
+        Refusals(NAMES, "w", lambda _: None).refuse(link, delivery, WRONG)
+    )
     for _ in range(5):
         await asyncio.sleep(0)
     assert link.unacked, "nothing is bound yet"
@@ -59,7 +61,7 @@ async def test_what_waits_is_let_go_of_with_its_link():
     link = await broker.open()
     await link.declare(NAMES.queues_of("w"))
     await link.publish(b"x", Properties(), exchange="", keys=[NAMES.inbox("w")])
-    refusals = Refusals(NAMES, "w")
+    refusals = Refusals(NAMES, "w", lambda _: None)
     await refusals.refuse(link, await link.get(NAMES.inbox("w")), WRONG)
     link.cut()
     refusals.forget()

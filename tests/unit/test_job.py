@@ -51,7 +51,7 @@ class Steps:
 def answered(how: str | None, number: int = 1, residual: Residual | None = None) -> Job:
     ids = {"federation": "f", "run": "r", "round": number, "base": "b"}
     fit = Fit(**ids, evaluate=False, plan=Plan(compress=how and Compression.parse(how)))
-    job = Job(Work("fit", "r", number, "b"), fit, {"w": np.zeros(COUNT, np.float32)})
+    job = Job(fit, {"w": np.zeros(COUNT, np.float32)})
     execute(
         job, Steps(), {"federation": "f", "worker": "w"},
         evaluated=lambda: None, progress=lambda *_: None,
@@ -63,7 +63,7 @@ def answered(how: str | None, number: int = 1, residual: Residual | None = None)
 def test_what_comes_of_weights_names_them():
     ids = {"federation": "f", "run": "r", "round": 3, "base": "b7"}
     for message in (Fit(**ids, evaluate=True, plan=Plan()), Evaluate(**ids)):
-        job = Job(Work(message.kind, "r", 3, "b7"), message, {"w": np.zeros(COUNT, np.float32)})
+        job = Job(message, {"w": np.zeros(COUNT, np.float32)})
         execute(
             job, Steps(), {"federation": "f", "worker": "w"},
             evaluated=lambda: None, progress=lambda *_: None,
@@ -77,7 +77,7 @@ def test_what_comes_of_weights_names_them():
 
 def test_a_task_may_do_with_the_mapping_what_it_likes():
     fit = Fit(federation="f", run="r", round=1, base="b", evaluate=True, plan=Plan())
-    job = Job(Work("fit", "r", 1, "b"), fit, {"w": np.zeros(3, np.float32)})
+    job = Job(fit, {"w": np.zeros(3, np.float32)})
     execute(
         job, InPlace(), {"federation": "f", "worker": "w"},
         evaluated=lambda: None, progress=lambda *_: None,
@@ -98,7 +98,7 @@ def test_a_plan_that_wants_no_encoding_gets_the_delta_and_nothing_is_carried():
     assert job.answer is not None
     assert job.answer[0].encoding is None
     assert np.array_equal(job.answer[1]["w"], Steps().delta)
-    assert job.residual == Residual(Work("fit", "r", 2, "b"), {})
+    assert job.residual == Residual(Work("fit", "r", 2, "b", sequence=2), {})
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_what_is_left_goes_into_the_next_round_once():
     assert np.array_equal(learnt(again), learnt(second))
 
 
-@pytest.mark.parametrize("left_by", [Work("fit", "r", 2), Work("fit", "r", 3), None])
+@pytest.mark.parametrize("left_by", [Work("fit", "r", n, sequence=n) for n in (2, 3)] + [None])
 def test_what_is_in_an_update_already_goes_into_no_other(left_by):
     assert np.array_equal(
         learnt(answered("int8", 2, Residual(left_by, SMALL))), learnt(answered("int8", 2))

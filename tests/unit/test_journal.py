@@ -27,6 +27,7 @@ from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Link, Properties, QueueFull, QueueInUse, Unroutable
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.observe.journal_reader import read_journal
 from fluffle_coordinator.observe.journal_writer import Journal
 
@@ -195,6 +196,19 @@ async def test_unconfirmed_events_are_published_again_with_the_same_identity(bro
     events = await read(broker)
     assert [event.fields["round"] for event in events] == [1, 2, 3, 4, 5, 6]
     assert [event.number for event in events] == [1, 2, 3, 4, 5, 6]
+
+
+async def test_an_event_that_is_published_again_is_not_counted_as_dropped(broker):
+    journal = Journal(TOPOLOGY)
+    for number in range(1, 4):
+        journal.record(from_fields("opened", {"round": number}))
+    with pytest.raises(LinkLost):
+        await journal.publish(Faulty(await broker.open(), [QueueFull("x"), LinkLost("x")]))  # type: ignore[arg-type]
+    async with published(journal, await broker.open()):
+        await drained(journal)
+        journal.record(from_fields("opened", {"round": 4}))
+        await drained(journal)
+    assert set(names(raw(broker))) == {"opened"}
 
 
 async def test_cancelling_loses_no_unconfirmed_event(broker):
@@ -423,6 +437,29 @@ async def test_a_live_reader_continues_after_an_outage_without_duplicates(broker
         await put(broker, entry(2, now), entry(3, now))  # 2 was not confirmed to its sender
         assert await seen.get() == 3
         assert waited
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_live_reader_continues_with_the_stream_of_a_broker_that_lost_its_data(broker):
+    now, seen = datetime.now(UTC), asyncio.Queue[tuple[str, int]]()
+
+    async def follow() -> None:
+        async for event in read_journal(broker, TOPOLOGY, live=True, backoff=Backoff(first_s=0.01)):
+            seen.put_nowait((event.session, event.number))
+
+    task = asyncio.create_task(follow())
+    async with asyncio.timeout(PATIENCE_S):
+        await put(broker, *(entry(number, now) for number in (1, 2, 3)))
+        assert [await seen.get() for _ in range(3)] == [("s", 1), ("s", 2), ("s", 3)]
+        for link in list(broker.links):
+            link.cut()
+        del broker.queues[TOPOLOGY.journal]
+        link = await broker.open()
+        await link.declare(TOPOLOGY.shared())
+        await put(broker, entry(1, now, session="t"))
+        assert await seen.get() == ("t", 1)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task

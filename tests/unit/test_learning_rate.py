@@ -16,6 +16,7 @@ from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSche
         ("cosine", [0.8, 0.4 * (1 + 0.5**0.5), 0.4, 0.4 * (1 - 0.5**0.5)]),
         ("exponential:0.5", [0.8, 0.4, 0.2, 0.1]),
         ("step:3,0.25", [0.8, 0.8, 0.8, 0.2]),
+        ("exponential:0.12345678", [0.8, 0.098765424, 0.01219325, 0.00150534]),
     ],
 )
 def test_a_rate_follows_its_schedule(text, rates):

@@ -89,6 +89,12 @@ def _confusion(folder: Path, *words: object, data: str = "client-1") -> Result:
     return done
 
 
+def test_a_file_whose_classes_are_no_list_is_no_model_of_letters(tmp_path):
+    save_checkpoint(tmp_path / "m.safetensors", {"w": np.zeros(1)}, {"classes": "3", "task": "t"})
+    with pytest.raises(UsageError, match=r"not a model of letters: .* \(its task: t\)"):
+        use.LettersModel(tmp_path / "m.safetensors")
+
+
 def test_of_a_workers_folder_only_what_it_holds_out_is_scored(folder):
     output = _confusion(folder).stdout.splitlines()
     assert output[0] == "accuracy 0.00 % of 2 held-out letters"

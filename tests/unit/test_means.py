@@ -163,6 +163,10 @@ def form(seed):
     }
 
 
+def test_a_trimmed_mean_leaves_something_however_large_its_fraction():
+    assert mean_of("trimmed:0.49999996", [[value] for value in range(10)]).tolist() == [4.5]
+
+
 @pytest.mark.parametrize("name", [*ROBUST, "uniform"])
 def test_every_dtype_and_shape_in_blocks_and_from_disk(name, tmp_path, monkeypatch):
     updates = [form(seed) for seed in range(5)]

@@ -20,15 +20,12 @@ from fluffle_coordinator.machine import (
     agreement,
     clock,
     closing,
-    ending,
     evaluation,
     first_weights,
     membership,
     opening,
-    transitions,
     updates,
     work,
-    worker_deadlines,
 )
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine.schedules import quorum
@@ -283,7 +280,7 @@ MUTANTS = [
     ),
     Mutant(
         "spins after a resume while nobody comes",
-        transitions,
+        rounds,
         "state = state.replace(gate=1, gate_until=math.inf)",
         "state = state.replace(gate=1)",
         "test_a_resumed_run_does_not_spin_while_nobody_joins",
@@ -424,7 +421,7 @@ MUTANTS = [
     ),
     Mutant(
         "continues after a commit that is enough",
-        transitions,
+        rounds,
         "state.round > state.rules.rounds or state.enough",
         "state.round > state.rules.rounds",
         "test_no_round_opens_after_a_commit_that_is_enough",
@@ -460,14 +457,11 @@ PARTS = [
     quorum,
     clock,
     agreement,
-    worker_deadlines,
     work,
-    ending,
     evaluation,
     first_weights,
     opening,
     closing,
-    transitions,
     membership,
     updates,
     rounds,

@@ -339,15 +339,11 @@ class Cut:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link, name)
 
-    async def consume(self, queue: str, **how: Any) -> Any:
-        async def until_cut() -> Any:
-            async for delivery in await self._link.consume(queue, **how):
-                if not self._left:
-                    raise LinkLost("cut")
-                self._left -= 1
-                yield delivery
-
-        return until_cut()
+    async def get(self, queue: str) -> Any:
+        if not self._left:
+            raise LinkLost("cut")
+        self._left -= 1
+        return await self._link.get(queue)
 
 
 async def test_a_link_lost_during_a_transfer_does_not_change_the_sum(summing):

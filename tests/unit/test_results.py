@@ -17,7 +17,6 @@ from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.committer import average_evaluations
 from fluffle_worker.job import Job, NotWanted, execute
-from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
 from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import EvalResult, TrainResult
@@ -70,7 +69,7 @@ class Seen:
         self.traces: list[str] = []
         self.steps: list[tuple[int, int, float | None]] = []
         message = message or Fit(**IDS, round=3, evaluate=True, plan=Plan())
-        self.job = Job(Work("fit", "r", 3, "b"), message, received())
+        self.job = Job(message, received())
         execute(
             self.job, task, SENDER, evaluated=lambda: None,
             progress=lambda *arguments: self.steps.append(arguments),
@@ -268,7 +267,7 @@ class Writes(Odd):
 def test_a_task_that_writes_to_what_it_got_learns_what_it_learnt(write, plain):
     fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
     weights = received()
-    job = Job(Work("fit", "r", 1, "b"), fit, dict(weights) if plain else weights)
+    job = Job(fit, dict(weights) if plain else weights)
     execute(job, Writes(write), SENDER, evaluated=lambda: None, progress=lambda *_: None)
     assert job.answer is not None
     assert job.answer[1]["w"].tolist() == [1, 1, 1, 1]
@@ -298,7 +297,7 @@ def test_first_weights_are_not_those_that_the_task_goes_on_with():
             return kept
 
     ask = InitRequest(federation="f", run="r", seed=1)
-    job = Job(Work("init", "r", 0), ask, {})
+    job = Job(ask)
     execute(job, Keeps(), SENDER, evaluated=lambda: None, progress=lambda *_: None)
     kept["w"] += 1
     assert job.answer is not None
@@ -332,7 +331,7 @@ class Wide(Odd):
 
 def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_it():
     fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
-    job = Job(Work("fit", "r", 1, "b"), fit, received())
+    job = Job(fit, received())
     with pytest.raises(TaskError) as failed:
         execute(
             job, Wide(), SENDER, evaluated=lambda: None, progress=lambda *_: None,
@@ -347,7 +346,7 @@ def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_
 
 def test_work_that_nobody_wants_ends_at_its_next_step():
     fit = Fit(**IDS, round=1, evaluate=False, plan=Plan())
-    job = Job(Work("fit", "r", 1, "b"), fit, received(), wanted=False)
+    job = Job(fit, received(), wanted=False)
     with pytest.raises(NotWanted):
         execute(job, Odd(step=(1, 2)), SENDER, evaluated=lambda: None, progress=lambda *_: None)
 

@@ -20,6 +20,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
+from fluffle_coordinator.machine.selection import sample_size
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from fluffle_coordinator.observe.waiting import waiting_for
 
@@ -66,7 +67,11 @@ class Run:
         return self.on(ev.Seen(self.now, worker, hello))
 
     def at_work(self, name: str, state: str = "training") -> list[fx.Effect]:
-        return self.seen(name, state=state, run=RUN, round=self.state.at_work_on(name))
+        return self.seen(name, state=state, run=RUN, round=self.asked_round(name))
+
+    def asked_round(self, name: str) -> int:
+        issued = self.state.asked.get(name)
+        return issued.round if issued else self.state.round
 
     def left(self, name: str, session: str | None = None) -> list[fx.Effect]:
         return self.on(ev.Left(self.now, name, session or f"{name}-1", "it is late"))
@@ -195,6 +200,30 @@ def test_too_few_workers_stop_the_run_with_the_reason():
         "stopped",
         "1 of 3 workers joined in 60 s (--wait-workers)",
     )
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.29, 1 / 3, 0.5, 0.9])
+@pytest.mark.parametrize("least", [1, 2, 3, 7, 30])
+def test_a_fraction_waits_for_the_fewest_workers_that_reach_the_quorum(fraction, least):
+    fewest = Rules(rounds=1, fraction=fraction, least=least).fewest_present
+    assert sample_size(fraction, fewest) >= least
+    assert fewest == least or sample_size(fraction, fewest - 1) < least
+
+
+def test_a_quorum_that_the_sample_cannot_reach_does_not_hang_the_coordinator():
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=2, quorum=Quorum(number=3)))
+    assert (run.state.workers_needed, len(run.state.asked)) == (3, 2)
+
+
+def test_work_is_not_sent_again_because_of_heartbeats_that_waited_during_a_standstill():
+    run = opened("a", "b", rules=Rules(rounds=1, hearing_s=3.0), hearing=True)
+    run.now += 100  # the coordinator was stopped; what it reads now was sent before
+    assert not asked(run.seen("a"))
+    sent = []
+    for _ in range(int(Rules(rounds=1).resend_s)):  # from now on, time counts
+        run.now += 1
+        sent += asked(run.seen("a"))
+    assert sent == ["a"]
 
 
 def test_an_outage_does_not_count_as_waiting_for_workers():
@@ -1141,7 +1170,7 @@ _STEPS = {
     "hello": lambda run, name: run.seen(name, hello=True),
     "at work": lambda run, name: run.at_work(name),
     "left": lambda run, name: run.left(name),
-    "failed": lambda run, name: run.failed(name, run.state.at_work_on(name)),
+    "failed": lambda run, name: run.failed(name, run.asked_round(name)),
     "update": lambda run, name: run.state.answer(name) is None and run.update(name),
     "evaluation": lambda run, name: run.evaluation(name, run.state.round - 1),
     "committed": lambda run, _: (

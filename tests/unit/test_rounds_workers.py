@@ -15,7 +15,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
-from fluffle_coordinator.observe.waiting import waiting_for
+from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
 from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
@@ -53,6 +53,13 @@ def test_a_stopped_coordinator_makes_no_worker_gone(stopped_s):
     assert "gone" not in event_names(effects)
     assert not only(effects, fx.Commit)
     assert len(run.state.workers) == 3
+
+
+def test_what_a_round_waits_for_fits_a_narrow_terminal():
+    run = heard("a", "b", "c", rules=Rules(rounds=1))
+    run.update("a")
+    assert missing(run.state, run.now).startswith("b idle (heard ")
+    assert in_brief(run.state, run.now) == "round 1: 2 idle"
 
 
 def test_the_deadline_that_is_shown_does_not_pass_while_nobody_is_heard():

@@ -11,9 +11,9 @@ from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.waiting import waiting_for
 
 
-def view_of(*events: RunEvent, only: int | None = None) -> RunView:
+def view_of(*events: RunEvent, whole: bool = False) -> RunView:
     """Return the view of events, one per second from 100 s on."""
-    view = RunView(only)
+    view = RunView(whole=whole)
     for second, event in enumerate(events, start=100):
         view.add(float(second), event)
     return view
@@ -102,9 +102,9 @@ def test_another_run_resets_the_view():
     assert view.run == "t"
 
 
-def test_only_keeps_a_single_round_with_events_before_its_opening():
-    view = view_of(rejected(2), opened(1, "a"), committed(1), opened(2, "a"), only=2)
-    assert set(view.rounds) == {2}
+def test_a_whole_view_keeps_events_before_the_opening_of_their_round():
+    view = view_of(rejected(2), opened(1, "a"), committed(1), opened(2, "a"), whole=True)
+    assert set(view.rounds) == {1, 2}
     assert len(view.rounds[2].notes) == 1
 
 

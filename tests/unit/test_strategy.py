@@ -246,6 +246,16 @@ def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, mes
     assert list(here.iterdir()) == [here / "mine.py"]  # no run folder was created
 
 
+def test_needs_that_fail_are_an_error_of_the_strategy(here):
+    (here / "mine.py").write_text(
+        "class Mine:\n    @property\n    def needs(self):\n        1 / 0\n\n\nmine = Mine()\n"
+    )
+    with pytest.raises(
+        TaskError, match=r"strategy mine.py:mine failed in needs: ZeroDiv.* \(mine.py:4\)"
+    ):
+        load_strategy("mine.py:mine")
+
+
 def test_a_file_that_fails_to_load_is_reported_with_its_traceback(here, capsys):
     (here / "mine.py").write_text("x = 1\nraise KeyError('k')\n")
     with pytest.raises(TaskError, match=r"strategy's file mine.py fails to load: .*\(mine.py:2\)"):
@@ -280,6 +290,11 @@ def needing(**needs):
             {"min_updates": 3},
             {"quorum": Quorum(number=2)},
             "needs at least 3 updates per round, but --quorum 2 closes a round with 2",
+        ),
+        (
+            {"min_updates": 3},
+            {"sample": 2},
+            "needs at least 3 updates per round, but --sample 2 asks for 2; give --sample 3",
         ),
     ],
 )

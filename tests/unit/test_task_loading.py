@@ -15,13 +15,14 @@ import optax
 import pytest
 from flax import nnx
 
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.layout import DTYPES
 from fluffle_worker.signature import UNKNOWN, described, difference, signature_of_task
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
 from fluffle_worker.task_loading import load_task
 from fluffle_worker.tasks.flax import flax_task
-from fluffle_worker.user_code import full_trace, one_line
+from fluffle_worker.user_code import full_trace
 
 OPTIONS = TaskOptions("data", "w")
 TASK = """
@@ -83,6 +84,7 @@ def test_a_task_file_replaces_no_module_of_its_name(here):
         ("cnn_of_mine", "pip install cnn_of_mine, or put cnn_of_mine.py beside"),
         ("skimage.io", "pip install scikit-image"),
         ("optax.nothing", "fluffle[worker]"),
+        ("torch.nothing", "fluffle[torch]"),
     ],
 )
 @pytest.mark.parametrize("late", [False, True])
@@ -93,7 +95,7 @@ def test_a_missing_module_is_named_with_what_brings_it(here, monkeypatch, module
     with pytest.raises(UsageError) as wrong:
         load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
     assert remedy in str(wrong.value)
-    assert ("fluffle[worker]" in str(wrong.value)) == ("optax" in module)
+    assert ("fluffle[" in str(wrong.value)) == ("fluffle[" in remedy)
     assert f"(stream.py:{9 if late else 1})" in str(wrong.value)
     assert "\n" not in str(wrong.value)
 
@@ -175,6 +177,7 @@ def test_counts_and_classes_of_any_kind_will_do():
         ({"num_examples": None}, "num_examples None"),
         ({"num_examples": 10**13}, "at most 1000000000000"),
         ({"classes": ("x" * 101,)}, "101 characters"),
+        ({"classes": 10}, "has classes 10; the names"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
@@ -243,6 +246,16 @@ def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
         "cannot make first weights: NotImplementedError (test_task_load" in capsys.readouterr().err
     )
     assert difference(signature_of_task(making(w=np.zeros(1))), UNKNOWN) is None
+
+
+def test_a_task_whose_form_cannot_be_told_says_which_method_fails(capsys):
+    def model_form():
+        raise NotImplementedError
+
+    assert signature_of_task(own(model_form=model_form)) == UNKNOWN
+    stderr = capsys.readouterr().err
+    assert "the task's model_form() fails, so nobody can check" in stderr
+    assert "init()" not in stderr
 
 
 def test_a_task_that_can_say_its_form_makes_no_weights():

@@ -94,11 +94,10 @@ async def worker() -> AsyncIterator[Worker]:
 
 
 def job(number: int, size: int = 3) -> Job:
-    work = Work("fit", "r", number, "b")
-    made = Job(work, Fit(**IDS, round=number, evaluate=True, plan=Plan()), {})
+    made = Job(Fit(**IDS, round=number, evaluate=True, plan=Plan()))
     update = Update(**IDS, worker="w", round=number, num_examples=1, seconds=0.0, metrics={})
     made.answer = update, {"w": np.zeros(size, np.float32)}
-    made.residual = Residual(work)
+    made.residual = Residual(made.work)
     return made
 
 
@@ -123,7 +122,7 @@ async def test_what_an_update_left_is_told_when_nothing_is_under_way(worker):
     await asyncio.wait({asked}, timeout=0.05)
     assert not asked.done()
     worker.link.confirmation("update 2").set_result(None)
-    assert (await asked).work == Work("fit", "r", 2, "b")
+    assert (await asked).work == Work("fit", "r", 2, "b", sequence=2)
 
 
 async def test_an_evaluation_comes_before_its_update_and_once(worker):

@@ -31,7 +31,7 @@ from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_worker.service import WorkerService
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import TrainResult
-from fluffle_worker.training_thread import TrainingThread
+from fluffle_worker.trainer import TrainingThread
 
 PATIENCE_S = 10.0
 TOPOLOGY = Topology("f")

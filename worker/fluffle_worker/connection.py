@@ -16,7 +16,6 @@ from fluffle_common.protocol.events import (
     Disconnected,
     NoBroker,
     Occupied,
-    Rejected,
     Waiting,
 )
 from fluffle_common.protocol.messages import Message
@@ -24,7 +23,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, report_blocking
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker.heartbeat import Presence
-from fluffle_worker.inbox import Record, Refusals, check_message, drain
+from fluffle_worker.inbox import Record, Refusals, check_message
 from fluffle_worker.settings import WorkerSettings
 
 _INBOX_PREFETCH = 8
@@ -38,16 +37,9 @@ _LOOK_AGAIN_S = 0.5
 class Connection:
     """Keeps a link open and does everything that runs while there is one.
 
-    Args:
-        settings: the worker's settings.
-        presence: sends heartbeats over each link.
-        transport: how the broker is reached.
-        topology: the names on the broker.
-        record: called with each event.
-        opened: called for each new link, before its first message is read.
-        receive: handles a message and its payload; if it raises ``MalformedMessage``, the message
-            is rejected.
-        joined: whether a coordinator has answered yet.
+    It calls ``opened`` for each new link, before it reads the first message, and ``receive`` with
+    each message and its payload; if that raises ``MalformedMessage``, the message is rejected.
+    ``joined`` returns whether a coordinator has answered yet.
     """
 
     def __init__(
@@ -66,7 +58,7 @@ class Connection:
         self._transport, self._topology = transport, topology
         self._record, self._opened = record, opened
         self._receive, self._joined = receive, joined
-        self._refusals = Refusals(topology, settings.worker)
+        self._refusals = Refusals(topology, settings.worker, record)
         self._linked = asyncio.Event()
         self.current: Link | None = None
 
@@ -149,14 +141,7 @@ class Connection:
         """Empty the inbox of messages for an earlier process of this worker."""
         counts = await link.counts(inbox)
         if counts is not None and not counts.consumers:  # with a consumer, the inbox is in use
-            federation = self._settings.federation
-            await drain(
-                link,
-                inbox,
-                lambda body: check_message(body, federation),
-                self._refusals,
-                self._record,
-            )
+            await self._refusals.drain(link, inbox, check_message)
 
     async def _read(self, link: Link, messages: AsyncIterator[Delivery]) -> None:
         async for delivery in messages:
@@ -164,7 +149,6 @@ class Connection:
                 message, payload = decode(delivery.body, self._settings.federation)
                 await self._receive(link, message, payload)
             except MalformedMessage as wrong:
-                self._record(Rejected(reason=str(wrong), cause=wrong.cause))
                 await self._refusals.refuse(link, delivery, wrong)
             else:
                 delivery.ack()

@@ -9,9 +9,9 @@ The latter are kept in the state folder, so that they need not be sent again aft
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from fluffle_common.cli.console import warn
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.durable_files import make_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_metadata
@@ -24,12 +24,11 @@ from fluffle_common.tensors.frozen import (
     read_frozen,
     save_frozen,
 )
-from fluffle_common.tensors.groups import FROZEN
-from fluffle_common.tensors.layout import Signature, Weights, signature_of
+from fluffle_common.tensors.layout import Weights, signature_of
 from fluffle_worker.results import arrays
-from fluffle_worker.signature import check_signature, described, difference
+from fluffle_worker.signature import check_signature, difference
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import one_line, warn_in_full
+from fluffle_worker.user_code import warn_in_full
 
 
 class FrozenTensors:
@@ -152,12 +151,3 @@ class FrozenTensors:
 
     def _files(self) -> list[Path]:
         return sorted(self._folder.glob("frozen-*.safetensors")) if self._folder else []
-
-
-def introduced(form: Signature, frozen: FrozenTensors | None) -> dict[str, Any]:
-    """Return what a sign of life says of the model, and of taking frozen tensors."""
-    shared = frozen is not None and frozen.shared
-    return {
-        "model": described(form, frozen.form if frozen and shared else ()),
-        "features": (FROZEN,) if shared else (),
-    }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import uuid
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import ValidationError
 
+from fluffle_common.cli.user_code import sendable
 from fluffle_common.errors import BrokerError, LinkLost, TaskError
 from fluffle_common.protocol.messages import (
     MAX_TASK_CHARACTERS,
@@ -20,17 +21,15 @@ from fluffle_common.protocol.messages import (
     Hello,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send
-from fluffle_worker.frozen import FrozenTensors, introduced
+from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.machine import Work
-from fluffle_worker.signature import UNKNOWN
+from fluffle_worker.settings import WorkerSettings
+from fluffle_worker.signature import described
 from fluffle_worker.task import Task, classes_of, num_examples_of
-from fluffle_worker.user_code import sendable
-
-if TYPE_CHECKING:
-    from fluffle_worker.settings import WorkerSettings
 
 _BYE_PATIENCE_S = 2.0
 # Pause before a hello that no queue received is sent again.
@@ -39,13 +38,6 @@ _HELLO_AGAIN_S = 0.5
 
 class Presence:
     """A worker's identity and current activity, and the messages that report them.
-
-    Args:
-        settings: the worker's settings.
-        task: the model and the data.
-        topology: the names on the broker.
-        form: the signature of the task's model.
-        frozen: the task's frozen tensors.
 
     Raises:
         TaskError: if the task's description does not fit into a hello.
@@ -56,8 +48,8 @@ class Presence:
         settings: WorkerSettings,
         task: Task,
         topology: Topology,
-        form: Signature = UNKNOWN,
-        frozen: FrozenTensors | None = None,
+        form: Signature,
+        frozen: FrozenTensors,
     ) -> None:
         self.session = uuid.uuid4().hex[:12]  # new at every process start
         self._topology, self._heartbeat_s = topology, settings.heartbeat_s
@@ -72,7 +64,8 @@ class Presence:
             # The end of a path is the more telling part.
             "task": sendable(settings.task[-MAX_TASK_CHARACTERS:], MAX_TASK_CHARACTERS),
             "classes": classes_of(task),
-            **introduced(form, frozen),
+            "model": described(form, frozen.form if frozen.shared else ()),
+            "features": (FROZEN,) if frozen.shared else (),
             "heartbeat_s": settings.heartbeat_s,
         }
         try:
@@ -84,24 +77,14 @@ class Presence:
                 f"the description of task '{settings.task}' cannot be sent: {where}: "
                 f"{first['msg']}; change that value in the task"
             ) from None
-        self._doing: dict[str, Any] = {
-            "state": "idle",
-            "run": None,
-            "round": 0,
-            "base": None,
-            "sequence": None,
-            "step": 0,
-            "steps": 0,
-        }
-        self._loss: float | None = None
+        self._doing: dict[str, Any] = {"state": "idle", "loss": None}
         self._beat_now = asyncio.Event()
         # The event loop holds only weak references to tasks.
         self._being_sent: set[asyncio.Task[None]] = set()
 
     def now(self, state: str, work: Work | Fit | Evaluate, *, steps: int = 0) -> None:
         """Set the current activity and its number of steps."""
-        if state not in ("sending", "idle"):  # these keep the loss of the training before
-            self._loss = None
+        loss = self._doing["loss"] if state in ("sending", "idle") else None  # of the training
         self._doing = {
             "state": state,
             "run": work.run,
@@ -110,11 +93,12 @@ class Presence:
             "sequence": getattr(work, "sequence", None) or None,  # an `evaluate` has none
             "step": 0,
             "steps": steps,
+            "loss": loss,
         }
 
     def progress(self, step: int, loss: float | None = None) -> None:
         """Set the current step and, in training, its loss."""
-        self._doing["step"], self._loss = step, loss
+        self._doing |= {"step": step, "loss": loss}
 
     def sent(self, done: int, parts: int) -> None:
         """Set how many parts of the answer have been sent, if the worker is sending."""
@@ -134,12 +118,16 @@ class Presence:
                     await self._beat_now.wait()
             if link.blocking.reason and self._being_sent:
                 continue  # one heartbeat is enough once the broker takes messages again
-            # Sent in the background: behind a large message, its confirmation may take long.
+            # Behind a large message, its confirmation may take long.
             self._start_sending(link, Heartbeat(**self._status()))
 
     async def greet(self, link: Link) -> bool:
         """Send a hello, on which the coordinator binds our queues; return whether it was queued."""
         return await self._send(link, Hello(**self._status()))
+
+    async def beat(self, link: Link) -> None:
+        """Send one heartbeat."""
+        await self._send(link, Heartbeat(**self._status()))
 
     def speak_up(self) -> None:
         """Send the next heartbeat now, because a coordinator that has just started needs it."""
@@ -162,12 +150,11 @@ class Presence:
         self._start_sending(link, failure)
 
     def _status(self) -> dict[str, Any]:
-        digests = self._frozen.digests if self._frozen else ()
-        return {**self._ids, **self._about, **self._doing, "loss": self._loss, "frozen": digests}
+        return {**self._ids, **self._about, **self._doing, "frozen": self._frozen.digests}
 
     def _start_sending(self, link: Link, message: Heartbeat | Failure) -> None:
         async def send_unless_lost() -> None:
-            with contextlib.suppress(LinkLost):  # the connection notices by itself
+            with contextlib.suppress(LinkLost, BrokerError):  # the connection notices by itself
                 await self._send(link, message)
 
         task = asyncio.ensure_future(send_unless_lost())

@@ -89,21 +89,41 @@ class Refusals:
     Args:
         topology: the names on the broker.
         worker: the id of the rejecting worker.
+        record: called with an event for each rejected message.
     """
 
-    def __init__(self, topology: Topology, worker: str) -> None:
-        self._results = topology.results
+    def __init__(self, topology: Topology, worker: str, record: Record) -> None:
+        self._federation, self._results = topology.federation, topology.results
         self._route = Route(topology.results, [topology.rejecting(worker)])
+        self._record = record
         self._waiting: list[tuple[Delivery, MalformedMessage]] = []
 
     async def refuse(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Forward a rejected message, or keep it for later; beyond 100 waiting, drop it."""
+        self._record(Rejected(reason=str(wrong), cause=wrong.cause))
         if await link.exists(self._results):
             await self._send(link, delivery, wrong)
         elif len(self._waiting) < _MOST_WAITING:
             self._waiting.append((delivery, wrong))
         else:
             delivery.ack()
+
+    async def drain(self, link: Link, queue: str, check: Callable[[Body, str], object]) -> None:
+        """Empty one of the worker's own queues, and refuse messages that ``check`` finds malformed.
+
+        ``check`` is called with each body and the name of the federation.
+        """
+        counts = await link.counts(queue)
+        for _ in range(counts.ready if counts is not None else 0):
+            delivery = await link.get(queue)
+            if delivery is None:
+                return
+            try:
+                check(delivery.body, self._federation)
+            except MalformedMessage as wrong:
+                await self.refuse(link, delivery, wrong)
+            else:
+                delivery.ack()
 
     async def _send(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
         while True:
@@ -118,30 +138,8 @@ class Refusals:
         """Forward the messages that have waited for the exchange."""
         waiting, self._waiting = self._waiting, []
         for delivery, wrong in waiting:
-            await self.refuse(link, delivery, wrong)
+            await self._send(link, delivery, wrong)
 
     def forget(self) -> None:
         """Forget the waiting messages of a lost link; the broker redelivers them."""
         self._waiting.clear()
-
-
-async def drain(
-    link: Link,
-    queue: str,
-    check: Callable[[Body], object],
-    refusals: Refusals,
-    record: Record,
-) -> None:
-    """Empty one of the worker's own queues, rejecting messages that ``check`` finds malformed."""
-    counts = await link.counts(queue)
-    for _ in range(counts.ready if counts is not None else 0):
-        delivery = await link.get(queue)
-        if delivery is None:
-            return
-        try:
-            check(delivery.body)
-        except MalformedMessage as wrong:
-            record(Rejected(reason=str(wrong), cause=wrong.cause))
-            await refusals.refuse(link, delivery, wrong)
-        else:
-            delivery.ack()

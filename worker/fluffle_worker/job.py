@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import (
     Evaluate,
@@ -21,15 +22,17 @@ from fluffle_common.protocol.messages import (
     Plan,
     Update,
 )
-from fluffle_common.tensors.codecs.base import (
-    BrokenCodec,
-    Codec,
-    CodecError,
-    UnknownCodec,
-)
+from fluffle_common.tensors.codecs.base import BrokenCodec, Codec, CodecError, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
-from fluffle_common.tensors.groups import ExtraForm, check_extra, select_tensors
+from fluffle_common.tensors.groups import (
+    EXTRA,
+    FROZEN,
+    ExtraForm,
+    Groups,
+    check_extra,
+    select_tensors,
+)
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
 from fluffle_worker.error_feedback import Residual
@@ -39,11 +42,10 @@ from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.signature import UNKNOWN, check_signature, difference
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task
-from fluffle_worker.user_code import one_line
 
 
 class NotWanted(Exception):
-    """Raised by ``progress`` in the training thread to stop work that has become obsolete."""
+    """Raised to stop training, or sending an answer, that newer work has made obsolete."""
 
 
 @dataclass(eq=False)
@@ -51,7 +53,6 @@ class Job:
     """A piece of work with its input and, once there is one, its answer.
 
     Args:
-        work: its identity.
         message: the request.
         weights: the received weights; empty once the answer exists.
         broadcast: the strategy's extra tensors that came with them.
@@ -59,28 +60,29 @@ class Job:
         evaluation: the evaluation to send.
         evaluation_sent: whether the broker has confirmed it.
         answer: the message to send and its tensors.
-        extra: the extra tensors that go with the answer.
-        frozen: the frozen tensors that go with first weights.
+        others: the answer's tensors of other groups.
         residual: what the codec left out of the answer.
         sending: held while parts of the answer are being sent.
     """
 
-    work: Work
     message: Fit | Evaluate | InitRequest
-    weights: Weights
+    weights: Weights = field(default_factory=dict)
     broadcast: Weights = field(default_factory=dict)
     wanted: bool = True
     evaluation: Evaluation | None = None
     evaluation_sent: bool = False
     answer: tuple[Update | FirstWeights, Weights] | None = None
-    extra: Weights = field(default_factory=dict)
-    frozen: Weights = field(default_factory=dict)
+    others: Groups = field(default_factory=dict)
     residual: Residual = field(default_factory=Residual)
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)
+    work: Work = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Read the identity of the requested work."""
+        self.work = _work_of(self.message)
 
 
-def work_of(message: Fit | Evaluate | InitRequest) -> Work:
-    """Return the identity of the work that a message requests."""
+def _work_of(message: Fit | Evaluate | InitRequest) -> Work:
     match message:
         case InitRequest():
             return Work("init", message.run, 0)
@@ -105,17 +107,10 @@ def execute(
 ) -> None:
     """Run the task's code for a job and store the answer in the job; blocks.
 
-    Args:
-        job: the job.
-        task: the model and the data.
-        sender: the fields ``federation`` and ``worker`` of the answer.
-        evaluated: called when ``job.evaluation`` is set and training begins.
-        progress: called after each step with (step, steps, loss).
-        residual: returns the residual of the last update sent; called after the training.
-        results: checks what the task returns.
-        form: the signature of the task's model.
-        frozen: the task's frozen tensors, if they may be needed.
-        codecs: the codecs that updates may be encoded with.
+    ``sender`` is the fields ``federation`` and ``worker`` of the answer. ``evaluated`` is called
+    when ``job.evaluation`` is set and training begins, and ``progress`` after each step with the
+    step, steps and loss. ``residual`` is called after the training, and returns the residual of the
+    last update sent.
 
     Raises:
         NotWanted: at the next step, once the work is obsolete.
@@ -127,7 +122,7 @@ def execute(
     ids: dict[str, Any] = {**sender, "run": job.work.run}
     if isinstance(message, InitRequest):
         job.answer = FirstWeights(**ids), _first_weights(task, message.seed)
-        job.frozen = frozen.to_share() if frozen else {}
+        job.others = {FROZEN: frozen.to_share()} if frozen else {}
         return
     mismatch = difference(layout_for(job.weights).signature, form)
     if mismatch:
@@ -202,7 +197,7 @@ def _train(
         ) from None
     change = _planned(change, fit.plan)
     of_rule = rule.sent if isinstance(rule, BoundRule) else {}
-    job.extra = _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)
+    job.others = {EXTRA: _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)}
     update = Update(
         **ids,
         round=fit.round,

@@ -16,19 +16,16 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.cli.user_code import one_line, sendable
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
 from fluffle_common.tensors.layout import Tensors
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import full_trace, one_line, sendable
+from fluffle_worker.user_code import full_trace
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
-
-
-def _ignore(_: object) -> None:
-    """Do nothing."""
 
 
 class Results:
@@ -40,7 +37,9 @@ class Results:
     """
 
     def __init__(
-        self, report: Callable[[str], object] = _ignore, trace: Callable[[str], object] = _ignore
+        self,
+        report: Callable[[str], object] = lambda _: None,
+        trace: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._report, self._trace = report, trace
         self._reported: set[str] = set()

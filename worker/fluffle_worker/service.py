@@ -50,14 +50,13 @@ from fluffle_worker.connection import Connection
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import Record, not_for_workers, read_work
-from fluffle_worker.job import Job, work_of
+from fluffle_worker.job import Job
 from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import Task
-from fluffle_worker.trainer import Trainer
-from fluffle_worker.training_thread import Training
+from fluffle_worker.trainer import Trainer, TrainingThread
 from fluffle_worker.uploader import Uploader
 
 _LOG = logger("worker.machine")
@@ -69,17 +68,9 @@ _WAITING_AFTER_S = 15.0
 class WorkerService:
     """One data owner's worker.
 
-    Args:
-        settings: the data owner's settings.
-        task: the model and the data.
-        transport: how the broker is reached.
-        topology: the names on the broker.
-        record: called with each event.
-        bar: called with progress: ``(label, done, total, description)``.
-        training: what runs the task's code; by default, a new thread.
-        form: the names, dtypes and shapes of the task's tensors; by default, read from the task.
-        codecs: the codecs that updates may be encoded with.
-        exchanges: handlers of multi-phase protocols.
+    ``record`` is called with each event, and ``bar`` with progress: the label, done, total and a
+    description. By default, ``training`` is a new thread, and ``form``, the signature of the
+    task's model, is read from the task.
     """
 
     _run: str | None = None  # the current or the last run
@@ -96,7 +87,7 @@ class WorkerService:
         topology: Topology,
         record: Record,
         bar: Callable[[str, float, float, str], None],
-        training: Training | None = None,
+        training: TrainingThread | None = None,
         form: Signature | None = None,
         codecs: Registry = CODECS,
         exchanges: Handlers | None = None,
@@ -219,7 +210,7 @@ class WorkerService:
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():
-                self._ask(Job(work_of(message), message, {}))
+                self._ask(Job(message))
             case Fit() | Evaluate() if message.transfer is not None:
                 announced_layout(message)
                 self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
@@ -280,7 +271,7 @@ class WorkerService:
         if message.frozen not in (None, *self._frozen.digests):
             self._presence.now("receiving", message)  # they were lost with a link, and come again
             return
-        self._ask(Job(work_of(message), message, weights, broadcast))
+        self._ask(Job(message, weights, broadcast))
 
     def _ask(self, job: Job) -> None:
         work = job.work

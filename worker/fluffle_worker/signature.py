@@ -12,13 +12,14 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.cli.console import warn
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import one_line, warn_in_full
+from fluffle_worker.user_code import warn_in_full
 
 UNKNOWN: Signature = ()
 """The signature of a task whose ``init`` fails; no model has an empty one."""
@@ -33,13 +34,16 @@ def signature_of_task(task: Task) -> Signature:
     Raises:
         TaskError: if a tensor cannot travel; it names the tensor, the problem and the remedy.
     """
+    ask = getattr(task, "model_form", None)
     try:
-        ask = getattr(task, "model_form", None)
         form = _form(ask()) if callable(ask) else signature_of(arrays(task.init(0), "init()"))
     except TaskError:
         raise
     except (Exception, SystemExit) as why:
-        warn(f"the task's init() fails, so this worker cannot make first weights: {one_line(why)}")
+        fails = "init() fails, so this worker cannot make first weights"
+        if callable(ask):
+            fails = "model_form() fails, so nobody can check that it has the federation's model"
+        warn(f"the task's {fails}: {one_line(why)}")
         warn_in_full(why)
         return UNKNOWN
     check_signature(form)

@@ -2,7 +2,8 @@
 
 A task owns one data owner's data and model code. It receives the global weights and a plan, and
 returns trained weights; it knows nothing about brokers or other workers. Any object with the three
-methods is a task, whatever its framework; ``flax_task`` and ``sklearn_task`` are adapters.
+methods is a task, whatever its framework; ``flax_task``,
+``torch_task`` and ``sklearn_task`` are adapters.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from fluffle_common.cli.user_code import sendable
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import MAX_CLASS_NAME, MAX_NUM_EXAMPLES, Plan
 from fluffle_common.tensors.weights import Weights
-from fluffle_worker.user_code import sendable
 
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
@@ -153,7 +154,14 @@ def check_task(name: str, task: Any) -> Task:
         raise TaskError(
             f"the task {name} has {num_examples} examples; at most {MAX_NUM_EXAMPLES} are allowed"
         )
-    for class_name in classes_of(task):
+    try:
+        classes = classes_of(task)
+    except TypeError:
+        raise TaskError(
+            f"the task {name} has classes {task.classes!r:.60}; the names of its classes are "
+            "expected"
+        ) from None
+    for class_name in classes:
         if len(class_name) > MAX_CLASS_NAME:
             raise TaskError(
                 f"the class name '{class_name[:40]}…' in the task {name} has {len(class_name)} "

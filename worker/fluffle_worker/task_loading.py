@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from fluffle_common.cli.loading import Place
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.task import Task, TaskOptions, check_task
-from fluffle_worker.user_code import CALLERS, one_line, warn_in_full
+from fluffle_worker.user_code import CALLERS, warn_in_full
 
 
 def load_task(name: str, options: TaskOptions) -> Task:

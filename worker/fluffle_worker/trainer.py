@@ -9,9 +9,12 @@ import asyncio
 import contextlib
 import functools
 import os
+import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
@@ -23,25 +26,43 @@ from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
 from fluffle_worker.task import Task
-from fluffle_worker.training_thread import Training, TrainingThread
-from fluffle_worker.user_code import one_line
+
+
+class TrainingThread:
+    """A thread that runs queued callables, so that heartbeats continue during a long step.
+
+    It is a daemon thread: a step that never returns must not keep the process alive. The callables
+    must handle their own errors.
+    """
+
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
+        self._thread: threading.Thread | None = None
+
+    def put(self, work: Callable[[], object]) -> None:
+        """Queue a callable and return at once; the first call starts the thread."""
+        self._queue.put(work)
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="training", daemon=True)
+            self._thread.start()
+
+    def end(self, patience_s: float) -> None:
+        """Stop the thread once its queue is empty; wait for that at most ``patience_s`` seconds."""
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join(patience_s)
+
+    def _run(self) -> None:
+        while (work := self._queue.get()) is not None:
+            work()
 
 
 class Trainer:
-    """Runs one job at a time. Its callbacks run in the event loop.
+    """Runs one job at a time.
 
-    Args:
-        task: the model and the data.
-        sender: the fields ``federation`` and ``worker`` of every answer.
-        residual: returns the residual of the last update sent; called in the training thread.
-        progress: called with each step: ``(work, step, steps, loss)``.
-        done: called with the outcome of each job, an event for the machine.
-        record: called with events about the task's faults: unusable results and tracebacks, each
-            reported once.
-        form: the signature of the task's model.
-        frozen: its frozen tensors.
-        training: what runs the task's code; by default, a new thread.
-        codecs: the codecs that updates may be encoded with.
+    ``progress`` is called in the event loop with the work, step, steps and loss, ``done`` with the
+    outcome of each job, and ``record`` with each of the task's faults, once. ``residual`` is called
+    in the training thread; see ``execute``, also for ``sender``.
     """
 
     def __init__(
@@ -55,13 +76,13 @@ class Trainer:
         record: Record,
         form: Signature,
         frozen: FrozenTensors | None = None,
-        training: Training | None = None,
+        training: TrainingThread | None = None,
         codecs: Registry = CODECS,
     ) -> None:
         self._task, self._sender, self._form, self._codecs = task, sender, form, codecs
         self._frozen = frozen
         self._residual, self._progress, self._done = residual, progress, done
-        self._training: Training = training or TrainingThread()
+        self._training = training or TrainingThread()
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         self._results = Results(
             report=lambda reason: self._to_loop(record, Unfit(reason=reason)),
@@ -85,9 +106,7 @@ class Trainer:
 
     def _work(self, job: Job, evaluated: Callable[[], object]) -> None:
         event = self._do(job, evaluated)
-        if (
-            os.getpid() != self._pid
-        ):  # in a forked child of the task, which must not go on as a worker
+        if os.getpid() != self._pid:  # a fork of the task, which must not go on as a worker
             os._exit(0 if isinstance(event, machine.Finished) else 1)
         self._to_loop(self._over, event)
 

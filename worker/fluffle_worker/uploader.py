@@ -12,23 +12,18 @@ from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.events import Unsent
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_common.transport.parts import read_part
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.inbox import Record, Refusals, drain
-from fluffle_worker.job import Job
+from fluffle_worker.inbox import Record, Refusals
+from fluffle_worker.job import Job, NotWanted
 
 _RETRY_S = 1.0
 # How long an encoder waits for the previous update's confirmation, whose residual it needs. If that
 # takes longer, as on a slow line, it uses the residual of the last confirmed update.
 _SETTLE_S = 60.0
-
-
-class _NotWanted(Exception):
-    """Raised to stop sending the parts of an answer that newer work has made obsolete."""
 
 
 class Uploader:
@@ -38,16 +33,11 @@ class Uploader:
     an update only when the coordinator acknowledges it, after its round is on disk. Large answers,
     which go in parts through the worker's one outbox, are sent one at a time.
 
-    Args:
-        topology: the names on the broker.
-        worker: this worker's id.
-        link: returns the current link, waiting for one if necessary.
-        wanted: whether a job is still wanted.
-        due: whether a job's answer is to be sent; if not, only its evaluation is.
-        confirmed: called with each job whose answer the broker has confirmed.
-        record: called with each event.
-        sent: called with (parts sent, parts) of a large answer.
-        renew: declares the worker's queues again, in case they have expired.
+    ``link`` returns the current link, waiting for one if necessary. ``wanted`` returns whether a
+    job is still wanted, and ``due`` whether its answer is to be sent; if not, only its evaluation
+    is. ``confirmed`` is called with each job whose answer the broker has confirmed, and ``sent``
+    with the numbers of parts sent and of all parts of a large answer. ``renew`` declares the
+    worker's queues again, in case they have expired.
     """
 
     def __init__(
@@ -66,6 +56,7 @@ class Uploader:
         self._topology, self._worker, self._link = topology, worker, link
         self._wanted, self._due, self._confirmed = wanted, due, confirmed
         self._record, self._parts_sent, self._renew = record, sent, renew
+        self._refusals = Refusals(topology, worker, record)
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._in_parts = asyncio.Lock()  # one answer at a time
         self._residual = Residual()  # of the last confirmed update
@@ -101,7 +92,7 @@ class Uploader:
                 link = await self._link()
                 try:
                     return await self._send(link, job)
-                except _NotWanted:
+                except NotWanted:
                     return None
                 except (LinkLost, QueueFull, Unroutable) as why:
                     # Sent again under the same identity: the coordinator counts it once.
@@ -138,7 +129,7 @@ class Uploader:
     ) -> None:
         def progress(done: int, parts: int) -> None:
             if not self._wanted(job):
-                raise _NotWanted
+                raise NotWanted
             self._parts_sent(done, parts)
 
         async with contextlib.AsyncExitStack() as turn:
@@ -146,27 +137,17 @@ class Uploader:
             async def before_parts() -> None:
                 await turn.enter_async_context(self._in_parts)
                 await self._renew(link)
-                await self._clear_outbox(link)
+                # It may still hold parts of earlier answers.
+                await self._refusals.drain(link, self._topology.outbox(self._worker), read_part)
 
             await send_tensors(
                 link,
                 message,
                 weights,
                 Route(self._topology.results, [f"{message.kind}.{self._worker}"]),
-                others={EXTRA: job.extra, FROZEN: job.frozen},
+                others=job.others,
                 # Not durable: the worker keeps the answer and sends it again when asked.
                 parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),
                 before_parts=before_parts,
                 progress=progress,
             )
-
-    async def _clear_outbox(self, link: Link) -> None:
-        """Empty the outbox of the parts of earlier answers."""
-        outbox, federation = self._topology.outbox(self._worker), self._topology.federation
-        await drain(
-            link,
-            outbox,
-            lambda body: read_part(body, federation),
-            Refusals(self._topology, self._worker),
-            self._record,
-        )

@@ -5,9 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 
 from fluffle_common.cli import user_code
-from fluffle_common.cli.user_code import one_line, sendable
-
-__all__ = ["CALLERS", "full_trace", "one_line", "sendable", "warn_in_full"]
 
 CALLERS = frozenset(
     str(Path(__file__).parent / name)

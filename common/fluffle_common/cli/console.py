@@ -118,16 +118,19 @@ class Console:
         if lines:
             self._stream.write("".join(lines))
 
-    def bar(self, label: str, done: float, total: float, description: str = "") -> None:
-        """Draw or update a bar; do nothing without a terminal."""
+    def bar(
+        self, label: str, done: float, total: float, description: str = "", brief: str = ""
+    ) -> None:
+        """Draw or update a bar; do nothing without a terminal.
+
+        Where ``description`` does not fit next to the bar, ``brief`` takes its place.
+        """
         if self._progress is None:
             return
-        description = printable(description)
+        texts = {"description": printable(description), "brief": printable(brief)}
         if label not in self._bars:
             self._bars[label] = self._progress.add_task("", label=label, total=total)
-        self._progress.update(
-            self._bars[label], completed=done, total=total, description=description
-        )
+        self._progress.update(self._bars[label], completed=done, total=total, **texts)
 
 
 def _as_text(text: str) -> str:

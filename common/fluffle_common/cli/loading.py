@@ -19,8 +19,12 @@ from typing import Any
 from fluffle_common.cli.user_code import one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
 
-# The import names of the packages in the extra ``worker``.
-_OF_THE_EXTRA = frozenset({"jax", "jaxlib", "flax", "optax", "PIL"})
+# What an extra of fluffle brings, for the import names of its packages.
+_OF_THE_WORKER = "'fluffle[worker]' brings JAX, Flax, optax and pillow"
+_OF_AN_EXTRA = {
+    **dict.fromkeys(("jax", "jaxlib", "flax", "optax", "PIL"), _OF_THE_WORKER),
+    "torch": "'fluffle[torch]' brings PyTorch",
+}
 # Import names that differ from the name of the package to install.
 _INSTALLED_AS = {
     "attr": "attrs",
@@ -98,8 +102,8 @@ class Place:
         package = (why.name or "").partition(".")[0]
         text = one_line(why)
         place = text[text.rindex("(") :] if text.endswith(")") else ""
-        if package in _OF_THE_EXTRA:
-            remedy = "pip install 'fluffle[worker]' brings JAX, Flax, optax and pillow"
+        if package in _OF_AN_EXTRA:
+            remedy = f"pip install {_OF_AN_EXTRA[package]}"
         else:
             beside = f"beside {self.where}" if self.is_file else "in this folder"
             remedy = (

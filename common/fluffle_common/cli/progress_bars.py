@@ -1,12 +1,13 @@
-"""Progress bars of a fixed width; the text next to them is truncated to fit."""
+"""Progress bars of a fixed width; the text next to them is shortened to fit."""
 
 from __future__ import annotations
 
 import sys
 from typing import IO, cast
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
 from rich.table import Column
 from rich.text import Text
 
@@ -24,6 +25,26 @@ class _Label(ProgressColumn):
         return Text(f"{task.fields['label']:<{_LABEL_WIDTH}}", style="bold", no_wrap=True)
 
 
+class _Fitting:
+    """The first of some texts that fits; the last one, truncated, if none does."""
+
+    def __init__(self, *texts: str) -> None:
+        self._texts = texts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        fitting = (text for text in self._texts if cell_len(text) <= options.max_width)
+        # Text, not markup: a description may contain brackets.
+        yield Text(next(fitting, self._texts[-1]), no_wrap=True, overflow="ellipsis")
+
+
+class _Description(ProgressColumn):
+    """The description of a bar, or its field ``brief`` where the description does not fit."""
+
+    def render(self, task: Task) -> _Fitting:
+        """Return the description."""
+        return _Fitting(task.description, task.fields.get("brief") or task.description)
+
+
 def progress_on(stream: object) -> Progress:
     """Return a progress display on a stream."""
     console = Console(file=cast("IO[str]", stream), highlight=False)
@@ -32,12 +53,7 @@ def progress_on(stream: object) -> Progress:
         _Label(Column(no_wrap=True, min_width=_LABEL_WIDTH)),
         BarColumn(bar_width=width, table_column=Column(no_wrap=True, min_width=width)),
         MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=4)),
-        # Text, not markup: a description may hold brackets.
-        TextColumn(
-            "{task.description}",
-            markup=False,
-            table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1),
-        ),
+        _Description(Column(no_wrap=True, ratio=1)),
         console=console,
         expand=True,
         # If stderr goes to a file, leave it there.

@@ -8,6 +8,7 @@ announced digest.
 
 from __future__ import annotations
 
+import itertools
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -54,10 +55,10 @@ class Outgoing:
         """Return the announcement of the parts."""
         return Transfer(id=self.id, parts=self.parts, nbytes=self.nbytes, digest=digest)
 
-    def bodies(self) -> Iterator[bytes]:
-        """Yield the encoded parts, each encoded when it is requested."""
+    def bodies(self, first: int = 0, until: int | None = None) -> Iterator[bytes]:
+        """Yield the encoded parts from ``first`` to before ``until``, each when it is requested."""
         if self.parts:
-            for number, pieces in enumerate(_split(self._pieces)):
+            for number, pieces in itertools.islice(enumerate(_split(self._pieces)), first, until):
                 part = Part(federation=self._message.federation, transfer=self.id, part=number)
                 yield codec.encode(part, pieces)
 

@@ -91,6 +91,30 @@ async def send_tensors(
         await _send_parts(link, outgoing, route, progress)
 
 
+async def send_ahead(
+    link: Link,
+    message: WithTensors,
+    weights: Weights,
+    route: Route,
+    *,
+    others: Groups = NO_GROUPS,
+    digest: Awaitable[str],
+) -> Callable[[], Awaitable[None]]:
+    """Publish a message with tensors in parts, except the last part.
+
+    The receiver can do nothing with an incomplete message. The arguments are those of
+    ``send_tensors``; the tensors must be too large for one message.
+
+    Returns:
+        Publishes the last part, over the same link.
+    """
+    outgoing = Outgoing(message, weights, others)
+    last = outgoing.parts - 1
+    await _publish(link, message, outgoing.body(await digest), route)
+    await _send_parts(link, outgoing, route, until=last)
+    return lambda: _send_parts(link, outgoing, route, first=last)
+
+
 async def _publish(link: Link, message: Message, body: bytes, route: Route) -> None:
     headers = {**describe(message), "bytes": len(body)}
     if len(route.keys) > MAX_LISTED_KEYS:
@@ -107,10 +131,16 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
 
 
 async def _send_parts(
-    link: Link, outgoing: Outgoing, route: Route, progress: Progress | None
+    link: Link,
+    outgoing: Outgoing,
+    route: Route,
+    progress: Progress | None = None,
+    *,
+    first: int = 0,
+    until: int | None = None,
 ) -> None:
-    """Publish the parts; concurrent publishers share one iterator, so that some are in flight."""
-    remaining = enumerate(outgoing.bodies())
+    """Publish parts; concurrent publishers share one iterator, so that some are in flight."""
+    remaining = enumerate(outgoing.bodies(first, until), first)
 
     async def publish_remaining() -> None:
         for number, body in remaining:

@@ -2,47 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import click
-
 from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.option_group import Parsed
 
 # A sent value and its index take twice the space of a float32: above a half, topk saves nothing.
 _MIN_FRACTION, _MAX_FRACTION = 1e-6, 0.5
 
 
-class CompressType(click.ParamType[Any]):
-    """``int8``, ``topk:FRACTION``, or a codec of the user's own.
+def _compression(text: str) -> str:
+    """Return the compression as a training plan names it.
 
-    Such a codec is ``path.py:name`` or an installed codec's name, optionally with ``:`` and its
-    settings.
+    Args:
+        text: ``int8``, ``topk:FRACTION``, or a codec of the user's own: ``path.py:name`` or an
+            installed codec's name, optionally with ``:`` and its settings.
     """
-
-    name = "compress"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the compression as a training plan names it."""
-        text = str(value).strip()
-        kind, _, number = text.partition(":")
-        if text == "int8":
-            return text
-        custom = _custom_codec(text)
-        if custom is not None:
-            return custom
-        try:
-            fraction = float(number) if kind == "topk" else 0.0
-        except ValueError:
-            fraction = 0.0
-        if not _MIN_FRACTION <= fraction <= _MAX_FRACTION:
-            self.fail(
-                f"unknown compression '{text}'; use int8, or topk with the fraction of values to "
-                f"send ({_MIN_FRACTION:f} to {_MAX_FRACTION:g}), such as topk:0.01, or your own "
-                "codec as path.py:name",
-                param,
-                ctx,
-            )
-        return f"topk:{fraction:.6f}".rstrip("0")
+    if text == "int8":
+        return text
+    custom = _custom_codec(text)
+    if custom is not None:
+        return custom
+    kind, _, number = text.partition(":")
+    try:
+        fraction = float(number) if kind == "topk" else 0.0
+    except ValueError:
+        fraction = 0.0
+    if not _MIN_FRACTION <= fraction <= _MAX_FRACTION:
+        raise ValueError(
+            f"unknown compression '{text}'; use int8, or topk with the fraction of values to "
+            f"send ({_MIN_FRACTION:f} to {_MAX_FRACTION:g}), such as topk:0.01, or your own "
+            "codec as path.py:name"
+        )
+    return f"topk:{fraction:.6f}".rstrip("0")
 
 
 def _custom_codec(text: str) -> str | None:
@@ -77,3 +67,6 @@ def _custom_codec(text: str) -> str | None:
     except Exception as why:
         raise UsageError(f"--compress {text}: {why}") from None
     return compression
+
+
+COMPRESS = Parsed("compress", _compression)

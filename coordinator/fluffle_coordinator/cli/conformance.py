@@ -14,7 +14,7 @@ from fluffle_common.cli.printing import echo, echo_json
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.topology import QueueType
-    from fluffle_coordinator.conformance.findings import Finding
+    from fluffle_coordinator.conformance.scenario import Finding
 
 
 @click.command(context_settings={"show_default": True})
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     "--worker",
     metavar="ID",
     help="Id of the worker to examine.  [default: the first that connects]",
-    show_default=False,
 )
 @click.option(
     "--large",
@@ -89,7 +88,7 @@ def conformance(ctx: click.Context, /, **options: Any) -> None:
         sys.exit(signalled.exit_code)
     counts = Counter(finding.outcome for finding in findings)
     if as_json:
-        dicts = [finding.as_dict() for finding in findings]
+        dicts = [finding._asdict() for finding in findings]
         echo_json({"ok": not counts["failed"], "findings": dicts})
     else:
         echo(f"{counts['ok']} ok, {counts['failed']} failed, {counts['skipped']} skipped")

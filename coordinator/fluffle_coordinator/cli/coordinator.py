@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -24,14 +24,11 @@ from fluffle_common.cli.printing import echo, echo_json, screen
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
 from fluffle_coordinator.cli.schedule_options import (
-    QuorumType,
+    QUORUM,
     check_schedule_options,
     schedule_options,
 )
 from fluffle_coordinator.cli.stopping_options import stopping_options
-
-if TYPE_CHECKING:
-    from fluffle_coordinator.machine.state import Quorum, Rules
 
 
 def run_option(command: Any) -> Any:
@@ -53,16 +50,13 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--min-workers",
     type=count(),
-    help=(
-        "Number of workers that must be connected before the first round starts. A fraction as "
-        "quorum never means fewer updates than that fraction of this number.  [default: --quorum "
-        "if it is a number, else 2]"
-    ),
-    show_default=False,
+    help="Number of workers that must be connected before the first round starts. A fraction as "
+    "quorum never means fewer updates than that fraction of this number.  [default: --quorum if it "
+    "is a number, else 2]",
 )
 @click.option(
     "--quorum",
-    type=QuorumType(),
+    type=QUORUM,
     default="all",
     metavar="N|FRACTION|all",
     help="Number of updates that a round needs to close: a number, a fraction of the workers "
@@ -84,10 +78,8 @@ def run_option(command: Any) -> Any:
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
-    help=(
-        "What to do when the deadline passes: reopen the round with the workers present, close "
-        "it with the updates that have arrived (at least --min-updates), or stop the run."
-    ),
+    help="What to do when the deadline passes: reopen the round with the workers present, close it "
+    "with the updates that have arrived (at least --min-updates), or stop the run.",
 )
 @click.option(
     "--min-updates",
@@ -100,27 +92,20 @@ def run_option(command: Any) -> Any:
     "--strategy",
     default="fedavg",
     metavar="NAME[:ARGUMENTS]|path.py:name",
-    help=(
-        "Strategy that turns updates into the next model, such as fedadam:lr=0.03, median or "
-        "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or a strategy object in your own "
-        "file."
-    ),
+    help="Strategy that turns updates into the next model, such as fedadam:lr=0.03, median or "
+    "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or a strategy object in your own file.",
 )
 @click.option(
     "--evaluate",
     metavar="path.py:name",
-    help=(
-        "Function of yours that tests the model of every round: it maps a dict of weights by "
-        "name to a dict of metrics by name. The next round starts when it returns."
-    ),
+    help="Function of yours that tests the model of every round: it maps a dict of weights by name "
+    "to a dict of metrics by name. The next round starts when it returns.",
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help=(
-        "Function of yours that is called after every commit. If it returns a text, the run ends "
-        "with that text as its reason."
-    ),
+    help="Function of yours that is called after every commit. If it returns a text, the run ends "
+    "with that text as its reason.",
 )
 @stopping_options
 @plan_options
@@ -130,14 +115,12 @@ def run_option(command: Any) -> Any:
     metavar="A,B,…",
     help="Classes that every worker must have.  [default: the classes that most of the waiting "
     "workers have]",
-    show_default=False,
 )
 @click.option(
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
     help="Model file with the first weights.  [default: a worker initializes them]",
-    show_default=False,
 )
 @click.option(
     "--run",
@@ -145,47 +128,35 @@ def run_option(command: Any) -> Any:
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Run folder.  [default: runs/FEDERATION]",
-    show_default=False,
 )
 @click.option(
     "--max-round",
     type=seconds(min_open=True),
     default=86400.0,
     metavar="SECONDS",
-    help=(
-        "Hard limit on how long a round may stay open. Workers that make progress keep a round "
-        "open past its deadline, but never beyond this limit."
-    ),
+    help="Hard limit on how long a round may stay open. Workers that make progress keep a round "
+    "open past its deadline, but never beyond this limit.",
 )
 @click.option(
     "--stall-timeout",
     type=seconds(min_open=True),
     metavar="SECONDS",
-    help=(
-        "Time without progress after which a training counts as failed. It needs a task that calls "
-        "'progress' in its training.  [default: no limit; reported after 2 minutes]"
-    ),
-    show_default=False,
+    help="Time without progress after which a training counts as failed. It needs a task that "
+    "calls 'progress' in its training.  [default: no limit; reported after 2 minutes]",
 )
 @click.option(
     "--max-examples",
     type=count(),
     metavar="N",
-    help=(
-        "Maximum number of examples that an update is weighted by in the average.  [default: the "
-        "number that its worker announced]"
-    ),
-    show_default=False,
+    help="Maximum number of examples that an update is weighted by in the average.  [default: the "
+    "number that its worker announced]",
 )
 @click.option(
     "--max-norm-ratio",
     type=FiniteFloat(1),
     metavar="R",
-    help=(
-        "Maximum norm of an update, as a multiple of the median norm in the last five rounds; "
-        "larger updates are rejected.  [default: no limit; reported from 10 times the median on]"
-    ),
-    show_default=False,
+    help="Maximum norm of an update, as a multiple of the median norm in the last five rounds; "
+    "larger updates are rejected.  [default: no limit; reported from 10 times the median on]",
 )
 @click.option("--fresh", is_flag=True, help="Start a new run; an earlier run is moved aside.")
 @click.option(
@@ -203,26 +174,20 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help=(
-        "Require that each worker's user name on the broker is the worker's id; messages that "
-        "another user sends under that id are rejected."
-    ),
+    help="Require that each worker's user name on the broker is the worker's id; messages that "
+    "another user sends under that id are rejected.",
 )
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help=(
-        "Keep every counted update in the run folder, for 'fluffle replay'. Each round then "
-        "takes as much disk space as its updates."
-    ),
+    help="Keep every counted update in the run folder, for 'fluffle replay'. Each round then takes "
+    "as much disk space as its updates.",
 )
 @click.option(
     "--dashboard",
     metavar="HOST:PORT",
-    help=(
-        "Address of a read-only live page of the run, such as 127.0.0.1:8080, with /metrics for "
-        "Prometheus; port 0 chooses a free port. Needs 'fluffle[dashboard]'."
-    ),
+    help="Address of a read-only live page of the run, such as 127.0.0.1:8080, with /metrics for "
+    "Prometheus; port 0 chooses a free port. Needs 'fluffle[dashboard]'.",
 )
 @management_option
 @queue_type_option
@@ -250,53 +215,7 @@ def coordinator(**options: Any) -> None:
     if options["compress"] and options["upload_dtype"] != "float32":
         raise UsageError("--upload-dtype conflicts with --compress; use only one of them")
     check_schedule_options(options)
-    run_coordinator(rules_of(options), options)
-
-
-def rules_of(options: dict[str, Any]) -> Rules:
-    """Return the rules of a run that the command's options describe.
-
-    Raises:
-        UsageError: if two options contradict each other.
-    """
-    from fluffle_coordinator.machine.selection import sample_size
-    from fluffle_coordinator.machine.state import Rules
-
-    quorum: Quorum = options["quorum"]
-    fraction: float = options["fraction"]
-    min_workers: int | None = options["min_workers"]
-    sample: int | None = options["sample"]
-    if sample is not None and fraction < 1:
-        raise UsageError("--fraction conflicts with --sample; use only one of them")
-    least = quorum.number or 1
-    if min_workers:
-        cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
-        least = quorum.of(cohort)
-    if quorum.number is not None and options["min_updates"] > quorum.number:
-        raise UsageError(
-            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, at "
-            "which a round closes anyway; lower --min-updates"
-        )
-    return Rules(
-        rounds=options["rounds"],
-        min_workers=min_workers or quorum.number or 2,
-        least=least,
-        quorum=quorum,
-        grace_s=options["grace"],
-        deadline_s=options["deadline"],
-        on_deadline=options["on_deadline"],
-        min_updates=options["min_updates"],
-        fraction=fraction,
-        sample=sample,
-        over_provision=options["over_provision"],
-        selection=options["select"],
-        max_examples=options["max_examples"],
-        max_norm_ratio=options["max_norm_ratio"],
-        max_round_s=options["max_round"],
-        stall_timeout_s=options["stall_timeout"],
-        seed=options["seed"],
-        wait_s=options["wait_workers"],
-    )
+    run_coordinator(options)
 
 
 @click.command()

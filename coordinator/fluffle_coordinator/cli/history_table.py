@@ -82,7 +82,7 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
     numbers = [row["round"] for row in rounds]
     figure, left = plt.subplots(figsize=(7, 4.2), layout="constrained")
     left.set_xlabel("round")
-    left.set_xticks(numbers)
+    left.locator_params(axis="x", integer=True)
     lines = []
     losses = left
     if all("accuracy" in row for row in rounds):

@@ -72,10 +72,8 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
     "--since",
     callback=_since,
     metavar="WHEN",
-    help=(
-        "Show only events since this time: an age such as 90s, 10m, 2h or 3d, or a date and time "
-        "such as 2026-03-01T12:00."
-    ),
+    help="Show only events since this time: an age such as 90s, 10m, 2h or 3d, or a date and time "
+    "such as 2026-03-01T12:00.",
 )
 @click.option(
     "--round", "number", type=count(0), metavar="N", help="Show only events of this round."
@@ -86,10 +84,8 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
     "kinds",
     multiple=True,
     metavar="EVENT",
-    help=(
-        "Show only events of this kind, such as counted, late or rejected; may be given "
-        "several times."
-    ),
+    help="Show only events of this kind, such as counted, late or rejected; may be given several "
+    "times.",
 )
 @_run_id_option
 @click.option("--follow", "-f", is_flag=True, help="Continue with new events as they happen.")
@@ -109,38 +105,31 @@ def journal(**options: Any) -> None:
       fluffle journal --run runs/simulation
     """
     show = _print_json if options["as_json"] else _SentencePrinter()
-
     rounds: set[int] = set()
 
     async def run() -> None:
         async with contextlib.aclosing(_events_of(options)) as events:
             async for event in events:
+                if options["run_id"] not in (None, event.run):
+                    continue
                 if isinstance(event.fields.get("round"), int):
                     rounds.add(event.fields["round"])
                 if _is_wanted(event, options):
                     show(event)
 
     asyncio.run(run())
-    _check_round(options["number"], rounds)
-
-
-def _check_round(number: int | None, rounds: set[int]) -> None:
-    """Check that the events that were read include the requested round.
-
-    Raises:
-        UsageError: if not; the message lists those that there are.
-    """
-    if number is None or number in rounds:
-        return
-    have = f"rounds {_spans(rounds)}" if rounds else "no round"
-    raise UsageError(f"round {number} is not in the journal, which has {have}")
+    number = options["number"]
+    if number is not None and number not in rounds:
+        have = f"rounds {_spans(rounds)}" if rounds else "no round"
+        what = "the journal" if options["since"] is None else "this part of the journal"
+        raise UsageError(f"round {number} is not in {what}, which has {have}")
 
 
 def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
     """Return the events of the journal that the options select."""
     folder, since, follow = options["folder"], options["since"], options["follow"]
     if folder is None:
-        return _events(_required(options["federation"]), options["url"], since, live=follow)
+        return _events(options["federation"], options["url"], since, live=follow)
     if follow:
         raise UsageError(
             "--follow conflicts with --run, which reads a file; only a journal on a broker "
@@ -157,26 +146,12 @@ async def _events_in_file(folder: Path, since: datetime | None) -> AsyncGenerato
             yield event
 
 
-def _required(federation: str | None) -> str:
-    """Return the federation, which is required unless the journal is in a run folder.
-
-    Raises:
-        UsageError: if it is None.
-    """
-    if federation is None:
-        raise UsageError(
-            "missing option '--federation', or '--run' for the journal of a simulation"
-        )
-    return federation
-
-
 def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
-    number, worker, run = options["number"], options["worker"], options["run_id"]
+    number, worker = options["number"], options["worker"]
     return (
         (number is None or event.fields.get("round") == number)
         and (worker is None or _concerns(event, worker))
         and (not options["kinds"] or event.event in options["kinds"])
-        and (run is None or event.run == run)
     )
 
 
@@ -211,7 +186,7 @@ def explain(
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
     if folder is None:
-        events, coordinated = asyncio.run(_read(_required(federation), url))
+        events, coordinated = asyncio.run(_read(federation, url))
         now = datetime.now(UTC)  # not earlier, because reading takes a while
     else:
         events, coordinated = list(read_journal_file(folder)), None
@@ -267,36 +242,43 @@ def _spans(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-async def _read(federation: str, url: str | None) -> tuple[list[Event], bool | None]:
+async def _read(federation: str | None, url: str | None) -> tuple[list[Event], bool | None]:
     """Return the journal, and whether a coordinator is connected: None when that is unknown."""
-    from fluffle_common.errors import BrokerError, LinkLost
-    from fluffle_common.transport.base import QueueInUse
+    from fluffle_common.errors import BrokerError
+    from fluffle_common.transport.open_once import open_once
 
     async with contextlib.aclosing(_events(federation, url)) as events:
         journal = [event async for event in events]
     transport, topology = _where(federation, url)
-    with contextlib.suppress(LinkLost, BrokerError, QueueInUse):
-        link = await transport.open()
-        try:
+    with contextlib.suppress(BrokerError):
+        async with open_once(transport) as link:
             counts = await link.counts(topology.presence)
-        finally:
-            await link.close()
         return journal, counts is not None and counts.consumers > 0
     return journal, None
 
 
-def _where(federation: str, url: str | None) -> tuple[Transport, Topology]:
+def _where(federation: str | None, url: str | None) -> tuple[Transport, Topology]:
+    """Return where the journal of a federation is.
+
+    Raises:
+        UsageError: if none is named, which is required unless the journal is in a run folder.
+    """
     from fluffle_common.cli.settings import broker_url, check_federation
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
+    if federation is None:
+        raise UsageError(
+            "missing option '--federation', or '--run' for the journal of a simulation"
+        )
     topology = Topology(check_federation(federation))
     return AmqpTransport(broker_url(url), f"fluffle journal of {federation}"), topology
 
 
 def _events(
-    federation: str, url: str | None, since: datetime | None = None, *, live: bool = False
+    federation: str | None, url: str | None, since: datetime | None = None, *, live: bool = False
 ) -> AsyncGenerator[Event]:
+    """Return the events of the journal on a broker."""
     from fluffle_common.transport.reconnect import Backoff
     from fluffle_coordinator.observe.journal_reader import read_journal
 

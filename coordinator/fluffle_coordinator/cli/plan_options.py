@@ -6,7 +6,7 @@ import click
 
 from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.cli.config_file import KeyValue
-from fluffle_coordinator.cli.compress_option import CompressType
+from fluffle_coordinator.cli.compress_option import COMPRESS
 from fluffle_coordinator.cli.option_group import option_group
 
 plan_options = option_group(
@@ -21,16 +21,13 @@ plan_options = option_group(
         "--learning-rate",
         type=FiniteFloat(0, min_open=True),
         help="Local learning rate.  [default: the task's own]",
-        show_default=False,
     ),
     click.option(
         "--learning-rate-schedule",
         default="constant",
         metavar="NAME",
-        help=(
-            "How --learning-rate changes over the rounds: constant, cosine, exponential:FACTOR, "
-            "or step:ROUNDS,FACTOR."
-        ),
+        help="How --learning-rate changes over the rounds: constant, cosine, exponential:FACTOR, "
+        "or step:ROUNDS,FACTOR.",
     ),
     click.option(
         "--config",
@@ -43,32 +40,24 @@ plan_options = option_group(
         "--upload-dtype",
         type=click.Choice(["float32", "bf16", "f16"]),
         default="float32",
-        help=(
-            "Data type in which the floats of updates are sent: bf16 and f16 round them and "
-            "halve the bytes; float32 sends them unchanged."
-        ),
+        help="Data type in which the floats of updates are sent: bf16 and f16 round them and halve "
+        "the bytes; float32 sends them unchanged.",
     ),
     click.option(
         "--compress",
-        type=CompressType(),
+        type=COMPRESS,
         metavar="int8|topk:FRACTION|PATH.PY:NAME",
-        help=(
-            "Codec for updates: int8 sends 8-bit integers with scales (about a quarter of the "
-            "bytes), topk:0.01 sends only the largest values (one in a hundred), or name a codec "
-            "of your own (docs/codecs.md). What the codec leaves out is added to the worker's "
-            "next update.  [default: no compression]"
-        ),
-        show_default=False,
+        help="Codec for updates: int8 sends 8-bit integers with scales (about a quarter of the "
+        "bytes), topk:0.01 sends only the largest values (one in a hundred), or name a codec of "
+        "your own (docs/codecs.md). What the codec leaves out is added to the worker's next "
+        "update.  [default: no compression]",
     ),
     click.option(
         "--train",
         multiple=True,
         metavar="TENSOR",
-        help=(
-            "Name of a tensor to train, or a prefix such as 'head/*'; may be given several "
-            "times. All other tensors stay unchanged and are not sent back.  [default: every "
-            "tensor is trained]"
-        ),
-        show_default=False,
+        help="Name of a tensor to train, or a prefix such as 'head/*'; may be given several times. "
+        "All other tensors stay unchanged and are not sent back.  [default: every tensor is "
+        "trained]",
     ),
 )

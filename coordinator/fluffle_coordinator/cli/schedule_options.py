@@ -2,90 +2,55 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from fluffle_common.cli.app import MOST_COUNT, FiniteFloat, count
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.cli.option_group import option_group
+from fluffle_coordinator.cli.option_group import Parsed, option_group
 
 if TYPE_CHECKING:
+    from fluffle_coordinator.machine.selection import Selection
+    from fluffle_coordinator.machine.staleness import Discount
     from fluffle_coordinator.machine.state import Quorum
 
 SYNCHRONOUS_ONLY = ("quorum", "grace", "fraction", "sample", "over_provision")
 """The options that ``--schedule buffered`` would ignore, and that are therefore refused."""
 
 
-class QuorumType(click.ParamType[Any]):
-    """``all``, a number of updates (``2``), or a fraction of the cohort (``0.5``, ``50%``)."""
+def _quorum(text: str) -> Quorum:
+    """Parse ``all``, a number of updates (``2``) or a fraction of the cohort (``0.5``, ``50%``)."""
+    from fluffle_coordinator.machine.state import Quorum
 
-    name = "quorum"
-
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> Quorum:
-        """Return the quorum that ``value`` describes."""
-        from fluffle_coordinator.machine.state import Quorum
-
-        if isinstance(value, Quorum):
-            return value
-        text = str(value).strip()
-        if text == "all":
-            return Quorum()
-        try:
-            if text.endswith("%"):
-                fraction = float(text[:-1]) / 100
-            elif text.isdecimal() and 0 < int(text[:11]) <= MOST_COUNT:
-                return Quorum(number=int(text))
-            else:
-                fraction = float(text)
-            if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
-                return Quorum(fraction=fraction)
-        except ValueError:
-            pass
-        self.fail(
-            f"invalid quorum '{text}'; give a number of updates such as 2, a fraction of the "
-            "selected workers such as 0.5 or 50%, or 'all'",
-            param,
-            ctx,
-        )
+    if text == "all":
+        return Quorum()
+    if text.isdecimal() and 0 < int(text[:11]) <= MOST_COUNT:
+        return Quorum(number=int(text))
+    with contextlib.suppress(ValueError):
+        fraction = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
+            return Quorum(fraction=fraction)
+    raise ValueError(
+        f"invalid quorum '{text}'; give a number of updates such as 2, a fraction of the "
+        "selected workers such as 0.5 or 50%, or 'all'"
+    )
 
 
-class DiscountType(click.ParamType[Any]):
-    """``constant``, ``polynomial[:a]``, ``hinge[:a,b]`` or ``threshold[:s]``."""
+def _discount(text: str) -> Discount:
+    from fluffle_coordinator.machine.staleness import Discount
 
-    name = "staleness"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the discount that ``value`` describes."""
-        from fluffle_coordinator.machine.staleness import Discount
-
-        if isinstance(value, Discount):
-            return value
-        try:
-            return Discount.parse(str(value).strip())
-        except ValueError as why:
-            self.fail(str(why), param, ctx)
+    return Discount.parse(text)
 
 
-class SelectionType(click.ParamType[Any]):
-    """The name of a selection rule, optionally with settings: ``fastest:0.2``."""
+def _selection(text: str) -> Selection:
+    from fluffle_coordinator.service.schedule_loading import load_selection
 
-    name = "selection"
+    return load_selection(text)
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the selection rule that ``value`` names."""
-        from fluffle_coordinator.machine.selection import Selection
-        from fluffle_coordinator.service.schedule_loading import load_selection
 
-        if isinstance(value, Selection):
-            return value
-        try:
-            return load_selection(str(value).strip())
-        except ValueError as why:
-            self.fail(str(why), param, ctx)
-
+QUORUM = Parsed("quorum", _quorum)
 
 schedule_options = option_group(
     click.option(
@@ -105,78 +70,60 @@ schedule_options = option_group(
         type=FiniteFloat(1, 100),
         default=1.0,
         metavar="P",
-        help=(
-            "Factor by which to select more workers than --fraction or --sample: 1.3 selects 130 "
-            "%. A fraction as --quorum still refers to the smaller number, so the first updates "
-            "to arrive can close the round."
-        ),
+        help="Factor by which to select more workers than --fraction or --sample: 1.3 selects 130 "
+        "%. A fraction as --quorum still refers to the smaller number, so the first updates to "
+        "arrive can close the round.",
     ),
     click.option(
         "--select",
-        type=SelectionType(),
+        type=Parsed("selection", _selection),
         default="uniform",
         metavar="NAME|PATH.PY:NAME",
-        help=(
-            "How to select workers: uniform (at random), poisson (each independently at random), "
-            "weighted (in proportion to their examples), round-robin (in turn), or fastest:0.2 "
-            "(the fastest, with 20 % of the places given in turn)."
-        ),
+        help="How to select workers: uniform (at random), poisson (each independently at random), "
+        "weighted (in proportion to their examples), round-robin (in turn), or fastest:0.2 (the "
+        "fastest, with 20 % of the places given in turn).",
     ),
     click.option(
         "--schedule",
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
-        help=(
-            "When to make the next model. quorum: in synchronous rounds that close at a quorum. "
-            "buffered: asynchronous; idle workers train the newest model at once, and every "
-            "--buffer updates make the next (docs/schedules.md)."
-        ),
+        help="When to make the next model. quorum: in synchronous rounds that close at a quorum. "
+        "buffered: asynchronous; idle workers train the newest model at once, and every --buffer "
+        "updates make the next (docs/schedules.md).",
     ),
     click.option(
         "--buffer",
         type=count(),
         metavar="K",
         help="Number of updates that make the next model, with --schedule buffered.  [default: 10]",
-        show_default=False,
     ),
     click.option(
         "--concurrency",
         type=count(),
         metavar="C",
-        help=(
-            "Maximum number of workers that train at the same time, with --schedule buffered.  "
-            "[default: all]"
-        ),
-        show_default=False,
+        help="Maximum number of workers that train at the same time, with --schedule buffered.  "
+        "[default: all]",
     ),
     click.option(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help=(
-            "Maximum staleness of an update, in versions of the model; staler updates are "
-            "discarded.  [default: 20 with 'buffered', 2 with '--late discount']"
-        ),
-        show_default=False,
+        help="Maximum staleness of an update, in versions of the model; staler updates are "
+        "discarded.  [default: 20 with 'buffered', 2 with '--late discount']",
     ),
     click.option(
         "--staleness",
-        type=DiscountType(),
+        type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
-        help=(
-            "Fraction of its weight that a stale update keeps: constant, polynomial:a, hinge:a,b "
-            "or threshold:s.  [default: polynomial:0.5]"
-        ),
-        show_default=False,
+        help="Fraction of its weight that a stale update keeps: constant, polynomial:a, hinge:a,b "
+        "or threshold:s.  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",
         type=click.Choice(["discard", "discount"]),
         default="discard",
-        help=(
-            "What to do with an update that arrives after its synchronous round: discard it, or "
-            "add it to the open round with a weight discounted by --staleness."
-        ),
+        help="What to do with an update that arrives after its synchronous round: discard it, or "
+        "add it to the open round with a weight discounted by --staleness.",
     ),
 )
 

@@ -11,20 +11,16 @@ stopping_options = option_group(
     click.option(
         "--monitor",
         metavar="METRIC",
-        help=(
-            "Metric by which the best model is chosen and kept as best.safetensors: a federated "
-            "metric such as accuracy, or test/NAME for a metric that --evaluate returns. Lower "
-            "is better for a loss or an error."
-        ),
+        help="Metric by which the best model is chosen and kept as best.safetensors: a federated "
+        "metric such as accuracy, or test/NAME for a metric that --evaluate returns. Lower is "
+        "better for a loss or an error.",
     ),
     click.option(
         "--target",
         type=FiniteFloat(),
         metavar="VALUE",
-        help=(
-            "Value of the --monitor metric (or of the loss, without --monitor) at which the run "
-            "ends."
-        ),
+        help="Value of the --monitor metric (or of the loss, without --monitor) at which the run "
+        "ends.",
     ),
     click.option(
         "--patience",

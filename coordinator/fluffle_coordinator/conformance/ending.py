@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from fluffle_common.protocol.messages import Bye, Heartbeat, Hello, Refusal, Stop
-from fluffle_coordinator.conformance.findings import Skipped, Unmet, check_rhythm
+from fluffle_common.protocol.messages import Bye, Failure, Heartbeat, Hello, Refusal, Stop
 from fluffle_coordinator.conformance.probe import Probe
+from fluffle_coordinator.conformance.received import Skipped, Unmet, check_rhythm
 from fluffle_coordinator.conformance.scenario import Section, demands
 
 _POLL_S = 0.2
@@ -16,13 +16,13 @@ _FAULTS_SHOWN = 3
 @demands(Section.HELLO, "a worker never misses five heartbeats in a row, not even during training")
 async def heartbeats(probe: Probe) -> str:
     """Check the intervals between all hellos and heartbeats."""
-    return check_rhythm(probe.presence, asyncio.get_running_loop().time())
+    return check_rhythm(probe.messages, asyncio.get_running_loop().time())
 
 
 @demands(Section.HELLO, "the session changes only when the process restarts")
 async def one_session(probe: Probe) -> str:
     """Check the session of all presence messages."""
-    sessions = {each.message.session for each in probe.presence}
+    sessions = _sessions(probe)
     if len(sessions) > 1:
         raise Unmet(f"{len(sessions)} sessions: the worker restarted, or changes its session")
     return "one session"
@@ -39,7 +39,7 @@ async def well_formed(probe: Probe) -> str:
     if faults:
         more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
         raise Unmet("; ".join(faults[:_FAULTS_SHOWN]) + more)
-    return f"{len(probe.presence) + len(probe.answers)} messages"
+    return f"{len(probe.messages)} messages"
 
 
 @demands(
@@ -47,7 +47,7 @@ async def well_formed(probe: Probe) -> str:
 )
 async def stop(probe: Probe) -> str:
     """End the run."""
-    since = len(probe.presence)
+    since = len(probe.messages)
     await probe.send(
         Stop(
             federation=probe.topology.federation,
@@ -59,11 +59,10 @@ async def stop(probe: Probe) -> str:
     )
 
     def find() -> str | None:
-        later = [each.message for each in probe.presence[since:]]
-        if any(isinstance(each, Bye) for each in later):
+        if any(probe.received(Bye, since)):
             return "it left, with a bye"
         # The first heartbeat may have been sent before the stop arrived.
-        beats = [each for each in later if isinstance(each, Heartbeat) and each.state == "idle"]
+        beats = [beat for beat in probe.received(Heartbeat, since) if beat.state == "idle"]
         return "it stays, idle" if len(beats) > 1 else None
 
     return await probe.until(find, "bye")
@@ -74,14 +73,15 @@ async def refusal(probe: Probe) -> str:
     """Refuse the worker after it has been restarted."""
     if not probe.options.twice:
         raise Skipped("needs a second start of the worker; --twice waits for it")
-    earlier = {each.message.session for each in probe.presence}
+    earlier = _sessions(probe)
     probe.options.tell(f"start worker {probe.worker} once more, to be refused")
-
-    def find() -> Hello | None:
-        hellos = (each.message for each in probe.presence if isinstance(each.message, Hello))
-        return next((each for each in hellos if each.session not in earlier), None)
-
-    again = await probe.until(find, "hello of another session", within_s=probe.options.patience_s)
+    again = await probe.next(
+        Hello,
+        0,
+        "hello of another session",
+        lambda each: each.session not in earlier,
+        within_s=probe.options.patience_s,
+    )
     await probe.send(
         Refusal(
             federation=probe.topology.federation,
@@ -101,5 +101,8 @@ async def refusal(probe: Probe) -> str:
     return "it left"
 
 
-RETROSPECTIVE = (one_session, well_formed)
-ENDING = (heartbeats, one_session, well_formed, stop, refusal)
+def _sessions(probe: Probe) -> set[str]:
+    messages = (each.message for each in probe.messages)
+    return {
+        each.session for each in messages if isinstance(each, Hello | Heartbeat | Bye | Failure)
+    }

@@ -2,33 +2,51 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, AsyncIterator
 
 from fluffle_common.errors import RunError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import QueueInUse, Transport
 from fluffle_common.transport.open_once import open_once
-from fluffle_coordinator.conformance.ending import ENDING, RETROSPECTIVE
-from fluffle_coordinator.conformance.findings import Finding, Outcome, Skipped, Unmet
-from fluffle_coordinator.conformance.frozen import FROZEN_SCENARIOS
-from fluffle_coordinator.conformance.greeting import GREETING
+from fluffle_coordinator.conformance import ending, greeting, odd_messages, work
 from fluffle_coordinator.conformance.listener import ExamOptions
-from fluffle_coordinator.conformance.odd_messages import ODD_MESSAGES
 from fluffle_coordinator.conformance.probe import Probe
-from fluffle_coordinator.conformance.scenario import Scenario
-from fluffle_coordinator.conformance.work import WORK
+from fluffle_coordinator.conformance.received import Unmet
+from fluffle_coordinator.conformance.scenario import Finding, Scenario
 
-_T = TypeVar("_T")
 SCENARIOS: tuple[Scenario, ...] = (
-    *GREETING,
-    *WORK,
-    *FROZEN_SCENARIOS,
-    *ODD_MESSAGES,
-    *ENDING,
+    greeting.hello,
+    greeting.welcome,
+    greeting.first_weights,
+    work.fit,
+    work.evaluation_before_the_update,
+    work.last_work,
+    work.same_fit_again,
+    work.same_fit_while_at_work,
+    work.next_fit_at_once,
+    work.newer_fit,
+    work.older_fit,
+    work.another_base,
+    work.rejected_update,
+    work.evaluate,
+    work.evaluate_during_training,
+    work.frozen_tensors,
+    odd_messages.unknown_keys,
+    odd_messages.unknown_critical_key,
+    odd_messages.mail_for_nobody,
+    odd_messages.unsound_weights,
+    odd_messages.lost_part,
+    odd_messages.update_in_parts,
+    odd_messages.end_of_others,
+    ending.heartbeats,
+    ending.one_session,
+    ending.well_formed,
+    ending.stop,
+    ending.refusal,
 )
+# They judge what has been received, so they are possible after a failure too.
+_RETROSPECTIVE = (ending.one_session, ending.well_formed)
 
 
 async def examine(
@@ -36,10 +54,7 @@ async def examine(
 ) -> AsyncGenerator[Finding]:
     """Wait for a worker and examine it; yield one finding per scenario.
 
-    Args:
-        transport: the connection to the broker.
-        topology: the names on the broker, of a federation that nothing else uses.
-        options: the options of the examination.
+    The topology is that of a federation that nothing else uses.
 
     Raises:
         BrokerError: if there is no broker, or the link to it was lost.
@@ -51,21 +66,17 @@ async def examine(
         options.tell(
             f"waiting for {worker} in federation {topology.federation} at {transport.address}"
         )
-        reading = asyncio.ensure_future(probe.read())
-        try:
-            await _while_reading(reading, _first_presence(probe))
+        async with probe.reading():
+            await _first_sign(probe)
             abort_reason: str | None = None
             for scenario in SCENARIOS:
-                if abort_reason is None or scenario in RETROSPECTIVE:
-                    finding = await _while_reading(reading, _play(scenario, probe))
+                if abort_reason is None or scenario in _RETROSPECTIVE:
+                    finding = await scenario.finding(probe)
                 else:
-                    finding = _finding(scenario, "skipped", abort_reason)
+                    finding = scenario.found("skipped", abort_reason)
                 yield finding
                 if abort_reason is None and finding.outcome == "failed":
                     abort_reason = await _abort_reason(scenario, probe)
-        finally:
-            reading.cancel()
-            await asyncio.gather(reading, return_exceptions=True)
 
 
 @contextlib.asynccontextmanager
@@ -87,25 +98,11 @@ async def _probe(
             ) from None
 
 
-async def _while_reading(reading: asyncio.Future[None], work: Coroutine[Any, Any, _T]) -> _T:
-    """Return the result of ``work``; raise the error of ``reading`` if that fails first."""
-    working = asyncio.ensure_future(work)
-    try:
-        both: set[asyncio.Future[Any]] = {reading, working}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if reading.done():
-            reading.result()
-        return await working
-    finally:
-        working.cancel()
-        await asyncio.gather(working, return_exceptions=True)
-
-
-async def _first_presence(probe: Probe) -> None:
+async def _first_sign(probe: Probe) -> None:
     """Wait until a worker is heard."""
     wait_s = probe.options.wait_s
     try:
-        await probe.until(lambda: probe.presence or None, "hello", within_s=wait_s)
+        await probe.until(lambda: probe.messages or None, "hello", within_s=wait_s)
     except Unmet:
         fault = f"; malformed message {probe.faults[0]}" if probe.faults else ""
         raise RunError(
@@ -114,23 +111,10 @@ async def _first_presence(probe: Probe) -> None:
         ) from None
 
 
-async def _play(scenario: Scenario, probe: Probe) -> Finding:
-    try:
-        return _finding(scenario, "ok", await scenario.play(probe))
-    except Unmet as why:
-        return _finding(scenario, "failed", str(why))
-    except Skipped as why:
-        return _finding(scenario, "skipped", str(why))
-
-
-def _finding(scenario: Scenario, outcome: Outcome, seen: str) -> Finding:
-    return Finding(scenario.name, outcome, seen, scenario.demand, scenario.section)
-
-
 async def _abort_reason(scenario: Scenario, probe: Probe) -> str | None:
     """Return why the scenarios after a failed one cannot run; None if they can."""
     if scenario.needed:
         return f"not tried: {scenario.name} failed"
-    if scenario not in ENDING and await probe.gone():
+    if scenario is not ending.stop and await probe.gone():
         return "not tried: the worker is gone"
     return None

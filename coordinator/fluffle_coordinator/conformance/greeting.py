@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from fluffle_common.protocol.messages import PROTOCOL, Heartbeat, Hello, InitRequest
+from fluffle_common.protocol.messages import PROTOCOL, Hello
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import check_finite
-from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.probe import Probe
+from fluffle_coordinator.conformance.received import Skipped, Unmet, signs_of_life
 from fluffle_coordinator.conformance.scenario import Section, demands
 
 _HELLO_AGAIN_S = 5.0
@@ -23,12 +23,12 @@ _HELLO_AGAIN_S = 5.0
 async def hello(probe: Probe) -> str:
     """Check the hello."""
     try:  # a worker may send heartbeats before it repeats a hello that was returned to it
-        greeting = await probe.next_presence(Hello, 0, "hello", within_s=_HELLO_AGAIN_S)
+        greeting = await probe.next(Hello, 0, "hello", within_s=_HELLO_AGAIN_S)
     except Unmet:
         if probe.faults:
             raise Unmet(f"malformed: {probe.faults[0]}") from None
         raise Skipped(
-            f"worker {_first(probe).worker} was started before this command; start it afterwards"
+            f"worker {probe.worker} was started before this command; start it afterwards"
         ) from None
     if PROTOCOL not in greeting.protocols:
         raise Unmet(f"protocols are {list(greeting.protocols)}")
@@ -41,9 +41,7 @@ async def hello(probe: Probe) -> str:
 @demands(Section.HELLO, "a welcome is followed by a heartbeat")
 async def welcome(probe: Probe) -> str:
     """Send another welcome, and wait for a heartbeat."""
-    since = len(probe.presence)
-    await probe.welcome()
-    beat = await probe.next_presence(Heartbeat, since, "heartbeat")
+    beat = await probe.heartbeat()
     return f"a heartbeat, {beat.state}"
 
 
@@ -55,9 +53,7 @@ async def welcome(probe: Probe) -> str:
 )
 async def first_weights(probe: Probe) -> str:
     """Request the weights that all later scenarios start from."""
-    since = len(probe.answers)
-    await probe.send(InitRequest(federation=probe.topology.federation, run=probe.run, seed=7))
-    groups = await probe.first_weights(since)
+    groups = await probe.first_weights()
     weights, frozen = groups[MODEL], groups.get(FROZEN, {})
     try:
         if not weights:
@@ -67,19 +63,11 @@ async def first_weights(probe: Probe) -> str:
     except ValueError as why:
         raise Unmet(str(why)) from None
     form = model_form(weights, frozen)
-    announced = _first(probe).model
+    _, first_sign = signs_of_life(probe.messages)[0]
+    announced = first_sign.model
     probe.begin_with(weights, frozen)
     if announced is not None and announced.digest != form.digest:
         raise Unmet(
             f"{form.summary} with digest {form.digest}; the hello announced {announced.digest}"
         )
     return form.summary
-
-
-def _first(probe: Probe) -> Hello | Heartbeat:
-    """Return the worker's first hello or heartbeat."""
-    messages = (each.message for each in probe.presence)
-    return next(each for each in messages if isinstance(each, Hello | Heartbeat))
-
-
-GREETING = (hello, welcome, first_weights)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
@@ -12,7 +13,6 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, UsageError
 from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import (
-    Bye,
     Evaluation,
     Failure,
     FirstWeights,
@@ -20,26 +20,24 @@ from fluffle_common.protocol.messages import (
     FromWorker,
     Heartbeat,
     Hello,
-    Message,
     Update,
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Delivery, Link
-from fluffle_coordinator.conformance.findings import Heard, ReceivedUpdate, Unmet, at_work_on
+from fluffle_coordinator.conformance.received import (
+    Received,
+    ReceivedUpdate,
+    Unmet,
+    at_work_on,
+    envelope_faults,
+    signs_of_life,
+)
 
 _T = TypeVar("_T")
 _PREFETCH = 100
 _POLL_S = 2.0
-_DURABLE = ("update", "evaluation", "first_weights", "failure")
 RUNS = "conformance-"
 """Prefix of the ids of the runs played here."""
-
-
-class Answer(NamedTuple):
-    """A message from ``F.updates``, with the payload that it carried itself."""
-
-    message: Update | Evaluation | FirstWeights
-    payload: memoryview
 
 
 @dataclass(frozen=True)
@@ -63,55 +61,41 @@ class ExamOptions:
     tell: Callable[[str], object] = lambda _: None
 
 
-@dataclass(frozen=True)
-class SentFit:
-    """A ``fit`` that was sent, and how many messages had arrived before it.
-
-    Args:
-        fit: the message.
-        answers: the number of answers before it.
-        presence: the number of presence messages before it.
-    """
+class SentFit(NamedTuple):
+    """A ``fit`` that was sent, and the number of messages that had arrived before it."""
 
     fit: Fit
-    answers: int
-    presence: int
+    since: int
 
 
-class Listener:
-    """Reads what workers send and keeps the messages of the examined one.
+class Listener(ABC):
+    """Keeps the messages of the examined worker, from its first sign of life on."""
 
-    Args:
-        link: the link to the broker.
-        topology: the names on the broker.
-        options: the options of the examination.
-        greeted: called at each hello of the worker, or at its first heartbeat if that comes first.
-    """
-
-    def __init__(
-        self,
-        link: Link,
-        topology: Topology,
-        options: ExamOptions,
-        greeted: Callable[[], Awaitable[None]],
-    ) -> None:
+    def __init__(self, link: Link, topology: Topology, options: ExamOptions) -> None:
         self.link, self.topology, self.options = link, topology, options
         self.worker = options.worker
-        self.presence: list[Heard] = []
-        self.answers: list[Answer] = []
+        self.messages: list[Received] = []
         self.faults: list[str] = []  # of any message; the scenario "well formed" reports them
-        self._greeted = greeted
+        self._reading: asyncio.Future[None]
         self._news = asyncio.Event()
         self._now = asyncio.get_running_loop().time
 
-    async def read(self) -> None:
-        """Read what workers send until the link is lost.
+    @abstractmethod
+    async def greet(self) -> None:
+        """Answer a hello of the worker, or its first heartbeat if that comes first."""
 
-        Raises:
-            LinkLost: if the link was lost.
-            QueueInUse: if a coordinator of this federation is running.
-            UsageError: if the federation has messages of a real run.
-        """
+    @contextlib.asynccontextmanager
+    async def reading(self) -> AsyncIterator[None]:
+        """Read what workers send while the body runs; ``until`` raises what prevents it."""
+        self._reading = asyncio.ensure_future(self._read())
+        self._reading.add_done_callback(lambda _: self._news.set())
+        try:
+            yield
+        finally:
+            self._reading.cancel()
+            await asyncio.gather(self._reading, return_exceptions=True)
+
+    async def _read(self) -> None:
         names = self.topology
         presence = await self.link.consume(names.presence, prefetch=_PREFETCH, exclusive=True)
         updates = await self.link.consume(names.updates, prefetch=_PREFETCH)
@@ -131,45 +115,23 @@ class Listener:
             delivery.ack()
             self._news.set()
             return
-        if not isinstance(message, FromWorker):
-            return delivery.ack()  # the echo of an earlier coordinator
-        self._check_is_ours(message)
+        if isinstance(message, Update | Evaluation | FirstWeights):
+            if not message.run.startswith(RUNS):  # of a real run, which has to stay in the queue
+                raise UsageError(
+                    f"federation {self.topology.federation} has messages of run {message.run}; "
+                    "give a federation that nothing else uses with --federation"
+                )
         delivery.ack()
+        if not isinstance(message, FromWorker):
+            return  # the echo of an earlier coordinator
         present = isinstance(message, Hello | Heartbeat) and self.worker in (None, message.worker)
-        if present and (isinstance(message, Hello) or not self.presence):
+        if present and (isinstance(message, Hello) or not self.messages):
             self.worker = message.worker
-            await self._greeted()
-        if message.worker != self.worker:
-            return
-        self._check_envelope(message, delivery)
-        if isinstance(message, Hello | Heartbeat | Bye | Failure):
-            self.presence.append(Heard(self._now(), message))
-        elif isinstance(message, Update | Evaluation | FirstWeights):
-            self.answers.append(Answer(message, payload))
-        self._news.set()
-
-    def _check_is_ours(self, message: Message) -> None:
-        """Check that a message is not the work of a real run, which must not be consumed."""
-        if not isinstance(message, Update | Evaluation | FirstWeights):
-            return
-        if not message.run.startswith(RUNS):
-            raise UsageError(
-                f"federation {self.topology.federation} has messages of run {message.run}; "
-                "give a federation that nothing else uses with --federation"
-            )
-
-    def _check_envelope(self, message: Message, delivery: Delivery) -> None:
-        """Check the routing key and the AMQP properties."""
-        kind, properties = message.kind, delivery.properties
-        key = f"{kind}.{self.worker}"
-        if key not in delivery.keys:
-            self.faults.append(f"{kind} came under the routing key {delivery.keys[0]}, not {key}")
-        if properties.type != kind:
-            self.faults.append(f"{kind} has the AMQP type '{properties.type}'")
-        if not properties.message_id:
-            self.faults.append(f"{kind} has no message_id")
-        if kind in _DURABLE and not properties.durable:
-            self.faults.append(f"{kind} is not persistent (delivery_mode 2)")
+            await self.greet()
+        if message.worker == self.worker and (present or self.messages):
+            self.faults += envelope_faults(message, delivery)
+            self.messages.append(Received(self._now(), message, payload))
+            self._news.set()
 
     # --- waiting -------------------------------------------------------------------------------
 
@@ -186,11 +148,16 @@ class Listener:
 
         Raises:
             Unmet: if it did not come in time.
+            LinkLost: if the link was lost.
+            QueueInUse: if a coordinator of this federation is running.
+            UsageError: if the federation has messages of a real run.
         """
         limit_s = self.options.patience_s if within_s is None else within_s
         end = self._now() + limit_s
         while True:
             self._news.clear()
+            if self._reading.done():
+                self._reading.result()
             result = find()
             if result is not None:
                 return result
@@ -205,19 +172,33 @@ class Listener:
                 raise Unmet(f"no {what}: the worker is gone; its inbox has no consumer")
 
     def _last_heartbeat(self) -> str:
-        for at, message in reversed(self.presence):
-            if isinstance(message, Hello | Heartbeat):
-                return f"{self._now() - at:.1f} s ago the worker was {at_work_on(message)}"
-        return "no heartbeat came"
+        if not (signs := signs_of_life(self.messages)):
+            return "no heartbeat came"
+        at, message = signs[-1]
+        return f"{self._now() - at:.1f} s ago the worker was {at_work_on(message)}"
 
-    async def next_presence(
-        self, kind: type[_T], since: int, what: str, *, within_s: float | None = None
+    def received(self, kind: type[_T], since: int = 0) -> Iterator[_T]:
+        """Yield the messages of one kind, ignoring the first ``since`` messages."""
+        later = (each.message for each in self.messages[since:])
+        return (message for message in later if isinstance(message, kind))
+
+    async def next(
+        self,
+        kind: type[_T],
+        since: int,
+        what: str,
+        accept: Callable[[_T], bool] = lambda _: True,
+        *,
+        within_s: float | None = None,
     ) -> _T:
-        """Wait for a presence message of this kind, ignoring the first ``since`` messages."""
+        """Wait for an acceptable message of one kind, ignoring the first ``since`` messages.
+
+        Raises:
+            Unmet: see ``until``.
+        """
 
         def find() -> _T | None:
-            later = (each.message for each in self.presence[since:])
-            return next((message for message in later if isinstance(message, kind)), None)
+            return next((each for each in self.received(kind, since) if accept(each)), None)
 
         return await self.until(find, what, within_s=within_s)
 
@@ -226,15 +207,16 @@ class Listener:
         work = sent.fit.run, sent.fit.round, sent.fit.base
         return [
             ReceivedUpdate(message, payload)
-            for message, payload in self.answers[sent.answers :]
+            for _, message, payload in self.messages[sent.since :]
             if isinstance(message, Update) and (message.run, message.round, message.base) == work
         ]
 
     def failure_of(self, sent: SentFit) -> Failure | None:
         """Return the worker's report that it could not do the work, if it sent one."""
         work = sent.fit.run, sent.fit.round
-        failures = (each.message for each in self.presence if isinstance(each.message, Failure))
-        return next((each for each in failures if (each.run, each.round) == work), None)
+        return next(
+            (each for each in self.received(Failure) if (each.run, each.round) == work), None
+        )
 
     def accepted(self, sent: SentFit) -> str | None:
         """Return the evidence that the worker accepted work that it had to refuse, if any."""
@@ -242,10 +224,10 @@ class Listener:
             return "an update"
         if self.failure_of(sent):
             return None
-        for _, message in self.presence[sent.presence :]:
-            if isinstance(message, Heartbeat) and message.state != "idle":
-                if (message.run, message.round) == (sent.fit.run, sent.fit.round):
-                    return f"a heartbeat, {at_work_on(message)}"
+        work = sent.fit.run, sent.fit.round
+        for message in self.received(Heartbeat, sent.since):
+            if message.state != "idle" and (message.run, message.round) == work:
+                return f"a heartbeat, {at_work_on(message)}"
         return None
 
     async def gone(self) -> bool:

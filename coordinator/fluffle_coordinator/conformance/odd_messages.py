@@ -9,20 +9,13 @@ import msgpack
 import numpy as np
 
 from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
-from fluffle_common.protocol.messages import (
-    Bye,
-    Fit,
-    Heartbeat,
-    Part,
-    Refusal,
-    Stop,
-)
+from fluffle_common.protocol.messages import Bye, Fit, Part, Refusal, Stop
 from fluffle_common.protocol.transfer import pack
 from fluffle_common.tensors.layout import as_maps
 from fluffle_common.tensors.weights import size_bytes
-from fluffle_coordinator.conformance.findings import Skipped, Unmet
 from fluffle_coordinator.conformance.listener import RUNS, SentFit
 from fluffle_coordinator.conformance.probe import Probe, altered, fresh_name
+from fluffle_coordinator.conformance.received import Skipped, Unmet
 from fluffle_coordinator.conformance.scenario import Section, demands
 
 _UNKNOWN = "conformance_later"
@@ -157,16 +150,8 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
 async def lost_part(probe: Probe) -> str:
     """Send a model in parts without the last one, then all of it."""
     parts = _in_parts(probe)
-    since = len(probe.presence)
     sent = await probe.ask(probe.next_fit(), lose=[parts - 1])
-    await probe.welcome()
-
-    def receiving() -> Heartbeat | None:
-        later = (each.message for each in probe.presence[since:])
-        beats = (each for each in later if isinstance(each, Heartbeat))
-        return next((beat for beat in beats if beat.state == "receiving"), None)
-
-    beat = await probe.until(receiving, "heartbeat in state receiving")
+    beat = await probe.heartbeat("receiving", "heartbeat in state receiving")
     if (beat.run, beat.round) != (probe.run, sent.fit.round):
         raise Unmet(
             f"the worker reports that it is receiving round {beat.round}, not {sent.fit.round}"
@@ -223,7 +208,7 @@ def _in_parts(probe: Probe) -> int:
 @demands(Section.LEAVING, "a stop of another run, and a refusal of another session, are ignored")
 async def end_of_others(probe: Probe) -> str:
     """Send both, then work."""
-    federation, since = probe.topology.federation, len(probe.presence)
+    federation, since = probe.topology.federation, len(probe.messages)
     run, session = RUNS + fresh_name(), fresh_name()
     reason = "the conformance check sends a message for another run or session"
     await probe.send(
@@ -231,17 +216,6 @@ async def end_of_others(probe: Probe) -> str:
     )
     await probe.send(Refusal(federation=federation, session=session, code="model", reason=reason))
     await probe.update(await probe.ask(probe.next_fit()))
-    if any(isinstance(each.message, Bye) for each in probe.presence[since:]):
+    if any(probe.received(Bye, since)):
         raise Unmet("it left")
     return "ignored, then the update"
-
-
-ODD_MESSAGES = (
-    unknown_keys,
-    unknown_critical_key,
-    mail_for_nobody,
-    unsound_weights,
-    lost_part,
-    update_in_parts,
-    end_of_others,
-)

@@ -21,6 +21,7 @@ from fluffle_common.protocol.messages import (
     FirstWeights,
     Fit,
     Heartbeat,
+    InitRequest,
     Message,
     Plan,
     Update,
@@ -33,15 +34,14 @@ from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, Properties, Unroutable
 from fluffle_common.transport.parts import PartsGone, fetch
-from fluffle_coordinator.conformance.findings import ReceivedUpdate, Unmet
 from fluffle_coordinator.conformance.listener import RUNS, ExamOptions, Listener, SentFit
+from fluffle_coordinator.conformance.received import ReceivedUpdate, Unmet
 from fluffle_coordinator.strategy.decoding import check_announced, decode_contribution
 
 _T = TypeVar("_T")
 _MAX_MODEL_BYTES = 8 * 2**30
-LARGE = "conformance/large"
-"""Name of the tensor that makes a small model travel in parts (``--large``)."""
-LARGE_FLOATS = 5 * 2**20 // 4
+_LARGE = {"conformance/large": np.zeros(5 * 2**20 // 4, np.float32)}
+"""The tensor that makes a small model travel in parts (``--large``)."""
 
 
 def fresh_name() -> str:
@@ -50,22 +50,17 @@ def fresh_name() -> str:
 
 
 class Probe(Listener):
-    """Plays the coordinator of one worker.
-
-    Args:
-        link: the link to the broker.
-        topology: the names on the broker.
-        options: the options of the examination.
-    """
+    """Plays the coordinator of one worker."""
 
     def __init__(self, link: Link, topology: Topology, options: ExamOptions) -> None:
-        super().__init__(link, topology, options, self._greet)
+        super().__init__(link, topology, options)
         self.run = RUNS + fresh_name()
         self.round = 0
         self.weights: Weights = {}
         self.frozen: Weights = {}
 
-    async def _greet(self) -> None:
+    async def greet(self) -> None:
+        """Bind the worker's queues and send a welcome."""
         assert self.worker is not None
         await self.link.bind(self.topology.bindings_of(self.worker))
         await self.welcome()
@@ -75,24 +70,22 @@ class Probe(Listener):
     async def send(
         self,
         message: Message,
-        weights: Weights | None = None,
         *,
         beside: Groups = NO_GROUPS,
         changes: Mapping[str, Any] | None = None,
         lose: Container[int] = (),
     ) -> None:
-        """Send a message to the worker.
+        """Send a message to the worker; work is sent with the weights.
 
         Args:
             message: the header.
-            weights: the tensors to send with it.
             beside: tensors of other groups.
             changes: header keys to add or replace, valid or not.
             lose: the numbers of the parts to leave out.
         """
         parts: Iterable[bytes] = ()
-        if isinstance(message, WithTensors) and weights is not None:
-            _, body, parts = pack(message, weights, beside)
+        if isinstance(message, WithTensors):
+            _, body, parts = pack(message, self.weights, beside)
         else:
             body = encode(message)
         await self.deliver(altered(body, changes) if changes else body, message.kind)
@@ -129,12 +122,12 @@ class Probe(Listener):
     async def ask(self, fit: Fit, **options: Any) -> SentFit:
         """Send work; ``options`` are those of ``send``."""
         sent = self.mark_sent(fit)
-        await self.send(fit, self.weights, **options)
+        await self.send(fit, **options)
         return sent
 
     def mark_sent(self, fit: Fit) -> SentFit:
-        """Return a record of the messages that arrived before ``fit``, which is sent next."""
-        return SentFit(fit, len(self.answers), len(self.presence))
+        """Return a record of ``fit``, which is sent next."""
+        return SentFit(fit, len(self.messages))
 
     def _of_run(self) -> dict[str, Any]:
         return {"federation": self.topology.federation, "run": self.run}
@@ -142,8 +135,7 @@ class Probe(Listener):
     def begin_with(self, weights: Weights, frozen: Weights) -> None:
         """Use these weights in every round; note the worker's own frozen tensors."""
         self.frozen = frozen
-        large = {LARGE: np.zeros(LARGE_FLOATS, np.float32)} if self.options.large else {}
-        self.weights = {**weights, **large}
+        self.weights = {**weights, **(_LARGE if self.options.large else {})}
 
     # --- receiving -----------------------------------------------------------------------------
 
@@ -196,11 +188,13 @@ class Probe(Listener):
         except MalformedMessage as why:
             raise Unmet(f"parts that do not match their announcement: {why}") from None
 
-    async def first_weights(self, since: int) -> Groups:
-        """Wait for first weights, ignoring the first ``since`` answers, and decode all groups."""
+    async def first_weights(self) -> Groups:
+        """Request first weights, and decode all their groups."""
+        since = len(self.messages)
+        await self.send(InitRequest(**self._of_run(), seed=7))
 
         def find() -> tuple[FirstWeights, memoryview] | None:
-            for message, inline in self.answers[since:]:
+            for _, message, inline in self.messages[since:]:
                 if isinstance(message, FirstWeights) and message.run == self.run:
                     return message, inline
             return None
@@ -216,35 +210,24 @@ class Probe(Listener):
 
         A worker reads its inbox in order, so by then it has read everything sent before.
         """
-        base, since = fresh_name(), len(self.answers)
-        work = Evaluate(**self._of_run(), round=self.round, base=base)
-        await self.send(work, self.weights)
+        base, since = fresh_name(), len(self.messages)
+        await self.send(Evaluate(**self._of_run(), round=self.round, base=base))
+        return await self.next(Evaluation, since, "evaluation", lambda each: each.base == base)
 
-        def find() -> Evaluation | None:
-            later = (each.message for each in self.answers[since:])
-            evaluations = (each for each in later if isinstance(each, Evaluation))
-            return next((each for each in evaluations if each.base == base), None)
-
-        return await self.until(find, "evaluation")
+    async def heartbeat(self, state: str | None = None, what: str = "heartbeat") -> Heartbeat:
+        """Send a welcome, and wait for a heartbeat, in this state if one is given."""
+        since = len(self.messages)
+        await self.welcome()
+        return await self.next(Heartbeat, since, what, lambda beat: state in (None, beat.state))
 
     async def idle(self) -> Heartbeat:
         """Wait until the worker reports that it is idle; its last answer is then confirmed."""
-        since = len(self.presence)
-        await self.welcome()
-
-        def find() -> Heartbeat | None:
-            later = (each.message for each in self.presence[since:])
-            beats = (each for each in later if isinstance(each, Heartbeat))
-            return next((beat for beat in beats if beat.state == "idle"), None)
-
-        return await self.until(find, "heartbeat in state idle")
+        return await self.heartbeat("idle", "heartbeat in state idle")
 
     async def read_by_now(self) -> None:
         """Wait until the worker has read everything sent so far."""
         for _ in range(2):  # the first heartbeat may already have been in transit
-            since = len(self.presence)
-            await self.welcome()
-            await self.next_presence(Heartbeat, since, "heartbeat after a welcome")
+            await self.heartbeat(what="heartbeat after a welcome")
 
 
 def altered(body: bytes, changes: Mapping[str, Any]) -> bytes:

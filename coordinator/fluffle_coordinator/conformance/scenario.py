@@ -5,11 +5,15 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Literal, NamedTuple
 
 from fluffle_coordinator.conformance.probe import Probe
+from fluffle_coordinator.conformance.received import Skipped, Unmet
 
 Play = Callable[[Probe], Awaitable[str]]
 """Plays a scenario; returns what the worker did, or raises ``Unmet`` or ``Skipped``."""
+
+Outcome = Literal["ok", "failed", "skipped"]
 
 
 class Section(StrEnum):
@@ -26,23 +30,45 @@ class Section(StrEnum):
     FROZEN = "Frozen tensors"
 
 
+class Finding(NamedTuple):
+    """The outcome of one scenario.
+
+    ``seen`` says what the worker did, or why the scenario was skipped; ``demand`` and ``section``
+    are from docs/protocol.md.
+    """
+
+    scenario: str
+    outcome: Outcome
+    seen: str
+    demand: str
+    section: str
+
+
 @dataclass(frozen=True)
 class Scenario:
-    """One scenario.
+    """A demand in a section of docs/protocol.md, and the test of it.
 
-    Args:
-        name: a few words that name it.
-        section: the section of docs/protocol.md that contains the demand.
-        demand: what a worker has to do.
-        play: the test.
-        needed: whether no later scenario can be tried if this one fails.
+    If it is ``needed`` and not met, no later scenario can be tried.
     """
 
     name: str
     section: Section
     demand: str
     play: Play
-    needed: bool = False
+    needed: bool
+
+    async def finding(self, probe: Probe) -> Finding:
+        """Play the scenario and return its outcome."""
+        try:
+            return self.found("ok", await self.play(probe))
+        except Unmet as why:
+            return self.found("failed", str(why))
+        except Skipped as why:
+            return self.found("skipped", str(why))
+
+    def found(self, outcome: Outcome, seen: str) -> Finding:
+        """Return a finding of this scenario."""
+        return Finding(self.name, outcome, seen, self.demand, self.section)
 
 
 def demands(section: Section, demand: str, *, needed: bool = False) -> Callable[[Play], Scenario]:

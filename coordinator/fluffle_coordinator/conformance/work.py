@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from fluffle_common.protocol.messages import Evaluation, Update, Verdict
-from fluffle_coordinator.conformance.findings import ReceivedUpdate, Unmet, same_answer
+from fluffle_common.protocol.messages import Evaluation, Heartbeat, Hello, Update, Verdict
+from fluffle_common.tensors.frozen import frozen_of
+from fluffle_common.tensors.groups import FROZEN
 from fluffle_coordinator.conformance.listener import SentFit
 from fluffle_coordinator.conformance.probe import Probe, fresh_name
+from fluffle_coordinator.conformance.received import (
+    ReceivedUpdate,
+    Skipped,
+    Unmet,
+    same_answer,
+    signs_of_life,
+)
 from fluffle_coordinator.conformance.scenario import Section, demands
 
 
@@ -31,19 +39,17 @@ async def evaluation_before_the_update(probe: Probe) -> str:
     sent = await probe.ask(probe.next_fit(evaluate=True))
     await probe.update(sent)
     await probe.evaluation()  # by then, a late evaluation has arrived
-    answers = [each.message for each in probe.answers[sent.answers :]]
-    update_at = next(n for n, each in enumerate(answers) if isinstance(each, Update))
-    evaluations = [
-        (n, each)
-        for n, each in enumerate(answers)
-        if isinstance(each, Evaluation) and each.base == sent.fit.base
+    answers = [
+        each.message
+        for each in probe.messages[sent.since :]
+        if isinstance(each.message, Update | Evaluation) and each.message.base == sent.fit.base
     ]
-    if not evaluations:
+    evaluation = next((each for each in answers if isinstance(each, Evaluation)), None)
+    if evaluation is None:
         return "an update without an evaluation: there is no held-out data"
-    (evaluation_at, evaluation), *_ = evaluations
     if evaluation.round != sent.fit.round - 1:
         raise Unmet(f"an evaluation of round {evaluation.round}, not of {sent.fit.round - 1}")
-    if evaluation_at > update_at:
+    if isinstance(answers[0], Update):
         raise Unmet("the evaluation came after the update")
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples, then the update"
 
@@ -82,7 +88,7 @@ async def same_fit_again(probe: Probe) -> str:
 async def same_fit_while_at_work(probe: Probe) -> str:
     """Send the same fit twice in a row."""
     sent = await probe.ask(probe.next_fit())
-    await probe.send(sent.fit, probe.weights)
+    await probe.send(sent.fit)
     await probe.update(sent, crossed=True)
     await probe.evaluation()
     updates = probe.updates_of(sent)
@@ -190,6 +196,43 @@ async def evaluate_during_training(probe: Probe) -> str:
     return "an evaluation, then the next round"
 
 
+@demands(
+    Section.FROZEN,
+    "a worker with the feature frozen does not train a fit whose frozen tensors it lacks, and "
+    "reports the state receiving; it keeps the frozen tensors that come with a fit, lists their "
+    "digest, and then trains without being sent them again",
+)
+async def frozen_tensors(probe: Probe) -> str:
+    """Send work that needs other frozen tensors: without them, with them, and without them."""
+    if FROZEN not in _last_sign(probe).features:
+        raise Skipped("the worker's features do not list frozen")
+    if not probe.frozen:
+        raise Skipped("first_weights had no tensors in the group frozen")
+    other = frozen_of({name: old + old.dtype.type(1) for name, old in probe.frozen.items()})
+    needs = {"frozen": other.digest, "critical": (FROZEN,)}
+
+    sent = await probe.ask(probe.next_fit(**needs))
+    await probe.read_by_now()
+    state = _last_sign(probe).state
+    if probe.updates_of(sent) or state != "receiving":
+        raise Unmet(f"the worker is {state} after a fit whose frozen tensors were not sent to it")
+
+    await probe.update(await probe.ask(sent.fit, beside={FROZEN: other.tensors}))
+    if other.digest not in (await probe.idle()).frozen:
+        raise Unmet(
+            "the worker's heartbeat does not list the digest of the tensors that it was sent"
+        )
+
+    await probe.update(await probe.ask(probe.next_fit(**needs)))
+    return f"{len(probe.frozen)} frozen tensors, sent once for two rounds"
+
+
+def _last_sign(probe: Probe) -> Hello | Heartbeat:
+    """Return the worker's last hello or heartbeat."""
+    _, sign = signs_of_life(probe.messages)[-1]
+    return sign
+
+
 def _difference(one: ReceivedUpdate, other: ReceivedUpdate) -> str:
     if one.update.seconds != other.update.seconds:
         return f"{one.update.seconds:.6f} s of training, then {other.update.seconds:.6f} s"
@@ -198,19 +241,3 @@ def _difference(one: ReceivedUpdate, other: ReceivedUpdate) -> str:
 
 def _and_also(probe: Probe, sent: SentFit, what: str) -> str:
     return f"; {what} too" if probe.updates_of(sent) else ""
-
-
-WORK = (
-    fit,
-    evaluation_before_the_update,
-    last_work,
-    same_fit_again,
-    same_fit_while_at_work,
-    next_fit_at_once,
-    newer_fit,
-    older_fit,
-    another_base,
-    rejected_update,
-    evaluate,
-    evaluate_during_training,
-)

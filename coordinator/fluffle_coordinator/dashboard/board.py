@@ -27,9 +27,7 @@ PHASES = ("standby", "waiting", "open", "committing", "evaluating", "ended")
 class Board:
     """Everything the page shows of one federation.
 
-    Args:
-        federation: the name of the federation.
-        source: where the events come from: ``coordinator`` or ``journal``.
+    ``source`` is where the events come from: ``coordinator`` or ``journal``.
     """
 
     def __init__(self, federation: str, source: str = "coordinator") -> None:
@@ -83,10 +81,9 @@ class Board:
 
     # --- output --------------------------------------------------------------------------------
 
-    def snapshot(self, now: float) -> dict[str, Any]:
-        """Return the whole page at time ``now`` as plain data, one key per section."""
+    def snapshot(self) -> dict[str, Any]:
+        """Return the whole page as plain data, one key per section."""
         return {
-            "now": now,
             "run": self.run(),
             "open": self._open_section(),
             **results(self.view, self._current),
@@ -159,7 +156,7 @@ class Board:
             "needed": needed,
             "opened_at": opened.asked_at,
             "deadline_at": opened.deadline_at,
-            "answered": [asdict(answer) for answer in opened.answers.values()],
+            "answered": [{"key": key, **asdict(each)} for key, each in opened.answers.items()],
             "missing": [
                 self._missing(name, opened) for name in opened.asked if name not in opened.answers
             ],

@@ -11,10 +11,10 @@ import asyncio
 import contextlib
 import math
 import socket
-import time
 import uuid
 from collections.abc import Callable
 
+from fluffle_common.clock import wall_time
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import decode
@@ -34,13 +34,7 @@ _JOURNAL_POLL_S = 2.0
 
 
 class BrokerSource:
-    """Follows a federation through the broker and keeps its board.
-
-    Args:
-        topology: the names of the federation's queues and exchanges.
-        transport: the connection to the broker.
-        ask_queues: returns the queues' figures; see ``Feed``.
-    """
+    """Follows a federation through the broker and keeps its board."""
 
     def __init__(
         self, topology: Topology, transport: Transport, ask_queues: Callable[[], Figures]
@@ -107,10 +101,10 @@ class BrokerSource:
             message, _ = decode(copy.body, self._topology.federation)
         except MalformedMessage:
             return  # the coordinator rejects the original, and the journal shows that
-        now, workers = round(time.time(), 3), self._board.view.workers
+        now, workers = round(wall_time(), 3), self._board.view.workers
         match message:
             case Hello() | Heartbeat():
-                workers.sign_of_life(now, message.worker, message.model_dump())
+                workers.sign_of_life(now, message.worker, message)
             case Bye():
                 workers.add(now, Left(worker=message.worker, reason=message.reason))
             case _:

@@ -8,11 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from pydantic_core import to_json
+
 from fluffle_common.cli.console import warn
+from fluffle_common.clock import wall_time
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, queue_figures
@@ -25,11 +27,8 @@ _AFTER_A_FAILURE_S = 10.0
 class Feed:
     """A board with any number of viewers.
 
-    Args:
-        board: the content of the page.
-        refresh: called before each read, to bring the board up to date.
-        ask_queues: returns the queues' figures; called in a thread. None: queues are not shown.
-        clock: returns the time in seconds since 1970.
+    ``refresh`` brings the board up to date, and is called before each read. ``ask_queues`` returns
+    the queues' figures, and is called in a thread; without it, no queues are shown.
     """
 
     def __init__(
@@ -38,9 +37,8 @@ class Feed:
         *,
         refresh: Callable[[], object] = lambda: None,
         ask_queues: Callable[[], Figures] | None = None,
-        clock: Callable[[], float] = time.time,
     ) -> None:
-        self._board, self.clock = board, clock
+        self._board = board
         self.version = 0
         self.closed = False
         self._refresh, self._ask_queues = refresh, ask_queues
@@ -84,12 +82,15 @@ class Feed:
         return self._board
 
     def sections(self) -> dict[str, str]:
-        """Return the page as JSON, one text per section, cached until something changes."""
+        """Return the page as JSON, one text per section, cached until something changes.
+
+        The section ``now``, the time in seconds since 1970, is always new.
+        """
         if self._sections_version != self.version:
-            self._sections_version = self.version
-            snapshot = self.board.snapshot(self.clock())
+            snapshot = self.board.snapshot()
             self._sections = {name: as_json(section) for name, section in snapshot.items()}
-        return self._sections
+            self._sections_version = self.version
+        return self._sections | {"now": as_json(wall_time())}
 
     async def ask_queues(self, max_age_s: float) -> None:
         """Refresh the queues' figures, unless they are younger than ``max_age_s``."""
@@ -112,33 +113,13 @@ class Feed:
 
 
 def queue_asker(topology: Topology, url: str, base: str) -> Callable[[], Figures]:
-    """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does.
-
-    Args:
-        topology: the names of the federation's queues.
-        url: URL of the broker.
-        base: URL of its management API.
-    """
+    """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does."""
     return lambda: [figures.as_dict() for figures in queue_figures(url, base, topology)]
 
 
 def as_json(value: Any) -> str:
-    """Return plain data as one line of JSON; NaN and infinity become null, other objects text."""
+    """Return data as one line of ASCII JSON; NaN and infinity become null, other objects text."""
     try:
-        return json.dumps(value, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError):
-        return json.dumps(_plain(value), separators=(",", ":"))
-
-
-def _plain(value: Any) -> Any:
-    match value:
-        case Mapping():
-            return {str(key): _plain(each) for key, each in value.items()}
-        case list() | tuple() | set() | frozenset():
-            return [_plain(each) for each in value]
-        case float() if not math.isfinite(value):
-            return None
-        case None | bool() | int() | float() | str():
-            return value
-        case _:
-            return str(value)
+        return to_json(value, ensure_ascii=True, inf_nan_mode="null", fallback=str).decode()
+    except ValueError:  # a file name may not be valid Unicode
+        return json.dumps(value, default=str, separators=(",", ":"))

@@ -6,6 +6,7 @@ comes from a fixed set (causes, states, phases, roles of queues), so no worker c
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 
@@ -24,31 +25,18 @@ from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.observe.counters import OUTCOMES, STEPS, Counters
 
-_VERSION = version("fluffle")
-
 ROLES = ("updates", "presence", "rejected", "unrouted", "journal", "inboxes", "outboxes", "other")
 
 _QUEUE_FIGURES = {
     "ready": ("fluffle_queue_ready_messages", "Messages waiting to be delivered."),
     "unacknowledged": (
         "fluffle_queue_unacknowledged_messages",
-        (
-            "Messages delivered but not acknowledged; an update stays unacknowledged until its "
-            "round is on disk."
-        ),
+        "Messages delivered but not acknowledged; an update stays unacknowledged until its round "
+        "is on disk.",
     ),
     "consumers": ("fluffle_queue_consumers", "Number of consumers of these queues."),
     "size_bytes": ("fluffle_queue_size_bytes", "Bytes of the messages in these queues."),
 }
-
-_EVALUATIONS = (
-    ("loss", "fluffle_federated_loss", "Federated loss of the most recently evaluated model."),
-    (
-        "accuracy",
-        "fluffle_federated_accuracy_ratio",
-        "Federated accuracy of the most recently evaluated model, from 0 to 1.",
-    ),
-)
 
 
 def registry(feed: Feed) -> CollectorRegistry:
@@ -67,20 +55,14 @@ class BoardCollector(Collector):
     def collect(self) -> Iterator[Metric]:
         """Yield every metric."""
         board = self._feed.board
+        build = {version("fluffle"): 1}
         yield _labelled(
-            "fluffle_build_info",
-            "Version of fluffle, as a label; always 1.",
-            "version",
-            {_VERSION: 1},
+            "fluffle_build_info", "Version of fluffle, as a label; always 1.", "version", build
         )
         yield from _run(board)
         yield from _counters(board.view.counters)
-        yield _labelled(
-            "fluffle_workers",
-            "Workers by what they are doing.",
-            "state",
-            board.view.workers.by_state(),
-        )
+        states = board.view.workers.by_state()
+        yield _labelled("fluffle_workers", "Workers by what they are doing.", "state", states)
         yield from _queues(board)
 
 
@@ -88,24 +70,21 @@ def _run(board: Board) -> Iterator[Metric]:
     run = board.run()
     updates, needed = board.filling
     yield _gauge("fluffle_broker_linked", "1 if the broker is connected, else 0.", run["linked"])
-    yield _labelled(
-        "fluffle_phase",
-        "Phase of the run: 1 for the current phase, 0 for the others.",
-        "phase",
-        {phase: int(phase == run["phase"]) for phase in PHASES},
-    )
+    phases = {phase: int(phase == run["phase"]) for phase in PHASES}
+    words = "Phase of the run: 1 for the current phase, 0 for the others."
+    yield _labelled("fluffle_phase", words, "phase", phases)
     yield _gauge("fluffle_round", "The round that is open, or opens next.", run["round"])
     if run["rounds"] is not None:
         yield _gauge("fluffle_rounds_planned", "Number of rounds of the run.", run["rounds"])
     yield _gauge("fluffle_quorum_received_updates", "Updates counted in the open round.", updates)
-    yield _gauge(
-        "fluffle_quorum_needed_updates",
-        "Number of updates that the open round needs to close.",
-        needed,
-    )
-    for metric, name, words in _EVALUATIONS:
-        if (value := latest(board.view, metric)) is not None:
-            yield _gauge(name, words, value)
+    words = "Number of updates that the open round needs to close."
+    yield _gauge("fluffle_quorum_needed_updates", words, needed)
+    if (loss := latest(board.view, "loss")) is not None:
+        words = "Federated loss of the most recently evaluated model."
+        yield _gauge("fluffle_federated_loss", words, loss)
+    if (accuracy := latest(board.view, "accuracy")) is not None:
+        words = "Federated accuracy of the most recently evaluated model, from 0 to 1."
+        yield _gauge("fluffle_federated_accuracy_ratio", words, accuracy)
 
 
 def _counters(counters: Counters) -> Iterator[Metric]:
@@ -124,39 +103,36 @@ def _counters(counters: Counters) -> Iterator[Metric]:
         ),
     ):
         yield CounterMetricFamily(name, words, value)
-    outcomes = CounterMetricFamily("fluffle_updates", "Updates, by outcome.", labels=["outcome"])
-    for outcome in OUTCOMES:
-        outcomes.add_metric([outcome], counters.outcomes[outcome])
-    yield outcomes
-    rejected = CounterMetricFamily(
-        "fluffle_rejected_messages", "Rejected messages, by cause.", labels=["cause"]
-    )
-    for cause in CAUSES:
-        rejected.add_metric([cause], counters.causes[cause])
-    yield rejected
-    steps = SummaryMetricFamily(
-        "fluffle_round_step_seconds",
-        "Seconds that committed rounds spent in each step.",
-        labels=["step"],
-    )
+    for name, words, label, values, counts in (
+        ("fluffle_updates", "Updates, by outcome.", "outcome", OUTCOMES, counters.outcomes),
+        (
+            "fluffle_rejected_messages",
+            "Rejected messages, by cause.",
+            "cause",
+            CAUSES,
+            counters.causes,
+        ),
+    ):
+        counter = CounterMetricFamily(name, words, labels=[label])
+        for value_of_label in values:
+            counter.add_metric([value_of_label], counts[value_of_label])
+        yield counter
+    words = "Seconds that committed rounds spent in each step."
+    steps = SummaryMetricFamily("fluffle_round_step_seconds", words, labels=["step"])
     for step in STEPS:
         steps.add_metric([step], counters.step_rounds[step], counters.step_seconds[step])
     yield steps
     if counters.committed_at is not None:
-        yield _gauge(
-            "fluffle_last_commit_timestamp_seconds",
-            "When the last round was committed, in seconds since 1970.",
-            counters.committed_at,
-        )
+        words = "When the last round was committed, in seconds since 1970."
+        yield _gauge("fluffle_last_commit_timestamp_seconds", words, counters.committed_at)
 
 
 def _queues(board: Board) -> Iterator[Metric]:
     for figure, (name, words) in _QUEUE_FIGURES.items():
-        sums: dict[str, float] = {}
+        sums = Counter[str]()
         for queue in board.figures:
             if queue.get(figure) is not None:
-                label = role(str(queue["name"]), board.federation)
-                sums[label] = sums.get(label, 0) + queue[figure]
+                sums[role(str(queue["name"]), board.federation)] += queue[figure]
         if sums:
             yield _labelled(name, words, "queue", sums)
 

@@ -64,7 +64,7 @@ def snapshot(
     Args:
         rows: the history, one row per round.
         identity: the content of ``run.json``.
-        checkpoints: name, size and SHA-256 of each model file.
+        checkpoints: ``file``, ``size_bytes`` and ``sha256`` of each.
         end: the history's ``ended`` line; None if the run has not ended.
         now: the time, in seconds since 1970.
     """

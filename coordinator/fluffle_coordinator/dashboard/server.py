@@ -31,8 +31,9 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluffle_common.cli.console import warn
+from fluffle_common.clock import wall_time
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.dashboard.feed import Feed, as_json
+from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import registry
 
 _MAX_VIEWERS = 50
@@ -213,7 +214,7 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         Route("/", _file(_STATIC / "page.html")),
         *(Route(f"/{file.name}", _file(file)) for file in _STATIC.iterdir()),
     ]
-    return Guard(Starlette(routes=routes), hosts)
+    return _read_only(Starlette(routes=routes), hosts)
 
 
 def _file(file: Traversable) -> Callable[[Request], Coroutine[Any, Any, Response]]:
@@ -230,8 +231,8 @@ async def _events(feed: Feed) -> AsyncGenerator[str, None]:
     known: dict[str, str] = {}
     loop = asyncio.get_running_loop()
     polling = asyncio.create_task(_poll_queues(feed), name="queues of the page")
-    yield "retry: 1000\n\n"
     try:
+        yield "retry: 1000\n\n"
         while True:
             version, is_last, began = feed.version, feed.closed, loop.time()
             sections = feed.sections()
@@ -239,7 +240,7 @@ async def _events(feed: Feed) -> AsyncGenerator[str, None]:
             new = {name: text for name, text in sections.items() if known.get(name) != text}
             known = sections
             if new.keys() - {"now"}:
-                yield f"data: {_joined({**new, 'now': as_json(feed.clock())})}\n\n"
+                yield f"data: {_joined(new)}\n\n"
             if is_last:
                 return
             try:
@@ -247,7 +248,7 @@ async def _events(feed: Feed) -> AsyncGenerator[str, None]:
                     await feed.news(version)
             except TimeoutError:
                 # An event instead of a comment: scripts cannot see comments.
-                yield f"event: alive\ndata: {feed.clock()}\n\n"
+                yield f"event: alive\ndata: {wall_time()}\n\n"
             if not feed.closed:
                 await asyncio.sleep(pause_s)
     finally:
@@ -264,21 +265,14 @@ def _joined(sections: dict[str, str]) -> str:
     return "{" + ",".join(f'"{name}":{text}' for name, text in sections.items()) + "}"
 
 
-class Guard:
-    """Middleware that admits only reads of known host names and adds the security headers.
+def _read_only(app: ASGIApp, hosts: set[str] | None) -> ASGIApp:
+    """Return middleware that admits only reads of known host names and adds security headers.
 
     The host check prevents DNS rebinding: a web page can point its own name at 127.0.0.1 and make
     a browser read this server, but that name is then in the ``Host`` header.
     """
 
-    def __init__(self, app: ASGIApp, hosts: set[str] | None) -> None:
-        self._app, self._hosts = app, hosts
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request."""
-        if scope["type"] != "http":
-            return
-
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
         async def send_with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
                 present = {name for name, _ in message["headers"]}
@@ -286,14 +280,16 @@ class Guard:
                 message["headers"] = [*message["headers"], *missing]
             await send(message)
 
-        refusal: Response | None = None
+        respond = app
         if scope["method"] not in ("GET", "HEAD"):
-            refusal = PlainTextResponse(
+            respond = PlainTextResponse(
                 "this page is read-only; use GET or HEAD\n", 405, headers={"allow": "GET, HEAD"}
             )
-        elif self._hosts is not None and _host(scope) not in self._hosts:
-            refusal = PlainTextResponse("this page answers to localhost and 127.0.0.1 only\n", 403)
-        await (refusal or self._app)(scope, receive, send_with_headers)
+        elif hosts is not None and _host(scope) not in hosts:
+            respond = PlainTextResponse("this page answers to localhost and 127.0.0.1 only\n", 403)
+        await respond(scope, receive, send_with_headers)
+
+    return answer
 
 
 def _host(scope: Scope) -> str:

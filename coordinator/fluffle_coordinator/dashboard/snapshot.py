@@ -134,20 +134,21 @@ def latest(view: RunView, metric: str) -> float | None:
 def _round(view: RoundView) -> dict[str, Any]:
     row: dict[str, Any] = {"round": view.number}
     if view.committed_at is not None:
-        answers, counted = view.answers, set(view.participants)
+        answers, counted = view.answers.values(), set(view.participants)
+        examples = Counter[str]()  # an asynchronous round can count a worker more than once
+        for answer in answers:
+            examples[answer.worker] += answer.num_examples or 0
         row |= {
+            "updates": max(len(answers), len(counted)),
             "participants": list(view.participants),
-            "examples": [
-                answers[name].num_examples if name in answers else None
-                for name in view.participants
-            ],
+            "examples": [examples[name] or None for name in view.participants],
             "asked": [name for name in view.asked if name not in counted],
             "came_late": sorted(view.came_late),
             "opened_at": view.asked_at,
             "committed_at": view.committed_at,
             "num_examples": view.num_examples,
-            "bytes": sum(answer.bytes or 0 for answer in answers.values()),
-            "train_loss": train_loss(answers.values()),
+            "bytes": sum(answer.bytes or 0 for answer in answers),
+            "train_loss": train_loss(answers),
             "phases": view.phases,
             "late": view.late,
             "rejected": view.rejected,

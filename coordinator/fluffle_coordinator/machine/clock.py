@@ -1,17 +1,24 @@
-"""The machine's clock, which runs only while someone could have been heard.
+"""The machine's clock, and the deadlines of workers.
+
+The clock runs only while someone could have been heard.
 
 If the coordinator is stopped, its host swaps or the broker blocks all publishers, all workers seem
 to fall silent at once. So the coordinator sends itself an echo through the queue of heartbeats. If
 nothing is heard for longer than ``State.hearing_s``, the clock stops. With the next message it
 starts again, and every timer is postponed by the time that was lost. So all messages that waited
 are read before any timer expires.
+
+A worker counts as gone or stalled at its deadline. ``State.due_at`` is a lower bound of all these
+deadlines, so that most ticks need not look at every worker.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
 
-from fluffle_coordinator.machine.state import State, Table
+from fluffle_coordinator.machine.state import State, Table, Worker
 
 
 def clock_time(state: State, now: float) -> float:
@@ -42,8 +49,11 @@ def postpone(state: State, seconds: float) -> State:
             for name, worker in state.workers.items()
         }
     )
+    asked = {n: issued._replace(at=issued.at + seconds) for n, issued in state.asked.items()}
     return state.replace(
         workers=workers,
+        asked=Table(asked),
+        frozen_sent=Table({name: at + seconds for name, at in state.frozen_sent.items()}),
         due_at=state.due_at + seconds,
         opened_at=state.opened_at + seconds,
         began_at=state.began_at + seconds,
@@ -52,3 +62,28 @@ def postpone(state: State, seconds: float) -> State:
         init_asked_at=state.init_asked_at + seconds,
         gate_until=state.gate_until + seconds,
     )
+
+
+def first_due(state: State) -> float:
+    """Return when the first worker counts as gone or stalled, unless it is heard before."""
+    return min((_worker_due(state, worker) for worker in state.workers.values()), default=math.inf)
+
+
+def schedule_check(state: State, name: str) -> State:
+    """Make sure that the next check comes in time for a worker that has changed."""
+    due = _worker_due(state, state.workers[name]) if name in state.workers else math.inf
+    return state.replace(due_at=due) if due < state.due_at else state
+
+
+def _worker_due(state: State, worker: Worker) -> float:
+    return min(worker.deadline(state.rules), *stall_times(state, worker), math.inf)
+
+
+def stall_times(state: State, worker: Worker) -> Iterator[float]:
+    """Yield when a worker that does not advance is reported, and when it counts as failed."""
+    rules = state.rules
+    if worker.has_steps and worker.name in state.asked and worker.name not in state.failed:
+        if not worker.stalled:
+            yield worker.moved_at + rules.stall_s
+        if rules.stall_timeout_s is not None and state.busy(worker.name):
+            yield worker.moved_at + rules.stall_timeout_s

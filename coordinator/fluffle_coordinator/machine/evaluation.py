@@ -1,4 +1,4 @@
-"""Evaluations: those of each round's model, and the last model's, with which a run finishes.
+"""Evaluations: those of each round's model, and the last model's; and the end of the run.
 
 A worker evaluates the model that it is about to train, so the evaluation of a round's model arrives
 during the next round. Only the last model needs work of its own.
@@ -7,12 +7,12 @@ during the next round. Only the last model needs work of its own.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.effects import Effects, Record, RecordEvaluation
-from fluffle_coordinator.machine.ending import end
+from fluffle_coordinator.machine.effects import Effects, End, Record, RecordEvaluation
 from fluffle_coordinator.machine.events import EvaluationArrived
-from fluffle_coordinator.machine.state import Issued, Phase, State, Table
+from fluffle_coordinator.machine.state import Issued, Outcome, Phase, State, Table
 from fluffle_coordinator.machine.work import send_work
 
 
@@ -82,3 +82,15 @@ def try_to_finish(state: State, now: float, out: Effects) -> State:
     done = state.round - 1
     rounds = "1 round is" if done == 1 else f"{done} rounds are"
     return end(state, "finished", state.enough or f"{rounds} done", out)
+
+
+def end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
+    """End the run; every worker that ever joined it is told."""
+    out.append(End(outcome, reason, tuple(sorted(state.met))))
+    return state.replace(phase=Phase.ENDED, outcome=outcome, reason=reason)
+
+
+def last_failure(failed: Mapping[str, str]) -> str:
+    """Return one of the failures, as ``worker: reason``: the last by name."""
+    worker, reason = max(failed.items())
+    return f"{worker}: {reason}"

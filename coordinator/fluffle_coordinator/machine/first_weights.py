@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import refuse_unfit
 from fluffle_coordinator.machine.effects import AskInit, Effects, Record
-from fluffle_coordinator.machine.ending import end, last_failure
+from fluffle_coordinator.machine.evaluation import end, last_failure
 from fluffle_coordinator.machine.events import InitLost, WeightsReady
 from fluffle_coordinator.machine.state import State, Worker
 

@@ -25,8 +25,9 @@ The tests check these rules under random interleavings:
 5. Time alone leads to progress or to a declared stop; time without a link does not count.
 
 An event is handled in two steps. Its handler takes it in: ``updates`` handles updates,
-``membership`` workers, ``evaluation`` evaluations. Then ``transitions`` takes the run from phase to
-phase. The run's ``schedule`` decides what differs between synchronous and asynchronous rounds.
+``membership`` workers, ``evaluation`` evaluations. Then ``_progress`` takes the run from phase to
+phase, whatever event led there. The run's ``schedule`` decides what differs between synchronous and
+asynchronous rounds.
 """
 
 from __future__ import annotations
@@ -39,43 +40,25 @@ from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import ModelForm
-from fluffle_coordinator.machine import evaluation, first_weights, membership, updates
-from fluffle_coordinator.machine.clock import heard, postpone
-from fluffle_coordinator.machine.closing import report_smaller_quorum
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import first_weights, membership, updates
+from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
+from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
 from fluffle_coordinator.machine.effects import Ack, Effects, Record
-from fluffle_coordinator.machine.events import (
-    Arrived,
-    Committed,
-    Connected,
-    Disconnected,
-    Echoed,
-    EvaluationArrived,
-    Event,
-    Failed,
-    Folded,
-    FoldFailed,
-    InitLost,
-    Left,
-    Seen,
-    Tick,
-    WeightsReady,
+from fluffle_coordinator.machine.evaluation import (
+    evaluate_last_model,
+    evaluation_arrived,
+    record_evaluation,
+    try_to_finish,
 )
+from fluffle_coordinator.machine.opening import try_to_open
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
-from fluffle_coordinator.machine.state import (
-    SEQUENCE_GAP,
-    Phase,
-    State,
-    Table,
-    Ticket,
-)
-from fluffle_coordinator.machine.transitions import progress, wakeup
-
-__all__ = ["advance", "start", "wakeup"]
+from fluffle_coordinator.machine.state import SEQUENCE_GAP, Phase, State, Table, Ticket
 
 # The events that arrive in the queue of heartbeats.
-_HEARD = (Seen, Left, Failed, Echoed)
+_HEARD = (ev.Seen, ev.Left, ev.Failed, ev.Echoed)
 
 
 def start(
@@ -148,13 +131,10 @@ def start(
         heard_at=now,
     )
     earlier = {number: name for number, name in earlier.items() if number <= committed}
-    return state.replace(
-        counted_before=updates.recently_counted(state, counted),
-        earlier=updates.recent_bases(state, earlier),
-    )
+    return updates.remember(state, counted, earlier)
 
 
-def advance(state: State, event: Event) -> tuple[State, Effects]:
+def advance(state: State, event: ev.Event) -> tuple[State, Effects]:
     """Return the state after an event, and the effects to carry out in this order."""
     if state.phase is Phase.ENDED:
         return state, []
@@ -163,10 +143,10 @@ def advance(state: State, event: Event) -> tuple[State, Effects]:
         state = heard(state, event.now)
     before, state = state, _HANDLERS[type(event)](state, event, out)
     report_smaller_quorum(before, state, event, out)
-    return progress(state, event.now, out), out
+    return _progress(state, event.now, out), out
 
 
-def _connected(state: State, event: Connected, out: Effects) -> State:
+def _connected(state: State, event: ev.Connected, out: Effects) -> State:
     first = state.link == 0 and not state.workers
     out.append(Record(run_events.Connected() if first else run_events.Reconnected()))
     # The outage does not count: no worker could be heard, and updates wait in the broker.
@@ -191,27 +171,79 @@ def _connected(state: State, event: Connected, out: Effects) -> State:
     )
 
 
-def _disconnected(state: State, event: Disconnected, _: Effects) -> State:
+def _disconnected(state: State, event: ev.Disconnected, _: Effects) -> State:
     return state.replace(link=0, unlinked_since=event.now) if state.link else state
 
 
-def _echoed(state: State, event: Echoed, _: Effects) -> State:
+def _echoed(state: State, event: ev.Echoed, _: Effects) -> State:
     return state.replace(caught_up=True) if event.link == state.link else state
 
 
-_HANDLERS: Mapping[type[Event], Callable[[State, Any, Effects], State]] = {
-    Connected: _connected,
-    Disconnected: _disconnected,
-    Echoed: _echoed,
-    Seen: membership.seen,
-    Left: membership.left,
-    Failed: membership.failed,
-    InitLost: first_weights.init_lost,
-    WeightsReady: first_weights.weights_ready,
-    Arrived: updates.arrived,
-    Folded: updates.folded,
-    FoldFailed: updates.fold_failed,
-    EvaluationArrived: evaluation.evaluation_arrived,
-    Committed: updates.committed,
-    Tick: membership.tick,
+_HANDLERS: Mapping[type[ev.Event], Callable[[State, Any, Effects], State]] = {
+    ev.Connected: _connected,
+    ev.Disconnected: _disconnected,
+    ev.Echoed: _echoed,
+    ev.Seen: membership.seen,
+    ev.Left: membership.left,
+    ev.Failed: membership.failed,
+    ev.InitLost: first_weights.init_lost,
+    ev.WeightsReady: first_weights.weights_ready,
+    ev.Arrived: updates.arrived,
+    ev.Folded: updates.folded,
+    ev.FoldFailed: updates.fold_failed,
+    ev.EvaluationArrived: evaluation_arrived,
+    ev.Committed: updates.committed,
+    ev.Tick: membership.tick,
 }
+
+
+def _progress(state: State, now: float, out: Effects) -> State:
+    """Take the transitions that the state and the time allow; none while there is no link."""
+    if not state.link:
+        return state
+    now = clock_time(state, now)
+    if now >= state.gate_until:
+        state = state.replace(gate=1, gate_until=math.inf)
+    match state.phase:
+        case Phase.WAITING if state.round > state.rules.rounds or state.enough:
+            return evaluate_last_model(state, now, out)
+        case Phase.WAITING:
+            state = try_to_open(state, now, out)
+            # Updates that an earlier coordinator asked for may have arrived before the opening.
+            return try_to_close(state, now, out) if state.phase is Phase.OPEN else state
+        case Phase.OPEN:
+            return try_to_close(record_evaluation(state, out), now, out)
+        case Phase.COMMITTING:
+            return record_evaluation(state, out)
+        case Phase.EVALUATING:
+            return try_to_finish(state, now, out)
+        case Phase.ENDED:
+            return state
+
+
+def wakeup(state: State) -> float:
+    """Return the latest time at which the next ``Tick`` is due; infinity if no timer runs.
+
+    A timer that expires after the clock has stopped (see ``clock``) needs no ``Tick``: the next
+    message restarts the clock.
+    """
+    if not state.link or state.phase is Phase.ENDED:
+        return math.inf
+    due = _next_timer(state)
+    return due if due <= state.heard_at + state.hearing_s else math.inf
+
+
+def _next_timer(state: State) -> float:
+    rules = state.rules
+    times = [state.gate_until, first_due(state) if math.isinf(state.due_at) else state.due_at]
+    if state.phase is Phase.OPEN:
+        times.append(due_at(state))
+        if state.quorum_at is not None:
+            times.append(state.schedule.wakeup(state))
+    elif state.phase is Phase.WAITING:
+        times.append(state.waiting_since + rules.wait_s)
+        if state.init_asked is not None and not state.has_weights:
+            times.append(state.init_asked_at + rules.deadline_s)
+    elif state.phase is Phase.EVALUATING:
+        times.append(state.opened_at + rules.deadline_s)
+    return min(times)

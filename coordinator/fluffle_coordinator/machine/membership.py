@@ -10,12 +10,11 @@ from dataclasses import replace
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import other_frozen, refuse, unfit
-from fluffle_coordinator.machine.clock import clock_time
+from fluffle_coordinator.machine.clock import clock_time, first_due, schedule_check, stall_times
 from fluffle_coordinator.machine.effects import Effects, Record, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
 from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
 from fluffle_coordinator.machine.work import assign_work, issue, resend_work, send_work
-from fluffle_coordinator.machine.worker_deadlines import first_due, schedule_check, stall_times
 
 
 def seen(state: State, event: Seen, out: Effects) -> State:
@@ -145,7 +144,7 @@ def failed(state: State, event: Failed, out: Effects) -> State:
         return state
     if event.worker == state.init_asked and event.round == 0:
         state = state.replace(init_asked=None)
-    elif event.worker not in state.asked or event.round != state.at_work_on(event.worker):
+    elif event.worker not in state.asked or event.round != state.asked[event.worker].round:
         return state
     return state.replace_for(event.worker, failed=state.failed.insert(event.worker, event.reason))
 

@@ -7,7 +7,7 @@ import math
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import decide
 from fluffle_coordinator.machine.effects import Effects, Opened, Record
-from fluffle_coordinator.machine.ending import end
+from fluffle_coordinator.machine.evaluation import end
 from fluffle_coordinator.machine.first_weights import ask_for_weights
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
 from fluffle_coordinator.machine.work import next_sequence, note_asked, send_work
@@ -24,18 +24,10 @@ def try_to_open(state: State, now: float, out: Effects) -> State:
         reason = (
             "no first weights arrived"
             if state.has_enough_workers
-            else f"{len(state.workers)} of {workers_needed(state)} workers joined"
+            else f"{len(state.workers)} of {state.workers_needed} workers joined"
         )
         return end(state, "stopped", f"{reason} in {wait_s:.0f} s (--wait-workers)", out)
     return state if state.has_weights else ask_for_weights(state, now, out)
-
-
-def workers_needed(state: State) -> int:
-    """Return how many workers must be present to open the next round."""
-    count = state.gate
-    while not state.rules.enough(count):
-        count += 1
-    return count
 
 
 def _open(state: State, now: float, out: Effects) -> State:

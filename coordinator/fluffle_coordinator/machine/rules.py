@@ -97,10 +97,15 @@ class Rules:
     resend_s: float = 15.0
     hearing_s: float = 3.0
 
-    def enough(self, present: int) -> bool:
-        """Whether a round can reach its quorum with so many workers present."""
+    @property
+    def fewest_present(self) -> int:
+        """With how many workers present a round that asks a sample of them can reach its quorum."""
+        if not self.samples:
+            return 0
         least = max(self.least, self.quorum.number or 1)
-        return not self.samples or min(present, self.sample_of(present)) >= least
+        if self.sample is not None:
+            return least
+        return max(least, math.floor((least - 1 + 1e-9) / self.fraction) + 1)  # see ``sample_size``
 
     @property
     def samples(self) -> bool:

@@ -283,10 +283,14 @@ class State:
         return self.round - 1
 
     @property
+    def workers_needed(self) -> int:
+        """How many workers must be present to open the next round."""
+        return max(self.gate, self.rules.fewest_present)
+
+    @property
     def has_enough_workers(self) -> bool:
         """Whether enough workers are present to open the next round."""
-        present = len(self.workers)
-        return present >= self.gate and self.rules.enough(present)
+        return len(self.workers) >= self.workers_needed
 
     @property
     def needed(self) -> int:
@@ -342,13 +346,6 @@ class State:
     def base_of(self, number: int) -> str | None:
         """Return the name of the weights that a round began with, if its updates still count."""
         return self.base if number == self.round else self.earlier.get(number)
-
-    def at_work_on(self, worker: str) -> int:
-        """Return the round that a worker reports while it does the work that it was asked for."""
-        if self.phase is Phase.EVALUATING:
-            return self.round - 1
-        issued = self.asked.get(worker)
-        return self.round if issued is None else issued.round
 
     def done(self, worker: str) -> bool:
         """Whether a worker reports that it has sent the update that it was asked for."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from statistics import median_low
+from typing import TypeVar
 
 from fluffle_common.errors import Cause
 from fluffle_common.protocol import events as run_events
@@ -29,6 +30,7 @@ from fluffle_coordinator.machine.state import (
 )
 from fluffle_coordinator.machine.work import assign_work, resend_work
 
+_T = TypeVar("_T")
 # For so many rounds, a copy of a counted update is recognised as such, not taken for a late one.
 _ROUNDS_REMEMBERED = 3
 
@@ -142,11 +144,8 @@ def _max_norm(state: State) -> float:
 
 def _too_old(state: State, event: Arrived, ticket: Ticket, out: Effects) -> State:
     """Acknowledge a late update and report it; its worker gets other work."""
-    out += [
-        Ack(event.handle),
-        _late_event(ticket.worker, event.round, event.num_examples),
-        _late_verdict(ticket, event.round, event.base),
-    ]
+    out.append(Ack(event.handle))
+    out += _late(ticket, event.round, event.num_examples, event.base)
     return _finish_work(state, ticket, event.now, out)
 
 
@@ -167,12 +166,10 @@ def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> Stat
     return assign_work(state, state.schedule.idle(state, ticket.worker), now, out)
 
 
-def _late_verdict(ticket: Ticket, number: int, base: str) -> Judge:
-    return Judge(ticket, number, base, "late", f"round {number} was committed without it")
-
-
-def _late_event(worker: str, number: int, num_examples: int) -> Record:
-    return Record(run_events.Late(worker=worker, round=number, num_examples=num_examples))
+def _late(ticket: Ticket, number: int, num_examples: int, base: str) -> Effects:
+    reason = f"round {number} was committed without it"
+    late = run_events.Late(worker=ticket.worker, round=number, num_examples=num_examples)
+    return [Record(late), Judge(ticket, number, base, "late", reason)]
 
 
 def _hold_copy(state: State, ticket: Ticket, held: Received, event: Arrived, out: Effects) -> State:
@@ -274,9 +271,8 @@ def committed(state: State, event: Committed, out: Effects) -> State:
         finished += [update.handle, *update.spares]
     out += map(Ack, sorted(finished))
     for ticket, update in sorted(late.items()):
-        out.append(_late_event(ticket.worker, update.round, update.num_examples))
-    for ticket, update in sorted(late.items()):
-        out.append(_late_verdict(ticket, update.round, state.base_of(update.round) or state.base))
+        base = state.base_of(update.round) or state.base
+        out += _late(ticket, update.round, update.num_examples, base)
     report = run_events.Committed(
         round=event.round,
         participants=tuple(sorted({ticket.worker for ticket in counted})),
@@ -313,9 +309,8 @@ def _next_round(
     counted: frozenset[Ticket],
     carried: Mapping[Ticket, Received],
 ) -> State:
-    state = state.replace(
-        counted_before=recently_counted(state, {**state.counted_before, event.round: counted}),
-        earlier=recent_bases(state, {**state.earlier, event.round: state.base}),
+    before = {**state.counted_before, event.round: counted}
+    state = remember(state, before, {**state.earlier, event.round: state.base}).replace(
         phase=Phase.WAITING,
         round=event.round + 1,
         base=event.base,
@@ -338,16 +333,20 @@ def _next_round(
     return state.replace(asked=Table(), failed=Table(), doubted=Table(), tally=Tally())
 
 
-def recently_counted(
-    state: State, counted: Mapping[int, frozenset[Ticket]]
-) -> Mapping[int, frozenset[Ticket]]:
-    """Return the tickets of the last rounds; a copy of an older update is late in any case."""
-    rounds = max(_ROUNDS_REMEMBERED, state.schedule.max_staleness + 1)
-    oldest = max(counted, default=0) - rounds
-    return {number: tickets for number, tickets in counted.items() if number > oldest}
+def remember(
+    state: State, counted: Mapping[int, frozenset[Ticket]], bases: Mapping[int, str]
+) -> State:
+    """Note which updates the last rounds counted, and the weights of those that still count.
+
+    A copy of an older update is late in any case.
+    """
+    staleness = state.schedule.max_staleness
+    return state.replace(
+        counted_before=_newest(counted, max(_ROUNDS_REMEMBERED, staleness + 1)),
+        earlier=_newest(bases, staleness),
+    )
 
 
-def recent_bases(state: State, bases: Mapping[int, str]) -> Mapping[int, str]:
-    """Return the names of the weights of those earlier rounds whose updates still count."""
-    oldest = max(bases, default=0) - state.schedule.max_staleness
-    return {number: base for number, base in bases.items() if number > oldest}
+def _newest(of_rounds: Mapping[int, _T], count: int) -> Mapping[int, _T]:
+    oldest = max(of_rounds, default=0) - count
+    return {number: one for number, one in of_rounds.items() if number > oldest}

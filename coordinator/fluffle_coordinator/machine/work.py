@@ -6,9 +6,9 @@ Part of the pure machine (``machine``).
 from __future__ import annotations
 
 from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine.clock import schedule_check
 from fluffle_coordinator.machine.effects import Effects, Record, SendEvaluate, SendFit
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
-from fluffle_coordinator.machine.worker_deadlines import schedule_check
 
 
 def send_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:

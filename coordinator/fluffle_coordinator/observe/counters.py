@@ -6,7 +6,6 @@ They never decrease, as Prometheus requires of counters.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from fluffle_common.errors import CAUSES
@@ -50,16 +49,12 @@ class Counters:
             case run_events.Committed(timings=timings):
                 self.rounds += 1
                 self.committed_at = at
-                for step, seconds in step_times(timings or {}).items():
-                    self.step_seconds[step] += seconds
-                    self.step_rounds[step] += 1
+                for step in STEPS:
+                    if timings and f"{step}_s" in timings:
+                        self.step_seconds[step] += timings[f"{step}_s"]
+                        self.step_rounds[step] += 1
 
 
 def cause_of(event: run_events.Rejected) -> str:
     """Return the cause of a rejection; ``malformed`` if it is not one of ``CAUSES``."""
     return event.cause if event.cause in CAUSES else "malformed"
-
-
-def step_times(timings: Mapping[str, float]) -> dict[str, float]:
-    """Return the seconds of each step that the timings of a round contain."""
-    return {step: float(timings[f"{step}_s"]) for step in STEPS if f"{step}_s" in timings}

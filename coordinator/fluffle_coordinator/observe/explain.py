@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from dataclasses import dataclass
+from datetime import datetime
+from functools import cached_property
+from typing import NamedTuple
 
 from fluffle_common.protocol.events import Committed, Counted, Doing, Opened, Waiting, from_fields
 from fluffle_common.protocol.messages import Event
@@ -15,35 +17,25 @@ from fluffle_coordinator.observe.worker_view import Departure
 _ROUND_EVENTS = (Opened, Counted, Committed)
 
 
-@dataclass(frozen=True)
-class Wait:
-    """The longest wait of a round.
+class Wait(NamedTuple):
+    """The longest wait of a round, in seconds.
 
-    Attributes:
-        seconds: how long it was: since the opening for a worker's answer, since the last answer
-            for the commit, since ``after`` for a wait that continues.
-        until: the worker that answered last; ``commit`` if closing the round took longer; "" while
-            the wait continues.
-        after: the worker that answered before; "" if there is none.
-        last: the last two answers; in an asynchronous round, both can come from one worker.
+    ``until`` is the worker that answered last, if the time from the opening to its answer is the
+    longest wait; ``commit``, if that from the last answer to the commit is; "" while the round
+    still waits. ``after`` is the worker that answered before; "" if there is none.
     """
 
     seconds: float
     until: str
     after: str = ""
-    last: tuple[Answer, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """A round of a run at a point in time.
+    """A round of a run at time ``now``, in seconds since 1970.
 
-    Args:
-        run: the run's id.
-        view: the run.
-        round: the round; number 0 is the time before the first.
-        now: the time, in seconds since 1970.
-        coordinated: whether a coordinator is connected now; None if unknown.
+    Round 0 is the time before the first. ``coordinated`` says whether a coordinator is connected
+    now; it is None if that is unknown.
     """
 
     run: str
@@ -56,6 +48,20 @@ class Explanation:
     def waits(self) -> bool:
         """Whether the round is open and a coordinator may still close it."""
         return self.round.is_open and self.view.ended is None
+
+    @property
+    def end(self) -> float:
+        """When the round was committed or its run ended; now, if neither."""
+        ended = self.view.ended
+        return self.round.committed_at or (ended[0] if ended else self.now)
+
+    @property
+    def counted(self) -> list[Answer]:
+        """The answers since the opening, in order; a restart may leave earlier ones."""
+        opened_at = self.round.opened_at
+        answers = self.round.answers.values()
+        in_round = [each for each in answers if (opened_at or 0.0) <= each.at <= self.end]
+        return sorted(in_round, key=lambda answer: answer.at)
 
     def departed(self, worker: str) -> tuple[float, Departure] | None:
         """Return when and how a worker has departed; None if it has not."""
@@ -74,14 +80,13 @@ class Explanation:
             return None
         return _seconds(self.round.deadline_at - (self.view.unlinked_since or self.now))
 
-    def doing(self, worker: str) -> tuple[float, Doing] | None:
-        """Return when and what a worker was last reported to do; None if unknown."""
+    @cached_property
+    def doings(self) -> dict[str, tuple[float, Doing]]:
+        """When and what each worker was last reported to do; without those not reported."""
         if self.view.waiting is None or self.coordinated is False:
-            return None
+            return {}
         at, waiting = self.view.waiting
-        return next(
-            ((at, doing) for doing in waiting.missing or () if doing.worker == worker), None
-        )
+        return {doing.worker: (at, doing) for doing in waiting.missing or ()}
 
     @property
     def waiting(self) -> tuple[float, Waiting] | None:
@@ -125,7 +130,8 @@ def explain(
         now: the time, with a time zone.
         coordinated: whether a coordinator is connected now; None if unknown.
     """
-    view, now_s = RunView(only=number), now.timestamp()
+    # Before the first round, a message that names some round must not create it.
+    view, now_s = RunView(whole=number > 0), now.timestamp()
     for entry in events:
         moment = entry.moment
         if moment is not None and entry.run in (run, None):
@@ -138,31 +144,20 @@ def explain(
 
 def longest_wait(explanation: Explanation) -> Wait | None:
     """Return the longest wait of a round; None if the round never opened."""
-    this, ended = explanation.round, explanation.view.ended
+    this, counted = explanation.round, explanation.counted
     if this.opened_at is None:
         return None
-    end = this.committed_at or (ended[0] if ended else explanation.now)
-    counted = [answer for answer in this.answers.values() if this.opened_at <= answer.at <= end]
-    counted.sort(key=lambda answer: answer.at)
     names = ["", *(answer.worker for answer in counted)]
     last_at = counted[-1].at if counted else this.opened_at
-    since_last_s = max(0.0, _seconds(end - last_at))
+    since_last_s = max(0.0, _seconds(explanation.end - last_at))
     if this.committed_at is None:
         return Wait(since_last_s, "", names[-1])
     to_last_s = _seconds(last_at - this.opened_at)
     if not counted or since_last_s > to_last_s:
         return Wait(since_last_s, "commit", names[-1])
-    return Wait(to_last_s, names[-1], names[-2], tuple(counted[-2:]))
+    return Wait(to_last_s, names[-1], names[-2])
 
 
 def _seconds(difference: float) -> float:
     """Round a difference of times, which are too large for exact sub-microseconds."""
     return round(difference, 6)
-
-
-def moment(at: float) -> datetime | None:
-    """Return a time in UTC; None if no calendar date can represent it."""
-    try:
-        return datetime.fromtimestamp(at, UTC)
-    except (OverflowError, OSError, ValueError):
-        return None

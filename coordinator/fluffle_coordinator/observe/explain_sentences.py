@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.events import Failure, Late, Left, RunEvent
-from fluffle_coordinator.observe.explain import Explanation, Wait, longest_wait, moment
-from fluffle_coordinator.observe.round_view import Answer, Note
+from fluffle_common.protocol.events import Failure, Left, RunEvent
+from fluffle_coordinator.observe.explain import Explanation, longest_wait
+from fluffle_coordinator.observe.round_view import Note
 from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
@@ -20,7 +21,7 @@ def sentences(explanation: Explanation) -> list[str]:
     """Return what happened in a round and what it waits for, as a list of sentences."""
     this = explanation.round
     if not this.number:
-        return _before_the_first(explanation)
+        return list(_before_the_first(explanation))
     if this.opened_at is None and this.committed_at is None:
         return [
             f"The opening of round {this.number} is not in the journal.",
@@ -60,17 +61,18 @@ def why_missing(explanation: Explanation, worker: str) -> str:
 def _rejection(explanation: Explanation, worker: str) -> Note | None:
     """Return the rejection of a worker's update, if that is what is known of it last."""
     this = explanation.round
-    if worker in this.failures or explanation.departed(worker) is not None:
+    rejection = this.rejections.get(worker)
+    if rejection is None or worker in this.failures or explanation.departed(worker) is not None:
         return None
-    return this.rejections.get(worker) if worker in {*this.asked, *this.joined} else None
+    return rejection if worker in this.asked or worker in this.joined else None
 
 
 def _doing(explanation: Explanation, worker: str) -> str:
     """Return what a worker was last reported to do; "" if that adds nothing."""
-    known = explanation.doing(worker)
-    if known is None or known[1].state in ("idle", "gone"):
+    at, doing = explanation.doings.get(worker, (0.0, None))
+    if doing is None or doing.state in ("idle", "gone"):
         return ""
-    return f"{known[1].sentence()} at {clock(known[0])}"
+    return f"{doing.sentence()} at {clock(at)}"
 
 
 def _absence(at: float, event: Departure) -> str:
@@ -80,21 +82,20 @@ def _absence(at: float, event: Departure) -> str:
     return f"has been gone since {clock(at)}{heard}"
 
 
-def _before_the_first(explanation: Explanation) -> list[str]:
-    """Return the sentences about a run that has opened no round."""
-    present = sorted(explanation.view.workers.present)
-    lines = [f"Run {explanation.run} has opened no round yet."]
-    if present:
-        lines.append(f"Connected: {_names(present)}.")
-    lines += [
-        f"{worker} {_absence(*how)}." for worker, how in explanation.view.workers.departed.items()
-    ]
-    lines += _notes(explanation)
+def _before_the_first(explanation: Explanation) -> Iterator[str]:
+    """Yield the sentences about a run that has opened no round."""
+    workers = explanation.view.workers
+    yield f"Run {explanation.run} has opened no round yet."
+    if workers.present:
+        yield f"Connected: {_names(sorted(workers.present))}."
+    for worker, how in workers.departed.items():
+        yield f"{worker} {_absence(*how)}."
+    yield from _notes(explanation)
     if explanation.coordinated is False:
-        lines += _no_coordinator(explanation)
+        yield _no_coordinator(explanation)
     else:
-        lines += _waiting(explanation)
-    return [*lines, *_afterwards(explanation)]
+        yield from _waiting(explanation)
+    yield from _afterwards(explanation)
 
 
 def _waiting(explanation: Explanation) -> Iterator[str]:
@@ -144,7 +145,7 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
 
 
 def _iso(at: float | None) -> str | None:
-    time = None if at is None else moment(at)
+    time = None if at is None else _utc(at)
     return time.isoformat(timespec="milliseconds") if time else None
 
 
@@ -154,8 +155,16 @@ def clock(at: float) -> str:
 
 
 def _local(at: float, form: str) -> str:
-    time = moment(at)
+    time = _utc(at)
     return time.astimezone().strftime(form) if time else "?"
+
+
+def _utc(at: float) -> datetime | None:
+    """Return a time in UTC; None if no calendar date can represent it."""
+    try:
+        return datetime.fromtimestamp(at, UTC)
+    except (OverflowError, OSError, ValueError):
+        return None
 
 
 def _opening(explanation: Explanation) -> Iterator[str]:
@@ -181,26 +190,22 @@ def _opening(explanation: Explanation) -> Iterator[str]:
 
 
 def _answers(explanation: Explanation) -> Iterator[str]:
-    if not explanation.round.answers:
-        yield "No update has been counted."
-    for answer in explanation.round.answers.values():
-        yield _answer(explanation, answer)
-
-
-def _answer(explanation: Explanation, answer: Answer) -> str:
     this = explanation.round
-    after = ""
-    if this.opened_at is not None and answer.at >= this.opened_at:
-        after = f", {duration(answer.at - this.opened_at)} after the opening"
-    elif this.opened_at is not None and this.openings > 1:
-        after = ", before the round was opened again"
-    words = [
-        _number(answer.num_examples, "example") if answer.num_examples is not None else "",
-        f"{duration(answer.train_s)} of training" if answer.train_s is not None else "",
-        f"{_number(answer.staleness, 'version')} behind" if answer.staleness else "",
-    ]
-    more = ", ".join(filter(None, words))
-    return f"{answer.worker} answered at {clock(answer.at)}{after}{f': {more}' if more else ''}."
+    if not this.answers:
+        yield "No update has been counted."
+    for answer in this.answers.values():
+        after = ""
+        if this.opened_at is not None and answer.at >= this.opened_at:
+            after = f", {duration(answer.at - this.opened_at)} after the opening"
+        elif this.opened_at is not None and this.openings > 1:
+            after = ", before the round was opened again"
+        words = [
+            _number(answer.num_examples, "example") if answer.num_examples is not None else "",
+            f"{duration(answer.train_s)} of training" if answer.train_s is not None else "",
+            f"{_number(answer.staleness, 'version')} behind" if answer.staleness else "",
+        ]
+        more = ", ".join(filter(None, words))
+        yield f"{answer.worker} answered at {clock(answer.at)}{after}{f': {more}' if more else ''}."
 
 
 def _missing(explanation: Explanation) -> Iterator[str]:
@@ -213,7 +218,7 @@ def _missing(explanation: Explanation) -> Iterator[str]:
             yield f"{worker} did not answer: {why}."
         elif _rejection(explanation, worker) is not None:
             yield f"No update of {worker} counted: {why}."
-        elif not any(note.worker == worker and isinstance(note.event, Late) for note in this.notes):
+        elif worker not in this.came_late:
             # In an asynchronous run, the worker may have answered in an earlier round.
             yield (
                 f"The round has no update of {worker}."
@@ -246,11 +251,11 @@ def _notes(explanation: Explanation) -> Iterator[str]:
 
 def _progress(explanation: Explanation) -> Iterator[str]:
     """Yield the progress of an open round."""
-    this = explanation.round
+    this, unlinked_since = explanation.round, explanation.view.unlinked_since
     if explanation.view.ended is not None:
         return  # _afterwards reports the end
     if explanation.coordinated is False:
-        yield from _no_coordinator(explanation)
+        yield _no_coordinator(explanation)
         return
     if this.restarted_at is not None:
         yield (
@@ -259,22 +264,21 @@ def _progress(explanation: Explanation) -> Iterator[str]:
         )
         return
     if this.needed is not None:
-        lacking = this.needed - len(explanation.round.answers)
+        lacking = this.needed - len(this.answers)
         more = f"{lacking} more needed" if lacking > 0 else "enough to close it"
-        yield f"{_number(len(explanation.round.answers), 'update')} of {this.needed}: {more}."
-    if explanation.view.unlinked_since is not None:
-        lost = clock(explanation.view.unlinked_since)
+        yield f"{_number(len(this.answers), 'update')} of {this.needed}: {more}."
+    if unlinked_since is not None:
         yield (
-            f"The coordinator lost the broker at {lost}; the time until the broker is back "
-            "does not count towards the deadline."
+            f"The coordinator lost the broker at {clock(unlinked_since)}; the time until the "
+            "broker is back does not count towards the deadline."
         )
     yield _deadline(explanation)
     yield from _waiting(explanation)
 
 
-def _no_coordinator(explanation: Explanation) -> Iterator[str]:
+def _no_coordinator(explanation: Explanation) -> str:
     opens = f", {_REOPENS}" if explanation.round.is_open else " and opens the next round"
-    yield (
+    return (
         "No coordinator is connected to the broker now: the same command that started it "
         f"(without --fresh) goes on with this run{opens}."
     )
@@ -323,37 +327,32 @@ def _longest(explanation: Explanation) -> Iterator[str]:
         return
     if explanation.waits and explanation.coordinated is False:
         return  # no coordinator is there to wait
-    lasted = duration(wait.seconds)
+    lasted, missing = duration(wait.seconds), _names(explanation.missing)
     since = f"since {wait.after} answered" if wait.after else "since the opening"
     if wait.until == "commit":
         after = f"{wait.after} answered" if wait.after else "the opening"
         yield f"The longest wait was for the commit: it came {lasted} after {after}."
     elif wait.until:
-        yield _waited_for(explanation, wait)
+        *_, last = explanation.counted
+        trained = "" if last.train_s is None else f"trained for {duration(last.train_s)} and "
+        after = ""
+        if wait.after:
+            after = f", {duration(last.at - explanation.counted[-2].at)} after {wait.after}"
+        yield (
+            f"The longest wait was for {wait.until}: it {trained}answered {lasted} after the "
+            f"opening{after}."
+        )
     elif explanation.missing and explanation.waits:
-        yield f"The longest wait is for {_names(explanation.missing)}: {lasted} so far, {since}."
+        yield f"The longest wait is for {missing}: {lasted} so far, {since}."
     elif explanation.missing:
-        yield f"The longest wait was for {_names(explanation.missing)}: {lasted} {since}."
-
-
-def _waited_for(explanation: Explanation, wait: Wait) -> str:
-    """Return the sentence about the worker that answered last."""
-    last = wait.last[-1]
-    trained = "" if last.train_s is None else f"trained for {duration(last.train_s)} and "
-    after = ""
-    if wait.after:
-        after = f", {duration(last.at - wait.last[0].at)} after {wait.after}"
-    return (
-        f"The longest wait was for {wait.until}: it {trained}answered {duration(wait.seconds)} "
-        f"after the opening{after}."
-    )
+        yield f"The longest wait was for {missing}: {lasted} {since}."
 
 
 def _afterwards(explanation: Explanation) -> Iterator[str]:
     if explanation.view.ended is not None:
         yield _ending(explanation, *explanation.view.ended)
     elif explanation.round.committed_at is not None and explanation.coordinated is False:
-        yield from _no_coordinator(explanation)
+        yield _no_coordinator(explanation)
     elif explanation.round.committed_at is not None:
         yield from _waiting(explanation)
 

@@ -2,38 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+import uuid
 
 from fluffle_common.clock import timestamp
 from fluffle_common.protocol.events import Resumed, RunEvent, Standby, Started, Waiting
+from fluffle_common.protocol.messages import EventRecord
 
 _OMITTED_FIELD = "address"  # of the broker: its readers know it
-_NOTHING = object()
-
-
-class Entry(NamedTuple):
-    """An event as the journal keeps it, yet to be numbered."""
-
-    name: str
-    time: str
-    run: str | None
-    fields: Mapping[str, Any]
 
 
 class Entries:
-    """Turns the events of a coordinator into entries.
+    """Turns the events of one coordinator, whose ``session`` this is, into entries."""
 
-    Args:
-        now: returns the time in UTC as ISO 8601.
-    """
-
-    def __init__(self, now: Callable[[], str] = timestamp) -> None:
-        self._now = now
+    def __init__(self) -> None:
+        self.session = uuid.uuid4().hex[:12]
         self._run: str | None = None
-        self._latest_gist: dict[str, object] = {}
+        self._gists: dict[str, object] = {}  # of the latest report of each kind
 
-    def entry_of(self, event: RunEvent) -> Entry | None:
+    def entry_of(self, event: RunEvent) -> EventRecord | None:
         """Return the entry of an event; None for one that is not journalled, or a repetition."""
         if isinstance(event, Started | Resumed) and event.run:
             self._run = event.run
@@ -41,12 +27,14 @@ class Entries:
             return None
         fields = event.fields()
         fields.pop(_OMITTED_FIELD, None)
-        return Entry(event.name, self._now(), self._run, fields)
+        return EventRecord(event=event.name, time=timestamp(), run=self._run, fields=fields)
 
     def _is_repetition(self, event: RunEvent) -> bool:
         """Whether a periodic report has the same gist as the last one."""
         if not isinstance(event, Waiting | Standby):
             return False
-        gist = event.gist()
-        before, self._latest_gist[event.name] = self._latest_gist.get(event.name, _NOTHING), gist
-        return gist == before
+        latest = (event.name, event.gist())
+        if latest in self._gists.items():
+            return True
+        self._gists |= [latest]
+        return False

@@ -8,7 +8,6 @@ skip.
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,16 +23,11 @@ _MOST_UNWRITTEN = 10_000
 
 
 class JournalFile(Watcher):
-    """A watcher that writes every event, a round at a time.
-
-    Args:
-        folder: the run's folder.
-        federation: its name.
-    """
+    """A watcher that writes every event to the run's folder, a round at a time."""
 
     def __init__(self, folder: Path, federation: str) -> None:
         self._path, self._federation = folder / _NAME, federation
-        self._entries, self._session, self._number = Entries(), uuid.uuid4().hex[:12], 0
+        self._entries, self._number = Entries(), 0
         self._unwritten: list[str] = []
 
     def record(self, event: RunEvent) -> None:
@@ -46,16 +40,12 @@ class JournalFile(Watcher):
         if entry is None:
             return
         self._number += 1
-        line = {
+        ids = {
             "federation": self._federation,
-            "event": entry.name,
-            "time": entry.time,
-            "session": self._session,
+            "session": self._entries.session,
             "number": self._number,
-            "run": entry.run,
-            "fields": entry.fields,
         }
-        self._unwritten.append(json_line(line))
+        self._unwritten.append(json_line({**ids, **entry.model_dump()}))
         if isinstance(event, Committed) or len(self._unwritten) >= _MOST_UNWRITTEN:
             self.write()
 

@@ -88,11 +88,13 @@ async def _entries(
             )
         await asyncio.sleep(_POLL_S)
     last: int | None = None
-    if not live:
+    if not live or isinstance(begin, int):
         newest = await link.newest(topology.journal)
-        if newest is None or newest.offset is None or _is_before(newest, begin):
+        last = None if newest is None else newest.offset
+        if isinstance(begin, int) and (last is None or last + 1 < begin):
+            begin = None  # the broker has lost its data, and this is another stream
+        if not live and (newest is None or last is None or _is_before(newest, begin)):
             return
-        last = newest.offset
     entries = await link.follow(topology.journal, since=begin)
     async with contextlib.aclosing(entries):
         while True:
@@ -102,7 +104,7 @@ async def _entries(
             except TimeoutError:
                 return  # by the broker's clock, the newest entry is older than ``begin``
             yield entry
-            if last is not None and (entry.offset or 0) >= last:
+            if not live and last is not None and (entry.offset or 0) >= last:
                 return
 
 

@@ -14,16 +14,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Sequence
+from typing import Any
+
+import msgpack
 
 from fluffle_common.cli.console import warn
-from fluffle_common.clock import timestamp
 from fluffle_common.errors import FluffleError
 from fluffle_common.protocol.codec import encode
 from fluffle_common.protocol.events import Gap, RunEvent
-from fluffle_common.protocol.messages import Event, Events
+from fluffle_common.protocol.messages import Event, EventRecord, Events
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import (
     HeaderValue,
@@ -33,7 +34,7 @@ from fluffle_common.transport.base import (
     QueueInUse,
     Unroutable,
 )
-from fluffle_coordinator.observe.journal_entries import Entries, Entry
+from fluffle_coordinator.observe.journal_entries import Entries
 from fluffle_coordinator.observe.watchers import Watcher
 
 _CAPACITY = 10_000  # a busy federation's events of some hours, a few megabytes
@@ -43,28 +44,20 @@ _WINDOW = 500  # the most unconfirmed events
 # Up to this many events become one message each, which is readable in RabbitMQ's own UI. More are
 # packed into a single message, which is much cheaper.
 _FEW = 8
+_UNENCODABLE = (TypeError, ValueError, OverflowError)  # what msgpack raises
 
 
 class Journal(Watcher):
     """A watcher that publishes every event.
 
-    Args:
-        topology: the names of the federation's queues and exchanges.
-        capacity: the number of waiting events beyond which the oldest are dropped.
-        now: returns the time in UTC as ISO 8601.
+    Beyond ``capacity`` waiting events, the oldest are dropped.
     """
 
-    def __init__(
-        self,
-        topology: Topology,
-        *,
-        capacity: int = _CAPACITY,
-        now: Callable[[], str] = timestamp,
-    ) -> None:
-        self._topology, self._entries = topology, Entries(now)
-        self._session, self._number = uuid.uuid4().hex[:12], 0
-        self._unsent: deque[Entry] = deque(maxlen=capacity)
-        self._window: list[Event] = []
+    def __init__(self, topology: Topology, *, capacity: int = _CAPACITY) -> None:
+        self._topology, self._entries = topology, Entries()
+        self._unsent: deque[EventRecord] = deque(maxlen=capacity)
+        self._window: list[EventRecord] = []
+        self._next_number = 1  # of the first event in the window
         self._dropped = 0
         self._not_empty = asyncio.Event()
         self._at_rest = asyncio.Event()  # set while there is nothing to send, or no link
@@ -121,6 +114,7 @@ class Journal(Watcher):
                     await self._gather()
                     self._fill_window()
                 await self._send_window(link)
+                self._next_number += len(self._window)
                 self._window = []
         finally:
             self._linked = False
@@ -142,53 +136,58 @@ class Journal(Watcher):
                 await self._ending.wait()
 
     def _fill_window(self) -> None:
-        """Number the next events, after a ``gap`` if some were dropped."""
+        """Take the next events, after a ``gap`` if some were dropped."""
         if self._dropped and self._unsent:
-            first = self._unsent[0]
-            gap = Entry(Gap.name, first.time, first.run, Gap(dropped=self._dropped).fields())
-            self._window.append(self._numbered(gap))
+            fields = Gap(dropped=self._dropped).fields()
+            gap = self._unsent[0].model_copy(update={"event": Gap.name, "fields": fields})
+            self._window.append(gap)
             self._dropped = 0
         while self._unsent and len(self._window) < _WINDOW:
-            self._window.append(self._numbered(self._unsent.popleft()))
-
-    def _numbered(self, unsent: Entry) -> Event:
-        self._number += 1
-        return Event(
-            federation=self._topology.federation,
-            event=unsent.name,
-            time=unsent.time,
-            session=self._session,
-            number=self._number,
-            run=unsent.run,
-            fields=dict(unsent.fields),
-        )
+            self._window.append(self._unsent.popleft())
 
     async def _send_window(self, link: Link) -> None:
         """Publish the window in order, and wait for all confirms together."""
-        events = self._window
-        batches = [[event] for event in events] if len(events) <= _FEW else [events]
+        messages = self._messages()
         outcomes = await asyncio.gather(
-            *(self._send(link, batch) for batch in batches), return_exceptions=True
+            *(self._send(link, message) for message in messages), return_exceptions=True
         )
-        for batch, outcome in zip(batches, outcomes, strict=True):
-            if isinstance(outcome, QueueFull | Unroutable):  # the broker has no room for them
-                self._dropped += sum(
-                    event.fields["dropped"] if event.event == Gap.name else 1 for event in batch
-                )
+        dropped = 0
+        for message, outcome in zip(messages, outcomes, strict=True):
+            if isinstance(outcome, QueueFull | Unroutable):  # the broker has no room for it
+                dropped += _number_of_events(message)
             elif outcome is not None:
-                raise outcome
+                raise outcome  # the next link is sent the whole window
+        self._dropped += dropped
 
-    async def _send(self, link: Link, batch: list[Event]) -> None:
-        body, entry = _packed(batch)
+    def _messages(self) -> Sequence[Event | Events]:
+        """Return the events of the window: one message each, or all in one."""
+        ids: dict[str, Any] = {
+            "federation": self._topology.federation,
+            "session": self._entries.session,
+        }
+        first = self._next_number
+        if len(self._window) > _FEW:
+            return [Events(**ids, number=first, events=tuple(self._window))]
+        return [
+            Event(**ids, number=number, **dict(entry))
+            for number, entry in enumerate(self._window, start=first)
+        ]
+
+    async def _send(self, link: Link, message: Event | Events) -> None:
+        try:
+            body = encode(message)
+        except _UNENCODABLE:
+            message = _encodable(message)
+            body = encode(message)
         headers: dict[str, HeaderValue] = {}
-        if isinstance(entry, Event):
-            headers["event"] = entry.event
+        if isinstance(message, Event):
+            headers["event"] = message.event
             for name in ("round", "worker"):
-                if isinstance(entry.fields.get(name), str | int):
-                    headers[name] = entry.fields[name]
+                if isinstance(message.fields.get(name), str | int):
+                    headers[name] = message.fields[name]
         else:
-            headers["events"] = len(batch)
-        properties = Properties(type=entry.kind, message_id=entry.identity, headers=headers)
+            headers["events"] = len(message.events)
+        properties = Properties(type=message.kind, message_id=message.identity, headers=headers)
         await link.publish(body, properties, exchange="", keys=[self._topology.journal])
 
     async def drained(self, within_s: float) -> None:
@@ -207,32 +206,26 @@ async def _forever() -> None:
     await asyncio.Event().wait()
 
 
-def _packed(batch: list[Event]) -> tuple[bytes, Event | Events]:
-    entry = _entry(batch)
+def _number_of_events(message: Event | Events) -> int:
+    """Return how many events are missing without this message: those of its gaps too."""
+    entries = message.events if isinstance(message, Events) else (message,)
+    return sum(each.fields["dropped"] if each.event == Gap.name else 1 for each in entries)
+
+
+def _encodable(message: Event | Events) -> Event | Events:
+    """Return a message in which text replaces fields that msgpack cannot encode."""
+    if isinstance(message, Event):
+        return message.model_copy(update={"fields": _encodable_fields(message.fields)})
+    entries = [
+        each.model_copy(update={"fields": _encodable_fields(each.fields)})
+        for each in message.events
+    ]
+    return message.model_copy(update={"events": tuple(entries)})
+
+
+def _encodable_fields(fields: dict[str, Any]) -> dict[str, Any]:
     try:
-        return encode(entry), entry
-    except (TypeError, ValueError, OverflowError):  # a value that msgpack cannot encode
-        entry = _entry([_encodable(event) for event in batch])
-        return encode(entry), entry
-
-
-def _entry(batch: list[Event]) -> Event | Events:
-    first, *more = batch
-    if not more:
-        return first
-    return Events(
-        federation=first.federation,
-        session=first.session,
-        number=first.number,
-        events=tuple(batch),  # numbered consecutively, so the first number is enough
-    )
-
-
-def _encodable(event: Event) -> Event:
-    """Return an event as it is, or with its fields as text if msgpack cannot encode them."""
-    try:
-        encode(event)
-    except (TypeError, ValueError, OverflowError):
-        texts = {name: repr(value)[:2000] for name, value in event.fields.items()}
-        return event.model_copy(update={"fields": texts})
-    return event
+        msgpack.packb(fields)
+    except _UNENCODABLE:
+        return {name: repr(value)[:2000] for name, value in fields.items()}
+    return fields

@@ -8,9 +8,13 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
+from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
+from fluffle_common.protocol.metric_names import add_test_prefix
 
 _MAX_NOTES = 1000
+_MAX_FAILURES = 10_000
+_CENTURY_S = 3.2e9  # a longer deadline may have no calendar date
 
 PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
 """The phases of the time between two commits; see ``RoundView.phases``."""
@@ -95,11 +99,8 @@ class RoundView:
     def answer_key(self, worker: str, updates: int) -> str:
         """Return the key of a worker's answer in ``answers``.
 
-        An asynchronous round can count a worker more than once; later keys then contain a number.
-
-        Args:
-            worker: the worker.
-            updates: the number of counted updates, this one included.
+        An asynchronous round can count a worker more than once. Later keys then contain
+        ``updates``, the number of counted updates, this one included.
         """
         again = worker in self.answers and updates > len(self.answers)
         return f"{worker} ({updates})" if again else worker
@@ -119,6 +120,74 @@ class RoundView:
         """Whether the round still waits for updates."""
         return self.opened_at is not None and self.committed_at is None
 
+    def add(self, at: float, event: RunEvent) -> None:
+        """Apply an event that names this round."""
+        match event:
+            case run_events.Opened():
+                self._open(at)
+                self._ask(at, event)
+            case run_events.Reopened():
+                self.note(at, event)
+                self.opened_at = self.opened_at or at
+                self._ask(at, event)
+            case run_events.Counted():
+                self._count(at, event)
+            case run_events.Committed(num_examples=num_examples, timings=timings):
+                self.committed_at, self.participants = at, event.participants or ()
+                self.num_examples, self.timings = num_examples, timings or {}
+            case run_events.Evaluated(loss=loss, num_examples=num_examples):
+                self.evaluated, self.loss, self.evaluated_on = True, loss, num_examples
+                self.metrics = {**self.metrics, **(event.metrics or {})}
+            case run_events.Personal(metrics=metrics):
+                self.metrics = {**self.metrics, **(metrics or {})}
+            case run_events.Tested(metrics=metrics):
+                self.metrics = {**self.metrics, **add_test_prefix(metrics or {})}
+            case run_events.Privacy(epsilon=epsilon):
+                self.epsilon = epsilon
+            case _:
+                self._add_note(at, event)
+
+    def _add_note(self, at: float, event: RunEvent) -> None:
+        self.note(at, event)
+        match event:
+            case run_events.Quorum(needed=needed):
+                self.needed = needed or self.needed
+            case run_events.Late(worker=worker):
+                self.came_late.add(worker or "")
+            case run_events.Failure(worker=worker, reason=reason):
+                if len(self.failures) < _MAX_FAILURES:
+                    self.failures[worker or ""] = reason or ""
+
+    def _open(self, at: float) -> None:
+        if self.openings and self.restarted_at is None:  # the restart is not in the journal
+            self.answers = {}
+        self.answers = {key: replace(one, after_s=0.0) for key, one in self.answers.items()}
+        self.openings += 1
+        self.opened_at, self.restarted_at, self.committed_at = at, None, None
+
+    def _ask(self, at: float, event: run_events.Opened | run_events.Reopened) -> None:
+        self.asked, self.needed, self.asked_at = event.asked or (), event.needed, at
+        self.failures, self.rejections, self.joined = {}, {}, {}
+        self.deadline_at = None
+        if event.deadline_s is not None and 0 <= event.deadline_s < _CENTURY_S:
+            self.deadline_at = at + event.deadline_s
+
+    def _count(self, at: float, event: run_events.Counted) -> None:
+        worker = event.worker or ""
+        self.answers[self.answer_key(worker, event.updates or 0)] = Answer(
+            worker,
+            at,
+            event.num_examples,
+            event.train_s,
+            event.bytes,
+            after_s=None if self.asked_at is None else max(0.0, at - self.asked_at),
+            staleness=event.staleness,
+            weight=event.weight,
+        )
+        self.failures.pop(worker, None)
+        self.rejections.pop(worker, None)
+        self.needed = event.needed or self.needed
+
     def restart(self, at: float) -> None:
         """Forget the answers of a round that is not on disk, since a coordinator was restarted.
 
@@ -126,13 +195,11 @@ class RoundView:
         """
         self.restarted_at, self.deadline_at, self.answers = at, None, {}
 
-    def open(self, at: float) -> None:
-        """Open the round, for the first time or after a restart."""
-        if self.openings and self.restarted_at is None:  # the restart is not in the journal
-            self.answers = {}
-        self.answers = {key: replace(one, after_s=0.0) for key, one in self.answers.items()}
-        self.openings += 1
-        self.opened_at, self.restarted_at, self.committed_at = at, None, None
+    def reject(self, at: float, event: run_events.Rejected) -> None:
+        """Keep the rejection of a worker's update; other messages change nothing."""
+        # A message that cannot be decoded has no kind, and may be an update.
+        if event.worker and event.kind in (None, "update") and len(self.rejections) < _MAX_FAILURES:
+            self.rejections[event.worker] = Note(at, event)
 
     def note(self, at: float, event: RunEvent) -> None:
         """Add an event to the notes."""
@@ -182,16 +249,14 @@ class RoundView:
 
 
 def remembered(row: Mapping[str, Any]) -> RoundView:
-    """Return the view of a round in a history.
+    """Return the view of a round in a history, given its row of ``history.read_history``.
 
-    Args:
-        row: a row of ``history.read_history``. Rows of older versions may lack fields; those are
-            None or empty in the view.
+    Rows of older versions may lack fields; those are None or empty in the view.
     """
     view = RoundView(row["round"])
     if "committed_at" in row or "participants" in row:
-        opened_at = epoch_seconds(row.get("opened_at"))
-        view.asked_at, view.committed_at = opened_at, epoch_seconds(row.get("committed_at")) or 0.0
+        opened_at = _epoch_seconds(row.get("opened_at"))
+        view.asked_at, view.committed_at = opened_at, _epoch_seconds(row.get("committed_at")) or 0.0
         view.asked = tuple(row.get("asked", ()))
         for number, participant in enumerate(row.get("participants", ()), start=1):
             key = view.answer_key(participant["worker"], number)
@@ -200,26 +265,26 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
         view.num_examples = sum(answer.num_examples or 0 for answer in view.answers.values())
         view.timings = row.get("timings") or {}
         view.late, view.rejected = row.get("late", 0), row.get("rejected", 0)
-        view.epsilon = finite(row.get("epsilon"))
+        view.epsilon = _finite(row.get("epsilon"))
     if "loss" in row:
-        view.evaluated, view.loss = True, finite(row["loss"])
+        view.evaluated, view.loss = True, _finite(row["loss"])
         view.evaluated_on = row.get("num_examples")
     view.metrics = metrics_of(row)
     return view
 
 
 def _answer(participant: Mapping[str, Any], opened_at: float | None) -> Answer:
-    after_s = finite(participant.get("counted_s"))
+    after_s = _finite(participant.get("counted_s"))
     return Answer(
         participant["worker"],
         (opened_at or 0.0) + (after_s or 0.0),
         num_examples=participant.get("num_examples"),
-        train_s=finite(participant.get("seconds")),
+        train_s=_finite(participant.get("seconds")),
         bytes=participant.get("bytes"),
         after_s=after_s,
-        train_loss=finite(participant.get("train_loss")),
+        train_loss=_finite(participant.get("train_loss")),
         staleness=participant.get("staleness"),
-        weight=finite(participant.get("weight")),
+        weight=_finite(participant.get("weight")),
     )
 
 
@@ -245,20 +310,14 @@ def late_updates(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, str]]
                 yield update["round"], update["worker"]
 
 
-def finite(value: Any) -> float | None:
-    """Return a finite number as a float; None for anything else."""
+def _finite(value: Any) -> float | None:
     if isinstance(value, int | float) and math.isfinite(value):
         return float(value)
     return None
 
 
-def epoch_seconds(text: Any) -> float | None:
-    """Return an ISO 8601 time as seconds since 1970; None if it is not one.
-
-    Example:
-        >>> epoch_seconds("1970-01-01T00:01:00.500+00:00"), epoch_seconds("soon")
-        (60.5, None)
-    """
+def _epoch_seconds(text: Any) -> float | None:
+    """Return an ISO 8601 time as seconds since 1970; None if it is not one."""
     try:
         return datetime.fromisoformat(text).timestamp()
     except (TypeError, ValueError, OverflowError):

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from fluffle_common.protocol.events import Doing, Waiting
 from fluffle_coordinator.machine.clock import standstill_s
-from fluffle_coordinator.machine.opening import workers_needed
 from fluffle_coordinator.machine.state import Phase, State
 
 
 class WaitingReport:
-    """Decides when to report what a run waits for: on a change, and at a fixed interval.
-
-    Args:
-        every_s: the interval between two equal reports, in seconds.
-        now: the time.
-    """
+    """Decides when to report what a run waits for: on a change, and every ``every_s`` seconds."""
 
     def __init__(self, every_s: float, now: float) -> None:
         self.due_at = now + every_s
@@ -27,11 +22,8 @@ class WaitingReport:
     def due(self, state: State, now: float, *, had_effects: bool) -> Waiting | None:
         """Return the report that is due now, if any.
 
-        Args:
-            state: the machine's state.
-            now: the time.
-            had_effects: whether the machine has just reacted to something. Its own events then
-                say more than this report, which waits until its interval is over.
+        If the machine ``had_effects`` just now, its own events say more than this report, which
+        then waits until its interval is over.
         """
         inputs = state.phase is Phase.WAITING, state.round, len(state.workers), state.init_asked
         if inputs == self._inputs and now < self.due_at:
@@ -82,16 +74,35 @@ def waiting_for(state: State, now: float) -> Waiting | None:
 def missing(state: State, now: float) -> str:
     """Return a sentence part about what each worker that has not answered is doing."""
     parts = [f"{doing.worker} {doing.sentence()}" for doing in _doings(state, now)]
+    return ", ".join(parts + _more_needed(state)) or "all have answered"
+
+
+def in_brief(state: State, now: float) -> str:
+    """Return what the run waits for, in a few words, without the workers' names."""
+    match state.phase:
+        case Phase.WAITING if not state.has_enough_workers:
+            return f"workers: {len(state.workers)} of {state.workers_needed} connected"
+        case Phase.OPEN:
+            counts = Counter(doing.state for doing in _doings(state, now))
+            parts = [f"{count} {doing}" for doing, count in counts.items()]
+            return f"round {state.round}: {', '.join(parts + _more_needed(state))}"
+        case Phase.EVALUATING if not state.evaluate_pending:
+            return f"workers to tell: {len(state.unheard)}"
+        case Phase.EVALUATING:
+            return f"evaluations: {len(state.evaluations)} of {len(state.asked)}"
+        case _:
+            return ""
+
+
+def _more_needed(state: State) -> list[str]:
     short = _short(state)
-    if short:
-        parts.append(f"{short} more worker{'s'[: short > 1]} needed")
-    return ", ".join(parts) or "all have answered"
+    return [f"{short} more worker{'s'[: short > 1]} needed"] if short else []
 
 
 def _before_a_round(state: State) -> Waiting | None:
     what = _lacking(state)
     if what == "workers":
-        present, gate = ", ".join(sorted(state.workers)) or "nobody", workers_needed(state)
+        present, gate = ", ".join(sorted(state.workers)) or "nobody", state.workers_needed
         reason = f"waiting for workers: {len(state.workers)} of {gate} are connected ({present})"
     else:
         reason = f"waiting for first weights from {state.init_asked}"
@@ -100,7 +111,7 @@ def _before_a_round(state: State) -> Waiting | None:
 
 def _lacking(state: State) -> str | None:
     """Return what the next round lacks, as ``Waiting.what``; None if it can open."""
-    if len(state.workers) < workers_needed(state):
+    if not state.has_enough_workers:
         return "workers"
     return None if state.has_weights else "first_weights"
 

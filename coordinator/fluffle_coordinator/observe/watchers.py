@@ -7,7 +7,7 @@ from typing import Protocol
 from fluffle_common.cli.console import Console, warn
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import Phase, State
-from fluffle_coordinator.observe.waiting import missing, waiting_for
+from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
 
 
 class Watcher(Protocol):
@@ -30,9 +30,6 @@ class Watchers(Watcher):
 
     def __init__(self, *watchers: Watcher) -> None:
         self._watchers = watchers
-        self._with_show = [
-            watcher for watcher in watchers if type(watcher).show is not Watcher.show
-        ]
         self._reported: set[Watcher] = set()
 
     def record(self, event: RunEvent) -> None:
@@ -44,8 +41,8 @@ class Watchers(Watcher):
                 self._report(watcher, f"the event '{event.name}'", wrong)
 
     def show(self, state: State, now: float) -> None:
-        """Pass the machine's state on to the watchers that have ``show``."""
-        for watcher in self._with_show:
+        """Pass the machine's state on."""
+        for watcher in self._watchers:
             try:
                 watcher.show(state, now)
             except Exception as wrong:
@@ -73,11 +70,10 @@ class View(Watcher):
             return  # called after every event, so build no sentences that nobody sees
         done = min(state.committed, state.rules.rounds)
         self._console.bar("rounds", done, state.rules.rounds)
+        folded = state.folded if state.phase is Phase.OPEN else 0
         if state.phase is Phase.OPEN:
-            self._console.bar(
-                "updates", state.folded, state.needed, f"round {state.round}: {missing(state, now)}"
-            )
+            words = f"round {state.round}: {missing(state, now)}"
         else:
             waiting = waiting_for(state, now)
             words = waiting.sentence() if waiting else f"round {state.round}: {state.phase}"
-            self._console.bar("updates", 0, state.needed, words)
+        self._console.bar("updates", folded, state.needed, words, in_brief(state, now))

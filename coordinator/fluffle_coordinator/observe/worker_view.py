@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
+from fluffle_common.protocol.messages import Heartbeat, Hello
+from fluffle_coordinator.machine.state import Worker
 
 _MAX_WORKERS = 10_000  # a bound, since anyone who joins can choose new names
 
@@ -34,7 +35,6 @@ class WorkerView:
     joined: bool = False
     departed: tuple[float, Departure] | None = None
     num_examples: int | None = None
-    run: str | None = None
     round: int = 0
     step: int = 0
     steps: int = 0
@@ -65,9 +65,7 @@ class WorkerView:
     def doing(self, current: int, failed: str | None = None) -> str:
         """Return in words what the worker is doing.
 
-        Args:
-            current: the number of the open round.
-            failed: the reason why it failed in that round, if it did.
+        ``current`` is the open round, and ``failed`` the reason why it failed in that, if it did.
         """
         if failed is not None:
             return f"failed: {failed}"
@@ -140,22 +138,12 @@ class Workers:
         if not row.is_here:
             row.state, row.why = "idle", ""
 
-    def sign_of_life(self, seen_at: float, worker: str, message: Mapping[str, Any]) -> None:
-        """Apply a hello or a heartbeat.
-
-        Args:
-            seen_at: when it arrived, in seconds since 1970.
-            worker: the worker.
-            message: the fields of the message.
-        """
-        row = self[worker]
-        state = message.get("state")
-        row.state = state if state in STATES else "idle"
-        row.last_seen = seen_at
-        row.num_examples = message.get("num_examples", row.num_examples)
-        row.run, row.round = message.get("run"), message.get("round", 0)
-        row.step, row.steps = message.get("step", 0), message.get("steps", 0)
-        row.loss, row.heartbeat_s = message.get("loss"), message.get("heartbeat_s")
+    def sign_of_life(self, seen_at: float, name: str, sign: Hello | Heartbeat | Worker) -> None:
+        """Apply what a worker reports of itself, which arrived at ``seen_at``."""
+        row = self[name]
+        row.state, row.num_examples, row.last_seen = sign.state, sign.num_examples, seen_at
+        row.round, row.step, row.steps = sign.round, sign.step, sign.steps
+        row.loss, row.heartbeat_s = sign.loss, sign.heartbeat_s
 
     def remember(self, name: str) -> WorkerView:
         """Return the row of a worker that the history names; a new row begins as gone."""

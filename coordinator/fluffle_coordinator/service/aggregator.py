@@ -8,10 +8,10 @@ large one runs in a thread, started by the one task that serves the job queue.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
@@ -36,6 +36,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.user_calls import call_user
 from fluffle_coordinator.storage.round_stats import Clock
+from fluffle_coordinator.storage.run_store import new_base
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.decoding import (
     check_metrics,
@@ -46,20 +47,6 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
 _AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work
-
-
-class _Result(NamedTuple):
-    """The outcome of a round: the start of the next one, and what the checkpoint stores.
-
-    ``kept`` is the part of the strategy's state that the checkpoint stores; ``spent`` is the
-    privacy budget used so far.
-    """
-
-    weights: Weights
-    state: Any
-    kept: Weights
-    broadcast: Weights
-    spent: Mapping[str, float]
 
 
 class Aggregator:
@@ -76,8 +63,8 @@ class Aggregator:
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
         frozen: the model's frozen tensors; empty before the first weights arrive.
-        averaged: called with the new weights and the tensors broadcast with them, before they are
-            on disk, so that their digest is ready when they are sent.
+        averaged: called with a round's number and the name of the weights that it made, while
+            they are being written to disk.
         folder: the folder of the files that hold large updates until they are checked.
     """
 
@@ -93,7 +80,7 @@ class Aggregator:
         record: Callable[[RunEvent], object] = lambda _: None,
         resumed: tuple[int, Weights] | None = None,
         frozen: Weights = NO_TENSORS,
-        averaged: Callable[[Weights, Weights], object] = lambda *_: None,
+        averaged: Callable[[int, str], object] = lambda *_: None,
         folder: Path | None = None,
     ) -> None:
         self.weights, self.frozen = weights, frozen
@@ -168,7 +155,7 @@ class Aggregator:
         """Average the round and commit it, without the updates whose folding has not begun."""
         self._clock.close()
         if self._quick:
-            self._close(number, asked, self._finish(number))
+            self._close(*self._finish(number, asked))
         else:
             self._closing = True
             self._jobs.put(lambda: self._average(number, asked))
@@ -245,7 +232,6 @@ class Aggregator:
         ticket = held.how.ticket
         try:
             payload = await self._fetcher.payload(held)
-            self._fetcher.fetch_next()
             received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
             # Folding touches the whole model, however small the encoded update is.
             nbytes = max(received, size_bytes(self._base))
@@ -327,14 +313,23 @@ class Aggregator:
         self._post(ev.Folded(now, how.ticket, message.seconds, nbytes, norm))
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
-        result = await self._off_loop(size_bytes(self._base), self._finish, number)
-        self._close(number, asked, result)
+        self._close(*await self._off_loop(size_bytes(self._base), self._finish, number, asked))
 
-    def _finish(self, number: int) -> _Result:
+    def _finish(self, number: int, asked: tuple[str, ...]) -> tuple[Average, Any, Weights]:
+        """Return the average, and the strategy's next state with the tensors that it broadcasts."""
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
-        kept, broadcast = strategy.dump(state), strategy.broadcast(state)
-        return _Result(self._restored(weights), state, kept, broadcast, strategy.spent(number))
+        average = Average(
+            number,
+            self._restored(weights),
+            new_base(),
+            asked,
+            self._participants,
+            self._clock,
+            strategy.dump(state),
+            strategy.spent(number),
+        )
+        return average, state, strategy.broadcast(state)
 
     def _restored(self, weights: Weights) -> Weights:
         """Undo the noise that a private strategy added to tensors that are not trained."""
@@ -346,23 +341,14 @@ class Aggregator:
                 weights[name][...] = old
         return weights
 
-    def _close(self, number: int, asked: tuple[str, ...], result: _Result) -> None:
+    def _close(self, average: Average, state: Any, broadcast: Weights) -> None:
         """Commit the average and begin the next sum."""
         self._clock.average()
-        average = Average(
-            number,
-            result.weights,
-            asked,
-            self._participants,
-            self._clock,
-            result.kept,
-            result.spent,
-        )
         self._committer.commit(average)
-        self._averaged(result.weights, result.broadcast)
-        self.weights, self._state, self.broadcast = result.weights, result.state, result.broadcast
+        self.weights, self._state, self.broadcast = average.weights, state, broadcast
         self._clock = Clock()
         self._participants, self._closing = [], False
+        self._averaged(average.number, average.base)
 
     async def _off_loop(self, nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
         """Call ``work``, whose time grows with ``nbytes``: in a thread, unless that is small."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,8 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
-from fluffle_coordinator.machine.state import Rules, State
+from fluffle_coordinator.machine.selection import sample_size
+from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
@@ -32,7 +32,7 @@ from fluffle_coordinator.service.coordinator import Coordinator
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
-from fluffle_coordinator.service.schedule_loading import Timing, load_schedule
+from fluffle_coordinator.service.schedule_loading import load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.service.strategy_loading import (
@@ -45,18 +45,18 @@ from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 if TYPE_CHECKING:
-    from fluffle_coordinator.dashboard.page import Page
+    from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 
 
-def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
-    """Run a coordinator to its end.
+def run_coordinator(options: dict[str, Any]) -> None:
+    """Run a coordinator, with the options of ``fluffle coordinator``, to its end.
 
     Raises:
         RunError: if the run stopped before its last round.
         TaskError: if the user's strategy, schedule or selection fails.
         SystemExit: after a signal, with 128 + its number.
     """
-    settings = settings_of(rules, options)
+    settings = settings_of(options)
     federation = settings.federation
     # Called before every attempt: a private broker may start later, on another port.
     find = functools.partial(broker_url, options["url"])
@@ -66,20 +66,10 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
     page = _page(options, topology)
     try:
         with Console(options["log_format"], {"federation": federation}) as console:
-            journal = Journal(topology)
-            watcher = Watchers(View(console), journal, *([page] if page else []))
             if page:
                 console.line("page", f"the page is at {page.url}", {"url": page.url})
-            run = coordinate(
-                settings,
-                transport,
-                topology,
-                store,
-                watcher,
-                journal=journal,
-                page=page,
-                fresh=options["fresh"],
-            )
+            view, fresh = View(console), options["fresh"]
+            run = coordinate(settings, transport, topology, store, view, page=page, fresh=fresh)
             state = run_until_signalled(page.beside(run) if page else run)
     except Interrupted as signalled:
         leave(signalled.exit_code)
@@ -88,21 +78,28 @@ def run_coordinator(rules: Rules, options: dict[str, Any]) -> None:
         raise RunError(f"the run stopped: {state.reason}; {remedy}")
 
 
-def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
+def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
     """Turn command-line options into settings.
 
     Raises:
         UsageError: if an option is invalid, or options contradict each other.
         TaskError: if the file of a strategy, schedule or hook fails to load.
     """
-    strategy = as_named(options["strategy"])
+    rules, strategy = _rules_of(options), as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
             f"--keep-updates conflicts with the strategy {strategy.name}, which keeps updates "
             "private and adds random noise that replay cannot reproduce; remove --keep-updates"
         )
-    timing = Timing(**{field.name: options[field.name] for field in fields(Timing)})
-    schedule_name, schedule = load_schedule(timing)
+    schedule_name, schedule = load_schedule(
+        options["schedule"],
+        buffer=options["buffer"],
+        concurrency=options["concurrency"],
+        max_staleness=options["max_staleness"],
+        staleness=options["staleness"],
+        late=options["late"],
+    )
+    codec = options["compress"] or options["upload_dtype"]
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
         rules=rules_for(strategy, rules, schedule_name, schedule),
@@ -111,7 +108,7 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
             steps=options["steps"],
             batch_size=options["batch_size"],
             learning_rate=options["learning_rate"],
-            compress=_compress(options),
+            compress=None if codec == "float32" else Compression.parse(codec),
             config=parse_config(options["config"]),
             train=options["train"] or None,
         ),
@@ -136,12 +133,52 @@ def settings_of(rules: Rules, options: dict[str, Any]) -> CoordinatorSettings:
     )
 
 
-def _compress(options: dict[str, Any]) -> Compression | None:
-    """Return the encoding of the workers' updates, or None for plain tensors."""
-    if options["compress"] is not None:
-        return Compression.parse(options["compress"])
-    dtype: str = options["upload_dtype"]
-    return None if dtype == "float32" else Compression(kind=dtype)
+def _rules_of(options: dict[str, Any]) -> Rules:
+    """Return the rules of a run that the options describe, before its strategy changes them.
+
+    Raises:
+        UsageError: if two options contradict each other.
+    """
+    quorum: Quorum = options["quorum"]
+    fraction: float = options["fraction"]
+    min_workers: int | None = options["min_workers"]
+    sample: int | None = options["sample"]
+    if sample is not None and fraction < 1:
+        raise UsageError("--fraction conflicts with --sample; use only one of them")
+    if sample is not None and (quorum.number or 1) > sample:
+        raise UsageError(
+            f"--quorum {quorum.number} needs more updates than --sample {sample} asks for; lower "
+            "--quorum or raise --sample"
+        )
+    least = quorum.number or 1
+    if min_workers:
+        cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
+        least = quorum.of(cohort)
+    if quorum.number is not None and options["min_updates"] > quorum.number:
+        raise UsageError(
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, at "
+            "which a round closes anyway; lower --min-updates"
+        )
+    return Rules(
+        rounds=options["rounds"],
+        min_workers=min_workers or quorum.number or 2,
+        least=least,
+        quorum=quorum,
+        grace_s=options["grace"],
+        deadline_s=options["deadline"],
+        on_deadline=options["on_deadline"],
+        min_updates=options["min_updates"],
+        fraction=fraction,
+        sample=sample,
+        over_provision=options["over_provision"],
+        selection=options["select"],
+        max_examples=options["max_examples"],
+        max_norm_ratio=options["max_norm_ratio"],
+        max_round_s=options["max_round"],
+        stall_timeout_s=options["stall_timeout"],
+        seed=options["seed"],
+        wait_s=options["wait_workers"],
+    )
 
 
 async def coordinate(
@@ -151,8 +188,8 @@ async def coordinate(
     store: RunStore,
     watcher: Watcher,
     *,
-    journal: Journal | None,
-    page: Page | None = None,
+    journaled: bool = True,
+    page: CoordinatorSource | None = None,
     fresh: bool = False,
 ) -> State:
     """Begin or resume the run in a folder, and run it to its end.
@@ -162,8 +199,8 @@ async def coordinate(
         transport: connects to the broker.
         topology: the names of the federation's queues and exchanges.
         store: the run folder; waits while another coordinator holds its lock.
-        watcher: receives every event, and passes it on to ``journal`` among others.
-        journal: publishes the events on the broker; None publishes none.
+        watcher: receives every event.
+        journaled: whether to publish the events on the broker.
         page: the live page, which also shows the rounds of the history.
         fresh: move an earlier run aside and begin a new one.
 
@@ -175,6 +212,9 @@ async def coordinate(
         TaskError: if the user's strategy, schedule or selection fails.
         UsageError: if the run in the folder cannot continue with these settings.
     """
+    journal = Journal(topology) if journaled else None
+    watchers: list[Watcher | None] = [watcher, journal, page]
+    watcher = Watchers(*filter(None, watchers))
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
         page.remember(read_history(store.folder))
@@ -190,10 +230,10 @@ async def coordinate(
         journal=journal,
     )
     state = await coordinator.run()
-    if state.outcome == "finished" and saved.committed < settings.rules.rounds:
-        early = state.committed < settings.rules.rounds
-        advice = endings.after_an_early_end if early else endings.after_the_end
-        watcher.record(run_events.Note(what=advice(store.shown, state.committed)))
+    rounds = settings.rules.rounds
+    if state.outcome == "finished" and saved.committed < rounds:
+        advice = endings.after_the_end(store.shown, state.committed, rounds)
+        watcher.record(run_events.Note(what=advice))
     return state
 
 
@@ -211,19 +251,24 @@ def _beginning(
             f"the strategy {strategy.name} allows no more than {rounds} round{'s'[: rounds != 1]}"
         )
         yield run_events.Note(what=what)
-    for what in uncounted_sampling(strategy, settings.rules):
+    if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)
     if saved.committed >= rounds:
         yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
 
 
-def _page(options: dict[str, Any], topology: Topology) -> Page | None:
+def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | None:
     """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
     from fluffle_coordinator.dashboard import needs
 
     with needs():
-        from fluffle_coordinator.dashboard.page import Page
+        from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
+        from fluffle_coordinator.dashboard.feed import queue_asker
+        from fluffle_coordinator.dashboard.server import listen
     url = broker_url(options["url"])
-    return Page(options["dashboard"], topology, url, management_of(url, options["management"]))
+    ask_queues = queue_asker(topology, url, management_of(url, options["management"]))
+    # Bound at once, so that a port in use stops the command before the run begins.
+    listening = listen(options["dashboard"], "--dashboard")
+    return CoordinatorSource(topology.federation, listening, ask_queues)

@@ -1,8 +1,9 @@
 """The committer: writes and fsyncs checkpoints and history lines, strictly in order.
 
 A round is committed once its history line is on disk, and the line is written after the checkpoint.
-Only then does the machine receive ``Committed``, send the new weights and acknowledge the updates.
-A crash at any earlier point therefore loses no update: the broker delivers them again.
+Only then does the machine receive ``Committed``, send the new weights and acknowledge the updates;
+of large weights, only the last part waits (``Outbox.begin``). A crash at any earlier point
+therefore loses no update: the broker delivers them again.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Average:
     Args:
         number: the round.
         weights: the new weights.
+        base: their name.
         asked: the workers that were asked.
         participants: the history's entry for each update in the sum, in the order of folding.
         clock: the round's timings.
@@ -69,6 +71,7 @@ class Average:
 
     number: int
     weights: Weights
+    base: str
     asked: tuple[str, ...]
     participants: list[dict[str, Any]]
     clock: Clock
@@ -192,7 +195,7 @@ class Committer:
             self._jobs.put(record)
 
     async def _commit(self, average: Average) -> None:
-        number, clock, base = average.number, average.clock, new_base()
+        number, clock, base = average.number, average.clock, average.base
         metadata = {**self._metadata(number), "base": base}
         line: dict[str, Any] = {
             "event": "committed",

@@ -5,12 +5,10 @@ from __future__ import annotations
 import platform
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from fluffle_common.protocol.topology import Topology
-    from fluffle_coordinator.service.settings import CoordinatorSettings
-
+from fluffle_common.protocol.topology import Topology
+from fluffle_coordinator.service.settings import CoordinatorSettings
 
 # The packages that can affect the result or the files of a run.
 _PACKAGES = ("fluffle", "numpy", "ml-dtypes", "aio-pika", "msgpack", "pydantic", "safetensors")

@@ -122,7 +122,7 @@ class Coordinator:
             record=self._record,
             resumed=(saved.committed, saved.kept) if saved.committed else None,
             frozen=saved.frozen.tensors,
-            averaged=self._outbox.prepare,
+            averaged=self._send_ahead,
             folder=store.folder,
         )
         self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
@@ -174,10 +174,10 @@ class Coordinator:
         finally:
             if self._journal is not None:
                 await self._journal.drained(_JOURNAL_DRAIN_S)
-            self._next_tick.cancel()
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            self._next_tick.cancel()  # last, because the end of the link is an event, too
         return self.state
 
     async def _end(self) -> None:
@@ -278,6 +278,21 @@ class Coordinator:
                     self._aggregator.broadcast,
                     self._aggregator.frozen,
                 )
+
+    def _send_ahead(self, number: int, base: str) -> None:
+        """Begin to send the work of the next round while its weights are being written to disk.
+
+        The machine is pure, so it can tell what it will ask for once they are. If it then asks for
+        something else, because a worker has joined or left, that is sent in full.
+        """
+        weights, broadcast = self._aggregator.weights, self._aggregator.broadcast
+        assert weights is not None
+        if self._outbox.prepare(weights, broadcast) is None or self.state.schedule.continuous:
+            return
+        state, effects = machine.advance(self.state, ev.Committed(monotonic(), number, base))
+        for effect in effects:
+            if isinstance(effect, fx.SendFit):
+                self._outbox.begin(effect, state, weights, broadcast)
 
     def _record(self, event: run_events.RunEvent) -> None:
         self._committer.counts.note(event)

@@ -8,30 +8,22 @@ from pathlib import Path
 from fluffle_coordinator.machine.state import State
 
 
-def after_the_end(folder: Path, rounds: int) -> str:
-    """Return the advice after a finished run.
+def after_the_end(folder: Path, committed: int, rounds: int) -> str:
+    """Return the advice after a run that is finished, perhaps early: by a hook or a stopping rule.
 
-    >>> after_the_end(Path("runs/letters"), 6)
+    >>> after_the_end(Path("runs/letters"), 6, 6)
     "'fluffle history --run runs/letters' shows the rounds; the same command with --rounds 12 \
 (without --fresh) adds more, and with --fresh it begins a new run"
-    """
-    return (
-        f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds; the same command "
-        f"with --rounds {2 * rounds} (without --fresh) adds more, and with --fresh it begins a "
-        "new run"
-    )
-
-
-def after_an_early_end(folder: Path, committed: int) -> str:
-    """Return how to continue a run that a hook or stopping rule ended before its last round.
-
-    >>> after_an_early_end(Path("runs/letters"), 3)
+    >>> after_the_end(Path("runs/letters"), 3, 6)
     "'fluffle history --run runs/letters' shows the rounds; the same command (without --fresh) \
 goes on with round 4"
     """
+    shows = f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds"
+    if committed < rounds:
+        return f"{shows}; the same command (without --fresh) goes on with round {committed + 1}"
     return (
-        f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds; the same command "
-        f"(without --fresh) goes on with round {committed + 1}"
+        f"{shows}; the same command with --rounds {2 * committed} (without --fresh) adds more, and "
+        "with --fresh it begins a new run"
     )
 
 
@@ -43,7 +35,7 @@ def done_already(folder: Path, committed: int, rounds: int) -> str:
     """
     return (
         f"the run in {folder} is done: it has {committed} round{'s'[: committed != 1]} and "
-        f"--rounds is {rounds}; {after_the_end(folder, committed)}"
+        f"--rounds is {rounds}; {after_the_end(folder, committed, rounds)}"
     )
 
 

@@ -1,9 +1,9 @@
-"""Fetches the parts of large updates: the next update's while the current one is folded."""
+"""Fetches the parts of large updates, ahead of their turn if they use little memory."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ Payload = memoryview | InPieces
 
 
 class Fetcher:
-    """Fetches one transfer at a time.
+    """Fetches the update that is folded next, and at most one more.
 
     An update that may stay in pieces is spooled to disk and uses little memory, so it is fetched
     ahead. Any other update needs one block of memory and is fetched when it is folded.
@@ -58,7 +58,7 @@ class Fetcher:
         self._topology, self._link = topology, link
         self._weights, self._plan = weights, plan
         self._in_pieces, self._max_bytes, self._verify_users = in_pieces, max_bytes, verify_users
-        self._files = itertools.cycle((SpoolFile(folder), SpoolFile(folder)))
+        self._folder, self._free_files = folder, list[SpoolFile]()
         self._expected: deque[Held] = deque()
         self._ahead: tuple[Held, asyncio.Task[Payload]] | None = None
 
@@ -66,6 +66,7 @@ class Fetcher:
         """Add an update to the end of the queue of those to fetch."""
         if held.message.transfer is not None and not self._is_ahead(held):
             self._expected.append(held)
+            self._fetch_next()
 
     def postpone(self, held: Held) -> None:
         """Stop expecting an update that the next sum will ask for first; keep fetched parts."""
@@ -84,22 +85,12 @@ class Fetcher:
         if self._ahead is not None and self._is_ahead(held):
             task = self._ahead[1]
             self._ahead = None
+            self._fetch_next()
             return await task
         self._forget(held)
-        return await self._fetch(held, check_announced(held.message, self._weights(), self._plan))
-
-    def fetch_next(self) -> None:
-        """Start fetching the next expected update, if it may stay in pieces."""
-        if self._ahead is not None or not self._expected:
-            return
-        held = self._expected[0]
-        try:
-            layout = check_announced(held.message, self._weights(), self._plan)
-        except MalformedMessage:
-            return  # payload() raises it
-        if self._stays_in_pieces(held.message, layout):
-            self._forget(held)
-            self._ahead = held, asyncio.create_task(self._fetch(held, layout))
+        layout = check_announced(held.message, self._weights(), self._plan)
+        self._fetch_next()
+        return await self._fetch(held, layout)
 
     async def drop(self, held: Held) -> None:
         """Stop expecting an update, and stop fetching it."""
@@ -115,6 +106,19 @@ class Fetcher:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
+    def _fetch_next(self) -> None:
+        """Start fetching the next expected update, if it may stay in pieces."""
+        if self._ahead is not None or not self._expected:
+            return
+        held = self._expected[0]
+        try:
+            layout = check_announced(held.message, self._weights(), self._plan)
+        except MalformedMessage:
+            return  # payload() raises it
+        if self._stays_in_pieces(held.message, layout):
+            self._forget(held)
+            self._ahead = held, asyncio.create_task(self._fetch(held, layout))
+
     def _is_ahead(self, held: Held) -> bool:
         return self._ahead is not None and self._ahead[0] is held
 
@@ -129,9 +133,9 @@ class Fetcher:
         assert message.transfer is not None
         into: Spool | Assembly
         if self._stays_in_pieces(message, layout):
-            into = Spool(
-                message.transfer, self._max_bytes, layout.layouts[MODEL], next(self._files)
-            )
+            file = self._free_files.pop() if self._free_files else SpoolFile(self._folder)
+            into = Spool(message.transfer, self._max_bytes, layout.layouts[MODEL], file)
+            weakref.finalize(into, self._free_files.append, file)
         else:
             into = Assembly(message.transfer, self._max_bytes)
         await fetch(

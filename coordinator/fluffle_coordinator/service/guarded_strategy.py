@@ -1,21 +1,19 @@
-"""Wraps a strategy: any error or invalid result ends the run.
-
-Ending the run loses nothing, because no update is acknowledged before its round is on disk.
-"""
+"""Wraps a strategy: any error or invalid result ends the run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
-from fluffle_common.cli.user_code import one_line, warn_in_full
-from fluffle_common.errors import RunError, TaskError
+from fluffle_common.errors import TaskError
 from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, read_only, same_form
+from fluffle_coordinator.service.user_calls import call_guarded, failed
 from fluffle_coordinator.strategy.base import (
     NO_TENSORS,
     Accounted,
@@ -24,13 +22,12 @@ from fluffle_coordinator.strategy.base import (
     Needs,
 )
 
-_T = TypeVar("_T")
-_CALLERS = frozenset({__file__})
-
 
 @dataclass(frozen=True)
 class GuardedStrategy:
     """A strategy in one round; every method raises ``TaskError`` if the strategy fails.
+
+    The results of a built-in strategy are valid, so checking and copying them would only cost time.
 
     Args:
         named: the strategy and its name.
@@ -45,37 +42,24 @@ class GuardedStrategy:
         """What the strategy needs from the coordinator."""
         return self.named.strategy.needs
 
-    @property
-    def _trusted(self) -> bool:
-        """Whether the strategy is built in; checking its results would only cost time."""
-        return self.named.ours
-
     def init(self, weights: Weights) -> Any:
         """Return the state at the start of a run."""
-        return self._call("init()", self.named.strategy.init, self._protected(weights))
+        return self._call("init", self._protected(weights))
 
     def broadcast(self, state: Any) -> Weights:
         """Return a copy of the tensors that travel with the model, checked to be finite."""
-        tensors = self._call("broadcast()", self.named.strategy.broadcast, state)
+        tensors = self._call("broadcast", state)
         if isinstance(tensors, Mapping) and not tensors:
             return NO_TENSORS
-        try:
+        with self._checking("broadcast()", "tensors that cannot be sent"):
             _check_tensors(tensors)
             check_finite(tensors)
-        except ValueError as wrong:
-            raise self._wrong(
-                "broadcast()", f"it returned tensors that cannot be sent: {wrong}"
-            ) from None
         return _copied(tensors, tensors)
 
     def fold(self, state: Any, contribution: Contribution) -> Any:
         """Return the state with one more contribution."""
-        return self._call(
-            f"fold() of the update of {contribution.worker}",
-            self.named.strategy.fold,
-            state,
-            contribution,
-        )
+        of = f" of the update of {contribution.worker}"
+        return self._call("fold", state, contribution, of=of)
 
     def finish(self, state: Any, weights: Weights) -> tuple[Weights, Any]:
         """Close the round; return the new weights and the state of the next round.
@@ -83,74 +67,71 @@ class GuardedStrategy:
         The weights of a user's strategy are checked (finite, with the model's names, shapes and
         dtypes) and copied into one block of memory.
         """
-        result = self._call("finish()", self.named.strategy.finish, state, self._protected(weights))
-        if self._trusted:
+        result = self._call("finish", state, self._protected(weights))
+        try:
             new, next_state = result
+        except (TypeError, ValueError):
+            raise self._failed(
+                "finish()", f"it returned {type(result).__name__}, not (weights, state)"
+            ) from None
+        if self.named.ours:
             return new, next_state
-        return self._checked(result, weights)
+        with self._checking("finish()", "an invalid model"):
+            _check_tensors(new)
+            same_form(new, weights)
+            check_finite(new)
+        return _copied(new, weights), next_state
 
     def dump(self, state: Any) -> Weights:
         """Return the part of a state that the checkpoint stores."""
-        tensors = self._call("dump()", self.named.strategy.dump, state)
+        tensors = self._call("dump", state)
         if isinstance(tensors, Mapping) and not tensors:
             return NO_TENSORS
-        try:
+        with self._checking("dump()", "a state that cannot be saved"):
             _check_tensors(tensors)
             check_signature(add_strategy_prefix(tensors))  # as the checkpoint names them
-        except ValueError as wrong:
-            raise self._wrong(
-                "dump()", f"it returned a state that cannot be saved: {wrong}"
-            ) from None
         return {name: np.asarray(tensor) for name, tensor in tensors.items()}
 
     def spent(self, number: int) -> dict[str, float]:
         """Return epsilon and delta after ``number`` rounds; empty if they are not accounted for."""
-        strategy = self.named.strategy
-        if not isinstance(strategy, Accounted):
+        if not isinstance(self.named.strategy, Accounted):
             return {}
-        budget = self._call("spent()", strategy.spent, number)
-        return {name: float(budget[name]) for name in ("epsilon", "delta") if name in budget}
+        budget = self._call("spent", number)
+        try:
+            return {name: float(budget[name]) for name in ("epsilon", "delta") if name in budget}
+        except (TypeError, ValueError):
+            raise self._failed(
+                "spent()", f"it returned {budget!r:.60}, not a mapping of names to numbers"
+            ) from None
 
     def load(self, saved: Weights, weights: Weights) -> Any:
         """Return the state that ``dump`` saved."""
-        return self._call("load()", self.named.strategy.load, saved, self._protected(weights))
+        return self._call("load", saved, self._protected(weights))
 
     def _protected(self, weights: Weights) -> Weights:
         """Return the weights, as read-only views for a user's strategy."""
-        if self._trusted:
+        if self.named.ours:
             return weights
         return {name: read_only(tensor) for name, tensor in weights.items()}
 
-    def _checked(self, result: Any, weights: Weights) -> tuple[Tensors, Any]:
-        try:
-            new, next_state = result
-        except (TypeError, ValueError):
-            raise self._wrong(
-                "finish()", f"it returned {type(result).__name__}, not (weights, state)"
-            ) from None
-        try:
-            _check_tensors(new)
-            same_form(new, weights)
-            check_finite(new)
-        except ValueError as wrong:
-            raise self._wrong("finish()", f"it returned an invalid model: {wrong}") from None
-        return _copied(new, weights), next_state
+    def _call(self, method: str, *on: Any, of: str = "") -> Any:
+        """Call a method of the strategy; ``of`` says what for, in messages."""
+        function = getattr(self.named.strategy, method)
+        return call_guarded(*self._where(f"{method}(){of}"), function, *on, ours=self.named.ours)
 
-    def _call(self, what: str, function: Callable[..., _T], *on: Any) -> _T:
+    @contextlib.contextmanager
+    def _checking(self, where: str, wrong: str) -> Iterator[None]:
+        """Turn a ``ValueError`` into a ``TaskError``: the method returned something wrong."""
         try:
-            return function(*on)
-        except RunError:  # the disk refused an update that the strategy keeps there
-            raise
-        except (Exception, SystemExit) as why:
-            if not self._trusted:
-                warn_in_full(why, "strategy", _CALLERS)
-            raise self._wrong(what, one_line(why, _CALLERS)) from why
+            yield
+        except ValueError as why:
+            raise self._failed(where, f"it returned {wrong}: {why}") from None
 
-    def _wrong(self, what: str, why: str) -> TaskError:
-        return TaskError(
-            f"the strategy {self.named.name} failed in round {self.number}, in {what}: {why}; fix "
-            "it and run the same command again: no update is lost"
-        )
+    def _failed(self, where: str, why: str) -> TaskError:
+        return failed(*self._where(where), why)
+
+    def _where(self, where: str) -> tuple[str, str]:
+        return f"strategy {self.named.name}", f"round {self.number}, in {where}"
 
 
 def _copied(tensors: Weights, like: Weights) -> Tensors:

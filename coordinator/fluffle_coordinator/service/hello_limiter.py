@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fluffle_common.protocol.messages import Heartbeat, Hello
 
-_BURST = 4
+_BURST = 4.0
 _REFILL_S = 5.0  # one more hello per so many seconds
 _MAX_WORKERS = 100_000
 
@@ -41,15 +41,14 @@ class HelloLimiter:
         new_session = bucket is None or bucket.session != sign.session
         if not new_session and isinstance(sign, Heartbeat):
             return sign
-        tokens = float(_BURST)
+        tokens = _BURST
         if bucket is not None:
-            tokens = min(tokens, bucket.tokens + (now - bucket.updated_at) / _REFILL_S)
-        if tokens >= 1:
-            self._buckets.pop(sign.worker, None)
-            if len(self._buckets) >= _MAX_WORKERS:
-                del self._buckets[next(iter(self._buckets))]  # the least recently updated
-            self._buckets[sign.worker] = _Bucket(sign.session, tokens - 1, now)
-            return sign
-        if new_session:
-            return None
-        return Heartbeat.model_construct(**{**sign.__dict__, "kind": "heartbeat"})
+            tokens = min(_BURST, bucket.tokens + (now - bucket.updated_at) / _REFILL_S)
+        if tokens < 1:
+            surplus = {**sign.__dict__, "kind": "heartbeat"}
+            return None if new_session else Heartbeat.model_construct(**surplus)
+        self._buckets.pop(sign.worker, None)
+        if len(self._buckets) >= _MAX_WORKERS:
+            del self._buckets[next(iter(self._buckets))]  # the least recently updated
+        self._buckets[sign.worker] = _Bucket(sign.session, tokens - 1, now)
+        return sign

@@ -176,9 +176,8 @@ class Intake:
                 f"worker {hello.worker} speaks protocol {hello.protocol}, but this coordinator "
                 f"speaks protocol {PROTOCOL}; install the same version of fluffle on both sides"
             )
-        self._record(run_events.Refused(worker=hello.worker, reason=reason))
         self._outbox.bind(hello.worker, hello.session, again=True)
-        self._outbox.refuse(hello, reason, code)
+        self._outbox.refuse(hello, reason, code, report=True)
 
     def _presence(self, message: Any) -> None:
         now = monotonic()

@@ -72,7 +72,7 @@ class LearningRateSchedule:
 
     def __str__(self) -> str:
         """Return the text that ``parse`` reads."""
-        settings = {"exponential": f":{self.factor:g}", "step": f":{self.rounds},{self.factor:g}"}
+        settings = {"exponential": f":{self.factor}", "step": f":{self.rounds},{self.factor}"}
         return self.kind + settings.get(self.kind, "")
 
     def at(self, number: int, rounds: int, base: float) -> float:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, encode_refusal
-from fluffle_common.protocol.events import RunEvent, Untold, Waiting
+from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
     PROTOCOL,
@@ -31,7 +32,7 @@ from fluffle_common.protocol.transfer import digest_of
 from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
-from fluffle_common.transport.messaging import Route, reject, send, send_tensors
+from fluffle_common.transport.messaging import Route, reject, send, send_ahead, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.learning_rate import CONSTANT
@@ -48,6 +49,17 @@ _STOP_REASON_CHARACTERS = 2000
 _MAX_REFUSED = 10_000
 
 Job = Callable[[Link], Awaitable[None]]
+
+
+@dataclass(eq=False)
+class _Ahead:
+    """Work that is sent ahead of its effect, all but the last part of its weights."""
+
+    effect: fx.SendFit
+    fit: Fit
+    # Set once the other parts are sent: the link that they went over, and what sends the last one.
+    link: Link | None = None
+    send_last: Callable[[], Awaitable[None]] | None = None
 
 
 class Outbox:
@@ -77,6 +89,7 @@ class Outbox:
         self._plan = settings.whole_plan
         # The weights and broadcast tensors that were last prepared, and their digest.
         self._digest: tuple[Weights, Weights, asyncio.Future[str]] | None = None
+        self._ahead: _Ahead | None = None
         self._refused: dict[tuple[str, str], None] = {}  # (worker, session), in insertion order
         # The session of each worker whose queues were bound over the link ``_bound_over``.
         self._bound: dict[str, str] = {}
@@ -160,6 +173,7 @@ class Outbox:
                 rounds = state.rules.rounds
                 welcome = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
                 job = self._to(welcome, [worker])
+                self._ahead = None  # the worker's new link or process has not received it
             case fx.Refuse(worker, session, reason, code):
                 self.refuse(MinimalHello(PROTOCOL, worker, session), reason, code)
                 return
@@ -168,20 +182,12 @@ class Outbox:
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
-            case fx.SendFit(workers, evaluate, sequence, attempt, lacking):
-                fit = Fit(
-                    federation=federation,
-                    run=run,
-                    round=state.round,
-                    base=state.base,
-                    evaluate=evaluate,
-                    sequence=sequence,
-                    attempt=attempt,
-                    plan=self._plan_of(state),
-                    **_frozen_of(state),
-                )
+            case fx.SendFit(workers, frozen=lacking):
+                fit = self._fit(effect, state)
                 beside = broadcast, frozen if lacking else NO_TENSORS
-                job = self._with_weights(fit, weights, workers, *beside)
+                in_full = self._with_weights(fit, weights, workers, *beside)
+
+                job = self._rest_of(effect, fit, in_full)
             case fx.SendEvaluate(workers, lacking):
                 evaluation = Evaluate(
                     federation=federation,
@@ -205,6 +211,63 @@ class Outbox:
             case _:
                 return
         self._put(job)
+
+    def begin(
+        self, effect: fx.SendFit, state: rs.State, weights: Weights, broadcast: Weights
+    ) -> None:
+        """Send work ahead of its effect, all but the last part of its weights.
+
+        ``perform`` sends the rest if the effect and the work turn out to be the same; otherwise, it
+        sends the work in full, which replaces what was begun. Workers therefore cannot train from
+        weights that are not on disk.
+
+        Args:
+            effect: the effect that the machine is expected to ask for.
+            state: the machine's state that is expected then.
+            weights: the weights, which take several parts.
+            broadcast: the strategy's tensors that travel with them.
+        """
+        if effect.frozen:
+            return
+        fit, digest = self._fit(effect, state), self.prepare(weights, broadcast)
+        route, others = self._to_inboxes(effect.workers), {EXTRA: broadcast}
+        assert digest is not None
+        self._ahead = ahead = _Ahead(effect, fit)
+
+        async def job(link: Link) -> None:
+            ahead.send_last = await send_ahead(
+                link, fit, weights, route, others=others, digest=digest
+            )
+            ahead.link = link
+
+        self._put(job)
+
+    def _rest_of(self, effect: fx.SendFit, fit: Fit, in_full: Job) -> Job:
+        """Return the job that sends what is missing of work: its last part, or everything."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is None or (ahead.effect, ahead.fit) != (effect, fit):
+            return in_full
+
+        async def job(link: Link) -> None:
+            if ahead.link is link and ahead.send_last is not None:
+                await ahead.send_last()
+            else:
+                await in_full(link)
+
+        return job
+
+    def _fit(self, effect: fx.SendFit, state: rs.State) -> Fit:
+        return Fit(
+            federation=self._settings.federation,
+            run=self._run,
+            round=state.round,
+            base=state.base,
+            evaluate=effect.evaluate,
+            sequence=effect.sequence,
+            attempt=effect.attempt,
+            plan=self._plan_of(state),
+            **_frozen_of(state),
+        )
 
     def _verdict(self, effect: fx.Judge) -> Verdict:
         return Verdict(
@@ -233,8 +296,15 @@ class Outbox:
         if sent.workers:
             self._put(lambda link: send(link, sent.message, route, body))
 
-    def refuse(self, to: MinimalHello, reason: str, code: str) -> None:
-        """Send a refusal, in the worker's protocol version and once per session."""
+    def refuse(self, to: MinimalHello, reason: str, code: str, *, report: bool = False) -> None:
+        """Send a refusal, in the worker's protocol version and once per session.
+
+        Args:
+            to: the hello that is refused.
+            reason: the reason, for people.
+            code: the reason, for programs.
+            report: whether to record an event when it is sent, as the machine does for its own.
+        """
         refusal = Refusal(
             federation=self._settings.federation,
             session=to.session,
@@ -246,6 +316,8 @@ class Outbox:
         async def refuse_once(link: Link) -> None:
             if not self.was_refused(to):
                 await send(link, refusal, route, encode_refusal(refusal, to.protocol))
+                if report:
+                    self._record(Refused(worker=to.worker, reason=reason))
                 self._refused[to.worker, to.session] = None
                 if len(self._refused) > _MAX_REFUSED:
                     del self._refused[next(iter(self._refused))]
@@ -283,9 +355,9 @@ class Outbox:
         extra: Weights,
         frozen: Weights,
     ) -> Job:
-        """Send weights to the workers in one publish; not durable, since a checkpoint exists."""
+        """Send weights to the workers in one publish."""
         assert weights is not None
-        route = Route(self._topology.work, workers, durable=False)
+        route = self._to_inboxes(workers)
         return lambda link: send_tensors(
             link,
             message,
@@ -294,6 +366,10 @@ class Outbox:
             others={EXTRA: extra, FROZEN: frozen},
             digest=None if frozen else self.prepare(weights, extra),
         )
+
+    def _to_inboxes(self, workers: Sequence[str]) -> Route:
+        """Return the route of weights: not durable, since there is a checkpoint."""
+        return Route(self._topology.work, workers, durable=False)
 
 
 def _frozen_of(state: rs.State) -> dict[str, Any]:

@@ -2,95 +2,78 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
+from fluffle_common.arguments import write_arguments
 from fluffle_common.cli.loading import Place
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.buffered import Buffered
-from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
+from fluffle_coordinator.machine.schedules.quorum import QUORUM, QuorumRounds
 from fluffle_coordinator.machine.selection import Choose, Selection, parse_selection
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.service.guarded_schedule import (
-    GuardedSchedule,
-    call_guarded,
-    guarded_choice,
-)
+from fluffle_coordinator.service.guarded_schedule import GuardedSchedule, guarded_choice
+from fluffle_coordinator.service.user_calls import call_guarded
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
 _CALLERS = frozenset({__file__})
 _LATE_ROUNDS = 2  # the default --max-staleness of --late discount
 
 
-@dataclass(frozen=True)
-class Timing:
-    """The options that define the schedule; None means that the option was not given.
+def load_schedule(
+    name: str = "quorum",
+    *,
+    buffer: int | None = None,
+    concurrency: int | None = None,
+    max_staleness: int | None = None,
+    staleness: Discount | None = None,
+    late: str = "discard",
+) -> tuple[str, Schedule[State]]:
+    """Return the name of the schedule with its settings, and the schedule.
+
+    The arguments are the options of ``fluffle coordinator``; None means that one was not given.
 
     Args:
-        schedule: ``quorum``, ``buffered`` or ``path.py:name``.
+        name: ``quorum``, ``buffered`` or ``path.py:name``.
         buffer: the number of updates that make a version.
         concurrency: the largest number of workers that train at a time.
         max_staleness: the largest permitted staleness of an update, in versions.
         staleness: the discount of a stale update's weight.
         late: ``discard`` or ``discount``: the treatment of late updates in synchronous rounds.
-    """
-
-    schedule: str = "quorum"
-    buffer: int | None = None
-    concurrency: int | None = None
-    max_staleness: int | None = None
-    staleness: Discount | None = None
-    late: str = "discard"
-
-
-def load_schedule(timing: Timing) -> tuple[str, Schedule[State]]:
-    """Return the name of the schedule with its settings, and the schedule.
 
     Raises:
         UsageError: if there is no such schedule, or an option does not apply to it.
         TaskError: if a user's file fails to load.
     """
-    name, discounts_late = timing.schedule, timing.late == "discount"
     if name not in ("quorum", "buffered") and ":" not in name:
         raise UsageError(
             f"unknown schedule '{name}' (--schedule); choose quorum or buffered, or load your own "
             "with path.py:name"
         )
-    if name != "quorum" and discounts_late:
+    if name != "quorum" and late == "discount":
         raise UsageError("--late discount needs --schedule quorum; add that, or remove --late")
+    phi = staleness or POLYNOMIAL
     if name == "buffered":
-        return _buffered(timing)
-    buffered = {"--buffer": timing.buffer, "--concurrency": timing.concurrency}
-    _refuse(buffered, "needs --schedule buffered; add that, or remove")
-    stale = {"--max-staleness": timing.max_staleness, "--staleness": timing.staleness}
+        options = {"buffer": buffer, "concurrency": concurrency, "max_staleness": max_staleness}
+        given = {option: value for option, value in options.items() if value is not None}
+        schedule = Buffered(phi=phi, **given)
+        settings = {option: getattr(schedule, option) for option in options} | {"staleness": phi}
+        return f"buffered:{write_arguments(settings)}", schedule
+    _refuse(
+        {"--buffer": buffer, "--concurrency": concurrency},
+        "needs --schedule buffered; add that, or remove",
+    )
+    stale = {"--max-staleness": max_staleness, "--staleness": staleness}
     if name != "quorum":
         _refuse(stale, "does not apply to your own schedule, which decides this itself; remove")
         return _from_file(name)
-    if not discounts_late:
+    if late == "discard":
         _refuse(stale, "needs --schedule buffered or --late discount; add one of these, or remove")
-        return name, QuorumRounds()
-    oldest = _LATE_ROUNDS if timing.max_staleness is None else timing.max_staleness
-    phi = timing.staleness or POLYNOMIAL
-    full_name = f"quorum:late=discount,max_staleness={oldest},staleness={phi}"
-    return full_name, QuorumRounds(max_staleness=oldest, phi=phi)
-
-
-def _buffered(timing: Timing) -> tuple[str, Buffered]:
-    options = {
-        "buffer": timing.buffer,
-        "concurrency": timing.concurrency,
-        "max_staleness": timing.max_staleness,
-    }
-    given = {name: value for name, value in options.items() if value is not None}
-    schedule = Buffered(phi=timing.staleness or POLYNOMIAL, **given)
-    concurrency = "" if schedule.concurrency is None else f",concurrency={schedule.concurrency}"
-    full_name = (
-        f"buffered:buffer={schedule.buffer}{concurrency},max_staleness={schedule.max_staleness},"
-        f"staleness={schedule.phi}"
-    )
-    return full_name, schedule
+        return name, QUORUM
+    oldest = _LATE_ROUNDS if max_staleness is None else max_staleness
+    settings = {"late": late, "max_staleness": oldest, "staleness": phi}
+    return f"quorum:{write_arguments(settings)}", QuorumRounds(oldest, phi)
 
 
 def _refuse(options: dict[str, Any], why: str) -> None:

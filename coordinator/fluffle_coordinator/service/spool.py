@@ -83,21 +83,20 @@ class Spool(Incoming):
     def __init__(self, transfer: Transfer, max_bytes: int, layout: Layout, file: SpoolFile) -> None:
         super().__init__(transfer, max_bytes)
         self._layout, self._file = layout, file
-        self._in_memory: dict[int, memoryview] = {}
-        self._in_file: dict[int, int] = {}
+        # By offset: the bytes, or how many bytes are in the file; and the norm.
+        self._parts: dict[int, tuple[memoryview | int, float | None]] = {}
         self._room_bytes = _IN_MEMORY_BYTES
-        self._norms: dict[int, float | None] = {}
 
     def _store(self, start: int, payload: memoryview) -> None:
         assert self._layout.dtype is not None
         vector = np.frombuffer(payload, self._layout.dtype)
-        self._norms[start] = norm_of_piece(self._layout, vector, start // vector.itemsize)
+        norm = norm_of_piece(self._layout, vector, start // vector.itemsize)
         if len(payload) > self._room_bytes:
             with contextlib.suppress(OSError):  # if the disk is full, use memory instead
                 self._file.write(start, payload)
-                self._in_file[start] = len(payload)
+                self._parts[start] = len(payload), norm
                 return
-        self._in_memory[start] = payload.toreadonly()
+        self._parts[start] = payload.toreadonly(), norm
         self._room_bytes -= len(payload)
 
     def payload(self) -> InPieces:
@@ -107,19 +106,19 @@ class Spool(Incoming):
             MalformedMessage: with cause ``tensors``, if the digest differs from the announced one.
         """
         self.check_digest()
-        norms = [self._norms[start] for start in sorted(self._norms)]
-        norm = math.hypot(*[part for part in norms if part is not None])
-        return InPieces(
-            self._layout, self, None if None in norms else min(norm, sys.float_info.max)
-        )
+        norms = [self._parts[start][1] for start in sorted(self._parts)]
+        known = [norm for norm in norms if norm is not None]
+        whole = min(math.hypot(*known), sys.float_info.max) if len(known) == len(norms) else None
+        return InPieces(self._layout, self, whole)
 
     def __iter__(self) -> Iterator[memoryview]:
-        buffer = memoryview(bytearray(_PIECE_BYTES if self._in_file else 0))
-        for start in sorted([*self._in_memory, *self._in_file]):
-            if start in self._in_memory:
-                yield self._in_memory[start]
+        buffer = memoryview(bytearray(_PIECE_BYTES))
+        for start in sorted(self._parts):
+            part, _ = self._parts[start]
+            if isinstance(part, memoryview):
+                yield part
                 continue
-            end = start + self._in_file[start]
+            end = start + part
             for begin in range(start, end, _PIECE_BYTES):
                 piece = buffer[: end - begin]
                 self._file.read(begin, piece)

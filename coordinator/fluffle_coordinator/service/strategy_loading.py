@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,10 @@ from fluffle_common.installed import installed
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
+from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
+from fluffle_coordinator.service.user_calls import call_guarded
 from fluffle_coordinator.storage.run_store import Saved
-from fluffle_coordinator.strategy.base import Accounted, NamedStrategy, Needs, Strategy
+from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
 
@@ -67,6 +68,7 @@ def _checked(name: str, value: Any) -> Any:
 
     Raises:
         UsageError: if it is a class or lacks some of them.
+        TaskError: if its code fails.
     """
     attribute = name.rpartition(":")[2]
     if isinstance(value, type):
@@ -74,8 +76,12 @@ def _checked(name: str, value: Any) -> Any:
             f"--strategy {name} is a class, not a strategy; create an instance in the file, such "
             f"as my_{attribute.lower()} = {attribute}(), and name the instance"
         )
-    missing = [f"{method}()" for method in _METHODS if not callable(getattr(value, method, None))]
-    if not isinstance(getattr(value, "needs", None), Needs):
+    found = {
+        field: call_guarded(f"strategy {name}", field, getattr, value, field, None)
+        for field in (*_METHODS, "needs")
+    }
+    missing = [f"{method}()" for method in _METHODS if not callable(found[method])]
+    if not isinstance(found["needs"], Needs):
         missing.append("needs (a Needs object)")
     if missing:
         kind = type(value).__name__
@@ -119,6 +125,11 @@ def rules_for(
         raise UsageError(
             f"the strategy {named.name} needs at least {fewest} updates per round, but --quorum "
             f"{quorum} closes a round with {quorum}; give --quorum {fewest} or more, or all"
+        )
+    if rules.sample is not None and rules.sample < fewest:
+        raise UsageError(
+            f"the strategy {named.name} needs at least {fewest} updates per round, but --sample "
+            f"{rules.sample} asks for {rules.sample}; give --sample {fewest} or more"
         )
     buffer = getattr(schedule, "buffer", fewest)  # only Buffered has one
     if buffer < fewest:
@@ -173,16 +184,16 @@ def _sampled(named: NamedStrategy, rules: Rules, rate: float) -> Rules:
     return replace(rules, selection=POISSON, fraction=rate, least=1)
 
 
-def uncounted_sampling(named: NamedStrategy, rules: Rules) -> Iterator[str]:
-    """Yield a note if a private run samples workers without counting that in its epsilon."""
-    strategy = named.strategy
-    if not rules.samples or strategy.needs.rate is not None:
-        return
-    if isinstance(strategy, Accounted) and strategy.spent(1):
-        yield (
-            "epsilon is computed as if every worker took part in every round; give rate=… to the "
-            f"strategy {named.name} to account for the sampling"
-        )
+def uncounted_sampling(named: NamedStrategy, rules: Rules) -> str:
+    """Return a note if a private run samples workers without counting that in its epsilon."""
+    if not rules.samples or named.strategy.needs.rate is not None:
+        return ""
+    if not GuardedStrategy(named, 1).spent(1):
+        return ""
+    return (
+        "epsilon is computed as if every worker took part in every round; give rate=… to the "
+        f"strategy {named.name} to account for the sampling"
+    )
 
 
 def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:

@@ -1,6 +1,7 @@
-"""Calls of users' functions off the event loop: slow ones are reported, hanging ones abandoned.
+"""Calls of users' functions: errors become one line, slow calls are reported, hanging ones left.
 
-They run in daemon threads, because the process waits for all other threads before it exits.
+A strategy, a schedule or a selection that fails ends the run. That loses nothing, because no update
+is acknowledged before its round is on disk.
 """
 
 from __future__ import annotations
@@ -13,18 +14,56 @@ from concurrent.futures import Executor, Future
 from typing import Any, NoReturn, TypeVar
 
 from fluffle_common.cli.exit_now import exit_now
+from fluffle_common.cli.user_code import one_line, warn_in_full
+from fluffle_common.errors import RunError, TaskError
 from fluffle_common.protocol.events import Slow
 
 T = TypeVar("T")
 
+_CALLERS = frozenset({__file__})
 _SLOW_S = 30
 _THREAD = "user-call"
+
+
+def failed(what: str, where: str, why: str) -> TaskError:
+    """Return the error that ends a run because a user's code failed; see ``call_guarded``."""
+    return TaskError(
+        f"the {what} failed in {where}: {why}; fix it and run the same command again: no update is "
+        "lost"
+    )
+
+
+def call_guarded(
+    what: str, where: str, function: Callable[..., T], *on: Any, ours: bool = False
+) -> T:
+    """Call a user's function.
+
+    Args:
+        what: what it belongs to, such as ``schedule windows.py:minutes``.
+        where: its name, for messages.
+        function: the function.
+        on: its arguments.
+        ours: whether it is built in, so that no traceback of it is shown.
+
+    Raises:
+        TaskError: if it fails; the traceback goes to stderr.
+        RunError: if the disk refuses an update that a strategy keeps there.
+    """
+    try:
+        return function(*on)
+    except RunError:
+        raise
+    except (Exception, SystemExit) as why:
+        if not ours:
+            warn_in_full(why, what.partition(" ")[0], _CALLERS)
+        raise failed(what, where, one_line(why, _CALLERS)) from why
 
 
 async def call_user(what: str, call: Callable[[], T], record: Callable[[Slow], object]) -> T:
     """Return the result of a function, which is called in a daemon thread.
 
-    Cancelling this coroutine abandons the call.
+    Cancelling this coroutine abandons the call. The thread is a daemon because the process waits
+    for all other threads before it exits.
 
     Args:
         what: what is called, for messages.

@@ -17,11 +17,13 @@ def keep_best(folder: Path, number: int) -> None:
     Raises:
         OSError: if it cannot be written; the earlier file is then unchanged.
     """
+    checkpoint, best = folder / checkpoint_name(number), folder / BEST_NAME
+    if best.exists() and best.samefile(checkpoint):
+        return  # to rename a hard link to another of the same file does nothing
     partial = folder / f"{BEST_NAME}.partial"
     partial.unlink(missing_ok=True)
-    checkpoint = folder / checkpoint_name(number)
     try:
         os.link(checkpoint, partial)  # safe, since a checkpoint is never written to again
     except OSError:  # the file system has no hard links
         shutil.copyfile(checkpoint, partial)
-    os.replace(partial, folder / BEST_NAME)
+    os.replace(partial, best)

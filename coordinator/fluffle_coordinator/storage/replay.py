@@ -111,9 +111,8 @@ def _configurations(run: Path, number: int) -> list[dict[str, Any]]:
 
 def _plan(run: Path, number: int, strategy: Strategy[Any]) -> Plan:
     """Return the plan of a round, as far as it says which tensors workers send."""
-    train = None
-    for configuration in _configurations(run, number):
-        train = configuration.get("plan", {}).get("train")
+    configurations = _configurations(run, number)
+    train = configurations[-1].get("plan", {}).get("train") if configurations else None
     return Plan(train=train, extra=strategy.needs.extra)
 
 

@@ -22,14 +22,7 @@ _PLD_INTERVAL = 1e-4  # the default of dp-accounting's own accountant
 
 @dataclass(frozen=True)
 class Accountant:
-    """The privacy cost of rounds; ``accountant`` makes one.
-
-    Args:
-        noise: the standard deviation of the noise, as a multiple of the sensitivity.
-        delta: the delta of (epsilon, delta).
-        rate: the probability with which each worker is in a round.
-        method: ``exact``, ``pld`` or ``rdp``.
-    """
+    """The privacy cost of rounds; ``accountant`` makes one, and describes its fields."""
 
     noise: float
     delta: float

@@ -94,9 +94,6 @@ class Needs:
     repeatable: bool = True
 
 
-NO_NEEDS = Needs()
-
-
 class Strategy(Protocol[S]):
     """The rule by which the updates of a round become the next weights.
 
@@ -108,7 +105,7 @@ class Strategy(Protocol[S]):
     @property
     def needs(self) -> Needs:
         """Its requirements; none by default."""
-        return NO_NEEDS
+        return Needs()
 
     def init(self, weights: Weights) -> S:
         """Return the initial state of a run."""

@@ -1,4 +1,4 @@
-"""Iteration over several sets of tensors together, a block of elements at a time.
+"""Iteration over tensors together, a block of elements at a time.
 
 It allows a computation in float64 without a float64 copy of the whole model.
 """
@@ -13,13 +13,22 @@ BLOCK = 32 * 1024
 """Elements per block: a few blocks of float64 fit into the processor's cache."""
 
 
-def in_blocks(first: Weights, *others: Weights, size: int = BLOCK) -> Iterator[tuple[Array, ...]]:
+def cut(*vectors: Array, size: int | None = None) -> Iterator[tuple[Array, ...]]:
+    """Yield corresponding blocks of vectors of the same length, as views."""
+    step = size or BLOCK
+    for start in range(0, vectors[0].size, step):
+        yield tuple(vector[start : start + step] for vector in vectors)
+
+
+def in_blocks(
+    first: Weights, *others: Weights, size: int | None = None
+) -> Iterator[tuple[Array, ...]]:
     """Yield corresponding blocks of all sets, as vectors: views if the tensors are contiguous.
 
     Args:
         first: the tensors to iterate over.
         others: tensors of the same names and shapes; further names are ignored.
-        size: the most elements per block.
+        size: the most elements per block; ``BLOCK`` if None.
 
     Example:
         >>> import numpy as np
@@ -28,6 +37,4 @@ def in_blocks(first: Weights, *others: Weights, size: int = BLOCK) -> Iterator[t
         [([0, 1], [1.0, 1.0]), ([2], [1.0])]
     """
     for name in first:
-        vectors = [one[name].reshape(-1) for one in (first, *others)]
-        for start in range(0, vectors[0].size, size):
-            yield tuple(vector[start : start + size] for vector in vectors)
+        yield from cut(*(one[name].reshape(-1) for one in (first, *others)), size=size)

@@ -24,7 +24,7 @@ from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Array, Weights, finite_norm
 from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy.accountant import Accountant
-from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
+from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
 from fluffle_coordinator.strategy.linear_means import Linear, LinearSum
 
@@ -35,7 +35,7 @@ _SMALLEST, _LARGEST = 1e-100, 1e100
 
 
 @dataclass(frozen=True)
-class Quantile:
+class _Quantile:
     """A clipping norm that follows a quantile of the updates' norms.
 
     Andrew et al., "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021, algorithm
@@ -73,52 +73,35 @@ class Quantile:
 
 
 @dataclass(frozen=True)
-class DPState:
-    """The state of ``DPFedAvg``.
-
-    Args:
-        total: the sum of the open round's clipped updates.
-        norm: the clipping norm of the open round.
-        count: how many updates are within the norm, as ``Quantile`` counts them.
-    """
-
-    total: LinearSum
-    norm: float
-    count: float = 0.0
+class _State:
+    total: LinearSum  # of the open round's clipped updates
+    norm: float  # the clipping norm of the open round
+    count: float = 0.0  # of updates within the norm, as ``_Quantile`` counts them
 
 
 @dataclass(frozen=True)
 class DPFedAvg:
-    """The mean that ``dp_fedavg`` returns.
-
-    Args:
-        clip: the clipping norm; if it adapts, that of the first round.
-        noise: the standard deviation of the noise on the sum, as a multiple of the clipping norm.
-        workers: the fixed denominator.
-        accountant: the accountant of its privacy cost.
-        needs: its requirements, such as the number of rounds that the budget allows.
-        quantile: how the clipping norm adapts; None if it is fixed.
-    """
+    """The mean that ``dp_fedavg`` returns."""
 
     clip: float
-    noise: float
+    noise: float  # on the sum
     workers: int
     accountant: Accountant
     needs: Needs
-    quantile: Quantile | None = None
+    quantile: _Quantile | None = None  # None if the clipping norm is fixed
 
-    def init(self, weights: Weights) -> DPState:
+    def init(self, weights: Weights) -> _State:
         """Return the initial state of a run."""
-        return DPState(self._sum().init(weights), self.clip)
+        return _State(self._sum().init(weights), self.clip)
 
-    def fold(self, state: DPState, one: Contribution) -> DPState:
+    def fold(self, state: _State, one: Contribution) -> _State:
         """Clip an update and add it to the sum."""
         norm = finite_norm(one.delta) * (1 + _NORM_ERROR)
         factor = min(1.0, state.norm / norm) if norm else 1.0
         count = state.count + (0.5 if norm <= state.norm else -0.5)
-        return DPState(self._sum(factor).fold(state.total, one), state.norm, count)
+        return _State(self._sum(factor).fold(state.total, one), state.norm, count)
 
-    def finish(self, state: DPState, weights: Weights) -> tuple[Weights, DPState]:
+    def finish(self, state: _State, weights: Weights) -> tuple[Weights, _State]:
         """Return the noisy mean delta, in float64, and the state of an empty round.
 
         The delta of a round without updates is only noise.
@@ -135,17 +118,17 @@ class DPFedAvg:
             np.add(block, spread * gaussian(block.size), out=block)
         if self.quantile is not None:
             norm = self.quantile.next(state.norm, state.count, self.workers)
-        return delta, DPState(emptied, norm)
+        return delta, _State(emptied, norm)
 
     def spent(self, rounds: int) -> Mapping[str, float]:
         """Return the epsilon and delta of so many rounds."""
         return {"epsilon": self.accountant.epsilon(rounds), "delta": self.accountant.delta}
 
-    def dump(self, state: DPState) -> Weights:
+    def dump(self, state: _State) -> Weights:
         """Return the clipping norm, if it adapts."""
         return NO_TENSORS if self.quantile is None else {"clip": np.array(state.norm)}
 
-    def load(self, saved: Weights, weights: Weights) -> DPState:
+    def load(self, saved: Weights, weights: Weights) -> _State:
         """Restore the state that the next round begins with."""
         state = self.init(weights)
         if self.quantile is None:
@@ -153,7 +136,7 @@ class DPFedAvg:
         return dataclasses.replace(state, norm=float(saved["clip"]))
 
     def _sum(self, factor: float = 1.0) -> Linear:
-        return Linear(lambda _: (factor, 0.0, 0.0), lambda *_: 1 / self.workers, NO_NEEDS)
+        return Linear(lambda _: (factor, 0.0, 0.0), lambda *_: 1 / self.workers)
 
 
 def dp_fedavg(
@@ -214,7 +197,7 @@ def dp_fedavg(
     if count_noise is None:
         count_noise = max(workers / 20, noise)
     within("count_noise", count_noise, 0, above=True)
-    adaptive = Quantile(quantile, count_noise)
+    adaptive = _Quantile(quantile, count_noise)
     return DPFedAvg(clip, adaptive.noise_for_updates(noise), workers, ledger, needs, adaptive)
 
 

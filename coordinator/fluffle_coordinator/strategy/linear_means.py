@@ -16,7 +16,7 @@ Example:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -29,8 +29,6 @@ from fluffle_coordinator.strategy.blocks import in_blocks
 _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
 _SCALE = 2.0**-64  # sums are scaled as in ``weighted``, so that they cannot overflow
-_LOSS_RANGE = 1e-10, 1e10
-_STEPS_RANGE = 1.0, 1e10
 _NO_TERMS = np.zeros(2)
 
 
@@ -55,7 +53,7 @@ class Linear:
 
     factor: Callable[[Contribution], tuple[float, float, float]]
     scale: Callable[[float, float], float]
-    needs: Needs
+    needs: Needs = field(default_factory=Needs)
 
     def init(self, weights: Weights) -> LinearSum:
         """Return an empty sum."""
@@ -93,9 +91,7 @@ class Linear:
 
 def uniform() -> Linear:
     """Return the mean with equal weights, whatever the numbers of examples."""
-    return Linear(
-        lambda one: (one.discount, one.discount, 0.0), lambda count, _: 1 / count, Needs()
-    )
+    return Linear(lambda one: (one.discount, one.discount, 0.0), lambda count, _: 1 / count)
 
 
 def q_fair(q: float = 1.0, lr: float = 0.1) -> Linear:
@@ -116,7 +112,7 @@ def q_fair(q: float = 1.0, lr: float = 0.1) -> Linear:
     within("lr", lr, 0, above=True)
 
     def factor(one: Contribution) -> tuple[float, float, float]:
-        loss = min(max(one.metrics["loss"], _LOSS_RANGE[0]), _LOSS_RANGE[1])
+        loss = min(max(one.metrics["loss"], 1e-10), 1e10)
         square = finite_norm(one.delta) ** 2 if q else 0.0
         share = loss**q + q * loss ** (q - 1) * square / lr
         return one.discount * loss**q, one.discount * share, 0.0
@@ -134,7 +130,7 @@ def normalised() -> Linear:
     """
 
     def factor(one: Contribution) -> tuple[float, float, float]:
-        steps = min(max(one.metrics["steps"], _STEPS_RANGE[0]), _STEPS_RANGE[1])
+        steps = min(max(one.metrics["steps"], 1.0), 1e10)
         return one.weight / steps, one.weight * steps, one.weight
 
     return Linear(factor, lambda taken, examples: taken / examples**2, Needs(metrics=("steps",)))

@@ -19,21 +19,15 @@ from fluffle_coordinator.strategy.weighted import apply_delta
 
 
 @dataclass(frozen=True)
-class OptaxStep(Server[Any]):
-    """The server step that ``optax_step`` makes; its state is the optimizer's.
-
-    Args:
-        transformation: an ``optax.GradientTransformation``.
-    """
+class _OptaxStep(Server[Any]):
+    """The state is that of ``transformation``, an ``optax.GradientTransformation``."""
 
     transformation: Any
 
     def init(self, weights: Weights) -> Any:
-        """Return the optimizer's initial state for these weights."""
         return self.transformation.init(_floats(weights))
 
     def step(self, state: Any, weights: Weights, delta: Weights) -> tuple[Weights, Any]:
-        """Take a step of the optimizer, with the negated delta as the gradient."""
         parameters = _floats(weights)
         gradient = {name: -_float32(delta[name]) for name in parameters}
         update, state = self.transformation.update(gradient, state, parameters)
@@ -43,19 +37,17 @@ class OptaxStep(Server[Any]):
         return apply_delta(weights, change), state
 
     def dump(self, state: Any) -> Weights:
-        """Return the numbered leaves of the state."""
         leaves = importlib.import_module("jax").tree_util.tree_leaves(state)
         return {f"leaf-{number:05d}": np.asarray(leaf) for number, leaf in enumerate(leaves)}
 
     def load(self, saved: Weights, weights: Weights) -> Any:
-        """Restore the state from its leaves."""
         jax = importlib.import_module("jax")
         structure = jax.tree_util.tree_structure(self.init(weights))
         leaves = [jax.numpy.asarray(saved[name]) for name in sorted(saved)]
         return jax.tree_util.tree_unflatten(structure, leaves)
 
 
-def optax_step(optimizer: str, **arguments: Any) -> OptaxStep:
+def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
     """Return an optimizer of optax as a server step.
 
     Args:
@@ -78,7 +70,7 @@ def optax_step(optimizer: str, **arguments: Any) -> OptaxStep:
         raise ValueError(f"optax.{optimizer} refuses its arguments: {error}") from None
     if not isinstance(made, optax.GradientTransformation):
         raise ValueError(f"optax.{optimizer} is not an optimizer; name one such as adamw")
-    return OptaxStep(made)
+    return _OptaxStep(made)
 
 
 def _floats(weights: Weights) -> dict[str, Any]:

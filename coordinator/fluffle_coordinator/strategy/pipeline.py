@@ -23,12 +23,11 @@ Example:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
-from functools import cached_property
-from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
+from collections.abc import Callable, Mapping
+from typing import Generic, Protocol, TypeVar
 
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_coordinator.strategy.base import NO_NEEDS, NO_TENSORS, Contribution, Needs
+from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, Needs, Strategy
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta
 
 M = TypeVar("M")
@@ -37,20 +36,20 @@ T = TypeVar("T")
 _MEAN, _SERVER = "mean/", "server/"  # prefixes in a checkpoint, if the mean saves something too
 
 
-class Transform(Protocol):
-    """A function from each contribution to the one that is averaged in its place."""
-
-    def __call__(self, one: Contribution, /) -> Contribution:
-        """Return the transformed contribution."""
+Transform = Callable[[Contribution], Contribution]
+"""A function from each contribution to the one that is averaged in its place."""
 
 
 class Mean(Protocol[M]):
-    """The rule by which contributions become one delta; its state is that of one round."""
+    """The rule by which contributions become one delta; its state is that of one round.
+
+    If the state lasts across rounds, the mean has ``dump`` and ``load`` too, as a ``Server`` has.
+    """
 
     @property
     def needs(self) -> Needs:
         """Its requirements; none by default."""
-        return NO_NEEDS
+        return Needs()
 
     def init(self, weights: Weights) -> M:
         """Return the state of a round without contributions."""
@@ -63,17 +62,6 @@ class Mean(Protocol[M]):
 
         The delta shares no memory with the state, so the server step may keep it.
         """
-
-
-@runtime_checkable
-class PersistentMean(Protocol):
-    """A mean whose state lasts across rounds."""
-
-    def dump(self, state: Any) -> Weights:
-        """Return the tensors to save from the state after a round."""
-
-    def load(self, saved: Weights, weights: Weights) -> Any:
-        """Restore the state from saved tensors."""
 
 
 class Server(Protocol[T]):
@@ -98,20 +86,17 @@ class Server(Protocol[T]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Replace(Server[None]):
-    """The server step that ``replace`` returns."""
-
+class _Replace(Server[None]):
     def init(self, weights: Weights) -> None:
-        """Return None: it has no state."""
+        pass
 
     def step(self, state: None, weights: Weights, delta: Weights) -> tuple[Weights, None]:
-        """Return the weights plus the mean delta."""
         return apply_delta(weights, delta), None
 
 
-def replace() -> Replace:
+def replace() -> Server[None]:
     """Return the server step that adds the mean delta to the weights: the average replaces them."""
-    return Replace()
+    return _Replace()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +108,7 @@ class PipelineState(Generic[M, T]):
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline(Generic[M, T]):
+class Pipeline(Strategy[PipelineState[M, T]]):
     """The strategy that ``pipeline`` returns."""
 
     transforms: tuple[Transform, ...]
@@ -135,17 +120,9 @@ class Pipeline(Generic[M, T]):
         """The requirements of its mean."""
         return self.mean.needs
 
-    @cached_property  # an isinstance check of a protocol takes longer than averaging a small model
-    def _persistent_mean(self) -> PersistentMean | None:
-        return self.mean if isinstance(self.mean, PersistentMean) else None
-
     def init(self, weights: Weights) -> PipelineState[M, T]:
         """Return the initial state of a run."""
         return PipelineState(self.mean.init(weights), self.server.init(weights))
-
-    def broadcast(self, state: PipelineState[M, T]) -> Weights:
-        """Return no tensors: workers receive only the model."""
-        return NO_TENSORS
 
     def fold(self, state: PipelineState[M, T], one: Contribution) -> PipelineState[M, T]:
         """Transform a contribution, and fold it into the mean."""
@@ -158,7 +135,7 @@ class Pipeline(Generic[M, T]):
     ) -> tuple[Weights, PipelineState[M, T]]:
         """Average, and take the server step."""
         new: Weights
-        if isinstance(self.mean, Weighted) and isinstance(self.server, Replace):
+        if isinstance(self.mean, Weighted) and isinstance(self.server, _Replace):
             # The same result as below, in one pass over the model instead of three.
             new, mean = self.mean.replaced(state.mean, weights)
             return new, PipelineState(mean, state.server)
@@ -173,16 +150,16 @@ class Pipeline(Generic[M, T]):
     def dump(self, state: PipelineState[M, T]) -> Weights:
         """Return the tensors of the server step, and of the mean if its state lasts."""
         server = self.server.dump(state.server)
-        if self._persistent_mean is None:
+        if not hasattr(self.mean, "dump"):
             return server
-        mean = self._persistent_mean.dump(state.mean)
+        mean = self.mean.dump(state.mean)
         return {**with_prefix(_MEAN, mean), **with_prefix(_SERVER, server)}
 
     def load(self, saved: Weights, weights: Weights) -> PipelineState[M, T]:
         """Restore the state that the next round begins with."""
-        if self._persistent_mean is None:
+        if not hasattr(self.mean, "load"):
             return PipelineState(self.mean.init(weights), self.server.load(saved, weights))
-        mean: M = self._persistent_mean.load(without_prefix(_MEAN, saved), weights)
+        mean = self.mean.load(without_prefix(_MEAN, saved), weights)
         return PipelineState(mean, self.server.load(without_prefix(_SERVER, saved), weights))
 
 

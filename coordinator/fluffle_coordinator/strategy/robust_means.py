@@ -29,9 +29,8 @@ Example:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -41,6 +40,7 @@ from fluffle_common.tensors.on_disk import release_pages
 from fluffle_common.tensors.weights import Array, Weights, largest
 from fluffle_coordinator.strategy.base import Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
+from fluffle_coordinator.strategy.pipeline import Mean
 
 _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
@@ -49,42 +49,34 @@ _ELEMENTS = 2**18  # elements of all updates together in memory at a time: 2 MiB
 _IN_ONE_THREAD = 2**17
 _TOLERANCE = 1e-6
 
-Updates = tuple[tuple[str, Weights], ...]  # the worker and its delta
-
-
-class Rule(Protocol):
-    """The rule by which all updates of a round become one delta."""
-
-    def __call__(self, updates: Sequence[Weights], delta: Tensors) -> None:
-        """Write the mean of the updates into ``delta``, which is float64."""
+Updates = tuple[tuple[str, Weights], ...]  # the worker and its delta, on disk
 
 
 @dataclass(frozen=True)
-class RobustMean:
+class _RobustMean(Mean[Updates]):
     """A mean of all updates at once; its state is the updates.
 
+    The mean delta is float64, so integers beyond 2**53 are rounded.
+
     Args:
-        rule: the rule by which they become one delta.
-        needs: its requirements: the fewest updates.
+        rule: writes the mean of the updates into a delta.
+        min_updates: the fewest updates that it needs.
     """
 
-    rule: Rule
-    needs: Needs
+    rule: Callable[[Sequence[Weights], Tensors], None]
+    min_updates: int = 3
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(min_updates=self.min_updates)
 
     def init(self, weights: Weights) -> Updates:
-        """Return no updates."""
         return ()
 
     def fold(self, state: Updates, one: Contribution) -> Updates:
-        """Add an update, on disk."""
         return (*state, (one.worker, one.kept()))
 
     def finish(self, state: Updates, weights: Weights) -> tuple[Weights, Updates]:
-        """Return the mean delta in float64; integers beyond 2**53 are rounded.
-
-        Raises:
-            ValueError: if there is no update.
-        """
         if not state:
             raise ValueError("no update was folded: there is nothing to average")
         delta = layout_for(weights).empty_as(_FLOAT)
@@ -94,7 +86,7 @@ class RobustMean:
         return delta, ()
 
 
-def median() -> RobustMean:
+def median() -> Mean[Updates]:
     """Return the coordinate-wise median; of an even number of updates, the mean of the middle two.
 
     Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML
@@ -104,10 +96,10 @@ def median() -> RobustMean:
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
         _average_middle(updates, delta, cut=(len(updates) - 1) // 2)
 
-    return RobustMean(rule, Needs(min_updates=3))
+    return _RobustMean(rule)
 
 
-def trimmed_mean(fraction: float = 0.2) -> RobustMean:
+def trimmed_mean(fraction: float = 0.2) -> Mean[Updates]:
     """Return the coordinate-wise mean without the largest and the smallest values.
 
     Yin et al. 2018 (see ``median``), algorithm 1, option II.
@@ -122,13 +114,14 @@ def trimmed_mean(fraction: float = 0.2) -> RobustMean:
     within("fraction", fraction, 0, 0.5, above=True, below=True)
 
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
-        _average_middle(updates, delta, cut=_fraction_of(fraction, len(updates)))
+        # 0.29 of 100 is 29, though not in binary.
+        cut = math.floor(fraction * len(updates) + _TOLERANCE)
+        _average_middle(updates, delta, min(cut, (len(updates) - 1) // 2))
 
-    fewest = max(3, math.ceil(1 / fraction - _TOLERANCE))
-    return RobustMean(rule, Needs(min_updates=fewest))
+    return _RobustMean(rule, max(3, math.ceil(1 / fraction - _TOLERANCE)))
 
 
-def krum(f: int = 1) -> RobustMean:
+def krum(f: int = 1) -> Mean[Updates]:
     """Return the mean that selects the update closest to its nearest neighbours.
 
     Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
@@ -144,7 +137,7 @@ def krum(f: int = 1) -> RobustMean:
     return multi_krum(f, 1)
 
 
-def multi_krum(f: int = 1, m: int = 2) -> RobustMean:
+def multi_krum(f: int = 1, m: int = 2) -> Mean[Updates]:
     """Return the mean of the ``m`` updates with the best scores (see ``krum``), equally weighted.
 
     Args:
@@ -163,10 +156,10 @@ def multi_krum(f: int = 1, m: int = 2) -> RobustMean:
         shares[chosen] = 1 / len(chosen)
         _combine(updates, shares, delta)
 
-    return RobustMean(rule, Needs(min_updates=max(2 * f + 3, m + f + 2)))
+    return _RobustMean(rule, max(2 * f + 3, m + f + 2))
 
 
-def rfa(iterations: int = 100, nu: float = 1e-6) -> RobustMean:
+def rfa(iterations: int = 100, nu: float = 1e-6) -> Mean[Updates]:
     """Return the geometric median: the point with the smallest sum of distances to all updates.
 
     Pillutla et al., "Robust Aggregation for Federated Learning", IEEE Transactions on Signal
@@ -196,12 +189,7 @@ def rfa(iterations: int = 100, nu: float = 1e-6) -> RobustMean:
             shares += 1 / len(updates)
         _combine(updates, shares, delta)
 
-    return RobustMean(rule, Needs(min_updates=3))
-
-
-def _fraction_of(fraction: float, count: int) -> int:
-    """Return a fraction of a number, rounded down: 0.29 of 100 is 29, though not in binary."""
-    return math.floor(fraction * count + _TOLERANCE)
+    return _RobustMean(rule)
 
 
 def _stacked(updates: Sequence[Weights], delta: Tensors) -> Iterator[tuple[Array, Array]]:

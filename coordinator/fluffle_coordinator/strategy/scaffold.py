@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,8 +14,6 @@ from fluffle_common.tensors.layout import is_float
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_coordinator.strategy.base import Contribution, Needs, Strategy
 from fluffle_coordinator.strategy.pipeline import (
-    Pipeline,
-    PipelineState,
     pipeline,
     replace,
     with_prefix,
@@ -25,45 +24,30 @@ from fluffle_coordinator.strategy.weighted import weighted
 _MODEL, _CONTROL = "model/", "control/"  # prefixes in a checkpoint
 
 
-class ScaffoldState(NamedTuple):
-    """The state of ``Scaffold``.
-
-    Args:
-        inner: the state of the pipeline that averages the model.
-        control: the server's control variate ``c``, in float64, for each float tensor of the model.
-        changes: the sum of ``c_k+ - c_k`` over the open round's updates.
-        updates: the number of these updates.
-    """
-
-    inner: PipelineState[Any, Any]
-    control: Mapping[str, Array]
-    changes: Mapping[str, Array]
-    updates: int
+class _State(NamedTuple):
+    inner: Any  # the state of the strategy that averages the model
+    control: Mapping[str, Array]  # c in float64, for each float tensor of the model
+    changes: Mapping[str, Array] = MappingProxyType({})  # the sum of c_k+ - c_k in the open round
+    updates: int = 0  # in that sum
 
 
 @dataclass(frozen=True)
-class Scaffold(Strategy[ScaffoldState]):
-    """The strategy that ``scaffold`` returns."""
-
-    model: Pipeline[Any, Any]
+class _Scaffold(Strategy[_State]):
+    model: Strategy[Any]
     workers: int | None
 
     @property
     def needs(self) -> Needs:
-        """The pipeline's requirements, and the change of each worker's control variate."""
         return dataclasses.replace(self.model.needs, extra="model")
 
-    def init(self, weights: Weights) -> ScaffoldState:
-        """Return the initial state, with a control variate of zeros."""
+    def init(self, weights: Weights) -> _State:
         zeros = {n: np.zeros(w.shape) for n, w in weights.items() if is_float(w.dtype)}
-        return ScaffoldState(self.model.init(weights), zeros, {}, 0)
+        return _State(self.model.init(weights), zeros)
 
-    def broadcast(self, state: ScaffoldState) -> Weights:
-        """Return ``c`` in float32, by the names of the model's tensors."""
+    def broadcast(self, state: _State) -> Weights:
         return {name: control.astype(np.float32) for name, control in state.control.items()}
 
-    def fold(self, state: ScaffoldState, one: Contribution) -> ScaffoldState:
-        """Fold an update into the model's mean, and add the change of its control variate."""
+    def fold(self, state: _State, one: Contribution) -> _State:
         changes = dict(state.changes)
         for name, change in one.extra.items():
             changes[name] = changes.get(name, 0.0) + change.astype(np.float64)
@@ -71,28 +55,25 @@ class Scaffold(Strategy[ScaffoldState]):
             inner=self.model.fold(state.inner, one), changes=changes, updates=state.updates + 1
         )
 
-    def finish(self, state: ScaffoldState, weights: Weights) -> tuple[Weights, ScaffoldState]:
-        """Average the model, and add the changes divided by the number of workers to ``c``."""
+    def finish(self, state: _State, weights: Weights) -> tuple[Weights, _State]:
         new, inner = self.model.finish(state.inner, weights)
         workers = max(self.workers or 0, state.updates)
         control = {
             name: old + state.changes[name] / workers if name in state.changes else old
             for name, old in state.control.items()
         }
-        return new, ScaffoldState(inner, control, {}, 0)
+        return new, _State(inner, control)
 
-    def dump(self, state: ScaffoldState) -> Weights:
-        """Return the control variate, and the tensors that the pipeline saves."""
+    def dump(self, state: _State) -> Weights:
         model = with_prefix(_MODEL, self.model.dump(state.inner))
         return model | with_prefix(_CONTROL, state.control)
 
-    def load(self, saved: Weights, weights: Weights) -> ScaffoldState:
-        """Restore the state that the next round begins with."""
+    def load(self, saved: Weights, weights: Weights) -> _State:
         inner = self.model.load(without_prefix(_MODEL, saved), weights)
-        return ScaffoldState(inner, without_prefix(_CONTROL, saved), {}, 0)
+        return _State(inner, without_prefix(_CONTROL, saved))
 
 
-def scaffold(workers: int | None = None) -> Scaffold:
+def scaffold(workers: int | None = None) -> Strategy[Any]:
     """Return the strategy SCAFFOLD, which corrects the drift of workers whose data differ.
 
     The workers train with ``--local-rule scaffold``. Karimireddy et al., "SCAFFOLD: Stochastic
@@ -108,4 +89,4 @@ def scaffold(workers: int | None = None) -> Scaffold:
     """
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} is out of range; a number of at least 1 is expected")
-    return Scaffold(pipeline(mean=weighted(), server=replace()), workers)
+    return _Scaffold(pipeline(mean=weighted(), server=replace()), workers)

@@ -39,7 +39,7 @@ from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import Tensors, layout_for
 from fluffle_common.tensors.weights import Array, Weights, is_float, largest
 from fluffle_coordinator.strategy.blocks import in_blocks
-from fluffle_coordinator.strategy.pipeline import Server, with_prefix
+from fluffle_coordinator.strategy.pipeline import Server, with_prefix, without_prefix
 from fluffle_coordinator.strategy.weighted import apply_delta
 
 _FLOAT = np.dtype(np.float64)
@@ -48,18 +48,16 @@ _FIRST, _SECOND = "first/", "second/"  # prefixes in a checkpoint
 
 
 @dataclass(frozen=True)
-class Momentum(Server[Weights]):
-    """The server step that ``momentum`` returns; its state is the velocity."""
+class _Momentum(Server[Weights]):
+    """The state is the velocity."""
 
     lr: float
     momentum: float
 
     def init(self, weights: Weights) -> Weights:
-        """Return a velocity of zero."""
         return _zeros(weights)
 
     def step(self, state: Weights, weights: Weights, delta: Weights) -> tuple[Weights, Weights]:
-        """Return the next weights and the next velocity."""
         change, velocity = _change(weights, delta), _zeros(weights)
         with np.errstate(over="ignore", under="ignore"):
             for old, new, mean, step in in_blocks(state, velocity, delta, change):
@@ -69,15 +67,13 @@ class Momentum(Server[Weights]):
         return apply_delta(weights, change), velocity
 
     def dump(self, state: Weights) -> Weights:
-        """Return the velocity."""
         return state
 
     def load(self, saved: Weights, weights: Weights) -> Weights:
-        """Restore the velocity."""
-        return {name: saved[name] for name in _zeros(weights)}
+        return saved
 
 
-def momentum(lr: float = 1.0, momentum: float = 0.9) -> Momentum:
+def momentum(lr: float = 1.0, momentum: float = 0.9) -> Server[Weights]:
     """Return the server step of FedAvgM: heavy-ball momentum.
 
     Args:
@@ -90,44 +86,35 @@ def momentum(lr: float = 1.0, momentum: float = 0.9) -> Momentum:
     """
     within("lr", lr, 0, above=True)
     within("momentum", momentum, 0, 1, below=True)
-    return Momentum(lr, momentum)
+    return _Momentum(lr, momentum)
 
 
 @dataclass(frozen=True)
-class Moments:
-    """The state of an adaptive step: the moments m and v of each tensor, and the step count."""
-
-    first: Weights
-    second: Weights
+class _Moments:
+    first: Weights  # m
+    second: Weights  # v
     steps: int = 0
 
 
 @dataclass(frozen=True)
-class Adaptive(Server[Moments]):
-    """The server step that ``adagrad``, ``adam`` and ``yogi`` return.
-
-    Args:
-        lr: the server's learning rate.
-        beta1: the decay of the first moment.
-        beta2: the decay of the second moment; only the bias correction uses it here.
-        tau: the constant that is added to the root of the second moment.
-        second: the update of the second moment, ``(v, d²) -> v``.
-        bias_correction: whether to correct the bias as in Kingma and Ba, "Adam", ICLR 2015.
-    """
-
+class _Adaptive(Server[_Moments]):
     lr: float
     beta1: float
-    beta2: float
+    beta2: float  # here, only the bias correction uses it
     tau: float
-    second: Callable[[Array, Array], Array]
+    second: Callable[[Array, Array], Array]  # the next v, given v and d²
     bias_correction: bool = False
 
-    def init(self, weights: Weights) -> Moments:
-        """Return moments of zero."""
-        return Moments(_zeros(weights), _zeros(weights))
+    def __post_init__(self) -> None:
+        within("lr", self.lr, 0, above=True)
+        within("beta1", self.beta1, 0, 1, below=True)
+        within("beta2", self.beta2, 0, 1, below=True)
+        within("tau", self.tau, 0, above=True)
 
-    def step(self, state: Moments, weights: Weights, delta: Weights) -> tuple[Weights, Moments]:
-        """Return the next weights and the next moments."""
+    def init(self, weights: Weights) -> _Moments:
+        return _Moments(_zeros(weights), _zeros(weights))
+
+    def step(self, state: _Moments, weights: Weights, delta: Weights) -> tuple[Weights, _Moments]:
         steps = state.steps + 1
         change = _change(weights, delta)
         first, second = _zeros(weights), _zeros(weights)
@@ -142,27 +129,21 @@ class Adaptive(Server[Moments]):
                 v = self.second(old_v.astype(_FLOAT), squared)
                 new_m[...], new_v[...] = _saturated(m, new_m), _saturated(v, new_v)
                 step[...] = _saturated(rate * m / (np.sqrt(v) + self.tau), step)
-        return apply_delta(weights, change), Moments(first, second, steps)
+        return apply_delta(weights, change), _Moments(first, second, steps)
 
-    def dump(self, state: Moments) -> Weights:
-        """Return both moments and the step count."""
+    def dump(self, state: _Moments) -> Weights:
         return {
             _STEPS: np.array(state.steps, np.int64),
             **with_prefix(_FIRST, state.first),
             **with_prefix(_SECOND, state.second),
         }
 
-    def load(self, saved: Weights, weights: Weights) -> Moments:
-        """Restore both moments and the step count."""
-        names = list(_zeros(weights))
-        return Moments(
-            {name: saved[_FIRST + name] for name in names},
-            {name: saved[_SECOND + name] for name in names},
-            int(saved[_STEPS]),
-        )
+    def load(self, saved: Weights, weights: Weights) -> _Moments:
+        first, second = without_prefix(_FIRST, saved), without_prefix(_SECOND, saved)
+        return _Moments(first, second, int(saved[_STEPS]))
 
 
-def adagrad(lr: float = 0.1, tau: float = 0.001) -> Adaptive:
+def adagrad(lr: float = 0.1, tau: float = 0.001) -> Server[_Moments]:
     """Return the server step of FedAdagrad, without momentum, as in the paper's experiments.
 
     Args:
@@ -172,8 +153,7 @@ def adagrad(lr: float = 0.1, tau: float = 0.001) -> Adaptive:
     Raises:
         ValueError: if an argument is out of range.
     """
-    _check(lr, 0, 0, tau)
-    return Adaptive(lr, 0.0, 0.0, tau, lambda v, squared: v + squared)
+    return _Adaptive(lr, 0.0, 0.0, tau, lambda v, squared: v + squared)
 
 
 def adam(
@@ -182,7 +162,7 @@ def adam(
     beta2: float = 0.99,
     tau: float = 0.001,
     bias_correction: bool = False,
-) -> Adaptive:
+) -> Server[_Moments]:
     """Return the server step of FedAdam.
 
     Args:
@@ -190,24 +170,23 @@ def adam(
         beta1: the decay of the first moment, from 0 and below 1.
         beta2: the decay of the second moment, from 0 and below 1.
         tau: the constant that limits adaptivity, above 0; smaller values adapt more.
-        bias_correction: whether to correct the bias of moments that start at 0. Algorithm 2 of
-            Reddi et al. does not, so its first steps are small.
+        bias_correction: whether to correct the bias of moments that start at 0, as in Kingma and
+            Ba, "Adam", ICLR 2015. Algorithm 2 of Reddi et al. does not, so its first steps are
+            small.
 
     Raises:
         ValueError: if an argument is out of range.
     """
-    _check(lr, beta1, beta2, tau)
-    return Adaptive(
-        lr,
-        beta1,
-        beta2,
-        tau,
-        lambda v, squared: beta2 * v + (1 - beta2) * squared,
-        bias_correction,
-    )
+
+    def second(v: Array, squared: Array) -> Array:
+        return beta2 * v + (1 - beta2) * squared
+
+    return _Adaptive(lr, beta1, beta2, tau, second, bias_correction)
 
 
-def yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 0.001) -> Adaptive:
+def yogi(
+    lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float = 0.001
+) -> Server[_Moments]:
     """Return the server step of FedYogi: like ``adam``, but the second moment shrinks more slowly.
 
     Args:
@@ -219,21 +198,12 @@ def yogi(lr: float = 0.01, beta1: float = 0.9, beta2: float = 0.99, tau: float =
     Raises:
         ValueError: if an argument is out of range.
     """
-    _check(lr, beta1, beta2, tau)
-    return Adaptive(
-        lr,
-        beta1,
-        beta2,
-        tau,
-        lambda v, squared: v - (1 - beta2) * squared * np.sign(v - squared),
-    )
 
+    def second(v: Array, squared: Array) -> Array:
+        sign: Array = np.sign(v - squared)
+        return v - (1 - beta2) * squared * sign
 
-def _check(lr: float, beta1: float, beta2: float, tau: float) -> None:
-    within("lr", lr, 0, above=True)
-    within("beta1", beta1, 0, 1, below=True)
-    within("beta2", beta2, 0, 1, below=True)
-    within("tau", tau, 0, above=True)
+    return _Adaptive(lr, beta1, beta2, tau, second)
 
 
 def _zeros(weights: Weights) -> dict[str, Array]:

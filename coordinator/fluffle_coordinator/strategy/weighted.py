@@ -37,11 +37,9 @@ from fluffle_common.tensors.weights import (
     largest,
 )
 from fluffle_coordinator.strategy import integer_sum
-from fluffle_coordinator.strategy.base import NO_NEEDS, Contribution, Needs
-from fluffle_coordinator.strategy.blocks import in_blocks
+from fluffle_coordinator.strategy.base import Contribution, Needs
+from fluffle_coordinator.strategy.blocks import BLOCK, cut, in_blocks
 
-# Elements per step: a block of float64 and the slices that it is added to fit into the cache.
-_BLOCK = 32 * 1024
 # Sums are scaled by this, so that the sum of two updates of 1e308 does not overflow. A power of two
 # loses no bits, except that values below 1e-288 are rounded to a multiple of 1e-304.
 _SCALE = 2.0**-64
@@ -92,7 +90,7 @@ class Sum:
 class Weighted:
     """The mean that ``weighted`` returns. It reuses the memory of the sums in every round."""
 
-    needs: Needs = NO_NEEDS
+    needs = Needs()
 
     def init(self, weights: Weights) -> Sum:
         """Return empty sums."""
@@ -259,10 +257,9 @@ def _cut_alike(*several: Iterable[Array]) -> Iterator[tuple[Array, ...]]:
 
 def _set_scaled(total: Array, values: Array, factor: float) -> None:
     """Write ``factor * values`` into ``total``, in float64, without reading what was there."""
-    for start in range(0, total.size, _BLOCK):
-        part = total[start : start + _BLOCK]
-        part[...] = values[start : start + _BLOCK]
-        part *= factor
+    for part, block in cut(total, values):
+        part[...] = block
+        np.multiply(part, factor, out=part)
 
 
 def _add_scaled(total: Array, values: Array, factor: float) -> None:
@@ -270,23 +267,20 @@ def _add_scaled(total: Array, values: Array, factor: float) -> None:
 
     The cast is a step of its own: NumPy would buffer the input of a combined one, which is slower.
     """
-    block = np.empty(min(_BLOCK, total.size), np.float64)
-    for start in range(0, total.size, _BLOCK):
-        part = total[start : start + _BLOCK]
-        scaled = block[: part.size]
-        scaled[...] = values[start : start + _BLOCK]
+    scratch = np.empty(min(BLOCK, total.size), _FLOAT)
+    for part, block in cut(total, values):
+        scaled = scratch[: part.size]
+        scaled[...] = block
         scaled *= factor
-        part += scaled
+        np.add(part, scaled, out=part)
 
 
 def _add_integers(total: Array, values: Array, factor: int, *, first: bool) -> None:
     """Add ``factor * values`` to the sums of an integer tensor, in place."""
     if first:
         total[:] = 0
-    high, low = _halves(total)
-    for start in range(0, values.size, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        integer_sum.add_scaled(high[block], low[block], values[block], factor)
+    for high, low, block in cut(*_halves(total), values):
+        integer_sum.add_scaled(high, low, block, factor)
 
 
 def _halves(total: Array) -> tuple[Array, Array]:
@@ -302,14 +296,13 @@ def _average(result: Array, total: Array, base: Array, count: float) -> None:
     end = largest(base.dtype)
     narrow = base.dtype.itemsize < total.dtype.itemsize
     # Values saturate, both at the ends of float64 and at those of the dtype.
-    scratch = np.empty(min(_BLOCK, total.size), np.float64)
+    scratch = np.empty(min(BLOCK, total.size), _FLOAT)
     with np.errstate(over="raise" if narrow else "ignore", invalid="ignore"):
-        for start in range(0, total.size, _BLOCK):
-            part = result[start : start + _BLOCK]
-            mean = np.divide(total[start : start + _BLOCK], count, out=scratch[: part.size])
+        for part, sums, old in cut(result, total, base):
+            mean = np.divide(sums, count, out=scratch[: part.size])
             if not narrow:
                 np.clip(mean, -end, end, out=mean)  # a rounding error may have made it infinite
-            mean += base[start : start + _BLOCK]
+            mean += old
             if narrow:
                 try:
                     part[...] = mean if base.dtype != BFLOAT16 else _for_bfloat16(mean)
@@ -338,7 +331,5 @@ def _for_bfloat16(values: Array) -> Array:
 
 def _average_integers(result: Array, total: Array, base: Array, num_examples: int) -> None:
     """Write ``base + total / num_examples`` into ``result``, rounded once, in blocks."""
-    high, low = _halves(total)
-    for start in range(0, base.size, _BLOCK):
-        block = slice(start, start + _BLOCK)
-        result[block] = integer_sum.rounded_mean(high[block], low[block], num_examples, base[block])
+    for part, high, low, old in cut(result, *_halves(total), base):
+        part[...] = integer_sum.rounded_mean(high, low, num_examples, old)

@@ -55,14 +55,8 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     """
     class_folders = find_classes(folder)
     if not class_folders.files:
-        raise TaskError(
-            "; ".join(
-                [
-                    f"{folder} has no images; put them into {folder}/<class>/<image>.png",
-                    *class_folders.notes,
-                ]
-            )
-        )
+        missing = f"{folder} has no images; put them into {folder}/<class>/<image>.png"
+        raise TaskError("; ".join([missing, *class_folders.notes]))
     names = tuple(map(class_name, class_folders.files if classes is None else classes))
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:

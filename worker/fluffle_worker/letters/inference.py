@@ -70,7 +70,7 @@ class LettersModel:
             classes = json.loads(metadata.get("classes", "[]"))
         except ValueError:
             classes = []
-        if not classes:
+        if not (isinstance(classes, list) and classes):
             raise UsageError(
                 f"{path} is not a model of letters: it has no classes "
                 f"(its task: {metadata.get('task') or 'unknown'})"
@@ -130,11 +130,7 @@ def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> 
     for line in reversed(history):
         if line.get("event") == "evaluated" and str(line.get("round")) == number:
             temperature = line.get("temperature")
-            if (
-                isinstance(temperature, int | float)
-                and math.isfinite(temperature)
-                and temperature > 0
-            ):
+            if isinstance(temperature, int | float) and 0 < temperature < math.inf:
                 return float(temperature)
     return 1.0
 
@@ -180,13 +176,11 @@ def confusion_counts(targets: Array, predicted: Array, classes: int) -> Array:
 
 def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Path) -> None:
     """Draw a confusion matrix to a PNG, each cell shaded by its share of the row."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
 
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure, axes = plt.subplots(figsize=(6, 5.6), layout="constrained")
+    figure = Figure(figsize=(6, 5.6), layout="constrained")
+    axes = figure.subplots()
     drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     upper = shown_names(classes)
     names = [upper[name] if len(name) == 1 else name for name in classes]
@@ -202,8 +196,6 @@ def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Pat
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=shade)
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the row")
     with replacing(out) as file, warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", message="Glyph"
-        )  # a character missing in the font becomes a box
+        # A character that the font lacks becomes a box.
+        warnings.filterwarnings("ignore", message="Glyph")
         figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)

@@ -16,8 +16,8 @@ from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.letters.images import Images, read_images, split
 from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.task import EvalResult, TaskOptions
-from fluffle_worker.tasks.examples import Examples
-from fluffle_worker.tasks.flax import FlaxTask, accuracy
+from fluffle_worker.tasks.examples import Examples, accuracy
+from fluffle_worker.tasks.flax import FlaxTask
 
 HELD_OUT = 0.1
 LEARNING_RATE = 1e-3

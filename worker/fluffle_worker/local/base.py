@@ -18,6 +18,7 @@ class LocalRule(Protocol[S]):
 
     A rule that uses arithmetic operators only works in every framework. With ``flax_task``, JAX
     compiles ``gradient``: its state must be a tree of arrays, and it must have no side effects.
+    ``torch_task`` calls it with NumPy arrays.
 
     Example:
         FedProx (Li et al., "Federated Optimization in Heterogeneous Networks", MLSys 2020):
@@ -37,7 +38,7 @@ class LocalRule(Protocol[S]):
         {'w': 1.2}
 
     A rule with the attribute ``per_example = True`` receives the gradients of all examples of a
-    batch, arrays of shape [batch, …], and returns one gradient. ``flax_task`` then reports no
+    batch, arrays of shape [batch, …], and returns one gradient. The adapters then report no
     training loss, because that would reveal something about the examples.
     """
 

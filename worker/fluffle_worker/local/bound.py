@@ -9,13 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Weights, read_only
 from fluffle_worker.local.base import Identity, LocalRule, Named, kept_and_extra
 from fluffle_worker.local.persistent_tensors import PersistentTensors
-from fluffle_worker.user_code import one_line
-
-NOTHING: Named = MappingProxyType({})
 
 
 class BoundRule:
@@ -35,25 +33,20 @@ class BoundRule:
 
     def __init__(self, rule: LocalRule[Any] | None = None, name: str = "") -> None:
         self._rule: LocalRule[Any] = Identity() if rule is None else rule
-        self._name = name or type(self._rule).__name__
+        self.name = name or type(self._rule).__name__
         if isinstance(rule, type):
             raise UsageError(
-                f"the local rule {self._name} is a class; use an instance of it (docs/tasks.md)"
+                f"the local rule {self.name} is a class; use an instance of it (docs/tasks.md)"
             )
         for method in ("begin", "gradient", "end"):
             if not callable(getattr(self._rule, method, None)):
                 raise UsageError(
-                    f"the local rule {self._name} has no method '{method}' (docs/tasks.md)"
+                    f"the local rule {self.name} has no method '{method}' (docs/tasks.md)"
                 )
         self._round = ("", 0)
-        self._broadcast: Named = NOTHING
+        self._broadcast: Named = {}
         self._kept = PersistentTensors()
         self.sent: Weights = {}
-
-    @property
-    def name(self) -> str:
-        """The rule's name in errors."""
-        return self._name
 
     @property
     def per_example(self) -> bool:
@@ -72,13 +65,13 @@ class BoundRule:
 
     def anew(self) -> BoundRule:
         """Return a wrapper of the same rule with no kept arrays, for another worker."""
-        return BoundRule(self._rule, self._name)
+        return BoundRule(self._rule, self.name)
 
     def keep_in(self, folder: Path) -> None:
         """Keep the rule's arrays in this folder, so that they outlive a restart."""
         self._kept = PersistentTensors(folder)
 
-    def of_round(self, run: str, number: int, broadcast: Named = NOTHING) -> None:
+    def of_round(self, run: str, number: int, broadcast: Named = MappingProxyType({})) -> None:
         """Set the round of the next training, and the extra tensors that the strategy sent.
 
         After the training, ``sent`` holds the extra tensors that the rule returned.
@@ -96,21 +89,21 @@ class BoundRule:
         result = self._call("gradient", self._rule.gradient, gradient, weights, state)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
             raise TaskError(
-                f"gradient() of the local rule {self._name} returned a {type(result).__name__}; "
+                f"gradient() of the local rule {self.name} returned a {type(result).__name__}; "
                 "(gradient, state) is expected"
             )
         changed, state = result
         if changed.keys() != gradient.keys():
             differ = min(changed.keys() ^ gradient.keys(), key=str)
             raise TaskError(
-                f"gradient() of the local rule {self._name} returned other tensors than it "
+                f"gradient() of the local rule {self.name} returned other tensors than it "
                 f"received: '{differ!s:.60}' is only in one of them"
             )
         for name, old in gradient.items():
             shape = np.shape(old)[1:] if self.per_example else np.shape(old)
             if np.shape(changed[name]) != shape:
                 raise TaskError(
-                    f"gradient() of the local rule {self._name} returned '{name}' of shape "
+                    f"gradient() of the local rule {self.name} returned '{name}' of shape "
                     f"{np.shape(changed[name])}, expected {shape}"
                 )
         return dict(changed), state
@@ -121,7 +114,7 @@ class BoundRule:
         kept, extra = kept_and_extra(result)
         if not isinstance(kept, Mapping) or not isinstance(extra, Mapping):
             raise TaskError(
-                f"end() of the local rule {self._name} returned a {type(result).__name__}; a "
+                f"end() of the local rule {self.name} returned a {type(result).__name__}; a "
                 "mapping of names to arrays is expected, an empty one to keep nothing, or "
                 "(kept, extra)"
             )
@@ -129,7 +122,7 @@ class BoundRule:
             self._kept.keep(*self._round, kept)
         except ValueError as wrong:
             raise TaskError(
-                f"end() of the local rule {self._name} returned arrays that cannot be kept: {wrong}"
+                f"end() of the local rule {self.name} returned arrays that cannot be kept: {wrong}"
             ) from None
         self.sent = {str(name): np.array(array) for name, array in extra.items()}
 
@@ -142,7 +135,7 @@ class BoundRule:
             trace = why.__traceback__  # without its first frame, which is this one
             own = why.with_traceback(trace.tb_next if trace and trace.tb_next else trace)
             raise TaskError(
-                f"{method}() of the local rule {self._name} fails: {one_line(own)}"
+                f"{method}() of the local rule {self.name} fails: {one_line(own)}"
             ) from own
 
 

@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from fluffle_common.errors import TaskError
 from fluffle_worker.local.base import Named, check_number
 
 _TINY = 1e-30
@@ -18,7 +19,7 @@ class DpSgd:
     Each example's gradient is scaled down to the norm ``clip``. Gaussian noise of standard
     deviation ``noise * clip / B`` is added to the mean over a batch of ``B`` examples. Source:
     Abadi et al., "Deep Learning with Differential Privacy", CCS 2016, algorithm 1. The rule needs
-    JAX and a task made with ``flax_task``.
+    JAX, and a task made with ``flax_task`` or ``torch_task``.
 
     The rule does not compute ε. Use an accountant with ``noise``, the batch size and the numbers of
     examples and steps, and note that batches are shuffled, not Poisson-sampled.
@@ -46,9 +47,19 @@ class DpSgd:
         check_number("dp_sgd", "noise", self.noise, zero=True)
 
     def begin(self, received: Named, broadcast: Named, kept: Named) -> Any:
-        """Return the key of the noise as the state."""
-        import jax
-        import jax.numpy as jnp
+        """Return the key of the noise as the state.
+
+        Raises:
+            TaskError: if JAX is not installed.
+        """
+        try:
+            import jax
+            import jax.numpy as jnp
+        except ModuleNotFoundError:
+            raise TaskError(
+                "the local rule 'dp_sgd' draws its noise with JAX, which is not installed; "
+                "pip install 'fluffle[worker]'"
+            ) from None
 
         words = [secrets.randbits(32), secrets.randbits(32)]
         return jax.random.wrap_key_data(jnp.array(words, jnp.uint32), impl="threefry2x32")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
+import pkgutil
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,11 +12,12 @@ from typing import Any
 
 from fluffle_common.arguments import read_arguments
 from fluffle_common.cli.loading import load_installed, load_object
+from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.chain import Chain
-from fluffle_worker.user_code import CALLERS, one_line
+from fluffle_worker.user_code import CALLERS
 
 GROUP = "fluffle.local_rules"
 _OPTION = "--local-rule"
@@ -40,7 +41,7 @@ def use_local_rule(task: Any, name: str) -> None:
     if not isinstance(getattr(task, "local_rule", None), BoundRule):
         raise UsageError(
             f"{_OPTION} {name} has no effect: this task applies no local rules; make the task "
-            "with flax_task, or call self.local_rule in its train() (docs/tasks.md)"
+            "with flax_task or torch_task, or call self.local_rule in its train() (docs/tasks.md)"
         )
     task.local_rule = BoundRule(find_rule(name), name)
 
@@ -69,8 +70,7 @@ def _find_one(name: str) -> Any:
     kind, colon, settings = name.partition(":")
     others = installed(GROUP)
     if kind in OWN:
-        module, _, attribute = OWN[kind].partition(":")
-        rule = getattr(importlib.import_module(module), attribute)
+        rule = pkgutil.resolve_name(OWN[kind])
     elif kind in others:
         rule = load_installed("local rule", others[kind], CALLERS)
     elif name.rpartition(":")[0].endswith(".py"):

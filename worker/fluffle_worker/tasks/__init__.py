@@ -1,1 +1,1 @@
-"""Adapters that make tasks from models of Flax and scikit-learn."""
+"""Adapters that make tasks from models of Flax, PyTorch and scikit-learn."""

@@ -1,13 +1,11 @@
-"""Training data of a Flax task: arrays on the device, or a stream of batches."""
+"""Training data of a task, for any framework: arrays on the device, or a stream of batches."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from fluffle_common.errors import TaskError
@@ -25,16 +23,17 @@ class InMemory:
     """Arrays that stay on the device, so that a batch is gathered there instead of copied to it.
 
     Args:
-        data: the examples.
+        source: the examples, on the device.
+        arrays: their arrays in a list.
         sample_seed: decorrelates this worker's batches from those of other workers.
 
     Raises:
         TaskError: if the arrays differ in their number of examples.
     """
 
-    def __init__(self, data: Examples, sample_seed: int) -> None:
-        self.num_examples = count_of(data, "train_data")
-        self.source: Any = jax.device_put(data)
+    def __init__(self, source: Examples, arrays: Sequence[Any], sample_seed: int) -> None:
+        self.num_examples = count_of(arrays, "train_data")
+        self.source: Any = source
         self._sample_seed = sample_seed
         self._rows: Array | None = None  # the examples of a part; None for all
 
@@ -104,13 +103,13 @@ class Streamed:
             epoch += 1
 
 
-def count_of(data: Examples, what: str) -> int:
+def count_of(arrays: Sequence[Any], what: str) -> int:
     """Return the number of examples, the length of the first axis of all arrays.
 
     Raises:
         TaskError: if the arrays differ in it, or there are no arrays.
     """
-    counts = {len(array) for array in jax.tree.leaves(data)}
+    counts = {len(array) for array in arrays}
     if len(counts) != 1:
         if not counts:
             raise TaskError(f"{what} has no arrays")
@@ -121,11 +120,21 @@ def count_of(data: Examples, what: str) -> int:
     return counts.pop()
 
 
-def picked(source: Any, batch: Any) -> Examples:
-    """Return the batch's examples: ``batch`` itself, or the rows of ``source`` that it indexes."""
-    if source is None:
-        return batch  # type: ignore[no-any-return]
-    return jax.tree.map(lambda part: jnp.take(part, batch, axis=0), source)  # type: ignore[no-any-return]
+def mapped(function: Callable[[Any], Any], data: Any) -> Any:
+    """Return an array, or a dict, tuple or list of arrays, with a function applied to each."""
+    if isinstance(data, Mapping):
+        return {name: mapped(function, part) for name, part in data.items()}
+    if isinstance(data, tuple | list):
+        parts = [mapped(function, part) for part in data]
+        return tuple(parts) if isinstance(data, tuple) else parts
+    return function(data)
+
+
+def arrays_in(data: Any) -> list[Any]:
+    """Return the arrays of such data."""
+    arrays: list[Any] = []
+    mapped(arrays.append, data)
+    return arrays
 
 
 def call(model: Any, inputs: Any) -> Any:
@@ -133,3 +142,8 @@ def call(model: Any, inputs: Any) -> Any:
     if isinstance(inputs, dict):
         return model(**inputs)
     return model(*inputs) if isinstance(inputs, tuple | list) else model(inputs)
+
+
+def accuracy(outputs: Any, targets: Any) -> Any:
+    """Return 1 for each example whose largest output is its target, else 0; shape [batch]."""
+    return 1.0 * (outputs.argmax(-1) == targets)

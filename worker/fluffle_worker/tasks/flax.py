@@ -30,15 +30,7 @@ from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
-from fluffle_worker.tasks.examples import (
-    Examples,
-    InMemory,
-    Stream,
-    Streamed,
-    call,
-    count_of,
-    picked,
-)
+from fluffle_worker.tasks.examples import Examples, InMemory, Stream, Streamed, call, count_of
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.model_parts import ModelParts
 
@@ -46,11 +38,6 @@ Loss = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
 _EVALUATION_BATCH = 256
 _NOTHING = np.zeros(0)
-
-
-def accuracy(outputs: Any, targets: Any) -> Any:
-    """Return 1 for each example whose largest output is its target, else 0; shape [batch]."""
-    return (jnp.argmax(outputs, axis=-1) == targets).astype(jnp.float32)
 
 
 class FlaxTask:
@@ -126,11 +113,12 @@ class FlaxTask:
         self._data = (
             Streamed(train_data, num_examples, sample_seed)
             if callable(train_data)
-            else InMemory(train_data, sample_seed)
+            else InMemory(jax.device_put(train_data), jax.tree.leaves(train_data), sample_seed)
         )
         self.num_examples = self._data.num_examples
-        held_out = valid_data is not None and count_of(valid_data, "valid_data")
-        self._valid: Any = jax.device_put(valid_data) if held_out else None
+        leaves = jax.tree.leaves(valid_data)
+        self._held_out = 0 if valid_data is None else count_of(leaves, "valid_data")
+        self._valid: Any = jax.device_put(valid_data) if self._held_out else None
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         if share_frozen and not self.frozen():
@@ -236,11 +224,11 @@ class FlaxTask:
         if self._valid is None:
             return None
         scores = self._scores(*self._states(weights))
-        return EvalResult(scores.pop("loss"), count_of(self._valid, "valid_data"), scores)
+        return EvalResult(scores.pop("loss"), self._held_out, scores)
 
     def _scores(self, *states: Any) -> dict[str, float]:
         """Return the mean loss and metrics of a model on the held-out data."""
-        count = count_of(self._valid, "valid_data")
+        count = self._held_out
         size = min(_EVALUATION_BATCH, count)
         totals: dict[str, float] = {}
         for start in range(0, count, size):
@@ -297,7 +285,7 @@ class FlaxTask:
         key: Any,
     ) -> tuple[tuple[Any, Any, Any], Any]:
         learnt, rest, optimizer_state = state
-        inputs, targets = picked(source, batch)
+        inputs, targets = _picked(source, batch)
         if self._augment is not None:
             inputs = self._augment(key, inputs)
         params, still, others = nnx.split_state(learnt, trained, nnx.Param, ...)
@@ -325,7 +313,7 @@ class FlaxTask:
     def _evaluate_step(
         self, learnt: Any, frozen: Any, rest: Any, source: Any, batch: Any
     ) -> dict[str, Any]:
-        inputs, targets = picked(source, batch)
+        inputs, targets = _picked(source, batch)
         outputs = self._forward_step(learnt, frozen, rest, inputs)
         functions = {"loss": self._loss, **self._metrics}
         return {name: jnp.asarray(one(outputs, targets)) for name, one in functions.items()}
@@ -333,6 +321,13 @@ class FlaxTask:
 
 flax_task = FlaxTask
 """The public name, as in ``fluffle.flax_task``."""
+
+
+def _picked(source: Any, batch: Any) -> Any:
+    """Return the batch's examples: ``batch`` itself, or the rows of ``source`` that it indexes."""
+    if source is None:
+        return batch
+    return jax.tree.map(lambda part: jnp.take(part, batch, axis=0), source)
 
 
 def _trained(plan: Plan) -> Any:

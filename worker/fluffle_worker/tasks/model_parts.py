@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -143,6 +144,23 @@ class ModelParts:
                 f"frozen= leaves no parameter of the model to train; the model has {names}"
             )
         _check_names(_names(trained))
+
+
+def arrays_of(module: nnx.Module, chosen: Any = True) -> dict[str, Array]:
+    """Return the tensors that may travel and that a filter selects, as arrays by name."""
+    state = nnx.state(module, nnx.All(AVERAGED, chosen))
+    return {name: np.asarray(array) for name, array in named(state).items()}
+
+
+def fill(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
+    """Set the tensors of a module that have one of these names."""
+    state = nnx.to_flat_state(nnx.state(module, AVERAGED))
+    filled = [
+        (path, leaf.replace(jnp.asarray(arrays[tensor_name(path)])))
+        for path, leaf in state
+        if tensor_name(path) in arrays
+    ]
+    nnx.update(module, nnx.from_flat_state(filled))
 
 
 def _labelled(form: Any) -> Any:

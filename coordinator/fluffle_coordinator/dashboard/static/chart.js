@@ -1,6 +1,6 @@
 // SVG charts over rounds, as wide as their container: curves, stacked bars and a matrix.
 
-import { draw, figure, make, mark, percent, say } from "./dom.js";
+import { draw, figure, largest, make, mark, percent, say } from "./dom.js";
 
 const LEFT = 46;
 const RIGHT = 14;
@@ -103,8 +103,8 @@ export function chart(node, curves, rounds) {
 function panel(svg, names, curves, x, top, width, tall) {
   const values = names.flatMap((name) => curves[name]).filter((value) => value !== null);
   const is_share = isAccuracy(names[0]) && values.every((value) => value >= 0 && value <= 1);
-  const low = is_share ? 0 : Math.min(0, ...values);
-  const most = Math.max(...values);
+  const low = is_share ? 0 : -largest(values.map((value) => -value), 0);
+  const most = largest(values, low);
   const high = is_share ? 1 : most + (most - low || 1) * 0.06;
   const base = top + tall - BOTTOM;
   const y = (value) => base - ((base - top - TOP) * (value - low)) / (high - low);
@@ -161,7 +161,7 @@ export function stacks(node, { title, axis, bars, names, words, height }) {
   fit(node, (width) => {
     const svg = picture(width, height + AXIS, title);
     const sums = bars.map((bar) => names.reduce((sum, name) => sum + (bar.parts[name] ?? 0), 0));
-    const high = Math.max(...sums, 0) * 1.04 || 1;
+    const high = largest(sums, 0) * 1.04 || 1;
     const y = (value) => height - ((height - 8) * value) / high;
     const pitch = (width - LEFT - RIGHT) / bars.length;
     const thick = Math.min(48, Math.max(1, pitch * 0.72));

@@ -93,6 +93,11 @@ export function table(body, columns, items, key) {
   );
 }
 
+/** The largest number, but at least `least`. Math.max(...numbers) fails if there are about 100,000 or more. */
+export function largest(numbers, least) {
+  return numbers.reduce((most, number) => Math.max(most, number), least);
+}
+
 // --- formatting ----------------------------------------------------------------------------------
 
 const WHOLE = new Intl.NumberFormat("en");

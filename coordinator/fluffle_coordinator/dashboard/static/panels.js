@@ -77,7 +77,7 @@ function open(board, now) {
   keyed(
     $("answers"),
     answers,
-    (one) => one.worker,
+    (one) => one.key ?? one.worker, // an asynchronous round can count a worker more than once
     () => make("li", {}, make("i", { "aria-hidden": "true" }), make("b"), make("span")),
     (row, one) => {
       mark(row, "data-state", one.in ? "in" : one.hopeless ? "bad" : "out");

@@ -1,6 +1,6 @@
 // The panels (see panels.js) about committed rounds and the configuration; the report has them too.
 
-import { $, either, figure, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
+import { $, either, figure, largest, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
 import { chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 
 /** The phases between two commits, in the coordinator's order. */
@@ -34,7 +34,7 @@ export function reached(board, people) {
     tile("loss"),
     tile("epsilon"),
     people,
-    frozen(board) && ["updates", whole(total(done, (round) => round.participants.length))],
+    frozen(board) && ["updates", whole(total(done, (round) => round.updates))],
     frozen(board) && ["time", span(total(done, seconds))],
     late > 0 && ["late", whole(late), "odd"],
     ["rejected", whole(rejected.total), rejected.total > 0 ? "bad" : null],
@@ -67,7 +67,7 @@ function rounds(board) {
     column("round", (round) => round.round),
     column("accuracy", (round) => percent(round.metrics?.accuracy)),
     column("loss", (round) => figure(round.loss)),
-    column("updates", (round) => whole(round.participants?.length), { title: (round) => round.participants?.join(", ") }),
+    column("updates", (round) => whole(round.updates), { title: (round) => round.participants?.join(", ") }),
     ...report,
     column("took", (round) => (round.opened_at ? span(round.committed_at - round.opened_at) : "–")),
     { name: "where the time went", wide: true, fill: (cell, round) => shares(cell, round.phases ?? {}) },
@@ -119,7 +119,7 @@ function participation(board) {
   const examples = shown.map((one) => new Map(one.participants.map((name, place) => [name, one.examples[place]])));
   const asked = shown.map((one) => new Set(one.asked));
   const late = shown.map((one) => new Set(one.came_late));
-  const most = Math.max(...examples.flatMap((one) => [...one.values()]), 1);
+  const most = largest(examples.flatMap((one) => [...one.values()]), 1);
   const cell = (name, place) => {
     const count = examples[place].get(name);
     if (count !== undefined) {

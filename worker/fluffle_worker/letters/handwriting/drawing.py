@@ -82,12 +82,7 @@ class Style:
 
 
 def writer_style(rng: np.random.Generator, favourite_pen: int) -> Style:
-    """Return the style of a random person.
-
-    Args:
-        rng: the source of randomness.
-        favourite_pen: the index in ``PENS_PX`` of the pen that this person mostly uses.
-    """
+    """Return the style of a random person, who mostly uses the pen ``PENS_PX[favourite_pen]``."""
     pens = np.full(len(PENS_PX), 0.15)
     pens[favourite_pen] += 1.0 - pens.sum()
     return Style(
@@ -108,19 +103,11 @@ def writer_style(rng: np.random.Generator, favourite_pen: int) -> Style:
 
 
 def draw_letter(letter: str, style: Style, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """Draw one attempt of a person at a letter.
-
-    Args:
-        letter: one of ``strokes.LETTERS``.
-        style: the person's style.
-        rng: the source of randomness.
+    """Draw one attempt of a person at one of ``LETTERS``.
 
     Returns:
         The image, uint8, shape [100, 100]: strokes of 255 on 0 with grey edges, all of them inside
         the frame.
-
-    Raises:
-        KeyError: if there is no such letter.
     """
     shapes = ALLOGRAPHS[letter]
     chosen = int(rng.choice(len(shapes), p=style.allographs[letter]))

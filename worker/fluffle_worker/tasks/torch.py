@@ -1,0 +1,391 @@
+"""Adapter that makes a task from a PyTorch module.
+
+A tensor has the name that it has in the module's ``state_dict``. By default, every parameter and
+every persistent buffer travels and is averaged: running statistics too, because a model with batch
+normalization degrades when each worker keeps its own, and integers such as its step counter. Tied
+parameters travel once, under the first of their names. Boolean buffers, such as masks, do not
+travel.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+try:
+    import torch
+except ModuleNotFoundError:
+    raise ModuleNotFoundError(
+        "torch_task needs PyTorch: pip install 'fluffle[torch]'", name="torch"
+    ) from None
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
+from fluffle_common.tensors.weights import Array, Weights, same_form
+from fluffle_worker.local.base import LocalRule
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.persistent_tensors import PersistentTensors
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
+from fluffle_worker.tasks.examples import (
+    Examples,
+    InMemory,
+    Stream,
+    Streamed,
+    arrays_in,
+    call,
+    count_of,
+    mapped,
+)
+from fluffle_worker.tasks.torch_tensors import (
+    Filter,
+    arrays_of,
+    as_array,
+    as_tensor,
+    copies_of,
+    fill,
+    selected,
+    tensors_of,
+    trained_by,
+)
+
+Loss = Callable[[Any, Any], Any]
+_EVALUATION_BATCH = 256
+# Steps draw from torch's random state, which is global, so only one may be running in the process.
+_random_state = threading.Lock()
+
+
+class TorchTask:
+    """A task that trains and evaluates a PyTorch module.
+
+    Every training works on its own copy of the module, with a new optimizer. A worker therefore
+    keeps nothing between rounds, and a restart changes no result, unless the local rule keeps state
+    or some tensors are personal. On a CPU, equal seeds give equal results: each step seeds torch's
+    random state, and restores it.
+
+    Args:
+        model: ``() -> module``, such as the module's class. The module is called with a batch of
+            inputs; a dict of tensors is passed by keyword, a tuple or list by position.
+        loss: ``(outputs, targets) -> losses``, one per example, shape [batch], or one number for
+            the whole batch.
+        optimizer: ``(parameters, lr=learning_rate) -> optimizer``, such as ``torch.optim.Adam``.
+        train_data: (inputs, targets), each an array, a tensor, or a dict, tuple or list of them,
+            with the same first axis; for data larger than memory, ``(epoch, rng) -> batches`` of
+            such pairs.
+        valid_data: held-out data of the same structure. If None, this worker does not evaluate.
+        learning_rate: the learning rate, if the plan sets none.
+        metrics: further functions with the signature of ``loss``, such as
+            ``{"accuracy": accuracy}``.
+        augment: ``inputs -> inputs``, a random change to each training batch.
+        classes: the names of a classifier's outputs.
+        sample_seed: decorrelates this worker's batches from those of other workers.
+        local_rule: a change to each gradient before the optimizer sees it.
+        federated: selects the tensors that travel. The others are personal: each worker trains its
+            own and keeps them between the rounds of a run, in its state folder too.
+        frozen: selects the tensors that neither travel nor train; a parameter with
+            ``requires_grad=False`` is always one of them. Every worker has them as ``model()``
+            initializes them, unless they are shared.
+        share_frozen: whether the frozen tensors are the federation's: those of the coordinator's
+            ``--init`` or of the first worker. Each worker that lacks them is sent them once.
+        num_examples: the number of examples in an epoch of streamed data.
+        score_trained: whether to evaluate the model on ``valid_data`` after local training too.
+        device: where to train; by default, on a CUDA device if there is one, else on the CPU.
+
+    Raises:
+        TaskError: if ``model`` makes no module, the arrays differ in length, or a filter leaves
+            nothing to its purpose.
+    """
+
+    only_reads = True
+
+    def __init__(
+        self,
+        model: Callable[[], nn.Module],
+        loss: Loss,
+        optimizer: Callable[..., Any],
+        train_data: Examples | Stream,
+        valid_data: Examples | None = None,
+        *,
+        learning_rate: float = 1e-3,
+        metrics: Mapping[str, Loss] | None = None,
+        augment: Callable[[Any], Any] | None = None,
+        classes: tuple[str, ...] = (),
+        sample_seed: int = 0,
+        local_rule: LocalRule[Any] | None = None,
+        federated: Filter = True,
+        frozen: Filter = False,
+        share_frozen: bool = False,
+        num_examples: int | None = None,
+        score_trained: bool = False,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.whole: TorchTask = self
+        self.classes = classes
+        self.local_rule = BoundRule(local_rule)
+        self._loss, self._metrics, self._augment = loss, dict(metrics or {}), augment
+        self._optimizer, self._learning_rate = optimizer, learning_rate
+        self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self._data: InMemory | Streamed
+        if callable(train_data):
+            self._data = Streamed(train_data, num_examples, sample_seed)
+        else:
+            source = self._on_device(train_data)
+            self._data = InMemory(source, arrays_in(source), sample_seed)
+        self.num_examples = self._data.num_examples
+        self._valid = None if valid_data is None else self._on_device(valid_data)
+        self._held_out = 0 if valid_data is None else count_of(arrays_in(self._valid), "valid_data")
+        self._sample_seed, self._score_trained = sample_seed, score_trained
+        self._model = model
+        self._module = copy.deepcopy(self._made(0)).to(self._device)
+        self._travel, self._frozen = self._split(federated, frozen)
+        if share_frozen and not self._frozen:
+            raise TaskError("share_frozen= has no effect, because frozen= selects no tensor")
+        self.share_frozen = share_frozen
+        self._personal = PersistentTensors()
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep the personal tensors in this folder, so that they outlive a restart."""
+        self._personal = PersistentTensors(folder, "personal")
+
+    @property
+    def labels(self) -> Array:
+        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
+        return as_array(self._data.source[1])
+
+    def part(self, rows: Array, sample_seed: int) -> TorchTask:
+        """Return a task on a subset of the training examples, without held-out data.
+
+        Parts share the data and the module, so a thousand of them are cheap.
+
+        Args:
+            rows: indices of the part's examples, shape [part size].
+            sample_seed: decorrelates the part's batches from those of other parts.
+        """
+        made = copy.copy(self)
+        assert isinstance(self._data, InMemory)
+        made.whole, made._data = self, self._data.part(rows, sample_seed)
+        made.num_examples, made._sample_seed = len(rows), sample_seed
+        made._valid, made._held_out, made._personal = None, 0, PersistentTensors()
+        made.local_rule = self.local_rule.anew()
+        return made
+
+    def model_form(self) -> dict[str, Array]:
+        """Return arrays with the names, shapes and dtypes of the tensors that travel."""
+        tensors = tensors_of(self._module).items()
+        # Nothing touches the memory of these arrays, so it is not used.
+        empty = {name: torch.empty_like(one, device="cpu") for name, one in tensors}
+        return {name: as_array(one) for name, one in empty.items() if name in self._travel}
+
+    def frozen(self) -> Weights:
+        """Return the frozen tensors."""
+        return arrays_of(self._module, self._frozen.__contains__)
+
+    def use_frozen(self, tensors: Weights) -> None:
+        """Replace the frozen tensors with those of the federation."""
+        # New memory: the arrays that frozen() has returned keep their values.
+        for name, one in tensors_of(self._module).items():
+            if name in tensors:
+                one.data = as_tensor(tensors[name]).to(self._device)
+
+    def init(self, seed: int) -> Weights:
+        """Return initial weights, determined by ``seed``."""
+        return arrays_of(self._made(seed), self._travel.__contains__)
+
+    def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
+        """Train from ``weights`` and return the result; see ``task.Task.train``.
+
+        Raises:
+            TaskError: if the plan trains no parameter, or the local rule needs the gradient of each
+                example and the model has batch normalization.
+            ValueError: if ``weights`` do not fit this model.
+        """
+        rule, data = self.local_rule, self._data
+        run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)
+        module = self._filled(weights, self._personal.before(run, number)).train()
+        params = trained_by(plan, module)
+        if rule.per_example and any(isinstance(layer, _BatchNorm) for layer in module.modules()):
+            raise TaskError(
+                f"the local rule {rule.name} needs the gradient of each example, but batch "
+                "normalization mixes the examples of a batch; use layer or group normalization"
+            )
+        optimizer = self._optimizer(
+            list(params.values()), lr=plan.learning_rate or self._learning_rate
+        )
+        state = None if rule.changes_nothing else rule.begin(copies_of(params))
+        batches, steps = data.batches(plan), data.steps(plan)
+        losses: list[Any] = []
+        while True:
+            with self._seeded(plan.seed, self._sample_seed, len(losses)):
+                batch = next(batches, None)
+                if batch is None:
+                    break
+                optimizer.zero_grad()
+                loss, state = self._differentiate(module, params, self._examples(batch), state)
+                optimizer.step()
+            losses.append(loss)
+            done = len(losses)
+            # A GPU computes asynchronously. Reading the previous step's loss bounds how far it
+            # lags behind the reported progress, without stalling the current step.
+            seen = float(losses[-2]) if done > 1 else None
+            progress(done, max(done, steps), None if rule.per_example else seen)
+        if not rule.changes_nothing:
+            rule.end(copies_of(params), state)
+        self._personal.keep(run, number, arrays_of(module, self._is_personal))
+        metrics = {"steps": float(len(losses))}
+        if not rule.per_example:  # a loss is not noised, so private training reports none
+            metrics["loss"] = float(np.mean([float(one) for one in losses]))
+        if self._score_trained and self._held_out:
+            scores = self._scores(module)
+            metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}
+        return TrainResult(arrays_of(module, self._travel.__contains__), self.num_examples, metrics)
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        """Evaluate ``weights``, with the latest personal tensors; None without held-out data."""
+        if not self._held_out:
+            return None
+        scores = self._scores(self._filled(weights, self._personal.latest()))
+        return EvalResult(scores.pop("loss"), self._held_out, scores)
+
+    def _scores(self, module: nn.Module) -> dict[str, float]:
+        """Return the mean loss and metrics of a module on the held-out data."""
+        module.eval()
+        totals: dict[str, float] = {}
+        with self._seeded(0), torch.no_grad():
+            for start in range(0, self._held_out, _EVALUATION_BATCH):
+                rows = slice(start, min(start + _EVALUATION_BATCH, self._held_out))
+                inputs, targets = mapped(operator.itemgetter(rows), self._valid)
+                outputs = call(module, inputs)
+                for name, function in {"loss": self._loss, **self._metrics}.items():
+                    values = torch.as_tensor(function(outputs, targets))
+                    mean = float(values.to("cpu", torch.float64).mean())
+                    totals[name] = totals.get(name, 0.0) + mean * (rows.stop - rows.start)
+        return {name: total / self._held_out for name, total in totals.items()}
+
+    def _differentiate(
+        self, module: nn.Module, params: dict[str, Any], examples: Examples, state: Any
+    ) -> tuple[Any, Any]:
+        """Set the gradients that the optimizer uses; return the loss and the rule's next state."""
+        rule, (inputs, targets) = self.local_rule, examples
+        if rule.per_example:
+            loss, gradients = 0.0, self._of_each_example(module, params, inputs, targets)
+        else:
+            value = self._loss(call(module, inputs), targets).mean()
+            value.backward()
+            loss, gradients = value.detach(), {name: one.grad for name, one in params.items()}
+        if rule.changes_nothing:
+            return loss, state
+        given = {
+            name: as_array(torch.zeros_like(params[name]) if one is None else one)
+            for name, one in gradients.items()
+        }
+        changed, state = rule.gradient(given, copies_of(params), state)
+        for name, one in params.items():
+            one.grad = as_tensor(np.array(changed[name])).to(one)
+        return loss, state
+
+    def _of_each_example(
+        self, module: nn.Module, params: dict[str, Any], inputs: Any, targets: Any
+    ) -> dict[str, Any]:
+        """Return the gradients of the examples of a batch, of shape [batch, …]."""
+
+        def loss(values: Any, *example: Any) -> Any:
+            def model(*args: Any, **named: Any) -> Any:
+                return torch.func.functional_call(module, values, args, named)
+
+            one, target = mapped(operator.itemgetter(None), example)
+            return self._loss(call(model, one), target).mean()
+
+        grad = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="same")
+        values = {name: one.detach() for name, one in params.items()}
+        gradients: dict[str, Any] = grad(values, inputs, targets)
+        return gradients
+
+    def _examples(self, batch: Any) -> Any:
+        """Return a batch on the device, from indices or as the stream yields it."""
+        if self._data.source is None:
+            inputs, targets = self._on_device(batch)
+        else:
+            rows = torch.from_numpy(batch).to(self._device)
+            inputs, targets = mapped(operator.itemgetter(rows), self._data.source)
+        return (inputs if self._augment is None else self._augment(inputs)), targets
+
+    def _on_device(self, data: Any) -> Any:
+        return mapped(
+            lambda part: (part if isinstance(part, Tensor) else as_tensor(part)).to(self._device),
+            data,
+        )
+
+    def _made(self, seed: int) -> nn.Module:
+        """Return a new module, initialized with this seed."""
+        with self._seeded(seed):
+            made = None if isinstance(self._model, nn.Module) else self._model()
+        if not isinstance(made, nn.Module):
+            raise TaskError(
+                f"model= is {self._model!r:.60}; a function that makes a module is expected, such "
+                "as the module's class, or lambda: module"
+            )
+        return made
+
+    def _filled(self, weights: Weights, personal: Weights) -> nn.Module:
+        """Return a copy of the module with these tensors; it shares the frozen parameters.
+
+        Raises:
+            ValueError: if ``weights`` differ from the model in names, shapes or dtypes.
+        """
+        same_form(weights, self.model_form())
+        tensors = tensors_of(self._module)
+        frozen = [one for name, one in tensors.items() if name in self._frozen]
+        shared = {id(one): one for one in frozen if isinstance(one, nn.Parameter)}
+        module = copy.deepcopy(self._module, shared)
+        fill(module, {**personal, **weights})
+        return module
+
+    def _split(self, federated: Filter, frozen: Filter) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the names of the tensors that travel, and of the frozen ones."""
+        tensors = tensors_of(self._module)
+        params = {name: one for name, one in tensors.items() if isinstance(one, nn.Parameter)}
+        still = {name for name in tensors if selected(frozen, name)}
+        still |= {name for name, one in params.items() if not one.requires_grad}
+        travel = {name for name in tensors.keys() - still if selected(federated, name)}
+        names = ", ".join(list(tensors)[:8]) + (", …" if len(tensors) > 8 else "")
+        if not travel:
+            raise TaskError(
+                "federated= and frozen= leave no tensor of the model to send; the model has "
+                f"{names}"
+            )
+        if still >= params.keys():
+            raise TaskError(
+                f"frozen= leaves no parameter of the model to train; the model has {names}"
+            )
+        for name in still & params.keys():
+            params[name].requires_grad_(False)
+        return frozenset(travel), frozenset(still)
+
+    def _is_personal(self, name: str) -> bool:
+        return name not in self._travel and name not in self._frozen
+
+    @contextmanager
+    def _seeded(self, *seed: int) -> Iterator[None]:
+        """Seed torch's random state, and restore it afterwards."""
+        number = int(np.random.default_rng(seed).integers(2**63))
+        devices = [self._device] if self._device.type == "cuda" else []
+        with _random_state, torch.random.fork_rng(devices):
+            # torch.manual_seed, which seeds all devices, takes as long as a small model's step.
+            torch.default_generator.manual_seed(number)
+            for device in devices:
+                with torch.cuda.device(device):
+                    torch.cuda.manual_seed(number)
+            yield
+
+
+torch_task = TorchTask
+"""The public name, as in ``fluffle.torch_task``."""

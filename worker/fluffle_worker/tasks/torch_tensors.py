@@ -1,0 +1,85 @@
+"""The tensors of a PyTorch module by name, and their conversion to and from NumPy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.groups import select_tensors
+from fluffle_common.tensors.weights import BFLOAT16, Array
+
+Filter = Callable[[str], bool] | bool
+"""Selects tensors by name: a function, or all or none of them."""
+
+
+def selected(chosen: Filter, name: str) -> bool:
+    """Return whether a filter selects the tensor with this name."""
+    return bool(chosen(name) if callable(chosen) else chosen)
+
+
+def tensors_of(module: nn.Module) -> dict[str, Any]:
+    """Return a module's parameters and persistent buffers; tied ones once, boolean ones never."""
+    saved = module.state_dict().keys()
+    buffers = {name: one for name, one in module.named_buffers() if name in saved}
+    both = {**dict(module.named_parameters()), **buffers}
+    return {name: one for name, one in both.items() if one.dtype != torch.bool}
+
+
+def arrays_of(module: nn.Module, chosen: Filter = True) -> dict[str, Array]:
+    """Return the tensors that a filter selects, as arrays; see ``as_array``."""
+    tensors = tensors_of(module)
+    return {name: as_array(one) for name, one in tensors.items() if selected(chosen, name)}
+
+
+def fill(module: nn.Module, arrays: Mapping[str, Array]) -> None:
+    """Set the tensors that have one of these names, in place."""
+    with torch.no_grad():
+        for name, tensor in tensors_of(module).items():
+            if name in arrays:
+                tensor.copy_(as_tensor(arrays[name]))
+
+
+def trained_by(plan: Plan, module: nn.Module) -> dict[str, Any]:
+    """Return the parameters of a module that a plan trains; the others then need no gradient.
+
+    Raises:
+        TaskError: if there are none.
+    """
+    able: dict[str, Any] = {n: one for n, one in module.named_parameters() if one.requires_grad}
+    params: dict[str, Any] = dict(select_tensors(able, plan.train))
+    if not params:
+        raise TaskError(
+            f"the federation trains the tensors {', '.join(plan.train or ())[:200]}, but this "
+            "task's model trains none of them"
+        )
+    for name in able.keys() - params.keys():
+        able[name].requires_grad_(False)
+    return params
+
+
+def copies_of(tensors: Mapping[str, Any]) -> dict[str, Array]:
+    """Return the tensors' values as arrays that share no memory with them."""
+    return {name: as_array(one).copy() for name, one in tensors.items()}
+
+
+def as_array(tensor: Any) -> Array:
+    """Return a tensor's values; the array shares the memory of a tensor on the CPU."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:  # unknown to NumPy
+        return np.asarray(tensor.view(torch.int16).numpy()).view(BFLOAT16)
+    return np.asarray(tensor.numpy())
+
+
+def as_tensor(array: Any) -> Any:
+    """Return a tensor on the CPU that may share the array's memory."""
+    # torch warns about arrays that it could write to, though they are read-only: copy those.
+    array = np.require(array, requirements=["C", "W"])
+    if array.dtype == BFLOAT16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
