@@ -312,7 +312,7 @@ def test_it_is_not_sent_twice_over_a_line_on_which_it_takes_long(federated):
             await asyncio.sleep(0)
             worker.line.hold(incoming=True)
             await asyncio.sleep(10.0)
-        assert federation.loop.time() - began >= 30.0
+        assert federation.loop.time() - began >= 20.0  # longer than work may stand still
         worker.line.release()
         await coordinator.end()
         assert wire.crossings["b"] == 1
