@@ -56,7 +56,7 @@ def _classifier(width: int, classes: int, each: int, clients: int) -> Any:
     import optax
     from flax import nnx
 
-    from fluffle_worker.tasks.flax import accuracy, flax_task
+    from fluffle import accuracy, flax_task
 
     class Dense(nnx.Module):
         def __init__(self, rngs: nnx.Rngs) -> None:
