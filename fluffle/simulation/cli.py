@@ -101,12 +101,12 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Fixed time added to each training, in seconds, in the form of --step-time.",
+    help="Fixed time added to each training, in seconds, written like --step-time.",
 )
 @click.option(
     "--bandwidth",
     metavar="BYTES/S",
-    help="Speed of a client's network connection, in bytes per second, in the form of "
+    help="Speed of a client's network connection, in bytes per second, written like "
     "--step-time.  [default: unlimited]",
     show_default=False,
 )
@@ -115,7 +115,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="always",
     metavar="FRACTION:SECONDS",
     help="Availability of the clients, as FRACTION:SECONDS. With 0.8:3600, a client is present "
-    "80 % of the time, for an hour at a stretch on average; when it leaves, its unfinished "
+    "80 % of the time, for an hour each time on average; when it leaves, its unfinished "
     "work is lost.",
 )
 @click.option(

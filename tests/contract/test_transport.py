@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import aio_pika
+import aiormq
 import numpy as np
 import pytest
 
@@ -1181,6 +1182,28 @@ async def test_a_quorum_queue_has_one_exclusive_consumer_until_its_link_is_lost(
     deliveries = await soon(consume_when_free(two, queue))
     await put(two, queue, b"x")
     assert bodies(await take(deliveries, 1)) == [b"x"]
+
+
+@pytest.mark.rabbit
+async def test_a_consumer_that_is_cancelled_while_it_starts_holds_no_messages(real, monkeypatch):
+    link = await real.open()
+    queue = await real.queue(link)
+    await put(link, queue, b"x")
+    original, started = aiormq.Channel.basic_consume, asyncio.Event()
+
+    async def consume_without_end(*args: Any, **options: Any) -> None:
+        await original(*args, **options)
+        started.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(aiormq.Channel, "basic_consume", consume_without_end)
+    consuming = asyncio.ensure_future(link.consume(queue, prefetch=1))
+    await soon(started.wait())
+    consuming.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await soon(consuming)
+    assert (await soon(link.counts(queue))).consumers == 0
+    assert await drain(link, queue) == [b"x"]
 
 
 @pytest.mark.rabbit

@@ -305,6 +305,13 @@ def test_states_of_the_mean_and_of_the_server_step_are_saved_apart():
     assert {n: t.tobytes() for n, t in again.items()} == {n: t.tobytes() for n, t in saved.items()}
 
 
+def test_no_noise_on_the_count_overflows_the_clipping_norm():
+    text = "dp:clip=1,noise=2,workers=1,quantile=0.5,count_noise=1e9"
+    mean = named_strategy(text).strategy.mean
+    norms = {mean.quantile.next(1.0, 0.0, 1.0) for _ in range(20)}
+    assert norms == {1e-100, 1e100}
+
+
 def test_the_count_has_its_share_of_the_noise():
     spent = [
         named_strategy(f"dp:clip=1,noise=2,workers=100{more}").strategy.spent(7)

@@ -806,7 +806,7 @@ def test_an_update_of_another_round_is_rejected_with_the_reason(of, reason, caus
     run = opened("a", "b")
     effects = run.arrived("a", **of)
     assert only(effects, fx.Reject) == [fx.Reject(run.last_handle, reason, cause)]
-    judged = [fx.Judge(Ticket("a", 2), 2, "b0", "rejected", reason, cause, train_again=True)]
+    judged = [fx.Judge(Ticket("a", 2), 2, "b0", "rejected", reason, cause)]
     assert only(effects, fx.Judge) == ([] if "run" in of else judged)
 
 

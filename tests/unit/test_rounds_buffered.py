@@ -73,6 +73,14 @@ def test_an_idle_worker_gets_the_newest_version_at_once():
     assert run.tickets["b"][1:] == (2, "b1")
 
 
+def test_work_that_is_given_after_a_standstill_is_not_postponed_by_it():
+    run = running("a", "b", schedule=Buffered(buffer=4), hearing=True)
+    run.now += 100
+    assert asked(run.counts("a")) == ["a"]  # before anyone is heard
+    run.seen("b")
+    assert run.state.asked["a"].at == run.now
+
+
 def test_each_piece_of_work_has_a_ticket_of_its_own():
     run = running("a", schedule=Buffered(buffer=4))
     seen = {run.tickets["a"][0]}

@@ -75,7 +75,7 @@ def test_an_update_from_other_weights_is_rejected():
     run = opened("a", "b")
     effects = run.arrived("a", base="elsewhere")
     reason = "it was trained from the weights elsewhere; round 1 began with b0"
-    judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", reason, "round", train_again=True)
+    judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", reason, "round")
     assert effects == [fx.Reject(run.last_handle, reason, "round"), judged]
     assert not run.state.received
     assert only(run.update("a"), fx.Fold)
@@ -85,9 +85,7 @@ def test_a_verdict_tells_the_worker_to_train_a_rejected_update_again():
     run = opened("a", "b")
     run.arrived("a")
     assert only(run.fold_failed("a"), fx.Judge) == [
-        fx.Judge(
-            Ticket("a", 1), 1, "b0", "rejected", "it has a NaN", "not_finite", train_again=True
-        )
+        fx.Judge(Ticket("a", 1), 1, "b0", "rejected", "it has a NaN", "not_finite")
     ]
     run.arrived("b")
     assert not only(run.fold_failed("b", again=True), fx.Judge)  # it is only asked for again

@@ -32,8 +32,8 @@ _MOST_TRANSFERS = 256
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
     help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part …); "
-    "may be given several times.  [default: all but heartbeat; only the number of parts "
-    "is shown]",
+    "may be given several times.  [default: all but heartbeat; parts are counted, not "
+    "listed]",
 )  # fmt: skip
 @click.option("--worker", metavar="W", help="ID of a worker; show only messages from or to it.")
 @click.option(

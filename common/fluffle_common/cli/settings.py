@@ -66,8 +66,8 @@ def check_federation(name: str) -> str:
     """
     if not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid name of a federation: use letters, digits, '-' and '_', "
-            "at most 64, no dot"
+            f"'{name}' is not a valid name of a federation: use at most 64 letters, "
+            "digits, '-' and '_'"
         )
     return name
 
@@ -80,8 +80,8 @@ def check_worker(name: str) -> str:
     """
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid worker id: use letters, digits, '-', '_' and '.', at "
-            "most 64; choose another --id"
+            f"'{name}' is not a valid worker id: use at most 64 letters, digits, '-', "
+            "'_' and '.'; choose another --id"
         )
     return name
 

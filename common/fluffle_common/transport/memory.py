@@ -105,6 +105,7 @@ class MemoryLink(Link):
     ) -> AsyncGenerator[Delivery]:
         try:
             while (delivery := await consumer.deliveries.get()) is not None:
+                await asyncio.sleep(0)  # as over a socket, others run between two messages
                 self._check()
                 yield delivery
                 await asyncio.sleep(0)  # a full queue must not keep the loop from other tasks

@@ -163,12 +163,8 @@ async def reject(
 ) -> None:
     """Publish a delivery to the queue of rejected messages with the reason, then acknowledge it.
 
-    Args:
-        link: the link to publish over.
-        delivery: the invalid delivery.
-        error: the cause and the reason.
-        rejected: the name of the queue, or a route to it for users who may not publish to the
-            default exchange.
+    ``rejected`` is the name of the queue, or a route to it for users who may not publish to the
+    default exchange.
     """
     headers: dict[str, HeaderValue] = {
         **_bounded_headers(delivery.properties.headers),

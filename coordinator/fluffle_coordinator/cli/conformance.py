@@ -28,13 +28,13 @@ if TYPE_CHECKING:
 @click.option(
     "--worker",
     metavar="ID",
-    help="Id of the worker to examine.  [default: the first that connects]",
+    help="ID of the worker to examine.  [default: the first that connects]",
 )
 @click.option(
     "--large",
     is_flag=True,
     help="Add a 5 MiB tensor to the model, so that the model is sent in parts. Only for workers "
-    "that can train any model.",
+    "that accept tensors of any shape.",
 )
 @click.option(
     "--twice",

@@ -1,7 +1,4 @@
-"""The vote on the federation's classes and model form; workers that differ are refused.
-
-Part of the pure machine (``machine``).
-"""
+"""The vote on the federation's classes and model form; workers that differ are refused."""
 
 from __future__ import annotations
 

@@ -36,6 +36,10 @@ def heard(state: State, now: float) -> State:
     lost_s = now - state.heard_at - state.hearing_s
     if lost_s > 0:
         state = postpone(state, lost_s)
+        # What was sent during the silence has waited for no time yet.
+        asked = {n: i._replace(at=min(i.at + lost_s, now)) for n, i in state.asked.items()}
+        sent = {session: min(at + lost_s, now) for session, at in state.frozen_sent.items()}
+        state = state.replace(asked=Table(asked), frozen_sent=Table(sent))
     return state.replace(heard_at=now)
 
 
@@ -49,11 +53,8 @@ def postpone(state: State, seconds: float) -> State:
             for name, worker in state.workers.items()
         }
     )
-    asked = {n: issued._replace(at=issued.at + seconds) for n, issued in state.asked.items()}
     return state.replace(
         workers=workers,
-        asked=Table(asked),
-        frozen_sent=Table({name: at + seconds for name, at in state.frozen_sent.items()}),
         due_at=state.due_at + seconds,
         opened_at=state.opened_at + seconds,
         began_at=state.began_at + seconds,

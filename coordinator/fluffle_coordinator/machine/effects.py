@@ -45,7 +45,7 @@ class Refuse(Effect):
 class Judge(Effect):
     """Send a worker the verdict that its update does not count, and why.
 
-    ``train_again``: sending the same update again does not help.
+    After a rejection, the worker trains again: sending the same update again does not help.
     """
 
     ticket: Ticket
@@ -54,7 +54,6 @@ class Judge(Effect):
     outcome: Literal["late", "rejected"]
     reason: str
     cause: Cause | None = None
-    train_again: bool = False
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,9 @@ def evaluation_arrived(state: State, event: EvaluationArrived, out: Effects) -> 
 
 
 def record_evaluation(state: State, out: Effects, *, partial: bool = False) -> State:
-    """Record the evaluation of the last committed model.
+    """Record the evaluation of the last committed model once all expected workers have sent theirs.
 
-    Args:
-        state: the machine's state.
-        out: the effects, to which this one is appended.
-        partial: record what has arrived; otherwise, wait until all expected workers have sent
-            theirs.
+    If ``partial``, record what has arrived.
     """
     if not state.evaluate_pending or not state.evaluations:
         return state

@@ -107,11 +107,8 @@ class Arrived(Event):
 class Folded(Event):
     """An update's tensors were checked and added to the running sum.
 
-    Args:
-        ticket: the update's.
-        train_s: how long its training took.
-        size_bytes: the size of its tensors on the wire.
-        norm: the Euclidean norm of its delta.
+    Its training took ``train_s``, its tensors were ``size_bytes`` on the wire, and ``norm`` is the
+    Euclidean norm of its delta.
     """
 
     ticket: Ticket

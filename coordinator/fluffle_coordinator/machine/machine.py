@@ -84,25 +84,11 @@ def start(
 ) -> State:
     """Return the initial state of a new run, or of one that goes on after its last commit.
 
-    Args:
-        rules: the operator's rules.
-        run: the run's id.
-        now: the time.
-        schedule: the run's schedule.
-        committed: the last round on disk; 0 for a new run.
-        counted: the tickets that the last rounds counted.
-        sequence: the highest sequence that any round counted.
-        announced: the number of examples of every earlier participant.
-        evaluated: whether the evaluation of the last model is on disk.
-        has_weights: whether there are weights to start from.
-        base: the name of these weights.
-        earlier: the names of the weights that earlier rounds began with.
-        asked_in: the last round that each worker was asked in.
-        train_s: the seconds that each worker's last training took.
-        classes: the classes that workers must have; None lets the workers decide.
-        model: the form of the model; None lets the workers decide.
-        frozen: the digest of the model's frozen tensors; empty if it has none.
-        decided_by: who decided on these two, for messages.
+    Most arguments are fields of ``State``; the workers decide on ``classes`` and ``model`` if these
+    are None. ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets
+    that recent rounds counted, ``sequence`` is the highest one that any round counted, and
+    ``earlier`` has the names of the weights that rounds began with. ``evaluated`` says whether the
+    evaluation of the last model is on disk.
     """
     resumed = has_weights and committed > 0
     # A connected worker sends a heartbeat within this time (every 2 s by default).

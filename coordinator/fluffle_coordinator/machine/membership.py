@@ -1,7 +1,4 @@
-"""Which workers take part: those that join, leave, fail, stall, are gone, or are refused.
-
-Part of the pure machine (``machine``).
-"""
+"""Which workers take part: those that join, leave, fail, stall, are gone, or are refused."""
 
 from __future__ import annotations
 

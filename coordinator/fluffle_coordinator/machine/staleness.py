@@ -10,32 +10,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-Function = Callable[[int, tuple[float, ...]], float]
-
-
-def _constant(staleness: int, _: tuple[float, ...]) -> float:
-    return 1.0
-
-
-def _polynomial(staleness: int, args: tuple[float, ...]) -> float:
-    return float((1 + staleness) ** -args[0])
-
-
-def _hinge(staleness: int, args: tuple[float, ...]) -> float:
-    a, b = args
-    return 1.0 if staleness <= b else 1.0 / (a * (staleness - b) + 1.0)
-
-
-def _threshold(staleness: int, args: tuple[float, ...]) -> float:
-    return float(staleness <= args[0])
-
-
-# The functions by name, with their default arguments.
-_KINDS: dict[str, tuple[Function, tuple[float, ...]]] = {
-    "constant": (_constant, ()),
-    "polynomial": (_polynomial, (0.5,)),
-    "hinge": (_hinge, (10.0, 4.0)),
-    "threshold": (_threshold, (4.0,)),
+# The functions of the staleness s by name, with their default arguments.
+_KINDS: dict[str, tuple[Callable[..., float], tuple[float, ...]]] = {
+    "constant": (lambda s: 1.0, ()),
+    "polynomial": (lambda s, a: (1 + s) ** -a, (0.5,)),
+    "hinge": (lambda s, a, b: 1.0 if s <= b else 1.0 / (a * (s - b) + 1.0), (10.0, 4.0)),
+    "threshold": (lambda s, most: float(s <= most), (4.0,)),
 }
 
 
@@ -56,7 +36,7 @@ class Discount:
 
     def __call__(self, staleness: int) -> float:
         """Return the factor, from 0 to 1."""
-        return _KINDS[self.kind][0](staleness, self.args)
+        return _KINDS[self.kind][0](staleness, *self.args)
 
     @classmethod
     def parse(cls, text: str) -> Discount:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median_low
-from types import MappingProxyType
 from typing import Any, Literal, NamedTuple
 
 from rpds import HashTrieMap
@@ -142,10 +141,6 @@ class Tally(NamedTuple):
     unevaluated: int = 0
 
 
-def _empty() -> Mapping[Any, Any]:
-    return MappingProxyType({})
-
-
 @dataclass(frozen=True)
 class State:
     """Everything the machine knows; ``machine.start`` makes the first state."""
@@ -174,9 +169,9 @@ class State:
     # When they were last sent to each session of a worker, since its last hello.
     frozen_sent: Table[str, float] = field(default_factory=Table)
     base: str = ""  # the name of the weights that this round begins with
-    earlier: Mapping[int, str] = field(default_factory=_empty)  # the same for recent rounds
+    earlier: Mapping[int, str] = field(default_factory=dict)  # the same for recent rounds
     # The tickets of recent rounds: an update is redelivered if its acknowledgement was lost.
-    counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=_empty)
+    counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)
     median_norms: tuple[float, ...] = ()  # of the updates of each of the last rounds
 
     # Before a round: enough workers, the vote on classes and model, the first weights.

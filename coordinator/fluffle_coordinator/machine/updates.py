@@ -1,8 +1,8 @@
 """The life of an update: accepted, folded and committed; or late, a duplicate, or rejected.
 
-Part of the pure machine (``machine``). A delivery stays unacknowledged until the round that counts
-its update is on disk. Until then, ``State.received`` holds its handle, and further copies as
-``spares``: each may be the only sound one.
+A delivery stays unacknowledged until the round that counts its update is on disk. Until then,
+``State.received`` holds its handle, and further copies as ``spares``: each may be the only sound
+one.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from statistics import median_low
 from typing import TypeVar
 
-from fluffle_common.errors import Cause
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Record, Reject
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
@@ -53,16 +52,14 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
     ):
         return _too_old(state, event, ticket, out)
     if event.round > state.round or not _accepts_updates(state):
-        _reject(event, f"round {event.round} has not been opened", out)
-        return state
+        return _reject(state, event, f"round {event.round} has not been opened", out)
     base = state.base_of(event.round)
     if event.base != base:
         trained = f"it was trained from the weights {event.base}"
-        _reject(event, f"{trained}; round {event.round} began with {base}", out)
-        return state
+        return _reject(state, event, f"{trained}; round {event.round} began with {base}", out)
     if ticket.sequence > max(state.sequence, event.round) + SEQUENCE_GAP:
-        _reject(event, f"ticket {ticket.sequence} of {ticket.worker} was not issued", out)
-        return state
+        reason = f"ticket {ticket.sequence} of {ticket.worker} was not issued"
+        return _reject(state, event, reason, out)
     if state.schedule.continuous:  # an earlier coordinator may have issued higher ones
         state = state.replace(sequence=max(state.sequence, ticket.sequence))
     held = state.received.get(ticket)
@@ -102,16 +99,13 @@ def _fold(state: State, ticket: Ticket, update: Received) -> Fold:
     return Fold(update.handle, ticket, weight, _max_norm(state), staleness, discount)
 
 
-def _reject(event: Arrived, reason: str, out: Effects) -> None:
+def _reject(state: State, event: Arrived, reason: str, out: Effects) -> State:
     """Reject an update from a round or from weights that this run does not have."""
     out += [
         Reject(event.handle, reason, "round"),
-        _rejected(event.ticket, event.round, event.base, reason, "round"),
+        Judge(event.ticket, event.round, event.base, "rejected", reason, "round"),
     ]
-
-
-def _rejected(ticket: Ticket, number: int, base: str, reason: str, cause: Cause) -> Judge:
-    return Judge(ticket, number, base, "rejected", reason, cause, train_again=True)
+    return state
 
 
 def _weight(state: State, event: Arrived, out: Effects) -> int:
@@ -241,7 +235,7 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     state = state.replace_for(worker, received=state.received.discard(ticket))
     if not event.again:  # the worker would send the same bytes again, if they are its own at all
         base = state.base_of(held.round) or state.base
-        out.append(_rejected(ticket, held.round, base, event.reason, event.cause))
+        out.append(Judge(ticket, held.round, base, "rejected", event.reason, event.cause))
         state = state.replace(
             doubted=state.doubted.insert(worker, event.reason),
             # A later request is another attempt, which the same bytes do not answer.

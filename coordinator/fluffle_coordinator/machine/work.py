@@ -1,7 +1,4 @@
-"""Work: which tickets workers are issued, and the effects that send them their work.
-
-Part of the pure machine (``machine``).
-"""
+"""Work: which tickets workers are issued, and the effects that send them their work."""
 
 from __future__ import annotations
 

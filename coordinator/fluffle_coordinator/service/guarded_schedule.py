@@ -19,11 +19,7 @@ from fluffle_coordinator.service.user_calls import call_guarded, failed
 class GuardedSchedule:
     """A user's schedule; every method raises ``TaskError`` if the schedule fails.
 
-    Args:
-        name: the schedule's name, for messages.
-        schedule: the user's schedule.
-        max_staleness: ``schedule.max_staleness``.
-        continuous: ``schedule.continuous``.
+    Its ``max_staleness`` and ``continuous`` were read when it was loaded.
     """
 
     name: str

@@ -28,14 +28,10 @@ class GuardedStrategy:
     """A strategy in one round; every method raises ``TaskError`` if the strategy fails.
 
     The results of a built-in strategy are valid, so checking and copying them would only cost time.
-
-    Args:
-        named: the strategy and its name.
-        number: the round, for messages.
     """
 
     named: NamedStrategy
-    number: int
+    number: int  # of the round, for messages
 
     @property
     def needs(self) -> Needs:

@@ -84,15 +84,10 @@ class LearningRateSchedule:
             base: the rate of the first round.
         """
         done = number - 1
-        match self.kind:
-            case "cosine":
-                multiplier = (1 + math.cos(math.pi * min(done, rounds - 1) / rounds)) / 2
-            case "exponential":
-                multiplier = self.factor**done
-            case "step":
-                multiplier = self.factor ** (done // self.rounds)
-            case _:
-                multiplier = 1.0
+        if self.kind == "cosine":
+            multiplier = (1 + math.cos(math.pi * min(done, rounds - 1) / rounds)) / 2
+        else:  # the steps of "constant" and "exponential" have one round
+            multiplier = self.factor ** (done // self.rounds)
         # A plan's rate must be above 0, even if the product underflows.
         return max(base * multiplier, sys.float_info.min)
 

@@ -279,7 +279,7 @@ class Outbox:
             outcome=effect.outcome,
             cause=effect.cause,
             reason=effect.reason[:_REASON_CHARACTERS],
-            train_again=effect.train_again,
+            train_again=effect.outcome == "rejected",
         )
 
     def _plan_of(self, state: rs.State) -> Plan:

@@ -6,6 +6,7 @@ here, exactly. With Poisson sampling, dp-accounting computes it (``fluffle[priva
 
 from __future__ import annotations
 
+import bisect
 import functools
 import importlib
 import math
@@ -178,11 +179,8 @@ def _most(allowed: Callable[[int], bool], first: int = 0) -> int:
     """
     low = first if first and allowed(first) else 0
     step = max(1, low // 8)
-    high = low + step
-    while high < _MOST_ROUNDS and allowed(high):
+    while low + step < _MOST_ROUNDS and allowed(low + step):
+        low += step
         step *= 2
-        low, high = high, high + step
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if allowed(middle) else (low, middle)
-    return low
+    between = range(low + 1, low + step)
+    return low + bisect.bisect_left(between, True, key=lambda rounds: not allowed(rounds))

@@ -124,13 +124,7 @@ def decode_contribution(
 def decode_extra(
     message: Update, payload: memoryview | InPieces, base: Weights, plan: Plan
 ) -> Weights:
-    """Read and check the extra tensors of an update.
-
-    Args:
-        message: the update, with its table of tensors.
-        payload: as for ``decode_contribution``.
-        base: the weights of the model.
-        plan: the round's plan, which says which extra tensors it asks for.
+    """Read and check the extra tensors of an update; the arguments are ``decode_contribution``'s.
 
     Returns:
         The tensors, as views into ``payload``; none if the plan asks for none.

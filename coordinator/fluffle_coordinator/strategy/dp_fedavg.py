@@ -20,13 +20,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from fluffle_common.arguments import within
-from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Array, Weights, finite_norm
 from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy.accountant import Accountant
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
 from fluffle_coordinator.strategy.linear_means import Linear, LinearSum
+from fluffle_coordinator.strategy.pipeline import Mean
 
 _NORM_ERROR = 1e-5  # an upper bound on the relative error of ``finite_norm``
 _MANTISSA = 53
@@ -53,7 +53,8 @@ class _Quantile:
     def next(self, norm: float, count: float, workers: float) -> float:
         """Return the norm of the next round, given this round's count, without noise."""
         fraction = 0.5 + (count + self.noise * float(gaussian(1)[0])) / workers
-        adapted = norm * math.exp(-_CLIP_RATE * (fraction - self.quantile))
+        step = -_CLIP_RATE * (fraction - self.quantile)
+        adapted = norm * math.exp(min(step, 700.0))  # a noisy count must not overflow it
         return min(max(adapted, _SMALLEST), _LARGEST)
 
     def noise_for_updates(self, noise: float) -> float:
@@ -80,9 +81,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class DPFedAvg:
-    """The mean that ``dp_fedavg`` returns."""
-
+class _DPFedAvg:
     clip: float
     noise: float  # on the sum
     workers: int
@@ -91,26 +90,18 @@ class DPFedAvg:
     quantile: _Quantile | None = None  # None if the clipping norm is fixed
 
     def init(self, weights: Weights) -> _State:
-        """Return the initial state of a run."""
         return _State(self._sum().init(weights), self.clip)
 
     def fold(self, state: _State, one: Contribution) -> _State:
-        """Clip an update and add it to the sum."""
         norm = finite_norm(one.delta) * (1 + _NORM_ERROR)
         factor = min(1.0, state.norm / norm) if norm else 1.0
         count = state.count + (0.5 if norm <= state.norm else -0.5)
         return _State(self._sum(factor).fold(state.total, one), state.norm, count)
 
     def finish(self, state: _State, weights: Weights) -> tuple[Weights, _State]:
-        """Return the noisy mean delta, in float64, and the state of an empty round.
-
-        The delta of a round without updates is only noise.
-        """
         emptied, norm = state.total, state.norm
-        if state.total.empty:
-            delta: Weights = layout_for(weights).empty_as(np.dtype(np.float64))
-            for (block,) in in_blocks(delta):
-                block[...] = 0
+        if state.total.empty:  # then the delta is only noise
+            delta: Weights = {name: np.zeros(tensor.shape) for name, tensor in weights.items()}
         else:
             delta, emptied = self._sum().finish(state.total, weights)
         spread = self.noise * state.norm / self.workers
@@ -121,15 +112,12 @@ class DPFedAvg:
         return delta, _State(emptied, norm)
 
     def spent(self, rounds: int) -> Mapping[str, float]:
-        """Return the epsilon and delta of so many rounds."""
         return {"epsilon": self.accountant.epsilon(rounds), "delta": self.accountant.delta}
 
     def dump(self, state: _State) -> Weights:
-        """Return the clipping norm, if it adapts."""
         return NO_TENSORS if self.quantile is None else {"clip": np.array(state.norm)}
 
     def load(self, saved: Weights, weights: Weights) -> _State:
-        """Restore the state that the next round begins with."""
         state = self.init(weights)
         if self.quantile is None:
             return state
@@ -150,7 +138,7 @@ def dp_fedavg(
     accountant: str | None = None,
     quantile: float | None = None,
     count_noise: float | None = None,
-) -> DPFedAvg:
+) -> Mean[_State]:
     """Return the mean of DP-FedAvg: clip, add up, add noise, divide by a fixed number of workers.
 
     Args:
@@ -192,13 +180,13 @@ def dp_fedavg(
                 "count_noise has no effect without quantile; leave out count_noise, or give "
                 "quantile=…"
             )
-        return DPFedAvg(clip, noise, workers, ledger, needs)
+        return _DPFedAvg(clip, noise, workers, ledger, needs)
     within("quantile", quantile, 0, 1, above=True, below=True)
     if count_noise is None:
         count_noise = max(workers / 20, noise)
     within("count_noise", count_noise, 0, above=True)
     adaptive = _Quantile(quantile, count_noise)
-    return DPFedAvg(clip, adaptive.noise_for_updates(noise), workers, ledger, needs, adaptive)
+    return _DPFedAvg(clip, adaptive.noise_for_updates(noise), workers, ledger, needs, adaptive)
 
 
 def gaussian(size: int) -> Array:

@@ -100,70 +100,62 @@ def replace() -> Server[None]:
 
 
 @dataclasses.dataclass(frozen=True)
-class PipelineState(Generic[M, T]):
-    """The states of a pipeline's mean, in the open round, and of its server step."""
-
-    mean: M
+class _PipelineState(Generic[M, T]):
+    mean: M  # in the open round
     server: T
 
 
 @dataclasses.dataclass(frozen=True)
-class Pipeline(Strategy[PipelineState[M, T]]):
-    """The strategy that ``pipeline`` returns."""
-
+class _Pipeline(Strategy[_PipelineState[M, T]]):
     transforms: tuple[Transform, ...]
     mean: Mean[M]
     server: Server[T]
 
     @property
     def needs(self) -> Needs:
-        """The requirements of its mean."""
         return self.mean.needs
 
-    def init(self, weights: Weights) -> PipelineState[M, T]:
-        """Return the initial state of a run."""
-        return PipelineState(self.mean.init(weights), self.server.init(weights))
+    def init(self, weights: Weights) -> _PipelineState[M, T]:
+        return _PipelineState(self.mean.init(weights), self.server.init(weights))
 
-    def fold(self, state: PipelineState[M, T], one: Contribution) -> PipelineState[M, T]:
-        """Transform a contribution, and fold it into the mean."""
+    def fold(self, state: _PipelineState[M, T], one: Contribution) -> _PipelineState[M, T]:
         for transform in self.transforms:
             one = transform(one)
-        return PipelineState(self.mean.fold(state.mean, one), state.server)
+        return _PipelineState(self.mean.fold(state.mean, one), state.server)
 
     def finish(
-        self, state: PipelineState[M, T], weights: Weights
-    ) -> tuple[Weights, PipelineState[M, T]]:
-        """Average, and take the server step."""
+        self, state: _PipelineState[M, T], weights: Weights
+    ) -> tuple[Weights, _PipelineState[M, T]]:
         new: Weights
         if isinstance(self.mean, Weighted) and isinstance(self.server, _Replace):
             # The same result as below, in one pass over the model instead of three.
             new, mean = self.mean.replaced(state.mean, weights)
-            return new, PipelineState(mean, state.server)
+            return new, _PipelineState(mean, state.server)
         delta, mean = self.mean.finish(state.mean, weights)
         new, server = self.server.step(state.server, weights, delta)
-        return new, PipelineState(mean, server)
+        return new, _PipelineState(mean, server)
 
     def spent(self, rounds: int) -> Mapping[str, float]:
         """Return the privacy cost of so many rounds, if its mean accounts for it."""
         return self.mean.spent(rounds) if hasattr(self.mean, "spent") else {}
 
-    def dump(self, state: PipelineState[M, T]) -> Weights:
-        """Return the tensors of the server step, and of the mean if its state lasts."""
+    def dump(self, state: _PipelineState[M, T]) -> Weights:
         server = self.server.dump(state.server)
         if not hasattr(self.mean, "dump"):
             return server
         mean = self.mean.dump(state.mean)
         return {**with_prefix(_MEAN, mean), **with_prefix(_SERVER, server)}
 
-    def load(self, saved: Weights, weights: Weights) -> PipelineState[M, T]:
-        """Restore the state that the next round begins with."""
+    def load(self, saved: Weights, weights: Weights) -> _PipelineState[M, T]:
         if not hasattr(self.mean, "load"):
-            return PipelineState(self.mean.init(weights), self.server.load(saved, weights))
+            return _PipelineState(self.mean.init(weights), self.server.load(saved, weights))
         mean = self.mean.load(without_prefix(_MEAN, saved), weights)
-        return PipelineState(mean, self.server.load(without_prefix(_SERVER, saved), weights))
+        return _PipelineState(mean, self.server.load(without_prefix(_SERVER, saved), weights))
 
 
-def pipeline(*transforms: Transform, mean: Mean[M], server: Server[T]) -> Pipeline[M, T]:
+def pipeline(
+    *transforms: Transform, mean: Mean[M], server: Server[T]
+) -> Strategy[_PipelineState[M, T]]:
     """Return a strategy composed of these parts.
 
     Args:
@@ -171,7 +163,7 @@ def pipeline(*transforms: Transform, mean: Mean[M], server: Server[T]) -> Pipeli
         mean: the mean, such as ``weighted()``.
         server: the server step, such as ``replace()``.
     """
-    return Pipeline(transforms, mean, server)
+    return _Pipeline(transforms, mean, server)
 
 
 def with_prefix(prefix: str, tensors: Weights) -> dict[str, Array]:

@@ -6,17 +6,6 @@ schedule's discount for its staleness.
 Floats are summed in float64. A model with tensors of only one float dtype is summed as one vector,
 however many tensors it has, and its updates may come in pieces. Integers are summed exactly, in 128
 bits, and weighted by examples alone, since a discount is not an integer.
-
-Example:
-    >>> base = {"w": np.zeros(2, np.float32)}
-    >>> mean = weighted()
-    >>> state = mean.init(base)
-    >>> for learnt, n in (([1, 2], 1), ([4, 8], 2)):
-    ...     delta = {"w": np.array(learnt, np.float32)}
-    ...     state = mean.fold(state, Contribution(worker="a", num_examples=n, delta=delta))
-    >>> delta, state = mean.finish(state, base)
-    >>> delta["w"], state.num_examples
-    (array([3., 6.]), 0)
 """
 
 from __future__ import annotations

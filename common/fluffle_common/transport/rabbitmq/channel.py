@@ -49,12 +49,8 @@ class _Unconfirmed:
 class ContentChannel:
     """Sends and receives the messages of one channel.
 
-    Args:
-        number: the number of the channel.
-        socket: the socket of its connection.
-        frame_max: the maximum size of a frame in bytes.
-        on_delivery: called with each message that is delivered to a consumer on this channel.
-        prefetch: the channel's prefetch count; 0 if it has none.
+    ``on_delivery`` is called with each message that is delivered to a consumer on this channel.
+    ``prefetch`` is the channel's prefetch count, or 0 if it has none.
     """
 
     def __init__(
@@ -88,13 +84,9 @@ class ContentChannel:
     def publish(self, head: bytes, message_id: str, body: Body) -> asyncio.Future[None]:
         """Send a message; the future completes when the broker confirms it.
 
-        Args:
-            head: the result of ``frames.publish``.
-            message_id: the message ID that ``head`` contains.
-            body: the body, which must not change before the future completes.
-
-        Returns:
-            A future that raises ``Unroutable``, ``QueueFull``, or the exception given to ``close``.
+        ``head`` is the result of ``frames.publish`` with this ``message_id``. ``body`` must not
+        change before the future completes. The future raises ``Unroutable``, ``QueueFull``, or the
+        exception given to ``close``.
 
         Raises:
             LinkLost: if the socket is already closed.

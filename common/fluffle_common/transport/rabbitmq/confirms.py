@@ -21,29 +21,19 @@ _SLOWEST_BYTES_PER_S = 10_000
 
 @dataclass(slots=True, eq=False)
 class Unconfirmed:
-    """A message that is not confirmed yet.
-
-    Args:
-        nbytes: the size of the message.
-        end_offset: the number of bytes sent on the channel when the last byte of it has left.
-        progress_at: the time of its last progress, by the watch's own clock.
-        has_left: whether all of it has left.
-    """
+    """A message that is not confirmed yet."""
 
     nbytes: int
-    end_offset: int
-    progress_at: float
+    end_offset: int  # the number of bytes sent on the channel when its last byte has left
+    progress_at: float  # the time of its last progress, by the watch's own clock
     has_left: bool = False
 
 
 class ConfirmWatch:
     """Checks the unconfirmed messages of one channel for progress.
 
-    Time in which the broker blocks publishers does not count.
-
-    Args:
-        connection: the connection of the channel.
-        on_overdue: called with a reason when a confirmation is overdue.
+    ``on_overdue`` is called with a reason when a confirmation is overdue. Time in which the broker
+    blocks publishers does not count.
     """
 
     def __init__(self, connection: Connection, on_overdue: Callable[[str], object]) -> None:

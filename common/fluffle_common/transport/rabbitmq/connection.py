@@ -246,12 +246,7 @@ class SocketFactory(TransportFactory):
 class Connection(aio_pika.Connection):
     """An aio_pika connection on which message traffic can bypass aiormq.
 
-    It is not open yet: open it with ``connect(timeout)``.
-
-    Args:
-        url: the broker's URL.
-        name: the name of the connection on RabbitMQ's management page.
-        context: the result of ``urls.tls_context``.
+    ``connect(timeout)`` opens it; ``name`` is its name on RabbitMQ's management page.
     """
 
     PARAMETERS = (
@@ -304,10 +299,8 @@ class Connection(aio_pika.Connection):
     ) -> ContentChannel:
         """Let the message traffic of an open channel bypass aiormq from now on.
 
-        Args:
-            channel: a channel of this connection that was not published to or consumed from yet.
-            on_delivery: called with each message that is delivered to a consumer on the channel.
-            prefetch: the channel's prefetch count.
+        The channel must be new: neither published to nor consumed from. For the other arguments,
+        see ``ContentChannel``.
 
         Raises:
             AMQPError: if the channel is closed.

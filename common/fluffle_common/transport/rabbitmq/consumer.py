@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from aio_pika.abc import AbstractChannel
+from aiormq.abc import AbstractChannel as UnderlayChannel
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.topology import lock_of
@@ -27,13 +28,7 @@ _EMPTY_S = 0.5
 
 
 class Consumer:
-    """A consumer; call ``start``, then iterate over its deliveries or ask for the ``newest``.
-
-    Args:
-        queue: the name of the queue or stream.
-        connection: the consuming connection of the link.
-        lifetime: the lifetime of the link.
-    """
+    """A consumer; call ``start``, then iterate over its deliveries or ask for the ``newest``."""
 
     def __init__(self, queue: str, connection: Connection, lifetime: Lifetime) -> None:
         self._queue_name, self._connection, self._lifetime = queue, connection, lifetime
@@ -51,34 +46,42 @@ class Consumer:
         arguments: dict[str, Any] | None = None,
     ) -> Consumer:
         """Start consuming; ``replicated`` marks a quorum queue."""
+        # A refusal closes the channel, which must not end the link. The link therefore watches the
+        # channel only once consuming has started.
         with self._lifetime.requesting("read"):
-            channel = self._connection.channel(publisher_confirms=False)
-            # A refusal closes the channel, which must not end the link. The link therefore watches
-            # the channel only once consuming has started.
-            await channel.initialize()
-            await channel.set_qos(prefetch_count=prefetch)
-            underlay = await channel.get_underlay_channel()
-            if exclusive and replicated:
-                # Quorum queues accept any number of exclusive consumers. An exclusive queue serves
-                # as a lock, which is released when this connection or its node goes.
-                with self._lifetime.requesting("configure"):
-                    await underlay.queue_declare(
-                        lock_of(self._queue_name),
-                        exclusive=True,
-                        arguments={"x-queue-type": "classic"},
-                    )
-            content_channel = await self._connection.content_channel(
-                channel, self._received.put_nowait, prefetch
-            )
-            consume_ok = await underlay.basic_consume(
-                self._queue_name, _unused_callback, exclusive=exclusive, arguments=arguments
-            )
-        channel.close_callbacks.add(self._lifetime.lose)
+            self._channel = self._connection.channel(publisher_confirms=False)
+            try:
+                await self._channel.initialize()
+                await self._channel.set_qos(prefetch_count=prefetch)
+                underlay = await self._channel.get_underlay_channel()
+                if exclusive and replicated:
+                    await self._lock(underlay)
+                self._content_channel = await self._connection.content_channel(
+                    self._channel, self._received.put_nowait, prefetch
+                )
+                consume_ok = await underlay.basic_consume(
+                    self._queue_name, _unused_callback, exclusive=exclusive, arguments=arguments
+                )
+            except BaseException:  # else it would hold messages that nobody reads
+                await self._close_channel()
+                raise
+        self._channel.close_callbacks.add(self._lifetime.lose)
         underlay.on_consumer_cancel_callbacks.add(self._on_queue_deleted)
-        self._channel, self._content_channel = channel, content_channel
         self._tag = str(consume_ok.consumer_tag)
         self._lifetime.end_callbacks.add(self._on_link_end)
         return self
+
+    async def _lock(self, underlay: UnderlayChannel) -> None:
+        """Declare an exclusive queue as a lock, which is released when this connection goes.
+
+        Quorum queues accept any number of exclusive consumers.
+        """
+        with self._lifetime.requesting("configure"):
+            await underlay.queue_declare(
+                lock_of(self._queue_name),
+                exclusive=True,
+                arguments={"x-queue-type": "classic"},
+            )
 
     async def deliveries(self) -> AsyncGenerator[AmqpDelivery]:
         """Yield deliveries until the link is lost or the iterator is closed."""
@@ -144,11 +147,15 @@ class Consumer:
         self._content_channel.close(LinkLost("the consumer was closed"))
         if not self._lifetime.ended.is_set():
             self._channel.close_callbacks.discard(self._lifetime.lose)
-            with contextlib.suppress(LinkLost, TimeoutError), map_exceptions():
-                async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await self._close_channel()
+
+    async def _close_channel(self) -> None:
+        with contextlib.suppress(LinkLost, TimeoutError), map_exceptions():
+            async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+                if self._tag:
                     # RabbitMQ 3.10 keeps counting a stream consumer if only its channel closes.
                     await (await self._channel.get_underlay_channel()).basic_cancel(self._tag)
-                    await self._channel.close()
+                await self._channel.close()
 
 
 async def _unused_callback(_: Any) -> None:

@@ -22,10 +22,7 @@ _LOG = logger("transport.link")
 class Lifetime:
     """The shared state of the parts of one link: whether it is over, and why.
 
-    Args:
-        user: the user that is logged in, for error texts.
-        close_reason: returns the code and text with which the broker closed the connection, or
-            None.
+    ``close_reason`` returns the code and text with which the broker closed the connection, or None.
     """
 
     def __init__(self, user: str, close_reason: Callable[[], tuple[int, str] | None]) -> None:

@@ -111,12 +111,10 @@ def ask(base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None)
 
 
 def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> str:
-    """Return the URL of the management API of the broker at ``url``.
+    """Return the URL of the management API of the broker at the AMQP URL ``url``.
 
-    Args:
-        url: the broker's AMQP URL.
-        given: the URL from the command line, if any.
-        record: the record of the private node (``fluffle_broker.node.record``).
+    ``given`` is the URL from the command line, if any, and ``record`` the record of the private
+    node (``fluffle_broker.node.record``).
     """
     if given:
         return given.rstrip("/")
@@ -132,10 +130,7 @@ def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> s
 def queue_figures(url: str, base: str, topology: Topology) -> list[QueueFigures]:
     """Return the figures of a federation's queues, sorted by name.
 
-    Args:
-        url: the broker's AMQP URL, for its vhost, user and password.
-        base: the URL of its management API.
-        topology: the names of the federation.
+    ``url`` is the broker's AMQP URL, and ``base`` the URL of its management API.
 
     Raises:
         OSError, http.client.HTTPException, ValueError: as ``ask`` does.
@@ -172,12 +167,9 @@ def vhost(url: str) -> str:
 
 
 def read_queue(entry: Mapping[str, Any], topology: Topology, now: float) -> QueueFigures:
-    """Read the figures of one queue from the API's description of it.
+    """Read the figures of one queue from its entry in ``/api/queues``.
 
-    Args:
-        entry: one object of ``/api/queues``.
-        topology: the names of the federation.
-        now: the time, in seconds since 1970.
+    ``now`` is in seconds since 1970.
     """
     # A new queue has neither. One that was never used has "messages" but no "message_stats".
     stats: Mapping[str, Any] | None = entry.get("message_stats") or (

@@ -15,11 +15,6 @@ _STOPPED = ("down", "crashed", "stopped", "minority")
 def hint(queue: QueueFigures, topology: Topology, alarms: Sequence[str] = ()) -> str | None:
     """Return what is wrong with a queue, and the remedy; None if nothing is wrong.
 
-    Args:
-        queue: the queue's figures.
-        topology: the names of its federation.
-        alarms: the broker's resource alarms (``management.alarms``).
-
     Example:
         >>> topology = Topology("letters")
         >>> inbox = QueueFigures("letters.inbox.w3", "mail", 2, 0, consumers=0, size_bytes=9)

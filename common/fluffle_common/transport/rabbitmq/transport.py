@@ -47,12 +47,12 @@ class AmqpTransport(Transport):
         self._urls = parse_urls(self._find_url())
         self._name = name
         self._was_connected = False
-        self._use(None)
+        self._current: URL | None = None
 
     @property
     def address(self) -> str:
         """See ``base.Transport``; the node in use, or all nodes while none is reachable."""
-        return self._address
+        return ", ".join(map(display_url, [self._current] if self._current else self._urls))
 
     async def open(self) -> Link:
         unreachable, unusable = [], []
@@ -67,17 +67,12 @@ class AmqpTransport(Transport):
             except WrongNode as why:
                 unusable.append(str(why))
             else:
-                self._use(url)
-                self._was_connected = True
+                self._current, self._was_connected = url, True
                 return link
-        self._use(None)
+        self._current = None
         if not unreachable:
             raise BrokerError("; ".join(unusable))
         raise LinkLost("; ".join(unreachable + unusable))
-
-    def _use(self, url: URL | None) -> None:
-        self._current = url
-        self._address = ", ".join(map(display_url, [url] if url else self._urls))
 
     async def _open(self, url: URL) -> Link:
         connections: list[Connection] = []

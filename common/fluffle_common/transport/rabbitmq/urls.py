@@ -6,6 +6,7 @@ No error text contains anything before the last ``@`` of a URL, which may be a p
 
 from __future__ import annotations
 
+import base64
 import re
 import ssl
 from typing import TYPE_CHECKING
@@ -81,13 +82,11 @@ def tls_context(url: str) -> ssl.SSLContext | None:
     if split.scheme != "amqps":
         return None
     options = {name: values[-1] for name, values in parse_qs(split.query).items()}
-    file = ""
+    file = options.get("cafile") or options.get("capath") or ""
     try:
-        file = options.get("cafile") or options.get("capath") or ""
+        cadata = base64.b64decode(options["cadata"]) if options.get("cadata") else None
         context = ssl.create_default_context(
-            cafile=options.get("cafile"),
-            capath=options.get("capath"),
-            cadata=_decoded(options.get("cadata")),
+            cafile=options.get("cafile"), capath=options.get("capath"), cadata=cadata
         )
         if certificate := options.get("certfile"):
             file = certificate
@@ -102,12 +101,6 @@ def tls_context(url: str) -> ssl.SSLContext | None:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
     return context
-
-
-def _decoded(cadata: str | None) -> bytes | None:
-    import base64
-
-    return base64.b64decode(cadata) if cadata else None
 
 
 def _no_password() -> str:
