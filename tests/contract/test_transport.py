@@ -33,9 +33,9 @@ from fluffle_common.transport.base import (
     Transport,
     Unroutable,
 )
+from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import Route, reject, send_tensors
-from fluffle_common.transport.parts import PartsGone, fetch
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 

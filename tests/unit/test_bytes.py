@@ -20,9 +20,9 @@ from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import delta
 from fluffle_common.transport.base import Properties
+from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import Route, reject, send_tensors
-from fluffle_common.transport.parts import PartsGone, fetch
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs

@@ -14,8 +14,8 @@ from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
+from fluffle_common.transport.fetch_parts import read_part
 from fluffle_common.transport.messaging import Route, send, send_tensors
-from fluffle_common.transport.parts import read_part
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.inbox import Record, Refusals
 from fluffle_worker.job import Job, NotWanted

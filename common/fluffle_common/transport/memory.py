@@ -108,7 +108,6 @@ class MemoryLink(Link):
                 await asyncio.sleep(0)  # as over a socket, others run between two messages
                 self._check()
                 yield delivery
-                await asyncio.sleep(0)  # a full queue must not keep the loop from other tasks
             self._check()  # raises, since the link is lost
         finally:
             if consumer in source.consumers:

@@ -33,7 +33,7 @@ from fluffle_common.protocol.transfer import Assembly, pack
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, Properties, Unroutable
-from fluffle_common.transport.parts import PartsGone, fetch
+from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_coordinator.conformance.listener import RUNS, ExamOptions, Listener, SentFit
 from fluffle_coordinator.conformance.received import ReceivedUpdate, Unmet
 from fluffle_coordinator.strategy.decoding import check_announced, decode_contribution

@@ -25,7 +25,7 @@ from fluffle_common.tensors.groups import FROZEN, select_tensors
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
-from fluffle_common.transport.parts import PartsGone
+from fluffle_common.transport.fetch_parts import PartsGone
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
 from fluffle_coordinator.service.committer import Average, Committer

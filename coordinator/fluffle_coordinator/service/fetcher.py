@@ -18,7 +18,7 @@ from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link
-from fluffle_common.transport.parts import fetch
+from fluffle_common.transport.fetch_parts import fetch
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.spool import Spool, SpoolFile
 from fluffle_coordinator.strategy.decoding import check_announced

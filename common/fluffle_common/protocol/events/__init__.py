@@ -12,4 +12,4 @@ and ``fluffle explain`` show them. Names and fields are those on the wire (``doc
 from fluffle_common.protocol.events.base import *
 from fluffle_common.protocol.events.rounds import *
 from fluffle_common.protocol.events.runs import *
-from fluffle_common.protocol.events.workers import *
+from fluffle_common.protocol.events.worker_log import *
