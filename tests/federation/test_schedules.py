@@ -63,7 +63,7 @@ def test_asynchronous_training_is_faster_with_three_speeds_of_workers(federated)
             for number, seconds in enumerate(SIXTEEN):
                 step_s = (seconds + EXTRA_S) / 5
                 task = Adder(federation.loop, steps=5, step_s=step_s)
-                federation.worker(f"w{number}", task, heartbeat_s=20.0)
+                federation.worker(f"w{number}", task, heartbeat_s=60.0)
             coordinator = federation.coordinator(
                 rounds=rounds, schedule=schedule, min_workers=16, deadline_s=6000
             )
