@@ -68,7 +68,8 @@ class RunFolder:
             RunError: if the run stopped before its end.
         """
         if state.outcome == "stopped":
-            reason = f"{state.reason}; {fault}" if fault else state.reason
+            is_named = any(why in state.reason for why in state.failed.values())
+            reason = f"{state.reason}; {fault}" if fault and not is_named else state.reason
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
         if self._temporary:

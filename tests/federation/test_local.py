@@ -371,6 +371,10 @@ def test_a_run_that_stops_names_the_rejected_update(function):
     tasks = {"north": Adder(), "south": Diverged()}
     with pytest.raises(fluffle.RunError, match="the update of south was rejected: tensor 'w' has"):
         function(tasks, rounds=1, deadline=0.2)
+    if function is fluffle.run:  # there, a worker gives up
+        with pytest.raises(fluffle.RunError, match="every worker failed .* south: ") as stopped:
+            function({"south": Diverged()}, rounds=1)
+        assert str(stopped.value).count("tensor 'w' has") == 1
 
 
 def test_tasks_may_come_from_a_generator_or_have_numbers_as_names():

@@ -342,7 +342,7 @@ WRONG = {
     "in place": ({"fold": "one.delta['w'][0] = 1"}, "read-only"),
     "base": ({"finish": "weights['w'][0] = 1"}, "read-only"),
     "finish": ({"finish": "1 / 0"}, r"finish\(\): ZeroDivisionError: .* \(broken.py:16\)"),
-    "nan": ({"finish": "new['w'][1] = np.nan"}, r"tensor 'w' has 1 values that are NaN"),
+    "nan": ({"finish": "new['w'][1] = np.nan"}, r"tensor 'w' has 1 value that is NaN"),
     "inf": ({"finish": "new['w'][:] = np.inf"}, r"tensor 'w' has 4 values that are NaN"),
     "shape": ({"finish": "new['w'] = new['w'][:2]"}, r"has shape \(2,\), the model has \(4,\)"),
     "dtype": ({"finish": "new['w'] = new['w'].astype(float)"}, "is float64, expected float32"),
