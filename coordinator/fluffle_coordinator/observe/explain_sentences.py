@@ -245,7 +245,8 @@ def _notes(explanation: Explanation) -> Iterator[str]:
         )
         if not is_said:
             sentence = note.event.sentence().removeprefix(f"round {this.number}: ")
-            yield f"At {clock(note.at)}: {sentence}."
+            sender = "" if not worker or worker in sentence else f" ({worker})"
+            yield f"At {clock(note.at)}: {sentence}{sender}."
 
 
 def _progress(explanation: Explanation) -> Iterator[str]:
