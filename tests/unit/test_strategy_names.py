@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -123,11 +124,29 @@ def test_every_part_makes_a_finite_step_and_keeps_shapes_and_dtypes(name):
 
 
 def test_an_update_without_a_needed_metric_is_rejected():
-    (needed,) = named_strategy("fednova").strategy.needs.metrics
     update = Update.model_construct(metrics={"loss": 1.0})
-    check_metrics(update, ["loss"])
+    check_metrics(update, named_strategy("qfedavg").strategy.needs)
     with pytest.raises(MalformedMessage, match="no metric 'steps', which the strategy"):
-        check_metrics(update, [needed])
+        check_metrics(update, named_strategy("fednova").strategy.needs)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "value", "low"),
+    [
+        ("qfedavg", "loss", -1.0, 0),
+        ("qfedavg", "loss", 1e300, 0),
+        ("fednova", "steps", -3.0, 1),
+        ("fednova", "steps", 0.0, 1),
+        ("fednova", "steps", 1e-300, 1),
+        ("clip:1+fednova+fedadam", "steps", 1e300, 1),
+    ],
+)
+def test_an_update_with_a_needed_metric_out_of_range_is_rejected(name, metric, value, low):
+    needs = named_strategy(name).strategy.needs
+    check_metrics(Update.model_construct(metrics={metric: float(low)}), needs)
+    reason = f"{metric}={value:g} is out of range; a number from {low} to 1e+10 is expected"
+    with pytest.raises(MalformedMessage, match=re.escape(reason)):
+        check_metrics(Update.model_construct(metrics={metric: value}), needs)
 
 
 def test_the_command_and_the_document_list_every_part():
