@@ -200,6 +200,15 @@ def test_a_failing_decode_rejects_the_update(codecs, decode, reason):
     assert reason in str(wrong.value)
 
 
+def test_parts_are_checked_for_each_shape(codecs):
+    def parts(shape: Any) -> Any:
+        return Signs.parts(shape) if shape == (4, 300) else None
+
+    codecs.add(changed(parts=staticmethod(parts)), "here")
+    with pytest.raises(CodecError, match="'signs' returned None for tensor 'w'; a tuple of one"):
+        compress(DELTA, "signs", {})
+
+
 def test_a_residual_that_is_not_finite_is_an_error(codecs):
     def infinite(parts: Any, like: Any) -> Any:
         return np.full(like.shape, np.inf, like.dtype)

@@ -256,9 +256,15 @@ def _check_parts(name: str, parts: tuple[Part, ...], encoded: Iterable[Array | P
 
 def _parts(codec: type[Codec], name: str, shape: Shape) -> tuple[Part, ...]:
     try:
-        return codec.parts(shape)
+        parts = codec.parts(shape)
     except (Exception, SystemExit) as error:
         raise codec_error(codec, "lay out", name, error) from error
+    if not isinstance(parts, tuple) or not all(isinstance(part, Part) for part in parts):
+        raise CodecError(
+            f"parts({shape}) of the codec '{codec.name}' returned {parts!r:.80} for tensor "
+            f"'{name[:60]}'; a tuple of one or two Part is expected"
+        )
+    return parts
 
 
 def _names(name: str, parts: tuple[Part, ...]) -> tuple[str, ...]:

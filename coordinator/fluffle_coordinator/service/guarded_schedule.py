@@ -61,7 +61,8 @@ class GuardedSchedule:
 
     def closes(self, state: State, now: float) -> bool:
         """Return ``Schedule.closes`` as a bool."""
-        return bool(self._call("closes", state, now))
+        closes = self._call("closes", state, now)
+        return call_guarded(self._what, "closes()", bool, closes)  # an array's truth may fail
 
     def wakeup(self, state: State) -> float:
         """Return ``Schedule.wakeup``, checked to be a number."""
