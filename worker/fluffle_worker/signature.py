@@ -6,6 +6,7 @@ loaded.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +20,7 @@ from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import warn_in_full
+from fluffle_worker.user_code import shown, warn_in_full
 
 UNKNOWN: Signature = ()
 """The signature of a task whose ``init`` fails; no model has an empty one."""
@@ -102,5 +103,25 @@ def _by_name(form: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]
     return {name: (dtype.newbyteorder("="), shape) for name, dtype, shape in form}
 
 
-def _form(given: Mapping[str, Any]) -> Signature:
-    return tuple([(name, np.dtype(like.dtype), tuple(like.shape)) for name, like in given.items()])
+def _form(given: Any) -> Signature:
+    """Return the signature that a task's ``model_form`` describes.
+
+    Raises:
+        TaskError: if it is not a mapping of names to objects with a dtype and a shape.
+    """
+    if not isinstance(given, Mapping):
+        raise TaskError(
+            f"model_form() returned {shown(given)}; a mapping of names to objects with dtype and "
+            "shape is expected"
+        )
+    form = []
+    for name, like in given.items():
+        try:
+            shape = tuple(map(operator.index, like.shape))
+            form.append((name, np.dtype(like.dtype), shape))
+        except Exception:
+            raise TaskError(
+                f"model_form() returned tensor {shown(name)} as {shown(like)}; an object with "
+                "dtype and shape is expected"
+            ) from None
+    return tuple(form)
