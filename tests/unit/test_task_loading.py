@@ -215,7 +215,9 @@ def test_an_async_method_is_refused(name):
 
 def test_an_async_function_for_a_task_is_refused(here):
     file = write(here, "stream.py", TASK.replace("def task(", "async def task("))
-    with pytest.raises(UsageError, match=r"stream.py:task is async; make it with 'def'"):
+    with pytest.raises(
+        UsageError, match=r"makes the task .*stream.py:task is async; make it with 'def'"
+    ):
         load_task(f"{file}:task", OPTIONS)
 
 

@@ -152,7 +152,9 @@ def check_task(name: str, task: Any) -> Task:
     """
     if inspect.iscoroutine(task):
         task.close()  # otherwise Python warns that it was never awaited
-        raise UsageError(f"the function {name} is async; make it with 'def', not 'async def'")
+        raise UsageError(
+            f"the function that makes the task {name} is async; make it with 'def', not 'async def'"
+        )
     for attribute in (*_METHODS, *_OPTIONAL):
         value = call_task(name, attribute, getattr, task, attribute, None)
         if attribute in _METHODS and not callable(value):
