@@ -182,7 +182,7 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
         ({"count": 10**400}, "00000...00000"),
         ({"count": 10**5000}, "num_examples an unprintable int; expected the number"),
         ({"step": (1,)}, "progress() missing 1 required positional argument: 'steps'"),
-        ({"new": {"k" * 300: Unarrayable()}}, f"tensor '{'k' * 12}...{'k' * 13}' as a Unarrayable"),
+        ({"new": {"k" * 300: Unarrayable()}}, f"tensor '{'k' * 60}' as a Unarrayable"),
         ({"trained": None}, "train() returned None; it must return TrainResult"),
         ({"trained": ({}, 5)}, "train() returned ({}, 5); it must"),
         ({"new": None}, "train() returned the weights None"),

@@ -326,6 +326,10 @@ def test_a_form_that_is_none_is_refused(form, named):
             "tensor 'c', and 1 more is not in this task's model",
         ),
         (
+            {"a": np.zeros(1), "b": np.zeros(2), "x" * 300: np.zeros(1)},
+            f"tensor '{'x' * 100}' is not in this task's model",
+        ),
+        (
             {"a": np.zeros(1), "b": np.zeros(3)},
             "tensor 'b' is float64 of shape (3,), but in this task float64 of shape (2,)",
         ),

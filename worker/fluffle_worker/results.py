@@ -216,7 +216,8 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
             converted[name] = np.asarray(value)
         except Exception as why:
             raise TaskError(
-                f"{method} returned tensor {shown(name)} as a {type(value).__name__}, which NumPy "
+                f"{method} returned tensor '{sendable(str(name), 60)}' as a "
+                f"{type(value).__name__}, which NumPy "
                 f"cannot convert to an array: {one_line(why)}"
             ) from None
     return converted

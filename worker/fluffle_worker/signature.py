@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.user_code import one_line
+from fluffle_common.cli.user_code import one_line, sendable
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
@@ -33,7 +33,8 @@ def signature_of_task(task: Task) -> Signature:
     It comes from the task's method ``model_form`` if there is one, else from ``init(0)``.
 
     Raises:
-        TaskError: if a tensor cannot travel; it names the tensor, the problem and the remedy.
+        TaskError: if the method returns something else, or a tensor cannot travel; it names the
+            tensor, the problem and the remedy.
     """
     ask = getattr(task, "model_form", None)
     try:
@@ -83,11 +84,11 @@ def difference(federation: Signature, own: Signature) -> str | None:
     ):
         if names:
             more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-            return f"{_DIFFERS}: tensor '{min(names)}'{more} {what}"
+            return f"{_DIFFERS}: tensor '{min(names):.100}'{more} {what}"
     differ = [name for name in theirs if theirs[name] != ours[name]]
     (dtype, shape), (own_dtype, own_shape) = theirs[differ[0]], ours[differ[0]]
     message = (
-        f"{_DIFFERS}: tensor '{differ[0]}' is {dtype.name} of shape {shape}, but in "
+        f"{_DIFFERS}: tensor '{differ[0]:.100}' is {dtype.name} of shape {shape}, but in "
         f"this task {own_dtype.name} of shape {own_shape}"
     )
     if all(
@@ -121,7 +122,7 @@ def _form(given: Any) -> Signature:
             form.append((name, np.dtype(like.dtype), shape))
         except Exception:
             raise TaskError(
-                f"model_form() returned tensor {shown(name)} as {shown(like)}; an object with "
-                "dtype and shape is expected"
+                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; an "
+                "object with dtype and shape is expected"
             ) from None
     return tuple(form)
