@@ -247,7 +247,8 @@ class WorkerService:
         else:
             self._trained.discard(sequence)
             self._failed_with = f"its update was rejected: {verdict.reason}"
-            self._record(NotCounted(round=verdict.round, reason=verdict.reason))
+            reason, cause = verdict.reason, verdict.cause
+            self._record(NotCounted(round=verdict.round, reason=reason, cause=cause))
         if verdict.train_again:
             self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base, sequence))
 
