@@ -9,6 +9,8 @@ import signal
 import pytest
 
 from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.errors import TaskError
+from fluffle_coordinator.service.user_calls import call_guarded
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -38,3 +40,16 @@ def test_a_signal_ends_the_program_with_the_usual_exit_code(number):
 def test_under_nohup_sighup_is_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert run_until_signalled(hit(signal.SIGHUP, 0.1)) == "went on"
+
+
+def test_a_keyboard_interrupt_without_a_signal_is_an_error_of_the_user_s_code():
+    def fail():
+        raise KeyboardInterrupt
+
+    async def run():
+        call_guarded("schedule s.py:s", "may_close()", fail)
+
+    with pytest.raises(KeyboardInterrupt):  # before the loop runs, it may be Ctrl-C
+        call_guarded("schedule s.py:s", "max_staleness", fail)
+    with pytest.raises(TaskError, match="s.py:s failed in may_close.*KeyboardInterrupt"):
+        run_until_signalled(run())

@@ -100,7 +100,16 @@ def test_a_missing_module_is_named_with_what_brings_it(here, monkeypatch, module
     assert "\n" not in str(wrong.value)
 
 
-@pytest.mark.parametrize("broken", ["raise KeyError('x')", "import sys; sys.exit(3)"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "raise KeyError('x')",
+        "import sys; sys.exit(3)",
+        "import asyncio; raise asyncio.CancelledError",
+        "raise GeneratorExit",
+        "import sys; del sys.modules[__name__]; raise KeyError('x')",
+    ],
+)
 @pytest.mark.parametrize("late", [False, True])
 def test_what_fails_while_it_is_loaded_is_told_with_file_and_line(here, capsys, broken, late):
     text = TASK.replace("return Task()", broken) if late else f"{broken}\n"
@@ -113,6 +122,14 @@ def test_what_fails_while_it_is_loaded_is_told_with_file_and_line(here, capsys, 
     assert "Traceback" in stderr
     assert broken in stderr
     assert "task_loading.py" not in stderr
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_while_a_task_loads_is_no_error_of_the_task(here, late):
+    broken = "raise KeyboardInterrupt"
+    text = TASK.replace("return Task()", broken) if late else f"{broken}\n"
+    with pytest.raises(KeyboardInterrupt):
+        load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
 
 
 # --- errors of a user's code -------------------------------------------------------------------

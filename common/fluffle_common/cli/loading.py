@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-from fluffle_common.cli.user_code import one_line, warn_in_full
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
 
 # What an extra of fluffle brings, for the import names of its packages.
@@ -127,7 +127,9 @@ class Place:
             raise self.missing(why) from None
         except (UsageError, TaskError):
             raise
-        except (Exception, SystemExit) as why:
+        except BaseException as why:
+            if is_ctrl_c(why):
+                raise
             warn_in_full(why, self.what, callers)
             raise TaskError(
                 f"the {self.what}'s file {self.where} fails to load: {one_line(why)}"
@@ -152,7 +154,7 @@ class Place:
             with _searched_first(str(path.parent)):
                 spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules[name]
+            sys.modules.pop(name, None)  # the file may have removed it itself
             raise
         return module
 
@@ -170,7 +172,9 @@ def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) 
     """
     try:
         return point.load()
-    except (Exception, SystemExit) as why:
+    except BaseException as why:
+        if is_ctrl_c(why):
+            raise
         warn_in_full(why, what, {*callers, __file__})
         raise TaskError(
             f"the {what} {point.name} of {point.value} fails to load: {one_line(why)}"
