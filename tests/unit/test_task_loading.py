@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,34 @@ def test_a_task_file_replaces_no_module_of_its_name(here):
     task = load_task(f"{write(here, 'queue.py', TASK)}:task", OPTIONS)
     assert sys.modules["queue"] is queue
     assert type(task).__module__ in sys.modules  # so that it can be pickled
+
+
+@pytest.mark.parametrize("name", ["tabnanny", "xml.dom.pulldom", "__main__"])
+def test_a_task_file_replaces_no_module_that_is_imported_later(here, monkeypatch, name):
+    if name != "__main__":
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert load_task(f"{write(here, f'{name}.py', TASK)}:task", OPTIONS)
+    assert not hasattr(importlib.import_module(name), "Task")
+
+
+@pytest.mark.parametrize(
+    "change", ["sys.path.remove(sys.path[0])", "sys.path.clear()", "sys.path = []"]
+)
+def test_a_task_file_that_changes_the_search_path_breaks_no_later_import(here, change):
+    before = list(sys.path)
+    text = f"import sys; {change}; sys.path.append('/added')\n{TASK}"
+    assert load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
+    assert sys.path == (before if "remove" in change else []) + ["/added"] + (
+        [] if "remove" in change else before
+    ) + [str(here)]
+
+
+@pytest.mark.parametrize("name", [".:task", "..stream:task", "./stream:task"])
+def test_a_task_has_no_relative_name(here, name):
+    with pytest.raises(
+        UsageError, match=f"--task expects module:name or path.py:name, not '{name}"
+    ):
+        load_task(name, OPTIONS)
 
 
 @pytest.mark.parametrize(
