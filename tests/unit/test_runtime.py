@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import resource
 import signal
 
 import pytest
 
 from fluffle_common.cli.runtime import Interrupted, run_until_signalled
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import RunError, TaskError
 from fluffle_coordinator.service.user_calls import call_guarded
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -35,6 +37,20 @@ def test_a_signal_ends_the_program_with_the_usual_exit_code(number):
     with pytest.raises(Interrupted) as caught:
         run_until_signalled(hit(number, 30.0))
     assert caught.value.exit_code == 128 + number
+
+
+def test_too_few_open_files_are_refused_before_the_loop_runs():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    main = hit(signal.SIGINT, 0.0)
+    used = os.dup(0)
+    os.close(used)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, limits[1]))
+    try:
+        with pytest.raises(RunError, match=f"this process may open {used + 10}: .*ulimit -n"):
+            run_until_signalled(main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert inspect.getcoroutinestate(main) == inspect.CORO_CLOSED
 
 
 def test_under_nohup_sighup_is_ignored():
