@@ -13,7 +13,7 @@ from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import check_worker
 from fluffle_common.cli.user_code import is_ctrl_c, one_line
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.protocol.events import Failure, RunEvent, Traceback, Unfit
+from fluffle_common.protocol.events import Failure, NotCounted, RunEvent, Traceback, Unfit
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Transport
@@ -39,6 +39,9 @@ Tasks: TypeAlias = Iterable[Task | MakesTask] | Mapping[str, Task | MakesTask]
 _LEAVE_S = 5.0
 # The time that tasks get to reach their next step, where abandoned work ends.
 _STEP_S = 5.0
+# The causes of a rejection that the task's result is to blame for. A norm above --max-norm-ratio is
+# not among them: whoever gives that option expects such updates.
+_FAULTS_OF_TASKS = ("not_finite", "tensors")
 
 
 class LocalTask:
@@ -248,11 +251,17 @@ class Federation:
 
 
 def _on_worker_event(task: LocalTask, failure: asyncio.Future[None], event: RunEvent) -> None:
-    """Handle a worker's event: a failure ends the run; an unusable result is a warning."""
+    """Handle a worker's event: a failure or a rejected update ends the run.
+
+    A result of which a part was left out is a warning.
+    """
     match event:
         case Failure(round=number, reason=reason) if not failure.done():
             where = f"in round {number}" if number else "while making the first weights"
             failure.set_exception(task.failure(f"failed {where}: {reason}"))
+        case NotCounted(cause=cause) if cause in _FAULTS_OF_TASKS and not failure.done():
+            what = f"failed in round {event.round}: its update was rejected: {event.reason}"
+            failure.set_exception(task.failure(what))
         case Unfit(reason=reason):
             warn(f"the task '{task.name}': {reason}")
         case Traceback() if task.error is None:

@@ -86,7 +86,8 @@ def run(
 
     Raises:
         UsageError: if an argument is invalid.
-        TaskError: if a task fails; its cause is the exception of the task's own code.
+        TaskError: if a task fails, with the exception of its own code as the cause, or if its
+            update is rejected, such as one with NaN.
         RunError: if the run stopped before its end.
         BrokerError: if the broker stays unreachable for too long.
     """

@@ -27,9 +27,14 @@ class RunFolder:
 
     Args:
         folder: the user's folder; None makes a temporary one.
+
+    Raises:
+        UsageError: if ``folder`` is an empty text, which would mean the current folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        if folder == "":
+            raise UsageError("folder= is empty; name a folder, or leave it out for a temporary one")
         self._temporary = folder is None
         self.store = RunStore(
             Path(tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder)

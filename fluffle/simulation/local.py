@@ -100,6 +100,7 @@ def simulate(
 
     Raises:
         UsageError: if an argument is invalid.
+        TaskError: if a round waits only for clients whose tasks failed twice.
         RunError: if the run stopped before its end.
     """
     _check(options, clients=clients, test_every=test_every)

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from fluffle.simulation.availability import ALWAYS, Availability
 from fluffle.simulation.devices import Device
 from fluffle.simulation.fleet import Client, Fleet
-from fluffle_common.errors import RunError, UsageError
+from fluffle_common.errors import RunError, TaskError, UsageError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.memory import MemoryBroker
@@ -46,29 +47,58 @@ async def simulate_run(
 
     Raises:
         RunError: if no further event is due although the run has not ended.
-        TaskError: if the coordinator refuses a client.
+        TaskError: if the coordinator refuses a client, or a round lacks only clients that failed
+            again after it was reopened.
     """
     settings = _for_clients(settings, clients)
     broker, topology = MemoryBroker(), Topology(settings.federation)
     fleet = Fleet(clients, topology=topology, transport=broker, task=task, record=record)
     journal = JournalFile(store.folder, settings.federation)
-    watchers = Watchers(watcher, journal)
+    failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    watchers = Watchers(watcher, journal, _FailureWatcher(clients, failure))
     run = asyncio.ensure_future(
         coordinate(settings, broker, topology, store, watchers, journaled=False, fresh=fresh)
     )
     taking_part = asyncio.ensure_future(fleet.run())
     try:
-        await asyncio.wait({run, taking_part}, return_when=asyncio.FIRST_COMPLETED)
+        futures: set[asyncio.Future[Any]] = {run, taking_part, failure}
+        await asyncio.wait(futures, return_when=asyncio.FIRST_COMPLETED)
         if not run.done():
-            taking_part.result()
+            for ended in (one for one in (failure, taking_part) if one.done()):
+                ended.result()
             raise RunError("the clients have left the simulation")
         return run.result()
     finally:
-        for one in (run, taking_part):
+        for one in (run, taking_part, failure):
             one.cancel()
-        await asyncio.gather(run, taking_part, return_exceptions=True)
+        await asyncio.gather(run, taking_part, failure, return_exceptions=True)
         with contextlib.suppress(OSError):  # the run is over, and its files are whole
             journal.write()
+
+
+class _FailureWatcher(Watcher):
+    """Ends a simulation whose open round can only wait for clients that failed again.
+
+    A failed client is asked again when the round is reopened, since its error may pass. If it fails
+    again, and everybody is present and has answered or failed, further attempts are in vain.
+    """
+
+    def __init__(self, clients: Sequence[Client], failure: asyncio.Future[None]) -> None:
+        self._clients, self._failure = clients, failure
+
+    def record(self, event: object) -> None:
+        """Ignore the event."""
+
+    def show(self, state: State, now: float) -> None:
+        """Set an exception if the round is in vain."""
+        if not state.reopenings or self._failure.done():
+            return
+        rejected = {name: f"its update was rejected: {why}" for name, why in state.doubted.items()}
+        faults, missing = {**state.failed, **rejected}, state.missing
+        in_vain = bool(missing) and all(name in faults for name in missing)
+        if in_vain and all(client.present for client in self._clients):
+            what = f"failed again in round {state.round}: {faults[missing[0]]}"
+            self._failure.set_exception(TaskError(f"the task '{missing[0]}' {what}"))
 
 
 def _for_clients(settings: CoordinatorSettings, clients: Sequence[Client]) -> CoordinatorSettings:

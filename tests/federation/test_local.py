@@ -362,15 +362,35 @@ def test_errors_name_keywords_and_leave_command_lines_as_they_are():
     )
 
 
-@pytest.mark.parametrize("function", [fluffle.run, fluffle.simulate])
-def test_a_run_that_stops_names_the_rejected_update(function):
-    class Diverged(Adder):
+@pytest.mark.parametrize(
+    ("function", "failed"), [(fluffle.run, "failed"), (fluffle.simulate, "failed again")]
+)
+def test_a_rejected_update_of_a_task_ends_the_run(function, failed, tmp_path):
+    class Diverging(Adder):
         def train(self, weights, plan, progress):
-            return fluffle.TrainResult({"w": weights["w"] * np.nan}, 10)
+            self.trained += 1
+            factor = np.nan if weights["w"][0] >= 1 else 1
+            return fluffle.TrainResult({"w": weights["w"] * factor + 1}, 10)
 
-    tasks = {"north": Adder(), "south": Diverged()}
-    with pytest.raises(fluffle.RunError, match="the update of south was rejected: tensor 'w' has"):
-        function(tasks, rounds=1, deadline=0.2)
+    tasks = {"north": Adder(), "south": Diverging()}
+    said = f"^the task 'south' {failed} in round 2: its update was rejected: tensor 'w' has 2 val"
+    with pytest.raises(fluffle.TaskError, match=said):
+        function(tasks, rounds=3, folder=tmp_path)
+    assert tasks["north"].trained == 2
+    assert tasks["south"].trained <= 3
+    assert len(fluffle.Run(tmp_path).history) == 1
+
+
+def test_an_update_whose_norm_is_too_large_does_not_end_the_run():
+    class Far(Adder):
+        def train(self, weights, plan, progress):
+            step = 1e6 if weights["w"][0] else 1
+            return fluffle.TrainResult({"w": weights["w"] + step}, 10)
+
+    tasks = {"a": Far(), "b": Adder(), "c": Adder()}
+    run = fluffle.run(tasks, rounds=2, quorum=2, max_norm_ratio=10, parallel=False)
+    assert list(run.history[1].participants) == ["b", "c"]
+    assert '"rejected":1' in (run.folder / "history.jsonl").read_text().replace(" ", "")
 
 
 def test_tasks_may_come_from_a_generator_or_have_numbers_as_names():
@@ -442,7 +462,9 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
         ([Adder()], {"evaluate": 7}, "evaluate= must be a function, not int"),
-        ([Adder()], {"init": ""}, 'init = "": a path in quotes is expected'),
+        ([Adder()], {"init": ""}, 'init = "": the text is empty; give a value, or leave it out'),
+        ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or leave it out"),
+        ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker id"),
         ({"a b": Adder()}, {}, "choose another key in tasks"),
         (Adder(), {}, "a list of tasks is expected, or a mapping of names to tasks, not <"),

@@ -22,7 +22,7 @@ from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Shards
 from fluffle.simulation.population import dealt, each_its_own
 from fluffle.simulation.simulate import clients_of, simulate_run
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_common.transport.base import QueueFull
 from fluffle_coordinator.machine.state import Quorum, Rules, State
@@ -161,6 +161,24 @@ def test_a_task_that_fails_is_left_out_and_named(tmp_path):
     reasons = [event.reason for event in told.events if event.name == "failure"]
     assert reasons
     assert all("no data today" in reason for reason in reasons)
+
+
+def test_a_client_that_fails_again_ends_the_run_and_one_that_recovers_does_not():
+    class Failing(Adder):
+        failures = math.inf
+
+        def train(self, weights: Any, plan: Any, progress: Any) -> TrainResult:
+            self.failures -= 1
+            if self.failures >= 0:
+                raise ValueError("no data today")
+            return super().train(weights, plan, progress)
+
+    tasks = {"north": Adder(1.0), "south": Failing(1.0)}
+    said = "^the task 'south' failed again in round 1: ValueError: no data today"
+    with pytest.raises(TaskError, match=said):
+        fluffle.simulate(tasks, rounds=1)
+    tasks["south"].failures = 1
+    assert len(fluffle.simulate(tasks, rounds=1).history[0].participants) == 2
 
 
 def test_a_client_that_cannot_send_ends_the_run_with_the_reason(tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import inspect
 import os
 import resource
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -69,3 +71,16 @@ def test_a_keyboard_interrupt_without_a_signal_is_an_error_of_the_user_s_code():
         call_guarded("schedule s.py:s", "max_staleness", fail)
     with pytest.raises(TaskError, match="s.py:s failed in may_close.*KeyboardInterrupt"):
         run_until_signalled(run())
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_standard_stream_that_a_task_has_closed_ends_no_process(closed):
+    program = f"""
+import asyncio, os
+from fluffle_common.cli.runtime import run_until_signalled
+for descriptor in {closed}:
+    os.close(descriptor)
+run_until_signalled(asyncio.sleep(0))
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert done.returncode == 0

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import uvloop
 
 from fluffle_common.cli.open_files import check_open_files
+from fluffle_common.cli.printing import prepare_streams
 from fluffle_common.errors import RunError
 
 T = TypeVar("T")
@@ -64,6 +65,7 @@ def run_until_signalled(
         raise
     received: list[int] = []
     _reset_signals_in_children()
+    prepare_streams()  # a task may have closed one; libuv aborts if it must close 0, 1 or 2
 
     async def watched() -> T:
         # Imported modules stay for good, so the garbage collector can skip them.

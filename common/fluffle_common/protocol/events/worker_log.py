@@ -128,8 +128,11 @@ class Unsent(WorkerEvent):
     "bad",
 )
 class NotCounted(WorkerEvent):
+    """The coordinator rejected an update; ``cause`` is one of ``errors.CAUSES``."""
+
     round: Integer = None
     reason: Text = None
+    cause: Text = None
 
 
 @event("unfit", "the task: {reason}", "odd")
