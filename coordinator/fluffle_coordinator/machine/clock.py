@@ -4,9 +4,9 @@ The clock runs only while someone could have been heard.
 
 If the coordinator is stopped, its host swaps or the broker blocks all publishers, all workers seem
 to fall silent at once. So the coordinator sends itself an echo through the queue of heartbeats. If
-nothing is heard for longer than ``State.hearing_s``, the clock stops. With the next message it
-starts again, and every timer is postponed by the time that was lost. So all messages that waited
-are read before any timer expires.
+nothing is heard for longer than ``State.hearing_s``, none of this time counts: the clock goes back
+to the last message. With the next message it starts again, and every timer is postponed by the time
+that was lost. So all messages that waited are read before any timer expires.
 
 A worker counts as gone or stalled at its deadline. ``State.due_at`` is a lower bound of all these
 deadlines, so that most ticks need not look at every worker.
@@ -22,8 +22,8 @@ from fluffle_coordinator.machine.state import State, Table, Worker
 
 
 def clock_time(state: State, now: float) -> float:
-    """Return the time at which the clock stands: at most ``hearing_s`` after the last message."""
-    return min(now, state.heard_at + state.hearing_s)
+    """Return the time, or that of the last message, if it is longer ago than ``hearing_s``."""
+    return now if now <= state.heard_at + state.hearing_s else state.heard_at
 
 
 def standstill_s(state: State, now: float) -> float:
@@ -33,7 +33,7 @@ def standstill_s(state: State, now: float) -> float:
 
 def heard(state: State, now: float) -> State:
     """Note that something was heard; postpone all timers if the clock had stopped."""
-    lost_s = now - state.heard_at - state.hearing_s
+    lost_s = now - clock_time(state, now)
     if lost_s > 0:
         state = postpone(state, lost_s)
         # What was sent during the silence has waited for no time yet.
