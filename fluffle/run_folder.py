@@ -10,7 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Self
 
-from fluffle.results import Run
+from fluffle.results import Run, folder_path
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.machine.state import State
@@ -27,13 +27,15 @@ class RunFolder:
 
     Args:
         folder: the user's folder; None makes a temporary one.
+
+    Raises:
+        UsageError: if the folder is not a path.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         self._temporary = folder is None
-        self.store = RunStore(
-            Path(tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder)
-        )
+        path = tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder
+        self.store = RunStore(folder_path(path))
 
     def __enter__(self) -> Self:
         """Lock the folder.
@@ -57,18 +59,13 @@ class RunFolder:
         elif not isinstance(error, RunError):  # a RunError already says how to continue
             warn(f"the committed rounds are kept{self._how_to_continue()}")
 
-    def result(self, state: State, fault: str) -> Run:
-        """Return the run that ended in this state.
-
-        Args:
-            state: the machine's final state.
-            fault: what probably caused a stop, such as a rejected update; may be empty.
+    def result(self, state: State, reason: str) -> Run:
+        """Return the run that ended in this state, for this reason.
 
         Raises:
             RunError: if the run stopped before its end.
         """
         if state.outcome == "stopped":
-            reason = f"{state.reason}; {fault}" if fault else state.reason
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
         if self._temporary:
