@@ -120,7 +120,7 @@ def folder_path(folder: Any) -> Path:
         UsageError: if it is not a path.
     """
     given = os.fspath(folder) if isinstance(folder, os.PathLike) else folder
-    if not isinstance(given, str) or not given or "\0" in given:
+    if not isinstance(given, str) or "\0" in given:
         raise UsageError(f"folder = {folder!r} is not a path; use text such as 'runs/letters'")
     return Path(given)
 

@@ -29,10 +29,13 @@ class RunFolder:
         folder: the user's folder; None makes a temporary one.
 
     Raises:
-        UsageError: if the folder is not a path.
+        UsageError: if ``folder`` is not a path, or an empty text, which would mean the current
+            folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
+        if folder == "":
+            raise UsageError("folder= is empty; name a folder, or leave it out for a temporary one")
         self._temporary = folder is None
         path = tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder
         self.store = RunStore(folder_path(path))

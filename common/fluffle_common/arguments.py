@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 _BOOLEANS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_END_OF_INTEGERS = 2**63
 _EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false", "str": "a name"}
 
 
@@ -135,7 +136,9 @@ def _convert_to(type_name: str, name: str, value: str) -> Any:
             case "bool":
                 return _BOOLEANS[value.lower()]
             case "int":
-                return int(value)
+                whole = int(value)
+                if abs(whole) < _END_OF_INTEGERS:
+                    return whole
             case "float":
                 number = float(value)
                 if math.isfinite(number):
@@ -145,7 +148,7 @@ def _convert_to(type_name: str, name: str, value: str) -> Any:
     except (ValueError, KeyError):
         pass
     expected = _EXPECTED.get(type_name, type_name)
-    raise ValueError(f"{name}='{value}' is not valid; {expected} is expected")
+    raise ValueError(f"{name}='{value[:60]}' is not valid; {expected} is expected")
 
 
 def _convert_unannotated(name: str, value: str) -> Any:

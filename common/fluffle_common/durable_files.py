@@ -15,6 +15,9 @@ _BUFFER_BYTES = 2**18  # a small model is written in one system call
 def replacing(path: Path, *, named_first: bool = False) -> Iterator[IO[bytes]]:
     """Yield a file to write to; on success it is fsynced and atomically replaces ``path``.
 
+    A symbolic link stays, and the file that it names is replaced. A pipe or a device cannot be
+    replaced; it is written to in place.
+
     Args:
         path: the file to create or replace.
         named_first: if ``path`` is new, rename the file before its fsync, so that one fsync writes
@@ -22,10 +25,18 @@ def replacing(path: Path, *, named_first: bool = False) -> Iterator[IO[bytes]]:
             then stand for a truncated file, so use it only for files that contain their own digest.
 
     Raises:
-        OSError: if writing fails; ``path`` is then unchanged.
+        OSError: if writing fails; a file at ``path`` is then unchanged.
     """
-    final, partial = str(path), f"{path}.partial"  # strings: Path objects cost 2 % of a small round
-    named_first = named_first and not os.path.exists(final)
+    final = str(path)  # a string: Path objects cost 2 % of a small round
+    exists = os.path.exists(final)
+    if exists and not os.path.isfile(final):
+        with open(final, "wb") as special:
+            yield special
+        return
+    if os.path.islink(final):
+        final = os.path.realpath(final)
+    partial = f"{final}.partial"
+    named_first = named_first and not exists
     try:
         with open(partial, "wb", _BUFFER_BYTES) as file:
             yield file

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import json
+import math
 
 import numpy as np
 import pytest
 
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.service.hooks import Hooks, StopRun
+from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.storage.history import read_history
 from tests.federation.harness import Adder
 
@@ -140,6 +142,27 @@ def test_invalid_metrics_are_reported(federated, capsys, wrong):
     errors = capsys.readouterr().err
     assert "the evaluate hook failed: " in errors  # fluffle.run shows no notes
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("values", [(0.5, math.nan, math.inf), (math.nan,) * 3])
+def test_a_metric_that_is_not_finite_is_reported_and_is_no_improvement(federated, capsys, values):
+    async def scenario(federation):
+        rest = iter(values)
+        stopping = Stopping("test/a", patience=2)
+        hooks = Hooks(lambda _: {"a": next(rest)})
+        coordinator = federation.coordinator(5, hooks=hooks, stopping=stopping)
+        federation.workers(2)
+        state = await coordinator.end()
+        assert state.committed == 3
+        assert state.reason == (
+            f"test/a has not improved for 2 rounds, since {values[0]:.4f} in round 1 (--patience)"
+        )
+        notes = [one["what"] for one in coordinator.log.of("note")]
+        assert len(notes) == len(set(values) - {0.5})
+        assert "the evaluate hook's metric 'a' is nan in round " in notes[0]
+
+    federated(scenario)
+    assert "metric 'a' is nan" in capsys.readouterr().err  # fluffle.run shows no notes
 
 
 def test_a_metric_with_the_test_prefix_is_kept_apart(federated):

@@ -304,7 +304,12 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
         ("cohort(self, state): return ['nobody']", "it selected 'nobody', but no such worker"),
         ("cohort(self, state): return state.nothing", "in cohort(): AttributeError"),
         ("closes(self, state, now): raise SystemExit(3)", "in closes(): SystemExit"),
+        (
+            "closes(self, state, now): import numpy; return numpy.zeros(2)",
+            "in closes(): ValueError: The truth value of an array",
+        ),
         ("needed(self, state): return float('inf')", "in needed(): it returned inf, not a whole"),
+        ("needed(self, state): return 10**9999", "in needed(): it returned a number above 1e308"),
         ("needed(self, state): return 0", "in needed(): it returned 0, not a whole number of at"),
         ("cohort(self, state): return None", "it returned None, not the names of workers"),
         ("cohort(self, state): return 'a'", "it returned 'a', not the names of workers"),

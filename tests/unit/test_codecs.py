@@ -148,10 +148,15 @@ def fails(*_: Any) -> Any:
     raise RuntimeError("as it\nwas written")
 
 
+def leaves(*_: Any) -> Any:
+    raise SystemExit(3)
+
+
 @pytest.mark.parametrize(
     ("encode", "reason"),
     [
         (fails, "'signs' fails to encode tensor 'w': RuntimeError: as it was written (test_codecs"),
+        (leaves, "'signs' fails to encode tensor 'w': SystemExit: 3 (test_codecs"),
         (lambda *_: None, "returned a NoneType for tensor 'w'; a tuple of 2 is expected"),
         (lambda *_: (np.zeros(3),), "returned a tuple of 1"),
         (
@@ -180,6 +185,9 @@ def test_a_failing_encode_is_reported_in_one_line(codecs, encode, reason):
     ("decode", "reason"),
     [
         (fails, "'signs' fails to decode tensor 'w': RuntimeError: as it was written (test_codecs"),
+        (leaves, "'signs' fails to decode tensor 'w': SystemExit: 3 (test_codecs"),
+        (lambda parts, like: like, "returned its argument 'like' for tensor 'w'; return a new arr"),
+        (lambda parts, like: like[:], "returned its argument 'like' for tensor 'w'"),
         (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w', expected float32"),
         (lambda parts, like: None, "returned NoneType  for tensor 'w'"),
     ],
@@ -192,6 +200,15 @@ def test_a_failing_decode_rejects_the_update(codecs, decode, reason):
     assert reason in str(wrong.value)
 
 
+def test_parts_are_checked_for_each_shape(codecs):
+    def parts(shape: Any) -> Any:
+        return Signs.parts(shape) if shape == (4, 300) else None
+
+    codecs.add(changed(parts=staticmethod(parts)), "here")
+    with pytest.raises(CodecError, match="'signs' returned None for tensor 'w'; a tuple of one"):
+        compress(DELTA, "signs", {})
+
+
 def test_a_residual_that_is_not_finite_is_an_error(codecs):
     def infinite(parts: Any, like: Any) -> Any:
         return np.full(like.shape, np.inf, like.dtype)
@@ -199,6 +216,28 @@ def test_a_residual_that_is_not_finite_is_an_error(codecs):
     codecs.add(changed(decode=staticmethod(infinite)), "here")
     with pytest.raises(CodecError, match="'signs' encodes the finite tensor 'w'"):
         compress(DELTA, "signs", {})
+
+
+def test_decoding_sees_neither_the_delta_nor_the_model(codecs):
+    codecs.add(changed(decode=staticmethod(lambda parts, like: like.copy())), "here")
+    sent, residual = compress(DELTA, "signs", {})
+    assert np.array_equal(residual["w"], DELTA["w"])
+    assert not decompress(sent, "signs", DELTA)["w"].any()
+
+
+@pytest.mark.parametrize(
+    ("parse", "reason"),
+    [
+        (lambda text: 1 / 0, "fails: ZeroDivisionError: division by zero (test_codecs.py:"),
+        (leaves, "fails: SystemExit: 3 (test_codecs.py:"),
+        (lambda text: None, "returned a NoneType; return an object of the class Changed"),
+    ],
+)
+def test_a_failing_parse_is_reported_in_one_line(codecs, parse, reason):
+    codecs.add(changed(parse=staticmethod(parse)), "here")
+    with pytest.raises(BrokenCodec) as wrong:
+        codecs.parse("signs:1")
+    assert f"parse('signs:1') of the codec 'signs' {reason}" in str(wrong.value)
 
 
 def test_a_codec_cannot_change_the_model(codecs):

@@ -6,6 +6,7 @@ import tomllib
 from pathlib import Path
 
 import click
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -107,6 +108,11 @@ def test_print_config_prints_an_equivalent_file(written):
         ("url = 7", "text in quotes is expected"),
         ('codec = "x"', 'a list is expected, such as codec = ["…"]'),
         ("config = 3", "a table is expected"),
+        ("url = 2026-03-01", "url = 2026-03-01: text in quotes is expected"),
+        ('url = ""', 'url = "": the text is empty'),
+        ('data = ""', 'data = "": the text is empty'),
+        ('codec = ["x", ""]', "the text is empty"),
+        ('[config]\n"a=b" = 2', "the key 'a=b' contains '='; choose another key"),
         ("config = {a = [1]}", "a must be true, false, a number or text"),
     ],
 )
@@ -121,13 +127,23 @@ def test_an_error_names_the_line_and_the_remedy(written, line, message):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"rounds = ", "is not valid TOML: Invalid value"), (b"\xff", "is not UTF-8 text")],
+    [
+        (b"rounds = ", "is not valid TOML: Invalid value"),
+        (b"\xff", "is not UTF-8 text"),
+        (b"\0" * 1_000_001, "is larger than 1 MB"),
+    ],
 )
 def test_an_unreadable_file_is_named(tmp_path, content, message):
     file = tmp_path / "federation.toml"
     file.write_bytes(content)
     assert message in str(invoke(file).exception)
     assert f"there is no file {tmp_path / 'x'}" in str(invoke(tmp_path / "x").exception)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path):
+    file = tmp_path / "federation.toml"
+    file.write_bytes(b'\xef\xbb\xbfname = "north"')
+    assert "name='north'" in invoke(file).output
 
 
 def test_a_missing_required_option_is_an_error(written):
@@ -151,6 +167,17 @@ def test_options_from_keyword_arguments(monkeypatch):
         options_from(command, {"rounds": 2.5}, "fluffle.run")
     with pytest.raises(UsageError, match="unknown keyword 'ronds'; did you mean 'rounds'"):
         options_from(command, {"ronds": 2}, "fluffle.run")
+
+
+def test_numbers_of_numpy_are_numbers():
+    config = {"a": np.float32(0.5), "b": np.bool_(True), "c": np.array(3)}
+    given = {"name": "n", "rounds": np.int64(2), "grace": np.float32(0.5), "config": config}
+    options = options_from(command, given, "fluffle.run")
+    assert (options["rounds"], options["grace"]) == (2, 0.5)
+    assert options["config"] == ("a=0.5", "b=true", "c=3")
+    for wrong in (np.float64(2.5), np.arange(2)):
+        with pytest.raises(UsageError, match="a whole number is expected"):
+            options_from(command, {"rounds": wrong}, "fluffle.run")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from fluffle_common.errors import FluffleError, UsageError
-from fluffle_common.tensors.checkpoint import save_checkpoint
+from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_worker.letters import inference as use
 from fluffle_worker.letters.cli import confusion, letters, predict
 from fluffle_worker.letters.images import read_images
@@ -89,8 +89,10 @@ def _confusion(folder: Path, *words: object, data: str = "client-1") -> Result:
     return done
 
 
-def test_a_file_whose_classes_are_no_list_is_no_model_of_letters(tmp_path):
-    save_checkpoint(tmp_path / "m.safetensors", {"w": np.zeros(1)}, {"classes": "3", "task": "t"})
+@pytest.mark.parametrize("classes", ["3", "[]", "[" * 100_000])
+def test_a_file_whose_classes_are_no_list_is_no_model_of_letters(tmp_path, classes):
+    metadata = {"classes": classes, "task": "t"}
+    save_checkpoint(tmp_path / "m.safetensors", {"w": np.zeros(1)}, metadata)
     with pytest.raises(UsageError, match=r"not a model of letters: .* \(its task: t\)"):
         use.LettersModel(tmp_path / "m.safetensors")
 
@@ -182,7 +184,7 @@ def test_the_temperature_is_explained_where_it_is_used():
     assert "temperature" in _call(predict, "--help").stdout
 
 
-@pytest.mark.parametrize("odd", [None, 0, -1, "warm", float("nan"), float("inf"), [1]])
+@pytest.mark.parametrize("odd", [None, 0, -1, "warm", float("nan"), float("inf"), [1], 10**400])
 def test_a_temperature_that_is_none_divides_nothing(odd):
     line = {"event": "evaluated", "round": 1, "temperature": odd}
     assert temperature_of([line], "1") == 1
@@ -195,6 +197,7 @@ def test_the_participants_of_all_rounds_are_known():
         {"event": "committed", "participants": [{"worker": "x"}]},
         {"event": "evaluated"},
         {"event": "committed", "participants": [{"worker": "y"}]},
+        *({"event": "committed", "participants": odd} for odd in (3, None, ["x"], [{}], {"a": 1})),
     ]
     assert participants_of(lines) == {"x", "y"}
 
@@ -232,3 +235,11 @@ def test_any_name_of_a_class_can_be_drawn(tmp_path):
     names = ("$x_{", "字", "a\\b")
     use.draw_confusion(np.eye(3, dtype=np.int64), names, "100 % of $HOME/$x", tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
+
+
+def test_a_model_with_nan_is_no_model_of_letters(made, tmp_path):
+    weights, metadata = read_checkpoint(made / "round-0001.safetensors")
+    weights["dense/bias"] = np.full(2, np.nan, np.float32)
+    save_checkpoint(tmp_path / "m.safetensors", weights, metadata)
+    with pytest.raises(UsageError, match=r"not a model of letters \(tensor 'dense/bias' .* NaN"):
+        use.LettersModel(tmp_path / "m.safetensors")

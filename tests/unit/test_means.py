@@ -135,6 +135,10 @@ def test_with_the_same_steps_fednova_is_fedavg_and_without_fairness_q_is_uniform
     np.testing.assert_allclose(fair, [3.0, 0.0])
 
 
+def test_a_norm_whose_square_overflows_makes_a_q_fair_step_of_0():
+    assert not mean_of("qfedavg", [[1e200, 0.0], [1.0, 2.0]], metrics=[{"loss": 1.0}] * 2).any()
+
+
 def test_a_stale_update_counts_with_its_discount():
     base, metrics = {"w": np.zeros(1)}, {"steps": 2.0, "loss": 1.0}
     for name in ("uniform", "fednova", "qfedavg:q=0"):

@@ -136,7 +136,50 @@ def test_a_config_fits_into_a_plan():
         parse_config(["a=1", "a=2"])
 
 
-@pytest.mark.parametrize("text", [",", "a,", "a,,b", "a,a"])
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--train", "a" * 501], "^--train: 'a.* is longer than 500 characters; shorten it"),
+        (["--config", f"a={'b' * 2001}"], "^--config: 'b.* is longer than 2000 characters"),
+        (["--config", f"{'a' * 101}=1"], "^--config: 'a.* is longer than 100 characters"),
+        (["--config", "a=\udcff"], "^--config: .* is not valid UTF-8"),
+        (["--train", "\udcff"], "^--train: .* is not valid UTF-8"),
+        ([f"--config=a{n}=1" for n in range(101)], "^--config: no more than 100"),
+    ],
+)
+def test_what_a_plan_cannot_contain_is_refused_with_its_limit(flags, message):
+    with pytest.raises(UsageError, match=message) as wrong:
+        CliRunner().invoke(
+            fluffle, ["coordinator", "--federation", "f", *flags], catch_exceptions=False
+        )
+    assert len(str(wrong.value)) < 120
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["report", "runs/x", "--out", ""],
+        ["plot", "--out=", "--run", "x"],
+        ["coordinator", "--federation", "f", "--run", ""],
+        ["worker", "--federation", "f", "--data", ""],
+        ["broker", "up", "--state", ""],
+        ["predict", ""],
+    ],
+)
+def test_an_empty_argument_is_refused(words):
+    result = CliRunner().invoke(fluffle, words)
+    assert result.exit_code == 2
+    assert "is empty; is a shell variable unset?" in result.output
+
+
+def test_an_invalid_url_from_the_environment_is_named_so(monkeypatch):
+    monkeypatch.setenv("FLUFFLE_URL", "xx")
+    for words in (["coordinator"], ["worker", "--data", "x"], ["queues"]):
+        with pytest.raises(UsageError, match="^what FLUFFLE_URL says is not the URL"):
+            CliRunner().invoke(fluffle, [*words, "--federation", "f"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize("text", ["", ",", "a,", "a,,b", "a,a"])
 def test_class_names_must_differ(text):
     with pytest.raises(UsageError, match="--classes expects"):
         parse_classes(text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from fluffle_common.errors import TaskError
 from fluffle_worker.local import persistent_tensors
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.local.persistent_tensors import PersistentTensors
+from fluffle_worker.local.persistent_tensors import PersistentTensors, keep_in
 
 
 @pytest.mark.parametrize("restarts", [False, True])
@@ -84,3 +85,12 @@ def test_what_no_file_can_hold_is_refused_in_memory_too():
 
     with pytest.raises(TaskError, match=r"end\(\) of .* cannot be kept: tensor 'seen' is bool"):
         BoundRule(Keeps()).end({}, None)
+
+
+def test_a_task_that_cannot_keep_its_state_is_named_with_the_place(tmp_path):
+    def fails(folder):
+        raise OSError("full")
+
+    message = r"^keep_in\(\) of the task t fails: OSError: full \(test_persistent_tensors.py:"
+    with pytest.raises(TaskError, match=message):
+        keep_in(tmp_path, "t", SimpleNamespace(keep_in=fails))

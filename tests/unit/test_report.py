@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from importlib.resources import files
@@ -16,6 +17,7 @@ import pytest
 from click.testing import CliRunner
 from rich.console import Console
 
+from fluffle_common.durable_files import replacing
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Plan
@@ -311,6 +313,29 @@ def test_the_command_writes_the_page_or_prints_what_it_draws(folder, tmp_path):
     assert (data["run"]["federation"], len(data["rounds"]), len(data["workers"])) == (
         "letters", 3, 2,
     )  # fmt: skip
+
+
+def test_a_link_to_the_page_stays_a_link(folder, tmp_path):
+    page_file, link = tmp_path / "page.html", tmp_path / "link.html"
+    link.symlink_to("page.html")
+    for _ in range(2):  # the file is new, then replaced
+        CliRunner().invoke(report, [str(folder), "--out", str(link)], catch_exceptions=False)
+        assert link.is_symlink()
+        assert "<title>" in page_file.read_text()
+        page_file.write_text("")
+    assert sorted(tmp_path.glob("*.html")) == [link, page_file]
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    with replacing(pipe) as file:
+        file.write(b"a page")
+    assert os.read(reading, 100) == b"a page"
+    assert pipe.is_fifo()
+    os.close(reading)
 
 
 def test_what_is_missing_or_cannot_be_written_is_told_in_one_line(folder, tmp_path):

@@ -61,6 +61,13 @@ class Odd:
         return EvalResult(self.loss, self.count, self.metrics)
 
 
+class Unarrayable:
+    """An object that NumPy cannot convert."""
+
+    def __array__(self, *_, **__):
+        raise TypeError
+
+
 class Seen:
     """An executed job and the reports about it."""
 
@@ -172,6 +179,10 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
         ({"count": None}, "num_examples that is None, but a whole number is expected"),
         ({"count": 2.5}, "num_examples that is 2.5, but a whole number"),
         ({"count": 10**13}, "trained on, from 1 to 1000000000000"),
+        ({"count": 10**400}, "00000...00000"),
+        ({"count": 10**5000}, "num_examples an unprintable int; expected the number"),
+        ({"step": (1,)}, "progress() missing 1 required positional argument: 'steps'"),
+        ({"new": {"k" * 300: Unarrayable()}}, f"tensor '{'k' * 60}' as a Unarrayable"),
         ({"trained": None}, "train() returned None; it must return TrainResult"),
         ({"trained": ({}, 5)}, "train() returned ({}, 5); it must"),
         ({"new": None}, "train() returned the weights None"),
@@ -180,8 +191,9 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
     ],
 )
 def test_a_training_without_an_update_fails_with_its_reason(returned, named):
-    with pytest.raises(TaskError) as failed:
+    with pytest.raises((TaskError, TypeError)) as failed:
         Seen(Odd(**returned))
+    assert len(str(failed.value)) < 200
     assert named in str(failed.value)
     assert "\n" not in str(failed.value)
 
@@ -211,7 +223,15 @@ def test_an_evaluation_that_fails_costs_no_training_and_is_said_once(raised):
 
 @pytest.mark.parametrize(
     "returned",
-    [{"loss": NAN}, {"loss": None}, {"evaluated": 0.5}, {"evaluated": EvalResult(1.0, None)}],
+    [
+        {"loss": NAN},
+        {"loss": None},
+        {"evaluated": 0.5},
+        {"evaluated": EvalResult(1.0, None)},
+        {"evaluated": EvalResult(1.0, -5)},
+        {"evaluated": EvalResult(1.0, 10**400)},
+        {"evaluated": EvalResult(1.0, 10**5000)},
+    ],
 )
 def test_an_evaluation_without_a_loss_is_none(returned):
     seen = Seen(Odd(**returned))

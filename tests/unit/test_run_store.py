@@ -425,7 +425,9 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     assert_weights(saved.weights, last)
     assert saved.participants == ({"a", f"b{last}"} if last else set())
     assert saved.evaluated == (last == 0)
-    assert any(f"can be read is that of round {last}" in repair for repair in saved.repairs)
+    assert any(
+        f"newest intact checkpoint is that of round {last}" in repair for repair in saved.repairs
+    )
     # The history agrees, the removed lines are archived, and the run continues.
     removed = (three.folder / "history.removed.jsonl").read_text()
     assert three.history.path.read_text() + removed == before
@@ -434,6 +436,35 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     assert (again.run, again.committed, again.repairs) == (saved.run, last, ())
     commit(three, last + 1)
     assert_weights(three.load("letters").weights, last + 1)
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ({"round": "1"}, "round 1 of run {run}, not 3 of {run}"),
+        ({"round": "3", "run": "other"}, "round 3 of run other, not 3 of {run}"),
+        ({"round": "3", "base": "late"}, "weights late, but history.jsonl names base3 for round 3"),
+    ],
+)
+def test_a_copy_of_another_checkpoint_is_a_damaged_one(store, held, says):
+    run = store.load("letters").run
+    store.save_weights(0, weights(0), {"run": run, "round": "0", "base": "base0"})
+    for number in (1, 2, 3):
+        about = {"run": run, "base": f"base{number}"}
+        store.save_weights(number, weights(number), {**about, "round": str(number)})
+        store.history.append({**committed(number, "a"), **about})
+    assert store.load("letters").repairs == ()
+    store.save_weights(3, weights(1), {"run": run, "base": "base3", **held})
+    saved = store.load("letters")
+    assert saved.committed == 2
+    assert_weights(saved.weights, 2)
+    assert f"round-0003.safetensors holds {says.format(run=run)}; the newest" in saved.repairs[0]
+
+
+def test_the_history_of_another_run_is_refused(three):
+    three.history.append({**committed(4, "a"), "run": "other"})
+    with pytest.raises(RunError, match=r"belongs to run other, but its run\.json to .*--fresh"):
+        three.load("letters")
 
 
 def test_an_older_damaged_checkpoint_does_not_matter(three):
@@ -511,6 +542,8 @@ def counting(num_examples: str) -> str:
         "{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}',
         '{"event": "committed", "round": 2, "participants": 1}',
         counting("-1e999"), counting("0"), counting("null"), counting("1.5"),
+        counting('5, "train_loss": NaN'), counting('5, "train_loss": -Infinity'),
+        '{"event": "evaluated", "round": 2, "loss": 1e999}',
     ],
 )  # fmt: skip
 def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +40,16 @@ def test_a_signal_ends_the_program_with_the_usual_exit_code(number):
 def test_under_nohup_sighup_is_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert run_until_signalled(hit(signal.SIGHUP, 0.1)) == "went on"
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_a_standard_stream_that_a_task_has_closed_ends_no_process(closed):
+    program = f"""
+import asyncio, os
+from fluffle_common.cli.runtime import run_until_signalled
+for descriptor in {closed}:
+    os.close(descriptor)
+run_until_signalled(asyncio.sleep(0))
+"""
+    done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert done.returncode == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -58,7 +59,9 @@ def test_fedavg_has_one_name_and_is_one_object():
         ("trimed:0.2", "did you mean 'trimmed'"),
         ("median+fedadm", "unknown part 'fedadm'; did you mean 'fedadam'"),
         ("fedadam:beta=1", "fedadam: unknown argument 'beta'; did you mean 'beta[12]'"),
-        ("fedadam:lr=0", "fedadam: lr=0 is out of range; a number above 0 is expected"),
+        ("fedadam:lr=0", "fedadam: lr=0 is out of range; a number above 0 and below 1e\\+06 is"),
+        ("fedadam:lr=1e39", "fedadam: lr=1e\\+39 is out of range"),
+        ("fedavgm:lr=1e6", "fedavgm: lr=1e\\+06 is out of range"),
         ("fedadam:lr=nan", "lr='nan' is not valid; a number is expected"),
         ("fedadam:lr=inf", "lr='inf' is not valid"),
         ("fedadam:beta2=1", "beta2=1 is out of range; a number from 0 and below 1 is expected"),
@@ -68,16 +71,23 @@ def test_fedavg_has_one_name_and_is_one_object():
         ("trimmed:0.5", "fraction=0.5 is out of range; a number above 0 and below 0.5"),
         ("krum:f=1.5", "f='1.5' is not valid; a whole number is expected"),
         ("krum:f=-1", "f=-1 is out of range"),
+        ("krum:f=99999999999", "f=1e\\+11 is out of range; a number from 0 to"),
+        ("multikrum:m=99999999999", "m=1e\\+11 is out of range"),
+        ("krum:f=99999999999999999999", "f='9{20}' is not valid; a whole number is expected"),
+        (f"rfa:{'9' * 5000}", "iterations='9{60}' is not valid; a whole number"),
         ("qfedavg:q=11", "q=11 is out of range; a number from 0 to 10"),
         ("median:3", "median: no arguments are accepted, but '3' is given"),
         ("clip", "clip: missing argument 'norm' \\(norm="),
         ("median+krum", "more than one mean: median and krum:f=1; give only one"),
         ("scaffold+median", "scaffold is a complete strategy and cannot be combined"),
+        ("scaffold+scaffold:2", "more than one whole strategy: scaffold and scaffold:workers=2"),
         ("scaffold:0", "workers=0 is out of range"),
         ("fedadam+fedyogi", "more than one server step: .*; give only one"),
         ("optax:adamm,learning_rate=1", "unknown optax optimizer 'adamm'"),
-        ("optax:adam,rate=1", "optax.adam refuses its arguments: .*'rate'"),
-        ("optax:tree", "optax.tree refuses its arguments"),
+        ("optax:adam,rate=1", "optax.adam cannot be used with rate=1: .*'rate'"),
+        ("optax:adam,learning_rate=x", "optax.adam cannot be used with learning_rate=x: "),
+        ("optax:sgd,learning_rate=0.1,momentum=y", "optax.sgd cannot be used with .*momentum=y: "),
+        ("optax:tree", "optax.tree cannot be used with no arguments: "),
         ("optax:constant_schedule,value=1", "is not an optimizer; name one such as adamw"),
     ],
 )
@@ -123,11 +133,29 @@ def test_every_part_makes_a_finite_step_and_keeps_shapes_and_dtypes(name):
 
 
 def test_an_update_without_a_needed_metric_is_rejected():
-    (needed,) = named_strategy("fednova").strategy.needs.metrics
     update = Update.model_construct(metrics={"loss": 1.0})
-    check_metrics(update, ["loss"])
+    check_metrics(update, named_strategy("qfedavg").strategy.needs)
     with pytest.raises(MalformedMessage, match="no metric 'steps', which the strategy"):
-        check_metrics(update, [needed])
+        check_metrics(update, named_strategy("fednova").strategy.needs)
+
+
+@pytest.mark.parametrize(
+    ("name", "metric", "value", "low"),
+    [
+        ("qfedavg", "loss", -1.0, 0),
+        ("qfedavg", "loss", 1e300, 0),
+        ("fednova", "steps", -3.0, 1),
+        ("fednova", "steps", 0.0, 1),
+        ("fednova", "steps", 1e-300, 1),
+        ("clip:1+fednova+fedadam", "steps", 1e300, 1),
+    ],
+)
+def test_an_update_with_a_needed_metric_out_of_range_is_rejected(name, metric, value, low):
+    needs = named_strategy(name).strategy.needs
+    check_metrics(Update.model_construct(metrics={metric: float(low)}), needs)
+    reason = f"{metric}={value:g} is out of range; a number from {low} to 1e+10 is expected"
+    with pytest.raises(MalformedMessage, match=re.escape(reason)):
+        check_metrics(Update.model_construct(metrics={metric: value}), needs)
 
 
 def test_the_command_and_the_document_list_every_part():

@@ -177,12 +177,48 @@ def test_counts_and_classes_of_any_kind_will_do():
         ({"num_examples": None}, "num_examples None"),
         ({"num_examples": 10**13}, "at most 1000000000000"),
         ({"classes": ("x" * 101,)}, "101 characters"),
+        ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
+        ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
         ({"classes": 10}, "has classes 10; the names"),
+        ({"classes": map(len, [1])}, "has classes <map .*; the names"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
     with pytest.raises(TaskError, match=named):
         check_task("t", own(**fields))
+
+
+@pytest.mark.parametrize("name", ["train", "num_examples", "classes", "keep_in", "model_form"])
+def test_an_attribute_that_raises_is_named_with_its_place(name):
+    class Raises(SimpleNamespace):
+        def __getattribute__(self, asked):
+            if asked == name:
+                raise RuntimeError("boom")
+            return super().__getattribute__(asked)
+
+    with pytest.raises(TaskError) as wrong:
+        check_task("t", Raises(**vars(own())))
+    message = str(wrong.value)
+    assert message.startswith(f"{name} of the task t fails: RuntimeError: boom (test_task_loading")
+
+
+@pytest.mark.parametrize("name", ["init", "train", "evaluate", "model_form"])
+def test_an_async_method_is_refused(name):
+    async def method(*_):
+        pass
+
+    with pytest.raises(
+        UsageError, match=rf"^{name}\(\) of the task t is async; make it with 'def'"
+    ):
+        check_task("t", own(**{name: method}))
+
+
+def test_an_async_function_for_a_task_is_refused(here):
+    file = write(here, "stream.py", TASK.replace("def task(", "async def task("))
+    with pytest.raises(
+        UsageError, match=r"makes the task .*stream.py:task is async; make it with 'def'"
+    ):
+        load_task(f"{file}:task", OPTIONS)
 
 
 # --- the form of a model -----------------------------------------------------------------------
@@ -216,7 +252,7 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
         ({"x" * 501: np.zeros(1)}, "name of 501 characters; at most 500"),
         ({"": np.zeros(1)}, "empty name"),
         ({3: np.zeros(1)}, "has a name of type int"),
-        ({"\udc80": np.zeros(1)}, "not valid Unicode"),
+        ({"\udc80": np.zeros(1)}, r"tensor '\\udc80' has a name that is not valid Unicode"),
         ({}, "no tensors"),
     ],
 )
@@ -267,6 +303,20 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
 
 
 @pytest.mark.parametrize(
+    ("form", "named"),
+    [
+        (3, r"model_form\(\) returned 3; a mapping of names"),
+        ({"w": 3}, r"model_form\(\) returned tensor 'w' as 3; an object with dtype and shape"),
+        ({"w": SimpleNamespace(dtype="no", shape=())}, r"tensor 'w' as namespace\("),
+        ({"w": SimpleNamespace(dtype="f4", shape="a")}, r"tensor 'w' as namespace\("),
+    ],
+)
+def test_a_form_that_is_none_is_refused(form, named):
+    with pytest.raises(TaskError, match=named):
+        signature_of_task(own(model_form=lambda: form))
+
+
+@pytest.mark.parametrize(
     ("theirs", "message"),
     [
         ({"b": np.zeros(2), "a": np.zeros(1)}, None),
@@ -274,6 +324,10 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
         (
             {"a": np.zeros(1), "b": np.zeros(2), "d": np.zeros(1), "c": np.zeros(1)},
             "tensor 'c', and 1 more is not in this task's model",
+        ),
+        (
+            {"a": np.zeros(1), "b": np.zeros(2), "x" * 300: np.zeros(1)},
+            f"tensor '{'x' * 100}' is not in this task's model",
         ),
         (
             {"a": np.zeros(1), "b": np.zeros(3)},

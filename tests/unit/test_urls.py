@@ -88,6 +88,12 @@ def test_tls_options_without_tls_are_an_error():
         parse_urls("amqp://me:open-sesame@host/?cafile=/ca.pem")
 
 
+@pytest.mark.parametrize("query", ["heartbeat=x", "cafil=/ca.pem", "foo=1", "foo"])
+def test_an_unknown_option_of_a_url_is_an_error(query):
+    with pytest.raises(UsageError, match=f"{query.partition('=')[0]}= is not one of its options"):
+        parse_urls(f"amqps://me:open-sesame@host/?{query}")
+
+
 def test_credentials_are_removed_from_any_text():
     text = "at amqps://me:op@en@host/v and amqp://a:b@two/ it failed"
     assert without_credentials(text) == "at amqps://host/v and amqp://two/ it failed"

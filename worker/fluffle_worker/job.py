@@ -136,13 +136,9 @@ def execute(
     if job.evaluation is not None:
         evaluated()
 
-    def step(number: int, steps: int, loss: float | None = None) -> None:
-        if not job.wanted:
-            raise NotWanted
-        progress(*results.step(number, steps, loss))
-
     codec = _codec_of(message.plan, codecs)
-    update, change = _train(job, message, task, ids, step=step, results=results)
+    report = _progress_of(job, results, progress)
+    update, change = _train(job, message, task, ids, progress=report, results=results)
     if codec is None:
         job.answer, job.residual = (update, change), Residual(job.work)
     else:
@@ -150,6 +146,20 @@ def execute(
         job.answer, left_out = _encode(update, change, codec, residual().before(job.work), seed)
         job.residual = Residual(job.work, left_out)
     job.weights, job.broadcast = {}, {}  # free memory: the answer may be kept for long
+
+
+def _progress_of(
+    job: Job, results: Results, progress: Callable[[int, int, float | None], object]
+) -> Progress:
+    """Return the function that the task's ``train`` calls after each step."""
+
+    def report(step: int, steps: int, loss: float | None = None) -> None:
+        if not job.wanted:
+            raise NotWanted
+        progress(*results.step(step, steps, loss))
+
+    report.__qualname__ = "progress"  # as the task's author knows it, for Python's TypeError
+    return report
 
 
 def _evaluate(
@@ -180,14 +190,14 @@ def _evaluate(
 
 
 def _train(
-    job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, step: Progress, results: Results
+    job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, progress: Progress, results: Results
 ) -> tuple[Update, Weights]:
     """Train; return the update's header and the delta."""
     rule = getattr(task, "local_rule", None)
     if isinstance(rule, BoundRule):
         rule.of_round(job.work.run, fit.sequence or fit.round, job.broadcast)
     began = time.monotonic()
-    trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), step))
+    trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), progress))
     seconds = time.monotonic() - began
     try:
         change = delta(trained.weights, job.weights)

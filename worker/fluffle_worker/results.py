@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import math
 import operator
-import reprlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,7 +21,7 @@ from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_N
 from fluffle_common.tensors.layout import Tensors
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import full_trace
+from fluffle_worker.user_code import full_trace, shown
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
@@ -51,7 +50,7 @@ class Results:
         """
         if not hasattr(result, "weights") or not hasattr(result, "num_examples"):
             raise TaskError(
-                f"train() returned {_shown(result)}; it must return TrainResult(weights, "
+                f"train() returned {shown(result)}; it must return TrainResult(weights, "
                 "num_examples, metrics)"
             )
         try:
@@ -60,8 +59,8 @@ class Results:
             raise TaskError(f"train() returned num_examples that {wrong}") from None
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
-                f"train() returned num_examples {num_examples}; expected the number of examples "
-                f"trained on, from 1 to {MAX_NUM_EXAMPLES}"
+                f"train() returned num_examples {shown(num_examples)}; expected the number of "
+                f"examples trained on, from 1 to {MAX_NUM_EXAMPLES}"
             )
         metrics = self._metrics("train", getattr(result, "metrics", None))
         extra = arrays(getattr(result, "extra", None) or {}, "train()", "the extra tensors")
@@ -89,7 +88,7 @@ class Results:
             loss = number(result.loss)
         except AttributeError:
             self._once(
-                f"evaluate() returned {_shown(result)}; EvalResult(loss, num_examples, metrics) or "
+                f"evaluate() returned {shown(result)}; EvalResult(loss, num_examples, metrics) or "
                 "None is expected; this worker reports no evaluation"
             )
             return nothing
@@ -99,7 +98,14 @@ class Results:
                 "report such evaluations"
             )
             return nothing
-        if not 0 < num_examples <= MAX_NUM_EXAMPLES:
+        if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
+            self._once(
+                f"evaluate() returned num_examples {shown(num_examples)}; expected the number of "
+                f"examples evaluated on, from 0 to {MAX_NUM_EXAMPLES}; this worker does not report "
+                "such evaluations"
+            )
+            return nothing
+        if num_examples == 0:
             return nothing
         metrics = self._metrics("evaluate", getattr(result, "metrics", None))
         return EvalResult(loss, num_examples, metrics)
@@ -127,7 +133,7 @@ class Results:
             pairs = list(dict(given).items())
         except (TypeError, ValueError):
             self._once(
-                f"{method}() returned the metrics {_shown(given)}; a mapping of names to numbers "
+                f"{method}() returned the metrics {shown(given)}; a mapping of names to numbers "
                 "is expected, so the metrics are omitted"
             )
             return {}
@@ -173,7 +179,7 @@ def number(value: Any) -> float:
     try:
         converted = float(_plain(value))
     except Exception:
-        raise ValueError(f"is {_shown(value)}, but a number is expected") from None
+        raise ValueError(f"is {shown(value)}, but a number is expected") from None
     if not math.isfinite(converted):
         raise ValueError(f"is {converted}, but a finite number is expected")
     return converted
@@ -191,7 +197,7 @@ def count(value: Any) -> int:
             return int(plain)
         return operator.index(plain)
     except Exception:
-        raise ValueError(f"is {_shown(value)}, but a whole number is expected") from None
+        raise ValueError(f"is {shown(value)}, but a whole number is expected") from None
 
 
 def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Array]:
@@ -202,7 +208,7 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"{method} returned {what} {_shown(given)}; a mapping of names to arrays is expected"
+            f"{method} returned {what} {shown(given)}; a mapping of names to arrays is expected"
         )
     converted = {}
     for name, value in given.items():
@@ -210,7 +216,8 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
             converted[name] = np.asarray(value)
         except Exception as why:
             raise TaskError(
-                f"{method} returned tensor '{name}' as a {type(value).__name__}, which NumPy "
+                f"{method} returned tensor '{sendable(str(name), 60)}' as a "
+                f"{type(value).__name__}, which NumPy "
                 f"cannot convert to an array: {one_line(why)}"
             ) from None
     return converted
@@ -261,10 +268,3 @@ def _metric_name(given: Any) -> str:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return f"{name[: MAX_METRIC_NAME - 9]}~{digest}"
-
-
-def _shown(value: Any) -> str:
-    try:
-        return sendable(" ".join(reprlib.repr(value).split()), 80)
-    except Exception:
-        return f"a {type(value).__name__}"

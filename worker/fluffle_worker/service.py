@@ -94,7 +94,7 @@ class WorkerService:
     ) -> None:
         self._settings, self._task, self._topology = settings, task, topology
         self._record, self._bar, self._exchanges = record, bar, exchanges or {}
-        keep_in(settings.state_dir, task)
+        keep_in(settings.state_dir, settings.task, task)
         self._state = machine.State()
         self._outcome = "finished"  # of the run, once it has ended
         self._failed_with: str | None = None  # the last failure or rejected update in this run

@@ -6,20 +6,21 @@ loaded.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.user_code import one_line
+from fluffle_common.cli.user_code import one_line, sendable
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import warn_in_full
+from fluffle_worker.user_code import shown, warn_in_full
 
 UNKNOWN: Signature = ()
 """The signature of a task whose ``init`` fails; no model has an empty one."""
@@ -32,7 +33,8 @@ def signature_of_task(task: Task) -> Signature:
     It comes from the task's method ``model_form`` if there is one, else from ``init(0)``.
 
     Raises:
-        TaskError: if a tensor cannot travel; it names the tensor, the problem and the remedy.
+        TaskError: if the method returns something else, or a tensor cannot travel; it names the
+            tensor, the problem and the remedy.
     """
     ask = getattr(task, "model_form", None)
     try:
@@ -82,11 +84,11 @@ def difference(federation: Signature, own: Signature) -> str | None:
     ):
         if names:
             more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-            return f"{_DIFFERS}: tensor '{min(names)}'{more} {what}"
+            return f"{_DIFFERS}: tensor '{min(names):.100}'{more} {what}"
     differ = [name for name in theirs if theirs[name] != ours[name]]
     (dtype, shape), (own_dtype, own_shape) = theirs[differ[0]], ours[differ[0]]
     message = (
-        f"{_DIFFERS}: tensor '{differ[0]}' is {dtype.name} of shape {shape}, but in "
+        f"{_DIFFERS}: tensor '{differ[0]:.100}' is {dtype.name} of shape {shape}, but in "
         f"this task {own_dtype.name} of shape {own_shape}"
     )
     if all(
@@ -102,5 +104,25 @@ def _by_name(form: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]
     return {name: (dtype.newbyteorder("="), shape) for name, dtype, shape in form}
 
 
-def _form(given: Mapping[str, Any]) -> Signature:
-    return tuple([(name, np.dtype(like.dtype), tuple(like.shape)) for name, like in given.items()])
+def _form(given: Any) -> Signature:
+    """Return the signature that a task's ``model_form`` describes.
+
+    Raises:
+        TaskError: if it is not a mapping of names to objects with a dtype and a shape.
+    """
+    if not isinstance(given, Mapping):
+        raise TaskError(
+            f"model_form() returned {shown(given)}; a mapping of names to objects with dtype and "
+            "shape is expected"
+        )
+    form = []
+    for name, like in given.items():
+        try:
+            shape = tuple(map(operator.index, like.shape))
+            form.append((name, np.dtype(like.dtype), shape))
+        except Exception:
+            raise TaskError(
+                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; an "
+                "object with dtype and shape is expected"
+            ) from None
+    return tuple(form)

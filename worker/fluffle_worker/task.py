@@ -8,6 +8,7 @@ methods is a task, whatever its framework; ``flax_task``,
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -17,11 +18,23 @@ from fluffle_common.cli.user_code import sendable
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import MAX_CLASS_NAME, MAX_NUM_EXAMPLES, Plan
 from fluffle_common.tensors.weights import Weights
+from fluffle_worker.user_code import call_task, shown
 
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
 
 DEFAULT_TASK = "fluffle_worker.letters.task:task"
+
+_METHODS = ("init", "train", "evaluate")
+_OPTIONAL = (
+    "only_reads",
+    "local_rule",
+    "keep_in",
+    "frozen",
+    "share_frozen",
+    "use_frozen",
+    "model_form",
+)
 
 
 @dataclass(frozen=True)
@@ -133,33 +146,54 @@ def check_task(name: str, task: Any) -> Task:
     """Check an object's methods and attributes, and return it as a task.
 
     Raises:
-        UsageError: if a method is missing.
-        TaskError: if ``num_examples`` or ``classes`` have invalid values.
+        UsageError: if a method is missing or async.
+        TaskError: if an attribute cannot be read, or ``num_examples`` or ``classes`` have invalid
+            values.
     """
-    for method in ("init", "train", "evaluate"):
-        if not callable(getattr(task, method, None)):
+    if inspect.iscoroutine(task):
+        task.close()  # otherwise Python warns that it was never awaited
+        raise UsageError(
+            f"the function that makes the task {name} is async; make it with 'def', not 'async def'"
+        )
+    for attribute in (*_METHODS, *_OPTIONAL):
+        value = call_task(name, attribute, getattr, task, attribute, None)
+        if attribute in _METHODS and not callable(value):
             raise UsageError(
-                f"the object that {name} returns is not a task: it has no method '{method}'"
+                f"the object that {name} returns is not a task: it has no method '{attribute}'"
             )
+        if inspect.iscoroutinefunction(value):
+            raise UsageError(
+                f"{attribute}() of the task {name} is async; make it with 'def', not 'async def'"
+            )
+    _check_num_examples(name, task)
+    _check_classes(name, task)
+    return task  # type: ignore[no-any-return]
+
+
+def _check_num_examples(name: str, task: Any) -> None:
+    given = call_task(name, "num_examples", getattr, task, "num_examples", None)
     try:
-        num_examples = operator.index(getattr(task, "num_examples", None))  # type: ignore[arg-type]
-    except TypeError:
+        num_examples = operator.index(given)
+    except Exception:
         raise TaskError(
-            f"the task {name} has num_examples {getattr(task, 'num_examples', None)!r:.60}; a "
-            "whole number is expected"
+            f"the task {name} has num_examples {shown(given)}; a whole number is expected"
         ) from None
     if num_examples < 1:
         raise TaskError(f"the task {name} has no examples to train on; check --data")
     if num_examples > MAX_NUM_EXAMPLES:
         raise TaskError(
-            f"the task {name} has {num_examples} examples; at most {MAX_NUM_EXAMPLES} are allowed"
+            f"the task {name} has num_examples {shown(num_examples)}; at most {MAX_NUM_EXAMPLES} "
+            "are allowed"
         )
+
+
+def _check_classes(name: str, task: Any) -> None:
+    given = call_task(name, "classes", getattr, task, "classes", None)
     try:
         classes = classes_of(task)
-    except TypeError:
+    except Exception:
         raise TaskError(
-            f"the task {name} has classes {task.classes!r:.60}; the names of its classes are "
-            "expected"
+            f"the task {name} has classes {shown(given)}; the names of its classes are expected"
         ) from None
     for class_name in classes:
         if len(class_name) > MAX_CLASS_NAME:
@@ -167,4 +201,3 @@ def check_task(name: str, task: Any) -> Task:
                 f"the class name '{class_name[:40]}…' in the task {name} has {len(class_name)} "
                 f"characters; at most {MAX_CLASS_NAME} can be sent, so shorten it"
             )
-    return task  # type: ignore[no-any-return]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from fluffle_common.cli import user_code
+from fluffle_common.errors import TaskError
 
 CALLERS = frozenset(
     str(Path(__file__).parent / name)
@@ -15,9 +19,24 @@ CALLERS = frozenset(
         "signature.py",
         "task_loading.py",
         "trainer.py",
+        "user_code.py",
     )
 )
 """The files that call a task's code; their frames are left out of its tracebacks."""
+
+
+def call_task(name: str, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a part of a task's code and return its result; ``what`` names the part in errors.
+
+    Raises:
+        TaskError: if it raises an exception.
+    """
+    try:
+        return call(*arguments)
+    except TaskError:
+        raise
+    except (Exception, SystemExit) as why:
+        raise TaskError(f"{what} of the task {name} fails: {user_code.one_line(why)}") from why
 
 
 def full_trace(why: BaseException) -> str:
@@ -28,3 +47,11 @@ def full_trace(why: BaseException) -> str:
 def warn_in_full(why: BaseException) -> None:
     """Write that traceback to stderr."""
     user_code.warn_in_full(why, "task", CALLERS)
+
+
+def shown(value: Any) -> str:
+    """Return how errors show a value of the task's code: in one line of at most 80 characters."""
+    try:
+        return user_code.sendable(" ".join(reprlib.repr(value).split()), 80)
+    except Exception:  # its own __repr__ fails, or it is a number of thousands of digits
+        return f"an unprintable {type(value).__name__}"

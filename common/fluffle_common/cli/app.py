@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import math
 import os
+import re
 import sys
 import traceback
 from importlib.metadata import version
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import click
+from click.core import ParameterSource
 
 from fluffle_common.cli.printing import (
     ReaderGone,
@@ -21,7 +24,7 @@ from fluffle_common.cli.printing import (
     prepare_streams,
     settle_streams,
 )
-from fluffle_common.errors import FluffleError
+from fluffle_common.errors import FluffleError, UsageError
 from fluffle_common.installed import installed
 
 _GROUP = "fluffle.commands"
@@ -130,6 +133,15 @@ _SECTIONS = {
 class Commands(click.Group):
     """A group of the ``fluffle.commands`` entry points, each imported when it is used."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse the command line; an empty argument, such as of an unset variable, is an error."""
+        for before, text in itertools.pairwise(["fluffle", *args]):
+            if text == "" or re.fullmatch("--[a-z-]+=", text):
+                raise click.UsageError(
+                    f"the argument after '{text or before}' is empty; is a shell variable unset?"
+                )
+        return super().parse_args(ctx, args)
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Return the names of the installed sub-commands, sorted."""
         return sorted(installed(_GROUP))
@@ -207,11 +219,24 @@ def fluffle() -> None:
         show_debug_log()
 
 
+def _check_environment(ctx: click.Context, option: click.Parameter, url: str | None) -> str | None:
+    """Validate a URL from FLUFFLE_URL, so that an error names the variable and not ``--url``."""
+    if url and ctx.get_parameter_source(str(option.name)) is ParameterSource.ENVIRONMENT:
+        from fluffle_common.transport.rabbitmq.urls import parse_urls
+
+        try:
+            parse_urls(url)
+        except UsageError as why:
+            raise UsageError(str(why).replace("--url", "FLUFFLE_URL")) from None
+    return url
+
+
 def url_option(command: Any) -> Any:
     """Add ``--url`` to a command; its value is None if neither it nor FLUFFLE_URL is set."""
     return click.option(
         "--url",
         envvar="FLUFFLE_URL",
+        callback=_check_environment,
         metavar="URL",
         help=(
             "URL of the broker: amqp://user:password@host:port/vhost or amqps://…. For a cluster, "

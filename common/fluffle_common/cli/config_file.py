@@ -35,6 +35,8 @@ _PRINTABLE = (bool, int, float, str, list, tuple, Mapping, os.PathLike)
 _NUMBERS = (click.types.IntParamType, click.types.FloatParamType)
 _TEXT_SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)  # always give text
 
+_MOST_CHARACTERS = 10**6
+
 TABLES = ("simulation",)
 """The tables that belong to a single command (see ``own_table``)."""
 
@@ -132,13 +134,17 @@ def _keys_for(command: click.Command, given: dict[str, Any], path: Path) -> dict
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8-sig") as file:  # some editors write a byte order mark
+            text = file.read(_MOST_CHARACTERS + 1)
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text") from None
     except OSError as why:
         raise UsageError(f"cannot read {path} ({why.strerror})") from None
+    if len(text) > _MOST_CHARACTERS:  # perhaps a model, or a device without an end
+        raise UsageError(f"{path} is larger than 1 MB; give a TOML file with options")
+    return text
 
 
 def options_from(command: click.Command, given: Mapping[str, Any], caller: str) -> dict[str, Any]:
@@ -205,8 +211,8 @@ def _validated(
     """
     known = {_key_of(one, style): one for one in _options_of(ctx.command)}
     values = {}
-    for name, value in given.items():
-        option = known.get(name)
+    for name, given_value in given.items():
+        option, value = known.get(name), _without_numpy(given_value)
         if option is None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = (
@@ -228,6 +234,15 @@ class _WrongType(Exception):
     """A value has the wrong type for its option."""
 
 
+def _without_numpy(value: Any) -> Any:
+    """Return a value with Python's numbers for the scalars of NumPy and JAX in it."""
+    if isinstance(value, Mapping):
+        return {key: _without_numpy(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_numpy(one) for one in value]
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
 def _raw(option: click.Option, value: Any) -> Any:
     """Return a value as it would come from the command line, after a strict type check.
 
@@ -247,6 +262,8 @@ def _raw(option: click.Option, value: Any) -> Any:
 
 
 def _json(key: str, value: Any) -> str:
+    if "=" in str(key):  # KEY=VALUE is split at the first one
+        raise _WrongType(f"the key '{key}' contains '='; choose another key")
     if not isinstance(value, bool | int | float | str):
         raise _WrongType(f"{key} must be true, false, a number or text")
     return json.dumps(value)
@@ -262,6 +279,8 @@ def _example(option: click.Option) -> str:
 def _single(option: click.Option, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
+    if isinstance(value, str) and not value:
+        raise _WrongType("the text is empty; give a value, or leave it out for the default")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = option.type
     if option.is_flag:
@@ -271,7 +290,7 @@ def _single(option: click.Option, value: Any) -> Any:
     elif isinstance(kind, click.types.FloatParamType):
         fits, expected = is_number, "a number is expected"
     elif isinstance(kind, click.Path):
-        fits, expected = isinstance(value, str) and value != "", "a path in quotes is expected"
+        fits, expected = isinstance(value, str), "a path in quotes is expected"
     elif isinstance(kind, click.types.StringParamType | click.Choice):
         fits, expected = isinstance(value, str), "text in quotes is expected"
     else:  # a type of our own, whose values look like text or like numbers
@@ -329,7 +348,9 @@ def _toml(value: Any) -> str:
         return f"[{', '.join(map(_toml, value))}]"
     if isinstance(value, bool | int | float):
         return str(value).lower()
-    return json.dumps(os.fspath(value) if isinstance(value, os.PathLike) else str(value))
+    if isinstance(value, str | os.PathLike):
+        return json.dumps(os.fspath(value))
+    return str(value)  # a date, or an object that no option accepts
 
 
 def _key(name: str) -> str:

@@ -15,6 +15,8 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from fluffle_common.cli.printing import prepare_streams
+
 T = TypeVar("T")
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -53,6 +55,7 @@ def run_until_signalled(
     """
     received: list[int] = []
     _reset_signals_in_children()
+    prepare_streams()  # a task may have closed one; libuv aborts if it must close 0, 1 or 2
 
     async def watched() -> T:
         # Imported modules stay for good, so the garbage collector can skip them.

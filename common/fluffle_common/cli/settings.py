@@ -87,7 +87,7 @@ def check_worker(name: str) -> str:
 
 
 def parse_classes(text: str | None) -> tuple[str, ...] | None:
-    """Parse ``A,B,…``; None and an empty text give None.
+    """Parse ``A,B,…``; None gives None.
 
     >>> parse_classes("a,b"), parse_classes(None)
     (('a', 'b'), None)
@@ -95,7 +95,7 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     Raises:
         UsageError: if a class has no name or appears twice.
     """
-    if not text:
+    if text is None:
         return None
     classes = tuple(text.split(","))
     if "" in classes or len(set(classes)) < len(classes):

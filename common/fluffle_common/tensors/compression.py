@@ -134,7 +134,7 @@ def _encode(
 ) -> tuple[Array, ...]:
     try:
         result = codec.encode(read_only(tensor), rng)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise codec_error(type(codec), "encode", name, error) from error
     if not isinstance(result, tuple) or len(result) != len(parts):
         kind = type(result).__name__
@@ -206,16 +206,22 @@ def _replace_parts(
 
 
 def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Array) -> Array:
+    blank = np.zeros(like.shape, like.dtype)  # both sides must decode to the same
     try:
-        result = codec.decode(encoded, read_only(like))
+        result = codec.decode(encoded, read_only(blank))
     except NotFinite as error:
         raise NotFinite(f"tensor '{name}', encoded as {codec.name}: {error}") from None
     except ValueError as error:
         location = "" if codec.name in OWN_NAMES else location_of(error)
         reason = f"tensor '{name}', encoded as {codec.name}: {error}"
         raise ValueError(f"{reason[:400]}{location}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise codec_error(codec, "decode", name, error) from error
+    if isinstance(result, np.ndarray) and np.may_share_memory(result, blank):
+        raise CodecError(
+            f"decode() of the codec '{codec.name}' returned its argument 'like' for tensor "
+            f"'{name[:60]}'; return a new array, made from the parts"
+        )
     if not isinstance(result, np.ndarray) or (result.dtype, result.shape) != (
         like.dtype,
         like.shape,
@@ -250,9 +256,15 @@ def _check_parts(name: str, parts: tuple[Part, ...], encoded: Iterable[Array | P
 
 def _parts(codec: type[Codec], name: str, shape: Shape) -> tuple[Part, ...]:
     try:
-        return codec.parts(shape)
-    except Exception as error:
+        parts = codec.parts(shape)
+    except (Exception, SystemExit) as error:
         raise codec_error(codec, "lay out", name, error) from error
+    if not isinstance(parts, tuple) or not all(isinstance(part, Part) for part in parts):
+        raise CodecError(
+            f"parts({shape}) of the codec '{codec.name}' returned {parts!r:.80} for tensor "
+            f"'{name[:60]}'; a tuple of one or two Part is expected"
+        )
+    return parts
 
 
 def _names(name: str, parts: tuple[Part, ...]) -> tuple[str, ...]:

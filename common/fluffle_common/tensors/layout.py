@@ -316,7 +316,9 @@ def _check_name(name: object) -> None:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{_label(ascii(name))} has a name that is not valid Unicode") from None
+        raise ValueError(
+            f"{_label(ascii(name)[1:-1])} has a name that is not valid Unicode"
+        ) from None
 
 
 def _remedy(dtype: str) -> str:

@@ -264,7 +264,7 @@ class Aggregator:
         assert isinstance(message, Update)
         assert how is not None
         began = monotonic()
-        check_metrics(message, self._strategy.strategy.needs.metrics)
+        check_metrics(message, self._strategy.strategy.needs)
         if isinstance(payload, memoryview):
             payload = payload.toreadonly()  # --keep-updates and rejection need the original bytes
         delta, norm = decode_contribution(message, payload, self._base, self._plan)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import reprlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from fluffle_common.cli.console import Console
 from fluffle_common.cli.runtime import Interrupted, run_until_signalled
@@ -46,6 +49,13 @@ from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
+
+
+_LIMITS = {  # what a plan cannot contain, by pydantic's types of errors
+    "string_too_long": "{value} is longer than {max_length} characters; shorten it",
+    "string_unicode": "{value} is not valid UTF-8; write other characters",
+    "too_long": "no more than {max_length} can be given; leave some out",
+}
 
 
 def run_coordinator(options: dict[str, Any]) -> None:
@@ -99,19 +109,10 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         staleness=options["staleness"],
         late=options["late"],
     )
-    codec = options["compress"] or options["upload_dtype"]
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
         rules=rules_for(strategy, rules, schedule_name, schedule),
-        plan=Plan(
-            epochs=options["epochs"],
-            steps=options["steps"],
-            batch_size=options["batch_size"],
-            learning_rate=options["learning_rate"],
-            compress=None if codec == "float32" else Compression.parse(codec),
-            config=parse_config(options["config"]),
-            train=options["train"] or None,
-        ),
+        plan=_plan_of(options),
         learning_rate_schedule=schedule_of(
             options["learning_rate_schedule"], options["learning_rate"]
         ),
@@ -131,6 +132,41 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         ),
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
+
+
+def _plan_of(options: dict[str, Any]) -> Plan:
+    """Return the plan that the options describe.
+
+    Raises:
+        UsageError: if an option is malformed, or exceeds a limit of the protocol.
+    """
+    codec = options["compress"] or options["upload_dtype"]
+    compress = None if codec == "float32" else Compression.parse(codec)
+    config = parse_config(options["config"])
+    try:
+        return Plan(
+            epochs=options["epochs"],
+            steps=options["steps"],
+            batch_size=options["batch_size"],
+            learning_rate=options["learning_rate"],
+            compress=compress,
+            config=config,
+            train=options["train"] or None,
+        )
+    except ValidationError as why:
+        raise UsageError(_beyond_limit(why)) from None
+
+
+def _beyond_limit(why: ValidationError) -> str:
+    """Return which option of a plan exceeds which limit.
+
+    The options have their types already. Of a union's errors, only those of its text matter.
+    """
+    for wrong in why.errors(include_url=False):
+        if limit := _LIMITS.get(wrong["type"]):
+            text = limit.format(value=reprlib.repr(wrong["input"]), **wrong.get("ctx", {}))
+            return f"--{str(wrong['loc'][0]).replace('_', '-')}: {text}"
+    return f"the settings of a round are invalid: {why}"
 
 
 def _rules_of(options: dict[str, Any]) -> Rules:

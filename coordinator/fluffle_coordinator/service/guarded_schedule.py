@@ -61,7 +61,8 @@ class GuardedSchedule:
 
     def closes(self, state: State, now: float) -> bool:
         """Return ``Schedule.closes`` as a bool."""
-        return bool(self._call("closes", state, now))
+        closes = self._call("closes", state, now)
+        return call_guarded(self._what, "closes()", bool, closes)  # an array's truth may fail
 
     def wakeup(self, state: State) -> float:
         """Return ``Schedule.wakeup``, checked to be a number."""
@@ -79,9 +80,13 @@ class GuardedSchedule:
 
     def _number(self, method: str, *on: Any) -> float:
         value = self._call(method, *on)
-        if not isinstance(value, numbers.Real) or math.isnan(value):
+        try:
+            number = float(value) if isinstance(value, numbers.Real) else math.nan
+        except OverflowError:
+            raise self._failed(method, "it returned a number above 1e308") from None
+        if math.isnan(number):
             raise self._failed(method, f"it returned {value!r:.60}, not a number")
-        return float(value)
+        return number
 
     def _workers(self, method: str, state: State, *on: Any) -> tuple[str, ...]:
         selected = self._call(method, state, *on)

@@ -95,7 +95,7 @@ class GuardedStrategy:
         budget = self._call("spent", number)
         try:
             return {name: float(budget[name]) for name in ("epsilon", "delta") if name in budget}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             raise self._failed(
                 "spent()", f"it returned {budget!r:.60}, not a mapping of names to numbers"
             ) from None

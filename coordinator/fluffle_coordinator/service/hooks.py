@@ -7,6 +7,7 @@ hook that fails loses no round, and a run that a hook stops ends at exactly that
 from __future__ import annotations
 
 import inspect
+import math
 import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -130,7 +131,8 @@ class HookCalls:
 
     Args:
         hooks: the hooks.
-        record: records a run event: each distinct error of a hook, once, and a hook that is slow.
+        record: records a run event: each distinct error of a hook, once, metrics that are not
+            finite, and a hook that is slow.
     """
 
     def __init__(self, hooks: Hooks, record: Callable[[run_events.RunEvent], None]) -> None:
@@ -142,7 +144,13 @@ class HookCalls:
         hook = self._hooks.evaluate
         if hook is None:
             return {}
-        return await self._call("evaluate", number, lambda: _metrics(hook(weights))) or {}
+        metrics = await self._call("evaluate", number, lambda: _metrics(hook(weights))) or {}
+        for name, value in metrics.items():
+            if not math.isfinite(value) and self._is_new(f"the metric {name!r:.60} is {value}"):
+                what = f"the evaluate hook's metric {name!r:.60} is {value} in round {number}"
+                warn(what := f"{what}; it is recorded as missing, and never the best")
+                self._record(run_events.Note(what=what))
+        return metrics
 
     async def on_round(self, commit: Commit) -> str:
         """Return the ``on_round`` hook's reason to end the run; empty to continue."""
@@ -168,8 +176,7 @@ class HookCalls:
         """Return the result of a hook; if it fails, report the error and return None."""
         hook = f"the {name} hook of round {number}"
         result, why = await call_user(hook, lambda: _attempt(call), self._record)
-        if why is not None and (text := one_line(why, _CALLERS)) not in self._reported:
-            self._reported.add(text)
+        if why is not None and self._is_new(text := one_line(why, _CALLERS)):
             what = f"round {number} is committed, but its {name} hook failed: {text}"
             self._record(run_events.Note(what=what))
             if isinstance(why, _WrongResult):
@@ -177,6 +184,11 @@ class HookCalls:
             else:
                 warn_in_full(why, f"{name} hook", _CALLERS)
         return result
+
+    def _is_new(self, text: str) -> bool:
+        new = text not in self._reported
+        self._reported.add(text)
+        return new
 
 
 def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:

@@ -61,6 +61,7 @@ class Standing:
         self._stopping = stopping
         self._sign = -1 if lower_is_better(stopping.metric) else 1
         self.best: int | None = None  # the round with the best model
+        self._since: int | None = None  # that round, or the first one measured while there is none
         self._value, self._latest, self._seconds = math.nan, 0, 0.0
         for line in lines:
             if line["event"] in ("evaluated", "tested"):
@@ -73,13 +74,19 @@ class Standing:
         self._seconds += seconds_of(timings)
 
     def note(self, number: int, metrics: Mapping[str, Any]) -> None:
-        """Compare the metrics of a round's model with the best so far."""
-        value = metrics.get(self._stopping.metric)
-        if not isinstance(value, int | float) or not math.isfinite(value):
+        """Compare the metrics of a round's model with the best so far.
+
+        A value that is not finite, None in the history, is never better.
+        """
+        if self._stopping.metric not in metrics:
             return
         self._latest = max(self._latest, number)
+        self._since = number if self._since is None else self._since
+        value = metrics[self._stopping.metric]
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            return
         if self.best is None or self._sign * value > self._sign * self._value:
-            self.best, self._value = number, value
+            self.best, self._since, self._value = number, number, value
 
     def missing(self, metrics: Mapping[str, Any]) -> str | None:
         """Return a warning if the metrics lack the monitored one, which should be among them."""
@@ -93,11 +100,11 @@ class Standing:
     def enough(self) -> str:
         """Return the reason to end the run; empty to continue."""
         rules, name = self._stopping, self._stopping.metric
-        if self.best is not None:
-            of = f"{self._value:.4f} in round {self.best}"
+        if self._since is not None:
+            of = f"{self._value:.4f} in round {self._since}"
             if rules.target is not None and self._sign * (self._value - rules.target) >= 0:
                 return f"{name} reached {of} (--target {rules.target:g})"
-            if rules.patience is not None and self._latest - self.best >= rules.patience:
+            if rules.patience is not None and self._latest - self._since >= rules.patience:
                 rounds = "1 round" if rules.patience == 1 else f"{rules.patience} rounds"
                 return f"{name} has not improved for {rounds}, since {of} (--patience)"
         if rules.time_budget_s is not None and self._seconds >= rules.time_budget_s:

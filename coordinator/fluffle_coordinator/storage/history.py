@@ -163,7 +163,7 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text)
+            line = json.loads(text, parse_float=_number, parse_constant=_number)
             valid = _is_valid(line)
         except (ValueError, KeyError, TypeError):
             valid = False
@@ -171,6 +171,13 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
             raise ValueError(f"line {number} is damaged")
         lines.append(line)
     return lines
+
+
+def _number(text: str) -> float:
+    """Return the number in a text; ValueError if it is not finite, which no coordinator writes."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(text)
+    return number
 
 
 def _is_valid(line: dict[str, Any]) -> bool:

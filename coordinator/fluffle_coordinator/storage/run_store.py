@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import json
-import re
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +36,6 @@ from fluffle_common.tensors.checkpoint import (
     Checkpoint,
     checkpoint_name,
     read_metadata,
-    read_whole,
     save_checkpoint,
 )
 from fluffle_common.tensors.frozen import (
@@ -52,12 +50,10 @@ from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.state import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History
+from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
 from fluffle_coordinator.storage.run_file import RUN_FILE, read_run_file
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
-
-_CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
-
 
 # Everything that a run writes, except the lock.
 _RUN_FILES = (
@@ -219,14 +215,18 @@ class RunStore:
         sync_folder(self.folder)  # a crash may have left renamed files that are not on disk
         lines, repairs = self.history.mend()
         committed = {line["round"]: line for line in lines if line["event"] == "committed"}
-        self._check_complete(max(committed, default=0))
-        last, checkpoint = self._last_readable(max(committed, default=0))
+        self._check_complete(identity, committed)
+        newest = max(committed, default=0)
+        bases = {number: line["base"] for number, line in committed.items() if "base" in line}
+        last, checkpoint, damage = last_intact(self.folder, newest, identity, bases)
         if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
-            raise RunError(f"no checkpoint in {self.shown} can be read; --fresh starts a new run")
-        if last < max(committed, default=0):
+            raise RunError(
+                f"no checkpoint in {self.shown} is intact ({damage}); --fresh starts a new run"
+            )
+        if last < newest:
             self.history.forget_after(last, lines)
             repairs.append(
-                f"the newest checkpoint that can be read is that of round {last}; continuing from "
+                f"{damage}; the newest intact checkpoint is that of round {last}; continuing from "
                 "there"
             )
             lines = [line for line in lines if line["round"] <= last]
@@ -356,7 +356,7 @@ class RunStore:
                     "another folder with --run, or move that run aside with --fresh"
                 )
             return run
-        if self._newest_checkpoint() is not None or self.history.path.exists():
+        if newest_checkpoint(self.folder) is not None or self.history.path.exists():
             raise RunError(
                 f"{self.shown} holds a run, but its run.json is missing; put the file back, or "
                 "move the run aside with --fresh"
@@ -366,28 +366,21 @@ class RunStore:
             file.write(json.dumps({"run": run, "federation": federation}).encode() + b"\n")
         return run
 
-    def _check_complete(self, last: int) -> None:
-        """Check that the history, whose last commit is ``last``, has not lost lines.
+    def _check_complete(self, run: str, committed: Mapping[int, dict[str, Any]]) -> None:
+        """Check that the history, with these commits, is the run's and has not lost lines.
 
-        A crash leaves at most one checkpoint without a line, and a repair only unreadable ones.
+        A crash leaves at most one checkpoint without a line, and a repair only damaged ones.
         """
-        newest = self._newest_checkpoint() or 0
-        if newest > last + 1 and self._last_readable(newest)[0] > last + 1:
+        for line in committed.values():
+            if line.get("run", run) != run:
+                raise RunError(
+                    f"the history.jsonl in {self.shown} belongs to run {line['run']}, but its "
+                    f"run.json to run {run}; put the files back, or move the run aside with --fresh"
+                )
+        last, newest = max(committed, default=0), newest_checkpoint(self.folder) or 0
+        if newest > last + 1 and last_intact(self.folder, newest, run, {})[0] > last + 1:
             known = f"ends at round {last}" if last else "has no committed round"
             raise RunError(
                 f"{self.shown} holds the checkpoint of round {newest}, but its history.jsonl "
                 f"{known}; put the file back, or move the run aside with --fresh"
             )
-
-    def _newest_checkpoint(self) -> int | None:
-        """Return the highest round that has a checkpoint, readable or not."""
-        names = map(_CHECKPOINT.fullmatch, (path.name for path in self.folder.iterdir()))
-        return max((int(name[1]) for name in names if name), default=None)
-
-    def _last_readable(self, last: int) -> tuple[int, Checkpoint | None]:
-        for number in range(last, -1, -1):
-            path = self.folder / checkpoint_name(number)
-            if path.exists():
-                with contextlib.suppress(UsageError):
-                    return number, read_whole(path)
-        return 0, None

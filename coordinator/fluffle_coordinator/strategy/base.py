@@ -72,6 +72,8 @@ class Needs:
 
     Args:
         metrics: the metrics that every update must have; an update without them is rejected.
+        ranges: the smallest and largest valid value of some of these metrics; an update outside is
+            rejected.
         extra: the tensors that workers must send besides their deltas: names with shapes, or
             ``"model"`` for one of the same name and shape for each tensor that they train.
         min_updates: the fewest updates that a round may commit with.
@@ -85,6 +87,7 @@ class Needs:
     """
 
     metrics: tuple[str, ...] = ()
+    ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     extra: ExtraForm | None = None
     min_updates: int = 1
     min_examples: int = 1

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
+from fluffle_common.arguments import within
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol.codec import read_groups, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Plan, Update
@@ -27,6 +28,7 @@ from fluffle_common.tensors.weights import (
     check_finite,
     delta_dtype,
 )
+from fluffle_coordinator.strategy.base import Needs
 
 EVERYTHING = Plan()
 """The plan that asks for the delta of the whole model, and for no extra tensors."""
@@ -67,18 +69,25 @@ def _malformed(error: ValueError) -> MalformedMessage:
     return MalformedMessage(str(error), cause)
 
 
-def check_metrics(message: Update, names: Iterable[str]) -> None:
+def check_metrics(message: Update, needs: Needs) -> None:
     """Check that an update has the metrics that the strategy needs.
 
     Raises:
-        MalformedMessage: if one is missing.
+        MalformedMessage: if one is missing or out of range.
     """
-    for name in names:
+    for name in (*needs.metrics, *needs.ranges):
         if name not in message.metrics:
             raise MalformedMessage(
                 f"the update has no metric '{name}', which the strategy of this run needs; the "
                 "task must report it"
             )
+    for name, (low, high) in needs.ranges.items():
+        try:
+            within(name, message.metrics[name], low, high)
+        except ValueError as error:
+            raise MalformedMessage(
+                f"the update has an invalid metric, which the strategy of this run needs: {error}"
+            ) from None
 
 
 def decode_contribution(

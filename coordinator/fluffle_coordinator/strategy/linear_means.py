@@ -30,6 +30,8 @@ _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
 _SCALE = 2.0**-64  # sums are scaled as in ``weighted``, so that they cannot overflow
 _NO_TERMS = np.zeros(2)
+_LEAST_LOSS = 1e-10  # because 0 has no negative powers
+_MOST = 1e10  # of a loss, or of steps, so that sums of their powers cannot overflow
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,14 @@ def q_fair(q: float = 1.0, lr: float = 0.1) -> Linear:
     within("lr", lr, 0, above=True)
 
     def factor(one: Contribution) -> tuple[float, float, float]:
-        loss = min(max(one.metrics["loss"], 1e-10), 1e10)
-        square = finite_norm(one.delta) ** 2 if q else 0.0
+        loss = max(one.metrics["loss"], _LEAST_LOSS)
+        norm = finite_norm(one.delta) if q else 0.0
+        square = norm * norm  # infinite if it overflows, where ** raises: the step is then 0
         share = loss**q + q * loss ** (q - 1) * square / lr
         return one.discount * loss**q, one.discount * share, 0.0
 
-    return Linear(factor, lambda terms, _: 1 / terms, Needs(metrics=("loss",)))
+    needs = Needs(metrics=("loss",), ranges={"loss": (0, _MOST)})
+    return Linear(factor, lambda terms, _: 1 / terms, needs)
 
 
 def normalised() -> Linear:
@@ -130,7 +134,8 @@ def normalised() -> Linear:
     """
 
     def factor(one: Contribution) -> tuple[float, float, float]:
-        steps = min(max(one.metrics["steps"], 1.0), 1e10)
+        steps = one.metrics["steps"]
         return one.weight / steps, one.weight * steps, one.weight
 
-    return Linear(factor, lambda taken, examples: taken / examples**2, Needs(metrics=("steps",)))
+    needs = Needs(metrics=("steps",), ranges={"steps": (1, _MOST)})
+    return Linear(factor, lambda taken, examples: taken / examples**2, needs)

@@ -110,7 +110,7 @@ def named_strategy(text: str) -> NamedStrategy:
         arguments = write_arguments(values)
         full = f"{name}:{arguments}" if arguments else name
         parts[part.kind].append((full, made))
-    for kind in ("mean", "server step"):
+    for kind in ("mean", "server step", "whole strategy"):
         if len(parts[kind]) > 1:
             raise ValueError(
                 f"more than one {kind}: {' and '.join(full for full, _ in parts[kind])}; give "

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.arguments import write_arguments
 from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Weights, is_float
 from fluffle_coordinator.strategy.pipeline import Server
@@ -55,7 +56,8 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         arguments: its arguments, such as ``learning_rate=0.1``.
 
     Raises:
-        ValueError: if optax is not installed, or has no such optimizer or argument.
+        ValueError: if optax is not installed, or has no such optimizer, or it fails with these
+            arguments.
     """
     try:
         optax = importlib.import_module("optax")
@@ -66,11 +68,25 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         raise ValueError(f"unknown optax optimizer '{optimizer}'")
     try:
         made = make(**arguments)
+        if isinstance(made, optax.GradientTransformation):
+            _try_out(made)
     except Exception as error:
-        raise ValueError(f"optax.{optimizer} refuses its arguments: {error}") from None
+        reason = " ".join(str(error).split())[:200]
+        given = write_arguments(arguments) or "no arguments"
+        raise ValueError(f"optax.{optimizer} cannot be used with {given}: {reason}") from None
     if not isinstance(made, optax.GradientTransformation):
         raise ValueError(f"optax.{optimizer} is not an optimizer; name one such as adamw")
     return _OptaxStep(made)
+
+
+def _try_out(transformation: Any) -> None:
+    """Trace a step, without computing it: only that shows an argument of a wrong type."""
+    form = {"w": np.zeros(2, np.float32)}
+
+    def step(weights: Any) -> Any:
+        return transformation.update(weights, transformation.init(weights), weights)
+
+    importlib.import_module("jax").eval_shape(step, form)
 
 
 def _floats(weights: Weights) -> dict[str, Any]:

@@ -48,6 +48,7 @@ _ELEMENTS = 2**18  # elements of all updates together in memory at a time: 2 MiB
 # The size of a product that BLAS computes in one thread; several threads are far slower for these.
 _IN_ONE_THREAD = 2**17
 _TOLERANCE = 1e-6
+_MOST_WORKERS = 10**6
 
 Updates = tuple[tuple[str, Weights], ...]  # the worker and its delta, on disk
 
@@ -147,8 +148,8 @@ def multi_krum(f: int = 1, m: int = 2) -> Mean[Updates]:
     Raises:
         ValueError: if an argument is out of range.
     """
-    within("f", f, 0)
-    within("m", m, 1)
+    within("f", f, 0, _MOST_WORKERS)
+    within("m", m, 1, _MOST_WORKERS)
 
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
         chosen = _best(updates, delta, f)[:m]

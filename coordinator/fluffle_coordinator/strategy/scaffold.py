@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import is_float
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_coordinator.strategy.base import Contribution, Needs, Strategy
@@ -85,8 +86,8 @@ def scaffold(workers: int | None = None) -> Strategy[Any]:
             participants, if all workers take part in every round.
 
     Raises:
-        ValueError: if ``workers`` is less than 1.
+        ValueError: if ``workers`` is out of range.
     """
-    if workers is not None and workers < 1:
-        raise ValueError(f"workers={workers} is out of range; a number of at least 1 is expected")
+    if workers is not None:
+        within("workers", workers, 1)
     return _Scaffold(pipeline(mean=weighted(), server=replace()), workers)

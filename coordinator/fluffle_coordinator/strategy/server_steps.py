@@ -43,6 +43,7 @@ from fluffle_coordinator.strategy.pipeline import Server, with_prefix, without_p
 from fluffle_coordinator.strategy.weighted import apply_delta
 
 _FLOAT = np.dtype(np.float64)
+_END_OF_RATES = 1e6  # the model of a larger rate would only saturate
 _STEPS = "steps"
 _FIRST, _SECOND = "first/", "second/"  # prefixes in a checkpoint
 
@@ -77,14 +78,14 @@ def momentum(lr: float = 1.0, momentum: float = 0.9) -> Server[Weights]:
     """Return the server step of FedAvgM: heavy-ball momentum.
 
     Args:
-        lr: the server's learning rate, above 0.
+        lr: the server's learning rate, above 0 and below a million.
         momentum: the decay of the velocity, from 0 and below 1. With ``momentum=0`` and ``lr=1``,
             this is federated averaging.
 
     Raises:
         ValueError: if an argument is out of range.
     """
-    within("lr", lr, 0, above=True)
+    within("lr", lr, 0, _END_OF_RATES, above=True, below=True)
     within("momentum", momentum, 0, 1, below=True)
     return _Momentum(lr, momentum)
 
@@ -106,7 +107,7 @@ class _Adaptive(Server[_Moments]):
     bias_correction: bool = False
 
     def __post_init__(self) -> None:
-        within("lr", self.lr, 0, above=True)
+        within("lr", self.lr, 0, _END_OF_RATES, above=True, below=True)
         within("beta1", self.beta1, 0, 1, below=True)
         within("beta2", self.beta2, 0, 1, below=True)
         within("tau", self.tau, 0, above=True)
@@ -147,7 +148,7 @@ def adagrad(lr: float = 0.1, tau: float = 0.001) -> Server[_Moments]:
     """Return the server step of FedAdagrad, without momentum, as in the paper's experiments.
 
     Args:
-        lr: the server's learning rate, above 0.
+        lr: the server's learning rate, above 0 and below a million.
         tau: the constant that limits adaptivity, above 0; smaller values adapt more.
 
     Raises:
@@ -166,7 +167,8 @@ def adam(
     """Return the server step of FedAdam.
 
     Args:
-        lr: the server's learning rate, above 0: about how far a weight moves per round.
+        lr: the server's learning rate, above 0 and below a million: about how far a
+            weight moves per round.
         beta1: the decay of the first moment, from 0 and below 1.
         beta2: the decay of the second moment, from 0 and below 1.
         tau: the constant that limits adaptivity, above 0; smaller values adapt more.
@@ -190,7 +192,8 @@ def yogi(
     """Return the server step of FedYogi: like ``adam``, but the second moment shrinks more slowly.
 
     Args:
-        lr: the server's learning rate, above 0: about how far a weight moves per round.
+        lr: the server's learning rate, above 0 and below a million: about how far a
+            weight moves per round.
         beta1: the decay of the first moment, from 0 and below 1.
         beta2: the decay of the second moment, from 0 and below 1; larger values change it slower.
         tau: the constant that limits adaptivity, above 0; smaller values adapt more.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ import numpy as np
 from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint
-from fluffle_common.tensors.weights import Array
+from fluffle_common.tensors.weights import Array, check_finite
 from fluffle_worker.letters.images import Images
 from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.letters.task import letters_task
@@ -68,7 +68,7 @@ class LettersModel:
         weights, metadata = read_checkpoint(path)
         try:
             classes = json.loads(metadata.get("classes", "[]"))
-        except ValueError:
+        except (ValueError, RecursionError):
             classes = []
         if not (isinstance(classes, list) and classes):
             raise UsageError(
@@ -84,6 +84,7 @@ class LettersModel:
         self.participants = participants_of(history)
         try:
             self._task.check(weights)
+            check_finite(weights)
         except ValueError as why:
             raise UsageError(
                 f"{path} is not a model of letters ({why}; "
@@ -130,18 +131,20 @@ def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> 
     for line in reversed(history):
         if line.get("event") == "evaluated" and str(line.get("round")) == number:
             temperature = line.get("temperature")
-            if isinstance(temperature, int | float) and 0 < temperature < math.inf:
+            if isinstance(temperature, int | float) and 0 < temperature <= sys.float_info.max:
                 return float(temperature)
     return 1.0
 
 
 def participants_of(history: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     """Return the workers whose updates were counted in any round of a run's history."""
+    lists = [line.get("participants") for line in history if line.get("event") == "committed"]
     return frozenset(
         str(participant["worker"])
-        for line in history
-        if line.get("event") == "committed"
-        for participant in line.get("participants", ())
+        for participants in lists
+        if isinstance(participants, list)
+        for participant in participants
+        if isinstance(participant, dict) and "worker" in participant
     )
 
 
@@ -150,7 +153,7 @@ def _read_history(path: Path) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     try:
         lines.extend(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         pass
     return [line for line in lines if isinstance(line, dict)]
 

@@ -22,6 +22,7 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import Weights, check_signature
 from fluffle_worker.local.base import Named
+from fluffle_worker.user_code import call_task
 
 _ROUNDS_KEPT = 2
 
@@ -102,17 +103,20 @@ class PersistentTensors:
         return sorted(folder.glob(f"{self._prefix}-*.safetensors"))
 
 
-def keep_in(folder: Path | None, task: Any) -> None:
+def keep_in(folder: Path | None, name: str, task: Any) -> None:
     """Call the method ``keep_in`` of a task and of its local rule, if they have one.
 
     Does nothing if there is no folder.
+
+    Raises:
+        TaskError: if one of them fails; ``name`` is the task's in the error.
     """
     if folder is None:
         return
     for owner in (task, getattr(task, "local_rule", None)):
         keep = getattr(owner, "keep_in", None)
         if callable(keep):
-            keep(folder)
+            call_task(name, "keep_in()", keep, folder)
 
 
 def _read(path: Path) -> _Kept:

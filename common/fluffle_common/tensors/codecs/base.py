@@ -69,7 +69,7 @@ class Codec(Protocol):
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """Return the decoded tensor in the shape and dtype of ``like``, ignoring its values."""
+        """Return the decoded tensor in the shape and dtype of ``like``, which has only zeros."""
         ...
 
 
@@ -82,10 +82,10 @@ class UnknownCodec(ValueError):
 
 
 class BrokenCodec(ValueError):
-    """The installed codec of this name cannot be used."""
+    """A codec cannot be used: it fails to load, or to read its settings."""
 
 
-def codec_error(codec: type[Codec], action: str, tensor: str, error: Exception) -> CodecError:
+def codec_error(codec: type[Codec], action: str, tensor: str, error: BaseException) -> CodecError:
     """Return a ``CodecError`` that says in one line what a codec's code raised, and where."""
     wrapped = CodecError(
         f"the codec '{codec.name}' fails to {action} tensor '{tensor[:60]}': {one_line(error)}"
@@ -95,12 +95,12 @@ def codec_error(codec: type[Codec], action: str, tensor: str, error: Exception) 
     return wrapped
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """Return an exception's type and text in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
-def location_of(error: Exception) -> str:
+def location_of(error: BaseException) -> str:
     """Return the file and line of the innermost frame in the file whose code was called."""
     frames = _codec_frames(error)
     if frames is None:
@@ -113,7 +113,7 @@ def location_of(error: Exception) -> str:
     return f" ({file.rpartition('/')[2]}:{line})"
 
 
-def _codec_frames(error: Exception) -> types.TracebackType | None:
+def _codec_frames(error: BaseException) -> types.TracebackType | None:
     """Return the traceback without its first frame, which is ours."""
     trace = error.__traceback__
     return trace.tb_next if trace is not None and trace.tb_next is not None else trace

@@ -20,6 +20,7 @@ from fluffle_common.tensors.codecs.base import (
     Codec,
     Part,
     UnknownCodec,
+    location_of,
     one_line,
 )
 from fluffle_common.tensors.codecs.bf16 import Bf16
@@ -90,7 +91,7 @@ class Registry:
             codec = self.add(entry_point.load(), where)
         except UsageError as error:
             raise BrokenCodec(str(error)) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise BrokenCodec(
                 f"the codec '{entry_point.name}' from {where} fails to load: {one_line(error)}"
             ) from error
@@ -102,10 +103,25 @@ class Registry:
 
         Raises:
             UnknownCodec: if no codec has this name.
-            BrokenCodec: if the installed codec cannot be used.
+            BrokenCodec: if the installed codec cannot be used, or its ``parse`` fails.
             ValueError: if the codec does not accept the settings.
         """
-        return self.get(encoding_of(spec)).parse(spec)
+        codec = self.get(encoding_of(spec))
+        try:
+            parsed = codec.parse(spec)
+        except ValueError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise BrokenCodec(
+                f"parse('{spec[:60]}') of the codec '{codec.name}' fails: {one_line(error)}"
+                f"{location_of(error)}"
+            ) from error
+        if not isinstance(parsed, codec):
+            raise BrokenCodec(
+                f"parse('{spec[:60]}') of the codec '{codec.name}' returned a "
+                f"{type(parsed).__name__}; return an object of the class {codec.__name__}"
+            )
+        return parsed
 
 
 def encoding_of(spec: str) -> str:
@@ -156,7 +172,7 @@ def _check_parts(codec: Any, where: str) -> None:
     """Check the parts of an example shape."""
     try:
         parts = codec.parts((4, 300))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UsageError(
             f"{where} fails in parts((4, 300)): {type(error).__name__}: {error}"
         ) from error

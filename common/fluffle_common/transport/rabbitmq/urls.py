@@ -23,6 +23,7 @@ _CREDENTIALS = re.compile(r"(\b[a-z]+://)\S*@", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _AUTHORITY_END = re.compile(r"[/?#]")
 _TLS_OPTIONS = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ssl")
+_OPTIONS = (*_TLS_OPTIONS, "auth")
 _QUOTED = "#/?@:%[] "
 _QUOTE = "in the user, the password and the vhost, write " + ", ".join(
     f"'{char}' as %{ord(char):02X}" for char in _QUOTED
@@ -163,7 +164,9 @@ def _fault(url: str) -> str | None:
 
 
 def _wrong_option(split: SplitResult) -> str | None:
-    given = [name for name in parse_qs(split.query, keep_blank_values=True) if name in _TLS_OPTIONS]
-    if split.scheme == "amqp" and given:
-        return f"?{given[0]}= needs TLS, which amqp:// does not use"
+    for name in parse_qs(split.query, keep_blank_values=True):
+        if name not in _OPTIONS:
+            return f"?{name:.40}= is not one of its options, which are {', '.join(_OPTIONS)}"
+        if split.scheme == "amqp" and name in _TLS_OPTIONS:
+            return f"?{name}= needs TLS, which amqp:// does not use"
     return None

@@ -1,0 +1,64 @@
+"""The checkpoints in a run folder: which of them a run can go on from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from fluffle_common.errors import UsageError
+from fluffle_common.tensors.checkpoint import Checkpoint, checkpoint_name, read_whole
+
+_CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
+
+
+def newest_checkpoint(folder: Path) -> int | None:
+    """Return the highest round that has a checkpoint, intact or not."""
+    names = map(_CHECKPOINT.fullmatch, (path.name for path in folder.iterdir()))
+    return max((int(name[1]) for name in names if name), default=None)
+
+
+def last_intact(
+    folder: Path, last: int, run: str, bases: Mapping[int, str]
+) -> tuple[int, Checkpoint | None, str]:
+    """Return the newest checkpoint that can be read and belongs where it is.
+
+    Args:
+        folder: the run folder.
+        last: the round to begin with, going backwards.
+        run: the run's id.
+        bases: the name of each round's weights, as far as the history has it.
+
+    Returns:
+        The round, its checkpoint, and what is wrong with that of round ``last`` (empty if it is
+        intact); ``(0, None, why)`` if no checkpoint is intact.
+    """
+    why = ""
+    for number in range(last, -1, -1):
+        path = folder / checkpoint_name(number)
+        try:
+            checkpoint = read_whole(path)
+            _check_place(path, checkpoint.metadata, number, run, bases.get(number))
+        except UsageError as wrong:
+            why = why or str(wrong)
+        else:
+            return number, checkpoint, why
+    return 0, None, why
+
+
+def _check_place(
+    path: Path, metadata: Mapping[str, str], number: int, run: str, base: str | None
+) -> None:
+    """Check that a file holds its own round; early versions of fluffle noted less about it.
+
+    Raises:
+        UsageError: if it is a copy of another checkpoint.
+    """
+    of_round, of_run = metadata.get("round", str(number)), metadata.get("run", run)
+    if (of_round, of_run) != (str(number), run):
+        raise UsageError(f"{path} holds round {of_round} of run {of_run}, not {number} of {run}")
+    if base is not None and metadata.get("base", base) != base:
+        raise UsageError(
+            f"{path} holds weights {metadata['base']}, but history.jsonl names {base} for round "
+            f"{number}"
+        )
