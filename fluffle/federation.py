@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, TypeVar
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import check_worker
-from fluffle_common.cli.user_code import one_line
+from fluffle_common.cli.user_code import is_ctrl_c, one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.events import Failure, NotCounted, RunEvent, Traceback, Unfit
 from fluffle_common.protocol.topology import Topology
@@ -65,7 +65,7 @@ class LocalTask:
         try:
             return self._remembering(self.task.init, *arguments)
         except BaseException as why:
-            if self.signature == UNKNOWN:  # called by the constructor
+            if self.signature == UNKNOWN and not is_ctrl_c(why):  # called by the constructor
                 raise self.failure(f"cannot make first weights: {one_line(why)}") from self.error
             raise
 
@@ -145,7 +145,9 @@ def _make_task(name: str, task: Task | MakesTask) -> Task:
             task = task()
         except (TaskError, UsageError):
             raise
-        except Exception as why:
+        except BaseException as why:
+            if is_ctrl_c(why):
+                raise
             raise TaskError(f"the task '{name}' cannot be made: {one_line(why)}") from why
     return check_task(f"'{name}'", task)
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from fluffle.models import load_model
 from fluffle_common.errors import UsageError
+from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
 from fluffle_coordinator.observe.round_view import metrics_of
 from fluffle_coordinator.storage.history import read_history
@@ -158,7 +159,7 @@ class History(Sequence[Round]):
         rows = []
         for each in self.rounds:
             values = each.values()
-            numbers = [f"{values[name]:.4f}" if name in values else "" for name in self.columns]
+            numbers = [decimal(values[name]) if name in values else "" for name in self.columns]
             counts = [each.number, len(each.participants), each.num_examples]
             rows.append([*map(str, counts), *numbers])
         return names, rows

@@ -172,7 +172,7 @@ def _start(
                 state = run_coroutine(federation.run())
             finally:
                 federation.end()
-            return run_folder.result(state, shown.explained(state.reason))
+            return run_folder.result(state, shown.fault)
 
     return Background(body)
 

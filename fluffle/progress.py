@@ -22,13 +22,13 @@ class Progress(Watcher):
     If ``wanted`` is None, it is shown on a terminal and in a notebook.
     """
 
+    fault = ""  # the last failed task or rejected update since the last commit
+
     def __init__(self, wanted: bool | None, rounds: int) -> None:
         terminal = is_terminal(sys.stderr)
         self._bar: Any = None
         self._lines = bool(wanted) or (wanted is None and "ipykernel" in sys.modules)
         self._rounds, self._latest, self._update_at = rounds, "", 0.0
-        # The last failed task or rejected update since the last commit, and its reason.
-        self._fault, self._fault_reason = "", ""
         if terminal and wanted is not False:
             from fluffle_common.cli.progress_bars import progress_on
 
@@ -48,12 +48,11 @@ class Progress(Watcher):
         """Show evaluations and problems."""
         match event:
             case run_events.Committed():
-                self._fault = ""
-            case run_events.Failure(reason=reason):
-                self._fault, self._fault_reason = event.sentence(), str(reason)
-            case run_events.Rejected(worker=worker, reason=reason) if worker:
-                self._fault = f"the update of {worker} was rejected: {reason}"
-                self._fault_reason = str(reason)
+                self.fault = ""
+            case run_events.Failure():
+                self.fault = event.sentence()
+            case run_events.Rejected(worker=worker) if worker:
+                self.fault = f"the update of {worker} was rejected: {event.reason}"
         if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
             self._latest = event.sentence()
             if self._lines:
@@ -62,12 +61,6 @@ class Progress(Watcher):
             pass  # it names a command, but the run was a call; RunFolder names that
         elif event.severity in ("odd", "bad") and (self._lines or self._bar is not None):
             self._print(event.sentence())
-
-    def explained(self, reason: str) -> str:
-        """Return the reason why a run ended, and the last fault unless the reason names it."""
-        if not self._fault or self._fault_reason in reason:
-            return reason
-        return f"{reason}; {self._fault}"
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

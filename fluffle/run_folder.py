@@ -62,13 +62,19 @@ class RunFolder:
         elif not isinstance(error, RunError):  # a RunError already says how to continue
             warn(f"the committed rounds are kept{self._how_to_continue()}")
 
-    def result(self, state: State, reason: str) -> Run:
-        """Return the run that ended in this state, for this reason.
+    def result(self, state: State, fault: str) -> Run:
+        """Return the run that ended in this state.
+
+        Args:
+            state: the machine's final state.
+            fault: what probably caused a stop, such as a rejected update; may be empty.
 
         Raises:
             RunError: if the run stopped before its end.
         """
         if state.outcome == "stopped":
+            is_named = any(why in state.reason for why in state.failed.values())
+            reason = f"{state.reason}; {fault}" if fault and not is_named else state.reason
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
         if self._temporary:

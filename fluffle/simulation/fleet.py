@@ -232,7 +232,7 @@ class Fleet:
                 form=form,
                 frozen=frozen,
             )
-        except (Exception, SystemExit) as why:
+        except BaseException as why:  # as in Trainer, even SystemExit
             trace = why.__traceback__  # begins with this function
             self._results.failed(why.with_traceback(trace and trace.tb_next))
             client.at_work = None

@@ -134,8 +134,7 @@ def simulate(
             simulation = simulate_run(
                 tested, everybody, run_folder.store, shown, record=_show, fresh=fresh
             )
-            state = run_coroutine(simulation)
-            return run_folder.result(state, shown.explained(state.reason))
+            return run_folder.result(run_coroutine(simulation), shown.fault)
 
     return Background(body, SimulatedLoop).wait()
 

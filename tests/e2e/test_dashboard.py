@@ -112,7 +112,7 @@ def test_a_live_run(federation: Federation, browser: Browser, tmp_path: Path) ->
         refused = seen.wait("#rejected li", "not_finite")
         assert NAN in refused
         assert "shard-0-3" in refused
-        seen.wait("#journal li", f"rejected a message: {NAN}")
+        seen.wait("#journal li", f"rejected a message of shard-0-3: {NAN}")
         metrics = read(f"{url}metrics")
         assert 'fluffle_rejected_messages_total{cause="not_finite"} 1.0' in metrics
         assert "fluffle_rounds_committed_total 2.0" in metrics

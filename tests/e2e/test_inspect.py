@@ -328,7 +328,7 @@ def test_rejected_lists_shows_requeues_and_purges(federation, channel, told, ask
 
     (sent,) = told("rejected", "requeue", 2)
     assert (sent["exchange"], sent["key"]) == (topology.results, "update.w1")
-    coordinator.wait_for("rejected a message: it belongs to run r")  # still invalid
+    coordinator.wait_for("rejected a message of w1: it belongs to run r")  # still invalid
     harness.wait_until(both, "it is rejected again")
     purge = ask("rejected", "purge", "--yes")
     assert purge.end() == 0

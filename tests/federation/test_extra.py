@@ -174,7 +174,7 @@ def test_tensors_that_nobody_requests_stay_with_the_worker(federated):
         ({"steps": ()}, {"steps": np.array(1)}, "'steps' is int64 ()"),
         ({"steps": ()}, {"step": np.ones(())}, "'steps' is missing"),
         ({"steps": ()}, {"steps": np.ones(()), "more": np.ones(1)}, "'more' was not requested"),
-        ({"steps": ()}, {"steps": np.array(np.nan)}, "'steps' has 1 values that are NaN"),
+        ({"steps": ()}, {"steps": np.array(np.nan)}, "'steps' has 1 value that is NaN"),
         ("model", {"w": np.ones(3)}, "'w' is float64 (3,), expected floats of shape (4,)"),
         ("model", {"v": np.ones(4)}, "'v' was not requested"),
     ],
@@ -210,7 +210,7 @@ def test_an_invalid_broadcast_stops_the_run(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, min_workers=1, strategy=named)
         federation.worker("a", Descent("a"))
-        with pytest.raises(TaskError, match=r"in broadcast\(\): .* tensor 'c' has 1 values"):
+        with pytest.raises(TaskError, match=r"in broadcast\(\): .* tensor 'c' has 1 value "):
             await coordinator.end()
 
     federated(scenario)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import json
 import math
@@ -125,6 +126,24 @@ def test_a_failing_hook_is_reported_once_and_loses_no_round(federated, capsys):
     errors = capsys.readouterr().err
     assert errors.count("Traceback") == 1
     assert 'raise KeyError("accuracy")' in errors
+
+
+@pytest.mark.parametrize(
+    "wrong", [asyncio.CancelledError, KeyboardInterrupt, GeneratorExit, SystemExit]
+)
+def test_a_hook_cannot_end_the_process(federated, capsys, wrong):
+    def evaluate(weights):
+        raise wrong
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(1, hooks=Hooks(evaluate))
+        federation.workers(2)
+        assert (await coordinator.end()).outcome == "finished"
+        (note,) = coordinator.log.of("note")
+        assert f"evaluate hook failed: {wrong.__name__} (test_hooks.py:" in note["what"]
+
+    federated(scenario)
+    assert "raise wrong" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("wrong", [0.5, {"accuracy": "high"}, {"accuracy": np.zeros(2)}])

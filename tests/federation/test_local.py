@@ -11,6 +11,8 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from sklearn.datasets import load_digits
 
 import fluffle
 from fluffle.keywords import as_keywords
+from fluffle.run_folder import RunFolder
 from fluffle_common.protocol.messages import Plan
 
 ROOT = Path(__file__).parents[2]
@@ -244,6 +247,7 @@ INTERRUPTED = """
 import sys, time
 import fluffle
 from fluffle.keywords import as_keywords
+from fluffle.run_folder import RunFolder
 from tests.federation.test_local import Adder
 
 def on_round(commit):
@@ -370,6 +374,17 @@ def test_errors_name_keywords_and_leave_command_lines_as_they_are():
     assert str(named.value) == (
         "max_round=, folder= and --elsewhere; 'fluffle history --run x' (deadline=)"
     )
+
+
+@pytest.mark.parametrize(
+    ("failed", "more"), [({"b": "it has a NaN"}, ""), ({}, "; b was rejected: it has a NaN")]
+)
+def test_a_run_that_stops_says_its_reason_once(tmp_path, failed, more):
+    reason = "every worker failed; b: it has a NaN" if failed else "round 1 has 0 of 1 updates"
+    state: Any = SimpleNamespace(outcome="stopped", reason=reason, failed=failed)
+    with pytest.raises(fluffle.RunError) as stopped:
+        RunFolder(tmp_path).result(state, "b was rejected: it has a NaN")
+    assert str(stopped.value) == f"the run stopped: {reason}{more}"
 
 
 @pytest.mark.parametrize(

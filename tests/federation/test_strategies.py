@@ -336,13 +336,16 @@ def test_a_strategy_cannot_make_the_model_writeable(tmp_path):
         strategy.finish([{"w": np.ones(3)}], {"w": np.zeros(3)})
 
 
+CANCEL = "import asyncio; raise asyncio.CancelledError"
 WRONG = {
     "fold": ({"fold": "raise KeyError('b')"}, r"fold\(\) of the update of [ab]: KeyError: 'b' \("),
     "exit": ({"fold": "raise SystemExit(3)"}, r"fold\(\) of the update of [ab]: SystemExit: 3"),
+    "cancel": ({"fold": CANCEL}, r"fold\(\) of the update of [ab]: CancelledError \(broken"),
+    "close": ({"finish": "raise GeneratorExit"}, r"finish\(\): GeneratorExit \(broken.py:16\)"),
     "in place": ({"fold": "one.delta['w'][0] = 1"}, "read-only"),
     "base": ({"finish": "weights['w'][0] = 1"}, "read-only"),
     "finish": ({"finish": "1 / 0"}, r"finish\(\): ZeroDivisionError: .* \(broken.py:16\)"),
-    "nan": ({"finish": "new['w'][1] = np.nan"}, r"tensor 'w' has 1 values that are NaN"),
+    "nan": ({"finish": "new['w'][1] = np.nan"}, r"tensor 'w' has 1 value that is NaN"),
     "inf": ({"finish": "new['w'][:] = np.inf"}, r"tensor 'w' has 4 values that are NaN"),
     "shape": ({"finish": "new['w'] = new['w'][:2]"}, r"has shape \(2,\), the model has \(4,\)"),
     "dtype": ({"finish": "new['w'] = new['w'].astype(float)"}, "is float64, expected float32"),
@@ -387,7 +390,7 @@ def test_a_failing_strategy_ends_the_run_and_loses_nothing(federated, tmp_path, 
 
     federated(scenario)
     shown = capsys.readouterr().err
-    raises = case in ("fold", "exit", "in place", "base", "finish")
+    raises = case in ("fold", "exit", "cancel", "close", "in place", "base", "finish")
     assert ("the error in the strategy's code:" in shown) == raises
     assert ("broken.py" in shown) == raises
     assert "guarded_strategy.py" not in shown

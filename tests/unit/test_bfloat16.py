@@ -46,7 +46,7 @@ def update(tensors: dict[str, np.ndarray], encoding: str | None) -> tuple[Update
 def test_values_that_are_not_finite_are_found(value):
     bad = np.ones(2000, BFLOAT16)
     bad[1234] = value
-    with pytest.raises(ValueError, match="'w' has 1 values that are NaN or infinite"):
+    with pytest.raises(ValueError, match="'w' has 1 value that is NaN or infinite"):
         check_finite({"w": bad})
     check_finite({"w": np.full(2000, ml_dtypes.finfo(BFLOAT16).max, BFLOAT16)})
 
@@ -201,7 +201,7 @@ def test_a_run_may_start_from_a_bfloat16_file(tmp_path):
         ({"mask": np.ones(3, bool)}, "'mask' is bool, .* use uint8"),
         ({"x" * 501: np.ones(3)}, "a name of 501 characters"),
         ({"c": np.ones(3, np.complex64)}, "'c' is complex64, .* its real and"),
-        ({"w": np.array([1, np.nan], BFLOAT16)}, "'w' has 1 values that are NaN"),
+        ({"w": np.array([1, np.nan], BFLOAT16)}, "'w' has 1 value that is NaN"),
         ({}, "the weights contain no tensors"),
     ],
 )

@@ -265,7 +265,10 @@ def test_a_port_in_use_is_said_in_one_line(occupied: str) -> None:
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("address", ["8o8o", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", ""])
+@pytest.mark.parametrize(
+    "address",
+    ["8o8o", "127.0.0.1", "127.0.0.1:", "127.0.0.1:70000", "", "a\udcff:0", "a..b:0"],
+)
 def test_what_is_no_address(address: str) -> None:
     with pytest.raises(UsageError, match="HOST:PORT"):
         listen(address, "--dashboard")

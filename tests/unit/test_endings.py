@@ -108,9 +108,18 @@ def test_a_missing_init_file_is_reported_and_the_run_continues(store, tmp_path):
     assert (store.folder / checkpoint_name(0)).exists()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.EACCES, errno.EROFS])
+FOLDER = "cannot use the run folder .* --run"
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        *((number, FOLDER) for number in (errno.ENOLCK, errno.ENOTSUP, errno.EACCES, errno.EROFS)),
+        (errno.EMFILE, "^too many open files; .*'ulimit -n 4096'"),
+    ],
+)
 async def test_a_folder_that_cannot_be_locked_is_an_error_in_one_line(
-    monkeypatch, tmp_path, number
+    monkeypatch, tmp_path, number, message
 ):
     def refuse(*_: object) -> None:
         raise OSError(number, "refused by the system")
@@ -118,7 +127,7 @@ async def test_a_folder_that_cannot_be_locked_is_an_error_in_one_line(
     monkeypatch.setattr(fcntl, "flock", refuse)
     store = RunStore(tmp_path / "run")
     settings = SimpleNamespace(federation="f")
-    with pytest.raises(RunError, match=r"cannot use the run folder .* --run") as caught:
+    with pytest.raises(RunError, match=message) as caught:
         await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
     assert "\n" not in str(caught.value)
 

@@ -71,6 +71,21 @@ def test_the_metrics_of_an_evaluation_are_fields_too():
         ("joined", {"worker": ["north"], "mood": "good"}, "? joined with ? examples"),
         ("opened", {"round": 1.0, "asked": "north"}, "round ?: opened for ?, ? updates needed"),
         ("evaluated", {"loss": float("nan")}, "round ?: loss ? on ? held-out examples"),
+        (
+            "evaluated",
+            {"round": 1, "loss": 1.7e308, "num_examples": 5, "metrics": {"mae": -2e9}},
+            "round 1: loss 1.7000e+308, mae -2.0000e+09 on 5 held-out examples",
+        ),
+        (
+            "rejected",
+            {"reason": "it has a NaN", "worker": "b"},
+            "rejected a message of b: it has a NaN",
+        ),
+        (
+            "rejected",
+            {"reason": "it names b as its sender, but", "worker": "b", "cause": "sender"},
+            "rejected a message: it names b as its sender, but",
+        ),
         ("eclipse", {"seen_by": ["north", "south"]}, "eclipse: seen_by north, south"),
         ("eclipse", {}, "eclipse"),
     ],

@@ -134,7 +134,7 @@ def test_a_later_event_says_more_of_a_worker_than_its_rejected_update():
     assert "Still waiting for b: connected, no update yet" in story.explained(now=30)[1]
     _, text = rejected_b().add(20, "gone", worker="b", silent_s=5.0).explained(now=30)
     assert "Still waiting for b: it has been gone since" in text
-    assert "rejected a message: it has a NaN (b)." in text
+    assert "rejected a message of b: it has a NaN." in text
 
 
 def test_a_rejected_update_is_named_after_the_commit_too():

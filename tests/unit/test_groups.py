@@ -124,7 +124,7 @@ def test_a_name_may_be_in_two_groups_but_not_twice_in_one():
         ("model", {"w": np.ones(1)}, "tensors", r"'w' is float64 \(1,\), expected floats of sha"),
         ({"k": (2,)}, {"k": np.ones(2, np.int8)}, "tensors", "'k' is int8"),
         ({"k": (2,)}, {"l": np.ones(2)}, "tensors", "'k' is missing"),
-        ({"k": (2,)}, {"k": np.array([1, np.inf])}, "not_finite", "'k' has 1 values that are NaN"),
+        ({"k": (2,)}, {"k": np.array([1, np.inf])}, "not_finite", "'k' has 1 value that is NaN"),
     ],
 )
 def test_extra_tensors_that_do_not_match_the_plan_are_refused(wanted, extra, cause, reason):

@@ -86,6 +86,6 @@ def test_a_worker_takes_what_is_broadcast_and_passes_over_groups_that_it_does_no
 
 
 def test_a_broadcast_that_is_not_finite_is_refused():
-    with pytest.raises(MalformedMessage, match="tensor 'c' has 1 values that are NaN") as wrong:
+    with pytest.raises(MalformedMessage, match="tensor 'c' has 1 value that is NaN") as wrong:
         check_message(fit_with({"extra": {"c": np.array([np.nan])}}), "f")
     assert wrong.value.cause == "not_finite"

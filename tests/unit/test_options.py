@@ -13,6 +13,7 @@ from fluffle_common.cli.app import fluffle
 from fluffle_common.cli.settings import cache_folder, parse_classes, parse_config
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Plan
+from fluffle_worker.cli import worker
 
 WRONG = ["nan", "NaN", "-nan", "inf", "-inf", "1e999", "-1"]
 
@@ -183,6 +184,9 @@ def test_an_invalid_url_from_the_environment_is_named_so(monkeypatch):
 def test_class_names_must_differ(text):
     with pytest.raises(UsageError, match="--classes expects"):
         parse_classes(text)
+    words = ["--federation", "f", "--data", "x", "--classes", text]
+    with pytest.raises(UsageError, match="--classes expects"):
+        CliRunner().invoke(worker, words, catch_exceptions=False)
 
 
 def test_a_user_without_a_home_gets_the_remedy(monkeypatch):

@@ -313,7 +313,7 @@ def with_nan_at_the_end() -> dict[str, Array]:
         (values(9), replaced(-2, flipped), "tensors", "replaced or damaged"),
         (values(9), replaced(3, lambda payload: payload[:-4]), None, "8 of 9 parts arrived"),
         (values(9), lambda parts: parts[:-1], None, "8 of 9 parts are in the queue"),
-        (with_nan_at_the_end(), list, "not_finite", "tensor 'scale' has 1 values"),
+        (with_nan_at_the_end(), list, "not_finite", "tensor 'scale' has 1 value "),
     ],
     ids=["digest", "length", "missing", "NaN in the last part"],
 )

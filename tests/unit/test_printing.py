@@ -184,6 +184,8 @@ def test_debug_shows_the_traceback(raising, capsys, monkeypatch):
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "cannot write (No space left on"),
+        (OSError(errno.EMFILE, "Too many open files", "/x"), "'ulimit -n 4096'"),
+        (OSError(errno.ENFILE, "Too many open files in system"), "files on this machine"),
         (ModuleNotFoundError("No module", name="rpds"), "the package 'rpds' is missing"),
         (ExceptionGroup("g", [ValueError("inner")]), "ValueError: inner"),
     ],

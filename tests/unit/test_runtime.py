@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,6 +13,8 @@ import sys
 import pytest
 
 from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.errors import RunError, TaskError
+from fluffle_coordinator.service.user_calls import call_guarded
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -37,9 +41,36 @@ def test_a_signal_ends_the_program_with_the_usual_exit_code(number):
     assert caught.value.exit_code == 128 + number
 
 
+def test_too_few_open_files_are_refused_before_the_loop_runs():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    main = hit(signal.SIGINT, 0.0)
+    used = os.dup(0)
+    os.close(used)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, limits[1]))
+    try:
+        with pytest.raises(RunError, match=f"this process may open {used + 10}: .*ulimit -n"):
+            run_until_signalled(main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert inspect.getcoroutinestate(main) == inspect.CORO_CLOSED
+
+
 def test_under_nohup_sighup_is_ignored():
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     assert run_until_signalled(hit(signal.SIGHUP, 0.1)) == "went on"
+
+
+def test_a_keyboard_interrupt_without_a_signal_is_an_error_of_the_user_s_code():
+    def fail():
+        raise KeyboardInterrupt
+
+    async def run():
+        call_guarded("schedule s.py:s", "may_close()", fail)
+
+    with pytest.raises(KeyboardInterrupt):  # before the loop runs, it may be Ctrl-C
+        call_guarded("schedule s.py:s", "max_staleness", fail)
+    with pytest.raises(TaskError, match="s.py:s failed in may_close.*KeyboardInterrupt"):
+        run_until_signalled(run())
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])

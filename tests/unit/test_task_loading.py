@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +79,34 @@ def test_a_task_file_replaces_no_module_of_its_name(here):
     assert type(task).__module__ in sys.modules  # so that it can be pickled
 
 
+@pytest.mark.parametrize("name", ["tabnanny", "xml.dom.pulldom", "__main__"])
+def test_a_task_file_replaces_no_module_that_is_imported_later(here, monkeypatch, name):
+    if name != "__main__":
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    assert load_task(f"{write(here, f'{name}.py', TASK)}:task", OPTIONS)
+    assert not hasattr(importlib.import_module(name), "Task")
+
+
+@pytest.mark.parametrize(
+    "change", ["sys.path.remove(sys.path[0])", "sys.path.clear()", "sys.path = []"]
+)
+def test_a_task_file_that_changes_the_search_path_breaks_no_later_import(here, change):
+    before = list(sys.path)
+    text = f"import sys; {change}; sys.path.append('/added')\n{TASK}"
+    assert load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
+    assert sys.path == (before if "remove" in change else []) + ["/added"] + (
+        [] if "remove" in change else before
+    ) + [str(here)]
+
+
+@pytest.mark.parametrize("name", [".:task", "..stream:task", "./stream:task"])
+def test_a_task_has_no_relative_name(here, name):
+    with pytest.raises(
+        UsageError, match=f"--task expects module:name or path.py:name, not '{name}"
+    ):
+        load_task(name, OPTIONS)
+
+
 @pytest.mark.parametrize(
     ("module", "remedy"),
     [
@@ -100,7 +129,16 @@ def test_a_missing_module_is_named_with_what_brings_it(here, monkeypatch, module
     assert "\n" not in str(wrong.value)
 
 
-@pytest.mark.parametrize("broken", ["raise KeyError('x')", "import sys; sys.exit(3)"])
+@pytest.mark.parametrize(
+    "broken",
+    [
+        "raise KeyError('x')",
+        "import sys; sys.exit(3)",
+        "import asyncio; raise asyncio.CancelledError",
+        "raise GeneratorExit",
+        "import sys; del sys.modules[__name__]; raise KeyError('x')",
+    ],
+)
 @pytest.mark.parametrize("late", [False, True])
 def test_what_fails_while_it_is_loaded_is_told_with_file_and_line(here, capsys, broken, late):
     text = TASK.replace("return Task()", broken) if late else f"{broken}\n"
@@ -113,6 +151,14 @@ def test_what_fails_while_it_is_loaded_is_told_with_file_and_line(here, capsys, 
     assert "Traceback" in stderr
     assert broken in stderr
     assert "task_loading.py" not in stderr
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_while_a_task_loads_is_no_error_of_the_task(here, late):
+    broken = "raise KeyboardInterrupt"
+    text = TASK.replace("return Task()", broken) if late else f"{broken}\n"
+    with pytest.raises(KeyboardInterrupt):
+        load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
 
 
 # --- errors of a user's code -------------------------------------------------------------------
@@ -180,7 +226,7 @@ def test_counts_and_classes_of_any_kind_will_do():
         ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
         ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
         ({"classes": 10}, "has classes 10; the names"),
-        ({"classes": map(len, [1])}, "has classes <map .*; the names"),
+        ({"classes": iter("ab")}, "has classes <str.*; the names"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):

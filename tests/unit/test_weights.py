@@ -129,9 +129,9 @@ def test_the_unspoilt_example_is_a_delta():
         ({"more": np.float32([1])}, "unknown more"),
         ({"w": None}, "missing w"),
         ({"w": None, "v": np.ones((2, 3), np.float32)}, "missing w; unknown v"),
-        ({"w": np.float32([[1, 2, np.nan], [1, 2, 3]])}, "'w' has 1 values that are NaN or inf"),
+        ({"w": np.float32([[1, 2, np.nan], [1, 2, 3]])}, "'w' has 1 value that is NaN or inf"),
         ({"w": np.float32([[1, 2, np.inf], [-np.inf, 2, 3]])}, "'w' has 2 values"),
-        ({"s": np.array(np.inf, np.float32)}, "'s' has 1 values"),
+        ({"s": np.array(np.inf, np.float32)}, "'s' has 1 value "),
     ],
 )
 def test_a_tensor_that_does_not_match_the_model_is_refused_by_name(changes, reason):
@@ -172,7 +172,7 @@ def test_exactly_the_values_that_are_not_finite_are_refused(dtype, data):
     bad = int((~np.isfinite(array)).sum())
     for check in (check_finite, finite_norm):
         if bad:
-            with pytest.raises(ValueError, match=f"'w' has {bad} values"):
+            with pytest.raises(ValueError, match=f"'w' has {bad} value"):
                 check({"w": array})
         else:
             check({"w": array})
@@ -245,5 +245,5 @@ def test_a_norm_beyond_float64_is_the_largest_float64():
 def test_a_single_bad_value_among_many_is_found(where, value, others):
     tensor = np.full(20_000, others, np.float32)
     tensor[where] = value
-    with pytest.raises(NotFinite, match="'w' has 1 values"):
+    with pytest.raises(NotFinite, match="'w' has 1 value "):
         check_finite({"w": tensor})

@@ -214,18 +214,18 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
 
 def _task(worker: str, options: dict[str, Any]) -> Task:
     """Load the task and apply the options for classes and the local rule."""
+    from fluffle_common.cli.settings import parse_classes
     from fluffle_worker.local.loading import use_local_rule
     from fluffle_worker.task import TaskOptions
     from fluffle_worker.task_loading import load_task
 
-    classes = options["classes"]
     task = load_task(
         options["task"],
         TaskOptions(
             data=options["data"],
             worker=worker,
             seed=options["seed"],
-            classes=tuple(classes.split(",")) if classes else None,
+            classes=parse_classes(options["classes"]),
         ),
     )
     if options["local_rule"]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.user_code import one_line
+from fluffle_common.cli.user_code import is_ctrl_c, one_line
 from fluffle_common.durable_files import make_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_metadata
@@ -115,7 +115,9 @@ class FrozenTensors:
             given = give()
         except TaskError:
             raise
-        except (Exception, SystemExit) as why:
+        except BaseException as why:
+            if is_ctrl_c(why):
+                raise
             raise TaskError(f"the task's frozen() failed: {one_line(why)}") from why
         return arrays(given, "frozen()", "the frozen tensors")
 

@@ -24,6 +24,7 @@ from fluffle_common.protocol.events import (
     Sent,
     Waiting,
     Welcomed,
+    decimal,
 )
 from fluffle_common.protocol.exchanges import Handlers, handle_exchange
 from fluffle_common.protocol.messages import (
@@ -347,7 +348,7 @@ class WorkerService:
         self._presence.now("training", work, steps=steps)
         self._presence.progress(step, loss)
         self._steps = steps
-        shown = f"round {work.round}" + (f", loss {loss:.4f}" if loss is not None else "")
+        shown = f"round {work.round}" + (f", loss {decimal(loss)}" if loss is not None else "")
         self._bar("training", step, steps, shown)
 
     # --- messages sent ---------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.user_code import one_line, sendable
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, sendable
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
@@ -41,7 +41,9 @@ def signature_of_task(task: Task) -> Signature:
         form = _form(ask()) if callable(ask) else signature_of(arrays(task.init(0), "init()"))
     except TaskError:
         raise
-    except (Exception, SystemExit) as why:
+    except BaseException as why:
+        if is_ctrl_c(why):
+            raise
         fails = "init() fails, so this worker cannot make first weights"
         if callable(ask):
             fails = "model_form() fails, so nobody can check that it has the federation's model"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -132,8 +132,14 @@ class TaskOptions:
 
 
 def classes_of(task: Task) -> tuple[str, ...]:
-    """Return the names of a task's classes, in the order of its model's outputs; else ()."""
+    """Return the names of a task's classes, in the order of its model's outputs; else ().
+
+    Raises:
+        TypeError: if they cannot be iterated over, or only once.
+    """
     given = getattr(task, "classes", None)
+    if isinstance(given, Iterator):
+        raise TypeError
     return () if given is None else tuple(sendable(str(name)) for name in given)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fluffle_common.cli.loading import Place
-from fluffle_common.cli.user_code import one_line
+from fluffle_common.cli.user_code import is_ctrl_c, one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.task import Task, TaskOptions, check_task
 from fluffle_worker.user_code import CALLERS, warn_in_full
@@ -28,7 +28,9 @@ def load_task(name: str, options: TaskOptions) -> Task:
         raise
     except ModuleNotFoundError as why:
         raise place.missing(why) from None
-    except (Exception, SystemExit) as why:
+    except BaseException as why:
+        if is_ctrl_c(why):
+            raise
         warn_in_full(why)
         raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
     return check_task(name, task)

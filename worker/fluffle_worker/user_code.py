@@ -35,7 +35,9 @@ def call_task(name: str, what: str, call: Callable[..., Any], *arguments: Any) -
         return call(*arguments)
     except TaskError:
         raise
-    except (Exception, SystemExit) as why:
+    except BaseException as why:
+        if user_code.is_ctrl_c(why):
+            raise
         raise TaskError(f"{what} of the task {name} fails: {user_code.one_line(why)}") from why
 
 

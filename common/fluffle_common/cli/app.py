@@ -16,6 +16,7 @@ from typing import Any, cast
 import click
 from click.core import ParameterSource
 
+from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.cli.printing import (
     ReaderGone,
     echo,
@@ -354,6 +355,8 @@ def unexpected(wrong: BaseException) -> str:
         return str(wrong)
     if isinstance(wrong, MemoryError):
         return "out of memory"
+    if isinstance(wrong, OSError) and (text := too_many_files(wrong)):
+        return text
     if isinstance(wrong, OSError) and wrong.filename is not None:
         return f"cannot use {os.fsdecode(wrong.filename)} ({wrong.strerror})"
     if isinstance(wrong, OSError) and wrong.errno in _NO_ROOM:

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
-from fluffle_common.cli.user_code import one_line, warn_in_full
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
 
 # What an extra of fluffle brings, for the import names of its packages.
@@ -59,7 +59,8 @@ class Place:
             UsageError: if it is neither.
         """
         where, colon, attribute = name.rpartition(":")
-        if not colon or not where or not attribute:
+        relative = where.startswith(".") and not where.endswith(".py")
+        if not colon or not where or not attribute or relative:
             raise UsageError(f"--{what} expects module:name or path.py:name, not '{name}'")
         return cls(what, where, attribute)
 
@@ -127,7 +128,9 @@ class Place:
             raise self.missing(why) from None
         except (UsageError, TaskError):
             raise
-        except (Exception, SystemExit) as why:
+        except BaseException as why:
+            if is_ctrl_c(why):
+                raise
             warn_in_full(why, self.what, callers)
             raise TaskError(
                 f"the {self.what}'s file {self.where} fails to load: {one_line(why)}"
@@ -139,9 +142,7 @@ class Place:
             raise UsageError(f"there is no file {self.where} (--{self.what})")
         path = path.resolve()
         name = path.stem
-        existing = sys.modules.get(name)
-        if existing is not None and getattr(existing, "__file__", None) != str(path):
-            # A user's queue.py must not replace the module queue.
+        if _is_another_module(name, path):
             name = f"fluffle_{self.what}_{name}"
         spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None
@@ -152,7 +153,7 @@ class Place:
             with _searched_first(str(path.parent)):
                 spec.loader.exec_module(module)
         except BaseException:
-            del sys.modules[name]
+            sys.modules.pop(name, None)  # the file may have removed it itself
             raise
         return module
 
@@ -170,7 +171,9 @@ def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) 
     """
     try:
         return point.load()
-    except (Exception, SystemExit) as why:
+    except BaseException as why:
+        if is_ctrl_c(why):
+            raise
         warn_in_full(why, what, {*callers, __file__})
         raise TaskError(
             f"the {what} {point.name} of {point.value} fails to load: {one_line(why)}"
@@ -211,12 +214,26 @@ def _searched_first(folder: str) -> Iterator[None]:
     """Put a folder at the start of ``sys.path``, and on exit at the end.
 
     Imports inside the user's functions then still find modules in the folder, but these do not
-    shadow modules that fluffle imports later.
+    shadow modules that fluffle imports later. Folders that the user's code removes come back at
+    the end, because fluffle imports from them.
     """
+    before = list(sys.path)
     sys.path.insert(0, folder)
     try:
         yield
     finally:
-        sys.path.remove(folder)
-        if folder not in sys.path:
-            sys.path.append(folder)
+        if folder in sys.path:
+            sys.path.remove(folder)
+        sys.path.extend(one for one in [*before, folder] if one not in sys.path)
+
+
+def _is_another_module(name: str, path: Path) -> bool:
+    """Whether a name belongs to a module that a user's file must not replace.
+
+    That module need not be loaded yet: a user's uvloop.py must not replace the module uvloop.
+    """
+    try:
+        found = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # "a.b" without a package a; a module without a spec
+        return name in sys.modules
+    return found is not None and (found.origin is None or Path(found.origin).resolve() != path)

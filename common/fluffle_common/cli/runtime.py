@@ -15,12 +15,16 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from fluffle_common.cli.open_files import check_open_files
 from fluffle_common.cli.printing import prepare_streams
+from fluffle_common.errors import RunError
 
 T = TypeVar("T")
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
+# The event loop, a connection and the files of a run. Without its own, uvloop does not even end.
+_OPEN_FILES = 16
 # asyncio creates thousands of small objects per round, few of them in reference cycles.
 _GC_THRESHOLDS = (10_000, 20, 20)
 # Parameters of glibc's mallopt. Every round allocates messages and models of a few megabytes. Up to
@@ -52,7 +56,13 @@ def run_until_signalled(
 
     Raises:
         Interrupted: after a signal, once the coroutine has cleaned up.
+        RunError: if the process may not open the files of an event loop.
     """
+    try:
+        check_open_files(_OPEN_FILES)
+    except RunError:
+        main.close()
+        raise
     received: list[int] = []
     _reset_signals_in_children()
     prepare_streams()  # a task may have closed one; libuv aborts if it must close 0, 1 or 2

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sysconfig
+import threading
 import traceback
 from collections.abc import Collection
 from functools import cache
@@ -61,6 +63,19 @@ def warn_in_full(why: BaseException, what: str, callers: Collection[str]) -> Non
     """
     warn(f"the error in the {what}'s code:")
     echo(*full_trace(why, callers).splitlines(), err=True)
+
+
+def is_ctrl_c(why: BaseException) -> bool:
+    """Whether Ctrl-C may have raised this, so that it is no error of the user's code.
+
+    Python raises ``KeyboardInterrupt`` for the signal only in the main thread, and only until a
+    running event loop has taken over SIGINT.
+    """
+    return (
+        isinstance(why, KeyboardInterrupt)
+        and threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
 
 
 def sendable(text: str, longest: int | None = None) -> str:

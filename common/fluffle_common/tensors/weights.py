@@ -234,7 +234,8 @@ def _norm_of_pieces(update: InPieces) -> float:
 
 
 def _not_finite(name: str, bad: int) -> NotFinite:
-    return NotFinite(f"tensor '{name}' has {bad} values that are NaN or infinite")
+    values = "1 value that is" if bad == 1 else f"{bad} values that are"
+    return NotFinite(f"tensor '{name}' has {values} NaN or infinite")
 
 
 def _count_not_finite(values: Array) -> int:

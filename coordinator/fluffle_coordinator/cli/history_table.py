@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluffle_common.cli.printing import table
+from fluffle_common.protocol.events import decimal
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -112,4 +113,4 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
+    return "" if value is None else decimal(value)

@@ -79,7 +79,12 @@ def listen(address: str, flag: str) -> socket.socket:
     """
     host, _, port = address.rpartition(":")
     host = host.strip("[]") or "127.0.0.1"
-    if not port.isdecimal() or int(port) > 65535:
+    try:
+        host.encode("idna")  # as the socket does, which would not be closed after the error
+        valid = port.isdecimal() and int(port) <= 65535
+    except UnicodeError:
+        valid = False
+    if not valid:
         raise UsageError(f"{flag} expects HOST:PORT such as 127.0.0.1:8080, not '{address}'")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.events import Failure, Left, RunEvent
+from fluffle_common.protocol.events import Failure, Left, RunEvent, decimal
 from fluffle_coordinator.observe.explain import Explanation, longest_wait
 from fluffle_coordinator.observe.round_view import Note
 from fluffle_coordinator.observe.worker_view import Departure
@@ -316,9 +316,9 @@ def _closing(explanation: Explanation) -> Iterator[str]:
     if steps:
         yield f"Of that, {', '.join(steps)}."
     if this.loss is not None:
-        metrics = "".join(f", {name} {value:.4f}" for name, value in this.metrics.items())
+        metrics = "".join(f", {name} {decimal(value)}" for name, value in this.metrics.items())
         on = "" if this.evaluated_on is None else f" on {this.evaluated_on:.0f} held-out examples"
-        yield f"Its model was evaluated: loss {this.loss:.4f}{metrics}{on}."
+        yield f"Its model was evaluated: loss {decimal(this.loss)}{metrics}{on}."
 
 
 def _longest(explanation: Explanation) -> Iterator[str]:

@@ -194,7 +194,7 @@ class HookCalls:
 def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
     try:
         return call(), None
-    except (Exception, SystemExit) as why:  # SystemExit too: a hook must not end the process
+    except BaseException as why:  # even SystemExit: a hook must not end the process
         return None, why
 
 

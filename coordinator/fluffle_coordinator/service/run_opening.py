@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
@@ -85,6 +86,8 @@ def _usable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as why:
+        if text := too_many_files(why):
+            raise RunError(text) from None
         what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
         raise RunError(
             f"cannot use the run folder {folder} ({what}); the folder must be writable and on a "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from fluffle_common.clock import monotonic
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.observe.watchers import Watcher
@@ -15,15 +17,18 @@ class Standby:
     Args:
         what: what another coordinator holds: the run folder, or the federation on a broker.
         watcher: receives the reports.
+        warning: what follows from waiting for this, said with the first report.
     """
 
-    def __init__(self, what: str, watcher: Watcher) -> None:
-        self._what, self._watcher = what, watcher
+    def __init__(self, what: str, watcher: Watcher, warning: str = "") -> None:
+        self._what, self._watcher, self._warning = what, watcher, warning
         self._reported_at: float | None = None
 
     def waits(self) -> None:
         """Note another attempt that failed because of the other coordinator."""
         now = monotonic()
+        if self._reported_at is None and self._warning:
+            self._watcher.record(run_events.Note(what=self._warning))
         if self._reported_at is None or now - self._reported_at >= _REPORT_EVERY_S:
             self._reported_at = now
             self._watcher.record(run_events.Standby(what=self._what))
@@ -34,3 +39,13 @@ class Standby:
             self._reported_at = None
             what = f"no other coordinator holds {self._what} any more; taking over"
             self._watcher.record(run_events.Note(what=what))
+
+
+def standby_of(federation: str, run: str, folder: Path, watcher: Watcher) -> Standby:
+    """Return the reports of a coordinator with a run of its own, which waits for the broker."""
+    return Standby(
+        f"federation {federation} on this broker",
+        watcher,
+        f"this coordinator takes over with its own run {run} in {folder}, and rejects the other "
+        "run's updates; to continue that run, give the same --run",
+    )

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, lower_is_better
 from fluffle_coordinator.storage.round_stats import seconds_of
 
@@ -101,7 +102,7 @@ class Standing:
         """Return the reason to end the run; empty to continue."""
         rules, name = self._stopping, self._stopping.metric
         if self._since is not None:
-            of = f"{self._value:.4f} in round {self._since}"
+            of = f"{decimal(self._value)} in round {self._since}"
             if rules.target is not None and self._sign * (self._value - rules.target) >= 0:
                 return f"{name} reached {of} (--target {rules.target:g})"
             if rules.patience is not None and self._latest - self._since >= rules.patience:

@@ -14,7 +14,7 @@ from concurrent.futures import Executor, Future
 from typing import Any, NoReturn, TypeVar
 
 from fluffle_common.cli.exit_now import exit_now
-from fluffle_common.cli.user_code import one_line, warn_in_full
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
 from fluffle_common.errors import RunError, TaskError
 from fluffle_common.protocol.events import Slow
 
@@ -53,7 +53,9 @@ def call_guarded(
         return function(*on)
     except RunError:
         raise
-    except (Exception, SystemExit) as why:
+    except BaseException as why:
+        if is_ctrl_c(why):
+            raise
         if not ours:
             warn_in_full(why, what.partition(" ")[0], _CALLERS)
         raise failed(what, where, one_line(why, _CALLERS)) from why

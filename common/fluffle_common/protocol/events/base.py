@@ -45,6 +45,7 @@ class _Integer(int):
 
 
 _MISSING = _Missing()
+_HUGE = 1e9  # from here on, four decimals tell nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +183,15 @@ def formatted(value: Any) -> Any:
     if isinstance(value, int):
         return _Integer(value)
     return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+
+
+def decimal(value: float) -> str:
+    """Return a loss or metric with four decimals, or in scientific notation if it is huge.
+
+    >>> decimal(0.25), decimal(-1.7e308)
+    ('0.2500', '-1.7000e+308')
+    """
+    return f"{value:.4f}" if abs(value) < _HUGE else f"{value:.4e}"
 
 
 # --- readers: from untrusted values to fields ---------------------------------------------------

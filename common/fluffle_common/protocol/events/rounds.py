@@ -11,6 +11,7 @@ from fluffle_common.protocol.events.base import (
     Numbers,
     RunEvent,
     Text,
+    decimal,
     event,
 )
 
@@ -98,7 +99,7 @@ class Resend(RunEvent):
     reason: Text = None
 
 
-@event("rejected", "rejected a message: {reason}", "bad")
+@event("rejected", "rejected a message{of}: {reason}", "bad")
 class Rejected(RunEvent):
     """A message was moved to the rejected queue; ``cause`` is one of ``errors.CAUSES``."""
 
@@ -108,6 +109,10 @@ class Rejected(RunEvent):
     worker: Text = None
     round: Integer = None
     num_examples: Integer = None
+
+    def _derived(self) -> dict[str, str]:
+        # A message with the wrong sender is not of the worker that it names.
+        return {"of": f" of {self.worker}" if self.worker and self.cause != "sender" else ""}
 
 
 @event("failure", "round {round}: the task of {worker} failed: {reason}", "bad")
@@ -174,9 +179,7 @@ class Privacy(RunEvent):
     delta: Number = None
 
 
-@event(
-    "evaluated", "round {round}: loss {loss:.4f}{more} on {num_examples} held-out examples", "good"
-)
+@event("evaluated", "round {round}: loss {loss}{more} on {num_examples} held-out examples", "good")
 class Evaluated(RunEvent):
     round: Integer = None
     num_examples: Integer = None
@@ -190,7 +193,8 @@ class Evaluated(RunEvent):
         return {**fields, **(self.metrics or {}), **fields}
 
     def _derived(self) -> dict[str, str]:
-        return {"more": _listed(self.metrics)}
+        loss = {} if self.loss is None else {"loss": decimal(self.loss)}
+        return {"more": _listed(self.metrics), **loss}
 
 
 @event("personal", "round {round}: after local training{more} on held-out examples", "good")
@@ -214,4 +218,4 @@ class Tested(RunEvent):
 
 
 def _listed(metrics: Numbers) -> str:
-    return "".join(f", {name} {value:.4f}" for name, value in (metrics or {}).items())
+    return "".join(f", {name} {decimal(value)}" for name, value in (metrics or {}).items())

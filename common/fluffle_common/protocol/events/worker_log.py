@@ -16,6 +16,7 @@ from fluffle_common.protocol.events.base import (
     Numbers,
     RunEvent,
     Text,
+    decimal,
     event,
     formatted,
 )
@@ -111,7 +112,7 @@ class Sent(WorkerEvent):
         loss = (self.metrics or {}).get("loss")
         return {
             "answer": _ANSWERS.get(self.kind or "", "?"),
-            "loss": "" if loss is None else f", training loss {loss:.4f}",
+            "loss": "" if loss is None else f", training loss {decimal(loss)}",
         }
 
 

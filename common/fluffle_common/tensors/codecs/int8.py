@@ -51,7 +51,8 @@ class Int8:
         q, scale = parts
         bad = int(scale.size - np.isfinite(scale).sum())
         if bad:
-            raise NotFinite(f"#scale has {bad} values that are NaN or infinite")
+            values = "1 value that is" if bad == 1 else f"{bad} values that are"
+            raise NotFinite(f"#scale has {values} NaN or infinite")
         if scale.size and scale.min() < 0:
             raise ValueError("#scale has negative values")
         decoded = np.empty(like.shape, like.dtype)

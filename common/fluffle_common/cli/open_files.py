@@ -1,0 +1,37 @@
+"""The limit on the number of open files, which ``ulimit -n`` shows and sets."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import resource
+
+from fluffle_common.errors import RunError
+
+
+def too_many_files(why: OSError) -> str:
+    """Return one line for the user if too many files are open, else an empty text."""
+    if why.errno == errno.ENFILE:
+        return "too many open files on this machine; end other programs and run this again"
+    if why.errno != errno.EMFILE:
+        return ""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return (
+        f"too many open files; this process may open {limit}: raise the limit, for example with "
+        "'ulimit -n 4096'"
+    )
+
+
+def check_open_files(number: int) -> None:
+    """Check that this process may open ``number`` more files.
+
+    Raises:
+        RunError: if it may not.
+    """
+    with contextlib.ExitStack() as opened:
+        try:
+            for _ in range(number):
+                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
+        except OSError as why:
+            raise RunError(too_many_files(why) or f"cannot open files ({why})") from None
