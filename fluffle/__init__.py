@@ -26,6 +26,7 @@ Example:
 from __future__ import annotations
 
 import importlib
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -106,9 +107,8 @@ _NAMES = {
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-__all__ = [  # noqa: PLE0604 - computed from the table above
-    *sorted(_MODULES)
-]
+# Names that need an optional package: "from fluffle import *" leaves them out if it is missing.
+_PACKAGES = {"flax_task": "flax", "sklearn_task": "sklearn", "torch_task": "torch"}
 
 
 def __getattr__(name: str) -> Any:
@@ -117,6 +117,9 @@ def __getattr__(name: str) -> Any:
         from importlib.metadata import version
 
         return version("fluffle")
+    if name == "__all__":
+        missing = {one for one, package in _PACKAGES.items() if not find_spec(package)}
+        return sorted(_MODULES.keys() - missing)
     if name not in _MODULES:
         raise AttributeError(f"module 'fluffle' has no attribute '{name}'")
     value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
@@ -125,4 +128,4 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     """Return the names of the public API."""
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *_MODULES})

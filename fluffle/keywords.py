@@ -60,7 +60,8 @@ def settings_from(
     connected as there are tasks, ``workers``.
 
     Raises:
-        UsageError: if a keyword is unknown, does not apply, or has an invalid value.
+        UsageError: if a keyword is unknown, does not apply, or has an invalid value, or there are
+            too few tasks for the strategy.
         TaskError: if the file of a strategy or a hook fails to load.
     """
     for name, why in _UNAVAILABLE.items():
@@ -81,4 +82,11 @@ def settings_from(
     options |= {"evaluate": evaluate, "on_round": on_round}
     if strategy is not None:
         options["strategy"] = strategy
-    return settings_of(options), options
+    settings = settings_of(options)
+    fewest = settings.strategy.strategy.needs.min_updates
+    if workers and keywords.get("url") is None and fewest > workers:
+        raise UsageError(
+            f"{caller}(): the strategy {settings.strategy.name} needs at least {fewest} workers, "
+            f"but the number of tasks is {workers}; give more tasks, or another strategy"
+        )
+    return settings, options

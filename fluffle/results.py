@@ -26,11 +26,11 @@ class Run:
         folder: the folder of any run, such as ``runs/letters``.
 
     Raises:
-        UsageError: if there is no run in it, or the run has not committed a round yet.
+        UsageError: if it is not a path, has no run, or the run has not committed a round yet.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
-        self.folder = Path(folder)
+        self.folder = folder_path(folder)
         self._lines = read_history_lines(self.folder)
 
     @cached_property
@@ -111,6 +111,18 @@ class Run:
         count = len(self.history)
         end = f"; {self.reason}" if self.reason else ""
         return f"Run {self.id}: {count} round{'s'[: count != 1]} in {self.folder}{end}"
+
+
+def folder_path(folder: Any) -> Path:
+    """Return the path of a folder that a user named.
+
+    Raises:
+        UsageError: if it is not a path.
+    """
+    given = os.fspath(folder) if isinstance(folder, os.PathLike) else folder
+    if not isinstance(given, str) or "\0" in given:
+        raise UsageError(f"folder = {folder!r} is not a path; use text such as 'runs/letters'")
+    return Path(given)
 
 
 def _without_none(values: list[float | None]) -> list[Any]:

@@ -10,7 +10,7 @@ import weakref
 from pathlib import Path
 from typing import Self
 
-from fluffle.results import Run
+from fluffle.results import Run, folder_path
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.machine.state import State
@@ -29,16 +29,16 @@ class RunFolder:
         folder: the user's folder; None makes a temporary one.
 
     Raises:
-        UsageError: if ``folder`` is an empty text, which would mean the current folder.
+        UsageError: if ``folder`` is not a path, or an empty text, which would mean the current
+            folder.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         if folder == "":
             raise UsageError("folder= is empty; name a folder, or leave it out for a temporary one")
         self._temporary = folder is None
-        self.store = RunStore(
-            Path(tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder)
-        )
+        path = tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder
+        self.store = RunStore(folder_path(path))
 
     def __enter__(self) -> Self:
         """Lock the folder.

@@ -38,7 +38,7 @@ def simulate(
     tasks: Task | Iterable[Task] | Mapping[str, Task],
     *,
     clients: int | None = None,
-    partition: str | Partition = "iid",
+    partition: str | Partition | None = None,
     rounds: int | None = None,
     fraction: float | None = None,
     strategy: str | Strategy[Any] | None = None,
@@ -67,8 +67,8 @@ def simulate(
         tasks: one task per client, in a list or by name; or one task that can be divided, such as
             a ``flax_task``, whose training examples are split among the clients.
         clients: the number of clients that a task is divided among; 100 by default.
-        partition: how to split it: ``iid``, ``dirichlet:0.5``, ``shards:2``, ``by:COLUMN``, or an
-            object.
+        partition: how to split it: ``iid`` (the default), ``dirichlet:0.5``, ``shards:2``,
+            ``by:COLUMN``, or an object.
         rounds: the number of rounds.
         fraction: the fraction of the clients to select in each round.
         strategy: how updates become the next model: a name, ``path.py:name`` or an object.
@@ -166,7 +166,7 @@ def _check(options: Mapping[str, Any], **counts: int | None) -> None:
 def _tasks(
     tasks: Task | Iterable[Task] | Mapping[str, Task],
     clients: int | None,
-    partition: str | Partition,
+    partition: str | Partition | None,
     seed: int,
 ) -> tuple[Task | None, dict[str, Task]]:
     """Return the task that is divided, or None, and the clients' tasks by name."""
@@ -174,11 +174,17 @@ def _tasks(
         named = by_name(tasks, "client")
         given = {name: check_task(f"'{name}'", task) for name, task in named.items()}
     elif isinstance(tasks, Divisible):
-        return tasks, dealt(tasks, parse_partition(partition), clients or _CLIENTS, seed)
+        rule = parse_partition("iid" if partition is None else partition)
+        return tasks, dealt(tasks, rule, clients or _CLIENTS, seed)
     else:
         raise UsageError(
             f"{_CALLER}(): a {type(tasks).__name__} cannot be divided among clients (it has no "
             "part()); give a list of tasks, one for each client"
+        )
+    if partition is not None:
+        raise UsageError(
+            f"{_CALLER}(): partition={partition!r} has no effect on tasks that are divided already;"
+            " leave it out, or give one task with all the data"
         )
     if clients not in {None, len(given)}:
         raise UsageError(f"{_CALLER}(): clients = {clients}, but there are {len(given)} tasks")

@@ -111,7 +111,7 @@ class By(Partition):
 
 
 def parse_partition(text: str | Partition) -> Partition:
-    """Return the partition that a text describes; return anything else as it is.
+    """Return the partition that a text describes; return a partition as it is.
 
     Args:
         text: ``iid``, ``dirichlet:ALPHA``, ``shards:N`` or ``by:COLUMN``.
@@ -120,6 +120,11 @@ def parse_partition(text: str | Partition) -> Partition:
         UsageError: if it describes none.
     """
     if not isinstance(text, str):
+        if isinstance(text, type) or not hasattr(text, "deal"):
+            raise UsageError(
+                f"{text!r:.80} is not a partition; use text such as dirichlet:0.5, or an object "
+                "with deal()"
+            )
         return text
     kind, _, given = text.partition(":")
     if kind == "iid" and not given:

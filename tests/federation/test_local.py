@@ -357,6 +357,16 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
 
 
+def test_a_reason_is_said_once():
+    class Failing(Adder):
+        def train(self, weights, plan, progress):
+            raise ZeroDivisionError("mine")
+
+    with pytest.raises(fluffle.RunError) as stopped:
+        fluffle.simulate([Failing()], rounds=1)
+    assert str(stopped.value).count("mine") == 1
+
+
 def test_errors_name_keywords_and_leave_command_lines_as_they_are():
     text = "--max-round, --run and --elsewhere; 'fluffle history --run x' (--deadline)"
     with pytest.raises(fluffle.RunError) as named, as_keywords():
@@ -476,6 +486,13 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
+        ([Adder()], {"strategy": Adder}, "strategy= Adder is a class, not a strategy; give an"),
+        ([Adder()], {"strategy": "median"}, "strategy median needs at least 3 workers, but the"),
+        ([Adder()], {"strategy": "krum:f=9", "quorum": 1}, "needs at least 21 updates per round"),
+        ([Adder()], {"federation": None}, "fluffle.run(): federation = None: a value is required"),
+        ([Adder()], {"folder": 3}, "folder = 3 is not a path; use text such as"),
+        ([Adder()], {"folder": b"x"}, "folder = b'x' is not a path"),
+        ([Adder()], {"folder": "\0"}, r"folder = '\x00' is not a path"),
         ([Adder()], {"evaluate": 7}, "evaluate= must be a function, not int"),
         ([Adder()], {"init": ""}, 'init = "": the text is empty; give a value, or leave it out'),
         ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or leave it out"),

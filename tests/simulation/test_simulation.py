@@ -266,6 +266,10 @@ class TestDevices:
         ({"clients": 0}, "clients = 0 must be a whole number of at least 1"),
         ({"clients": "2"}, "clients = '2' must be a whole number of at least 1"),
         ({"availability": 0.5}, "invalid availability '0.5'"),
+        ({"partition": "iid"}, "partition='iid' has no effect on tasks that are divided already"),
+        ({"strategy": "median"}, "the strategy median needs at least 3 workers, but the number of"),
+        ({"federation": None}, "fluffle.simulate(): federation = None: a value is required"),
+        ({"folder": 3}, "folder = 3 is not a path"),
         ({"clients": 3}, "clients = 3, but there are 2 tasks"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "invalid availability 'often'"),
@@ -285,6 +289,12 @@ class Whole(Adder):
 
     def part(self, rows: Any, sample_seed: int) -> Any:
         return Adder(1.0)
+
+
+@pytest.mark.parametrize("partition", [3, Shards])
+def test_what_is_no_partition_is_refused(partition):
+    with pytest.raises(UsageError, match="is not a partition; use text such as dirichlet:0.5"):
+        fluffle.simulate(Whole(0.0), clients=2, rounds=1, partition=partition)
 
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "x"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -20,8 +19,6 @@ from fluffle_common.tensors.checkpoint import save_checkpoint
 
 def test_every_public_name_is_there_and_documented():
     others = {"Progress", "Weights"}  # types
-    if importlib.util.find_spec("torch") is None:
-        others.add("torch_task")
     for name in set(fluffle.__all__) - others:
         assert getattr(fluffle, name).__doc__, name
     assert set(fluffle.__all__) <= set(dir(fluffle))
@@ -35,7 +32,21 @@ def test_type_checkers_are_told_of_every_public_name():
     imported = {
         line.split()[-1] for line in text.splitlines() if line.startswith("    from fluffle")
     }
-    assert imported == set(fluffle.__all__)
+    assert imported == set(fluffle._MODULES)
+
+
+def test_a_star_import_leaves_out_what_needs_a_missing_package():
+    code = """if True:
+        import sys
+        sys.modules["torch"] = sys.modules["sklearn"] = None
+        from fluffle import *
+        import fluffle
+        assert {"run", "flax_task"} <= globals().keys()
+        assert not {"torch_task", "sklearn_task"} & globals().keys()
+        assert {"torch_task", "sklearn_task"} <= set(dir(fluffle))
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_the_import_loads_what_is_used_and_no_more():

@@ -156,7 +156,8 @@ def options_from(command: click.Command, given: Mapping[str, Any], caller: str) 
         caller: the function that received them, for error messages, such as ``fluffle.run``.
 
     Raises:
-        UsageError: if a keyword is not an option or its value is invalid.
+        UsageError: if a keyword is not an option, its value is invalid, or it is required and
+            absent.
     """
     ctx = click.Context(command)
     stated = {name: value for name, value in given.items() if value is not None}
@@ -167,6 +168,9 @@ def options_from(command: click.Command, given: Mapping[str, Any], caller: str) 
         # The environment is ignored, so that a call depends only on its arguments.
         value = values.get(name, option.get_default(ctx))
         if not isinstance(value, _PRINTABLE):  # None, or click's sentinel for it
+            if option.required:
+                key = _key_of(option, "keyword")
+                raise UsageError(f"{caller}(): {key} = None: a value is required")
             value = () if option.multiple else None
         options[name] = option.type_cast_value(ctx, value)
     return options

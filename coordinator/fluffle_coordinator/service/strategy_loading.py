@@ -221,5 +221,10 @@ def as_named(given: str | Strategy[Any]) -> NamedStrategy:
         return load_strategy(given)
     if given is FEDAVG.strategy:
         return FEDAVG
+    if isinstance(given, type):
+        name = given.__name__
+        raise UsageError(
+            f"--strategy {name} is a class, not a strategy; give an instance, such as {name}()"
+        )
     name = type(given).__name__
     return NamedStrategy(name, _checked(name, given))
