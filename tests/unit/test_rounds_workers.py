@@ -75,9 +75,20 @@ def test_the_deadline_that_is_shown_does_not_pass_while_nobody_is_heard():
     assert shown() == "round 1: 0 of 2 updates, 50 s to the deadline"
     for _ in range(2):
         run.now += 1000
-        assert shown() == "round 1: 0 of 2 updates, 47 s to the deadline"
-    run.seen("a")  # postpones the deadline by the silence beyond the first 3 s
-    assert shown() == "round 1: 0 of 2 updates, 47 s to the deadline"
+        assert shown() == "round 1: 0 of 2 updates, 50 s to the deadline"
+    run.seen("a")  # postpones the deadline by the silence
+    assert shown() == "round 1: 0 of 2 updates, 50 s to the deadline"
+
+
+def test_a_worker_that_was_silent_before_the_coordinator_was_stopped_is_heard_first():
+    run = heard("a", "b")
+    limit_s = run.state.workers["b"].deadline(run.state.rules) - run.now
+    pass_time(run, limit_s - 1, "a")
+    run.now += 15.0
+    effects = [*run.tick(), *run.seen("a"), *run.tick()]  # what b has sent waits to be read
+    assert "gone" not in event_names(effects)
+    assert "gone" not in event_names([*run.seen("b"), *run.tick()])
+    assert len(run.state.workers) == 2
 
 
 def test_the_deadline_does_not_pass_while_the_coordinator_is_stopped():

@@ -325,12 +325,12 @@ def test_a_run_that_meets_a_strategys_needs_is_accepted():
 
 def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     store, mine = RunStore(tmp_path), load_strategy(f"{MOMENTUM}:momentum")
-    store.load("f")
-    store.save_weights(0, model(), {"run": "r"})
+    run = {"run": store.load("f").run}
+    store.save_weights(0, model(), run)
     check_same(mine, store.load("f"), tmp_path)  # no round is committed yet
     settings = CoordinatorSettings("f", Rules(rounds=1), strategy=mine)
     store.note_configuration(configuration(settings, Topology("f")), 0)
-    store.save_weights(1, model(), {"run": "r"}, {"v": np.ones(2)})
+    store.save_weights(1, model(), run, {"v": np.ones(2)})
     line = {"event": "committed", "round": 1, "participants": [], "strategy": mine.name}
     store.history.append(line)
     saved = store.load("f")
