@@ -142,7 +142,7 @@ class TestOpenRound:
         bring_up_to_date(board.view, state.replace(quorum_at=9.0), epoch=100.0, now=10.0)
         assert board.snapshot()["open"]["deadline_at"] == 114.0
         bring_up_to_date(board.view, state, epoch=100.0, now=1013.0)  # nobody was heard for 1003 s
-        assert board.snapshot()["open"]["deadline_at"] == 1164.0
+        assert board.snapshot()["open"]["deadline_at"] == 1167.0
 
 
 class TestRun:

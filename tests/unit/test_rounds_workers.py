@@ -85,7 +85,9 @@ def test_a_worker_that_was_silent_before_the_coordinator_was_stopped_is_heard_fi
     limit_s = run.state.workers["b"].deadline(run.state.rules) - run.now
     pass_time(run, limit_s - 1, "a")
     run.now += 15.0
-    effects = [*run.tick(), *run.seen("a"), *run.tick()]  # what b has sent waits to be read
+    effects = run.tick()
+    assert rounds.wakeup(run.state) == math.inf  # no timer runs until somebody is heard
+    effects += [*run.seen("a"), *run.tick()]  # what b has sent waits to be read
     assert "gone" not in event_names(effects)
     assert "gone" not in event_names([*run.seen("b"), *run.tick()])
     assert len(run.state.workers) == 2

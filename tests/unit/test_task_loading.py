@@ -90,8 +90,9 @@ def test_a_task_file_replaces_no_module_that_is_imported_later(here, monkeypatch
 @pytest.mark.parametrize(
     "change", ["sys.path.remove(sys.path[0])", "sys.path.clear()", "sys.path = []"]
 )
-def test_a_task_file_that_changes_the_search_path_breaks_no_later_import(here, change):
-    before = list(sys.path)
+def test_a_task_file_that_changes_the_search_path_breaks_no_later_import(here, change, monkeypatch):
+    before = list(dict.fromkeys(sys.path))
+    monkeypatch.setattr(sys, "path", list(before))
     text = f"import sys; {change}; sys.path.append('/added')\n{TASK}"
     assert load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
     assert sys.path == (before if "remove" in change else []) + ["/added"] + (

@@ -40,7 +40,7 @@ def heard(state: State, now: float) -> State:
         asked = {n: i._replace(at=min(i.at + lost_s, now)) for n, i in state.asked.items()}
         sent = {session: min(at + lost_s, now) for session, at in state.frozen_sent.items()}
         state = state.replace(asked=Table(asked), frozen_sent=Table(sent))
-    return state.replace(heard_at=now)
+    return state.replace(heard_at=now, clock_stands=False)
 
 
 def postpone(state: State, seconds: float) -> State:

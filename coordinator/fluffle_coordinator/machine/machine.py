@@ -127,6 +127,8 @@ def advance(state: State, event: ev.Event) -> tuple[State, Effects]:
     out: Effects = []
     if isinstance(event, _HEARD):
         state = heard(state, event.now)
+    elif state.link and clock_time(state, event.now) < event.now and not state.clock_stands:
+        state = state.replace(clock_stands=True)
     before, state = state, _HANDLERS[type(event)](state, event, out)
     report_smaller_quorum(before, state, event, out)
     return _progress(state, event.now, out), out
@@ -149,6 +151,7 @@ def _connected(state: State, event: ev.Connected, out: Effects) -> State:
         caught_up=False,
         greeted=Table(),
         heard_at=event.now,
+        clock_stands=False,
         workers=Table(workers),
         asked=Table({n: issued._replace(at=-math.inf) for n, issued in state.asked.items()}),
         received=Table(received),
@@ -213,7 +216,7 @@ def wakeup(state: State) -> float:
     A timer that expires after the clock has stopped (see ``clock``) needs no ``Tick``: the next
     message restarts the clock.
     """
-    if not state.link or state.phase is Phase.ENDED:
+    if not state.link or state.phase is Phase.ENDED or state.clock_stands:
         return math.inf
     due = _next_timer(state)
     return due if due <= state.heard_at + state.hearing_s else math.inf

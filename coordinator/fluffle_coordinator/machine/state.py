@@ -159,6 +159,7 @@ class State:
     caught_up: bool = False  # all that waited in the broker before this link is read
     unlinked_since: float = 0.0  # used while there is no link
     heard_at: float = 0.0  # when anyone was last heard, the coordinator's own echo included
+    clock_stands: bool = False  # whether a tick has found that nobody was heard for too long
     quickest_s: float = math.inf  # the shortest heartbeat interval of any worker
     # No worker can be gone or stalled before this, so that not every tick checks all of them.
     due_at: float = -math.inf
