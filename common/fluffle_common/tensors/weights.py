@@ -175,7 +175,7 @@ def check_finite(weights: Weights) -> None:
         return
     for name, tensor in weights.items():  # flat includes gaps, so check the tensors themselves
         if bad := _count_not_finite(tensor.reshape(-1)):
-            raise _not_finite(name, bad)
+            raise not_finite(f"tensor '{name}'", bad)
 
 
 def finite_norm(weights: Weights) -> float:
@@ -204,7 +204,7 @@ def finite_norm(weights: Weights) -> float:
     for name, tensor in weights.items():
         part, bad = _measure(tensor.reshape(-1))
         if bad:
-            raise _not_finite(name, bad)
+            raise not_finite(f"tensor '{name}'", bad)
         norm = math.hypot(norm, part)
     return min(norm, sys.float_info.max)
 
@@ -229,13 +229,14 @@ def _norm_of_pieces(update: InPieces) -> float:
         norm, bad_values[name] = math.hypot(norm, part), bad_values[name] + bad
     for name, bad in bad_values.items():
         if bad:
-            raise _not_finite(name, bad)
+            raise not_finite(f"tensor '{name}'", bad)
     return min(norm, sys.float_info.max)
 
 
-def _not_finite(name: str, bad: int) -> NotFinite:
+def not_finite(what: str, bad: int) -> NotFinite:
+    """Return the error for ``what`` with so many values that are NaN or infinite."""
     values = "1 value that is" if bad == 1 else f"{bad} values that are"
-    return NotFinite(f"tensor '{name}' has {values} NaN or infinite")
+    return NotFinite(f"{what} has {values} NaN or infinite")
 
 
 def _count_not_finite(values: Array) -> int:

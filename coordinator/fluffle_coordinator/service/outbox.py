@@ -186,7 +186,6 @@ class Outbox:
                 fit = self._fit(effect, state)
                 beside = broadcast, frozen if lacking else NO_TENSORS
                 in_full = self._with_weights(fit, weights, workers, *beside)
-
                 job = self._rest_of(effect, fit, in_full)
             case fx.SendEvaluate(workers, lacking):
                 evaluation = Evaluate(

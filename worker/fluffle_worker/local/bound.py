@@ -53,6 +53,21 @@ class BoundRule:
         """Whether the rule receives the gradient of each example instead of their mean."""
         return bool(getattr(self._rule, "per_example", False))
 
+    def check_batches(self, *, mixed: bool) -> None:
+        """Check that the rule can have the gradients that it needs.
+
+        Args:
+            mixed: whether the model mixes the examples of a batch, as batch normalization does.
+
+        Raises:
+            TaskError: if the rule needs the gradient of each example, but ``mixed``.
+        """
+        if self.per_example and mixed:
+            raise TaskError(
+                f"the local rule {self.name} needs the gradient of each example, but batch "
+                "normalization mixes the examples of a batch; use layer or group normalization"
+            )
+
     @property
     def changes_nothing(self) -> bool:
         """Whether the rule is the identity."""

@@ -33,6 +33,7 @@ from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
 from fluffle_worker.tasks.examples import Examples, InMemory, Stream, Streamed, call, count_of
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.model_parts import ModelParts
+from fluffle_worker.tasks.step_losses import StepLosses
 
 Loss = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
@@ -181,11 +182,7 @@ class FlaxTask:
         """
         self.check(weights)
         parts, data, rule = self._parts, self._data, self.local_rule
-        if rule.per_example and parts.has_statistics:
-            raise TaskError(
-                f"the local rule {rule.name} needs the gradient of each example, but batch "
-                "normalization mixes the examples of a batch; use layer or group normalization"
-            )
+        rule.check_batches(mixed=parts.has_statistics)
         run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)
         learnt = parts.learnt(weights, self._personal.before(run, number))
         trained = _trained(plan)
@@ -194,26 +191,19 @@ class FlaxTask:
         learning_rate = plan.learning_rate or self._learning_rate
         optimizer_state = self._transform(learning_rate).init(params)
         step, steps = self._step(plan, params), data.steps(plan)
-        losses: list[Any] = []
+        losses = StepLosses(progress, steps, private=rule.per_example)
         key = jax.random.key(plan.seed ^ self._sample_seed)
         state, still = Flat.of((learnt, rest, optimizer_state)), Flat.of(frozen)
         calls = step.run(learning_rate, state, still, data.source, data.batches(plan), key)
         for after, found in calls:
             state = after
             for loss in found:
-                losses.append(loss)
-                done = len(losses)
-                # JAX dispatches steps asynchronously. Reading the previous step's loss bounds how
-                # far it runs ahead of the reported progress, without stalling the current step.
-                seen = float(losses[-2]) if done > 1 else None
-                progress(done, max(done, steps), None if rule.per_example else seen)
+                losses.add(loss)
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
             rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
         self._personal.keep(run, number, parts.personal(learnt))
-        metrics = {"steps": float(len(losses))}
-        if not rule.per_example:  # a loss is not noised, so private training reports none
-            metrics["loss"] = float(np.mean([float(one) for one in losses]))
+        metrics = losses.metrics()
         if self._score_trained and self._valid is not None:
             scores = self._scores(learnt, frozen, parts.at_home.rest)
             metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}

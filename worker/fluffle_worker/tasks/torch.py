@@ -46,6 +46,7 @@ from fluffle_worker.tasks.examples import (
     count_of,
     mapped,
 )
+from fluffle_worker.tasks.step_losses import StepLosses
 from fluffle_worker.tasks.torch_tensors import (
     Filter,
     arrays_of,
@@ -212,17 +213,13 @@ class TorchTask:
         run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)
         module = self._filled(weights, self._personal.before(run, number)).train()
         params = trained_by(plan, module)
-        if rule.per_example and any(isinstance(layer, _BatchNorm) for layer in module.modules()):
-            raise TaskError(
-                f"the local rule {rule.name} needs the gradient of each example, but batch "
-                "normalization mixes the examples of a batch; use layer or group normalization"
-            )
+        rule.check_batches(mixed=any(isinstance(layer, _BatchNorm) for layer in module.modules()))
         optimizer = self._optimizer(
             list(params.values()), lr=plan.learning_rate or self._learning_rate
         )
         state = None if rule.changes_nothing else rule.begin(copies_of(params))
-        batches, steps = data.batches(plan), data.steps(plan)
-        losses: list[Any] = []
+        batches = data.batches(plan)
+        losses = StepLosses(progress, data.steps(plan), private=rule.per_example)
         while True:
             with self._seeded(plan.seed, self._sample_seed, len(losses)):
                 batch = next(batches, None)
@@ -231,18 +228,11 @@ class TorchTask:
                 optimizer.zero_grad()
                 loss, state = self._differentiate(module, params, self._examples(batch), state)
                 optimizer.step()
-            losses.append(loss)
-            done = len(losses)
-            # A GPU computes asynchronously. Reading the previous step's loss bounds how far it
-            # lags behind the reported progress, without stalling the current step.
-            seen = float(losses[-2]) if done > 1 else None
-            progress(done, max(done, steps), None if rule.per_example else seen)
+            losses.add(loss)
         if not rule.changes_nothing:
             rule.end(copies_of(params), state)
         self._personal.keep(run, number, arrays_of(module, self._is_personal))
-        metrics = {"steps": float(len(losses))}
-        if not rule.per_example:  # a loss is not noised, so private training reports none
-            metrics["loss"] = float(np.mean([float(one) for one in losses]))
+        metrics = losses.metrics()
         if self._score_trained and self._held_out:
             scores = self._scores(module)
             metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}

@@ -9,7 +9,7 @@ from typing import ClassVar
 import numpy as np
 
 from fluffle_common.tensors.codecs.base import Part, Shape, check_no_settings, clip_to
-from fluffle_common.tensors.weights import FLOATS, Array, NotFinite, largest
+from fluffle_common.tensors.weights import FLOATS, Array, largest, not_finite
 
 BLOCK = 256  # values that share a scale
 _INT8_MAX = 127
@@ -51,8 +51,7 @@ class Int8:
         q, scale = parts
         bad = int(scale.size - np.isfinite(scale).sum())
         if bad:
-            values = "1 value that is" if bad == 1 else f"{bad} values that are"
-            raise NotFinite(f"#scale has {values} NaN or infinite")
+            raise not_finite("#scale", bad)
         if scale.size and scale.min() < 0:
             raise ValueError("#scale has negative values")
         decoded = np.empty(like.shape, like.dtype)
