@@ -14,8 +14,8 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
-from flwr.serverapp.strategy import FedAvg
 
+from benchmarks.flower_side.strategy import Timed
 from benchmarks.simulated_jobs import JOBS
 from fluffle_common.protocol.messages import Plan
 
@@ -60,29 +60,6 @@ def train(message: Message, context: Context) -> Message:
     return Message(content=content, reply_to=message)
 
 
-class Timed(FedAvg):
-    """FedAvg that notes when each round was averaged.
-
-    Args:
-        averaged: the list to append the times to.
-        options: the options of FedAvg.
-    """
-
-    def __init__(self, averaged: list[float], **options: Any) -> None:
-        super().__init__(**options)
-        self._averaged = averaged
-
-    def aggregate_train(self, server_round: int, replies: Any) -> Any:
-        """Average, then note the time."""
-        replies = list(replies)
-        for reply in replies:
-            if reply.has_error():
-                raise RuntimeError(f"a client has failed: {reply.error.reason}")
-        averaged = super().aggregate_train(server_round, replies)
-        self._averaged.append(time.perf_counter())
-        return averaged
-
-
 def server(name: str, rounds: int, averaged: list[float]) -> ServerApp:
     """Return a server app that appends the time of each round's average to ``averaged``."""
     app, job = ServerApp(), JOBS[name]
@@ -100,7 +77,7 @@ def server(name: str, rounds: int, averaged: list[float]) -> ServerApp:
             return MetricRecord({"loss": found.loss, **found.metrics})
 
         strategy = Timed(
-            averaged,
+            lambda: averaged.append(time.perf_counter()),
             fraction_train=job.fraction,
             fraction_evaluate=0.0,
             min_train_nodes=job.cohort,
