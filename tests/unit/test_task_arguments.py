@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -14,6 +15,7 @@ import pytest
 from flax import nnx
 from sklearn.metrics import roc_auc_score
 
+import fluffle
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_worker.results import Results
@@ -195,3 +197,30 @@ def test_a_metric_that_fails_costs_no_other(metric: Any, why: str):
     )
     assert training.startswith("the metric 'personal_auc' of train() failed, so it is omitted: ")
     assert len(traces) <= 1
+
+
+@pytest.mark.parametrize("targets", [{"kind": Y, "size": X[:, :2]}, (Y, Y), np.eye(3)[Y]])
+def test_a_task_with_several_targets_is_divided(targets: Any):
+    def loss(outputs: Any, targets: Any) -> Any:
+        (first, *_) = jax.tree.leaves(targets)
+        return (outputs[:, 0] - first.reshape(len(outputs), -1)[:, 0]) ** 2
+
+    whole = made(train_data=(X, targets), valid_data=None, loss=loss)
+    run = fluffle.simulate(whole, clients=4, partition="dirichlet:1", rounds=1, progress=False)
+    assert sum(run.history[-1].participants.values()) == 20
+    assert math.isfinite(run.history[-1].train_loss)
+
+
+def test_a_stream_is_not_divided():
+    whole = made(train_data=endless, num_examples=20)
+    with pytest.raises(
+        TaskError, match="train_data is a function, whose batches cannot be divided"
+    ):
+        fluffle.simulate(whole, clients=4, progress=False)
+
+
+def test_a_metric_that_fails_costs_no_other_of_a_simulation(capsys: pytest.CaptureFixture[str]):
+    whole = made(metrics={"auc": fails, "accuracy": accuracy})
+    run = fluffle.simulate(whole, clients=4, rounds=2, progress=False)
+    assert run.history.columns == ("train_loss", "test/loss", "test/accuracy")
+    assert capsys.readouterr().err.count("the metric 'auc' of evaluate() failed") == 1

@@ -18,6 +18,10 @@ Examples = tuple[Any, Any]
 """(inputs, targets): each an array, or a dict, tuple or list of arrays; equal first axes."""
 Stream = Callable[[int, np.random.Generator], Iterator[Examples]]
 """``(epoch, rng) -> batches``: called once per epoch, counted from 0."""
+_UNDIVIDED = (
+    "train_data is a function, whose batches cannot be divided among clients; give arrays, or a "
+    "task for each client"
+)
 _MUCH = 10  # An epoch of so many times num_examples is one that never ends.
 
 
@@ -38,6 +42,10 @@ class InMemory:
         self.source: Any = source
         self._sample_seed = sample_seed
         self._rows: Array | None = None  # the examples of a part; None for all
+
+    def targets(self) -> list[Any]:
+        """Return the arrays of the targets."""
+        return arrays_in(self.source[1])
 
     def part(self, rows: Array, sample_seed: int) -> InMemory:
         """Return the examples with these indices, sharing the arrays."""
@@ -87,6 +95,14 @@ class Streamed:
             )
         self.num_examples = num_examples
         self._stream, self._sample_seed, self._arrays_in = stream, sample_seed, arrays_in
+
+    def targets(self) -> list[Any]:
+        """See ``part``."""
+        raise TaskError(_UNDIVIDED)
+
+    def part(self, rows: Array, sample_seed: int) -> InMemory:
+        """Raise a ``TaskError``, because a stream has no parts."""
+        raise TaskError(_UNDIVIDED)
 
     def steps(self, plan: Plan) -> int:
         """Return the expected number of training steps."""
@@ -140,6 +156,18 @@ def count_of(arrays: Sequence[Any], what: str) -> int:
             "the same length of their first axis"
         )
     return counts.pop()
+
+
+def joined(targets: Sequence[Array]) -> Array:
+    """Return the targets of the examples as labels: one number each, or one row if there are more.
+
+    Example:
+        >>> joined([np.array([5, 6]), np.array([[0, 1], [2, 3]])]).tolist()
+        [[5, 0, 1], [6, 2, 3]]
+    """
+    if len(targets) == 1:
+        return targets[0]
+    return np.concatenate([one.reshape(len(one), -1) for one in targets], axis=1)
 
 
 def mapped(function: Callable[[Any], Any], data: Any) -> Any:

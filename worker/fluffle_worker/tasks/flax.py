@@ -32,7 +32,15 @@ from fluffle_worker.local.optax import gradient_transformation, named, tensor_na
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
 from fluffle_worker.tasks.checks import as_metrics, as_rate
-from fluffle_worker.tasks.examples import Examples, InMemory, Stream, Streamed, call, count_of
+from fluffle_worker.tasks.examples import (
+    Examples,
+    InMemory,
+    Stream,
+    Streamed,
+    call,
+    count_of,
+    joined,
+)
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.jax_examples import on_device, picked, scored, summed
 from fluffle_worker.tasks.model_parts import ModelParts
@@ -148,7 +156,7 @@ class FlaxTask:
     @property
     def labels(self) -> Array:
         """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return np.asarray(self._data.source[1])
+        return joined([np.asarray(one) for one in self._data.targets()])
 
     def part(self, rows: Array, sample_seed: int) -> FlaxTask:
         """Return a task on a subset of the training examples, without held-out data.
@@ -160,7 +168,6 @@ class FlaxTask:
             sample_seed: decorrelates the part's batches from those of other parts.
         """
         made = copy.copy(self)
-        assert isinstance(self._data, InMemory)
         made.whole, made._data = self, self._data.part(rows, sample_seed)
         made.num_examples, made._sample_seed = len(rows), sample_seed
         made._valid, made._personal = None, PersistentTensors()

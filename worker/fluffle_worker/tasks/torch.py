@@ -46,6 +46,7 @@ from fluffle_worker.tasks.examples import (
     arrays_in,
     call,
     count_of,
+    joined,
     mapped,
 )
 from fluffle_worker.tasks.step_losses import StepLosses
@@ -168,7 +169,7 @@ class TorchTask:
     @property
     def labels(self) -> Array:
         """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return as_array(self._data.source[1])
+        return joined([as_array(one) for one in self._data.targets()])
 
     def part(self, rows: Array, sample_seed: int) -> TorchTask:
         """Return a task on a subset of the training examples, without held-out data.
@@ -180,7 +181,6 @@ class TorchTask:
             sample_seed: decorrelates the part's batches from those of other parts.
         """
         made = copy.copy(self)
-        assert isinstance(self._data, InMemory)
         made.whole, made._data = self, self._data.part(rows, sample_seed)
         made.num_examples, made._sample_seed = len(rows), sample_seed
         made._valid, made._held_out, made._personal = None, 0, PersistentTensors()
