@@ -189,6 +189,13 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
         )
     converted = {}
     for name, value in given.items():
+        if isinstance(value, Mapping):
+            inner = "/".join(map(str, [name, *list(value)[:1]]))
+            raise TaskError(
+                f"{method} returned {what} with a mapping under '{sendable(str(name), 60)}'; a "
+                "flat mapping of names to arrays is expected, with names such as "
+                f"'{sendable(inner, 60)}'"
+            )
         try:
             converted[name] = np.asarray(value)
         except Exception as why:
