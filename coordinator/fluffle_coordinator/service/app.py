@@ -187,7 +187,7 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             "--quorum or raise --sample"
         )
     least = quorum.number or 1
-    if min_workers:
+    if min_workers and options["select"].fixed:  # else, any number of workers may be asked
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
         least = quorum.of(cohort)
     if quorum.number is not None and options["min_updates"] > quorum.number:

@@ -100,7 +100,8 @@ def load_selection(text: str) -> Selection:
             f"--select {text} must be a function; it receives the candidates, the number to "
             "choose and the draw, and returns names (docs/schedules.md)"
         )
-    return Selection(place.called, guarded_choice(place.called, cast("Choose", function)))
+    choose = guarded_choice(place.called, cast("Choose", function))
+    return Selection(place.called, choose, fixed=False)
 
 
 def _from_file(name: str) -> tuple[str, Schedule[State]]:
