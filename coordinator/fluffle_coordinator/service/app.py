@@ -266,9 +266,9 @@ async def coordinate(
         journal=journal,
     )
     state = await coordinator.run()
-    rounds = settings.rules.rounds
-    if state.outcome == "finished" and saved.committed < rounds:
-        advice = endings.after_the_end(store.shown, state.committed, rounds)
+    rules = settings.rules
+    if state.outcome == "finished" and saved.committed < rules.rounds:
+        advice = endings.after_the_end(store.shown, state.committed, rules)
         watcher.record(run_events.Note(what=advice))
     return state
 
@@ -290,7 +290,7 @@ def _beginning(
     if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)
     if saved.committed >= rounds:
-        yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
+        yield run_events.Note(what=endings.done_already(folder, saved.committed, settings.rules))
 
 
 def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | None:
