@@ -84,6 +84,13 @@ def test_data_that_are_no_pair_of_arrays_are_named(data: Any, message: str):
             made(valid_data=data)
 
 
+def test_a_target_that_is_no_class_is_named():
+    for name in ("train_data", "valid_data"):
+        with pytest.raises(TaskError, match=f"{name} has the target 7, .* 3, with .* 0 to 2"):
+            made(**{name: (X, Y + 6)}, classes=("a", "b", "c"))
+    assert made(train_data=(X, jnp.asarray(Y)), classes=("a", "b")).num_examples == 20
+
+
 def test_held_out_data_are_no_stream():
     with pytest.raises(TaskError, match="valid_data is of type function, but a pair"):
         made(valid_data=lambda epoch, rng: [(X, Y)])
