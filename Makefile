@@ -7,6 +7,9 @@ STAMP := .venv/.installed
 # Show progress on a terminal, and only errors elsewhere.
 PIP_FLAGS := --disable-pip-version-check $(shell test -t 2 || echo --quiet)
 
+# Without the cache of compiled modules, each of the many processes would compile all of them again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test test-fast test-long coverage check browser bench bench-flower chaos format lock clean
 
 install: $(STAMP)
