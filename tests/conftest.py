@@ -1,6 +1,7 @@
 """What every test can use: a private RabbitMQ, and Hypothesis that repeats itself."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -31,6 +32,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Let tests run on the event loop that the programs run on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the modules and the tests: they stay until the end."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
