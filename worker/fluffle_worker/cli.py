@@ -46,10 +46,8 @@ if TYPE_CHECKING:
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help=(
-        "Codec to load from your own file, so that the coordinator can select it; may be given "
-        "several times. Installed codecs need no option."
-    ),
+    help="Codec to load from your own file, as path.py:name, so that the coordinator can "
+    "select it; may be given several times. Installed codecs need no option.",
 )
 @click.option(
     "--local-rule",
@@ -71,10 +69,8 @@ if TYPE_CHECKING:
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help=(
-        "Names of all classes of the federation; necessary if this worker's data lacks some.  "
-        "[default: the classes in the data]"
-    ),
+    help="Names of all classes in the federation; required if this worker's data lacks some "
+    "of these classes.  [default: the classes in the data]",
     show_default=False,
 )
 @click.option(
@@ -93,24 +89,21 @@ if TYPE_CHECKING:
     "--wait-id",
     type=seconds(),
     default=45.0,
-    help=(
-        "Time limit, in seconds, for waiting while another worker with this ID is connected. "
-        "After a crash, the broker may keep this worker's own old connection for a while."
-    ),
+    help="Time limit, in seconds, for waiting while another worker with this ID is connected. "
+    "After a crash, the other worker may be the old connection of this worker, which "
+    "the broker keeps for a while.",
 )
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help=(
-        "Folder for what this worker keeps between rounds: the state of its local rule, its "
-        "personal tensors, and the frozen tensors that it received.  "
-        "[default: runs/workers/FEDERATION/ID]"
-    ),
+    help="Folder for the data that this worker keeps between rounds: the state of its local "
+    "rule, its personal tensors, and the frozen tensors that it received.  [default: "
+    "runs/workers/FEDERATION/ID]",
     show_default=False,
 )
 @click.option(
-    "--stay", is_flag=True, help="Wait for the next run when a run has ended, instead of exiting."
+    "--stay", is_flag=True, help="When a run has ended, wait for the next run instead of exiting."
 )
 @click.option(
     "--wait-broker",
