@@ -225,8 +225,8 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
 
     if whole is None:
         raise UsageError(
-            "--plot-partition needs a task that is divided among the clients; with {client} in "
-            "--data, each client has a task of its own"
+            "--plot-partition needs a task that is divided among the clients, but {client} in "
+            "--data gives each client its own task; remove --plot-partition"
         )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
     file = options["plot_partition"]

@@ -226,8 +226,8 @@ def test_counts_and_classes_of_any_kind_will_do():
         ({"classes": ("x" * 101,)}, "101 characters"),
         ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
         ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
-        ({"classes": 10}, "has classes 10; the names"),
-        ({"classes": iter("ab")}, "has classes <str.*; the names"),
+        ({"classes": 10}, "has classes 10; expected the names"),
+        ({"classes": iter("ab")}, "has classes <str.*; expected the names"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
@@ -352,8 +352,11 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
 @pytest.mark.parametrize(
     ("form", "named"),
     [
-        (3, r"model_form\(\) returned 3; a mapping of names"),
-        ({"w": 3}, r"model_form\(\) returned tensor 'w' as 3; an object with dtype and shape"),
+        (3, r"model_form\(\) returned 3; expected a mapping of names"),
+        (
+            {"w": 3},
+            r"model_form\(\) returned tensor 'w' as 3; expected an object with dtype and shape",
+        ),
         ({"w": SimpleNamespace(dtype="no", shape=())}, r"tensor 'w' as namespace\("),
         ({"w": SimpleNamespace(dtype="f4", shape="a")}, r"tensor 'w' as namespace\("),
     ],

@@ -50,8 +50,8 @@ class Results:
         """
         if not hasattr(result, "weights") or not hasattr(result, "num_examples"):
             raise TaskError(
-                f"train() returned {shown(result)}; it must return TrainResult(weights, "
-                "num_examples, metrics)"
+                f"train() returned {shown(result)}; expected TrainResult(weights, num_examples, "
+                "metrics)"
             )
         try:
             num_examples = count(result.num_examples)
@@ -88,8 +88,8 @@ class Results:
             loss = number(result.loss)
         except AttributeError:
             self._once(
-                f"evaluate() returned {shown(result)}; EvalResult(loss, num_examples, metrics) or "
-                "None is expected; this worker reports no evaluation"
+                f"evaluate() returned {shown(result)}, but must return "
+                "EvalResult(loss, num_examples, metrics) or None; this worker reports no evaluation"
             )
             return nothing
         except ValueError as wrong:
@@ -133,8 +133,8 @@ class Results:
             pairs = list(dict(given).items())
         except (TypeError, ValueError):
             self._once(
-                f"{method}() returned the metrics {shown(given)}; a mapping of names to numbers "
-                "is expected, so the metrics are omitted"
+                f"{method}() returned the metrics {shown(given)}, but must return a mapping of "
+                "names to numbers; the metrics are omitted"
             )
             return {}
         valid: dict[str, float] = {}
@@ -208,7 +208,7 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"{method} returned {what} {shown(given)}; a mapping of names to arrays is expected"
+            f"{method} returned {what} {shown(given)}; expected a mapping of names to arrays"
         )
     converted = {}
     for name, value in given.items():

@@ -182,7 +182,7 @@ def _check_num_examples(name: str, task: Any) -> None:
         num_examples = operator.index(given)
     except Exception:
         raise TaskError(
-            f"the task {name} has num_examples {shown(given)}; a whole number is expected"
+            f"the task {name} has num_examples {shown(given)}; expected a whole number"
         ) from None
     if num_examples < 1:
         raise TaskError(f"the task {name} has no examples to train on; check --data")
@@ -199,7 +199,7 @@ def _check_classes(name: str, task: Any) -> None:
         classes = classes_of(task)
     except Exception:
         raise TaskError(
-            f"the task {name} has classes {shown(given)}; the names of its classes are expected"
+            f"the task {name} has classes {shown(given)}; expected the names of its classes"
         ) from None
     for class_name in classes:
         if len(class_name) > MAX_CLASS_NAME:

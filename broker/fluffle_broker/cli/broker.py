@@ -209,7 +209,7 @@ def permissions(**options: Any) -> None:
     if options["coordinator"] or options["coordinator_user"]:
         wanted.insert(0, permissions.coordinator_rights(topology, name))
     if not wanted:
-        raise UsageError("missing user; give --worker NAME, --coordinator, or both")
+        raise UsageError("no user is named; give --worker NAME, --coordinator, or both")
     run = permissions.runner([_rabbitmqctl(options["state"])]) if options["applies"] else None
     for each in wanted:
         if run is None:
@@ -278,8 +278,8 @@ def _rabbitmqctl(state: Path) -> str:
         raise BrokerError(f"no broker is running in {state}; 'fluffle broker up' starts one")
     if info.started_as == "docker":
         raise BrokerError(
-            "--apply does not work with a broker in a container; leave it out and run the printed "
-            "commands with 'docker exec'"
+            "--apply does not work with a broker in a container; remove --apply and run the "
+            "printed commands with 'docker exec'"
         )
     return str(info.folder / "rabbitmqctl")
 

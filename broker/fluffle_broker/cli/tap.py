@@ -147,7 +147,9 @@ def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str
     try:
         run_until_signalled(follow())
     except QueueInUse as no:
-        raise BrokerError(f"another process uses the tap's queue: {no}; try again") from None
+        raise BrokerError(
+            f"another process uses the queue of this tap: {no}; run the command again"
+        ) from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
 
@@ -208,7 +210,7 @@ class TapPrinter:
             archive.save(decoded, now)
         except OSError as no:
             raise UsageError(
-                f"a message cannot be saved ({no}); choose another folder with --save"
+                f"cannot save a message: {no}; choose another folder with --save"
             ) from None
 
     def _line(self, text: str) -> None:

@@ -233,7 +233,9 @@ class Assembly(Incoming):
             # Reserves addresses only: the system provides each page when it is first written.
             self._buffer = np.empty(transfer.nbytes, np.uint8)
         except MemoryError:
-            raise MalformedMessage(f"not enough memory for {transfer.nbytes} bytes") from None
+            raise MalformedMessage(
+                f"not enough memory for a transfer of {transfer.nbytes} bytes"
+            ) from None
 
     def _store(self, start: int, payload: memoryview) -> None:
         self._buffer[start : start + len(payload)] = np.frombuffer(payload, np.uint8)

@@ -267,6 +267,6 @@ def _check_digest(path: Path) -> None:
         digest = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
     if digest.hex().encode() != expected:
         raise ValueError(
-            "its bytes do not match its digest: the file is damaged, or was changed without "
-            f"removing {_DIGEST_KEY} from its metadata"
+            "the bytes of the model do not match the file's digest: the file is damaged, or was "
+            f"changed without removing {_DIGEST_KEY} from its metadata"
         )

@@ -281,7 +281,9 @@ def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
 
 def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
     if len(signature) > MAX_TENSORS:
-        raise ValueError(f"there are {len(signature)} tensors; at most {MAX_TENSORS} can be sent")
+        raise ValueError(
+            f"the number of tensors is {len(signature)}; at most {MAX_TENSORS} can be sent"
+        )
     table, offset = [], 0
     for name, dtype, shape in signature:
         _check_name(name)
@@ -347,8 +349,8 @@ def _checked_places(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
             )
         if offset < end or offset % ALIGNMENT:
             raise ValueError(
-                f"tensor '{name}' has the wrong offset {offset}: "
-                f"a multiple of {ALIGNMENT}, at least {end}, is expected"
+                f"tensor '{name}' has the wrong offset {offset}; expected a multiple of "
+                f"{ALIGNMENT} that is at least {end}"
             )
         if not nbytes:
             try:

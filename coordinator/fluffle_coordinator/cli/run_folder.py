@@ -90,8 +90,8 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
     named = load_strategy(given or recorded)
     if named.name != name:
         raise UsageError(
-            f"round {number} of {folder} was made with the strategy {name}, not {named.name}; give "
-            f"{name} with --strategy"
+            f"round {number} of {folder} was made with the strategy {name}, not {named.name}; "
+            f"give --strategy {name}"
         )
     if not named.strategy.needs.repeatable:
         raise UsageError(

@@ -165,8 +165,8 @@ class HookCalls:
                 return str(stop) or "the on_round hook stopped the run"
             if returned is not None and not isinstance(returned, str):
                 raise _WrongResult(
-                    f"it returned {type(returned).__name__}; it must return None, or a text with "
-                    "the reason to end the run"
+                    f"the function returned {type(returned).__name__}, but it must return None, "
+                    "or a text with the reason to end the run"
                 )
             return returned or ""
 
@@ -206,8 +206,8 @@ def _metrics(returned: Any) -> dict[str, float]:
     """
     if not isinstance(returned, Mapping):
         raise _WrongResult(
-            f"it returned {type(returned).__name__}; it must return a mapping of metric names to "
-            "numbers"
+            f"the function returned {type(returned).__name__}, but it must return a mapping of "
+            "metric names to numbers"
         )
     metrics = {}
     for name, value in returned.items():

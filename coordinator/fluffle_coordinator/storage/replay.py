@@ -198,7 +198,7 @@ def _archived(
     try:
         message, inline = decode(body)
         if not isinstance(message, Update):
-            raise MalformedMessage(f"a message of kind {message.kind} is not an update")
+            raise MalformedMessage(f"it is a message of kind {message.kind}, not an update")
         # An update may claim more examples than it was counted with.
         num_examples = min(message.num_examples, participant["num_examples"])
         # A stale update names the earlier round that it was trained from.
@@ -206,7 +206,9 @@ def _archived(
         archived = (message.run, number, message.worker, num_examples)
         counted = (line["run"], line["round"], worker, participant["num_examples"])
         if archived != counted:
-            raise MalformedMessage(f"(run, round, worker, examples) is {archived}, not {counted}")
+            raise MalformedMessage(
+                f"its run, round, worker and examples are {archived}, but the history has {counted}"
+            )
         if message.transfer is not None and payload is None:
             missing = path.with_suffix(".payload")
             raise UsageError(
@@ -265,7 +267,7 @@ def _compared(
     if {n: (t.shape, t.dtype) for n, t in committed.items()} != {
         n: (t.shape, t.dtype) for n, t in replayed.items()
     }:
-        raise UsageError("the checkpoints before and after the round are not of the same model")
+        raise UsageError("the checkpoints before and after the round belong to different models")
     return tuple(
         Tensor(
             name=name,

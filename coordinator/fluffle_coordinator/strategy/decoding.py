@@ -160,4 +160,7 @@ def decode_extra(
 def _check_groups(groups: Mapping[str, object]) -> None:
     unknown = sorted(groups.keys() - {MODEL, EXTRA})
     if unknown:
-        raise ValueError(f"tensors of the group '{unknown[0]}' were not requested")
+        raise ValueError(
+            f"the update contains tensors of the group '{unknown[0]}', which the coordinator did "
+            "not request"
+        )

@@ -208,7 +208,8 @@ def _scored(
         return score, of_what, [f"accuracy {', '.join(figures)}"]
     if not len(held_out):
         raise TaskError(
-            f"{options['data']} has only one letter, so none is held out; use --all to score it"
+            f"{options['data']} has only one letter, so no letter is held out; use --all to "
+            "score that letter"
         )
     score = model.score(images, held_out)
     of_what = f"{score.total} held-out letters"

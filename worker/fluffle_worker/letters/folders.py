@@ -56,7 +56,9 @@ def find_classes(folder: Path) -> ClassFolders:
         TaskError: if there is no such folder, it cannot be read, or a class has an unusable name.
     """
     if not folder.is_dir():
-        raise TaskError(f"there is no folder {folder}; --data must name one with <class>/<image>")
+        raise TaskError(
+            f"there is no folder {folder}; give --data a folder that contains <class>/<image>"
+        )
     spellings: dict[str, list[Path]] = defaultdict(list)
     ignored: Counter[str] = Counter()
     for path in _entries(folder):

@@ -123,7 +123,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = values.astype(np.float64 if floats else np.float32)
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ValueError("it has no finite pixel")
+        raise ValueError("the image has no finite pixel")
     low, high = float(finite.min()), float(finite.max())
     slack = _OVERSHOOT if floats else 0.0
     white = next((white for white in _WHITES if high <= white * (1 + slack)), 0)

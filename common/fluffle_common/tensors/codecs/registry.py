@@ -141,12 +141,13 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
     """
     if not isinstance(codec, type):
         raise UsageError(
-            f"{where} is a {type(codec).__name__}; a codec is a class (docs/codecs.md)"
+            f"{where} is a {type(codec).__name__}, but a codec must be a class (docs/codecs.md)"
         )
     name = getattr(codec, "name", None)
     if not isinstance(name, str) or not re.fullmatch(ENCODING_PATTERN, name):
         raise UsageError(
-            f"{where} has the name {name!r:.60}; a codec's name has 1 to 32 of a-z, 0-9, '_', '-'"
+            f"{where} has the name {name!r:.60}; use a name of 1 to 32 characters from a-z, 0-9, "
+            "'_' and '-'"
         )
     for method in ("parse", "encode"):
         if not callable(getattr(codec, method, None)):
@@ -178,7 +179,7 @@ def _check_parts(codec: Any, where: str) -> None:
         ) from error
     valid = isinstance(parts, tuple) and 1 <= len(parts) <= _MAX_PARTS
     if not valid or not all(isinstance(part, Part) for part in parts):
-        raise UsageError(f"{where} has parts {parts!r:.80}; a tuple of one or two Part is expected")
+        raise UsageError(f"{where} has parts {parts!r:.80}; expected a tuple of one or two Part")
     for part in parts:
         if not _SUFFIX.fullmatch(part.suffix):
             raise UsageError(
