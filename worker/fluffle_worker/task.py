@@ -24,8 +24,6 @@ from fluffle_worker.user_code import call_task
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
 
-DEFAULT_TASK = "fluffle_worker.letters.task:task"
-
 _METHODS = ("init", "train", "evaluate")
 _OPTIONAL = (
     "only_reads",
