@@ -222,7 +222,7 @@ class CoordinatorModel:
         if before is not Phase.ENDED and self.state.phase is Phase.ENDED:
             assert sum(isinstance(effect, fx.End) for effect in effects) == 1
 
-    def _perform(self, effect: fx.Effect) -> None:
+    def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         number = self.state.round
         match effect:
             case fx.Fold(handle, _, weight):
@@ -233,7 +233,7 @@ class CoordinatorModel:
                 self.jobs.append(("commit", committed))
             case fx.RecordEvaluation(evaluated):
                 self.lines.append(("evaluated", evaluated))
-            case fx.Record(run_events.Gone(worker=str(name)) as gone):
+            case run_events.Gone(worker=str(name)) as gone:
                 worker = self.world.workers[name]
                 recent = [at for at in worker.spoke if 0 <= self.read_until - at < SILENCE_S]
                 assert worker.unheard or not recent, f"{gone}, and it spoke at {recent}"

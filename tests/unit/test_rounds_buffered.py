@@ -26,28 +26,28 @@ class Asynchronous(Run):
         super().__init__(Rules(rounds=rounds, min_workers=1), schedule=schedule, **start)
         self.tickets: dict[str, tuple[int, int, str]] = {}  # sequence, round and base of each
 
-    def on(self, event: ev.Event) -> list[fx.Effect]:
+    def on(self, event: ev.Event) -> fx.Effects:
         effects = super().on(event)
         for sent in only(effects, fx.SendFit):
             work = sent.sequence, self.state.round, self.state.base
             self.tickets |= dict.fromkeys(sent.workers, work)
         return effects
 
-    def arrives(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
+    def arrives(self, name: str, work: tuple[int, int, str] | None = None) -> fx.Effects:
         """Let an update arrive, for a worker's latest work or for other work."""
         sequence, number, base = work or self.tickets[name]
         self.deliveries += 1
         handle, ticket = Handle(self.link, self.deliveries), Ticket(name, sequence)
         return self.on(ev.Arrived(self.now, handle, RUN, number, ticket, 10, base))
 
-    def counts(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
+    def counts(self, name: str, work: tuple[int, int, str] | None = None) -> fx.Effects:
         """Let an update arrive and be folded."""
         sequence, *_ = work or self.tickets[name]
         effects = self.arrives(name, work)
         folded = ev.Folded(self.now, Ticket(name, sequence), 1.0, 100)
         return [*effects, *self.on(folded)]
 
-    def on_disk(self) -> list[fx.Effect]:
+    def on_disk(self) -> fx.Effects:
         number = self.state.round
         return self.on(ev.Committed(self.now, number, f"b{number}"))
 
@@ -267,7 +267,7 @@ def test_an_older_version_is_evaluated_once_by_the_first_worker_that_can():
     run.on_disk()
     evaluated = rs.Evaluated(10, 0.5, {})
 
-    def evaluates(number: int, base: str) -> list[fx.Effect]:
+    def evaluates(number: int, base: str) -> fx.Effects:
         event = ev.EvaluationArrived(run.now, RUN, number, "slow", evaluated, base)
         return only(run.on(event), fx.RecordEvaluation)
 

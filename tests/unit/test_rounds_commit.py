@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from tests.unit import test_rounds
@@ -57,7 +58,7 @@ def test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk():
     late = run.last_handle
     effects = run.committed("a", "b")
     assert fx.Ack(late) in effects
-    assert [x for x in only(effects, fx.Record) if x.event.name == "late"] == [late_event("c")]
+    assert only(effects, run_events.Late) == [late_event("c")]
     assert only(effects, fx.Judge) == [late_verdict("c")]
 
 

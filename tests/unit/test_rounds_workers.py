@@ -22,12 +22,6 @@ FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 
 FLOAT64 = ModelForm(digest="bb", summary="8 tensors, 61,706 parameters: float64 8")
 
 
-def recorded(
-    effects: list[fx.Effect], kind: type[run_events.RunEvent] = run_events.RunEvent
-) -> list[Any]:
-    return [x.event for x in only(effects, fx.Record) if isinstance(x.event, kind)]
-
-
 def heard(*workers: str, rules: Rules | None = None) -> Run:
     """Return a run with an open round, whose clock stops while nobody is heard."""
     run = Run(rules or Rules(rounds=2), hearing=True)
@@ -108,7 +102,7 @@ def test_a_worker_silent_while_others_are_heard_is_gone_and_the_smaller_quorum_i
     run = heard("a", "b", "c")
     run.update("a")
     effects = pass_time(run, 12, "ab")
-    assert recorded(effects)[:2] == [
+    assert only(effects, run_events.RunEvent)[:2] == [
         run_events.Gone(worker="c", silent_s=10.0),
         run_events.Quorum(round=1, needed=2, was=3, reason="c is gone"),
     ]
@@ -118,7 +112,7 @@ def test_a_worker_silent_while_others_are_heard_is_gone_and_the_smaller_quorum_i
 def test_the_echo_alone_keeps_the_clock_running():
     run = heard("a", "b")
     effects = pass_time(run, 12)
-    assert [effect.worker for effect in recorded(effects, run_events.Gone)] == ["a", "b"]
+    assert [effect.worker for effect in only(effects, run_events.Gone)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +125,7 @@ def test_the_echo_alone_keeps_the_clock_running():
 def test_a_quorum_of_all_that_shrinks_is_reported(event, reason):
     run = heard("a", "b", "c")
     expected = run_events.Quorum(round=1, needed=2, was=3, reason=reason)
-    assert recorded(event(run), run_events.Quorum) == [expected]
+    assert only(event(run), run_events.Quorum) == [expected]
 
 
 def test_a_numeric_quorum_does_not_shrink():
@@ -178,7 +172,7 @@ def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(anno
 # --- weights -----------------------------------------------------------------------------------
 
 
-def arrives(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
+def arrives(run: Run, name: str, num_examples: int) -> fx.Effects:
     run.deliveries += 1
     handle = Handle(run.link, run.deliveries)
     number = run.state.round
@@ -191,7 +185,7 @@ def test_an_update_weighs_no_more_than_its_worker_announced():
     effects = arrives(run, "a", 10**12)
     assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
     expected = run_events.Overweight(worker="a", round=1, num_examples=10**12, limit=10)
-    assert recorded(effects) == [expected]
+    assert only(effects, run_events.RunEvent) == [expected]
     assert run.state.received[Ticket("a", 1)].num_examples == 10
 
 
@@ -213,7 +207,7 @@ def test_an_unheard_worker_weighs_no_more_than_any_other():
     assert only(arrives(run, "stranger", 10**9), fx.Fold)[0].num_examples == 10
 
 
-def folded(run: Run, name: str, norm: float) -> list[fx.Effect]:
+def folded(run: Run, name: str, norm: float) -> fx.Effects:
     effects = arrives(run, name, 10) if run.state.answer(name) is None else []
     return [*effects, *run.on(ev.Folded(run.now, Ticket(name, run.state.round), 1.0, 100, norm))]
 
@@ -222,7 +216,7 @@ def test_an_outlier_is_reported():
     run = heard("a", "b", "c")
     effects = [*folded(run, "a", 1.0), *folded(run, "b", 1.2), *folded(run, "c", 3e4)]
     expected = run_events.Outlier(round=1, worker="c", norm=3e4, median=1.2)
-    assert recorded(effects, run_events.Outlier) == [expected]
+    assert only(effects, run_events.Outlier) == [expected]
     assert only(effects, fx.Commit)
 
 
@@ -232,7 +226,7 @@ def rounds_of(*norms: dict[str, float], **rules: Any) -> tuple[Run, list[list[An
     outliers = []
     for number, by_name in enumerate(norms, start=1):
         effects = [effect for name in by_name for effect in folded(run, name, by_name[name])]
-        outliers.append([(o.worker, o.median) for o in recorded(effects, run_events.Outlier)])
+        outliers.append([(o.worker, o.median) for o in only(effects, run_events.Outlier)])
         run.on(ev.Committed(run.now, number, f"b{number}"))
     return run, outliers
 
@@ -270,12 +264,12 @@ def test_an_outlier_is_rejected_with_the_option():
 # --- stalled and long work ---------------------------------------------------------------------
 
 
-def training(run: Run, name: str, step: int) -> list[fx.Effect]:
+def training(run: Run, name: str, step: int) -> fx.Effects:
     return run.seen(name, state="training", run=RUN, round=1, base="b0", step=step, steps=100)
 
 
-def train_for(run: Run, seconds: float, moving: str, still: str = "") -> list[fx.Effect]:
-    effects: list[fx.Effect] = []
+def train_for(run: Run, seconds: float, moving: str, still: str = "") -> fx.Effects:
+    effects: fx.Effects = []
     for _ in range(0, int(seconds), 2):
         run.now += 2
         effects += run.echo()
@@ -296,7 +290,7 @@ def test_a_stalled_training_is_reported_once():
     expected = run_events.Stalled(
         worker="b", round=1, state="training", step=3, steps=100, still_s=120.0
     )
-    assert recorded(effects, run_events.Stalled) == [expected]
+    assert only(effects, run_events.Stalled) == [expected]
     assert run.state.phase is Phase.OPEN
 
 
@@ -330,7 +324,7 @@ def test_a_long_round_ends_at_the_operators_limit_which_is_named():
 def test_after_our_own_outage_a_model_in_parts_is_sent_again():
     run = heard("a", "b")
 
-    def receiving() -> list[fx.Effect]:
+    def receiving() -> fx.Effects:
         work = {"state": "receiving", "run": RUN, "round": 1, "base": "b0", "step": 1, "steps": 10}
         return run.seen("b", **work)
 

@@ -1,4 +1,7 @@
-"""The effects that the machine asks for, carried out in order by the shell around it."""
+"""The effects that the machine asks for, carried out in order by the shell around it.
+
+A run event among them is to be reported, in the log and the journal.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,6 @@ from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, Ticket
 @dataclass(frozen=True)
 class Effect:
     """An instruction to the shell."""
-
-
-@dataclass(frozen=True)
-class Record(Effect):
-    """Report an event of the run, in the log and the journal."""
-
-    event: RunEvent
 
 
 @dataclass(frozen=True)
@@ -155,4 +151,4 @@ class End(Effect):
     workers: tuple[str, ...]
 
 
-Effects = list[Effect]
+Effects = list[Effect | RunEvent]

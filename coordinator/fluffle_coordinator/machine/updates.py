@@ -13,7 +13,7 @@ from statistics import median_low
 from typing import TypeVar
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Record, Reject
+from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Reject
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
 from fluffle_coordinator.machine.state import (
@@ -42,10 +42,7 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
         out.append(Reject(handle, reason, "run"))
         return state
     if state.has_counted(ticket, event.round):
-        out += [
-            Ack(handle),
-            Record(run_events.Duplicate(worker=ticket.worker, round=event.round)),
-        ]
+        out += [Ack(handle), run_events.Duplicate(worker=ticket.worker, round=event.round)]
         return state
     if event.round < state.round and not (
         _accepts_updates(state) and _discount(state, event.round)
@@ -120,7 +117,7 @@ def _weight(state: State, event: Arrived, out: Effects) -> int:
         overweight = run_events.Overweight(
             worker=worker, round=event.round, num_examples=claimed, limit=limit
         )
-        out.append(Record(overweight))
+        out.append(overweight)
     return min(claimed, limit)
 
 
@@ -163,7 +160,7 @@ def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> Stat
 def _late(ticket: Ticket, number: int, num_examples: int, base: str) -> Effects:
     reason = f"round {number} was committed without it"
     late = run_events.Late(worker=ticket.worker, round=number, num_examples=num_examples)
-    return [Record(late), Judge(ticket, number, base, "late", reason)]
+    return [late, Judge(ticket, number, base, "late", reason)]
 
 
 def _hold_copy(state: State, ticket: Ticket, held: Received, event: Arrived, out: Effects) -> State:
@@ -212,7 +209,7 @@ def folded(state: State, event: Folded, out: Effects) -> State:
         staleness=staleness or None,
         weight=held.num_examples * _discount(state, held.round) if staleness else None,
     )
-    out.append(Record(counted))
+    out.append(counted)
     return _finish_work(state, ticket, event.now, out)
 
 
@@ -222,7 +219,7 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     worker = ticket.worker
     if event.again:
         resend = run_events.Resend(worker=worker, reason=event.reason)
-        out += [Ack(held.handle), Record(resend)]
+        out += [Ack(held.handle), resend]
     else:
         out.append(Reject(held.handle, event.reason, event.cause))
     if held.spares:
@@ -273,7 +270,7 @@ def committed(state: State, event: Committed, out: Effects) -> State:
         num_examples=event.num_examples,
         timings=event.timings,
     )
-    out.append(Record(report))
+    out.append(report)
     for ticket in late:
         state = _finish_work(state, ticket, event.now, out)
     state = _next_round(state, event, frozenset(counted), carried)
