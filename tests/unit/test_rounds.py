@@ -28,6 +28,13 @@ RUN = "run-a"
 ALL = Quorum()
 
 
+def update(
+    handle: Handle, worker: str, number: int = 1, base: str = "b0", num_examples: int = 10
+) -> rs.Received:
+    """Return an update of a round as the machine receives it, with the round's ticket."""
+    return rs.Received(handle, Ticket(worker, number), number, base, num_examples, 1.0, 100)
+
+
 class Run:
     """A machine with a clock; each method sends it an event and returns the effects."""
 
@@ -79,18 +86,16 @@ class Run:
         self, name: str, *, run: str = RUN, round: int | None = None, base: str | None = None
     ) -> fx.Effects:
         self.deliveries += 1
-        handle = Handle(self.link, self.deliveries)
         number = self.state.round if round is None else round
         base = self.state.base if base is None else base
-        ticket = Ticket(name, number)
-        return self.on(ev.Arrived(self.now, handle, run, number, ticket, 10, base))
+        return self.on(ev.Arrived(self.now, run, update(self.last_handle, name, number, base)))
 
     @property
     def last_handle(self) -> Handle:
         return Handle(self.link, self.deliveries)
 
     def folded(self, name: str) -> fx.Effects:
-        return self.on(ev.Folded(self.now, Ticket(name, self.state.round), 1.0, 100))
+        return self.on(ev.Folded(self.now, Ticket(name, self.state.round)))
 
     def fold_failed(self, name: str, *, again: bool = False) -> fx.Effects:
         ticket = Ticket(name, self.state.round)
@@ -151,8 +156,9 @@ def late_event(worker: str) -> run_events.Late:
     return run_events.Late(worker=worker, round=1, num_examples=10)
 
 
-def late_verdict(worker: str, base: str = "b0") -> fx.Judge:
-    return fx.Judge(Ticket(worker, 1), 1, base, "late", "round 1 was committed without it")
+def late_verdict(handle: Handle, worker: str, base: str = "b0") -> fx.Judge:
+    late = update(handle, worker, base=base)
+    return fx.Judge(late, "late", "round 1 was committed without it")
 
 
 def only(effects: fx.Effects, kind: type[_E]) -> list[_E]:
@@ -327,7 +333,7 @@ def test_the_quorum_commits(quorum, enough):
 def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
     run = opened("a", "b")
     run.update("a")
-    assert only(run.arrived("b"), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 10)]
+    assert only(run.arrived("b"), fx.Fold) == [fx.Fold(update(run.last_handle, "b"))]
     assert run.state.phase is Phase.OPEN
     run.folded("b")
     assert run.state.phase is Phase.COMMITTING
@@ -607,8 +613,9 @@ def test_a_late_update_is_acknowledged_and_reported():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     run.committed("a")
-    late = [fx.Ack(Handle(1, 2)), late_event("b"), late_verdict("b", base="b1")]
-    assert run.arrived("b", round=1) == late
+    late = Handle(1, 2)
+    verdict = late_verdict(late, "b", base="b1")
+    assert run.arrived("b", round=1) == [fx.Ack(late), late_event("b"), verdict]
     assert not run.state.received
 
 
@@ -673,7 +680,7 @@ def test_the_copy_is_folded_if_the_first_is_rejected():
     effects = run.fold_failed("a")
     assert effects == [
         fx.Reject(first, "it has a NaN", "not_finite"),
-        fx.Fold(run.last_handle, Ticket("a", 1), 10),
+        fx.Fold(update(run.last_handle, "a")),
     ]
     run.folded("a")
     assert run.state.folded == 1
@@ -701,7 +708,7 @@ def test_a_redelivery_during_the_fold_of_the_void_one_is_used_if_that_fails():
     run.connect()
     run.arrived("a")
     effects = run.fold_failed("a", again=True)
-    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
+    assert only(effects, fx.Fold) == [fx.Fold(update(run.last_handle, "a"))]
     assert not asked(effects)
     assert fx.Ack(run.last_handle) not in effects
 
@@ -805,7 +812,7 @@ def test_an_update_of_another_round_is_rejected_with_the_reason(of, reason, caus
     run = opened("a", "b")
     effects = run.arrived("a", **of)
     assert only(effects, fx.Reject) == [fx.Reject(run.last_handle, reason, cause)]
-    judged = [fx.Judge(Ticket("a", 2), 2, "b0", "rejected", reason, cause)]
+    judged = [fx.Judge(update(run.last_handle, "a", 2), "rejected", reason, cause)]
     assert only(effects, fx.Judge) == ([] if "run" in of else judged)
 
 

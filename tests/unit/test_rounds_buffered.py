@@ -15,8 +15,8 @@ from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
-from fluffle_coordinator.machine.state import Handle, Phase, Ticket
-from tests.unit.test_rounds import RUN, Run, asked, event_names, only
+from fluffle_coordinator.machine.state import Phase, Ticket
+from tests.unit.test_rounds import RUN, Run, asked, event_names, only, update
 
 
 class Asynchronous(Run):
@@ -37,15 +37,15 @@ class Asynchronous(Run):
         """Let an update arrive, for a worker's latest work or for other work."""
         sequence, number, base = work or self.tickets[name]
         self.deliveries += 1
-        handle, ticket = Handle(self.link, self.deliveries), Ticket(name, sequence)
-        return self.on(ev.Arrived(self.now, handle, RUN, number, ticket, 10, base))
+        sent = update(self.last_handle, name, number, base)
+        sent = sent._replace(ticket=Ticket(name, sequence))
+        return self.on(ev.Arrived(self.now, RUN, sent))
 
     def counts(self, name: str, work: tuple[int, int, str] | None = None) -> fx.Effects:
         """Let an update arrive and be folded."""
         sequence, *_ = work or self.tickets[name]
         effects = self.arrives(name, work)
-        folded = ev.Folded(self.now, Ticket(name, sequence), 1.0, 100)
-        return [*effects, *self.on(folded)]
+        return [*effects, *self.on(ev.Folded(self.now, Ticket(name, sequence)))]
 
     def on_disk(self) -> fx.Effects:
         number = self.state.round
@@ -112,7 +112,9 @@ def test_a_stale_update_weighs_less():
         run.counts("a")
         run.on_disk()
     folds = only(run.arrives("slow"), fx.Fold)
-    assert [(one.staleness, one.discount, one.num_examples) for one in folds] == [(3, 0.5, 10)]
+    assert [(one.staleness, one.discount, one.update.num_examples) for one in folds] == [
+        (3, 0.5, 10)
+    ]
 
 
 def test_an_update_that_is_too_old_is_late_and_its_worker_gets_new_work():
@@ -142,7 +144,7 @@ def test_an_update_during_the_commit_is_in_the_next_version():
     assert not only(run.arrives("c"), fx.Fold)
     effects = run.on_disk()
     folds = only(effects, fx.Fold)
-    assert [(fold.ticket.worker, fold.staleness) for fold in folds] == [("c", 1)]
+    assert [(fold.update.ticket.worker, fold.staleness) for fold in folds] == [("c", 1)]
     assert len(only(effects, fx.Ack)) == 2
 
 
@@ -290,9 +292,9 @@ def test_a_late_update_counts_in_the_open_round_and_does_not_close_it():
     run.update("b")
     run.committed("a", "b")
     (fold,) = only(run.arrived("c", round=1, base="b0"), fx.Fold)
-    assert (fold.ticket, fold.staleness) == (Ticket("c", 1), 1)
+    assert (fold.update.ticket, fold.staleness) == (Ticket("c", 1), 1)
     assert fold.discount == pytest.approx(math.sqrt(0.5))
-    run.on(ev.Folded(run.now, Ticket("c", 1), 1.0, 100))
+    run.on(ev.Folded(run.now, Ticket("c", 1)))
     run.update("a")
     assert run.state.phase is Phase.OPEN
     run.update("c")

@@ -14,9 +14,9 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
+from fluffle_coordinator.machine.state import Phase, Quorum, Rules, Ticket
 from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
-from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time
+from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time, update
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
 FLOAT64 = ModelForm(digest="bb", summary="8 tensors, 61,706 parameters: float64 8")
@@ -174,16 +174,19 @@ def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(anno
 
 def arrives(run: Run, name: str, num_examples: int) -> fx.Effects:
     run.deliveries += 1
-    handle = Handle(run.link, run.deliveries)
-    number = run.state.round
-    ticket, base = Ticket(name, number), run.state.base
-    return run.on(ev.Arrived(run.now, handle, RUN, number, ticket, num_examples, base))
+    number, base = run.state.round, run.state.base
+    sent = update(run.last_handle, name, number, base, num_examples)
+    return run.on(ev.Arrived(run.now, RUN, sent))
+
+
+def fold(run: Run, name: str, num_examples: int) -> fx.Fold:
+    return fx.Fold(update(run.last_handle, name, num_examples=num_examples))
 
 
 def test_an_update_weighs_no_more_than_its_worker_announced():
     run = heard("a", "b")
     effects = arrives(run, "a", 10**12)
-    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
+    assert only(effects, fx.Fold) == [fold(run, "a", 10)]
     expected = run_events.Overweight(worker="a", round=1, num_examples=10**12, limit=10)
     assert only(effects, run_events.RunEvent) == [expected]
     assert run.state.received[Ticket("a", 1)].num_examples == 10
@@ -193,23 +196,30 @@ def test_a_forged_hello_does_not_make_an_update_weigh_less():
     run = heard("a", "b")
     impostor = rs.Worker("a", "another", 1, (), 2.0, run.now)
     run.on(ev.Seen(run.now, impostor, hello=True))
-    assert only(arrives(run, "a", 10), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
+    assert only(arrives(run, "a", 10), fx.Fold) == [fold(run, "a", 10)]
 
 
 def test_an_update_weighs_no_more_than_the_operator_allows():
     run = heard("a", "b", rules=Rules(rounds=1, max_examples=7))
-    assert only(arrives(run, "a", 9), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 7)]
-    assert only(arrives(run, "b", 5), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 5)]
+    assert only(arrives(run, "a", 9), fx.Fold) == [fold(run, "a", 7)]
+    assert only(arrives(run, "b", 5), fx.Fold) == [fold(run, "b", 5)]
 
 
 def test_an_unheard_worker_weighs_no_more_than_any_other():
     run = heard("a", "b")
-    assert only(arrives(run, "stranger", 10**9), fx.Fold)[0].num_examples == 10
+    assert only(arrives(run, "stranger", 10**9), fx.Fold)[0].update.num_examples == 10
+
+
+def test_a_copy_weighs_by_its_own_number_of_examples():
+    run = heard("a", "b")
+    arrives(run, "a", 3)
+    arrives(run, "a", 10**6)
+    assert only(run.fold_failed("a"), fx.Fold) == [fold(run, "a", 10)]
 
 
 def folded(run: Run, name: str, norm: float) -> fx.Effects:
     effects = arrives(run, name, 10) if run.state.answer(name) is None else []
-    return [*effects, *run.on(ev.Folded(run.now, Ticket(name, run.state.round), 1.0, 100, norm))]
+    return [*effects, *run.on(ev.Folded(run.now, Ticket(name, run.state.round), norm))]
 
 
 def test_an_outlier_is_reported():

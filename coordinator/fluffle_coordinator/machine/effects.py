@@ -12,7 +12,7 @@ from typing import Literal
 
 from fluffle_common.errors import Cause
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, Ticket
+from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, Received
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,7 @@ class Judge(Effect):
     After a rejection, the worker trains again: sending the same update again does not help.
     """
 
-    ticket: Ticket
-    round: int
-    base: str
+    update: Received
     outcome: Literal["late", "rejected"]
     reason: str
     cause: Cause | None = None
@@ -99,9 +97,7 @@ class Fold(Effect):
     versions old. It is not added if its norm is above ``max_norm``.
     """
 
-    handle: Handle
-    ticket: Ticket
-    num_examples: int
+    update: Received
     max_norm: float = math.inf
     staleness: int = 0
     discount: float = 1.0

@@ -145,7 +145,7 @@ def _connected(state: State, event: ev.Connected, out: Effects) -> State:
     # Work that was being sent may be lost: a worker that is idle at its next heartbeat gets it
     # again. Every delivery that is held is void, and the broker redelivers it.
     for update in state.received.values():
-        out.extend(Ack(spare) for spare in update.spares)
+        out.extend(Ack(spare.handle) for spare in update.spares)
     return state.replace(
         link=event.link,
         caught_up=False,

@@ -255,8 +255,8 @@ class Coordinator:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
                 self._record(effect)
-            case fx.Fold(handle):
-                self._aggregator.fold(self._intake.held(handle), effect, self.state.round)
+            case fx.Fold(update):
+                self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
             case fx.Ack(handle):
                 self._intake.ack(handle)
             case fx.Opened():
