@@ -66,8 +66,8 @@ MUTANTS = [
     Mutant(
         "acknowledges late updates before the commit is on disk",
         updates,
-        "    if event.round < state.round and not (",
-        "    if state.phase is Phase.COMMITTING or event.round < state.round and not (",
+        "    if number < state.round and not (",
+        "    if state.phase is Phase.COMMITTING or number < state.round and not (",
         "test_an_update_during_the_commit_is_late_once_that_is_on_disk",
     ),
     Mutant(
@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant(
         "accepts updates of future rounds",
         updates,
-        "    if event.round > state.round or not",
+        "    if number > state.round or not",
         "    if not",
         "test_an_update_of_another_round_is_rejected_with_the_reason",
         random=False,
@@ -126,7 +126,7 @@ MUTANTS = [
     Mutant(
         "trusts the first of several copies after an outage",
         updates,
-        "    if held.folded and held.handle.link == event.handle.link:\n",
+        "    if held.folded and held.handle.link == copy.handle.link:\n",
         "    if held.folded:\n",
         "test_a_redelivery_replaces_the_void_delivery",
         random=False,  # it takes a rare coincidence, which the search does not always find
@@ -134,7 +134,7 @@ MUTANTS = [
     Mutant(
         "does not recognise a counted update after the commit",
         updates,
-        "    if state.has_counted(ticket, event.round):\n",
+        "    if state.has_counted(ticket, number):\n",
         "    if False:\n",
         "test_a_redelivery_after_the_commit_is_a_duplicate",
         random=False,
@@ -142,7 +142,7 @@ MUTANTS = [
     Mutant(
         "averages updates from lost weights",
         updates,
-        "    if event.base != base:\n",
+        "    if sent.base != base:\n",
         "    if False:\n",
         "test_an_update_from_other_weights_is_rejected",
     ),
@@ -318,8 +318,8 @@ MUTANTS = [
     Mutant(
         "believes any weight",
         updates,
-        "    return min(claimed, limit)\n",
-        "    return claimed\n",
+        "    return update._replace(num_examples=limit)\n",
+        "    return update\n",
         "test_an_update_weighs_no_more_than_its_worker_announced",
         random=False,
     ),

@@ -224,8 +224,8 @@ class Sum:
         return Held(Delivered(body), announced, payload)
 
     def begin_to_fold(self, held: Held, num_examples: int, number: int) -> None:
-        ticket = rs.Ticket(held.message.worker, number)
-        self.aggregator.fold(held, fx.Fold(rs.Handle(1, 1), ticket, num_examples), number)
+        record = held.record(rs.Handle(1, 1))._replace(num_examples=num_examples)
+        self.aggregator.fold(held, fx.Fold(record), number)
 
     async def fold(self, held: Held) -> ev.Event:
         self.begin_to_fold(held, held.message.num_examples, held.message.round)

@@ -16,7 +16,6 @@ from fluffle_common.cli.app import SEED, federation_option, queue_type_option, s
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo
-from fluffle_worker.task import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from fluffle_common.cli.console import Console
@@ -37,7 +36,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--task",
-    default=DEFAULT_TASK,
+    default="fluffle_worker.letters.task:task",
     metavar="NAME",
     help="Function that makes the task to train, as module:name or path.py:name.",
 )

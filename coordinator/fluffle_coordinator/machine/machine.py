@@ -44,7 +44,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
 from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
-from fluffle_coordinator.machine.effects import Ack, Effects, Record
+from fluffle_coordinator.machine.effects import Ack, Effects
 from fluffle_coordinator.machine.evaluation import (
     evaluate_last_model,
     evaluation_arrived,
@@ -136,7 +136,7 @@ def advance(state: State, event: ev.Event) -> tuple[State, Effects]:
 
 def _connected(state: State, event: ev.Connected, out: Effects) -> State:
     first = state.link == 0 and not state.workers
-    out.append(Record(run_events.Connected() if first else run_events.Reconnected()))
+    out.append(run_events.Connected() if first else run_events.Reconnected())
     # The outage does not count: no worker could be heard, and updates wait in the broker.
     if state.link == 0:
         state = postpone(state, event.now - state.unlinked_since)
@@ -145,7 +145,7 @@ def _connected(state: State, event: ev.Connected, out: Effects) -> State:
     # Work that was being sent may be lost: a worker that is idle at its next heartbeat gets it
     # again. Every delivery that is held is void, and the broker redelivers it.
     for update in state.received.values():
-        out.extend(Ack(spare) for spare in update.spares)
+        out.extend(Ack(spare.handle) for spare in update.spares)
     return state.replace(
         link=event.link,
         caught_up=False,

@@ -105,14 +105,18 @@ class Worker:
 
 
 class Received(NamedTuple):
-    """An update that was accepted in the open round."""
+    """An update, as the machine knows it: what its header says, and what has become of it."""
 
     handle: Handle
-    num_examples: int  # its weight, before any discount
+    ticket: Ticket
     round: int  # the round whose weights it was trained from: the open one or an earlier one
+    base: str  # the name of those weights
+    num_examples: int  # its weight, before any discount
+    train_s: float
+    size_bytes: int  # of its tensors, as they were sent
     folded: bool = False
-    spares: tuple[Handle, ...] = ()  # other copies, until one is known to be sound
-    norm: float = 0.0
+    spares: tuple[Received, ...] = ()  # other copies, until one is known to be sound
+    norm: float = 0.0  # the Euclidean norm of its delta, once it is folded
 
 
 @dataclass(frozen=True)

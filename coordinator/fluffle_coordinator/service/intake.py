@@ -236,10 +236,8 @@ class Intake:
         now = monotonic()
         match message:
             case Update():
-                self._held[handle] = Held(delivery, message, payload, self._room)
-                ticket = rs.Ticket(message.worker, message.sequence or message.round)
-                about = message.run, message.round, ticket, message.num_examples
-                self._post(ev.Arrived(now, handle, *about, message.base))
+                self._held[handle] = held = Held(delivery, message, payload, self._room)
+                self._post(ev.Arrived(now, message.run, held.record(handle)))
             case Evaluation():
                 evaluated = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)
