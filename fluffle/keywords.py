@@ -69,8 +69,7 @@ def settings_from(
             raise UsageError(f"{caller}() has no {name}=: {why}")
     if keywords.get("verify_users") and keywords.get("url") is None:
         raise UsageError(
-            f"{caller}() has no verify_users= without url=, because its broker in memory has no "
-            "users"
+            f"{caller}(): verify_users= needs url=, because the broker in memory has no users"
         )
     options = options_from(coordinator, keywords, caller)
     if options["schedule"] == "buffered":

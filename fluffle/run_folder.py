@@ -50,7 +50,8 @@ class RunFolder:
         """
         if not self.store.try_lock():
             raise RunError(
-                f"another coordinator is using {self.store.shown}; choose another folder="
+                f"another coordinator is using {self.store.shown}; choose another folder with "
+                "folder="
             )
         return self
 

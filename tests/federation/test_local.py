@@ -489,7 +489,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks, 1;"),
         ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the number of tasks, 1;"),
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
-        ([Adder()], {"verify_users": True}, "has no verify_users= without url=, because"),
+        ([Adder()], {"verify_users": True}, "verify_users= needs url=, because"),
         ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),

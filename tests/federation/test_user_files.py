@@ -335,7 +335,10 @@ def test_the_state_of_a_rule_is_kept_for_later_rounds_of_the_run():
     [
         (lambda g, w, s: g, "returned a dict; expected (gradient, state)"),
         (lambda g, w, s: ({}, s), "'w' is only in its input"),
-        (lambda g, w, s: ({"w": np.zeros(2)}, s), "returned 'w' of shape (2,), expected (1,)"),
+        (
+            lambda g, w, s: ({"w": np.zeros(2)}, s),
+            "returned 'w' of shape (2,); expected the shape (1,)",
+        ),
     ],
 )
 def test_a_gradient_of_another_shape_is_refused(gradient, message):

@@ -119,8 +119,8 @@ def changed(**changes: Any) -> type:
         (changed(name="topk"), "one of fluffle's own codecs, 'topk'"),
         (changed(encode=None), "no method 'encode'"),
         (changed(decode=lambda self, parts, like: like), "no static method 'decode'"),
-        (changed(dtypes="float32"), "needs 'dtypes'"),
-        (changed(feeds_back=1), "'feeds_back', True or False"),
+        (changed(dtypes="float32"), "must set 'dtypes'"),
+        (changed(feeds_back=1), "'feeds_back' to True or False"),
         (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails in parts((4, 300)): ZeroDiv"),
         (changed(parts=staticmethod(lambda shape: ())), "expected a tuple of one or two Part"),
         (changed(parts=staticmethod(lambda shape: [Part("", "int8", shape)])), "a tuple of one"),
@@ -188,7 +188,7 @@ def test_a_failing_encode_is_reported_in_one_line(codecs, encode, reason):
         (leaves, "'signs' fails to decode tensor 'w': SystemExit: 3 (test_codecs"),
         (lambda parts, like: like, "returned its argument 'like' for tensor 'w'; return a new arr"),
         (lambda parts, like: like[:], "returned its argument 'like' for tensor 'w'"),
-        (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w', expected float32"),
+        (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w'; expected float32"),
         (lambda parts, like: None, "returned NoneType  for tensor 'w'"),
     ],
 )
@@ -216,7 +216,9 @@ def test_a_residual_that_is_not_finite_is_an_error(codecs):
         return np.full(like.shape, np.inf, like.dtype)
 
     codecs.add(changed(decode=staticmethod(infinite)), "here")
-    with pytest.raises(CodecError, match="'signs' encodes the tensor 'w', which is finite"):
+    with pytest.raises(
+        CodecError, match="'signs' does not preserve tensor 'w': its values are finite"
+    ):
         compress(DELTA, "signs", {})
 
 
@@ -279,7 +281,11 @@ def test_an_installed_codec_is_found_by_name(monkeypatch):
     ("name", "value", "reason"),
     [
         ("signs", "nowhere_to_be_found:Signs", "fails to load: ModuleNotFoundError"),
-        ("other", f"{__name__}:Signs", "has the name 'signs', not 'other'"),
+        (
+            "other",
+            f"{__name__}:Signs",
+            "has the name 'signs', but its entry point has the name 'other'",
+        ),
         ("signs", f"{__name__}:fails", "a codec must be a class"),
     ],
 )

@@ -175,7 +175,7 @@ def test_bfloat16_tensors_form_one_vector():
         (np.zeros(2, [("a", "f4")]), "'w' is .*; keep it out of the weights$"),
         ([1.0], "'w' is of type list, not an array"),
         (None, "'w' is of type NoneType, not an array"),
-        (np.ones((1,) * 33), "'w' has 33 dimensions; at most 32 can be sent; reshape it"),
+        (np.ones((1,) * 33), "'w' has 33 dimensions; reshape it to at most 32 dimensions"),
     ],
 )
 def test_unsupported_tensors_are_refused_with_a_remedy(tensor, why):
@@ -190,7 +190,7 @@ def test_unsupported_tensors_are_refused_with_a_remedy(tensor, why):
         ("", "the empty name ''"),
         (
             "x" * 501,
-            "^tensor 'x{60}…' has a name of 501 characters; at most 500 can be sent; shorten",
+            "^tensor 'x{60}…' has a name of 501 characters; use a name of at most 500",
         ),
         (("conv", "kernel"), "has a name of type tuple; use a string"),
         ("a\ud800", "not valid Unicode"),

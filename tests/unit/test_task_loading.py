@@ -255,7 +255,7 @@ def test_an_async_method_is_refused(name):
         pass
 
     with pytest.raises(
-        UsageError, match=rf"^{name}\(\) of the task t is async; make it with 'def'"
+        UsageError, match=rf"^{name}\(\) of the task t is async; define this method with 'def'"
     ):
         check_task("t", own(**{name: method}))
 
@@ -263,7 +263,8 @@ def test_an_async_method_is_refused(name):
 def test_an_async_function_for_a_task_is_refused(here):
     file = write(here, "stream.py", TASK.replace("def task(", "async def task("))
     with pytest.raises(
-        UsageError, match=r"makes the task .*stream.py:task is async; make it with 'def'"
+        UsageError,
+        match=r"makes the task .*stream.py:task is async; define this function with 'def'",
     ):
         load_task(f"{file}:task", OPTIONS)
 
@@ -285,7 +286,7 @@ def making(**tensors: Any) -> Any:
         (np.zeros(2, ml_dtypes.float8_e4m3fn), "'x' is float8_e4m3fn, .* use bfloat16"),
         (np.zeros(2, ml_dtypes.int4), "'x' is int4, .* int8"),
         (np.zeros(2, np.longdouble), "'x' is .*float64"),
-        (np.zeros((1,) * 33), "'x' has 33 dimensions; at most 32"),
+        (np.zeros((1,) * 33), "'x' has 33 dimensions; reshape it to at most 32"),
     ],
 )
 def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
@@ -296,7 +297,7 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
 @pytest.mark.parametrize(
     ("tensors", "named"),
     [
-        ({"x" * 501: np.zeros(1)}, "name of 501 characters; at most 500"),
+        ({"x" * 501: np.zeros(1)}, "name of 501 characters; use a name of at most 500"),
         ({"": np.zeros(1)}, "empty name"),
         ({3: np.zeros(1)}, "has a name of type int"),
         ({"\udc80": np.zeros(1)}, r"tensor '\\udc80' has a name that is not valid Unicode"),

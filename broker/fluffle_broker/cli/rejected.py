@@ -188,7 +188,10 @@ def requeue(
     from fluffle_broker.inspect import rejected as rejected_queue
 
     if bool(numbers) == everything:
-        raise UsageError("choose messages by number ('requeue 3 4') or with --all")
+        raise UsageError(
+            "no message is chosen; choose messages by number, such as 'requeue 3 4', or choose "
+            "all with --all"
+        )
     topology, address, as_json = _target(options, group)
     chosen = None if everything else set(numbers)
     results = _with_link(address, lambda link: rejected_queue.requeue(link, topology, chosen))

@@ -145,7 +145,9 @@ def _start_container(info: NodeInfo, extra_conf: str, report: Report) -> NodeInf
         if ready := _await_ready(info):
             _limit_queues(ready, report)
             return ready
-        raise BrokerError("the container ended at once; 'docker ps --all' lists it")
+        raise BrokerError(
+            "the container with RabbitMQ ended at once; 'docker ps --all' shows its exit code"
+        )
     except BaseException:
         with contextlib.suppress(BrokerError):  # the first error is the one to report
             _clean_up(info)

@@ -159,8 +159,8 @@ class Incoming(ABC):
             )
         if transfer.parts != -(-transfer.nbytes // codec.PART_BYTES):
             raise MalformedMessage(
-                f"{transfer.parts} parts of {codec.PART_BYTES} bytes cannot hold "
-                f"{transfer.nbytes} bytes"
+                f"the announced transfer is inconsistent: {transfer.parts} parts of "
+                f"{codec.PART_BYTES} bytes cannot hold {transfer.nbytes} bytes"
             )
         self.transfer = transfer
         self._missing = set(range(transfer.parts))

@@ -78,7 +78,7 @@ def check_names(weights: Weights) -> None:
         if name.startswith(_STRATEGY_PREFIX):
             raise ValueError(
                 f"the name of tensor '{name[:60]}' begins with '{_STRATEGY_PREFIX}', which "
-                "checkpoints reserve for the state of a strategy; rename it"
+                "checkpoints reserve for the state of a strategy; rename this tensor"
             )
 
 
@@ -252,7 +252,8 @@ def _check_readable(
     for name, dtype in dtypes.items():
         if dtype not in readable:
             raise UsageError(
-                f"tensor '{name}' of {path} is {dtype}, which is not supported; convert it to BF16"
+                f"tensor '{name}' of {path} is {dtype}, which is not supported; convert this "
+                "tensor to BF16"
             )
 
 

@@ -295,8 +295,8 @@ def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
             )
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(
-                f"{_label(name)} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} can be "
-                "sent; reshape it"
+                f"{_label(name)} has {len(shape)} dimensions; reshape it to at most "
+                f"{MAX_DIMENSIONS} dimensions"
             )
         offset += -offset % ALIGNMENT
         nbytes = math.prod(shape) * dtype.itemsize
@@ -309,11 +309,11 @@ def _check_name(name: object) -> None:
     if not isinstance(name, str):
         raise ValueError(f"{_label(name)} has a name of type {type(name).__name__}; use a string")
     if not name:
-        raise ValueError("a tensor has the empty name ''; give it one")
+        raise ValueError("a tensor has the empty name ''; give the tensor a name")
     if len(name) > MAX_TENSOR_NAME:
         raise ValueError(
-            f"{_label(name)} has a name of {len(name)} characters; at most {MAX_TENSOR_NAME} "
-            "can be sent; shorten it"
+            f"{_label(name)} has a name of {len(name)} characters; use a name of at most "
+            f"{MAX_TENSOR_NAME} characters"
         )
     try:
         name.encode()

@@ -270,7 +270,7 @@ def _where(federation: str | None, url: str | None) -> tuple[Transport, Topology
 
     if federation is None:
         raise UsageError(
-            "missing option '--federation', or '--run' for the journal of a simulation"
+            "no journal is named; give --federation, or give --run for the journal of a simulation"
         )
     topology = Topology(check_federation(federation))
     return AmqpTransport(broker_url(url), f"fluffle journal of {federation}"), topology

@@ -28,8 +28,8 @@ async def hello(probe: Probe) -> str:
         if probe.faults:
             raise Unmet(f"malformed: {probe.faults[0]}") from None
         raise Skipped(
-            f"worker {probe.worker} was started before this command; stop it, and start it again "
-            "while this command waits"
+            f"worker {probe.worker} was started before this command; stop the worker, and start "
+            "it again while this command waits"
         ) from None
     if PROTOCOL not in greeting.protocols:
         raise Unmet(f"protocols are {list(greeting.protocols)}")

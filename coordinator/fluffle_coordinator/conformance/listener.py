@@ -119,7 +119,7 @@ class Listener(ABC):
             if not message.run.startswith(RUNS):  # of a real run, which has to stay in the queue
                 raise UsageError(
                     f"federation {self.topology.federation} has messages of run {message.run}; "
-                    "give a federation that nothing else uses with --federation"
+                    "with --federation, name a federation that nothing else uses"
                 )
         delivery.ack()
         if not isinstance(message, FromWorker):

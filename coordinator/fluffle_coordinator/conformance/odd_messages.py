@@ -199,8 +199,8 @@ def _in_parts(probe: Probe) -> int:
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:
         raise Skipped(
-            f"the model's {size_bytes(probe.weights):,} bytes fit into one message; --large adds "
-            "a tensor of 5 MiB"
+            f"the model's {size_bytes(probe.weights):,} bytes fit into one message; add --large "
+            "for a model that is sent in parts"
         )
     return transfer.parts
 

@@ -132,8 +132,8 @@ def _from_file(name: str) -> tuple[str, Schedule[State]]:
     max_staleness = fields["max_staleness"]
     if max_staleness < 0:
         raise UsageError(
-            f"--schedule {name} has max_staleness = {max_staleness}; it must be at least 0 "
-            "(0 counts only updates of the open version)"
+            f"--schedule {name} has max_staleness = {max_staleness}, but max_staleness must be "
+            "at least 0 (0 counts only updates of the open version)"
         )
     return place.called, GuardedSchedule(
         place.called, schedule, max_staleness, fields["continuous"]

@@ -111,7 +111,8 @@ def rules_for(
     if needs.min_examples > 1:
         raise UsageError(
             f"the strategy {named.name} needs at least {needs.min_examples} examples per round, "
-            "which this version of fluffle does not support; choose another with --strategy"
+            "which this version of fluffle does not support; choose another strategy with "
+            "--strategy"
         )
     try:
         Plan(extra=needs.extra)

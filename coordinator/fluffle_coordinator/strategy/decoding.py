@@ -79,7 +79,7 @@ def check_metrics(message: Update, needs: Needs) -> None:
         if name not in message.metrics:
             raise MalformedMessage(
                 f"the update has no metric '{name}', which the strategy of this run needs; the "
-                "task must report it"
+                "task must report this metric"
             )
     for name, (low, high) in needs.ranges.items():
         try:

@@ -101,7 +101,7 @@ def class_name(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise TaskError(f"the name of the class {name!r} is not UTF-8; rename it") from None
+        raise TaskError(f"the name of the class {name!r} is not UTF-8; rename this class") from None
     return unicodedata.normalize("NFC", name)
 
 

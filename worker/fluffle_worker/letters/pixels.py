@@ -87,7 +87,9 @@ def read_picture(path: Path) -> Picture:
             "PNG, JPEG, BMP, GIF, TIFF, WebP, PBM, PGM, PPM)"
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as why:
-        raise UsageError(f"{path} is too large to be a letter ({why}); scale it down") from None
+        raise UsageError(
+            f"{path} is too large to be a letter ({why}); scale the image down"
+        ) from None
     except Exception as why:  # untrusted bytes make Pillow raise almost anything
         reason = (isinstance(why, OSError) and why.strerror) or str(why) or type(why).__name__
         raise UsageError(f"{path} cannot be read as an image ({reason})") from None

@@ -121,7 +121,7 @@ class BoundRule:
             if np.shape(changed[name]) != shape:
                 raise TaskError(
                     f"gradient() of the local rule {self.name} returned '{name}' of shape "
-                    f"{np.shape(changed[name])}, expected {shape}"
+                    f"{np.shape(changed[name])}; expected the shape {shape}"
                 )
         return dict(changed), state
 
