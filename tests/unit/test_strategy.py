@@ -294,7 +294,7 @@ def needing(**needs):
         (
             {"min_updates": 3},
             {"sample": 2},
-            "needs at least 3 updates per round, but --sample 2 asks for 2 updates; give --sample 3",
+            "needs at least 3 updates per round, but --sample 2 asks for 2 updates; give --sa",
         ),
     ],
 )
