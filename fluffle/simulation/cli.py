@@ -125,16 +125,16 @@ def _of_the_coordinator() -> list[click.Parameter]:
 def simulate(**options: Any) -> None:
     """Run a federation of many simulated clients in this process.
 
-    The coordinator, rounds, strategies and files are those of a real run. Only the broker is in
-    memory, and time is simulated: an hour of training on slow devices takes only as long as the
-    computation takes here. The same seeds give the same run.
+    The coordinator, the rounds, the strategies and the files are those of a real run. Only the
+    broker is in memory, and time is simulated: an hour of training on slow devices takes only as
+    long as the computation takes on this machine. The same seeds give the same run.
 
     \b
       fluffle simulate --task digits.py:task --clients 100 --fraction 0.1
       fluffle simulate federation.toml --partition dirichlet:0.5
       fluffle simulate --task digits.py:task --step-time classes:1,2,4
 
-    A coordinator's TOML file can hold the options of this command in a table [simulation].
+    In a coordinator's TOML file, put the options of this command into a table [simulation].
     """
     from fluffle.run_folder import committed
     from fluffle.simulation.availability import parse_availability

@@ -116,17 +116,17 @@ def worker(**options: Any) -> None:
     """Take part in a federation with your own data.
 
     The data never leaves this machine. The worker sends only the change that its training made to
-    the weights, its number of examples, and its metrics. Start it before or after the broker and
-    the coordinator: it waits for both, joins the open round or the next one, and reconnects after
-    any outage.
+    the weights, its number of examples, and its metrics. You can start the worker before or after
+    the broker and the coordinator. The worker waits for both, joins the open round or the next
+    round, and reconnects after any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1
       fluffle worker --federation digits --task digits.py:task --data shard:0/3
       fluffle worker worker.toml --id hospital-7
 
-    Every option can also be set in a TOML file, by a key of the same name. An option on the
-    command line overrides its key.
+    You can also set every option in a TOML file, as a key with the same name. An option on the
+    command line overrides the key in the file.
     """
     from fluffle_common.cli.settings import check_federation, check_worker
 

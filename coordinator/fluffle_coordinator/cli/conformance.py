@@ -63,10 +63,11 @@ if TYPE_CHECKING:
 def conformance(ctx: click.Context, /, **options: Any) -> None:
     """Check whether a worker does what docs/protocol.md demands.
 
-    The command plays a coordinator, waits for a worker, and confronts it with what can happen in a
-    real run: repeated, newer or older work, other weights, a lost part, a rejected update, unusual
-    messages, and the end. It prints one line per demand and exits with 1 if one is not met. The
-    worker trains about thirty times, so give it a quick task.
+    The command plays a coordinator, waits for a worker, and confronts the worker with what can
+    happen in a real run: repeated, newer or older work, other weights, a lost part, a rejected
+    update, unusual messages, and the end. The command prints one line per demand, and exits with
+    code 1 if a demand is not met. The worker trains about thirty times, so give the worker a quick
+    task.
 
     \b
       fluffle conformance --url amqp://localhost &
