@@ -371,7 +371,7 @@ def test_without_a_coordinator_it_names_the_command(committed):
         story.add(14, "committed", round=7, participants=["a"])
     explanation = explain(story.events, "r", 7, at(50), coordinated=False)
     text = "\n".join(sentences(explanation))
-    assert "No coordinator is connected to the broker now: the same command" in text
+    assert "No coordinator is connected to the broker now. A coordinator that you start" in text
     assert "left until the deadline" not in text
 
 
