@@ -57,7 +57,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     required=True,
     metavar="MODULE:NAME|path.py:name",
     help="Function that makes the task, as module:name or path.py:name. If the task can be "
-    "divided, like a task of 'flax_task', its training examples are split among the "
+    "divided, like a task from 'flax_task', its training examples are split among the "
     "clients.",
 )
 @click.option(
@@ -65,8 +65,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="",
     metavar="TEXT",
     help="Value that the task function gets as options.data. If the value contains '{client}' "
-    "or '{clients}', each client gets its own task; the client's number (from 0) and "
-    "the number of clients replace these placeholders.",
+    "or '{clients}', each client gets its own task: '{client}' becomes the client's "
+    "number (from 0), and '{clients}' the number of clients.",
 )
 @click.option("--clients", type=count(), default=100, help="Number of clients.")
 @click.option(
@@ -118,8 +118,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--test-every",
     type=count(),
     metavar="N",
-    help="Evaluate every Nth model and the last model on the task's held-out data, if the "
-    "task is divided among the clients.  [default: every model]",
+    help="If the task is divided among the clients, test every Nth model and the last model "
+    "on the task's held-out data.  [default: every model]",
     show_default=False,
 )
 def simulate(**options: Any) -> None:

@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Time limit, in seconds, for waiting for an unreachable broker.",
+    help="Time limit for reaching the broker, in seconds.",
 )
 @queue_type_option
 @log_format_option

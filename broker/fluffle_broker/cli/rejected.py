@@ -170,7 +170,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
 @click.option(
-    "--all", "everything", is_flag=True, help="Send all messages again that are in the queue now."
+    "--all", "everything", is_flag=True, help="Send again all messages that are in the queue now."
 )
 @_common_options
 @click.pass_obj

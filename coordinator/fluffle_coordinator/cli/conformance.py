@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 @click.option(
     "--large",
     is_flag=True,
-    help="Add a 5 MiB tensor to the model, so that the model is sent in parts. Only for workers "
-    "that accept tensors of any shape.",
+    help="Add a 5 MiB tensor to the model, so that the model is sent in parts. Use this "
+    "option only for workers that accept tensors of any shape.",
 )
 @click.option(
     "--twice",

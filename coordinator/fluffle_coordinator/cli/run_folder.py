@@ -147,7 +147,12 @@ def _words(distance: Distance) -> str:
     metavar="HTML",
     help="File to write the page to.  [default: report.html in the run folder]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the page's data as JSON instead.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the report's data as JSON instead of writing a page.",
+)
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a report of a run: one HTML file, to keep or to send.
 

@@ -127,7 +127,13 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", type=_FILE, required=True, metavar="FILE", help="Model file of a round.")
+@click.option(
+    "--model",
+    type=_FILE,
+    required=True,
+    metavar="FILE",
+    help="Model file of a round, such as runs/letters/round-0006.safetensors.",
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
