@@ -337,6 +337,14 @@ def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(cap
     assert capsys.readouterr().err == ""
 
 
+def test_a_place_in_fluffles_own_code_is_not_named():
+    class Wrong(Adder):
+        train = len
+
+    with pytest.raises(fluffle.TaskError, match=r"len\(\) takes .* \(3 given\)$"):
+        fluffle.run([Wrong()], rounds=1, progress=False)
+
+
 def test_a_failing_evaluation_is_reported_and_training_continues(capsys):
     run = fluffle.run({"north": Adder(), "south": Broken("evaluate")}, rounds=2)
     assert run.history["loss"] == [1.0, 2.0]

@@ -14,13 +14,14 @@ import numpy as np
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.user_code import is_ctrl_c, one_line, sendable
+from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import shown, warn_in_full
+from fluffle_worker.user_code import warn_in_full
 
 UNKNOWN: Signature = ()
 """The signature of a task whose ``init`` fails; no model has an empty one."""

@@ -15,15 +15,14 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from fluffle_common.cli.user_code import sendable
+from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import MAX_CLASS_NAME, MAX_NUM_EXAMPLES, Plan
 from fluffle_common.tensors.weights import Weights
-from fluffle_worker.user_code import call_task, shown
+from fluffle_worker.user_code import call_task
 
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
-
-DEFAULT_TASK = "fluffle_worker.letters.task:task"
 
 _METHODS = ("init", "train", "evaluate")
 _OPTIONAL = (

@@ -31,8 +31,8 @@ def _state_option(command: Any) -> Any:
         default=".fluffle",
         type=click.Path(file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Folder for this node's files: configuration, data and logs.  "
-        "[default: $FLUFFLE_STATE, else .fluffle here]",
+        help="Folder for this node's configuration, data and logs.  [default: $FLUFFLE_STATE, "
+        "else .fluffle in the current folder]",
     )(command)
 
 
@@ -158,26 +158,28 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     "workers",
     multiple=True,
     metavar="NAME",
-    help="ID of a worker, which is also the name of the worker's user; may be given several times.",
+    help="Worker ID, which is also the name of the worker's RabbitMQ user; may be given "
+    "several times.",
 )
 @click.option(
-    "--coordinator", is_flag=True, help="Print the permissions for the coordinator's user."
+    "--coordinator", is_flag=True, help="Print the permissions of the coordinator's RabbitMQ user."
 )
 @click.option(
     "--coordinator-user",
     metavar="NAME",
-    help="Name of the coordinator's user.  [default: FEDERATION-coordinator]",
+    help="Name of the coordinator's RabbitMQ user.  [default: FEDERATION-coordinator]",
 )
-@click.option("--vhost", default="/", show_default=True, metavar="NAME", help="Name of the vhost.")
+@click.option(
+    "--vhost", default="/", show_default=True, metavar="NAME", help="Name of the RabbitMQ vhost."
+)
 @queue_type_option
 @click.option(
     "--apply",
     "applies",
     is_flag=True,
-    help=(
-        "Grant the permissions on the private broker of this folder. A missing user is created "
-        "with a random password, which is printed once on standard output."
-    ),
+    help="Grant the permissions on the private broker that was started in this folder. If a "
+    "user is missing, create it with a random password, and print the password once on "
+    "standard output.",
 )
 @click.option(
     "--ask-password", is_flag=True, help="Prompt for the password of each user (with --apply)."
@@ -229,7 +231,7 @@ def permissions(**options: Any) -> None:
     "--print",
     "prints",
     is_flag=True,
-    help="Print rabbitmqctl commands instead of setting the policies.",
+    help="Print rabbitmqctl commands that set the policies, instead of setting them.",
 )
 def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
     """Limit the length of a federation's queues.

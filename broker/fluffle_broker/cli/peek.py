@@ -29,7 +29,7 @@ _WIDE = 100  # columns
 @click.argument("queue")
 @click.option(
     "-n", "--count", default=5, show_default=True, type=counts(1, 10_000),
-    help="Maximum number of messages, from the head of a queue or the end of the journal.",
+    help="Maximum number of messages to show: the oldest in a queue, or the newest in the journal.",
 )  # fmt: skip
 @inspection_options("Print a list of objects, with every tensor.")
 @management_option

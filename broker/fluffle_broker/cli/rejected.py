@@ -32,7 +32,7 @@ _common_options = inspection_options("Print the result as JSON.", required=False
 @management_option
 @click.option(
     "-n", "--count", default=20, show_default=True, type=counts(), metavar="N",
-    help="Maximum number of messages to list; the newest are listed.",
+    help="Maximum number of messages to list; if there are more, only the newest are listed.",
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:
@@ -170,7 +170,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
 @click.option(
-    "--all", "everything", is_flag=True, help="Requeue all messages that are in the queue now."
+    "--all", "everything", is_flag=True, help="Send all messages again that are in the queue now."
 )
 @_common_options
 @click.pass_obj

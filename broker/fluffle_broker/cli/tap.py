@@ -31,20 +31,23 @@ _MOST_TRANSFERS = 256
 @click.command()
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
-    help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part …); "
-    "may be given several times.  [default: all but heartbeat; parts are counted, not "
-    "listed]",
+    help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part "
+    "…); may be given several times.  [default: all kinds except heartbeat; parts are "
+    "counted, not listed]",
 )  # fmt: skip
-@click.option("--worker", metavar="W", help="ID of a worker; show only messages from or to it.")
+@click.option(
+    "--worker", metavar="W", help="Show only messages from or to the worker with this ID."
+)
 @click.option(
     "--save", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Folder in which to save each message: its body as .msgpack, its properties as .json.",
+    help="Folder to save the messages in. A message's body is saved as a .msgpack file, and "
+    "its properties as a .json file.",
 )  # fmt: skip
 @click.option(
     "-n",
     "--count",
     type=counts(),
-    help="Number of lines to print before tap ends.  [default: no limit]",
+    help="Number of lines to print before the command ends.  [default: no limit]",
 )
 @inspection_options("Print one JSON object per line.")
 @management_option

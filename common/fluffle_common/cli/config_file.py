@@ -86,7 +86,7 @@ class ConfiguredCommand(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_remember,
-                help="Print all options in effect, with their sources, as a TOML file, and exit.",
+                help="Print the value and the source of every option as a TOML file, and exit.",
             )
         )
 

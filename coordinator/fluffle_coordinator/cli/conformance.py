@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     "--federation",
     default="conformance",
     metavar="NAME",
-    help="Name of the federation to use; nothing but this check may use it.",
+    help="Name of a federation that nothing except this check uses.",
 )
 @click.option(
     "--worker",
     metavar="ID",
-    help="ID of the worker to examine.  [default: the first that connects]",
+    help="ID of the worker to examine.  [default: the first worker that connects]",
 )
 @click.option(
     "--large",
@@ -39,7 +39,8 @@ if TYPE_CHECKING:
 @click.option(
     "--twice",
     is_flag=True,
-    help="At the end, wait for you to restart the worker, and refuse the new process.",
+    help="At the end, wait until you restart the worker, then refuse the new process and "
+    "check how it reacts.",
 )
 @click.option(
     "--wait",
@@ -53,7 +54,8 @@ if TYPE_CHECKING:
     "patience_s",
     type=seconds(min_open=True),
     default=60.0,
-    help="Time limit for each answer, in seconds; must be longer than a training.",
+    help="Time limit for each answer of the worker, in seconds; must be longer than one "
+    "training run.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
 @queue_type_option

@@ -52,7 +52,8 @@ def _source_options(command: Any) -> Any:
         "folder",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Run folder of a simulation; its journal is read instead of one on a broker.",
+        help="Run folder of a simulation. The command reads the journal in this folder instead of "
+        "a journal on a broker.",
     )
     return federation_option(url_option(run_option(command)), required=False)
 

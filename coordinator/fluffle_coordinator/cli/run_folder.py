@@ -39,7 +39,8 @@ _run_argument = click.argument(
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="Strategy of the run, if its file has moved.  [default: as in run.json]",
+    help="Where to find the run's strategy, if the strategy file has moved since the run.  "
+    "[default: the location in run.json]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")
 def replay(

@@ -29,9 +29,10 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
     "--unseen",
     type=count(0),
     default=1,
-    help="Number of additional writers for scoring, on whom no worker should train.",
+    help="Number of additional writers whose letters are only for scoring; no worker should "
+    "train on them.",
 )
-@click.option("--seed", type=SEED, default=1, help="Seed of the drawings.")
+@click.option("--seed", type=SEED, default=1, help="Seed for drawing the letters.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw handwritten letters A to J, as different people would.
 
@@ -57,7 +58,13 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 
 
 @click.command()
-@click.option("--model", type=_FILE, required=True, metavar="FILE", help="Model file of a round.")
+@click.option(
+    "--model",
+    type=_FILE,
+    required=True,
+    metavar="FILE",
+    help="Model file of a round, such as runs/letters/round-0006.safetensors.",
+)
 @click.option(
     "--image",
     "images",
@@ -124,23 +131,26 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
     metavar="DIR",
-    help="Folder of letters, which contains <class>/<image>.",
+    help="Folder with letters, as <class>/<image>.",
 )
 @click.option("--out", type=_FILE, required=True, metavar="PNG", help="Image file to write.")
 @click.option(
     "--all",
     "everything",
     is_flag=True,
-    help="Score the held-out and the training letters, and show both scores.",
+    help="Score both the held-out and the training letters, and show the two scores.",
 )
 @click.option(
-    "--unseen", is_flag=True, help="Score all letters of a folder that no worker trained on."
+    "--unseen",
+    is_flag=True,
+    help="Score all letters in the folder. Use this option if no worker trained on any of them.",
 )
 @click.option(
     "--seed",
     type=SEED,
     default=0,
-    help="The --seed of the worker with this folder; it determines the held-out letters.",
+    help="The --seed of the worker that trained on this folder. The seed determines which "
+    "letters are held out.",
 )
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.
