@@ -181,8 +181,8 @@ class CoordinatorModel:
         match message.kind:
             case "update":
                 self.deliveries[handle] = message
-                update = rs.Received(handle, ticket, number, base, NUM_EXAMPLES, 1.0, 100)
-                self.events.append(ev.Arrived(now, run, update))
+                about = ticket, number, base, NUM_EXAMPLES
+                self.events.append(ev.Arrived(now, run, handle, *about, 1.0, 100))
             case "evaluation":
                 evaluated = rs.Evaluated(10, 0.5, {})
                 self.events.append(ev.EvaluationArrived(now, run, number, worker, evaluated, base))
@@ -346,12 +346,9 @@ class CoordinatorModel:
 
     def knows(self, handle: Handle) -> bool:
         """Whether a delivery is held or about to be settled."""
-        held = {
-            copy.handle
-            for update in self.state.received.values()
-            for copy in (update, *update.spares)
-        }
-        arriving = {event.update.handle for event in self.events if isinstance(event, ev.Arrived)}
+        held = {update.handle for update in self.state.received.values()}
+        held |= {copy.handle for copies in self.state.spares.values() for copy in copies}
+        arriving = {event.handle for event in self.events if isinstance(event, ev.Arrived)}
         jobs = {job[1] for job in (*self.jobs, *self.out) if isinstance(job[1], Handle)}
         return handle in held | arriving | jobs
 
@@ -688,7 +685,8 @@ class World:
                 for one in state.received.values()
                 if self.schedule.continuous or one.round == state.round
             ]
-            assert state.folded == sum(one.folded for one in closing)
+            assert state.folded == sum(one.ticket in state.norms for one in closing)
+            assert {*state.norms} | {*state.spares} <= {*state.received}
             assert state.tally == state.replace_and_recount().tally
         if coordinator is not None and coordinator.state.phase is not Phase.ENDED:
             for handle, message in self.broker.unacked.items():

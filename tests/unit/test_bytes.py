@@ -164,7 +164,7 @@ async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp
         aggregator.take_first(Held(Delivered(1), message, memoryview(b"")))
     else:
         held = Held(Delivered(1), update(tensors=table, transfer=transfer), memoryview(b""))
-        aggregator.fold(held, fx.Fold(held.record(rs.Handle(1, 1))), 1)
+        aggregator.fold(held, fx.Fold(held.arrived(0.0, rs.Handle(1, 1))), 1)
     running = asyncio.ensure_future(aggregator.run())
     await aggregator.drained()
     running.cancel()

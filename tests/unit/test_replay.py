@@ -113,7 +113,7 @@ class Run:
         message, payload = decode(delivery.body)
         assert isinstance(message, Update)
         held = Held(delivery, message, payload)
-        self.aggregator.fold(held, Fold(held.record(Handle(1, 1))), number)
+        self.aggregator.fold(held, Fold(held.arrived(0.0, Handle(1, 1))), number)
         return held
 
     async def commit(self, number: int) -> None:

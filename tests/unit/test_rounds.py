@@ -25,21 +25,23 @@ from fluffle_coordinator.observe.waiting import waiting_for
 
 _E = TypeVar("_E", bound=fx.Effect | run_events.RunEvent)
 RUN = "run-a"
+START = 100.0
 ALL = Quorum()
 
 
 def update(
     handle: Handle, worker: str, number: int = 1, base: str = "b0", num_examples: int = 10
-) -> rs.Received:
-    """Return an update of a round as the machine receives it, with the round's ticket."""
-    return rs.Received(handle, Ticket(worker, number), number, base, num_examples, 1.0, 100)
+) -> ev.Arrived:
+    """Return an update of a round that arrives at the start of a ``Run``."""
+    ticket = Ticket(worker, number)
+    return ev.Arrived(START, RUN, handle, ticket, number, base, num_examples, 1.0, 100)
 
 
 class Run:
     """A machine with a clock; each method sends it an event and returns the effects."""
 
     def __init__(self, rules: Rules | None = None, *, hearing: bool = False, **start: Any) -> None:
-        self.now = 100.0
+        self.now = START
         self.link = 0
         self.deliveries = 0
         self.log: fx.Effects = []
@@ -88,7 +90,8 @@ class Run:
         self.deliveries += 1
         number = self.state.round if round is None else round
         base = self.state.base if base is None else base
-        return self.on(ev.Arrived(self.now, run, update(self.last_handle, name, number, base)))
+        sent = update(self.last_handle, name, number, base)
+        return self.on(replace(sent, now=self.now, run=run))
 
     @property
     def last_handle(self) -> Handle:

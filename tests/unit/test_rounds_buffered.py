@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -38,8 +39,7 @@ class Asynchronous(Run):
         sequence, number, base = work or self.tickets[name]
         self.deliveries += 1
         sent = update(self.last_handle, name, number, base)
-        sent = sent._replace(ticket=Ticket(name, sequence))
-        return self.on(ev.Arrived(self.now, RUN, sent))
+        return self.on(replace(sent, now=self.now, ticket=Ticket(name, sequence)))
 
     def counts(self, name: str, work: tuple[int, int, str] | None = None) -> fx.Effects:
         """Let an update arrive and be folded."""

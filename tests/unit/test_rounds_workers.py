@@ -176,7 +176,7 @@ def arrives(run: Run, name: str, num_examples: int) -> fx.Effects:
     run.deliveries += 1
     number, base = run.state.round, run.state.base
     sent = update(run.last_handle, name, number, base, num_examples)
-    return run.on(ev.Arrived(run.now, RUN, sent))
+    return run.on(replace(sent, now=run.now))
 
 
 def fold(run: Run, name: str, num_examples: int) -> fx.Fold:

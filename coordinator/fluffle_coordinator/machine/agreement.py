@@ -9,7 +9,8 @@ from typing import NamedTuple
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_coordinator.machine.effects import Effects, Refuse
-from fluffle_coordinator.machine.state import State, Worker
+from fluffle_coordinator.machine.records import Worker
+from fluffle_coordinator.machine.state import State
 
 _NAMES_SHOWN = 5
 

@@ -54,7 +54,7 @@ def due_at(state: State) -> float:
 
 def _is_folding(state: State) -> bool:
     """Whether an update is here that is not in the sum yet."""
-    return not all(update.folded for update in state.received.values())
+    return len(state.norms) < len(state.received)
 
 
 def _expired(state: State, now: float) -> bool:
@@ -98,7 +98,7 @@ def _report_outliers(state: State, out: Effects) -> State:
     ``State.usual_norm``. An outlier enters it too, but as a minority it does not change a median.
     Each median is the lower one, so that one outlier among two norms does not raise it.
     """
-    norms = {t: u.norm for t, u in state.received.items() if u.folded and u.norm > 0}
+    norms = {ticket: norm for ticket, norm in state.norms.items() if norm > 0}
     if not norms:
         return state
     middle = median_low(norms.values())

@@ -12,7 +12,8 @@ from typing import Literal
 
 from fluffle_common.errors import Cause
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, Received
+from fluffle_coordinator.machine.events import Arrived
+from fluffle_coordinator.machine.records import Evaluated, Handle, Outcome
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Judge(Effect):
     After a rejection, the worker trains again: sending the same update again does not help.
     """
 
-    update: Received
+    update: Arrived
     outcome: Literal["late", "rejected"]
     reason: str
     cause: Cause | None = None
@@ -97,7 +98,7 @@ class Fold(Effect):
     versions old. It is not added if its norm is above ``max_norm``.
     """
 
-    update: Received
+    update: Arrived
     max_norm: float = math.inf
     staleness: int = 0
     discount: float = 1.0

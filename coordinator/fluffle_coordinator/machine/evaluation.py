@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Effects, End, RecordEvaluation
 from fluffle_coordinator.machine.events import EvaluationArrived
-from fluffle_coordinator.machine.state import Issued, Outcome, Phase, State, Table
+from fluffle_coordinator.machine.records import Outcome
+from fluffle_coordinator.machine.state import Issued, Phase, State, Table
 from fluffle_coordinator.machine.work import send_work
 
 

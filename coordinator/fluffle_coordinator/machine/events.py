@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fluffle_common.errors import Cause
-from fluffle_coordinator.machine.state import Evaluated, Received, Ticket, Worker
+from fluffle_coordinator.machine.records import Evaluated, Handle, Ticket, Worker
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,20 @@ class WeightsReady(Event):
 
 @dataclass(frozen=True)
 class Arrived(Event):
-    """An update for a run arrived with a valid header; its tensors are not checked yet."""
+    """An update arrived with a valid header; its tensors are not checked yet.
+
+    It was trained from the weights named ``base``, those of ``round``, in ``train_s``. Its tensors
+    have ``size_bytes`` as they were sent.
+    """
 
     run: str
-    update: Received
+    handle: Handle
+    ticket: Ticket
+    round: int
+    base: str
+    num_examples: int
+    train_s: float
+    size_bytes: int
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from fluffle_coordinator.machine.agreement import refuse_unfit
 from fluffle_coordinator.machine.effects import AskInit, Effects
 from fluffle_coordinator.machine.evaluation import end, last_failure
 from fluffle_coordinator.machine.events import InitLost, WeightsReady
-from fluffle_coordinator.machine.state import State, Worker
+from fluffle_coordinator.machine.records import Worker
+from fluffle_coordinator.machine.state import State
 
 
 def ask_for_weights(state: State, now: float, out: Effects) -> State:

@@ -10,7 +10,8 @@ from fluffle_coordinator.machine.agreement import other_frozen, refuse, unfit
 from fluffle_coordinator.machine.clock import clock_time, first_due, schedule_check, stall_times
 from fluffle_coordinator.machine.effects import Effects, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
-from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
+from fluffle_coordinator.machine.records import Worker
+from fluffle_coordinator.machine.state import Issued, Phase, State
 from fluffle_coordinator.machine.work import assign_work, issue, resend_work, send_work
 
 

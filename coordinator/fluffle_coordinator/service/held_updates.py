@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.transport.base import Delivery
 from fluffle_coordinator.machine.effects import Fold
-from fluffle_coordinator.machine.state import Handle, Received, Ticket
+from fluffle_coordinator.machine.events import Arrived
+from fluffle_coordinator.machine.records import Handle, Ticket
 
 
 @dataclass(eq=False)
@@ -41,11 +42,13 @@ class Held:
         if self.room is not None:
             self.room.used_bytes += self.size_bytes
 
-    def record(self, handle: Handle) -> Received:
-        """Return what the machine knows of an update; it is held under this handle."""
+    def arrived(self, now: float, handle: Handle) -> Arrived:
+        """Return the event that an update arrived, which is held under this handle."""
         message, transfer = self.message, self.message.transfer
         assert isinstance(message, Update)
-        return Received(
+        return Arrived(
+            now,
+            message.run,
             handle,
             Ticket(message.worker, message.sequence or message.round),
             message.round,

@@ -237,7 +237,7 @@ class Intake:
         match message:
             case Update():
                 self._held[handle] = held = Held(delivery, message, payload, self._room)
-                self._post(ev.Arrived(now, message.run, held.record(handle)))
+                self._post(held.arrived(now, handle))
             case Evaluation():
                 evaluated = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)

@@ -47,7 +47,7 @@ from fluffle_common.tensors.frozen import (
 )
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
-from fluffle_coordinator.machine.state import Ticket
+from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History
 from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
