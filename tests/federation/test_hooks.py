@@ -6,6 +6,7 @@ import asyncio
 import ctypes
 import json
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -116,8 +117,8 @@ def test_a_failing_hook_is_reported_once_and_loses_no_round(federated, capsys):
             "(test_hooks.py:"
         )
         assert notes[1] == (
-            "round 1 is committed, but its on_round hook failed: it returned int; it must return "
-            "None, or a text with the reason to end the run"
+            "round 1 is committed, but its on_round hook failed: the function returned int, but it "
+            "must return None, or a text with the reason to end the run"
         )
         lines = (federation.folder / "history.jsonl").read_text().splitlines()
         assert not any("test" in json.loads(line)["event"] for line in lines)
@@ -146,21 +147,62 @@ def test_a_hook_cannot_end_the_process(federated, capsys, wrong):
     assert "raise wrong" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [0.5, {"accuracy": "high"}, {"accuracy": np.zeros(2)}])
-def test_invalid_metrics_are_reported(federated, capsys, wrong):
+def test_a_result_that_is_no_mapping_is_reported(federated, capsys):
     async def scenario(federation):
-        coordinator = federation.coordinator(1, hooks=Hooks(lambda _: wrong))
+        coordinator = federation.coordinator(1, hooks=Hooks(lambda _: 0.5))
         federation.workers(2)
         await coordinator.end()
         (note,) = coordinator.log.of("note")
-        assert "evaluate hook failed: " in note["what"]
-        assert "number" in note["what"]
-        assert ".py" not in note["what"]
+        assert "evaluate hook failed: it returned float; it must return a mapping" in note["what"]
 
     federated(scenario)
     errors = capsys.readouterr().err
     assert "the evaluate hook failed: " in errors  # fluffle.run shows no notes
     assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["high", "0.5", np.zeros(2), {"a": 0.5}, None, 1j, np.complex64(1j), 10**400, np.array("x")],
+)
+@pytest.mark.filterwarnings("error")
+def test_a_metric_that_is_no_number_is_named_once_and_costs_no_other(federated, capsys, value):
+    metrics = {"accuracy": np.float32(0.5), "odd": value, "rate": Fraction(1, 4)}
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(2, hooks=Hooks(lambda _: dict(metrics)))
+        federation.workers(2)
+        await coordinator.end()
+        for row in read_history(federation.folder)[1:]:
+            found = {name: number for name, number in row.items() if name.startswith("test/")}
+            assert found == {"test/accuracy": 0.5, "test/rate": 0.25}
+        (note,) = coordinator.log.of("note")
+        assert note["what"].startswith("the evaluate hook's metric 'odd' is ")
+        assert note["what"].endswith(", but a number is expected; it is left out")
+
+    federated(scenario)
+    errors = capsys.readouterr().err
+    assert errors.count("metric 'odd'") == 1  # fluffle.run shows no notes
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("raises", [True, False])
+def test_text_that_is_not_valid_unicode_ends_no_coordinator(federated, raises):
+    name = "d\udce9j\udce0"  # as os.fsdecode returns a name that is not UTF-8
+
+    def on_round(commit):
+        if raises:
+            raise StopRun(name)
+        return name
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(3, hooks=Hooks(lambda _: {name: 1.0}, on_round))
+        federation.workers(2)
+        state = await coordinator.end()
+        assert (state.outcome, state.reason) == ("finished", r"d\udce9j\udce0")
+        assert read_history(federation.folder)[-1][r"test/d\udce9j\udce0"] == 1.0
+
+    federated(scenario)
 
 
 @pytest.mark.parametrize("values", [(0.5, math.nan, math.inf), (math.nan,) * 3])
@@ -224,3 +266,11 @@ def test_a_hook_takes_one_argument():
         UsageError, match="--on-round must be .* one argument, the commit; .* \\(\\)"
     ):
         Hooks.load(on_round=lambda: None)
+
+
+def test_an_async_hook_is_refused():
+    async def hook(_):
+        return None
+
+    with pytest.raises(UsageError, match="--evaluate must be a plain function; remove its 'async'"):
+        Hooks.load(evaluate=hook)

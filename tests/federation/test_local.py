@@ -337,6 +337,14 @@ def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(cap
     assert capsys.readouterr().err == ""
 
 
+def test_a_place_in_fluffles_own_code_is_not_named():
+    class Wrong(Adder):
+        train = len
+
+    with pytest.raises(fluffle.TaskError, match=r"len\(\) takes .* \(3 given\)$"):
+        fluffle.run([Wrong()], rounds=1, progress=False)
+
+
 def test_a_failing_evaluation_is_reported_and_training_continues(capsys):
     run = fluffle.run({"north": Adder(), "south": Broken("evaluate")}, rounds=2)
     assert run.history["loss"] == [1.0, 2.0]
@@ -481,7 +489,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks, 1;"),
         ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the number of tasks, 1;"),
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
-        ([Adder()], {"verify_users": True}, "has no verify_users=: "),
+        ([Adder()], {"verify_users": True}, "verify_users= needs url=, because"),
         ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
@@ -494,12 +502,16 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"folder": b"x"}, "folder = b'x' is not a path"),
         ([Adder()], {"folder": "\0"}, r"folder = '\x00' is not a path"),
         ([Adder()], {"evaluate": 7}, "evaluate= must be a function, not int"),
-        ([Adder()], {"init": ""}, 'init = "": the text is empty; give a value, or leave it out'),
-        ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or leave it out"),
+        (
+            [Adder()],
+            {"init": ""},
+            'init = "": the text is empty; give a value, or omit this option',
+        ),
+        ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or omit folder="),
         ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker id"),
         ({"a b": Adder()}, {}, "choose another key in tasks"),
-        (Adder(), {}, "a list of tasks is expected, or a mapping of names to tasks, not <"),
+        (Adder(), {}, "expected a list of tasks or a mapping of names to tasks, not <"),
         ([object()], {}, "no method 'init'"),
     ],
 )

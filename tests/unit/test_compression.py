@@ -350,7 +350,9 @@ def test_a_plan_carries_the_codec(how):
     ],
 )
 def test_a_plan_refuses_invalid_codecs(how):
-    with pytest.raises(ValueError, match="is not a codec; bf16, f16, int8, topk:0.01 or NAME"):
+    with pytest.raises(
+        ValueError, match="is not a codec; expected bf16, f16, int8, topk:0.01 or NAME"
+    ):
         Compression.parse(how)
 
 

@@ -359,7 +359,7 @@ def test_names_that_are_no_text_and_folders_that_cannot_be_read_end_in_one_line(
 ):
     _save(tmp_path, "a/1.png")
     os.mkdir(os.fsencode(tmp_path) + b"/\xff")
-    with pytest.raises(TaskError, match="not UTF-8; rename it"):
+    with pytest.raises(TaskError, match="not UTF-8; rename this class"):
         read_images(tmp_path)
 
     def refuse(_: Path) -> None:

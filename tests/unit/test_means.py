@@ -35,7 +35,7 @@ def mean_of(name, deltas, *, workers=None, base=None, counts=None, metrics=None)
         )
         state = mean.fold(state, one)
     mean_delta, emptied = mean.finish(state, base)
-    with pytest.raises(ValueError, match="no update was folded"):
+    with pytest.raises(ValueError, match="no update has been added"):
         mean.finish(emptied, base)
     return mean_delta["w"] if list(mean_delta) == ["w"] else mean_delta
 

@@ -58,22 +58,22 @@ MUTANTS = [
     Mutant(
         "acknowledges an update when it is folded, before the commit",
         updates,
-        "    update = held._replace(folded=True, spares=spares, norm=event.norm)\n",
-        "    update = held._replace(folded=True, spares=spares, norm=event.norm)\n"
-        "    out.append(Ack(held.handle))\n",
+        "    staleness = state.round - update.round\n    asked, ",
+        "    out.append(Ack(update.handle))\n"
+        "    staleness = state.round - update.round\n    asked, ",
         "test_nothing_is_acknowledged_before_the_commit_is_on_disk",
     ),
     Mutant(
         "acknowledges late updates before the commit is on disk",
         updates,
-        "    if event.round < state.round and not (",
-        "    if state.phase is Phase.COMMITTING or event.round < state.round and not (",
+        "    if number < state.round and not (",
+        "    if state.phase is Phase.COMMITTING or number < state.round and not (",
         "test_an_update_during_the_commit_is_late_once_that_is_on_disk",
     ),
     Mutant(
         "folds duplicates",
         updates,
-        "    if held is not None:\n        return _hold_copy",
+        "    if ticket in state.received:\n        return _hold_copy",
         "    if False:\n        return _hold_copy",
         "test_a_copy_of_a_held_update_is_acknowledged",
     ),
@@ -110,7 +110,7 @@ MUTANTS = [
     Mutant(
         "accepts updates of future rounds",
         updates,
-        "    if event.round > state.round or not",
+        "    if number > state.round or not",
         "    if not",
         "test_an_update_of_another_round_is_rejected_with_the_reason",
         random=False,
@@ -118,7 +118,7 @@ MUTANTS = [
     Mutant(
         "forgets the copies",
         updates,
-        "    if held.spares:\n",
+        "    if copies := state.spares.get(ticket):\n",
         "    if False:\n",
         "test_the_copy_is_folded_if_the_first_is_rejected",
         random=False,
@@ -126,15 +126,15 @@ MUTANTS = [
     Mutant(
         "trusts the first of several copies after an outage",
         updates,
-        "    if held.folded and held.handle.link == event.handle.link:\n",
-        "    if held.folded:\n",
+        "    if ticket in state.norms and held.handle.link == copy.handle.link:\n",
+        "    if ticket in state.norms:\n",
         "test_a_redelivery_replaces_the_void_delivery",
         random=False,  # it takes a rare coincidence, which the search does not always find
     ),
     Mutant(
         "does not recognise a counted update after the commit",
         updates,
-        "    if state.has_counted(ticket, event.round):\n",
+        "    if state.has_counted(ticket, number):\n",
         "    if False:\n",
         "test_a_redelivery_after_the_commit_is_a_duplicate",
         random=False,
@@ -149,7 +149,7 @@ MUTANTS = [
     Mutant(
         "counts a participant whose update is not in the sum",
         updates,
-        "        if update.folded:\n            counted.add(ticket)\n",
+        "        if ticket in state.norms:\n            counted.add(ticket)\n",
         "        if True:\n            counted.add(ticket)\n",
         "test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk",
         random=False,
@@ -318,8 +318,8 @@ MUTANTS = [
     Mutant(
         "believes any weight",
         updates,
-        "    return min(claimed, limit)\n",
-        "    return claimed\n",
+        "    return replace(update, num_examples=limit)\n",
+        "    return update\n",
         "test_an_update_weighs_no_more_than_its_worker_announced",
         random=False,
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import itertools
 import threading
@@ -224,8 +225,9 @@ class Sum:
         return Held(Delivered(body), announced, payload)
 
     def begin_to_fold(self, held: Held, num_examples: int, number: int) -> None:
-        ticket = rs.Ticket(held.message.worker, number)
-        self.aggregator.fold(held, fx.Fold(rs.Handle(1, 1), ticket, num_examples), number)
+        arrived = held.arrived(0.0, rs.Handle(1, 1))
+        arrived = dataclasses.replace(arrived, num_examples=num_examples)
+        self.aggregator.fold(held, fx.Fold(arrived), number)
 
     async def fold(self, held: Held) -> ev.Event:
         self.begin_to_fold(held, held.message.num_examples, held.message.round)

@@ -8,20 +8,19 @@ error only if no valid update remains.
 from __future__ import annotations
 
 import hashlib
-import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from fluffle_common.cli.user_code import one_line, sendable
+from fluffle_common.cli.user_values import count, number, shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
 from fluffle_common.tensors.layout import Tensors
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import full_trace, shown
+from fluffle_worker.user_code import full_trace
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
@@ -50,8 +49,8 @@ class Results:
         """
         if not hasattr(result, "weights") or not hasattr(result, "num_examples"):
             raise TaskError(
-                f"train() returned {shown(result)}; it must return TrainResult(weights, "
-                "num_examples, metrics)"
+                f"train() returned {shown(result)}; expected TrainResult(weights, num_examples, "
+                "metrics)"
             )
         try:
             num_examples = count(result.num_examples)
@@ -88,8 +87,8 @@ class Results:
             loss = number(result.loss)
         except AttributeError:
             self._once(
-                f"evaluate() returned {shown(result)}; EvalResult(loss, num_examples, metrics) or "
-                "None is expected; this worker reports no evaluation"
+                f"evaluate() returned {shown(result)}, but must return "
+                "EvalResult(loss, num_examples, metrics) or None; this worker reports no evaluation"
             )
             return nothing
         except ValueError as wrong:
@@ -133,8 +132,8 @@ class Results:
             pairs = list(dict(given).items())
         except (TypeError, ValueError):
             self._once(
-                f"{method}() returned the metrics {shown(given)}; a mapping of names to numbers "
-                "is expected, so the metrics are omitted"
+                f"{method}() returned the metrics {shown(given)}, but must return a mapping of "
+                "names to numbers; the metrics are omitted"
             )
             return {}
         valid: dict[str, float] = {}
@@ -170,36 +169,6 @@ class Results:
         return True
 
 
-def number(value: Any) -> float:
-    """Convert a finite number of any framework to a float.
-
-    Raises:
-        ValueError: if it is not one; the message is a predicate, such as "is nan, but …".
-    """
-    try:
-        converted = float(_plain(value))
-    except Exception:
-        raise ValueError(f"is {shown(value)}, but a number is expected") from None
-    if not math.isfinite(converted):
-        raise ValueError(f"is {converted}, but a finite number is expected")
-    return converted
-
-
-def count(value: Any) -> int:
-    """Convert a whole number of any framework to an int.
-
-    Raises:
-        ValueError: if it is not one; the message is a predicate, such as "is 0.5, but …".
-    """
-    try:
-        plain = _plain(value)
-        if isinstance(plain, float) and plain.is_integer():
-            return int(plain)
-        return operator.index(plain)
-    except Exception:
-        raise ValueError(f"is {shown(value)}, but a whole number is expected") from None
-
-
 def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Array]:
     """Convert tensors that a task's method returned to NumPy arrays; ``what`` is for errors.
 
@@ -208,7 +177,7 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"{method} returned {what} {shown(given)}; a mapping of names to arrays is expected"
+            f"{method} returned {what} {shown(given)}; expected a mapping of names to arrays"
         )
     converted = {}
     for name, value in given.items():
@@ -240,18 +209,6 @@ def lent(weights: Weights, task: Task) -> dict[str, Array]:
 def copied(weights: Weights) -> dict[str, Array]:
     """Return copies of tensors."""
     return {name: np.array(tensor) for name, tensor in weights.items()}
-
-
-def _plain(value: Any) -> Any:
-    """Return the element of a one-element array or tensor; return other values as they are.
-
-    Raises:
-        TypeError: for text, which ``float`` would parse.
-    """
-    plain = value.item() if hasattr(value, "item") else value
-    if isinstance(plain, str | bytes | bytearray):
-        raise TypeError
-    return plain
 
 
 def _whole(value: Any) -> int:

@@ -14,13 +14,14 @@ import numpy as np
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.user_code import is_ctrl_c, one_line, sendable
+from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import shown, warn_in_full
+from fluffle_worker.user_code import warn_in_full
 
 UNKNOWN: Signature = ()
 """The signature of a task whose ``init`` fails; no model has an empty one."""
@@ -114,8 +115,8 @@ def _form(given: Any) -> Signature:
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"model_form() returned {shown(given)}; a mapping of names to objects with dtype and "
-            "shape is expected"
+            f"model_form() returned {shown(given)}; expected a mapping of names to objects with "
+            "dtype and shape"
         )
     form = []
     for name, like in given.items():
@@ -124,7 +125,7 @@ def _form(given: Any) -> Signature:
             form.append((name, np.dtype(like.dtype), shape))
         except Exception:
             raise TaskError(
-                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; an "
-                "object with dtype and shape is expected"
+                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; "
+                "expected an object with dtype and shape"
             ) from None
     return tuple(form)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import reprlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,3 @@ def full_trace(why: BaseException) -> str:
 def warn_in_full(why: BaseException) -> None:
     """Write that traceback to stderr."""
     user_code.warn_in_full(why, "task", CALLERS)
-
-
-def shown(value: Any) -> str:
-    """Return how errors show a value of the task's code: in one line of at most 80 characters."""
-    try:
-        return user_code.sendable(" ".join(reprlib.repr(value).split()), 80)
-    except Exception:  # its own __repr__ fails, or it is a number of thousands of digits
-        return f"an unprintable {type(value).__name__}"

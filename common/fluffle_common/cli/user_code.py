@@ -8,6 +8,7 @@ import threading
 import traceback
 from collections.abc import Collection
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 
@@ -96,7 +97,7 @@ def _where(why: BaseException, callers: Collection[str]) -> str:
     if isinstance(why, SyntaxError):
         return ""  # its text says where
     trace = traceback.extract_tb(why.__traceback__)
-    frames = [frame for frame in trace if frame.filename not in callers]
+    frames = [one for one in trace if one.filename not in callers and not _is_ours(one.filename)]
     own = [frame for frame in frames if _is_users(frame.filename)]
     if not frames:
         return ""
@@ -105,9 +106,20 @@ def _where(why: BaseException, callers: Collection[str]) -> str:
 
 
 @cache
+def _is_ours(filename: str) -> bool:
+    path = Path(filename)
+    if _OURS & set(path.parts):
+        return True
+    # Not by its name: the folder of a clone, and thus of its examples, is called fluffle too.
+    front_door = find_spec("fluffle")
+    folders = (front_door and front_door.submodule_search_locations) or ()
+    return any(path.is_relative_to(folder) for folder in folders)
+
+
+@cache
 def _is_users(filename: str) -> bool:
     path = Path(filename)
-    if filename.startswith("<") or {"site-packages", "dist-packages", *_OURS} & set(path.parts):
+    if filename.startswith("<") or {"site-packages", "dist-packages"} & set(path.parts):
         return False
     libraries = [Path(sysconfig.get_path(name)) for name in ("stdlib", "platstdlib")]
     return not any(path.is_relative_to(library) for library in libraries)

@@ -60,7 +60,10 @@ class MemoryLink(Link):
             if isinstance(entity, Binding):
                 if not self._broker.bind(entity):  # RabbitMQ would close the channel
                     self.cut()
-                    raise LinkLost(f"no '{entity.queue}' or no '{entity.exchange}' to bind")
+                    raise LinkLost(
+                        f"cannot bind queue '{entity.queue}' to exchange '{entity.exchange}', "
+                        "because one of the two does not exist"
+                    )
             else:
                 self._broker.declare(entity)
 

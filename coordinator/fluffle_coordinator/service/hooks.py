@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,8 @@ from typing import Any, TypeVar
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.loading import load_object
-from fluffle_common.cli.user_code import one_line, warn_in_full
+from fluffle_common.cli.user_code import one_line, sendable, warn_in_full
+from fluffle_common.cli.user_values import real
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.weights import Array, Weights, read_only
@@ -112,6 +112,8 @@ def _function(given: Any, option: str, argument: str) -> Any:
     function = load_object(given, option) if isinstance(given, str) else given
     if function is not None and not callable(function):
         raise UsageError(f"{option} must be a function, not {type(function).__name__}")
+    if inspect.iscoroutinefunction(function):
+        raise UsageError(f"{option} must be a plain function; remove its 'async'")
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # None, or written in C
@@ -144,11 +146,17 @@ class HookCalls:
         hook = self._hooks.evaluate
         if hook is None:
             return {}
-        metrics = await self._call("evaluate", number, lambda: _metrics(hook(weights))) or {}
+        tested = await self._call("evaluate", number, lambda: _metrics(hook(weights)))
+        metrics, faults = tested or ({}, {})
         for name, value in metrics.items():
-            if not math.isfinite(value) and self._is_new(f"the metric {name!r:.60} is {value}"):
-                what = f"the evaluate hook's metric {name!r:.60} is {value} in round {number}"
-                warn(what := f"{what}; it is recorded as missing, and never the best")
+            if not math.isfinite(value):
+                fault = (
+                    f"is {value} in round {number}; it is recorded as missing, and never the best"
+                )
+                faults[name, str(value)] = fault
+        for (name, kind), fault in faults.items():
+            if self._is_new(f"metric {name} {kind}"):
+                warn(what := f"the evaluate hook's metric {sendable(name)!r:.60} {fault}")
                 self._record(run_events.Note(what=what))
         return metrics
 
@@ -162,13 +170,13 @@ class HookCalls:
             try:
                 returned = hook(commit)
             except StopRun as stop:
-                return str(stop) or "the on_round hook stopped the run"
+                return sendable(str(stop)) or "the on_round hook stopped the run"
             if returned is not None and not isinstance(returned, str):
                 raise _WrongResult(
-                    f"it returned {type(returned).__name__}; it must return None, or a text with "
-                    "the reason to end the run"
+                    f"the function returned {type(returned).__name__}, but it must return None, "
+                    "or a text with the reason to end the run"
                 )
-            return returned or ""
+            return sendable(returned or "")
 
         return await self._call("on_round", commit.round, reason) or ""
 
@@ -198,23 +206,25 @@ def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
         return None, why
 
 
-def _metrics(returned: Any) -> dict[str, float]:
-    """Return metrics as floats.
+def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str]]:
+    """Return the metrics as floats, and what is wrong with those that are left out.
 
     Raises:
-        _WrongResult: if ``returned`` is not a mapping of names to numbers.
+        _WrongResult: if ``returned`` is not a mapping.
     """
     if not isinstance(returned, Mapping):
         raise _WrongResult(
-            f"it returned {type(returned).__name__}; it must return a mapping of metric names to "
-            "numbers"
+            f"the function returned {type(returned).__name__}, but it must return a mapping of "
+            "metric names to numbers"
         )
-    metrics = {}
-    for name, value in returned.items():
-        if not isinstance(value, numbers.Real) and getattr(value, "shape", None) != ():
-            raise _WrongResult(f"the metric {name!r} is {type(value).__name__}, not a number")
-        metrics[str(name)] = float(value)
-    return metrics
+    metrics, faults = {}, {}
+    for given, value in returned.items():
+        name = sendable(str(given))
+        try:
+            metrics[name] = real(value)
+        except ValueError as wrong:
+            faults[name, type(value).__name__] = f"{wrong}; it is left out"
+    return metrics, faults
 
 
 def copied(weights: Weights) -> dict[str, Array]:

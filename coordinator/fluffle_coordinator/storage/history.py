@@ -76,7 +76,7 @@ class History:
             lines = _parse(whole)
         except ValueError as error:
             raise RunError(
-                f"{self.path}: {error}; repair it, or --fresh starts a new run"
+                f"{self.path}: {error}; repair the file, or start a new run with --fresh"
             ) from None
         if whole == data:
             return lines, []

@@ -64,7 +64,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     unexpected = [name for name in class_folders.files if name not in names]
     if unexpected:
         raise TaskError(
-            f"{folder} has the classes {', '.join(unexpected)}, which are not among "
+            f"{folder} has the classes {', '.join(unexpected)}, which are not among the classes "
             f"{', '.join(names)}"
         )
     pictures: list[Picture] = []

@@ -60,14 +60,14 @@ class SklearnTask:
             estimator, "average", False
         ):
             raise TaskError(
-                f"{kind} cannot be federated: an estimator with partial_fit() and without "
-                "average= is expected, such as SGDClassifier"
+                f"{kind} cannot be federated; expected an estimator with partial_fit() and "
+                "without average=, such as SGDClassifier"
             )
         for what, data in (("train_data", train_data), ("valid_data", valid_data)):
             if data is not None and data[0].shape[0] != len(data[1]):
                 raise TaskError(
-                    f"{what} has {data[0].shape[0]} inputs and {len(data[1])} targets; one target "
-                    "for each input is expected"
+                    f"{what} has {data[0].shape[0]} inputs and {len(data[1])} targets; expected "
+                    "one target for each input"
                 )
         inputs, targets = train_data
         self.num_examples = len(targets)
@@ -83,8 +83,8 @@ class SklearnTask:
         self._fresh = copy.deepcopy(estimator).partial_fit(inputs[:1], targets[:1], **first)
         if not all(isinstance(getattr(self._fresh, name, None), np.ndarray) for name in _TENSORS):
             raise TaskError(
-                f"{kind} has no coef_ and intercept_ once it is fitted; a linear estimator is "
-                "expected, such as SGDClassifier"
+                f"{kind} has no coef_ and intercept_ after it is fitted; expected a linear "
+                "estimator, such as SGDClassifier"
             )
 
     def init(self, seed: int) -> Weights:

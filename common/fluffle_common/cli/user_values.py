@@ -1,0 +1,69 @@
+"""Conversion of the numbers that users' code returns, whatever its framework."""
+
+from __future__ import annotations
+
+import math
+import operator
+import reprlib
+from typing import Any
+
+from fluffle_common.cli.user_code import sendable
+
+
+def real(value: Any) -> float:
+    """Convert a number of any framework to a float, which may be NaN or infinite.
+
+    Raises:
+        ValueError: if it is not one; the message is a predicate, such as "is 'x', but …".
+    """
+    try:
+        return float(_plain(value))
+    except Exception:
+        raise ValueError(f"is {shown(value)}, but a number is expected") from None
+
+
+def number(value: Any) -> float:
+    """Convert a finite number of any framework to a float.
+
+    Raises:
+        ValueError: if it is not one; the message is a predicate, such as "is nan, but …".
+    """
+    converted = real(value)
+    if not math.isfinite(converted):
+        raise ValueError(f"is {converted}, but a finite number is expected")
+    return converted
+
+
+def count(value: Any) -> int:
+    """Convert a whole number of any framework to an int.
+
+    Raises:
+        ValueError: if it is not one; the message is a predicate, such as "is 0.5, but …".
+    """
+    try:
+        plain = _plain(value)
+        if isinstance(plain, float) and plain.is_integer():
+            return int(plain)
+        return operator.index(plain)
+    except Exception:
+        raise ValueError(f"is {shown(value)}, but a whole number is expected") from None
+
+
+def shown(value: Any) -> str:
+    """Return how errors show a value of a user's code: in one line of at most 80 characters."""
+    try:
+        return sendable(" ".join(reprlib.repr(value).split()), 80)
+    except Exception:  # its own __repr__ fails, or it is a number of thousands of digits
+        return f"an unprintable {type(value).__name__}"
+
+
+def _plain(value: Any) -> Any:
+    """Return the element of a one-element array or tensor; return other values as they are.
+
+    Raises:
+        TypeError: for text, which ``float`` would parse.
+    """
+    plain = value.item() if hasattr(value, "item") else value
+    if isinstance(plain, str | bytes | bytearray):
+        raise TypeError
+    return plain
