@@ -483,7 +483,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
-        ([], {}, "needs at least one task; pass tasks, or url="),
+        ([], {}, "needs at least one task; pass tasks, or pass url="),
         ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
         ([Adder()], {"rounds": 0}, "rounds = 0: 0 is not in the range"),
         ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks, 1;"),
