@@ -55,7 +55,7 @@ class Results:
         try:
             num_examples = count(result.num_examples)
         except ValueError as wrong:
-            raise TaskError(f"train() returned num_examples that {wrong}") from None
+            raise TaskError(f"train() returned an invalid num_examples: {wrong}") from None
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
                 f"train() returned num_examples {shown(num_examples)}; expected the number of "
@@ -93,8 +93,8 @@ class Results:
             return nothing
         except ValueError as wrong:
             self._once(
-                f"evaluate() returned a loss or num_examples that {wrong}; this worker does not "
-                "report such evaluations"
+                f"evaluate() returned an invalid loss or num_examples: {wrong}; this worker does "
+                "not report such evaluations"
             )
             return nothing
         if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
@@ -115,7 +115,9 @@ class Results:
             try:
                 loss = number(loss)
             except ValueError as wrong:
-                self._once(f"the loss of a training step {wrong}; such losses are not shown")
+                self._once(
+                    f"the loss of a training step is invalid: {wrong}; such losses are not shown"
+                )
                 loss = None
         return _whole(number_), _whole(steps), loss
 
@@ -151,7 +153,8 @@ class Results:
                 valid[name] = number(value)
             except ValueError as wrong:
                 self._once(
-                    f"the metric '{name}' of {method}() {wrong}; such values are omitted",
+                    f"the metric '{name}' of {method}() is invalid: {wrong}; such values are "
+                    "omitted",
                     key=f"{method} {name}",
                 )
         if len(valid) > MAX_METRICS:

@@ -188,8 +188,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help="Keep every counted update in the run folder, for 'fluffle replay'. Each round's "
-    "updates then stay on the disk.",
+    help="Keep every counted update in the run folder, for 'fluffle replay'. Every round then "
+    "needs disk space for its updates.",
 )
 @click.option(
     "--dashboard",
