@@ -152,6 +152,16 @@ def test_a_run_is_shown_as_text_and_as_a_table():
     assert page.count("<tr>") == 3
 
 
+def test_text_of_others_cannot_change_the_terminal():
+    run = fluffle.run(
+        [Adder()], rounds=2, evaluate=lambda _: {"a\nb\x1b[2J": 1}, on_round=lambda _: "e\n\x1b[1m"
+    )
+    first, names, *_ = str(run).splitlines()
+    assert first.endswith(r"; e \x1b[1m")
+    assert names.endswith(r"  test/a b\x1b[2J")
+    assert run.reason == "e\n\x1b[1m"
+
+
 def test_a_figure_has_every_column(tmp_path):
     run = fluffle.run([Adder()], rounds=2, evaluate=lambda _: {"loss": 1.0, "f1": 0.5})
     figure = run.plot(tmp_path / "run.png")
@@ -483,7 +493,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
-        ([], {}, "needs at least one task; pass tasks, or url="),
+        ([], {}, "needs at least one task; pass tasks, or pass url="),
         ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
         ([Adder()], {"rounds": 0}, "rounds = 0: 0 is not in the range"),
         ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks, 1;"),

@@ -55,7 +55,7 @@ def time_of(updates: int, seconds: list[float]) -> float:
 
 def test_asynchronous_training_is_faster_with_three_speeds_of_workers(federated):
     """Compare rounds with asynchronous training, for trainings of 100, 200 and 400 s."""
-    took, updates = {}, 192
+    took, updates = {}, 128
 
     def scenario_with(name, rounds, schedule):
         async def scenario(federation):
@@ -219,9 +219,9 @@ def test_every_version_is_replayed_bit_for_bit(federated, tmp_path):
     federated(scenario)
 
 
-def test_stale_updates_in_parts_count(federated):
+def test_stale_updates_in_parts_count(federated, in_small_parts):
     async def scenario(federation):
-        size = 2**20 + 1  # two parts
+        size = 2**12 + 1  # two parts
         for name in "abc":  # their updates arrive together: some wait while a version is closed
             federation.worker(name, Adder(federation.loop, size=size))
         federation.worker("slow", Adder(federation.loop, size=size, step_s=1.0))

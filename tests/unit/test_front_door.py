@@ -171,5 +171,5 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(fluffle.UsageError, match="there is no history in"):
         fluffle.Run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"run": "r", "federation": "f"}))
-    with pytest.raises(fluffle.UsageError, match="has committed no round yet"):
+    with pytest.raises(fluffle.UsageError, match="has not committed any rounds yet"):
         fluffle.Run(tmp_path)

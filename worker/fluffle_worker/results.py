@@ -20,7 +20,7 @@ from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_N
 from fluffle_common.tensors.layout import Tensors
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import full_trace
+from fluffle_worker.user_code import FailedMetric, full_trace
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
@@ -141,6 +141,14 @@ class Results:
         valid: dict[str, float] = {}
         for given_name, value in pairs:
             name = _metric_name(given_name)
+            if isinstance(value, FailedMetric):
+                self.failed(value.why)
+                self._once(
+                    f"the metric '{name}' of {method}() failed, so it is omitted: "
+                    f"{one_line(value.why)}",
+                    key=f"{method} {name}",
+                )
+                continue
             try:
                 valid[name] = number(value)
             except ValueError as wrong:
@@ -184,6 +192,13 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
         )
     converted = {}
     for name, value in given.items():
+        if isinstance(value, Mapping):
+            inner = "/".join(map(str, [name, *list(value)[:1]]))
+            raise TaskError(
+                f"{method} returned {what} with a mapping under '{sendable(str(name), 60)}'; a "
+                "flat mapping of names to arrays is expected, with names such as "
+                f"'{sendable(inner, 60)}'"
+            )
         try:
             converted[name] = np.asarray(value)
         except Exception as why:

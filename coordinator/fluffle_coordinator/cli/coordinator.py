@@ -59,8 +59,8 @@ def run_option(command: Any) -> Any:
     type=QUORUM,
     default="all",
     metavar="N|FRACTION|all",
-    help="Number of updates that a round needs to close: a number, a fraction of the workers "
-    "selected for the round, or all of those workers.",
+    help="How many updates must arrive before a round closes: a number, a fraction of the "
+    "workers selected for the round, or all, which means one from each of these workers.",
 )
 @click.option(
     "--grace",

@@ -139,7 +139,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
     metavar="DIR",
-    help="Folder with letters, as <class>/<image>.",
+    help="Folder of letter images, laid out as <class>/<image>.",
 )
 @click.option("--out", type=_FILE, required=True, metavar="PNG", help="Image file to write.")
 @click.option(
