@@ -281,8 +281,8 @@ def making(**tensors: Any) -> Any:
     [
         (np.zeros(2, bool), "'x' is bool, which is not supported; .* uint8"),
         (np.zeros(2, complex), "'x' is complex128, .* real and imaginary parts"),
-        (np.array([None]), "'x' is object, .* keep it out"),
-        (np.array(["a"]), "'x' is <U1, .* keep it out"),
+        (np.array([None]), "'x' is object, .* keep this tensor out"),
+        (np.array(["a"]), "'x' is <U1, .* keep this tensor out"),
         (np.zeros(2, ml_dtypes.float8_e4m3fn), "'x' is float8_e4m3fn, .* use bfloat16"),
         (np.zeros(2, ml_dtypes.int4), "'x' is int4, .* int8"),
         (np.zeros(2, np.longdouble), "'x' is .*float64"),

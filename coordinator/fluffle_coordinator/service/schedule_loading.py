@@ -64,7 +64,7 @@ def load_schedule(
         return f"buffered:{write_arguments(settings)}", schedule
     _refuse(
         {"--buffer": buffer, "--concurrency": concurrency},
-        "needs --schedule buffered; add that, or remove",
+        "needs --schedule buffered; add --schedule buffered, or remove",
     )
     stale = {"--max-staleness": max_staleness, "--staleness": staleness}
     if name != "quorum":

@@ -242,5 +242,5 @@ def _warn_of_participant(data: Path, participants: frozenset[str], unseen: bool)
     elif participants and not (unseen or trained):
         warn(
             f"no participant of this run is named {data.name}; if no worker trained on {data}, "
-            "use --unseen to score all of it"
+            "use --unseen to score all its letters"
         )
