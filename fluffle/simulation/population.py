@@ -62,7 +62,15 @@ def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0
 
 
 def labels_of(whole: Divisible) -> Array:
-    """Return one label for each training example: equal rows of labels become equal numbers."""
+    """Return one label for each training example: equal rows of labels become equal numbers.
+
+    Raises:
+        UsageError: if it is not such a task.
+    """
+    if not hasattr(whole, "labels"):
+        raise UsageError(
+            f"a {type(whole).__name__} cannot be divided among clients (it has no labels)"
+        )
     return _single(np.asarray(whole.labels))
 
 

@@ -187,7 +187,7 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             "--quorum or raise --sample"
         )
     least = quorum.number or 1
-    if min_workers:
+    if min_workers and options["select"].fixed:  # else, any number of workers may be asked
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
         least = quorum.of(cohort)
     if quorum.number is not None and options["min_updates"] > quorum.number:
@@ -266,9 +266,9 @@ async def coordinate(
         journal=journal,
     )
     state = await coordinator.run()
-    rounds = settings.rules.rounds
-    if state.outcome == "finished" and saved.committed < rounds:
-        advice = endings.after_the_end(store.shown, state.committed, rounds)
+    rules = settings.rules
+    if state.outcome == "finished" and saved.committed < rules.rounds:
+        advice = endings.after_the_end(store.shown, state.committed, rules)
         watcher.record(run_events.Note(what=advice))
     return state
 
@@ -290,7 +290,7 @@ def _beginning(
     if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)
     if saved.committed >= rounds:
-        yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
+        yield run_events.Note(what=endings.done_already(folder, saved.committed, settings.rules))
 
 
 def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | None:
