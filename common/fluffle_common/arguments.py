@@ -49,7 +49,7 @@ def read_arguments(
         if not equals and index < len(positional):
             name, value = positional[index], name
         if name in given:
-            raise ValueError(f"'{name}' is given twice")
+            raise ValueError(f"the argument '{name}' is given twice")
         if name in parameters:
             given[name] = _convert(name, value, parameters[name].annotation)
         elif var_keyword and equals:

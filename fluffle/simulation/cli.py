@@ -56,7 +56,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--task",
     required=True,
     metavar="MODULE:NAME|path.py:name",
-    help="Function that makes the task, as module:name or path.py:name. If the task can be "
+    help="Function that creates the task, given as module:name or path.py:name. If the task can be "
     "divided, like a task from 'flax_task', its training examples are split among the "
     "clients.",
 )
@@ -74,8 +74,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="iid",
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
     help="How to split the examples among the clients: iid (at random), dirichlet:A (by "
-    "label; a smaller A splits them more unevenly), shards:N (N shards of sorted labels "
-    "for each client), or by:COLUMN (one client for each value of a column).",
+    "label; the smaller A is, the more uneven the split), shards:N (examples sorted by label, "
+    "N shards per client), or by:COLUMN (one client per value of the column).",
 )
 @click.option(
     "--plot-partition",

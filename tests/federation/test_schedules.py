@@ -395,7 +395,7 @@ def test_a_deadline_reissues_lost_work(federated):
     ("options", "message"),
     [
         ({"name": "async", "max_staleness": 3}, "unknown schedule 'async'"),
-        ({"buffer": 3}, "--buffer needs --schedule buffered; add that, or remove --buffer"),
+        ({"buffer": 3}, "--buffer needs --schedule buffered; add --schedule buffered, or remove"),
         ({"staleness": Discount()}, "--staleness needs"),
         ({"name": "buffered", "late": "discount"}, "--late discount needs --schedule quorum"),
         ({"name": f"{Path(__file__).parent}/windows.py:Windows"}, "is a class"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from importlib.metadata import version
@@ -135,6 +136,40 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
         fluffle.load_model(tmp_path / "absent")
 
 
+def test_an_argument_of_another_type_is_named(tmp_path):
+    file, model = tmp_path / "m.safetensors", nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    for wrong in ({"w": np.zeros(1)}, None, nnx.Linear):
+        with pytest.raises(fluffle.UsageError, match="a module of Flax or PyTorch is expected"):
+            fluffle.save_model(file, wrong)
+        with pytest.raises(fluffle.UsageError, match="a module of Flax or PyTorch is expected"):
+            fluffle.load_into(wrong, {})
+    for filters in ({"frozen": nnx.BatchStat}, {"federated": nnx.BatchStat}, {"frozen": True}):
+        with pytest.raises(fluffle.UsageError, match="no tensor of the Linear"):
+            fluffle.save_model(file, model, **filters)
+    assert not file.exists()
+    for source in (None, 3, object()):
+        with pytest.raises(
+            fluffle.UsageError, match="a model file, or arrays by name such as run.weights"
+        ):
+            fluffle.load_into(model, source)
+    with pytest.raises(
+        fluffle.UsageError, match=r"bias is float64\[1\] in the file, float32\[1\] in the"
+    ):
+        fluffle.load_into(model, {"kernel": model.kernel[...], "bias": [0.0]})
+    with pytest.raises(fluffle.UsageError, match="a NoneType cannot be divided"):
+        fluffle.plot_partition(None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"step_s": -1}, {"step_s": math.nan}, {"round_s": math.inf}, {"bytes_per_s": 0}],
+)
+def test_a_device_of_impossible_speed_is_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(fluffle.UsageError, match=rf"Device\({name}={value}\): a number "):
+        fluffle.Device(**wrong)
+
+
 def test_a_missing_torch_is_named_with_what_brings_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
     monkeypatch.delitem(sys.modules, "fluffle_worker.tasks.torch", raising=False)
@@ -171,5 +206,5 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(fluffle.UsageError, match="there is no history in"):
         fluffle.Run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"run": "r", "federation": "f"}))
-    with pytest.raises(fluffle.UsageError, match="has committed no round yet"):
+    with pytest.raises(fluffle.UsageError, match="has not committed any rounds yet"):
         fluffle.Run(tmp_path)

@@ -176,8 +176,8 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
     [
         ({"count": 0}, "num_examples 0; expected the number"),
         ({"count": -3}, "num_examples -3; expected the number"),
-        ({"count": None}, "num_examples that is None, but a whole number is expected"),
-        ({"count": 2.5}, "num_examples that is 2.5, but a whole number"),
+        ({"count": None}, "num_examples: the value is None, but a whole number is expected"),
+        ({"count": 2.5}, "num_examples: the value is 2.5, but a whole number"),
         ({"count": 10**13}, "trained on, from 1 to 1000000000000"),
         ({"count": 10**400}, "00000...00000"),
         ({"count": 10**5000}, "num_examples an unprintable int; expected the number"),

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.selection import (
+    POISSON,
     UNIFORM,
     Candidate,
     Draw,
@@ -104,6 +105,17 @@ def test_poisson_asks_each_worker_independently():
     )
     assert len(sizes) > 5  # the size is random, too
     assert min(sizes) >= 1
+
+
+def test_poisson_asks_at_least_as_many_as_a_round_needs():
+    present = [Candidate(f"w{number}") for number in range(20)]
+    for number in range(1, 100):
+        draw = Draw(7, number)
+        sample = set(select(POISSON, present, 5, draw))
+        enough = set(select(POISSON, present, 5, draw, least=4))
+        assert enough == sample if len(sample) >= 4 else enough > sample
+        assert len(enough) == max(4, len(sample))
+    assert select(POISSON, present, 0, Draw(7, 1), least=4) == ()  # there is room for nobody
 
 
 def test_weighted_asks_in_proportion_to_the_examples():

@@ -86,7 +86,7 @@ def test_fedavg_has_one_name_and_is_one_object():
         ("scaffold+scaffold:2", "more than one whole strategy: scaffold and scaffold:workers=2"),
         ("scaffold:0", "workers=0 is out of range"),
         ("fedadam+fedyogi", "more than one server step: .*; give only one"),
-        ("optax:adamm,learning_rate=1", "unknown optax optimizer 'adamm'"),
+        ("optax:adamm,learning_rate=1", "unknown optax optimizer 'adamm'; did you mean 'adam'?"),
         ("optax:adam,rate=1", "optax.adam cannot be used with rate=1: .*'rate'"),
         ("optax:adam,learning_rate=x", "optax.adam cannot be used with learning_rate=x: "),
         ("optax:sgd,learning_rate=0.1,momentum=y", "optax.sgd cannot be used with .*momentum=y: "),

@@ -281,8 +281,8 @@ def making(**tensors: Any) -> Any:
     [
         (np.zeros(2, bool), "'x' is bool, which is not supported; .* uint8"),
         (np.zeros(2, complex), "'x' is complex128, .* real and imaginary parts"),
-        (np.array([None]), "'x' is object, .* keep it out"),
-        (np.array(["a"]), "'x' is <U1, .* keep it out"),
+        (np.array([None]), "'x' is object, .* keep this tensor out"),
+        (np.array(["a"]), "'x' is <U1, .* keep this tensor out"),
         (np.zeros(2, ml_dtypes.float8_e4m3fn), "'x' is float8_e4m3fn, .* use bfloat16"),
         (np.zeros(2, ml_dtypes.int4), "'x' is int4, .* int8"),
         (np.zeros(2, np.longdouble), "'x' is .*float64"),
@@ -301,12 +301,20 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
         ({"": np.zeros(1)}, "empty name"),
         ({3: np.zeros(1)}, "has a name of type int"),
         ({"\udc80": np.zeros(1)}, r"tensor '\\udc80' has a name that is not valid Unicode"),
+        ({"__metadata__": np.zeros(1)}, "the name '__metadata__', .* rename it"),
+        ({"strategy/m": np.zeros(1)}, "'strategy/m' begins with 'strategy/', .* rename this"),
         ({}, "no tensors"),
     ],
 )
 def test_names_that_cannot_travel_are_refused(tensors, named):
     with pytest.raises(TaskError, match=named):
         signature_of_task(own(init=lambda seed: tensors))
+
+
+def test_nested_weights_are_refused_with_a_flat_name():
+    task = making(body={"w": np.zeros(2)})
+    with pytest.raises(TaskError, match=r"a mapping under 'body'; a flat .* such as 'body/w'"):
+        signature_of_task(task)
 
 
 def test_a_form_is_told_in_short_and_its_digest_knows_no_order():

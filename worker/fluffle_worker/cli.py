@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     "--task",
     default="fluffle_worker.letters.task:task",
     metavar="NAME",
-    help="Function that makes the task to train, as module:name or path.py:name.",
+    help="Function that creates the training task, given as module:name or path.py:name.",
 )
 @click.option(
     "--codec",

@@ -18,6 +18,7 @@ from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
+from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
@@ -65,6 +66,7 @@ def check_signature(form: Signature) -> None:
         raise TaskError("the model has no tensors")
     try:
         layout_of_signature(form)
+        check_names(name for name, _, _ in form)
     except ValueError as wrong:
         raise TaskError(str(wrong)) from None
 

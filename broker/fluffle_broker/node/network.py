@@ -45,7 +45,7 @@ def require_free(port: int, what: str, option: str) -> None:
             holder = processes.listener(port)
             by = f" by {holder}" if holder else ""
             raise BrokerError(
-                f"{what} port {port} is already taken{by}; give another port with {option} "
+                f"{what} port {port} is already taken{by}; choose another port with {option} "
                 "(--port 0 chooses free ports)"
             ) from None
 

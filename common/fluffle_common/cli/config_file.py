@@ -10,7 +10,6 @@ file is the flag without its dashes; a keyword argument is the same with undersc
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import os
@@ -23,6 +22,8 @@ from typing import Any, Literal, TypeAlias
 import click
 from click.core import ParameterSource
 
+from fluffle_common.arguments import nearest
+from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import parse_config
 from fluffle_common.errors import UsageError
@@ -214,11 +215,18 @@ def _validated(
     for name, given_value in given.items():
         option, value = known.get(name), _without_numpy(given_value)
         if option is None:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(sorted(known))}"
-            )
-            raise UsageError(f"{place(name)}: unknown {style} '{name}'; {hint}")
+            if style == "key" and isinstance(value, Mapping):
+                raise UsageError(
+                    f"{place(name)}: unknown table [{name}]; options are keys at the top of the "
+                    "file, in no table"
+                )
+            raise UsageError(f"{place(name)}: unknown {style} '{name}'; {nearest(name, known)}")
+        if style == "key" and isinstance(option.type, KeyValue) and isinstance(value, Mapping):
+            for hidden in sorted(value.keys() & known.keys()):
+                warn(
+                    f"{place(hidden)}: '{hidden}' is in the table [{name}], so the option is not "
+                    f"set; if you meant the option, move its line above [{name}]"
+                )
         try:
             values[str(option.name)] = raw = _raw(option, value)
             option.type_cast_value(ctx, raw)

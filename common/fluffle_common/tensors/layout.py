@@ -38,15 +38,15 @@ _NAMES_BY_DTYPE = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
 _DTYPES_BY_NAME = {name: dtype for dtype, name in _NAMES_BY_DTYPE.items()}
 # For unsupported dtypes, by the first match of the beginning of their name.
 _REMEDIES = {
-    "bool": "keep it out of the weights or use uint8",
-    "complex": "split it into its real and imaginary parts",
+    "bool": "keep this tensor out of the weights or use uint8",
+    "complex": "split this tensor into its real and imaginary parts",
     "float8": "use bfloat16",
     "float": "use float64",  # float96 or float128
     "longdouble": "use float64",
     "int": "use int8",  # int2 or int4
     "uint": "use uint8",
 }
-_DEFAULT_REMEDY = "keep it out of the weights"
+_DEFAULT_REMEDY = "keep this tensor out of the weights"
 
 
 class Place(NamedTuple):

@@ -337,4 +337,4 @@ def _conflict(wanted: Queue, existing: Queue) -> str:
             f"'{wanted.name}' already exists on the broker with different arguments; use the "
             "same --queue-type everywhere, or delete the old queue"
         )
-    return f"queue '{wanted.name}' was created by another version of fluffle; delete it"
+    return f"queue '{wanted.name}' was created by another version of fluffle; delete the queue"

@@ -57,7 +57,12 @@ if TYPE_CHECKING:
     help="Time limit for each answer of the worker, in seconds; must be longer than one "
     "training run.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object at the end instead of one line per demand.",
+)
 @queue_type_option
 @click.pass_context
 def conformance(ctx: click.Context, /, **options: Any) -> None:

@@ -59,8 +59,8 @@ def run_option(command: Any) -> Any:
     type=QUORUM,
     default="all",
     metavar="N|FRACTION|all",
-    help="Number of updates that a round needs to close: a number, a fraction of the workers "
-    "selected for the round, or all of those workers.",
+    help="How many updates must arrive before a round closes: a number, a fraction of the "
+    "workers selected for the round, or all, which means one from each of these workers.",
 )
 @click.option(
     "--grace",
@@ -188,8 +188,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help="Keep every counted update in the run folder, for 'fluffle replay'. Each round's "
-    "updates then stay on the disk.",
+    help="Keep every counted update in the run folder, for 'fluffle replay'. Every round then "
+    "needs disk space for its updates.",
 )
 @click.option(
     "--dashboard",

@@ -34,12 +34,12 @@ _run_argument = click.argument(
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="Your own codec, as given to the coordinator with --compress.",
+    help="Your own codec: the same one that the coordinator was given with --compress.",
 )
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="Where to find the run's strategy, if the strategy file has moved since the run.  "
+    help="Where to find the run's strategy, if the strategy file has been moved since.  "
     "[default: the location in run.json]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")

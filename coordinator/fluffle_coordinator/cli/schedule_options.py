@@ -88,10 +88,11 @@ schedule_options = option_group(
         "--schedule",
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
-        help="When to make the next model. With 'quorum', training goes in synchronous rounds, "
-        "and each round closes at its quorum. With 'buffered', training is asynchronous: an "
-        "idle worker trains the newest model at once, and every --buffer updates make the "
-        "next model (docs/schedules.md).",
+        help="When to make the next model. With 'quorum', training proceeds in synchronous "
+        "rounds, and each round closes when its quorum is reached. With 'buffered', training "
+        "is asynchronous: an idle worker starts to train the newest model at once, and the "
+        "coordinator makes a new model whenever as many updates as --buffer says have arrived "
+        "(see docs/schedules.md).",
     ),
     click.option(
         "--buffer",

@@ -104,7 +104,7 @@ async def _check_not_accepted(probe: Probe, *refused: SentFit) -> None:
 def _check_no_evidence(probe: Probe, refused: Iterable[SentFit]) -> None:
     for sent in refused:
         if evidence := probe.accepted(sent):
-            raise Unmet(f"the worker accepted the work of round {sent.fit.round}: {evidence}")
+            raise Unmet(f"the worker accepted the work for round {sent.fit.round}: {evidence}")
 
 
 def unsound_fits(probe: Probe) -> Iterator[tuple[bytes, Fit]]:

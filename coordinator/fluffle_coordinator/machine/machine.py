@@ -116,6 +116,7 @@ def start(
         waiting_since=now,
         unlinked_since=now,
         heard_at=now,
+        hearing_s=rules.hearing_s,
     )
     earlier = {number: name for number, name in earlier.items() if number <= committed}
     return updates.remember(state, counted, earlier)

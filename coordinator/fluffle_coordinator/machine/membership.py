@@ -21,8 +21,9 @@ def seen(state: State, event: Seen, out: Effects) -> State:
     if worker.num_examples > state.announced.get(worker.name, 0):
         # The maximum: a forged hello must not make a worker's updates weigh less.
         state = state.replace(announced=state.announced.insert(worker.name, worker.num_examples))
-    if worker.heartbeat_s < state.quickest_s:
-        state = state.replace(quickest_s=worker.heartbeat_s)
+    hearing_s = state.rules.patience * worker.heartbeat_s / 2
+    if hearing_s < state.hearing_s < math.inf:
+        state = state.replace(hearing_s=hearing_s)
     if not state.caught_up:
         return _greet(state, worker.name, out)
     if misfit := unfit(state, worker):

@@ -86,7 +86,7 @@ class State:
     unlinked_since: float = 0.0  # used while there is no link
     heard_at: float = 0.0  # when anyone was last heard, the coordinator's own echo included
     clock_stands: bool = False  # whether a tick has found that nobody was heard for too long
-    quickest_s: float = math.inf  # the shortest heartbeat interval of any worker
+    hearing_s: float = math.inf  # how long the silence may last before the clock stops
     # No worker can be gone or stalled before this, so that not every tick checks all of them.
     due_at: float = -math.inf
 
@@ -186,21 +186,14 @@ class State:
 
     def _counts(self, worker: str) -> tuple[bool, bool, bool]:
         """Return what a worker adds to each count of the tally."""
-        if worker not in self.asked:
+        issued = self.asked.get(worker)
+        if issued is None:
             return False, False, False
-        update = self.answer(worker)
+        update = self._answer_to(worker, issued)
         if update is not None:
             return True, update.ticket not in self.norms, False
         expected = worker in self.workers and worker not in self.failed
         return expected, expected, expected and worker not in self.evaluations
-
-    @property
-    def hearing_s(self) -> float:
-        """How long the silence may last before the clock stops; see ``clock``."""
-        longest_s = self.rules.hearing_s
-        if math.isinf(longest_s):
-            return longest_s
-        return min(longest_s, self.rules.patience * self.quickest_s / 2)
 
     @property
     def committed(self) -> int:
@@ -241,8 +234,9 @@ class State:
     def answer(self, worker: str) -> Arrived | None:
         """Return a worker's update for the work that it was asked for, if it has arrived."""
         issued = self.asked.get(worker)
-        if issued is None:
-            return None
+        return None if issued is None else self._answer_to(worker, issued)
+
+    def _answer_to(self, worker: str, issued: Issued) -> Arrived | None:
         update = self.received.get(Ticket(worker, issued.sequence))
         if update is None and issued.sequence != issued.round:  # the worker sends no tickets
             update = self.received.get(Ticket(worker, issued.round))

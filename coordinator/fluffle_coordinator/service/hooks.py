@@ -151,7 +151,8 @@ class HookCalls:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 fault = (
-                    f"is {value} in round {number}; it is recorded as missing, and never the best"
+                    f"is {value} in round {number}; the metric is recorded as missing, and is "
+                    "never the best"
                 )
                 faults[name, str(value)] = fault
         for (name, kind), fault in faults.items():
@@ -223,7 +224,7 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
         try:
             metrics[name] = real(value)
         except ValueError as wrong:
-            faults[name, type(value).__name__] = f"{wrong}; it is left out"
+            faults[name, type(value).__name__] = f"is invalid: {wrong}; this metric is left out"
     return metrics, faults
 
 

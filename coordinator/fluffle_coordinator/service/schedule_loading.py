@@ -64,7 +64,7 @@ def load_schedule(
         return f"buffered:{write_arguments(settings)}", schedule
     _refuse(
         {"--buffer": buffer, "--concurrency": concurrency},
-        "needs --schedule buffered; add that, or remove",
+        "needs --schedule buffered; add --schedule buffered, or remove",
     )
     stale = {"--max-staleness": max_staleness, "--staleness": staleness}
     if name != "quorum":
@@ -102,7 +102,8 @@ def load_selection(text: str) -> Selection:
             f"--select {text} must name a function that takes the candidates, the number to "
             "choose and a random draw, and returns the names chosen (docs/schedules.md)"
         )
-    return Selection(place.called, guarded_choice(place.called, cast("Choose", function)))
+    choose = guarded_choice(place.called, cast("Choose", function))
+    return Selection(place.called, choose, fixed=False)
 
 
 def _from_file(name: str) -> tuple[str, Schedule[State]]:

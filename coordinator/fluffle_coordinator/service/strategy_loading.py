@@ -144,10 +144,11 @@ def rules_for(
         _check_once(named, rules, schedule_name)
     if needs.rate is not None:
         rules = _sampled(named, rules, needs.rate)
-    most = rules.rounds if needs.max_rounds is None else needs.max_rounds
+    if needs.max_rounds is not None and needs.max_rounds < rules.rounds:
+        limit = f"the strategy {named.name} allows no more"
+        rules = replace(rules, rounds=needs.max_rounds, rounds_limit=limit)
     return replace(
         rules,
-        rounds=min(rules.rounds, most),
         min_workers=max(rules.min_workers, fewest),
         least=max(rules.least, fewest),
         min_updates=max(rules.min_updates, fewest),

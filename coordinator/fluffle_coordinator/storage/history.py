@@ -141,7 +141,7 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / _NAME
     if not path.exists():
         if (folder / RUN_FILE).exists():
-            raise UsageError(f"the run in {folder} has committed no round yet")
+            raise UsageError(f"the run in {folder} has not committed any rounds yet")
         raise UsageError(
             f"there is no history in {folder}; name a run folder, such as runs/letters"
         )

@@ -114,7 +114,7 @@ def decode_contribution(
             ``base``.
     """
     tensors: Weights = (
-        payload if isinstance(payload, InPieces) else read_tensors(message.tensors, payload)
+        read_tensors(message.tensors, payload) if isinstance(payload, memoryview) else payload
     )
     try:
         trained = select_tensors(base, plan.train)
@@ -143,9 +143,9 @@ def decode_extra(
             that the plan asks for.
     """
     groups: Groups = (
-        {MODEL: payload}  # an update with extra tensors is never in pieces
-        if isinstance(payload, InPieces)
-        else read_groups(message.tensors, payload)
+        read_groups(message.tensors, payload)
+        if isinstance(payload, memoryview)
+        else {MODEL: payload}  # an update with extra tensors is never in pieces
     )
     extra: Weights = groups.get(EXTRA, {})
     try:

@@ -6,6 +6,7 @@ Integer tensors are not optimized: the mean delta is added to them.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -65,7 +66,9 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         raise ValueError("optax steps need optax and JAX; pip install 'fluffle[worker]'") from None
     make = getattr(optax, optimizer, None)
     if make is None:
-        raise ValueError(f"unknown optax optimizer '{optimizer}'")
+        near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"unknown optax optimizer '{optimizer}'{hint}")
     try:
         made = make(**arguments)
         if isinstance(made, optax.GradientTransformation):

@@ -139,7 +139,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
     metavar="DIR",
-    help="Folder with letters, as <class>/<image>.",
+    help="Folder of letter images, laid out as <class>/<image>.",
 )
 @click.option("--out", type=_FILE, required=True, metavar="PNG", help="Image file to write.")
 @click.option(
@@ -242,5 +242,5 @@ def _warn_of_participant(data: Path, participants: frozenset[str], unseen: bool)
     elif participants and not (unseen or trained):
         warn(
             f"no participant of this run is named {data.name}; if no worker trained on {data}, "
-            "use --unseen to score all of it"
+            "use --unseen to score all its letters"
         )

@@ -101,7 +101,7 @@ def inverted_note(pictures: Sequence[Picture]) -> Iterable[str]:
     if bright > len(pictures) / 2:
         yield (
             f"{bright} of {len(pictures)} images have a bright border: these look like black on "
-            "white, but letters are read as white on black; invert them"
+            "white, but letters are read as white on black; invert these images"
         )
 
 

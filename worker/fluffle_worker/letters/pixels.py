@@ -83,8 +83,8 @@ def read_picture(path: Path) -> Picture:
         raise UsageError(f"there is no image {path}") from None
     except UnidentifiedImageError:
         raise UsageError(
-            f"{path} cannot be read as an image (its content is none of "
-            "PNG, JPEG, BMP, GIF, TIFF, WebP, PBM, PGM, PPM)"
+            f"{path} cannot be read as an image (it is not a PNG, JPEG, BMP, GIF, TIFF, "
+            "WebP, PBM, PGM or PPM file)"
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as why:
         raise UsageError(

@@ -67,5 +67,6 @@ def parse(header: Any) -> Message:
     if message.critical is not None:
         unknown = [name for name in message.critical if name not in type(message).model_fields]
         if unknown:
-            raise MalformedMessage(f"critical: unknown field '{unknown[0]}'"[:500])
+            reason = f"critical: unknown field '{unknown[0]}', which the message depends on"
+            raise MalformedMessage(reason[:500])
     return message
