@@ -6,8 +6,10 @@ everything that runs on it.
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
+import threading
 import time
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Protocol
 
@@ -22,23 +24,34 @@ class SimulatedTime(Protocol):
         """Return seconds since 1970, UTC."""
 
 
-def _simulated_time() -> SimulatedTime | None:
+class _Thread(threading.local):
+    """Which time the code in a thread runs in; None if it is real."""
+
+    simulated: SimulatedTime | None = None
+
+
+_thread = _Thread()
+
+
+@contextlib.contextmanager
+def in_time_of(simulated: SimulatedTime) -> Iterator[None]:
+    """Replace both clocks in this thread until the context ends."""
+    before, _thread.simulated = _thread.simulated, simulated
     try:
-        loop = asyncio.get_running_loop()
-    except RuntimeError:
-        return None
-    return loop if hasattr(loop, "wall_time") else None
+        yield
+    finally:
+        _thread.simulated = before
 
 
 def monotonic() -> float:
     """Return monotonic seconds, real or simulated."""
-    simulated = _simulated_time()
+    simulated = _thread.simulated
     return time.monotonic() if simulated is None else simulated.time()
 
 
 def wall_time() -> float:
     """Return seconds since 1970, UTC, real or simulated."""
-    simulated = _simulated_time()
+    simulated = _thread.simulated
     return time.time() if simulated is None else simulated.wall_time()
 
 

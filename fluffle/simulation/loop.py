@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar, TypeVarTuple
 
+from fluffle_common.clock import in_time_of
 from fluffle_common.errors import RunError
 
 _T = TypeVar("_T")
@@ -52,6 +53,11 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def wall_time(self) -> float:
         """Return the simulated time in seconds since 1970, UTC; see ``fluffle_common.clock``."""
         return self._began_at + self.now_s
+
+    def run_forever(self) -> None:
+        """Run until stopped, with the simulated clocks."""
+        with in_time_of(self):
+            super().run_forever()
 
     def run_in_executor(
         self, executor: Executor | None, func: Callable[[*_Ts], _T], *args: *_Ts

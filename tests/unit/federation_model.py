@@ -181,7 +181,8 @@ class CoordinatorModel:
         match message.kind:
             case "update":
                 self.deliveries[handle] = message
-                self.events.append(ev.Arrived(now, handle, run, number, ticket, NUM_EXAMPLES, base))
+                about = ticket, number, base, NUM_EXAMPLES
+                self.events.append(ev.Arrived(now, run, handle, *about, 1.0, 100))
             case "evaluation":
                 evaluated = rs.Evaluated(10, 0.5, {})
                 self.events.append(ev.EvaluationArrived(now, run, number, worker, evaluated, base))
@@ -222,18 +223,18 @@ class CoordinatorModel:
         if before is not Phase.ENDED and self.state.phase is Phase.ENDED:
             assert sum(isinstance(effect, fx.End) for effect in effects) == 1
 
-    def _perform(self, effect: fx.Effect) -> None:
+    def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         number = self.state.round
         match effect:
-            case fx.Fold(handle, _, weight):
-                assert weight == NUM_EXAMPLES
-                self.jobs.append(("fold", self.deliveries[handle]))
+            case fx.Fold(update):
+                assert update.num_examples == NUM_EXAMPLES
+                self.jobs.append(("fold", self.deliveries[update.handle]))
             case fx.Commit(committed):
                 self.closing = True
                 self.jobs.append(("commit", committed))
             case fx.RecordEvaluation(evaluated):
                 self.lines.append(("evaluated", evaluated))
-            case fx.Record(run_events.Gone(worker=str(name)) as gone):
+            case run_events.Gone(worker=str(name)) as gone:
                 worker = self.world.workers[name]
                 recent = [at for at in worker.spoke if 0 <= self.read_until - at < SILENCE_S]
                 assert worker.unheard or not recent, f"{gone}, and it spoke at {recent}"
@@ -331,7 +332,7 @@ class CoordinatorModel:
         assert 0 <= number - identity.round <= self.world.schedule.max_staleness, fold
         assert ticket not in self.sum | self.averaged_tickets, f"{identity} folded twice"
         self.sum.add(ticket)
-        self.events.append(ev.Folded(now, ticket, 1.0, 100))
+        self.events.append(ev.Folded(now, ticket))
 
     def break_off_fold(self) -> bool:
         """Lose the link while the parts of an update are being fetched."""
@@ -345,9 +346,8 @@ class CoordinatorModel:
 
     def knows(self, handle: Handle) -> bool:
         """Whether a delivery is held or about to be settled."""
-        held = {
-            h for update in self.state.received.values() for h in (update.handle, *update.spares)
-        }
+        held = {update.handle for update in self.state.received.values()}
+        held |= {copy.handle for copies in self.state.spares.values() for copy in copies}
         arriving = {event.handle for event in self.events if isinstance(event, ev.Arrived)}
         jobs = {job[1] for job in (*self.jobs, *self.out) if isinstance(job[1], Handle)}
         return handle in held | arriving | jobs
@@ -685,7 +685,8 @@ class World:
                 for one in state.received.values()
                 if self.schedule.continuous or one.round == state.round
             ]
-            assert state.folded == sum(one.folded for one in closing)
+            assert state.folded == sum(one.ticket in state.norms for one in closing)
+            assert {*state.norms} | {*state.spares} <= {*state.received}
             assert state.tally == state.replace_and_recount().tally
         if coordinator is not None and coordinator.state.phase is not Phase.ENDED:
             for handle, message in self.broker.unacked.items():

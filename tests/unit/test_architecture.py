@@ -31,6 +31,15 @@ def test_every_room_says_in_one_line_what_is_in_it(drawing):
     assert all(re.fullmatch(r"\| \[`[\w/]+`\]\(\.\./[\w/]+\) \| \S.*\S \|", row) for row in rows)
 
 
+def test_the_classes_of_an_update_are_where_the_page_says():
+    text = (DOCS / "architecture.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| .* \| `(\w+)/([\w/.]+)` \|$", text, re.MULTILINE)
+    assert rows
+    for name, side, rest in rows:
+        source = (DOCS.parent / side / f"fluffle_{side}" / rest).read_text(encoding="utf-8")
+        assert f"class {name}" in source, name
+
+
 def test_the_files_to_look_in_are_there():
     root = DOCS.parent
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")

@@ -164,7 +164,7 @@ async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp
         aggregator.take_first(Held(Delivered(1), message, memoryview(b"")))
     else:
         held = Held(Delivered(1), update(tensors=table, transfer=transfer), memoryview(b""))
-        aggregator.fold(held, fx.Fold(rs.Handle(1, 1), rs.Ticket("w", 1), 10), 1)
+        aggregator.fold(held, fx.Fold(held.arrived(0.0, rs.Handle(1, 1))), 1)
     running = asyncio.ensure_future(aggregator.run())
     await aggregator.drained()
     running.cancel()
@@ -275,7 +275,7 @@ async def test_large_garbage_is_truncated_and_cannot_be_requeued(link):
 async def test_a_rejected_valid_message_is_stored_whole(link):
     body = wire.encode(update(), bytes(10**6))
     await link.publish(body, Properties(), exchange="", keys=[TOPOLOGY.updates])
-    wrong = MalformedMessage("it belongs to run other", "run")
+    wrong = MalformedMessage("the message belongs to run other", "run")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
     assert (await link.get(TOPOLOGY.rejected)).body == body
 

@@ -98,17 +98,17 @@ def test_print_config_prints_an_equivalent_file(written):
         ("ruonds = 1", "unknown key 'ruonds'; did you mean 'rounds'?"),
         ("where = 'a'", "unknown key 'where'; choose from codec, config, data, fresh"),
         ("[privacy]\nepsilon = 1", "unknown table [privacy]; options are keys at the top of the"),
-        ("rounds = 2.5", "rounds = 2.5: a whole number is expected"),
-        ("rounds = true", "rounds = true: a whole number is expected"),
-        ('rounds = "3"', 'rounds = "3": a whole number is expected'),
+        ("rounds = 2.5", "rounds = 2.5: expected a whole number"),
+        ("rounds = true", "rounds = true: expected a whole number"),
+        ('rounds = "3"', 'rounds = "3": expected a whole number'),
         ("rounds = 0", "rounds = 0: 0 is not in the range"),
         ("grace = nan", "grace = nan: nan is not a finite number"),
-        ('grace = "1"', "a number is expected"),
-        ("fresh = 1", "true or false is expected"),
-        ("url = 7", "text in quotes is expected"),
-        ('codec = "x"', 'a list is expected, such as codec = ["…"]'),
-        ("config = 3", "a table is expected"),
-        ("url = 2026-03-01", "url = 2026-03-01: text in quotes is expected"),
+        ('grace = "1"', "expected a number"),
+        ("fresh = 1", "expected true or false"),
+        ("url = 7", "expected text in quotes"),
+        ('codec = "x"', 'expected a list, such as codec = ["…"]'),
+        ("config = 3", "expected a table"),
+        ("url = 2026-03-01", "url = 2026-03-01: expected text in quotes"),
         ('url = ""', 'url = "": the text is empty'),
         ('data = ""', 'data = "": the text is empty'),
         ('codec = ["x", ""]', "the text is empty"),
@@ -174,7 +174,9 @@ def test_options_from_keyword_arguments(monkeypatch):
         "codecs": (),
         "config": ("a=1",),
     }
-    with pytest.raises(UsageError, match=r"^fluffle.run\(\): rounds = 2.5: a whole number"):
+    with pytest.raises(
+        UsageError, match=r"^fluffle.run\(\): rounds = 2.5: expected a whole number"
+    ):
         options_from(command, {"rounds": 2.5}, "fluffle.run")
     with pytest.raises(UsageError, match="unknown keyword 'ronds'; did you mean 'rounds'"):
         options_from(command, {"ronds": 2}, "fluffle.run")
@@ -187,7 +189,7 @@ def test_numbers_of_numpy_are_numbers():
     assert (options["rounds"], options["grace"]) == (2, 0.5)
     assert options["config"] == ("a=0.5", "b=true", "c=3")
     for wrong in (np.float64(2.5), np.arange(2)):
-        with pytest.raises(UsageError, match="a whole number is expected"):
+        with pytest.raises(UsageError, match="expected a whole number"):
             options_from(command, {"rounds": wrong}, "fluffle.run")
 
 

@@ -128,7 +128,9 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(fluffle.UsageError, match="its bytes do not match its digest"):
+    with pytest.raises(
+        fluffle.UsageError, match="the bytes of the model do not match the file's digest"
+    ):
         fluffle.load_model(str(file))
     with pytest.raises(fluffle.UsageError, match="there is no model file"):
         fluffle.load_model(tmp_path / "absent")
@@ -204,5 +206,5 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(fluffle.UsageError, match="there is no history in"):
         fluffle.Run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"run": "r", "federation": "f"}))
-    with pytest.raises(fluffle.UsageError, match="has committed no round yet"):
+    with pytest.raises(fluffle.UsageError, match="has not committed any rounds yet"):
         fluffle.Run(tmp_path)

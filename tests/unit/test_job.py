@@ -98,7 +98,7 @@ def test_a_plan_that_wants_no_encoding_gets_the_delta_and_nothing_is_carried():
     assert job.answer is not None
     assert job.answer[0].encoding is None
     assert np.array_equal(job.answer[1]["w"], Steps().delta)
-    assert job.residual == Residual(Work("fit", "r", 2, "b", sequence=2), {})
+    assert job.residual == Residual()
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,7 @@
 """Mutants of the machines: each has one line replaced, and the tests of the rules must notice.
 
-``rule`` names the test in one of the ``test_rounds_…`` files that must fail; ``random`` says that
-``test_rounds_machine`` must fail.
+``rule`` names the test that must fail, in one of the ``test_rounds_…`` files or in
+``test_worker_machine``; ``random`` says that ``test_rounds_machine`` must fail.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from tests.unit import (
     test_rounds_machine,
     test_rounds_poisson,
     test_rounds_workers,
+    test_worker_machine,
 )
 from tests.unit.test_rounds_machine import Federation
 
@@ -58,22 +59,22 @@ MUTANTS = [
     Mutant(
         "acknowledges an update when it is folded, before the commit",
         updates,
-        "    update = held._replace(folded=True, spares=spares, norm=event.norm)\n",
-        "    update = held._replace(folded=True, spares=spares, norm=event.norm)\n"
-        "    out.append(Ack(held.handle))\n",
+        "    staleness = state.round - update.round\n    asked, ",
+        "    out.append(Ack(update.handle))\n"
+        "    staleness = state.round - update.round\n    asked, ",
         "test_nothing_is_acknowledged_before_the_commit_is_on_disk",
     ),
     Mutant(
         "acknowledges late updates before the commit is on disk",
         updates,
-        "    if event.round < state.round and not (",
-        "    if state.phase is Phase.COMMITTING or event.round < state.round and not (",
+        "    if number < state.round and not (",
+        "    if state.phase is Phase.COMMITTING or number < state.round and not (",
         "test_an_update_during_the_commit_is_late_once_that_is_on_disk",
     ),
     Mutant(
         "folds duplicates",
         updates,
-        "    if held is not None:\n        return _hold_copy",
+        "    if ticket in state.received:\n        return _hold_copy",
         "    if False:\n        return _hold_copy",
         "test_a_copy_of_a_held_update_is_acknowledged",
     ),
@@ -110,7 +111,7 @@ MUTANTS = [
     Mutant(
         "accepts updates of future rounds",
         updates,
-        "    if event.round > state.round or not",
+        "    if number > state.round or not",
         "    if not",
         "test_an_update_of_another_round_is_rejected_with_the_reason",
         random=False,
@@ -118,7 +119,7 @@ MUTANTS = [
     Mutant(
         "forgets the copies",
         updates,
-        "    if held.spares:\n",
+        "    if copies := state.spares.get(ticket):\n",
         "    if False:\n",
         "test_the_copy_is_folded_if_the_first_is_rejected",
         random=False,
@@ -126,15 +127,15 @@ MUTANTS = [
     Mutant(
         "trusts the first of several copies after an outage",
         updates,
-        "    if held.folded and held.handle.link == event.handle.link:\n",
-        "    if held.folded:\n",
+        "    if ticket in state.norms and held.handle.link == copy.handle.link:\n",
+        "    if ticket in state.norms:\n",
         "test_a_redelivery_replaces_the_void_delivery",
         random=False,  # it takes a rare coincidence, which the search does not always find
     ),
     Mutant(
         "does not recognise a counted update after the commit",
         updates,
-        "    if state.has_counted(ticket, event.round):\n",
+        "    if state.has_counted(ticket, number):\n",
         "    if False:\n",
         "test_a_redelivery_after_the_commit_is_a_duplicate",
         random=False,
@@ -149,7 +150,7 @@ MUTANTS = [
     Mutant(
         "counts a participant whose update is not in the sum",
         updates,
-        "        if update.folded:\n            counted.add(ticket)\n",
+        "        if ticket in state.norms:\n            counted.add(ticket)\n",
         "        if True:\n            counted.add(ticket)\n",
         "test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk",
         random=False,
@@ -318,8 +319,8 @@ MUTANTS = [
     Mutant(
         "believes any weight",
         updates,
-        "    return min(claimed, limit)\n",
-        "    return claimed\n",
+        "    return replace(update, num_examples=limit)\n",
+        "    return update\n",
         "test_an_update_weighs_no_more_than_its_worker_announced",
         random=False,
     ),
@@ -374,8 +375,8 @@ MUTANTS = [
     Mutant(
         "asks silent workers again",
         quorum,
-        "room, draw, last=state.asked)\n",
-        "room, Draw(rules.seed, state.round))\n",
+        "room, draw, last=state.asked, least=least)\n",
+        "room, Draw(rules.seed, state.round), least=least)\n",
         "test_a_reopened_round_prefers_other_workers",
         random=False,
     ),
@@ -406,6 +407,8 @@ MUTANTS = [
         session,
         "    if any(_newer(",
         "    if False and any(_newer(",
+        "test_of_several_that_wait_only_the_newest_begins",
+        random=False,
     ),
     Mutant(
         "begins before the thread is free",
@@ -418,6 +421,8 @@ MUTANTS = [
         session,
         "(state.next, state.sending, state.answered) if",
         "(state.sending, state.answered) if",
+        "test_of_several_that_wait_only_the_newest_begins",
+        random=False,
     ),
     Mutant(
         "continues after a commit that is enough",
@@ -517,6 +522,7 @@ def _rule(name: str) -> Callable[[], object]:
         test_rounds_workers,
         test_rounds_buffered,
         test_rounds_frozen,
+        test_worker_machine,
     )
     test = next(found for module in modules if (found := getattr(module, name, None)))
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
@@ -552,8 +558,9 @@ def _named(mutants: list[Mutant]) -> list[pytest.param]:
 
 @pytest.mark.parametrize("mutant", _named([mutant for mutant in MUTANTS if mutant.rule]))
 def test_a_rule_finds_out(mutant, load, monkeypatch):
-    machine, _ = load(mutant)
+    machine, worker_machine = load(mutant)
     monkeypatch.setattr(test_rounds, "rounds", machine)
+    monkeypatch.setattr(test_worker_machine, "s", worker_machine)
     assert _fails(_rule(mutant.rule)), f"{mutant.name}: it survives"
 
 

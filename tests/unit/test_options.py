@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import click
@@ -38,6 +40,18 @@ def numeric_options() -> list[tuple[list[str], str, click.ParamType]]:
 
 
 OPTIONS = numeric_options()
+
+
+def test_the_help_loads_no_heavy_package():
+    code = """if True:
+        import sys
+        from fluffle_common.cli.app import fluffle
+        fluffle(["--help"], standalone_mode=False)
+        heavy = {"aio_pika", "jax", "msgpack", "numpy", "pydantic", "rich", "uvloop"}
+        assert not heavy & sys.modules.keys(), heavy & sys.modules.keys()
+    """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_all_numeric_options_are_found():
@@ -140,7 +154,7 @@ def test_a_config_fits_into_a_plan():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train", "a" * 501], "^--train: 'a.* is longer than 500 characters; shorten it"),
+        (["--train", "a" * 501], "^--train: 'a.* is longer than 500 characters; shorten this"),
         (["--config", f"a={'b' * 2001}"], "^--config: 'b.* is longer than 2000 characters"),
         (["--config", f"{'a' * 101}=1"], "^--config: 'a.* is longer than 100 characters"),
         (["--config", "a=\udcff"], "^--config: .* is not valid UTF-8"),

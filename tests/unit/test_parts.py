@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import gc
 import itertools
 import threading
@@ -37,10 +38,10 @@ from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Average
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.strategy import weighted
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_coordinator.strategy.pipeline import pipeline, replace
-from fluffle_coordinator.strategy.weighted import weighted
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -105,14 +106,16 @@ def test_folding_pieces_equals_folding_the_whole_bit_for_bit(seed, name, shapes,
         "named": dict,
     }
     averages = []
-    for form in (*forms.values(), data.draw(st.sampled_from(list(forms.values())))):
-        state = fedavg.init(base)
-        for _ in range(2):  # the second round reuses the memory of the first
-            for update, n in zip(updates, counts, strict=True):
-                one = Contribution(worker="a", num_examples=n, delta=form(update))
-                state = fedavg.fold(state, one)
-            average, state = fedavg.finish(state, base)
-            averages.append(average)
+    for form, undivided in itertools.product(forms.values(), (0, weighted.BLOCK)):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(weighted, "_UNDIVIDED", undivided)
+            state = fedavg.init(base)
+            for _ in range(2):  # the second round reuses the memory of the first
+                for update, n in zip(updates, counts, strict=True):
+                    one = Contribution(worker="a", num_examples=n, delta=form(update))
+                    state = fedavg.fold(state, one)
+                average, state = fedavg.finish(state, base)
+                averages.append(average)
     for average in averages:
         for tensor in base:
             both = [(update[tensor], n) for update, n in zip(updates, counts, strict=True)]
@@ -125,7 +128,7 @@ def test_folding_pieces_equals_folding_the_whole_bit_for_bit(seed, name, shapes,
 def test_the_mean_delta_of_pieces_equals_that_of_the_whole(seed, name, shapes, cells):
     dtype = layout_for({"w": np.zeros(1, np.dtype(name))}).dtype
     base, update = drawn(seed, dtype, shapes), drawn(seed + 1, dtype, shapes)
-    mean, models = weighted(), []
+    mean, models = weighted.weighted(), []
     for delta in (update, cut(update, 8 * cells)):
         state = mean.fold(mean.init(base), Contribution(worker="a", num_examples=3, delta=delta))
         models.append(mean.finish(state, base)[0])
@@ -224,8 +227,9 @@ class Sum:
         return Held(Delivered(body), announced, payload)
 
     def begin_to_fold(self, held: Held, num_examples: int, number: int) -> None:
-        ticket = rs.Ticket(held.message.worker, number)
-        self.aggregator.fold(held, fx.Fold(rs.Handle(1, 1), ticket, num_examples), number)
+        arrived = held.arrived(0.0, rs.Handle(1, 1))
+        arrived = dataclasses.replace(arrived, num_examples=num_examples)
+        self.aggregator.fold(held, fx.Fold(arrived), number)
 
     async def fold(self, held: Held) -> ev.Event:
         self.begin_to_fold(held, held.message.num_examples, held.message.round)
@@ -428,6 +432,22 @@ async def test_the_next_update_is_fetched_while_one_is_folded(summing, monkeypat
     ).tobytes()  # fmt: skip
 
 
+async def test_updates_are_fetched_one_at_a_time(summing, monkeypatch):
+    asked, get = [], MemoryLink.get
+
+    def noted(link: MemoryLink, queue: str) -> Any:
+        asked.append(queue)
+        return get(link, queue)
+
+    monkeypatch.setattr(MemoryLink, "get", noted)
+    for held in [await summing.send(worker, values(1)) for worker in "abc"]:
+        summing.begin_to_fold(held, 3, 1)
+    for _ in "abc":
+        assert isinstance(await summing.heard(), ev.Folded)
+    queues = [queue for queue, _ in itertools.groupby(asked)]
+    assert queues == [TOPOLOGY.outbox(worker) for worker in "abc"]
+
+
 async def test_a_full_disk_costs_memory_and_no_update(summing, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -444,7 +464,7 @@ async def test_an_update_in_pieces_is_archived_unchanged(summing):
     assert summing.kept == [bytes(in_one_piece(values(1)).memory)]
 
 
-OWN = NamedStrategy("own", pipeline(mean=weighted(), server=replace()))
+OWN = NamedStrategy("own", pipeline(mean=weighted.weighted(), server=replace()))
 
 
 @pytest.mark.parametrize("summing", [{}, {"strategy": OWN}], ids=["fedavg", "own"], indirect=True)

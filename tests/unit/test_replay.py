@@ -28,7 +28,7 @@ from fluffle_common.transport.messaging import Route, send_tensors
 from fluffle_coordinator.cli.run_folder import replay as replay_command
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
-from fluffle_coordinator.machine.state import Handle, Rules, Ticket
+from fluffle_coordinator.machine.state import Handle, Rules
 from fluffle_coordinator.service import committer as module
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
@@ -113,8 +113,7 @@ class Run:
         message, payload = decode(delivery.body)
         assert isinstance(message, Update)
         held = Held(delivery, message, payload)
-        how = Fold(Handle(1, 1), Ticket(worker, number), num_examples)
-        self.aggregator.fold(held, how, number)
+        self.aggregator.fold(held, Fold(held.arrived(0.0, Handle(1, 1))), number)
         return held
 
     async def commit(self, number: int) -> None:
@@ -393,7 +392,9 @@ def test_a_foreign_or_broken_update_is_reported(folder):
     with pytest.raises(UsageError, match="is not the update that was counted: .*'abc', 2, 'c', 3"):
         replay.replay(folder, 1)
     path.write_bytes(b"rubbish")
-    with pytest.raises(UsageError, match="is not the update that was counted: not a msgpack array"):
+    with pytest.raises(
+        UsageError, match="is not the update that was counted: the body is not a msgpack array"
+    ):
         replay.replay(folder, 1)
 
 

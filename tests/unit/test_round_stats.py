@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from fluffle_coordinator.dashboard.snapshot import train_loss
 from fluffle_coordinator.machine.state import Evaluated
-from fluffle_coordinator.observe.round_view import Answer
+from fluffle_coordinator.observe.round_view import RoundView, remembered
 from fluffle_coordinator.service.committer import average_evaluations
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
@@ -45,6 +45,7 @@ def test_the_largest_losses_have_a_finite_evaluation():
 
 
 def test_the_training_loss_is_averaged_likewise():
-    answers = [Answer(worker, 0.0, num_examples=10, train_loss=1.7e308) for worker in "ab"]
-    assert train_loss([*answers, Answer("c", 0.0, num_examples=5)]) == 1.7e308
-    assert train_loss([]) is None
+    rows = [{"worker": name, "num_examples": 10, "train_loss": 1.7e308} for name in "ab"]
+    row = {"round": 1, "participants": [*rows, {"worker": "c", "num_examples": 5}]}
+    assert train_loss(remembered(row)) == 1.7e308
+    assert train_loss(RoundView(1)) is None

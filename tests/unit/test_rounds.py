@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -24,19 +23,28 @@ from fluffle_coordinator.machine.selection import sample_size
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
 from fluffle_coordinator.observe.waiting import waiting_for
 
-_E = TypeVar("_E", bound=fx.Effect)
+_E = TypeVar("_E", bound=fx.Effect | run_events.RunEvent)
 RUN = "run-a"
+START = 100.0
 ALL = Quorum()
+
+
+def update(
+    handle: Handle, worker: str, number: int = 1, base: str = "b0", num_examples: int = 10
+) -> ev.Arrived:
+    """Return an update of a round that arrives at the start of a ``Run``."""
+    ticket = Ticket(worker, number)
+    return ev.Arrived(START, RUN, handle, ticket, number, base, num_examples, 1.0, 100)
 
 
 class Run:
     """A machine with a clock; each method sends it an event and returns the effects."""
 
     def __init__(self, rules: Rules | None = None, *, hearing: bool = False, **start: Any) -> None:
-        self.now = 100.0
+        self.now = START
         self.link = 0
         self.deliveries = 0
-        self.log: list[fx.Effect] = []
+        self.log: fx.Effects = []
         rules = rules or Rules(rounds=2, min_workers=2)
         if not hearing:  # for most rules, all time counts
             rules = replace(rules, hearing_s=math.inf)
@@ -46,88 +54,87 @@ class Run:
         start = {"has_weights": True, "base": "b0", **start}
         self.state = rounds.start(rules, RUN, self.now, **start)
 
-    def on(self, event: ev.Event) -> list[fx.Effect]:
+    def on(self, event: ev.Event) -> fx.Effects:
         self.state, effects = rounds.advance(self.state, event)
         self.log += effects
         return effects
 
-    def connect(self) -> list[fx.Effect]:
+    def connect(self) -> fx.Effects:
         self.link += 1
         return [*self.on(ev.Connected(self.now, self.link)), *self.echo()]
 
-    def echo(self) -> list[fx.Effect]:
+    def echo(self) -> fx.Effects:
         return self.on(ev.Echoed(self.now, self.link))
 
-    def disconnect(self) -> list[fx.Effect]:
+    def disconnect(self) -> fx.Effects:
         return self.on(ev.Disconnected(self.now))
 
-    def seen(self, name: str, *, hello: bool = False, **fields: Any) -> list[fx.Effect]:
+    def seen(self, name: str, *, hello: bool = False, **fields: Any) -> fx.Effects:
         fields = {"session": f"{name}-1", "classes": (), "heartbeat_s": 2.0, **fields}
         worker = rs.Worker(name=name, num_examples=10, last_seen=self.now, **fields)
         return self.on(ev.Seen(self.now, worker, hello))
 
-    def at_work(self, name: str, state: str = "training") -> list[fx.Effect]:
+    def at_work(self, name: str, state: str = "training") -> fx.Effects:
         return self.seen(name, state=state, run=RUN, round=self.asked_round(name))
 
     def asked_round(self, name: str) -> int:
         issued = self.state.asked.get(name)
         return issued.round if issued else self.state.round
 
-    def left(self, name: str, session: str | None = None) -> list[fx.Effect]:
+    def left(self, name: str, session: str | None = None) -> fx.Effects:
         return self.on(ev.Left(self.now, name, session or f"{name}-1", "it is late"))
 
     def arrived(
         self, name: str, *, run: str = RUN, round: int | None = None, base: str | None = None
-    ) -> list[fx.Effect]:
+    ) -> fx.Effects:
         self.deliveries += 1
-        handle = Handle(self.link, self.deliveries)
         number = self.state.round if round is None else round
         base = self.state.base if base is None else base
-        ticket = Ticket(name, number)
-        return self.on(ev.Arrived(self.now, handle, run, number, ticket, 10, base))
+        sent = update(self.last_handle, name, number, base)
+        return self.on(replace(sent, now=self.now, run=run))
 
     @property
     def last_handle(self) -> Handle:
         return Handle(self.link, self.deliveries)
 
-    def folded(self, name: str) -> list[fx.Effect]:
-        return self.on(ev.Folded(self.now, Ticket(name, self.state.round), 1.0, 100))
+    def folded(self, name: str) -> fx.Effects:
+        return self.on(ev.Folded(self.now, Ticket(name, self.state.round)))
 
-    def fold_failed(self, name: str, *, again: bool = False) -> list[fx.Effect]:
+    def fold_failed(self, name: str, *, again: bool = False) -> fx.Effects:
         ticket = Ticket(name, self.state.round)
         return self.on(ev.FoldFailed(self.now, ticket, "it has a NaN", "not_finite", again=again))
 
-    def update(self, name: str) -> list[fx.Effect]:
+    def update(self, name: str) -> fx.Effects:
         return [*self.arrived(name), *self.folded(name)]
 
-    def committed(self, *participants: str, enough: str = "") -> list[fx.Effect]:
+    def committed(self, *participants: str, enough: str = "") -> fx.Effects:
         """Commit the round; check that these are its participants."""
         number = self.state.round
         effects = self.on(ev.Committed(self.now, number, f"b{number}", enough=enough))
         assert {t.worker for t in self.state.counted_before[number]} == {*participants}
         return effects
 
-    def evaluation(self, name: str, round: int, base: str | None = None) -> list[fx.Effect]:
+    def evaluation(self, name: str, round: int, base: str | None = None) -> fx.Effects:
         evaluated = rs.Evaluated(10, 0.5, {})
         base = self.state.base if base is None else base
         return self.on(ev.EvaluationArrived(self.now, RUN, round, name, evaluated, base))
 
-    def failed(self, name: str, round: int) -> list[fx.Effect]:
+    def failed(self, name: str, round: int) -> fx.Effects:
         return self.on(ev.Failed(self.now, name, RUN, round, "out of memory"))
 
-    def tick(self, seconds: float = 0.0) -> list[fx.Effect]:
+    def tick(self, seconds: float = 0.0) -> fx.Effects:
         self.now += seconds
         return self.on(ev.Tick(self.now))
 
-    def sleep(self) -> list[fx.Effect]:
+    def sleep(self) -> fx.Effects:
         """Advance the clock to the machine's wakeup, and tick."""
         self.now = max(self.now, rounds.wakeup(self.state))
         return self.on(ev.Tick(self.now))
 
 
-def pass_time(run: Run, seconds: float, heard: str = "") -> list[fx.Effect]:
+def pass_time(run: Run, seconds: float, heard: str = "") -> fx.Effects:
     """Advance the clock, while these workers and the coordinator's echo are heard."""
-    effects: list[fx.Effect] = []
+    effects: fx.Effects = []
     end = run.now + seconds
     while run.now < end:
         run.now = min(end, run.now + 2.0)
@@ -148,23 +155,24 @@ def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
     return run
 
 
-def late_event(worker: str) -> fx.Record:
-    return fx.Record(run_events.Late(worker=worker, round=1, num_examples=10))
+def late_event(worker: str) -> run_events.Late:
+    return run_events.Late(worker=worker, round=1, num_examples=10)
 
 
-def late_verdict(worker: str, base: str = "b0") -> fx.Judge:
-    return fx.Judge(Ticket(worker, 1), 1, base, "late", "round 1 was committed without it")
+def late_verdict(handle: Handle, worker: str, base: str = "b0") -> fx.Judge:
+    late = update(handle, worker, base=base)
+    return fx.Judge(late, "late", "round 1 was committed without it")
 
 
-def only(effects: Iterable[fx.Effect], kind: type[_E]) -> list[_E]:
+def only(effects: fx.Effects, kind: type[_E]) -> list[_E]:
     return [effect for effect in effects if isinstance(effect, kind)]
 
 
-def event_names(effects: Iterable[fx.Effect]) -> list[str]:
-    return [effect.event.name for effect in only(effects, fx.Record)]
+def event_names(effects: fx.Effects) -> list[str]:
+    return [event.name for event in only(effects, run_events.RunEvent)]
 
 
-def asked(effects: Iterable[fx.Effect]) -> list[str]:
+def asked(effects: fx.Effects) -> list[str]:
     sent = [e for e in effects if isinstance(e, fx.SendFit | fx.SendEvaluate)]
     return [name for effect in sent for name in effect.workers]
 
@@ -328,7 +336,7 @@ def test_the_quorum_commits(quorum, enough):
 def test_an_update_counts_when_it_is_folded_not_when_it_arrives():
     run = opened("a", "b")
     run.update("a")
-    assert only(run.arrived("b"), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 10)]
+    assert only(run.arrived("b"), fx.Fold) == [fx.Fold(update(run.last_handle, "b"))]
     assert run.state.phase is Phase.OPEN
     run.folded("b")
     assert run.state.phase is Phase.COMMITTING
@@ -471,7 +479,7 @@ def test_the_deadline_closes_a_round_that_its_schedule_does_not_close(grace_s):
     assert not only(run.tick(59), fx.Commit)
     effects = run.tick(1)
     assert only(effects, fx.Commit)
-    (closed,) = [one.event for one in only(effects, fx.Record)]
+    (closed,) = only(effects, run_events.RunEvent)
     assert closed.reason == (
         "round 1 has its quorum, but its schedule did not close it in 60 s (--deadline)"
     )
@@ -608,8 +616,9 @@ def test_a_late_update_is_acknowledged_and_reported():
     run = opened("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=1)))
     run.update("a")
     run.committed("a")
-    late = [fx.Ack(Handle(1, 2)), late_event("b"), late_verdict("b", base="b1")]
-    assert run.arrived("b", round=1) == late
+    late = Handle(1, 2)
+    verdict = late_verdict(late, "b", base="b1")
+    assert run.arrived("b", round=1) == [fx.Ack(late), late_event("b"), verdict]
     assert not run.state.received
 
 
@@ -629,7 +638,7 @@ def test_a_redelivery_after_the_commit_is_a_duplicate():
     run.committed("a")
     assert run.arrived("a", round=1) == [
         fx.Ack(run.last_handle),
-        fx.Record(run_events.Duplicate(worker="a", round=1)),
+        run_events.Duplicate(worker="a", round=1),
     ]
 
 
@@ -674,7 +683,7 @@ def test_the_copy_is_folded_if_the_first_is_rejected():
     effects = run.fold_failed("a")
     assert effects == [
         fx.Reject(first, "it has a NaN", "not_finite"),
-        fx.Fold(run.last_handle, Ticket("a", 1), 10),
+        fx.Fold(update(run.last_handle, "a")),
     ]
     run.folded("a")
     assert run.state.folded == 1
@@ -702,7 +711,7 @@ def test_a_redelivery_during_the_fold_of_the_void_one_is_used_if_that_fails():
     run.connect()
     run.arrived("a")
     effects = run.fold_failed("a", again=True)
-    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
+    assert only(effects, fx.Fold) == [fx.Fold(update(run.last_handle, "a"))]
     assert not asked(effects)
     assert fx.Ack(run.last_handle) not in effects
 
@@ -729,7 +738,7 @@ def test_a_void_copy_is_not_used():
     assert not only(run.fold_failed("a"), fx.Fold)
 
 
-def done(run: Run, name: str) -> list[fx.Effect]:
+def done(run: Run, name: str) -> fx.Effects:
     return run.seen(name, run=RUN, round=run.state.round)
 
 
@@ -798,7 +807,11 @@ def test_an_update_that_arrived_incomplete_is_requested_again():
 @pytest.mark.parametrize(
     ("of", "reason", "cause"),
     [
-        ({"run": "run-b"}, "it belongs to run run-b; this coordinator runs run-a", "run"),
+        (
+            {"run": "run-b"},
+            "the message belongs to run run-b, but this coordinator runs run-a",
+            "run",
+        ),
         ({"round": 2}, "round 2 has not been opened", "round"),
     ],
 )
@@ -806,7 +819,7 @@ def test_an_update_of_another_round_is_rejected_with_the_reason(of, reason, caus
     run = opened("a", "b")
     effects = run.arrived("a", **of)
     assert only(effects, fx.Reject) == [fx.Reject(run.last_handle, reason, cause)]
-    judged = [fx.Judge(Ticket("a", 2), 2, "b0", "rejected", reason, cause)]
+    judged = [fx.Judge(update(run.last_handle, "a", 2), "rejected", reason, cause)]
     assert only(effects, fx.Judge) == ([] if "run" in of else judged)
 
 
@@ -854,7 +867,7 @@ def test_a_worker_without_heartbeats_is_gone():
     assert not only(run.seen("a"), fx.Commit)
     assert rounds.wakeup(run.state) == run.now + 1
     effects = run.tick(1)
-    assert fx.Record(run_events.Gone(worker="b", silent_s=10.0)) in effects
+    assert run_events.Gone(worker="b", silent_s=10.0) in effects
     assert only(effects, fx.Commit)
 
 
@@ -890,9 +903,7 @@ def test_an_outage_of_the_broker_makes_no_worker_gone():
 
 def test_a_failed_worker_is_not_expected_until_its_next_hello():
     run = opened("a", "b", rules=Rules(rounds=1, patience=100))
-    assert run.failed("a", 1)[0] == fx.Record(
-        run_events.Failure(worker="a", round=1, reason="out of memory")
-    )
+    assert run.failed("a", 1)[0] == run_events.Failure(worker="a", round=1, reason="out of memory")
     assert run.state.needed == 1
     run.tick(20)
     assert not asked(run.seen("a"))
@@ -949,7 +960,7 @@ def second_round(*workers: str, **rules: Any) -> Run:
     return run
 
 
-def recorded(effects: Iterable[fx.Effect]) -> list[tuple[int, list[str]]]:
+def recorded(effects: fx.Effects) -> list[tuple[int, list[str]]]:
     return [(e.round, sorted(e.evaluations)) for e in only(effects, fx.RecordEvaluation)]
 
 
@@ -1135,11 +1146,7 @@ def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
 
 def test_a_run_that_is_done_says_at_once_whom_it_waits_for():
     run = Run(Rules(rounds=1), committed=1, participants="abc", evaluated=True)
-    (waiting,) = [
-        effect.event
-        for effect in run.connect()
-        if isinstance(effect, fx.Record) and isinstance(effect.event, run_events.Waiting)
-    ]
+    (waiting,) = only(run.connect(), run_events.Waiting)
     assert waiting.reason == "the run is done; waiting up to 10 s to tell a, b, c"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -15,8 +16,8 @@ from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
-from fluffle_coordinator.machine.state import Handle, Phase, Ticket
-from tests.unit.test_rounds import RUN, Run, asked, event_names, only
+from fluffle_coordinator.machine.state import Phase, Ticket
+from tests.unit.test_rounds import RUN, Run, asked, event_names, only, update
 
 
 class Asynchronous(Run):
@@ -26,28 +27,27 @@ class Asynchronous(Run):
         super().__init__(Rules(rounds=rounds, min_workers=1), schedule=schedule, **start)
         self.tickets: dict[str, tuple[int, int, str]] = {}  # sequence, round and base of each
 
-    def on(self, event: ev.Event) -> list[fx.Effect]:
+    def on(self, event: ev.Event) -> fx.Effects:
         effects = super().on(event)
         for sent in only(effects, fx.SendFit):
             work = sent.sequence, self.state.round, self.state.base
             self.tickets |= dict.fromkeys(sent.workers, work)
         return effects
 
-    def arrives(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
+    def arrives(self, name: str, work: tuple[int, int, str] | None = None) -> fx.Effects:
         """Let an update arrive, for a worker's latest work or for other work."""
         sequence, number, base = work or self.tickets[name]
         self.deliveries += 1
-        handle, ticket = Handle(self.link, self.deliveries), Ticket(name, sequence)
-        return self.on(ev.Arrived(self.now, handle, RUN, number, ticket, 10, base))
+        sent = update(self.last_handle, name, number, base)
+        return self.on(replace(sent, now=self.now, ticket=Ticket(name, sequence)))
 
-    def counts(self, name: str, work: tuple[int, int, str] | None = None) -> list[fx.Effect]:
+    def counts(self, name: str, work: tuple[int, int, str] | None = None) -> fx.Effects:
         """Let an update arrive and be folded."""
         sequence, *_ = work or self.tickets[name]
         effects = self.arrives(name, work)
-        folded = ev.Folded(self.now, Ticket(name, sequence), 1.0, 100)
-        return [*effects, *self.on(folded)]
+        return [*effects, *self.on(ev.Folded(self.now, Ticket(name, sequence)))]
 
-    def on_disk(self) -> list[fx.Effect]:
+    def on_disk(self) -> fx.Effects:
         number = self.state.round
         return self.on(ev.Committed(self.now, number, f"b{number}"))
 
@@ -112,7 +112,9 @@ def test_a_stale_update_weighs_less():
         run.counts("a")
         run.on_disk()
     folds = only(run.arrives("slow"), fx.Fold)
-    assert [(one.staleness, one.discount, one.num_examples) for one in folds] == [(3, 0.5, 10)]
+    assert [(one.staleness, one.discount, one.update.num_examples) for one in folds] == [
+        (3, 0.5, 10)
+    ]
 
 
 def test_an_update_that_is_too_old_is_late_and_its_worker_gets_new_work():
@@ -142,7 +144,7 @@ def test_an_update_during_the_commit_is_in_the_next_version():
     assert not only(run.arrives("c"), fx.Fold)
     effects = run.on_disk()
     folds = only(effects, fx.Fold)
-    assert [(fold.ticket.worker, fold.staleness) for fold in folds] == [("c", 1)]
+    assert [(fold.update.ticket.worker, fold.staleness) for fold in folds] == [("c", 1)]
     assert len(only(effects, fx.Ack)) == 2
 
 
@@ -267,7 +269,7 @@ def test_an_older_version_is_evaluated_once_by_the_first_worker_that_can():
     run.on_disk()
     evaluated = rs.Evaluated(10, 0.5, {})
 
-    def evaluates(number: int, base: str) -> list[fx.Effect]:
+    def evaluates(number: int, base: str) -> fx.Effects:
         event = ev.EvaluationArrived(run.now, RUN, number, "slow", evaluated, base)
         return only(run.on(event), fx.RecordEvaluation)
 
@@ -290,9 +292,9 @@ def test_a_late_update_counts_in_the_open_round_and_does_not_close_it():
     run.update("b")
     run.committed("a", "b")
     (fold,) = only(run.arrived("c", round=1, base="b0"), fx.Fold)
-    assert (fold.ticket, fold.staleness) == (Ticket("c", 1), 1)
+    assert (fold.update.ticket, fold.staleness) == (Ticket("c", 1), 1)
     assert fold.discount == pytest.approx(math.sqrt(0.5))
-    run.on(ev.Folded(run.now, Ticket("c", 1), 1.0, 100))
+    run.on(ev.Folded(run.now, Ticket("c", 1)))
     run.update("a")
     assert run.state.phase is Phase.OPEN
     run.update("c")

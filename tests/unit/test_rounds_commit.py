@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine import effects as fx
-from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules
 from tests.unit import test_rounds
-from tests.unit.test_rounds import Run, asked, event_names, late_event, late_verdict, only, opened
+from tests.unit.test_rounds import (
+    Run,
+    asked,
+    event_names,
+    late_event,
+    late_verdict,
+    only,
+    opened,
+    update,
+)
 
 
 def committing(*workers: str, **rules: object) -> Run:
@@ -57,8 +67,8 @@ def test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk():
     late = run.last_handle
     effects = run.committed("a", "b")
     assert fx.Ack(late) in effects
-    assert [x for x in only(effects, fx.Record) if x.event.name == "late"] == [late_event("c")]
-    assert only(effects, fx.Judge) == [late_verdict("c")]
+    assert only(effects, run_events.Late) == [late_event("c")]
+    assert only(effects, fx.Judge) == [late_verdict(late, "c")]
 
 
 def test_a_redelivery_during_the_commit_is_held_too():
@@ -74,8 +84,8 @@ def test_a_redelivery_during_the_commit_is_held_too():
 def test_an_update_from_other_weights_is_rejected():
     run = opened("a", "b")
     effects = run.arrived("a", base="elsewhere")
-    reason = "it was trained from the weights elsewhere; round 1 began with b0"
-    judged = fx.Judge(Ticket("a", 1), 1, "elsewhere", "rejected", reason, "round")
+    reason = "the update was trained from the weights elsewhere; round 1 began with b0"
+    judged = fx.Judge(update(run.last_handle, "a", base="elsewhere"), "rejected", reason, "round")
     assert effects == [fx.Reject(run.last_handle, reason, "round"), judged]
     assert not run.state.received
     assert only(run.update("a"), fx.Fold)
@@ -85,7 +95,7 @@ def test_a_verdict_tells_the_worker_to_train_a_rejected_update_again():
     run = opened("a", "b")
     run.arrived("a")
     assert only(run.fold_failed("a"), fx.Judge) == [
-        fx.Judge(Ticket("a", 1), 1, "b0", "rejected", "it has a NaN", "not_finite")
+        fx.Judge(update(run.last_handle, "a"), "rejected", "it has a NaN", "not_finite")
     ]
     run.arrived("b")
     assert not only(run.fold_failed("b", again=True), fx.Judge)  # it is only asked for again

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
@@ -24,13 +22,13 @@ def open_run(**rules: object) -> Run:
     return run
 
 
-def sent(effects: Iterable[fx.Effect]) -> dict[str, bool]:
+def sent(effects: fx.Effects) -> dict[str, bool]:
     """Return who was sent work, and whether the frozen tensors went with it."""
     work = only(effects, fx.SendFit) + only(effects, fx.SendEvaluate)
     return {name: effect.frozen for effect in work for name in effect.workers}
 
 
-def next_round(run: Run) -> list[fx.Effect]:
+def next_round(run: Run) -> fx.Effects:
     for name in "ab":
         run.update(name)
     return run.committed("a", "b")
@@ -40,7 +38,7 @@ def test_they_go_with_the_work_of_who_lacks_them():
     run = open_run()
     assert sent(run.log) == {"a": False, "b": True}
     told = run_events.FrozenSent(workers=("b",), digest=DIGEST)
-    assert only(run.log, fx.Record)[-2:][0].event == told
+    assert only(run.log, run_events.RunEvent)[-2:][0] == told
 
 
 def test_they_are_not_sent_with_the_next_work_although_nothing_was_heard_of_them():
@@ -162,8 +160,7 @@ def test_where_each_keeps_its_own_a_difference_is_told_once():
     run.seen("c", hello=True, frozen=(OTHER,))
     run.seen("c", frozen=(OTHER,))
     run.seen("d", hello=True, frozen=(DIGEST,))
-    told = [one.event for one in only(run.log, fx.Record)]
-    differs = [one for one in told if isinstance(one, run_events.FrozenDiffers)]
+    differs = only(run.log, run_events.FrozenDiffers)
     assert differs == [
         run_events.FrozenDiffers(worker="c", other="a"),
         run_events.FrozenDiffers(worker="d", other="c"),

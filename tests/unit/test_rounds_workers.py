@@ -14,18 +14,12 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
+from fluffle_coordinator.machine.state import Phase, Quorum, Rules, Ticket
 from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
-from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time
+from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time, update
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
 FLOAT64 = ModelForm(digest="bb", summary="8 tensors, 61,706 parameters: float64 8")
-
-
-def recorded(
-    effects: list[fx.Effect], kind: type[run_events.RunEvent] = run_events.RunEvent
-) -> list[Any]:
-    return [x.event for x in only(effects, fx.Record) if isinstance(x.event, kind)]
 
 
 def heard(*workers: str, rules: Rules | None = None) -> Run:
@@ -108,7 +102,7 @@ def test_a_worker_silent_while_others_are_heard_is_gone_and_the_smaller_quorum_i
     run = heard("a", "b", "c")
     run.update("a")
     effects = pass_time(run, 12, "ab")
-    assert recorded(effects)[:2] == [
+    assert only(effects, run_events.RunEvent)[:2] == [
         run_events.Gone(worker="c", silent_s=10.0),
         run_events.Quorum(round=1, needed=2, was=3, reason="c is gone"),
     ]
@@ -118,7 +112,7 @@ def test_a_worker_silent_while_others_are_heard_is_gone_and_the_smaller_quorum_i
 def test_the_echo_alone_keeps_the_clock_running():
     run = heard("a", "b")
     effects = pass_time(run, 12)
-    assert [effect.worker for effect in recorded(effects, run_events.Gone)] == ["a", "b"]
+    assert [effect.worker for effect in only(effects, run_events.Gone)] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -131,7 +125,7 @@ def test_the_echo_alone_keeps_the_clock_running():
 def test_a_quorum_of_all_that_shrinks_is_reported(event, reason):
     run = heard("a", "b", "c")
     expected = run_events.Quorum(round=1, needed=2, was=3, reason=reason)
-    assert recorded(event(run), run_events.Quorum) == [expected]
+    assert only(event(run), run_events.Quorum) == [expected]
 
 
 def test_a_numeric_quorum_does_not_shrink():
@@ -178,20 +172,23 @@ def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(anno
 # --- weights -----------------------------------------------------------------------------------
 
 
-def arrives(run: Run, name: str, num_examples: int) -> list[fx.Effect]:
+def arrives(run: Run, name: str, num_examples: int) -> fx.Effects:
     run.deliveries += 1
-    handle = Handle(run.link, run.deliveries)
-    number = run.state.round
-    ticket, base = Ticket(name, number), run.state.base
-    return run.on(ev.Arrived(run.now, handle, RUN, number, ticket, num_examples, base))
+    number, base = run.state.round, run.state.base
+    sent = update(run.last_handle, name, number, base, num_examples)
+    return run.on(replace(sent, now=run.now))
+
+
+def fold(run: Run, name: str, num_examples: int) -> fx.Fold:
+    return fx.Fold(update(run.last_handle, name, num_examples=num_examples))
 
 
 def test_an_update_weighs_no_more_than_its_worker_announced():
     run = heard("a", "b")
     effects = arrives(run, "a", 10**12)
-    assert only(effects, fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
+    assert only(effects, fx.Fold) == [fold(run, "a", 10)]
     expected = run_events.Overweight(worker="a", round=1, num_examples=10**12, limit=10)
-    assert recorded(effects) == [expected]
+    assert only(effects, run_events.RunEvent) == [expected]
     assert run.state.received[Ticket("a", 1)].num_examples == 10
 
 
@@ -199,30 +196,37 @@ def test_a_forged_hello_does_not_make_an_update_weigh_less():
     run = heard("a", "b")
     impostor = rs.Worker("a", "another", 1, (), 2.0, run.now)
     run.on(ev.Seen(run.now, impostor, hello=True))
-    assert only(arrives(run, "a", 10), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 10)]
+    assert only(arrives(run, "a", 10), fx.Fold) == [fold(run, "a", 10)]
 
 
 def test_an_update_weighs_no_more_than_the_operator_allows():
     run = heard("a", "b", rules=Rules(rounds=1, max_examples=7))
-    assert only(arrives(run, "a", 9), fx.Fold) == [fx.Fold(run.last_handle, Ticket("a", 1), 7)]
-    assert only(arrives(run, "b", 5), fx.Fold) == [fx.Fold(run.last_handle, Ticket("b", 1), 5)]
+    assert only(arrives(run, "a", 9), fx.Fold) == [fold(run, "a", 7)]
+    assert only(arrives(run, "b", 5), fx.Fold) == [fold(run, "b", 5)]
 
 
 def test_an_unheard_worker_weighs_no_more_than_any_other():
     run = heard("a", "b")
-    assert only(arrives(run, "stranger", 10**9), fx.Fold)[0].num_examples == 10
+    assert only(arrives(run, "stranger", 10**9), fx.Fold)[0].update.num_examples == 10
 
 
-def folded(run: Run, name: str, norm: float) -> list[fx.Effect]:
+def test_a_copy_weighs_by_its_own_number_of_examples():
+    run = heard("a", "b")
+    arrives(run, "a", 3)
+    arrives(run, "a", 10**6)
+    assert only(run.fold_failed("a"), fx.Fold) == [fold(run, "a", 10)]
+
+
+def folded(run: Run, name: str, norm: float) -> fx.Effects:
     effects = arrives(run, name, 10) if run.state.answer(name) is None else []
-    return [*effects, *run.on(ev.Folded(run.now, Ticket(name, run.state.round), 1.0, 100, norm))]
+    return [*effects, *run.on(ev.Folded(run.now, Ticket(name, run.state.round), norm))]
 
 
 def test_an_outlier_is_reported():
     run = heard("a", "b", "c")
     effects = [*folded(run, "a", 1.0), *folded(run, "b", 1.2), *folded(run, "c", 3e4)]
     expected = run_events.Outlier(round=1, worker="c", norm=3e4, median=1.2)
-    assert recorded(effects, run_events.Outlier) == [expected]
+    assert only(effects, run_events.Outlier) == [expected]
     assert only(effects, fx.Commit)
 
 
@@ -232,7 +236,7 @@ def rounds_of(*norms: dict[str, float], **rules: Any) -> tuple[Run, list[list[An
     outliers = []
     for number, by_name in enumerate(norms, start=1):
         effects = [effect for name in by_name for effect in folded(run, name, by_name[name])]
-        outliers.append([(o.worker, o.median) for o in recorded(effects, run_events.Outlier)])
+        outliers.append([(o.worker, o.median) for o in only(effects, run_events.Outlier)])
         run.on(ev.Committed(run.now, number, f"b{number}"))
     return run, outliers
 
@@ -270,12 +274,12 @@ def test_an_outlier_is_rejected_with_the_option():
 # --- stalled and long work ---------------------------------------------------------------------
 
 
-def training(run: Run, name: str, step: int) -> list[fx.Effect]:
+def training(run: Run, name: str, step: int) -> fx.Effects:
     return run.seen(name, state="training", run=RUN, round=1, base="b0", step=step, steps=100)
 
 
-def train_for(run: Run, seconds: float, moving: str, still: str = "") -> list[fx.Effect]:
-    effects: list[fx.Effect] = []
+def train_for(run: Run, seconds: float, moving: str, still: str = "") -> fx.Effects:
+    effects: fx.Effects = []
     for _ in range(0, int(seconds), 2):
         run.now += 2
         effects += run.echo()
@@ -296,7 +300,7 @@ def test_a_stalled_training_is_reported_once():
     expected = run_events.Stalled(
         worker="b", round=1, state="training", step=3, steps=100, still_s=120.0
     )
-    assert recorded(effects, run_events.Stalled) == [expected]
+    assert only(effects, run_events.Stalled) == [expected]
     assert run.state.phase is Phase.OPEN
 
 
@@ -330,7 +334,7 @@ def test_a_long_round_ends_at_the_operators_limit_which_is_named():
 def test_after_our_own_outage_a_model_in_parts_is_sent_again():
     run = heard("a", "b")
 
-    def receiving() -> list[fx.Effect]:
+    def receiving() -> fx.Effects:
         work = {"state": "receiving", "run": RUN, "round": 1, "base": "b0", "step": 1, "steps": 10}
         return run.seen("b", **work)
 

@@ -41,10 +41,17 @@ def test_a_round_from_its_opening_to_its_commit():
     assert one is not None
     assert (one.number, one.opened_at, one.deadline_at) == (1, 100.0, 160.0)
     assert (view.phase, view.committed, view.next) == ("open", 0, 1)
-    assert one.answers["a"].after_s == 1.0
+    assert one.answers["a"] == (101.0, counted(1, "a"))
+    assert one.after_s(101.0) == 1.0
     view.add(110.0, committed(1))
     assert (view.open, view.phase, view.committed, view.next) == (None, "waiting", 1, 2)
     assert one.committed_at == 110.0
+
+
+def test_a_reopening_does_not_change_how_long_an_update_took():
+    again = run_events.Reopened(round=1, asked=("b",), needed=2, reason="too few")
+    one = view_of(opened(1, "a", "b"), counted(1, "a"), again, counted(1, "b")).rounds[1]
+    assert {key: one.after_s(at) for key, (at, _) in one.answers.items()} == {"a": 1.0, "b": 3.0}
 
 
 def test_an_outage_postpones_the_deadline():
@@ -77,7 +84,8 @@ def test_updates_counted_between_a_restart_and_the_opening_belong_to_the_round()
     view = view_of(opened(1, "a", "b"), counted(1, "a"), resumed, counted(1, "b"))
     assert set(view.rounds[1].answers) == {"b"}
     view.add(104.0, opened(1, "a", "b"))
-    assert {one.worker: one.after_s for one in view.rounds[1].answers.values()} == {"b": 0.0}
+    ((at, update),) = view.rounds[1].answers.values()
+    assert (update.worker, view.rounds[1].after_s(at)) == ("b", 0.0)
     view = view_of(resumed, counted(1, "b"), opened(1, "a", "b"))  # a new live page
     assert set(view.rounds[1].answers) == {"b"}
 
@@ -152,7 +160,7 @@ def test_a_history_and_the_events_of_a_round_give_the_same_view():
         one = view.rounds[1]
         assert (one.asked, one.participants, one.num_examples) == (("a", "b"), ("a",), 5)
         assert one.came_late == {"b"}
-        assert one.answers["a"].bytes == 40
+        assert one.answers["a"][1].bytes == 40
         assert (one.loss, one.metrics, one.evaluated_on) == (0.5, {"accuracy": 0.75}, 3)
         assert one.phases is not None
         assert sum(one.phases.values()) == 5.0

@@ -70,10 +70,10 @@ def made(**changes: Any) -> FlaxTask:
         ((X.tolist(), Y.tolist()), "where an array is expected.* convert lists with numpy.asarray"),
         ((list(X), list(Y)), "has np.int32.* where an array is expected"),
         ((1.0, 2), "has 1.0 where an array is expected"),
-        ((X, np.array(["a", "b"] * 10)), "dtype <U1; convert it to numbers"),
-        ((X.astype(object), Y), "dtype object; convert it to numbers"),
-        ((np.ma.masked_less(X, 0), Y), "a masked array; fill it"),
-        ((X, Y[:5]), "have 5, 20 examples"),
+        ((X, np.array(["a", "b"] * 10)), "dtype <U1; convert this array to numbers"),
+        ((X.astype(object), Y), "dtype object; convert this array to numbers"),
+        ((np.ma.masked_less(X, 0), Y), "a masked array; fill the array"),
+        ((X, Y[:5]), "have different numbers of examples .5, 20"),
     ],
 )
 def test_data_that_are_no_pair_of_arrays_are_named(data: Any, message: str):
@@ -109,14 +109,26 @@ def test_whatever_numpy_converts_is_data():
     [
         ({"optimizer": "adam"}, "optimizer= is 'adam', but an optax transformation is expected"),
         ({"optimizer": None}, "optimizer= is None"),
-        ({"learning_rate": None}, "learning_rate= is None, but a number is expected"),
-        ({"learning_rate": "0.1"}, "learning_rate= is '0.1', but a number is expected"),
-        ({"learning_rate": math.nan}, "learning_rate= is nan, but a finite number"),
+        (
+            {"learning_rate": None},
+            "learning_rate= is invalid: the value is None, but a number is expected",
+        ),
+        (
+            {"learning_rate": "0.1"},
+            "learning_rate= is invalid: the value is '0.1', but a number is expected",
+        ),
+        (
+            {"learning_rate": math.nan},
+            "learning_rate= is invalid: the value is nan, but a finite number",
+        ),
         ({"learning_rate": -1}, "learning_rate= is -1.0, but a number above 0"),
-        ({"learning_rate": optax.constant_schedule(0.1)}, "learning_rate= is <function"),
         ({"sample_seed": -1}, "sample_seed= is -1, but a whole number from 0"),
         ({"sample_seed": 2**70}, "sample_seed= is 1180591620717411303424, but a whole number"),
         ({"sample_seed": "a"}, "sample_seed= is 'a', but a whole number"),
+        (
+            {"learning_rate": optax.constant_schedule(0.1)},
+            "learning_rate= is invalid: the value is <function",
+        ),
         ({"metrics": [accuracy]}, "metrics= is .*, but functions by name are expected"),
         ({"metrics": {"a": "accuracy"}}, "metrics= is .*, but functions by name are expected"),
         ({"metrics": {"loss": accuracy}}, "metrics= has the name 'loss'"),
@@ -151,7 +163,10 @@ def endless(epoch: int, rng: Any) -> Iterator[Any]:
     [
         ([(X[:5], Y[:5], Y[:5])], "a batch of train_data is a tuple of 3"),
         ([X[:5]], "a batch of train_data is of type ndarray"),
-        ([(X[:5], Y[:4])], "the arrays of a batch of train_data have 4, 5 examples"),
+        (
+            [(X[:5], Y[:4])],
+            "the arrays of a batch of train_data have different numbers of examples",
+        ),
         ([(X[:5].tolist(), Y[:5])], "a batch of train_data has .* where an array is expected"),
         ([(X[:0], Y[:0])], "train_data yields no batch in epoch 0"),
     ],
@@ -186,8 +201,14 @@ def fails(outputs: Any, targets: Any) -> Any:
     [
         (fails, r"ZeroDivisionError: no positives \(test_task_arguments.py:\d+\)"),
         (lambda outputs, targets: "high", "TypeError: .*"),
-        (lambda outputs, targets: targets[:2], r"it returned the shape \(2,\) for 20 examples; .*"),
-        (lambda outputs, targets: roc_auc_score(targets, outputs[:, 1]), "JAX compiles it, .*"),
+        (
+            lambda outputs, targets: targets[:2],
+            r"the function returned the shape \(2,\) for 20 examples; .*",
+        ),
+        (
+            lambda outputs, targets: roc_auc_score(targets, outputs[:, 1]),
+            "JAX compiles this function, .*",
+        ),
     ],
 )
 def test_a_metric_that_fails_costs_no_other(metric: Any, why: str):

@@ -16,7 +16,6 @@ from fluffle_common.cli.app import SEED, federation_option, queue_type_option, s
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo
-from fluffle_worker.task import DEFAULT_TASK
 
 if TYPE_CHECKING:
     from fluffle_common.cli.console import Console
@@ -37,19 +36,17 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--task",
-    default=DEFAULT_TASK,
+    default="fluffle_worker.letters.task:task",
     metavar="NAME",
-    help="Function that makes the task to train, as module:name or path.py:name.",
+    help="Function that creates the training task, given as module:name or path.py:name.",
 )
 @click.option(
     "--codec",
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help=(
-        "Codec to load from your own file, so that the coordinator can select it; may be given "
-        "several times. Installed codecs need no option."
-    ),
+    help="Codec to load from your own file, as path.py:name, so that the coordinator can "
+    "select it; may be given several times. Installed codecs need no option.",
 )
 @click.option(
     "--local-rule",
@@ -71,17 +68,15 @@ if TYPE_CHECKING:
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help=(
-        "Names of all classes of the federation; necessary if this worker's data lacks some.  "
-        "[default: the classes in the data]"
-    ),
+    help="Names of all classes in the federation; required if this worker's data lacks some "
+    "of these classes.  [default: the classes in the data]",
     show_default=False,
 )
 @click.option(
     "--seed",
     type=SEED,
     default=0,
-    help="Seed that splits the data into training and held-out examples.",
+    help="Seed for splitting the data into training and held-out examples.",
 )
 @click.option(
     "--heartbeat",
@@ -93,30 +88,27 @@ if TYPE_CHECKING:
     "--wait-id",
     type=seconds(),
     default=45.0,
-    help=(
-        "Time limit, in seconds, for waiting while another worker with this ID is connected. "
-        "After a crash, the broker may keep this worker's own old connection for a while."
-    ),
+    help="How long, in seconds, this worker waits for another worker with the same ID to "
+    "disconnect. After a crash, this may be the worker's own old connection, which the broker "
+    "keeps open for a while.",
 )
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help=(
-        "Folder for what this worker keeps between rounds: the state of its local rule, its "
-        "personal tensors, and the frozen tensors that it received.  "
-        "[default: runs/workers/FEDERATION/ID]"
-    ),
+    help="Folder for the data that this worker keeps between rounds: the state of its local "
+    "rule, its personal tensors, and the frozen tensors that it received.  [default: "
+    "runs/workers/FEDERATION/ID]",
     show_default=False,
 )
 @click.option(
-    "--stay", is_flag=True, help="Wait for the next run when a run has ended, instead of exiting."
+    "--stay", is_flag=True, help="When a run has ended, wait for the next run instead of exiting."
 )
 @click.option(
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Time limit, in seconds, for waiting for an unreachable broker.",
+    help="Time limit for reaching the broker, in seconds.",
 )
 @queue_type_option
 @log_format_option
@@ -124,17 +116,17 @@ def worker(**options: Any) -> None:
     """Take part in a federation with your own data.
 
     The data never leaves this machine. The worker sends only the change that its training made to
-    the weights, its number of examples, and its metrics. Start it before or after the broker and
-    the coordinator: it waits for both, joins the open round or the next one, and reconnects after
-    any outage.
+    the weights, its number of examples, and its metrics. You can start the worker before or after
+    the broker and the coordinator. The worker waits for both, joins the open round or the next
+    round, and reconnects after any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1
       fluffle worker --federation digits --task digits.py:task --data shard:0/3
       fluffle worker worker.toml --id hospital-7
 
-    Every option can also be set in a TOML file, by a key of the same name. An option on the
-    command line overrides its key.
+    You can also set every option in a TOML file, as a key with the same name. An option on the
+    command line overrides the key in the file.
     """
     from fluffle_common.cli.settings import check_federation, check_worker
 

@@ -61,7 +61,7 @@ class Job:
         evaluation_sent: whether the broker has confirmed it.
         answer: the message to send and its tensors.
         others: the answer's tensors of other groups.
-        residual: what the codec left out of the answer.
+        residual: what the codec left out of the answer; empty without a codec.
         sending: held while parts of the answer are being sent.
     """
 
@@ -140,7 +140,7 @@ def execute(
     report = _progress_of(job, results, progress)
     update, change = _train(job, message, task, ids, progress=report, results=results)
     if codec is None:
-        job.answer, job.residual = (update, change), Residual(job.work)
+        job.answer = update, change
     else:
         seed = _plan_of(message).seed
         job.answer, left_out = _encode(update, change, codec, residual().before(job.work), seed)
@@ -274,8 +274,8 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     except UnknownCodec:
         raise TaskError(
             f"the federation encodes its updates with the codec '{name}', which this worker does "
-            "not have; install the package that provides it, or get the codec's file from "
-            "the coordinator's operator and add --codec path.py:name"
+            "not have; install the package with this codec, or get the codec's file from the "
+            "coordinator's operator and add --codec path.py:name"
         ) from None
     except Exception as why:
         raise TaskError(f"the codec '{name}' rejects '{plan.compress}': {one_line(why)}") from why

@@ -49,13 +49,13 @@ class Results:
         """
         if not hasattr(result, "weights") or not hasattr(result, "num_examples"):
             raise TaskError(
-                f"train() returned {shown(result)}; it must return TrainResult(weights, "
-                "num_examples, metrics)"
+                f"train() returned {shown(result)}; expected TrainResult(weights, num_examples, "
+                "metrics)"
             )
         try:
             num_examples = count(result.num_examples)
         except ValueError as wrong:
-            raise TaskError(f"train() returned num_examples that {wrong}") from None
+            raise TaskError(f"train() returned an invalid num_examples: {wrong}") from None
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
                 f"train() returned num_examples {shown(num_examples)}; expected the number of "
@@ -87,14 +87,14 @@ class Results:
             loss = number(result.loss)
         except AttributeError:
             self._once(
-                f"evaluate() returned {shown(result)}; EvalResult(loss, num_examples, metrics) or "
-                "None is expected; this worker reports no evaluation"
+                f"evaluate() returned {shown(result)}, but must return "
+                "EvalResult(loss, num_examples, metrics) or None; this worker reports no evaluation"
             )
             return nothing
         except ValueError as wrong:
             self._once(
-                f"evaluate() returned a loss or num_examples that {wrong}; this worker does not "
-                "report such evaluations"
+                f"evaluate() returned an invalid loss or num_examples: {wrong}; this worker does "
+                "not report such evaluations"
             )
             return nothing
         if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
@@ -115,7 +115,9 @@ class Results:
             try:
                 loss = number(loss)
             except ValueError as wrong:
-                self._once(f"the loss of a training step {wrong}; such losses are not shown")
+                self._once(
+                    f"the loss of a training step is invalid: {wrong}; such losses are not shown"
+                )
                 loss = None
         return _whole(number_), _whole(steps), loss
 
@@ -132,8 +134,8 @@ class Results:
             pairs = list(dict(given).items())
         except (TypeError, ValueError):
             self._once(
-                f"{method}() returned the metrics {shown(given)}; a mapping of names to numbers "
-                "is expected, so the metrics are omitted"
+                f"{method}() returned the metrics {shown(given)}, but must return a mapping of "
+                "names to numbers; the metrics are omitted"
             )
             return {}
         valid: dict[str, float] = {}
@@ -151,7 +153,8 @@ class Results:
                 valid[name] = number(value)
             except ValueError as wrong:
                 self._once(
-                    f"the metric '{name}' of {method}() {wrong}; such values are omitted",
+                    f"the metric '{name}' of {method}() is invalid: {wrong}; such values are "
+                    "omitted",
                     key=f"{method} {name}",
                 )
         if len(valid) > MAX_METRICS:
@@ -185,7 +188,7 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"{method} returned {what} {shown(given)}; a mapping of names to arrays is expected"
+            f"{method} returned {what} {shown(given)}; expected a mapping of names to arrays"
         )
     converted = {}
     for name, value in given.items():

@@ -117,8 +117,8 @@ def _form(given: Any) -> Signature:
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"model_form() returned {shown(given)}; a mapping of names to objects with dtype and "
-            "shape is expected"
+            f"model_form() returned {shown(given)}; expected a mapping of names to objects with "
+            "dtype and shape"
         )
     form = []
     for name, like in given.items():
@@ -127,7 +127,7 @@ def _form(given: Any) -> Signature:
             form.append((name, np.dtype(like.dtype), shape))
         except Exception:
             raise TaskError(
-                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; an "
-                "object with dtype and shape is expected"
+                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; "
+                "expected an object with dtype and shape"
             ) from None
     return tuple(form)

@@ -31,20 +31,23 @@ _MOST_TRANSFERS = 256
 @click.command()
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
-    help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part …); "
-    "may be given several times.  [default: all but heartbeat; parts are counted, not "
-    "listed]",
+    help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part "
+    "…); may be given several times.  [default: all kinds except heartbeat; parts are "
+    "counted, not listed]",
 )  # fmt: skip
-@click.option("--worker", metavar="W", help="ID of a worker; show only messages from or to it.")
+@click.option(
+    "--worker", metavar="W", help="Show only messages from or to the worker with this ID."
+)
 @click.option(
     "--save", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-    help="Folder in which to save each message: its body as .msgpack, its properties as .json.",
+    help="Folder to save the messages in. A message's body is saved as a .msgpack file, and "
+    "its properties as a .json file.",
 )  # fmt: skip
 @click.option(
     "-n",
     "--count",
     type=counts(),
-    help="Number of lines to print before tap ends.  [default: no limit]",
+    help="Number of lines to print before the command ends.  [default: no limit]",
 )
 @inspection_options("Print one JSON object per line.")
 @management_option
@@ -57,14 +60,15 @@ def tap(**options: Any) -> None:
 
     "→ w1,w2" goes from the coordinator to these workers; "← w1" comes from w1.
 
-    tap reads copies from a temporary queue of its own, so no message is lost or delayed for its
-    receiver. If tap is too slow for the traffic, it loses the oldest copies. tap adds load
-    to the broker, which sends the model of each round, with all its parts, once more to tap.
-    '--kind update' excludes models; the parts of updates are copied only with --save.
+    The command reads copies of the messages from its own temporary queue, so no message is lost or
+    delayed for its receiver. If the command is too slow for the traffic, it loses the oldest
+    copies. It also adds load to the broker, which sends the model of each round, with all its
+    parts, once more. To exclude models, use '--kind update'. The parts of updates are copied only
+    with --save.
 
-    tap listens only to queues that exist, because RabbitMQ would report a message as delivered even
-    if only tap received it. It looks for new queues every 10 seconds, so it may miss the first
-    messages to a new worker.
+    The command copies messages only for queues that exist, because otherwise RabbitMQ would report
+    a message as delivered although only this command received it. The command looks for new queues
+    every 10 seconds, so it may miss the first messages to a new worker.
     """
     from fluffle_broker.inspect.tap import KINDS, Wanted
     from fluffle_common.cli.settings import check_worker, management_of
@@ -144,7 +148,9 @@ def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str
     try:
         run_until_signalled(follow())
     except QueueInUse as no:
-        raise BrokerError(f"another process uses the tap's queue: {no}; try again") from None
+        raise BrokerError(
+            f"another process uses the queue of this tap: {no}; run the command again"
+        ) from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
 
@@ -205,7 +211,7 @@ class TapPrinter:
             archive.save(decoded, now)
         except OSError as no:
             raise UsageError(
-                f"a message cannot be saved ({no}); choose another folder with --save"
+                f"cannot save a message: {no}; choose another folder with --save"
             ) from None
 
     def _line(self, text: str) -> None:

@@ -197,16 +197,16 @@ def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None
     is_flag=True,
     expose_value=False,
     callback=_remember_debug,
-    help="Show the traceback of an unexpected error, and log each event with its consequences; "
-    "FLUFFLE_DEBUG=1 does the same.",
+    help="Show the traceback of an unexpected error, and log each event with its effects. "
+    "FLUFFLE_DEBUG=1 in the environment does the same.",
 )
 def fluffle() -> None:
     """Federated learning over a message broker.
 
-    A coordinator publishes the global weights over RabbitMQ. Workers train on data that stays
-    with them and send updates back. Once a quorum has answered, the coordinator averages the
-    updates and opens the next round. Start them in any order, on any machines that reach the
-    broker:
+    A coordinator publishes the global weights over RabbitMQ. Workers train on data that stays with
+    them and send updates back. When a quorum of updates has arrived, the coordinator averages them
+    and opens the next round. Start the broker, the coordinator and the workers in any order, on any
+    machines that can reach the broker:
 
     \b
       fluffle broker up                                a private RabbitMQ
@@ -239,12 +239,10 @@ def url_option(command: Any) -> Any:
         envvar="FLUFFLE_URL",
         callback=_check_environment,
         metavar="URL",
-        help=(
-            "URL of the broker: amqp://user:password@host:port/vhost or amqps://…. For a cluster, "
-            "the URLs of several nodes, separated by commas; any node that can be "
-            "reached is used.  [default: $FLUFFLE_URL, else the broker started by 'fluffle "
-            "broker up' here, else amqp://guest:guest@127.0.0.1:5672/]"
-        ),
+        help="URL of the broker: amqp://user:password@host:port/vhost or amqps://…. For a "
+        "cluster, give the URLs of several nodes, separated by commas; the command uses any "
+        "node that it can reach.  [default: $FLUFFLE_URL, else the broker started by "
+        "'fluffle broker up' here, else amqp://guest:guest@127.0.0.1:5672/]",
     )(command)
 
 
@@ -255,7 +253,7 @@ def federation_option(command: Any, *, required: bool = True) -> Any:
         envvar="FLUFFLE_FEDERATION",
         required=required,
         metavar="NAME",
-        help="Name of the federation, which is also the prefix of its queues' names.",
+        help="Name of the federation. The names of the federation's queues begin with this name.",
     )(command)
 
 
@@ -265,10 +263,8 @@ def management_option(command: Any) -> Any:
         "--management",
         envvar="FLUFFLE_MANAGEMENT_URL",
         metavar="URL",
-        help=(
-            "URL of RabbitMQ's management API, which provides queue statistics.  "
-            "[default: that of the private broker, else the usual port on the host of --url]"
-        ),
+        help="URL of RabbitMQ's management API, which provides queue statistics.  [default: the "
+        "API of the private broker, else the usual port on the host of --url]",
         show_default=False,
     )(command)
 

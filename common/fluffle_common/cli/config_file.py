@@ -87,7 +87,7 @@ class ConfiguredCommand(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_remember,
-                help="Print all options in effect, with their sources, as a TOML file, and exit.",
+                help="Print the value and the source of every option as a TOML file, and exit.",
             )
         )
 
@@ -264,7 +264,7 @@ def _raw(option: click.Option, value: Any) -> Any:
     if option.multiple:
         if not isinstance(value, list | tuple):
             expected = "a table" if isinstance(option.type, KeyValue) else "a list"
-            raise _WrongType(f"{expected} is expected, such as {_example(option)}")
+            raise _WrongType(f"expected {expected}, such as {_example(option)}")
         return [_single(option, one) for one in value]
     return _single(option, value)
 
@@ -288,24 +288,24 @@ def _single(option: click.Option, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and not value:
-        raise _WrongType("the text is empty; give a value, or leave it out for the default")
+        raise _WrongType("the text is empty; give a value, or omit this option to use its default")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = option.type
     if option.is_flag:
-        fits, expected = isinstance(value, bool), "true or false is expected"
+        fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(kind, click.types.IntParamType):
-        fits, expected = is_number and isinstance(value, int), "a whole number is expected"
+        fits, expected = is_number and isinstance(value, int), "a whole number"
     elif isinstance(kind, click.types.FloatParamType):
-        fits, expected = is_number, "a number is expected"
+        fits, expected = is_number, "a number"
     elif isinstance(kind, click.Path):
-        fits, expected = isinstance(value, str), "a path in quotes is expected"
+        fits, expected = isinstance(value, str), "a path in quotes"
     elif isinstance(kind, click.types.StringParamType | click.Choice):
-        fits, expected = isinstance(value, str), "text in quotes is expected"
+        fits, expected = isinstance(value, str), "text in quotes"
     else:  # a type of our own, whose values look like text or like numbers
-        fits, expected = isinstance(value, str) or is_number, "text or a number is expected"
+        fits, expected = isinstance(value, str) or is_number, "text or a number"
         value = str(value) if is_number else value
     if not fits:
-        raise _WrongType(expected)
+        raise _WrongType(f"expected {expected}")
     return value
 
 

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import IO, Any, Literal, Self
+from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 import click
 from pydantic_core import to_json
@@ -16,7 +16,9 @@ from pydantic_core import to_json
 from fluffle_common.cli.background_stream import BackgroundStream, warning_about
 from fluffle_common.cli.printing import echo_sentences, printable, visible_json
 from fluffle_common.clock import timestamp
-from fluffle_common.protocol.events import RunEvent
+
+if TYPE_CHECKING:
+    from fluffle_common.protocol.events import RunEvent
 
 LogFormat = Literal["auto", "plain", "json"]
 # How long a line may wait for others, so that they are written together.

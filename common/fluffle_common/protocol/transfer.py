@@ -21,46 +21,44 @@ from fluffle_common.protocol.messages import Part, Transfer, WithTensors
 from fluffle_common.tensors.digest import blake3_of
 from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, groups_of
 from fluffle_common.tensors.layout import Weights
+from fluffle_common.tensors.table import TensorEntry
 
 _MAX_PADDING_BYTES = 4096  # between two tensors: other implementations may align to pages
 
 
+def fits(pieces: list[memoryview]) -> bool:
+    """Whether a payload, which consists of these pieces, travels in its message itself."""
+    return sum(map(len, pieces)) <= codec.PART_BYTES
+
+
 class Outgoing:
-    """A message with tensors, ready to encode: in one body or, if large, with parts.
+    """An outgoing transfer, and the message that announces it.
 
-    ``weights`` are the tensors of the group ``model``.
-
-    Raises:
-        ValueError: if a tensor has an unsupported dtype.
+    ``table`` and ``pieces`` are the tensors of the payload, from ``codec.lay_out``.
     """
 
-    def __init__(self, message: WithTensors, weights: Weights, others: Groups = NO_GROUPS) -> None:
-        self._message = message
-        self._table, self._pieces = codec.lay_out(weights, others)
-        self.nbytes = sum(map(len, self._pieces))
-        fits = self.nbytes <= codec.PART_BYTES
-        self.parts = 0 if fits else -(-self.nbytes // codec.PART_BYTES)
-        self.id = uuid.uuid4().hex if self.parts else ""
+    def __init__(
+        self, message: WithTensors, table: tuple[TensorEntry, ...], pieces: list[memoryview]
+    ) -> None:
+        self._message, self._table, self._pieces = message, table, pieces
+        self._nbytes = sum(map(len, pieces))
+        self.parts = -(-self._nbytes // codec.PART_BYTES)
+        self.id = uuid.uuid4().hex
 
-    def body(self, digest: str | None = None) -> bytes:
-        """Return the encoded message; if the payload is in parts, it needs their ``digest``."""
-        if not self.parts:
-            return codec.encode(self._message, self._pieces, self._table)
-        assert digest is not None
-        return codec.encode(
-            self._message.model_copy(update={"transfer": self.transfer(digest)}), table=self._table
-        )
+    def body(self, digest: str) -> bytes:
+        """Return the encoded message, which announces the parts with their ``digest``."""
+        announced = {"transfer": self.transfer(digest)}
+        return codec.encode(self._message.model_copy(update=announced), table=self._table)
 
     def transfer(self, digest: str) -> Transfer:
         """Return the announcement of the parts."""
-        return Transfer(id=self.id, parts=self.parts, nbytes=self.nbytes, digest=digest)
+        return Transfer(id=self.id, parts=self.parts, nbytes=self._nbytes, digest=digest)
 
     def bodies(self, first: int = 0, until: int | None = None) -> Iterator[bytes]:
         """Yield the encoded parts from ``first`` to before ``until``, each when it is requested."""
-        if self.parts:
-            for number, pieces in itertools.islice(enumerate(_split(self._pieces)), first, until):
-                part = Part(federation=self._message.federation, transfer=self.id, part=number)
-                yield codec.encode(part, pieces)
+        for number, pieces in itertools.islice(enumerate(_split(self._pieces)), first, until):
+            part = Part(federation=self._message.federation, transfer=self.id, part=number)
+            yield codec.encode(part, pieces)
 
     def digest(self) -> str:
         """Return the digest of the parts; the hashing releases the GIL."""
@@ -75,10 +73,14 @@ def pack(
     Returns:
         The transfer, the encoded message, and an iterator of the encoded parts. If the payload fits
         into the message, the transfer is None and there are no parts.
+
+    Raises:
+        ValueError: if a tensor has an unsupported dtype.
     """
-    outgoing = Outgoing(message, weights, others)
-    if not outgoing.parts:
-        return None, outgoing.body(), iter(())
+    table, pieces = codec.lay_out(weights, others)
+    if fits(pieces):
+        return None, codec.encode(message, pieces, table), iter(())
+    outgoing = Outgoing(message, table, pieces)
     digest = outgoing.digest()
     return outgoing.transfer(digest), outgoing.body(digest), outgoing.bodies()
 
@@ -157,8 +159,8 @@ class Incoming(ABC):
             )
         if transfer.parts != -(-transfer.nbytes // codec.PART_BYTES):
             raise MalformedMessage(
-                f"{transfer.parts} parts of {codec.PART_BYTES} bytes cannot hold "
-                f"{transfer.nbytes} bytes"
+                f"the announced transfer is inconsistent: {transfer.parts} parts of "
+                f"{codec.PART_BYTES} bytes cannot hold {transfer.nbytes} bytes"
             )
         self.transfer = transfer
         self._missing = set(range(transfer.parts))
@@ -233,7 +235,9 @@ class Assembly(Incoming):
             # Reserves addresses only: the system provides each page when it is first written.
             self._buffer = np.empty(transfer.nbytes, np.uint8)
         except MemoryError:
-            raise MalformedMessage(f"not enough memory for {transfer.nbytes} bytes") from None
+            raise MalformedMessage(
+                f"not enough memory for a transfer of {transfer.nbytes} bytes"
+            ) from None
 
     def _store(self, start: int, payload: memoryview) -> None:
         self._buffer[start : start + len(payload)] = np.frombuffer(payload, np.uint8)

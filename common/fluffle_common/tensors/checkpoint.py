@@ -84,7 +84,7 @@ def check_names(names: Iterable[str]) -> None:
         if name.startswith(_STRATEGY_PREFIX):
             raise ValueError(
                 f"the name of tensor '{name[:60]}' begins with '{_STRATEGY_PREFIX}', which "
-                "checkpoints reserve for the state of a strategy; rename it"
+                "checkpoints reserve for the state of a strategy; rename this tensor"
             )
 
 
@@ -258,7 +258,8 @@ def _check_readable(
     for name, dtype in dtypes.items():
         if dtype not in readable:
             raise UsageError(
-                f"tensor '{name}' of {path} is {dtype}, which is not supported; convert it to BF16"
+                f"tensor '{name}' of {path} is {dtype}, which is not supported; convert this "
+                "tensor to BF16"
             )
 
 
@@ -273,6 +274,6 @@ def _check_digest(path: Path) -> None:
         digest = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
     if digest.hex().encode() != expected:
         raise ValueError(
-            "its bytes do not match its digest: the file is damaged, or was changed without "
-            f"removing {_DIGEST_KEY} from its metadata"
+            "the bytes of the model do not match the file's digest: the file is damaged, or was "
+            f"changed without removing {_DIGEST_KEY} from its metadata"
         )

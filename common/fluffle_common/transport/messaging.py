@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from fluffle_common.clock import timestamp
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import describe, encode
+from fluffle_common.protocol.codec import describe, encode, lay_out
 from fluffle_common.protocol.messages import Message, WithTensors
-from fluffle_common.protocol.transfer import Outgoing
+from fluffle_common.protocol.transfer import Outgoing, fits
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import MAX_LISTED_KEYS, Delivery, HeaderValue, Link, Properties
@@ -75,10 +75,11 @@ async def send_tensors(
         progress: called with the number of confirmed parts and the number of all parts.
         digest: the result of ``digest_of`` for the tensors, if it is already being computed.
     """
-    outgoing = Outgoing(message, weights, others)
-    if not outgoing.parts:
-        await _publish(link, message, outgoing.body(), route)
+    table, pieces = lay_out(weights, others)
+    if fits(pieces):
+        await _publish(link, message, encode(message, pieces, table), route)
         return
+    outgoing = Outgoing(message, table, pieces)
     if before_parts is not None:
         await before_parts()
     hashing = digest if digest is not None else asyncio.to_thread(outgoing.digest)
@@ -108,7 +109,7 @@ async def send_ahead(
     Returns:
         Publishes the last part, over the same link.
     """
-    outgoing = Outgoing(message, weights, others)
+    outgoing = Outgoing(message, *lay_out(weights, others))
     last = outgoing.parts - 1
     await _publish(link, message, outgoing.body(await digest), route)
     await _send_parts(link, outgoing, route, until=last)
@@ -204,5 +205,6 @@ def check_user(user: str | None, delivery: Delivery) -> None:
     sender = delivery.properties.user
     if sender != user:
         raise MalformedMessage(
-            f"it names {user} as its sender, but the user {sender or 'unknown'} sent it", "sender"
+            f"the message names {user} as its sender, but the user {sender or 'unknown'} sent it",
+            "sender",
         )

@@ -23,23 +23,24 @@ if TYPE_CHECKING:
     "--federation",
     default="conformance",
     metavar="NAME",
-    help="Name of the federation to use; nothing but this check may use it.",
+    help="Name of a federation that nothing except this check uses.",
 )
 @click.option(
     "--worker",
     metavar="ID",
-    help="ID of the worker to examine.  [default: the first that connects]",
+    help="ID of the worker to examine.  [default: the first worker that connects]",
 )
 @click.option(
     "--large",
     is_flag=True,
-    help="Add a 5 MiB tensor to the model, so that the model is sent in parts. Only for workers "
-    "that accept tensors of any shape.",
+    help="Add a 5 MiB tensor to the model, so that the model is sent in parts. Use this "
+    "option only for workers that accept tensors of any shape.",
 )
 @click.option(
     "--twice",
     is_flag=True,
-    help="At the end, wait for you to restart the worker, and refuse the new process.",
+    help="At the end, wait until you restart the worker, then refuse the new process and "
+    "check how it reacts.",
 )
 @click.option(
     "--wait",
@@ -53,18 +54,25 @@ if TYPE_CHECKING:
     "patience_s",
     type=seconds(min_open=True),
     default=60.0,
-    help="Time limit for each answer, in seconds; must be longer than a training.",
+    help="Time limit, in seconds, for each reply from the worker; must be longer than one "
+    "training run takes.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object at the end instead of one line per demand.",
+)
 @queue_type_option
 @click.pass_context
 def conformance(ctx: click.Context, /, **options: Any) -> None:
     """Check whether a worker does what docs/protocol.md demands.
 
-    The command plays a coordinator, waits for a worker, and confronts it with what can happen in a
-    real run: repeated, newer or older work, other weights, a lost part, a rejected update, unusual
-    messages, and the end. It prints one line per demand and exits with 1 if one is not met. The
-    worker trains about thirty times, so give it a quick task.
+    The command plays a coordinator, waits for a worker, and confronts the worker with what can
+    happen in a real run: repeated, newer or older work, other weights, a lost part, a rejected
+    update, unusual messages, and the end. The command prints one line per demand, and exits with
+    code 1 if a demand is not met. The worker trains about thirty times, so give the worker a quick
+    task.
 
     \b
       fluffle conformance --url amqp://localhost &

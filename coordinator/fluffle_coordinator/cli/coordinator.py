@@ -50,23 +50,23 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--min-workers",
     type=count(),
-    help="Number of workers that must be connected before the first round starts. A fraction as "
-    "quorum never means fewer updates than that fraction of this number.  [default: --quorum if it "
-    "is a number, else 2]",
+    help="Number of workers that must be connected before the first round starts. If --quorum "
+    "is a fraction, no round needs fewer updates than that fraction of this number.  "
+    "[default: --quorum if that is a number, else 2]",
 )
 @click.option(
     "--quorum",
     type=QUORUM,
     default="all",
     metavar="N|FRACTION|all",
-    help="Number of updates that a round needs to close: a number, a fraction of the workers "
-    "selected for the round, or all of those workers.",
+    help="How many updates must arrive before a round closes: a number, a fraction of the "
+    "workers selected for the round, or all, which means one from each of these workers.",
 )
 @click.option(
     "--grace",
     type=seconds(),
     default=0.0,
-    help="Time that a round waits for more updates after its quorum, in seconds.",
+    help="Time that a round waits for more updates after reaching its quorum, in seconds.",
 )
 @click.option(
     "--deadline",
@@ -78,14 +78,15 @@ def run_option(command: Any) -> Any:
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
-    help="What to do when the deadline passes: reopen the round with the workers present, close it "
-    "with the updates that have arrived (at least --min-updates), or stop the run.",
+    help="What to do when the deadline passes: reopen the round with the workers that are "
+    "connected, close it with the updates that have arrived (at least --min-updates), or "
+    "stop the run.",
 )
 @click.option(
     "--min-updates",
     type=count(),
     default=1,
-    help="Minimum number of updates for '--on-deadline close'.",
+    help="Minimum number of updates with which '--on-deadline close' closes a round.",
 )
 @schedule_options
 @click.option(
@@ -98,14 +99,15 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--evaluate",
     metavar="path.py:name",
-    help="Function of yours that tests the model of every round: it maps a dict of weights by name "
-    "to a dict of metrics by name. The next round starts when it returns.",
+    help="Your function to evaluate the model after every round. The function takes a dict of "
+    "weights by name and returns a dict of metrics by name. The next round starts when "
+    "the function returns.",
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help="Function of yours that is called after every commit. If it returns a text, the run ends "
-    "with that text as its reason.",
+    help="A function of yours that is called after every commit. If it returns a string, the run "
+    "ends, and the string is shown as the reason.",
 )
 @stopping_options
 @plan_options
@@ -141,24 +143,30 @@ def run_option(command: Any) -> Any:
     "--stall-timeout",
     type=seconds(min_open=True),
     metavar="SECONDS",
-    help="Time without progress after which a training counts as failed. It needs a task that "
-    "calls 'progress' in its training.  [default: no limit; reported after 2 minutes]",
+    help="Time without progress after which a worker's training counts as failed. The option "
+    "works only with tasks that call 'progress' while they train.  [default: no limit, "
+    "but the coordinator reports such a worker after 2 minutes]",
 )
 @click.option(
     "--max-examples",
     type=count(),
     metavar="N",
-    help="Maximum number of examples that an update is weighted by in the average.  [default: the "
-    "number that its worker announced]",
+    help="Maximum weight of an update in the average, in examples.  [default: the number of "
+    "examples that the update's worker announced]",
 )
 @click.option(
     "--max-norm-ratio",
     type=FiniteFloat(1),
     metavar="R",
-    help="Maximum norm of an update, as a multiple of the median norm in the last five rounds; "
-    "larger updates are rejected.  [default: no limit; reported from 10 times the median on]",
+    help="Maximum norm of an update, as a multiple of the median norm in the last five "
+    "rounds; larger updates are rejected.  [default: no limit, but updates above 10 "
+    "times the median are reported]",
 )
-@click.option("--fresh", is_flag=True, help="Start a new run; an earlier run is moved aside.")
+@click.option(
+    "--fresh",
+    is_flag=True,
+    help="Start a new run; an earlier run in the run folder is moved aside.",
+)
 @click.option(
     "--wait-workers",
     type=seconds(min_open=True),
@@ -174,20 +182,20 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Require that each worker's user name on the broker is the worker's id; messages that "
-    "another user sends under that id are rejected.",
+    help="Require each worker's broker user name to equal its worker ID; messages sent under "
+    "that ID by any other user are rejected.",
 )
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help="Keep every counted update in the run folder, for 'fluffle replay'. Each round then takes "
-    "as much disk space as its updates.",
+    help="Keep every counted update in the run folder, for 'fluffle replay'. Every round then "
+    "needs disk space for its updates.",
 )
 @click.option(
     "--dashboard",
     metavar="HOST:PORT",
-    help="Address of a read-only live page of the run, such as 127.0.0.1:8080, with /metrics for "
-    "Prometheus; port 0 chooses a free port. Needs 'fluffle[dashboard]'.",
+    help="Address of a read-only live page of the run, such as 127.0.0.1:8080, with /metrics "
+    "for Prometheus; port 0 chooses a free port. Requires 'fluffle[dashboard]'.",
 )
 @management_option
 @queue_type_option
@@ -195,20 +203,21 @@ def run_option(command: Any) -> Any:
 def coordinator(**options: Any) -> None:
     """Run a federation: open rounds, average updates, keep models.
 
-    The coordinator waits for workers and sends them the global weights. As soon as a quorum of
-    updates has arrived, it averages them by number of examples and opens the next round. Every
-    round's model is kept in the run folder; its updates are acknowledged once it is on disk.
+    The coordinator waits for workers and sends them the global weights. When a quorum of updates
+    has arrived, the coordinator averages them, weighting each by its number of examples, and opens
+    the next round. The coordinator keeps every round's model in the run folder, and acknowledges a
+    round's updates when the round's model is on disk.
 
     After Ctrl-C or a crash, the same command continues after the last committed round. A second
-    coordinator on the same run folder waits, and takes over when the first is gone.
+    coordinator on the same run folder waits, and takes over when the first coordinator is gone.
 
     \b
       fluffle coordinator --federation letters --quorum 3
       fluffle coordinator --federation letters --quorum 0.5 --deadline 300
       fluffle coordinator federation.toml --rounds 12
 
-    Every option can also be set in a TOML file, as a key of the same name: 'rounds = 6'. An option
-    on the command line overrides its key.
+    You can also set every option in a TOML file, as a key with the same name, such as 'rounds = 6'.
+    An option on the command line overrides the key in the file.
     """
     from fluffle_coordinator.service.app import run_coordinator
 
@@ -226,9 +235,9 @@ def coordinator(**options: Any) -> None:
 def history(folder: Path, as_json: bool) -> None:
     """Show the history of a run, one row per round.
 
-    Loss and metrics are those of the round's model on the workers' held-out data. The letters
-    task's metric 'temperature' calibrates the model: 'fluffle predict' divides the model's outputs
-    by it, so that its confidence matches its accuracy; 1 changes nothing.
+    The loss and the metrics are those of the round's model on the workers' held-out data. The
+    letters task has a metric 'temperature': 'fluffle predict' divides the model's outputs by this
+    number, so that the model's confidence matches its accuracy. A temperature of 1 changes nothing.
     """
     from fluffle_coordinator.cli.history_table import history_table
     from fluffle_coordinator.storage.history import read_history

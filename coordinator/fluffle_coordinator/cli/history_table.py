@@ -41,7 +41,7 @@ def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Tabl
     ]
     losses = [name for name in ("loss",) if not short or any(name in row for row in rounds)]
     views = [remembered(row) for row in rounds]
-    stale = any(answer.staleness for view in views for answer in view.answers.values())
+    stale = any(update.staleness for view in views for _, update in view.answers.values())
     updates = [_updates(view, short=short, stale=stale) for view in views]
     columns = list(updates[0]) if updates else []
     rows = table(padding=(0, 1), pad_edge=not short)
@@ -54,7 +54,7 @@ def _history_table(rounds: list[dict[str, Any]], *, short: bool = False) -> Tabl
             str(view.number),
             *cells.values(),
             str(view.num_examples or 0),
-            _number(train_loss(view.answers.values())),
+            _number(train_loss(view)),
             *(_number(row.get(name)) for name in (*losses, *metrics)),
             *(str(row.get(name, "")) for name in counts),
         )
@@ -66,7 +66,7 @@ def _updates(view: RoundView, *, short: bool, stale: bool) -> dict[str, str]:
     names = {"participants": ", ".join(sorted(view.participants))}
     if not stale:
         return {"workers": str(len(view.participants))} if short else names
-    stalest = max((answer.staleness or 0 for answer in view.answers.values()), default=0)
+    stalest = max((update.staleness or 0 for _, update in view.answers.values()), default=0)
     ages = {"updates": str(len(view.answers)), "stalest": str(stalest)}
     return ages if short else names | ages
 

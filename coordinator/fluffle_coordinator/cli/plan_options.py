@@ -40,7 +40,7 @@ plan_options = option_group(
         "--upload-dtype",
         type=click.Choice(["float32", "bf16", "f16"]),
         default="float32",
-        help="Data type in which the floats of updates are sent: bf16 and f16 round them and halve "
+        help="Data type for the float values in updates: bf16 and f16 round the values and halve "
         "the bytes; float32 sends them unchanged.",
     ),
     click.option(
@@ -48,9 +48,9 @@ plan_options = option_group(
         type=COMPRESS,
         metavar="int8|topk:FRACTION|PATH.PY:NAME",
         help="Codec for updates: int8 sends 8-bit integers with scales (about a quarter of the "
-        "bytes), topk:0.01 sends only the largest values (one in a hundred), or name a codec of "
-        "your own (docs/codecs.md). What the codec leaves out is added to the worker's next "
-        "update.  [default: no compression]",
+        "bytes), topk:0.01 sends only the largest 1 % of the values, and path.py:name is "
+        "your own codec (docs/codecs.md). With int8 and topk, the worker makes up for the "
+        "difference in its next update.  [default: no compression]",
     ),
     click.option(
         "--train",

@@ -70,9 +70,9 @@ schedule_options = option_group(
         type=FiniteFloat(1, 100),
         default=1.0,
         metavar="P",
-        help="Factor by which to select more workers than --fraction or --sample: 1.3 selects 130 "
-        "%. A fraction as --quorum still refers to the smaller number, so the first updates to "
-        "arrive can close the round.",
+        help="Over-selection factor: with 1.3, 130 % of the workers that --fraction or --sample "
+        "asks for are selected. A fractional --quorum is taken of the number of workers "
+        "before this factor is applied, so a round can close without waiting for the slowest.",
     ),
     click.option(
         "--select",
@@ -80,22 +80,26 @@ schedule_options = option_group(
         default="uniform",
         metavar="NAME|PATH.PY:NAME",
         help="How to select workers: uniform (at random), poisson (each independently at random), "
-        "weighted (in proportion to their examples), round-robin (in turn), or fastest:0.2 (the "
-        "fastest, with 20 % of the places given in turn).",
+        "weighted (at random, in proportion to their examples), round-robin (in turn), or "
+        "fastest:0.2 (the fastest workers, except that 20 % of the places go to all workers "
+        "in turn).",
     ),
     click.option(
         "--schedule",
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
-        help="When to make the next model. quorum: in synchronous rounds that close at a quorum. "
-        "buffered: asynchronous; idle workers train the newest model at once, and every --buffer "
-        "updates make the next (docs/schedules.md).",
+        help="When to make the next model. With 'quorum', training proceeds in synchronous "
+        "rounds, and each round closes when its quorum is reached. With 'buffered', training "
+        "is asynchronous: an idle worker starts to train the newest model at once, and the "
+        "coordinator makes a new model whenever as many updates as --buffer says have arrived "
+        "(see docs/schedules.md).",
     ),
     click.option(
         "--buffer",
         type=count(),
         metavar="K",
-        help="Number of updates that make the next model, with --schedule buffered.  [default: 10]",
+        help="Number of updates from which the next model is made, with --schedule buffered.  "
+        "[default: 10]",
     ),
     click.option(
         "--concurrency",
@@ -108,22 +112,23 @@ schedule_options = option_group(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help="Maximum staleness of an update, in versions of the model; staler updates are "
-        "discarded.  [default: 20 with 'buffered', 2 with '--late discount']",
+        help="Maximum staleness of an update: the number of models that were made after the one "
+        "that the update was trained from. Staler updates are discarded.  [default: 20 with "
+        "'buffered', 2 with '--late discount']",
     ),
     click.option(
         "--staleness",
         type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
-        help="Fraction of its weight that a stale update keeps: constant, polynomial:a, hinge:a,b "
-        "or threshold:s.  [default: polynomial:0.5]",
+        help="Function that reduces the weight of a stale update: constant, polynomial:a, "
+        "hinge:a,b or threshold:s (docs/schedules.md).  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",
         type=click.Choice(["discard", "discount"]),
         default="discard",
-        help="What to do with an update that arrives after its synchronous round: discard it, or "
-        "add it to the open round with a weight discounted by --staleness.",
+        help="What to do with an update that arrives after its synchronous round has closed: "
+        "discard it, or add it to the open round with a weight that --staleness reduces.",
     ),
 )
 

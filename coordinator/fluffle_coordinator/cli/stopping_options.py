@@ -11,23 +11,23 @@ stopping_options = option_group(
     click.option(
         "--monitor",
         metavar="METRIC",
-        help="Metric by which the best model is chosen and kept as best.safetensors: a federated "
-        "metric such as accuracy, or test/NAME for a metric that --evaluate returns. Lower is "
-        "better for a loss or an error.",
+        help="Metric for choosing the best model, which is kept as best.safetensors. The metric "
+        "is a federated metric such as accuracy, or test/NAME for a metric that --evaluate "
+        "returns. For a loss or an error, lower is better.",
     ),
     click.option(
         "--target",
         type=FiniteFloat(),
         metavar="VALUE",
-        help="Value of the --monitor metric (or of the loss, without --monitor) at which the run "
-        "ends.",
+        help="End the run when the --monitor metric (without --monitor, the loss) reaches this "
+        "value.",
     ),
     click.option(
         "--patience",
         type=count(),
         metavar="ROUNDS",
-        help="Number of rounds without improvement of the --monitor metric (or of the loss, "
-        "without --monitor) after which the run ends.",
+        help="End the run when the --monitor metric (without --monitor, the loss) has not "
+        "improved for this number of rounds.",
     ),
     click.option(
         "--time-budget",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
@@ -156,7 +155,7 @@ class Board:
             "needed": needed,
             "opened_at": opened.asked_at,
             "deadline_at": opened.deadline_at,
-            "answered": [{"key": key, **asdict(each)} for key, each in opened.answers.items()],
+            "answered": [_answer(key, opened) for key in opened.answers],
             "missing": [
                 self._missing(name, opened) for name in opened.asked if name not in opened.answers
             ],
@@ -174,3 +173,9 @@ class Board:
         doing = row.doing(opened.number, None if failure is None else clipped(failure, 300))
         hopeless = failure is not None or not row.is_here
         return {"worker": worker, "doing": doing, "hopeless": hopeless}
+
+
+def _answer(key: str, opened: RoundView) -> dict[str, Any]:
+    at, update = opened.answers[key]
+    names = ("worker", "num_examples", "bytes", "staleness")
+    return {"key": key, "after_s": opened.after_s(at)} | {n: getattr(update, n) for n in names}

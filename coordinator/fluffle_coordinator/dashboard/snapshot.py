@@ -6,13 +6,12 @@ The scripts in ``static/`` draw them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.observe.counters import cause_of
-from fluffle_coordinator.observe.round_view import Answer, RoundView
+from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 from fluffle_coordinator.storage.round_stats import weighted_mean
@@ -49,7 +48,7 @@ def curves(view: RunView) -> dict[str, Any]:
     """
     points = []
     for each in view.done:
-        loss = train_loss(each.answers.values()) if view.whole else None
+        loss = train_loss(each) if view.whole else None
         values = _metrics(each) | {
             "loss": each.loss, "epsilon": each.epsilon, "training loss": loss,
         }  # fmt: skip
@@ -65,11 +64,9 @@ def curves(view: RunView) -> dict[str, Any]:
     }
 
 
-def train_loss(answers: Iterable[Answer]) -> float | None:
+def train_loss(view: RoundView) -> float | None:
     """Return the mean training loss, weighted by examples; None if no update reports one."""
-    return weighted_mean(
-        (each.num_examples or 0, each.train_loss) for each in answers if each.train_loss is not None
-    )
+    return weighted_mean(view.train_losses)
 
 
 def staleness(view: RunView) -> dict[str, Any] | None:
@@ -79,18 +76,18 @@ def staleness(view: RunView) -> dict[str, Any] | None:
         ``counts``, the number of updates by staleness, and ``lost``, the share of the examples'
         total weight that the discount took away, from 0 to 1; None if no update has a weight.
     """
-    answers = [answer for each in view.detailed for answer in each.answers.values()]
-    if not any(answer.staleness for answer in answers):
+    updates = [update for each in view.detailed for _, update in each.answers.values()]
+    if not any(update.staleness for update in updates):
         return None
     # A fresh update has no staleness and no weight in the history: 0, and its number of examples.
-    counts = Counter(answer.staleness or 0 for answer in answers)
+    counts = Counter(update.staleness or 0 for update in updates)
     weighed = [
-        (answer.num_examples if answer.weight is None else answer.weight, answer.num_examples)
-        for answer in answers
-        if answer.num_examples is not None and (answer.weight is not None or not answer.staleness)
+        (update.num_examples if update.weight is None else update.weight, update.num_examples)
+        for update in updates
+        if update.num_examples is not None and (update.weight is not None or not update.staleness)
     ]
     lost = None
-    if any(answer.weight is not None for answer in answers):
+    if any(update.weight is not None for update in updates):
         examples = sum(full for _, full in weighed)
         if examples:
             lost = max(0.0, sum(full - weight for weight, full in weighed) / examples)
@@ -134,12 +131,12 @@ def latest(view: RunView, metric: str) -> float | None:
 def _round(view: RoundView) -> dict[str, Any]:
     row: dict[str, Any] = {"round": view.number}
     if view.committed_at is not None:
-        answers, counted = view.answers.values(), set(view.participants)
+        updates, counted = [update for _, update in view.answers.values()], set(view.participants)
         examples = Counter[str]()  # an asynchronous round can count a worker more than once
-        for answer in answers:
-            examples[answer.worker] += answer.num_examples or 0
+        for update in updates:
+            examples[update.worker or ""] += update.num_examples or 0
         row |= {
-            "updates": max(len(answers), len(counted)),
+            "updates": max(len(updates), len(counted)),
             "participants": list(view.participants),
             "examples": [examples[name] or None for name in view.participants],
             "asked": [name for name in view.asked if name not in counted],
@@ -147,8 +144,8 @@ def _round(view: RoundView) -> dict[str, Any]:
             "opened_at": view.asked_at,
             "committed_at": view.committed_at,
             "num_examples": view.num_examples,
-            "bytes": sum(answer.bytes or 0 for answer in answers),
-            "train_loss": train_loss(answers),
+            "bytes": sum(update.bytes or 0 for update in updates),
+            "train_loss": train_loss(view),
             "phases": view.phases,
             "late": view.late,
             "rejected": view.rejected,

@@ -8,8 +8,9 @@ from typing import NamedTuple
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.groups import FROZEN
-from fluffle_coordinator.machine.effects import Effects, Record, Refuse
-from fluffle_coordinator.machine.state import State, Worker
+from fluffle_coordinator.machine.effects import Effects, Refuse
+from fluffle_coordinator.machine.records import Worker
+from fluffle_coordinator.machine.state import State
 
 _NAMES_SHOWN = 5
 
@@ -27,7 +28,7 @@ def decide(state: State, out: Effects) -> State:
         classes, _ = votes.most_common(1)[0]
         names = [w.name for w in _by_age(state) if w.classes == classes]
         state = state.replace(classes=classes, decided_by=_listed(names))
-        out.append(Record(run_events.Classes(worker=_listed(names), classes=classes)))
+        out.append(run_events.Classes(worker=_listed(names), classes=classes))
     if state.model is None and not state.has_weights:
         able = [w for w in _by_age(state) if w.model is not None and not unfit(state, w)]
         if able:
@@ -129,6 +130,6 @@ def refuse(
         return state
     out += [
         Refuse(worker.name, worker.session, misfit.reason, misfit.code),
-        Record(run_events.Refused(worker=worker.name, reason=misfit.reason)),
+        run_events.Refused(worker=worker.name, reason=misfit.reason),
     ]
     return state.replace(refused=state.refused.insert(worker.name, worker.session))

@@ -18,7 +18,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 
-from fluffle_coordinator.machine.state import State, Table, Worker
+from fluffle_coordinator.machine.records import Worker
+from fluffle_coordinator.machine.state import State, Table
 
 
 def clock_time(state: State, now: float) -> float:

@@ -12,7 +12,7 @@ import math
 from statistics import median_low
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.effects import Commit, Effects, Record
+from fluffle_coordinator.machine.effects import Commit, Effects
 from fluffle_coordinator.machine.evaluation import end, last_failure, record_evaluation
 from fluffle_coordinator.machine.events import Event, Left
 from fluffle_coordinator.machine.opening import reopen
@@ -54,7 +54,7 @@ def due_at(state: State) -> float:
 
 def _is_folding(state: State) -> bool:
     """Whether an update is here that is not in the sum yet."""
-    return not all(update.folded for update in state.received.values())
+    return len(state.norms) < len(state.received)
 
 
 def _expired(state: State, now: float) -> bool:
@@ -72,7 +72,7 @@ def _close_after_quorum(state: State, now: float, out: Effects) -> State:
             f"round {state.round} has its quorum, but its schedule did not close it in "
             f"{now - state.quorum_at:.0f} s ({option})"
         )
-        out.append(Record(run_events.Closed(round=state.round, reason=reason)))
+        out.append(run_events.Closed(round=state.round, reason=reason))
     return _commit(state, out)
 
 
@@ -98,7 +98,7 @@ def _report_outliers(state: State, out: Effects) -> State:
     ``State.usual_norm``. An outlier enters it too, but as a minority it does not change a median.
     Each median is the lower one, so that one outlier among two norms does not raise it.
     """
-    norms = {t: u.norm for t, u in state.received.items() if u.folded and u.norm > 0}
+    norms = {ticket: norm for ticket, norm in state.norms.items() if norm > 0}
     if not norms:
         return state
     middle = median_low(norms.values())
@@ -108,7 +108,7 @@ def _report_outliers(state: State, out: Effects) -> State:
     for (worker, _), norm in sorted(norms.items()):
         if norm > state.rules.outlier_ratio * middle:
             outlier = run_events.Outlier(round=state.round, worker=worker, norm=norm, median=middle)
-            out.append(Record(outlier))
+            out.append(outlier)
     return state
 
 
@@ -121,7 +121,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     if rules.on_deadline == "stop":
         return end(state, "stopped", reason, out)
     if rules.on_deadline == "close" and state.folded >= rules.min_updates:
-        out.append(Record(run_events.Closed(round=state.round, reason=reason)))
+        out.append(run_events.Closed(round=state.round, reason=reason))
         return _commit(state, out)
     if _expired(state, now):
         return end(state, "stopped", _too_long(state), out)
@@ -168,9 +168,7 @@ def report_smaller_quorum(before: State, after: State, event: Event, out: Effect
     was, needed = before.needed, after.needed
     if needed < was:
         reason = _why_smaller(before, after, event)
-        out.append(
-            Record(run_events.Quorum(round=after.round, needed=needed, was=was, reason=reason))
-        )
+        out.append(run_events.Quorum(round=after.round, needed=needed, was=was, reason=reason))
 
 
 def _why_smaller(before: State, after: State, event: Event) -> str:

@@ -1,4 +1,7 @@
-"""The effects that the machine asks for, carried out in order by the shell around it."""
+"""The effects that the machine asks for, carried out in order by the shell around it.
+
+A run event among them is to be reported, in the log and the journal.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,13 @@ from typing import Literal
 
 from fluffle_common.errors import Cause
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.machine.state import Evaluated, Handle, Outcome, Ticket
+from fluffle_coordinator.machine.events import Arrived
+from fluffle_coordinator.machine.records import Evaluated, Handle, Outcome
 
 
 @dataclass(frozen=True)
 class Effect:
     """An instruction to the shell."""
-
-
-@dataclass(frozen=True)
-class Record(Effect):
-    """Report an event of the run, in the log and the journal."""
-
-    event: RunEvent
 
 
 @dataclass(frozen=True)
@@ -48,9 +45,7 @@ class Judge(Effect):
     After a rejection, the worker trains again: sending the same update again does not help.
     """
 
-    ticket: Ticket
-    round: int
-    base: str
+    update: Arrived
     outcome: Literal["late", "rejected"]
     reason: str
     cause: Cause | None = None
@@ -103,9 +98,7 @@ class Fold(Effect):
     versions old. It is not added if its norm is above ``max_norm``.
     """
 
-    handle: Handle
-    ticket: Ticket
-    num_examples: int
+    update: Arrived
     max_norm: float = math.inf
     staleness: int = 0
     discount: float = 1.0
@@ -155,4 +148,4 @@ class End(Effect):
     workers: tuple[str, ...]
 
 
-Effects = list[Effect]
+Effects = list[Effect | RunEvent]

@@ -10,9 +10,10 @@ import math
 from collections.abc import Mapping
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.effects import Effects, End, Record, RecordEvaluation
+from fluffle_coordinator.machine.effects import Effects, End, RecordEvaluation
 from fluffle_coordinator.machine.events import EvaluationArrived
-from fluffle_coordinator.machine.state import Issued, Outcome, Phase, State, Table
+from fluffle_coordinator.machine.records import Outcome
+from fluffle_coordinator.machine.state import Issued, Phase, State, Table
 from fluffle_coordinator.machine.work import send_work
 
 
@@ -57,7 +58,7 @@ def evaluate_last_model(state: State, now: float, out: Effects) -> State:
     elif not state.evaluate_pending and state.unheard and now < state.gate_until < math.inf:
         limit, names = f"{state.gate_until - now:.0f} s", ", ".join(state.unheard)
         reason = f"the run is done; waiting up to {limit} to tell {names}"
-        out.append(Record(run_events.Waiting(reason=reason, what="workers")))
+        out.append(run_events.Waiting(reason=reason, what="workers"))
     return try_to_finish(state, now, out)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from fluffle_common.errors import Cause
-from fluffle_coordinator.machine.state import Evaluated, Handle, Ticket, Worker
+from fluffle_coordinator.machine.records import Evaluated, Handle, Ticket, Worker
 
 
 @dataclass(frozen=True)
@@ -92,28 +92,25 @@ class WeightsReady(Event):
 class Arrived(Event):
     """An update arrived with a valid header; its tensors are not checked yet.
 
-    It was trained from the weights named ``base``, those of ``round``.
+    It was trained from the weights named ``base``, those of ``round``, in ``train_s``. Its tensors
+    have ``size_bytes`` as they were sent.
     """
 
-    handle: Handle
     run: str
-    round: int
+    handle: Handle
     ticket: Ticket
-    num_examples: int
+    round: int
     base: str
+    num_examples: int
+    train_s: float
+    size_bytes: int
 
 
 @dataclass(frozen=True)
 class Folded(Event):
-    """An update's tensors were checked and added to the running sum.
-
-    Its training took ``train_s``, its tensors were ``size_bytes`` on the wire, and ``norm`` is the
-    Euclidean norm of its delta.
-    """
+    """An update's tensors were checked and added to the running sum; ``norm`` is its delta's."""
 
     ticket: Ticket
-    train_s: float
-    size_bytes: int
     norm: float = 0.0
 
 

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import refuse_unfit
-from fluffle_coordinator.machine.effects import AskInit, Effects, Record
+from fluffle_coordinator.machine.effects import AskInit, Effects
 from fluffle_coordinator.machine.evaluation import end, last_failure
 from fluffle_coordinator.machine.events import InitLost, WeightsReady
-from fluffle_coordinator.machine.state import State, Worker
+from fluffle_coordinator.machine.records import Worker
+from fluffle_coordinator.machine.state import State
 
 
 def ask_for_weights(state: State, now: float, out: Effects) -> State:
@@ -19,7 +20,7 @@ def ask_for_weights(state: State, now: float, out: Effects) -> State:
         if now < state.init_asked_at + limit_s:
             return state
         name, reason = state.init_asked, f"no first weights within {limit_s:.0f} s (--deadline)"
-        out.append(Record(run_events.Failure(worker=name, round=0, reason=reason)))
+        out.append(run_events.Failure(worker=name, round=0, reason=reason))
         state = state.replace(init_asked=None, failed=state.failed.insert(name, reason))
     enough = state.has_enough_workers
     candidates: Iterable[Worker] = state.workers.values()
@@ -32,7 +33,7 @@ def ask_for_weights(state: State, now: float, out: Effects) -> State:
     if able:
         # The model of a worker that declares it was compared with the others' models.
         first = next((name for name in able if state.workers[name].model is not None), able[0])
-        out += [AskInit(first), Record(run_events.Init(worker=first))]
+        out += [AskInit(first), run_events.Init(worker=first)]
         return state.replace(init_asked=first, init_asked_at=now)
     if not enough:
         return state

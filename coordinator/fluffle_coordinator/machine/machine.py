@@ -44,7 +44,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
 from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
-from fluffle_coordinator.machine.effects import Ack, Effects, Record
+from fluffle_coordinator.machine.effects import Ack, Effects
 from fluffle_coordinator.machine.evaluation import (
     evaluate_last_model,
     evaluation_arrived,
@@ -52,10 +52,11 @@ from fluffle_coordinator.machine.evaluation import (
     try_to_finish,
 )
 from fluffle_coordinator.machine.opening import try_to_open
+from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
-from fluffle_coordinator.machine.state import SEQUENCE_GAP, Phase, State, Table, Ticket
+from fluffle_coordinator.machine.state import SEQUENCE_GAP, Phase, State, Table
 
 # The events that arrive in the queue of heartbeats.
 _HEARD = (ev.Seen, ev.Left, ev.Failed, ev.Echoed)
@@ -115,6 +116,7 @@ def start(
         waiting_since=now,
         unlinked_since=now,
         heard_at=now,
+        hearing_s=rules.hearing_s,
     )
     earlier = {number: name for number, name in earlier.items() if number <= committed}
     return updates.remember(state, counted, earlier)
@@ -136,16 +138,15 @@ def advance(state: State, event: ev.Event) -> tuple[State, Effects]:
 
 def _connected(state: State, event: ev.Connected, out: Effects) -> State:
     first = state.link == 0 and not state.workers
-    out.append(Record(run_events.Connected() if first else run_events.Reconnected()))
+    out.append(run_events.Connected() if first else run_events.Reconnected())
     # The outage does not count: no worker could be heard, and updates wait in the broker.
     if state.link == 0:
         state = postpone(state, event.now - state.unlinked_since)
     workers = {n: replace(w, last_seen=event.now) for n, w in state.workers.items()}
-    received = {t: update._replace(spares=()) for t, update in state.received.items()}
     # Work that was being sent may be lost: a worker that is idle at its next heartbeat gets it
     # again. Every delivery that is held is void, and the broker redelivers it.
-    for update in state.received.values():
-        out.extend(Ack(spare) for spare in update.spares)
+    for copies in state.spares.values():
+        out.extend(Ack(copy.handle) for copy in copies)
     return state.replace(
         link=event.link,
         caught_up=False,
@@ -154,7 +155,7 @@ def _connected(state: State, event: ev.Connected, out: Effects) -> State:
         clock_stands=False,
         workers=Table(workers),
         asked=Table({n: issued._replace(at=-math.inf) for n, issued in state.asked.items()}),
-        received=Table(received),
+        spares=Table(),
         init_asked=None,
         frozen_sent=Table(),
     )

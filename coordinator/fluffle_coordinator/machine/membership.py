@@ -8,9 +8,10 @@ from dataclasses import replace
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import other_frozen, refuse, unfit
 from fluffle_coordinator.machine.clock import clock_time, first_due, schedule_check, stall_times
-from fluffle_coordinator.machine.effects import Effects, Record, Welcome
+from fluffle_coordinator.machine.effects import Effects, Welcome
 from fluffle_coordinator.machine.events import Failed, Left, Seen, Tick
-from fluffle_coordinator.machine.state import Issued, Phase, State, Worker
+from fluffle_coordinator.machine.records import Worker
+from fluffle_coordinator.machine.state import Issued, Phase, State
 from fluffle_coordinator.machine.work import assign_work, issue, resend_work, send_work
 
 
@@ -20,8 +21,9 @@ def seen(state: State, event: Seen, out: Effects) -> State:
     if worker.num_examples > state.announced.get(worker.name, 0):
         # The maximum: a forged hello must not make a worker's updates weigh less.
         state = state.replace(announced=state.announced.insert(worker.name, worker.num_examples))
-    if worker.heartbeat_s < state.quickest_s:
-        state = state.replace(quickest_s=worker.heartbeat_s)
+    hearing_s = state.rules.patience * worker.heartbeat_s / 2
+    if hearing_s < state.hearing_s < math.inf:
+        state = state.replace(hearing_s=hearing_s)
     if not state.caught_up:
         return _greet(state, worker.name, out)
     if misfit := unfit(state, worker):
@@ -31,9 +33,9 @@ def seen(state: State, event: Seen, out: Effects) -> State:
     if known is None or restarted:
         worker = replace(worker, joined_at=event.now, moved_at=event.now)
         joined = run_events.Joined(worker=worker.name, num_examples=worker.num_examples)
-        out.append(Record(joined))
+        out.append(joined)
         if differs := other_frozen(state, worker):
-            out.append(Record(differs))
+            out.append(differs)
     elif known.position != worker.position:
         worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
     else:
@@ -129,14 +131,14 @@ def left(state: State, event: Left, out: Effects) -> State:
     known = state.workers.get(event.worker)
     if known is None or known.session != event.session:
         return state
-    out.append(Record(run_events.Left(worker=event.worker, reason=event.reason)))
+    out.append(run_events.Left(worker=event.worker, reason=event.reason))
     return state.without(event.worker)
 
 
 def failed(state: State, event: Failed, out: Effects) -> State:
     """Mark a worker as failed if the failed work is what it was asked for."""
     failure = run_events.Failure(worker=event.worker, round=event.round, reason=event.reason)
-    out.append(Record(failure))
+    out.append(failure)
     if event.run != state.run:
         return state
     if event.worker == state.init_asked and event.round == 0:
@@ -156,7 +158,7 @@ def tick(state: State, event: Tick, out: Effects) -> State:
     gone = [w for w in state.workers.values() if w.deadline(state.rules) <= now]
     for worker in sorted(gone, key=lambda worker: worker.name):
         silent_s = round(now - worker.last_seen, 1)
-        out.append(Record(run_events.Gone(worker=worker.name, silent_s=silent_s)))
+        out.append(run_events.Gone(worker=worker.name, silent_s=silent_s))
         state = state.without(worker.name)
     for worker in list(state.workers.values()):
         state = _check_for_stall(state, worker, now, out)
@@ -176,11 +178,11 @@ def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> 
             steps=worker.steps,
             still_s=round(still_s, 1),
         )
-        out.append(Record(stalled))
+        out.append(stalled)
         state = state.replace(workers=state.workers.insert(name, replace(worker, stalled=True)))
     limit_s = state.rules.stall_timeout_s
     if limit_s is None or still_s < limit_s or not state.busy(name):
         return state
     reason = f"no step for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
-    out.append(Record(run_events.Failure(worker=name, round=worker.round, reason=reason)))
+    out.append(run_events.Failure(worker=name, round=worker.round, reason=reason))
     return state.replace_for(name, failed=state.failed.insert(name, reason))

@@ -6,7 +6,7 @@ import math
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import decide
-from fluffle_coordinator.machine.effects import Effects, Opened, Record
+from fluffle_coordinator.machine.effects import Effects, Opened
 from fluffle_coordinator.machine.evaluation import end
 from fluffle_coordinator.machine.first_weights import ask_for_weights
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
@@ -60,7 +60,7 @@ def _open(state: State, now: float, out: Effects) -> State:
     )
     out.append(Opened())
     state = send_work(state, tuple(name for name in cohort if name not in answered), now, out)
-    out.append(Record(opened))
+    out.append(opened)
     return state
 
 
@@ -114,6 +114,6 @@ def reopen(state: State, reason: str, now: float, out: Effects) -> State:
         deadline_s=state.rules.deadline_s,
         reason=reason,
     )
-    out.append(Record(reopened))
+    out.append(reopened)
     waiting = tuple(n for n in cohort if n not in answered and not state.busy(n))
     return send_work(state, waiting, now, out)

@@ -1,4 +1,4 @@
-"""The machine's state, and the small records that it, the events and the effects are made of."""
+"""The machine's state."""
 
 from __future__ import annotations
 
@@ -7,22 +7,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median_low
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from rpds import HashTrieMap
 
 from fluffle_common.protocol.messages import ModelForm
+from fluffle_coordinator.machine.events import Arrived
+from fluffle_coordinator.machine.records import Evaluated, Handle, Outcome, Ticket, Worker
 from fluffle_coordinator.machine.rules import Quorum, Rules
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.selection import Candidate
 
-__all__ = ["Quorum", "Rules", "State", "Table"]
+__all__ = ["Evaluated", "Handle", "Quorum", "Rules", "State", "Table", "Ticket", "Worker"]
 
 # A persistent mapping: a changed copy shares its structure with the original, so that a change
 # takes about as long with four workers as with four thousand.
 Table = HashTrieMap
 
-Outcome = Literal["finished", "stopped"]
 SEQUENCE_GAP = 10_000
 """How many sequences a restarted coordinator skips, if work outlives its round.
 
@@ -41,87 +42,12 @@ class Phase(StrEnum):
     ENDED = "ended"
 
 
-class Handle(NamedTuple):
-    """A delivery: the link it came over (counted from 1) and its number on that link."""
-
-    link: int
-    number: int
-
-
-class Ticket(NamedTuple):
-    """The identity of a piece of a worker's work, which its update brings back."""
-
-    worker: str
-    sequence: int
-
-
 class Issued(NamedTuple):
     """The work that a worker was last asked for."""
 
     at: float  # when it was sent; -inf if it may be lost
     sequence: int
     round: int  # the round whose weights it starts from
-
-
-@dataclass(frozen=True)
-class Worker:
-    """A connected worker, as its hello and its heartbeats describe it."""
-
-    name: str
-    session: str
-    num_examples: int
-    classes: tuple[str, ...]
-    heartbeat_s: float
-    last_seen: float
-    state: str = "idle"
-    run: str | None = None
-    round: int = 0
-    base: str | None = None
-    sequence: int | None = None
-    step: int = 0
-    steps: int = 0
-    loss: float | None = None
-    task: str = ""
-    model: ModelForm | None = None
-    features: tuple[str, ...] = ()
-    frozen: tuple[str, ...] = ()  # the digests of the frozen tensors that it holds
-    joined_at: float = 0.0  # when this process was first heard
-    moved_at: float = 0.0  # when its position last changed
-    stalled: bool = False  # whether it was reported as stalled
-
-    def deadline(self, rules: Rules) -> float:
-        """Return when it counts as gone unless it sends another heartbeat."""
-        return self.last_seen + rules.patience * self.heartbeat_s
-
-    @property
-    def position(self) -> tuple[object, ...]:
-        """Where its work stands: the worker advances whenever this changes."""
-        return self.session, self.state, self.run, self.round, self.sequence, self.base, self.step
-
-    @property
-    def has_steps(self) -> bool:
-        """Whether its current work advances in steps, so that it can stall."""
-        return self.steps > 0 and self.state in ("receiving", "training", "sending")
-
-
-class Received(NamedTuple):
-    """An update that was accepted in the open round."""
-
-    handle: Handle
-    num_examples: int  # its weight, before any discount
-    round: int  # the round whose weights it was trained from: the open one or an earlier one
-    folded: bool = False
-    spares: tuple[Handle, ...] = ()  # other copies, until one is known to be sound
-    norm: float = 0.0
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """One worker's evaluation of a model."""
-
-    num_examples: int
-    loss: float
-    metrics: Mapping[str, float]
 
 
 class Tally(NamedTuple):
@@ -160,7 +86,7 @@ class State:
     unlinked_since: float = 0.0  # used while there is no link
     heard_at: float = 0.0  # when anyone was last heard, the coordinator's own echo included
     clock_stands: bool = False  # whether a tick has found that nobody was heard for too long
-    quickest_s: float = math.inf  # the shortest heartbeat interval of any worker
+    hearing_s: float = math.inf  # how long the silence may last before the clock stops
     # No worker can be gone or stalled before this, so that not every tick checks all of them.
     due_at: float = -math.inf
 
@@ -209,8 +135,11 @@ class State:
     attempts: Table[str, int] = field(default_factory=Table)  # rejected updates in this round
 
     # The open round: its updates and its timers.
-    received: Table[Ticket, Received] = field(default_factory=Table)
-    folded: int = 0  # updates in the running sum that count towards the quorum
+    received: Table[Ticket, Arrived] = field(default_factory=Table)
+    norms: Table[Ticket, float] = field(default_factory=Table)  # of those in the running sum
+    # Other copies, until one is known to be sound.
+    spares: Table[Ticket, tuple[Arrived, ...]] = field(default_factory=Table)
+    folded: int = 0  # how many of those in the sum count towards the quorum
     began_at: float = 0.0  # when the round was first opened
     opened_at: float = 0.0  # when it was last opened or reopened
     quorum_at: float | None = None  # when it reached its quorum
@@ -257,21 +186,14 @@ class State:
 
     def _counts(self, worker: str) -> tuple[bool, bool, bool]:
         """Return what a worker adds to each count of the tally."""
-        if worker not in self.asked:
+        issued = self.asked.get(worker)
+        if issued is None:
             return False, False, False
-        update = self.answer(worker)
+        update = self._answer_to(worker, issued)
         if update is not None:
-            return True, not update.folded, False
+            return True, update.ticket not in self.norms, False
         expected = worker in self.workers and worker not in self.failed
         return expected, expected, expected and worker not in self.evaluations
-
-    @property
-    def hearing_s(self) -> float:
-        """How long the silence may last before the clock stops; see ``clock``."""
-        longest_s = self.rules.hearing_s
-        if math.isinf(longest_s):
-            return longest_s
-        return min(longest_s, self.rules.patience * self.quickest_s / 2)
 
     @property
     def committed(self) -> int:
@@ -309,11 +231,12 @@ class State:
         """The workers that were asked and have not answered."""
         return tuple(sorted(w for w in self.asked if self.answer(w) is None))
 
-    def answer(self, worker: str) -> Received | None:
+    def answer(self, worker: str) -> Arrived | None:
         """Return a worker's update for the work that it was asked for, if it has arrived."""
         issued = self.asked.get(worker)
-        if issued is None:
-            return None
+        return None if issued is None else self._answer_to(worker, issued)
+
+    def _answer_to(self, worker: str, issued: Issued) -> Arrived | None:
         update = self.received.get(Ticket(worker, issued.sequence))
         if update is None and issued.sequence != issued.round:  # the worker sends no tickets
             update = self.received.get(Ticket(worker, issued.round))

@@ -1,32 +1,23 @@
 """The life of an update: accepted, folded and committed; or late, a duplicate, or rejected.
 
 A delivery stays unacknowledged until the round that counts its update is on disk. Until then,
-``State.received`` holds its handle, and further copies as ``spares``: each may be the only sound
-one.
+``State.received`` holds it, and further copies as ``spares``: each may be the only sound one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from statistics import median_low
 from typing import TypeVar
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Record, Reject
+from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Reject
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
-from fluffle_coordinator.machine.state import (
-    SEQUENCE_GAP,
-    Handle,
-    Issued,
-    Phase,
-    Received,
-    State,
-    Table,
-    Tally,
-    Ticket,
-)
+from fluffle_coordinator.machine.records import Handle, Ticket
+from fluffle_coordinator.machine.state import SEQUENCE_GAP, Issued, Phase, State, Table, Tally
 from fluffle_coordinator.machine.work import assign_work, resend_work
 
 _T = TypeVar("_T")
@@ -36,48 +27,49 @@ _ROUNDS_REMEMBERED = 3
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
     """Accept an update and fold it, hold it as a copy, or say why it does not count."""
-    handle, ticket = event.handle, _ticket(state, event)
+    handle, number = event.handle, event.round
     if event.run != state.run:
-        reason = f"it belongs to run {event.run}; this coordinator runs {state.run}"
+        reason = f"the message belongs to run {event.run}, but this coordinator runs {state.run}"
         out.append(Reject(handle, reason, "run"))
         return state
-    if state.has_counted(ticket, event.round):
-        out += [
-            Ack(handle),
-            Record(run_events.Duplicate(worker=ticket.worker, round=event.round)),
-        ]
+    update = _with_ticket(state, event)
+    ticket = update.ticket
+    if state.has_counted(ticket, number):
+        out += [Ack(handle), run_events.Duplicate(worker=ticket.worker, round=number)]
         return state
-    if event.round < state.round and not (
-        _accepts_updates(state) and _discount(state, event.round)
-    ):
-        return _too_old(state, event, ticket, out)
-    if event.round > state.round or not _accepts_updates(state):
-        return _reject(state, event, f"round {event.round} has not been opened", out)
-    base = state.base_of(event.round)
+    if number < state.round and not (_accepts_updates(state) and _discount(state, number)):
+        out += [Ack(handle), *_late(update)]
+        return _finish_work(state, ticket, event.now, out)
+    if number > state.round or not _accepts_updates(state):
+        return _reject(state, event, f"round {number} has not been opened", out)
+    base = state.base_of(number)
     if event.base != base:
-        trained = f"it was trained from the weights {event.base}"
-        return _reject(state, event, f"{trained}; round {event.round} began with {base}", out)
-    if ticket.sequence > max(state.sequence, event.round) + SEQUENCE_GAP:
+        trained = f"the update was trained from the weights {event.base}"
+        return _reject(state, event, f"{trained}; round {number} began with {base}", out)
+    if ticket.sequence > max(state.sequence, number) + SEQUENCE_GAP:
         reason = f"ticket {ticket.sequence} of {ticket.worker} was not issued"
         return _reject(state, event, reason, out)
     if state.schedule.continuous:  # an earlier coordinator may have issued higher ones
         state = state.replace(sequence=max(state.sequence, ticket.sequence))
-    held = state.received.get(ticket)
-    if held is not None:
-        return _hold_copy(state, ticket, held, event, out)
-    update = Received(handle, _weight(state, event, out), event.round)
+    if ticket in state.received:
+        return _hold_copy(state, update, out)
+    update = _weighed(state, update, out)
     if state.phase is not Phase.COMMITTING:  # else ``committed`` decides what becomes of it
-        out.append(_fold(state, ticket, update))
-    return _hold(state, ticket, update)
+        out.append(_fold(state, update))
+    return _hold(state, update)
 
 
-def _ticket(state: State, event: Arrived) -> Ticket:
-    """Return an update's ticket: the round's, if each worker is asked once a round."""
-    return event.ticket if state.schedule.continuous else Ticket(event.ticket.worker, event.round)
+def _with_ticket(state: State, update: Arrived) -> Arrived:
+    """Return an update with its round's ticket, if each worker is asked once a round."""
+    worker, sequence = update.ticket
+    if state.schedule.continuous or sequence == update.round:
+        return update
+    return replace(update, ticket=Ticket(worker, update.round))
 
 
-def _hold(state: State, ticket: Ticket, update: Received) -> State:
-    return state.replace_for(ticket.worker, received=state.received.insert(ticket, update))
+def _hold(state: State, update: Arrived) -> State:
+    received = state.received.insert(update.ticket, update)
+    return state.replace_for(update.ticket.worker, received=received)
 
 
 def _accepts_updates(state: State) -> bool:
@@ -93,35 +85,35 @@ def _discount(state: State, number: int) -> float:
     return schedule.discount(staleness) if staleness or schedule.continuous else 1.0
 
 
-def _fold(state: State, ticket: Ticket, update: Received) -> Fold:
+def _fold(state: State, update: Arrived) -> Fold:
     staleness, discount = state.round - update.round, _discount(state, update.round)
-    weight = update.num_examples
-    return Fold(update.handle, ticket, weight, _max_norm(state), staleness, discount)
+    return Fold(update, _max_norm(state), staleness, discount)
 
 
-def _reject(state: State, event: Arrived, reason: str, out: Effects) -> State:
+def _reject(state: State, update: Arrived, reason: str, out: Effects) -> State:
     """Reject an update from a round or from weights that this run does not have."""
     out += [
-        Reject(event.handle, reason, "round"),
-        Judge(event.ticket, event.round, event.base, "rejected", reason, "round"),
+        Reject(update.handle, reason, "round"),
+        Judge(update, "rejected", reason, "round"),
     ]
     return state
 
 
-def _weight(state: State, event: Arrived, out: Effects) -> int:
-    """Return the weight of an update: its number of examples, at most what its worker announced."""
-    claimed, worker = event.num_examples, event.ticket.worker
+def _weighed(state: State, update: Arrived, out: Effects) -> Arrived:
+    """Return an update that weighs no more than its worker announced."""
+    claimed, worker = update.num_examples, update.ticket.worker
     limit = state.announced.get(worker)
     if limit is None:  # it left before this coordinator heard it
         limit = max(state.announced.values(), default=claimed)
     if state.rules.max_examples is not None:
         limit = min(limit, state.rules.max_examples)
-    if claimed > limit:
-        overweight = run_events.Overweight(
-            worker=worker, round=event.round, num_examples=claimed, limit=limit
-        )
-        out.append(Record(overweight))
-    return min(claimed, limit)
+    if claimed <= limit:
+        return update
+    overweight = run_events.Overweight(
+        worker=worker, round=update.round, num_examples=claimed, limit=limit
+    )
+    out.append(overweight)
+    return replace(update, num_examples=limit)
 
 
 def _max_norm(state: State) -> float:
@@ -131,16 +123,9 @@ def _max_norm(state: State) -> float:
         return math.inf
     middle = state.usual_norm
     if not middle:  # no earlier round is known, as after a restart
-        norms = [update.norm for update in state.received.values() if update.folded]
+        norms = list(state.norms.values())
         middle = median_low(norms) if len(norms) >= 2 else math.inf
     return ratio * middle
-
-
-def _too_old(state: State, event: Arrived, ticket: Ticket, out: Effects) -> State:
-    """Acknowledge a late update and report it; its worker gets other work."""
-    out.append(Ack(event.handle))
-    out += _late(ticket, event.round, event.num_examples, event.base)
-    return _finish_work(state, ticket, event.now, out)
 
 
 def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> State:
@@ -160,43 +145,45 @@ def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> Stat
     return assign_work(state, state.schedule.idle(state, ticket.worker), now, out)
 
 
-def _late(ticket: Ticket, number: int, num_examples: int, base: str) -> Effects:
-    reason = f"round {number} was committed without it"
-    late = run_events.Late(worker=ticket.worker, round=number, num_examples=num_examples)
-    return [Record(late), Judge(ticket, number, base, "late", reason)]
+def _late(update: Arrived) -> Effects:
+    worker, number = update.ticket.worker, update.round
+    late = run_events.Late(worker=worker, round=number, num_examples=update.num_examples)
+    return [late, Judge(update, "late", f"round {number} was committed without it")]
 
 
-def _hold_copy(state: State, ticket: Ticket, held: Received, event: Arrived, out: Effects) -> State:
+def _hold_copy(state: State, copy: Arrived, out: Effects) -> State:
     """Hold a copy of an update that is here already, so that it is neither folded twice nor lost.
 
     A copy is not needed while the delivery that was folded is still valid. If that one is void, or
     is not folded yet, any copy may be the only sound one, so all are held.
     """
-    if held.folded and held.handle.link == event.handle.link:
-        out.append(Ack(event.handle))
+    ticket, held = copy.ticket, state.received[copy.ticket]
+    if ticket in state.norms and held.handle.link == copy.handle.link:
+        out.append(Ack(copy.handle))
         return state
-    return _hold(state, ticket, held._replace(spares=(*held.spares, event.handle)))
+    copies = (*state.spares.get(ticket, ()), copy)
+    return state.replace(spares=state.spares.insert(ticket, copies))
 
 
 def folded(state: State, event: Folded, out: Effects) -> State:
     """Count an update that is in the sum."""
-    ticket, held = event.ticket, state.received[event.ticket]
-    worker, spares = ticket.worker, held.spares
-    if spares and held.handle.link == state.link:
-        out.extend(Ack(spare) for spare in spares)
-        spares = ()
-    update = held._replace(folded=True, spares=spares, norm=event.norm)
-    staleness = state.round - held.round
+    ticket, update = event.ticket, state.received[event.ticket]
+    worker, spares = ticket.worker, state.spares
+    if ticket in spares and update.handle.link == state.link:
+        out.extend(Ack(spare.handle) for spare in spares[ticket])
+        spares = spares.remove(ticket)
+    staleness = state.round - update.round
     asked, open_and_fresh = state.asked, state.phase is Phase.OPEN and not staleness
     if open_and_fresh and worker not in asked and not state.schedule.continuous:
         asked = asked.insert(worker, Issued(-math.inf, ticket.sequence, state.round))
     towards_quorum = state.schedule.continuous or not staleness
     state = state.replace_for(
         worker,
-        received=state.received.insert(ticket, update),
+        norms=state.norms.insert(ticket, event.norm),
+        spares=spares,
         folded=state.folded + towards_quorum,
         asked=asked,
-        train_s=state.train_s.insert(worker, event.train_s) if state.selects else state.train_s,
+        train_s=state.train_s.insert(worker, update.train_s) if state.selects else state.train_s,
         failed=state.failed.discard(worker),
         doubted=state.doubted.discard(worker),
         due_at=-math.inf if worker in state.failed else state.due_at,
@@ -204,38 +191,39 @@ def folded(state: State, event: Folded, out: Effects) -> State:
     counted = run_events.Counted(
         worker=worker,
         round=state.round,
-        num_examples=held.num_examples,
+        num_examples=update.num_examples,
         updates=state.folded,
         needed=state.needed,
-        train_s=event.train_s,
-        bytes=event.size_bytes,
+        train_s=update.train_s,
+        bytes=update.size_bytes,
         staleness=staleness or None,
-        weight=held.num_examples * _discount(state, held.round) if staleness else None,
+        weight=update.num_examples * _discount(state, update.round) if staleness else None,
     )
-    out.append(Record(counted))
+    out.append(counted)
     return _finish_work(state, ticket, event.now, out)
 
 
 def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     """Fold the next copy after a failure; without one, reject the update or request it again."""
-    ticket, held = event.ticket, state.received[event.ticket]
+    ticket, failed = event.ticket, state.received[event.ticket]
     worker = ticket.worker
     if event.again:
         resend = run_events.Resend(worker=worker, reason=event.reason)
-        out += [Ack(held.handle), Record(resend)]
+        out += [Ack(failed.handle), resend]
     else:
-        out.append(Reject(held.handle, event.reason, event.cause))
-    if held.spares:
-        first, *rest = held.spares
-        update = held._replace(handle=first, spares=tuple(rest))
+        out.append(Reject(failed.handle, event.reason, event.cause))
+    if copies := state.spares.get(ticket):
+        first, *rest = copies
+        update = _weighed(state, first, out)
         if state.phase is not Phase.COMMITTING:  # else it would be in the next round's sum
-            out.append(_fold(state, ticket, update))
-        return _hold(state, ticket, update)
-    was_asked = state.answer(worker) is held
-    state = state.replace_for(worker, received=state.received.discard(ticket))
+            out.append(_fold(state, update))
+        return _hold(state, update).replace(spares=state.spares.insert(ticket, tuple(rest)))
+    was_asked = state.answer(worker) is failed
+    state = state.replace_for(
+        worker, received=state.received.discard(ticket), spares=state.spares.discard(ticket)
+    )
     if not event.again:  # the worker would send the same bytes again, if they are its own at all
-        base = state.base_of(held.round) or state.base
-        out.append(Judge(ticket, held.round, base, "rejected", event.reason, event.cause))
+        out.append(Judge(failed, "rejected", event.reason, event.cause))
         state = state.replace(
             doubted=state.doubted.insert(worker, event.reason),
             # A later request is another attempt, which the same bytes do not answer.
@@ -250,39 +238,39 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
 def committed(state: State, event: Committed, out: Effects) -> State:
     """Acknowledge the updates of a round that is on disk, and begin the next round."""
     counted = set()
-    late: dict[Ticket, Received] = {}
-    carried: dict[Ticket, Received] = {}
+    late: list[Arrived] = []
+    carried: list[Arrived] = []
     last = event.round >= state.rules.rounds or bool(event.enough)
     finished: list[Handle] = []
     for ticket, update in state.received.items():
-        if update.folded:
+        if ticket in state.norms:
             counted.add(ticket)
         elif not last and _counts_later(state, update):
-            carried[ticket] = update
+            carried.append(update)
             continue
         else:
-            late[ticket] = update
-        finished += [update.handle, *update.spares]
+            late.append(update)
+        copies = state.spares.get(ticket, ())
+        finished += [update.handle, *(copy.handle for copy in copies)]
     out += map(Ack, sorted(finished))
-    for ticket, update in sorted(late.items()):
-        base = state.base_of(update.round) or state.base
-        out += _late(ticket, update.round, update.num_examples, base)
+    for update in sorted(late, key=lambda update: update.ticket):
+        out += _late(update)
     report = run_events.Committed(
         round=event.round,
         participants=tuple(sorted({ticket.worker for ticket in counted})),
         num_examples=event.num_examples,
         timings=event.timings,
     )
-    out.append(Record(report))
-    for ticket in late:
-        state = _finish_work(state, ticket, event.now, out)
+    out.append(report)
+    for update in late:
+        state = _finish_work(state, update.ticket, event.now, out)
     state = _next_round(state, event, frozenset(counted), carried)
-    by_arrival = sorted(carried, key=lambda ticket: carried[ticket].handle)
-    out += [_fold(state, ticket, carried[ticket]) for ticket in by_arrival]
+    by_arrival = sorted(carried, key=lambda update: update.handle)
+    out += [_fold(state, update) for update in by_arrival]
     return state
 
 
-def _counts_later(state: State, update: Received) -> bool:
+def _counts_later(state: State, update: Arrived) -> bool:
     """Whether an update that is not in this round's sum still counts in the next round."""
     staleness = state.round + 1 - update.round
     return staleness <= state.schedule.max_staleness and state.schedule.discount(staleness) > 0
@@ -301,9 +289,11 @@ def _next_round(
     state: State,
     event: Committed,
     counted: frozenset[Ticket],
-    carried: Mapping[Ticket, Received],
+    carried: Iterable[Arrived],
 ) -> State:
     before = {**state.counted_before, event.round: counted}
+    tickets = {update.ticket for update in carried}
+    spares = {ticket: copies for ticket, copies in state.spares.items() if ticket in tickets}
     state = remember(state, before, {**state.earlier, event.round: state.base}).replace(
         phase=Phase.WAITING,
         round=event.round + 1,
@@ -312,7 +302,9 @@ def _next_round(
         unevaluated=_unevaluated(state),
         evaluate_pending=True,
         evaluations=Table(),
-        received=Table(carried),
+        received=Table({update.ticket: update for update in carried}),
+        norms=Table(),
+        spares=Table(spares),
         folded=0,
         asked_before=frozenset(),
         attempts=Table(),

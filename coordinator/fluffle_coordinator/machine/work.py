@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.clock import schedule_check
-from fluffle_coordinator.machine.effects import Effects, Record, SendEvaluate, SendFit
+from fluffle_coordinator.machine.effects import Effects, SendEvaluate, SendFit
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
 
 
@@ -25,7 +25,7 @@ def send_work(state: State, workers: tuple[str, ...], now: float, out: Effects) 
         else:
             out.append(SendFit(names, state.evaluate_pending, sequence, attempt, lacking))
         if lacking:
-            out.append(Record(run_events.FrozenSent(workers=names, digest=state.frozen)))
+            out.append(run_events.FrozenSent(workers=names, digest=state.frozen))
             sessions = (state.workers[name].session for name in names)
             sent = {**state.frozen_sent, **dict.fromkeys(sessions, now)}
             state = state.replace(frozen_sent=Table(sent))

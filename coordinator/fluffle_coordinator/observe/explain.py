@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from fluffle_common.protocol.events import Committed, Counted, Doing, Opened, Waiting, from_fields
 from fluffle_common.protocol.messages import Event
-from fluffle_coordinator.observe.round_view import Answer, RoundView
+from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import Departure
 
@@ -56,12 +56,11 @@ class Explanation:
         return self.round.committed_at or (ended[0] if ended else self.now)
 
     @property
-    def counted(self) -> list[Answer]:
+    def counted(self) -> list[tuple[float, Counted]]:
         """The answers since the opening, in order; a restart may leave earlier ones."""
-        opened_at = self.round.opened_at
-        answers = self.round.answers.values()
-        in_round = [each for each in answers if (opened_at or 0.0) <= each.at <= self.end]
-        return sorted(in_round, key=lambda answer: answer.at)
+        opened_at, answers = self.round.opened_at or 0.0, self.round.answers.values()
+        in_round = [(at, update) for at, update in answers if opened_at <= at <= self.end]
+        return sorted(in_round, key=lambda answer: answer[0])
 
     def departed(self, worker: str) -> tuple[float, Departure] | None:
         """Return when and how a worker has departed; None if it has not."""
@@ -147,8 +146,8 @@ def longest_wait(explanation: Explanation) -> Wait | None:
     this, counted = explanation.round, explanation.counted
     if this.opened_at is None:
         return None
-    names = ["", *(answer.worker for answer in counted)]
-    last_at = counted[-1].at if counted else this.opened_at
+    names = ["", *(update.worker or "" for _, update in counted)]
+    last_at = counted[-1][0] if counted else this.opened_at
     since_last_s = max(0.0, _seconds(explanation.end - last_at))
     if this.committed_at is None:
         return Wait(since_last_s, "", names[-1])

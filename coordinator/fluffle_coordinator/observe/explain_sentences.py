@@ -118,12 +118,12 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
         "needed": this.needed,
         "answers": [
             {
-                "worker": answer.worker,
-                "at": _iso(answer.at),
-                "num_examples": answer.num_examples,
-                "train_s": answer.train_s,
+                "worker": update.worker,
+                "at": _iso(at),
+                "num_examples": update.num_examples,
+                "train_s": update.train_s,
             }
-            for answer in this.answers.values()
+            for at, update in this.answers.values()
         ],
         "missing": [{"worker": w, "why": why_missing(explanation, w)} for w in explanation.missing],
         "deadline_at": _iso(this.deadline_at) if this.is_open else None,
@@ -193,19 +193,19 @@ def _answers(explanation: Explanation) -> Iterator[str]:
     this = explanation.round
     if not this.answers:
         yield "No update has been counted."
-    for answer in this.answers.values():
+    for at, update in this.answers.values():
         after = ""
-        if this.opened_at is not None and answer.at >= this.opened_at:
-            after = f", {duration(answer.at - this.opened_at)} after the opening"
+        if this.opened_at is not None and at >= this.opened_at:
+            after = f", {duration(at - this.opened_at)} after the opening"
         elif this.opened_at is not None and this.openings > 1:
             after = ", before the round was opened again"
         words = [
-            _number(answer.num_examples, "example") if answer.num_examples is not None else "",
-            f"{duration(answer.train_s)} of training" if answer.train_s is not None else "",
-            f"{_number(answer.staleness, 'version')} behind" if answer.staleness else "",
+            _number(update.num_examples, "example") if update.num_examples is not None else "",
+            f"{duration(update.train_s)} of training" if update.train_s is not None else "",
+            f"{_number(update.staleness, 'version')} behind" if update.staleness else "",
         ]
         more = ", ".join(filter(None, words))
-        yield f"{answer.worker} answered at {clock(answer.at)}{after}{f': {more}' if more else ''}."
+        yield f"{update.worker} answered at {clock(at)}{after}{f': {more}' if more else ''}."
 
 
 def _missing(explanation: Explanation) -> Iterator[str]:
@@ -279,8 +279,8 @@ def _progress(explanation: Explanation) -> Iterator[str]:
 def _no_coordinator(explanation: Explanation) -> str:
     opens = f", {_REOPENS}" if explanation.round.is_open else " and opens the next round"
     return (
-        "No coordinator is connected to the broker now: the same command that started it "
-        f"(without --fresh) goes on with this run{opens}."
+        "No coordinator is connected to the broker now. A coordinator that you start with the "
+        f"same command (without --fresh) continues this run{opens}."
     )
 
 
@@ -333,11 +333,11 @@ def _longest(explanation: Explanation) -> Iterator[str]:
         after = f"{wait.after} answered" if wait.after else "the opening"
         yield f"The longest wait was for the commit: it came {lasted} after {after}."
     elif wait.until:
-        *_, last = explanation.counted
+        *before, (at, last) = explanation.counted
         trained = "" if last.train_s is None else f"trained for {duration(last.train_s)} and "
         after = ""
         if wait.after:
-            after = f", {duration(last.at - explanation.counted[-2].at)} after {wait.after}"
+            after = f", {duration(at - before[-1][0])} after {wait.after}"
         yield (
             f"The longest wait was for {wait.until}: it {trained}answered {lasted} after the "
             f"opening{after}."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -23,28 +23,8 @@ _NO_METRIC = {"loss", "epsilon", "delta"}  # the floats in a history line that a
 
 
 @dataclass(frozen=True)
-class Answer:
-    """An update that was counted.
-
-    ``after_s`` is the time since the round was opened or last reopened. In an asynchronous run,
-    ``staleness`` is the number of versions since the one that the update started from, and
-    ``weight`` the number of examples that it counts with after the discount.
-    """
-
-    worker: str
-    at: float
-    num_examples: int | None = None
-    train_s: float | None = None
-    bytes: int | None = None
-    after_s: float | None = None
-    train_loss: float | None = None
-    staleness: int | None = None
-    weight: float | None = None
-
-
-@dataclass(frozen=True)
 class Note:
-    """An event of a round that is not an answer."""
+    """An event of a round that counts no update."""
 
     at: float
     event: RunEvent
@@ -64,10 +44,12 @@ class Note:
 class RoundView:
     """What is known of a round; None means unknown.
 
-    ``needed`` is the current quorum, which falls when a worker that was asked leaves.
-    ``deadline_at`` is postponed by an outage, as in the coordinator. ``late`` and ``rejected``
-    count the messages that arrived while the round was open; ``came_late`` names the workers whose
-    update of this round arrived after its commit.
+    ``answers`` are the updates that were counted, and when. ``train_losses`` has the number of
+    examples and the training loss of each; only a history tells them. ``needed`` is the current
+    quorum, which falls when a worker that was asked leaves. ``deadline_at`` is postponed by an
+    outage, as in the coordinator. ``late`` and ``rejected`` count the messages that arrived while
+    the round was open; ``came_late`` names the workers whose update of this round arrived after its
+    commit.
     """
 
     number: int
@@ -78,7 +60,7 @@ class RoundView:
     deadline_at: float | None = None
     openings: int = 0  # above 1 if a coordinator was restarted while the round was open
     restarted_at: float | None = None  # when it was restarted; None once the round is open again
-    answers: dict[str, Answer] = field(default_factory=dict)
+    answers: dict[str, tuple[float, run_events.Counted]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     rejections: dict[str, Note] = field(default_factory=dict)  # of the last update of a worker
     notes: list[Note] = field(default_factory=list)
@@ -93,6 +75,7 @@ class RoundView:
     epsilon: float | None = None  # the privacy budget used by all rounds so far
     loss: float | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    train_losses: tuple[tuple[int, float], ...] = ()
     evaluated_on: int | None = None
     evaluated: bool = False
 
@@ -108,7 +91,9 @@ class RoundView:
     @property
     def is_asynchronous(self) -> bool:
         """Whether it has updates that started in earlier rounds, or several of one worker."""
-        return any(answer.staleness or key != answer.worker for key, answer in self.answers.items())
+        return any(
+            update.staleness or key != update.worker for key, (_, update) in self.answers.items()
+        )
 
     @property
     def is_done(self) -> bool:
@@ -161,7 +146,6 @@ class RoundView:
     def _open(self, at: float) -> None:
         if self.openings and self.restarted_at is None:  # the restart is not in the journal
             self.answers = {}
-        self.answers = {key: replace(one, after_s=0.0) for key, one in self.answers.items()}
         self.openings += 1
         self.opened_at, self.restarted_at, self.committed_at = at, None, None
 
@@ -174,16 +158,7 @@ class RoundView:
 
     def _count(self, at: float, event: run_events.Counted) -> None:
         worker = event.worker or ""
-        self.answers[self.answer_key(worker, event.updates or 0)] = Answer(
-            worker,
-            at,
-            event.num_examples,
-            event.train_s,
-            event.bytes,
-            after_s=None if self.asked_at is None else max(0.0, at - self.asked_at),
-            staleness=event.staleness,
-            weight=event.weight,
-        )
+        self.answers[self.answer_key(worker, event.updates or 0)] = at, event
         self.failures.pop(worker, None)
         self.rejections.pop(worker, None)
         self.needed = event.needed or self.needed
@@ -208,9 +183,14 @@ class RoundView:
 
     def drop_details(self) -> None:
         """Keep only the result, to bound the memory of old rounds."""
-        self.answers, self.notes, self.joined = {}, [], {}
+        self.answers, self.train_losses, self.notes, self.joined = {}, (), [], {}
         self.failures, self.rejections = {}, {}
         self.asked, self.came_late = (), set()
+
+    def after_s(self, at: float) -> float | None:
+        """Return the seconds from the opening to a time; 0 if it was earlier, None if unknown."""
+        # Differences of such large numbers have no exact sub-microseconds.
+        return None if self.opened_at is None else max(0.0, round(at - self.opened_at, 6))
 
     @property
     def phases(self) -> dict[str, float] | None:
@@ -222,9 +202,9 @@ class RoundView:
         after the last counted update counts as waiting.
 
         Example:
-            >>> answers = {"a": Answer("a", 0.0, train_s=6.0, after_s=8.0)}
+            >>> answers = {"a": (108.0, run_events.Counted(worker="a", train_s=6.0))}
             >>> timings = {"waiting_s": 1, "open_s": 10, "fold_s": 1, "average_s": 1}
-            >>> list(RoundView(1, answers=answers, timings=timings).phases.values())
+            >>> list(RoundView(1, 100.0, answers=answers, timings=timings).phases.values())
             [3.0, 6.0, 1.0, 2.0, 0.0]
         """
         if not self.timings:
@@ -233,11 +213,11 @@ class RoundView:
             float(self.timings.get(f"{step}_s", 0.0))
             for step in ("waiting", "open", "fold", "average", "checkpoint")
         )
-        timed = ((answer.after_s, answer.train_s) for answer in self.answers.values())
+        timed = ((self.after_s(at), update.train_s) for at, update in self.answers.values())
         after_s, train_s = max(
             ((a, t or 0.0) for a, t in timed if a is not None), default=(open_s, 0.0)
         )
-        # After a restart or a reopening, ``after_s`` and ``open_s`` begin at different times.
+        # The journal and the history read the clock at slightly different times.
         after_s = min(open_s, after_s)
         training_s = min(after_s, train_s)
         folding_s = min(after_s - training_s, fold_s)
@@ -256,13 +236,21 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
     view = RoundView(row["round"])
     if "committed_at" in row or "participants" in row:
         opened_at = _epoch_seconds(row.get("opened_at"))
-        view.asked_at, view.committed_at = opened_at, _epoch_seconds(row.get("committed_at")) or 0.0
+        view.opened_at = view.asked_at = opened_at
+        view.committed_at = _epoch_seconds(row.get("committed_at")) or 0.0
         view.asked = tuple(row.get("asked", ()))
-        for number, participant in enumerate(row.get("participants", ()), start=1):
+        participants = row.get("participants", ())
+        for number, participant in enumerate(participants, start=1):
             key = view.answer_key(participant["worker"], number)
-            view.answers[key] = _answer(participant, opened_at)
-        view.participants = tuple(dict.fromkeys(answer.worker for answer in view.answers.values()))
-        view.num_examples = sum(answer.num_examples or 0 for answer in view.answers.values())
+            at = (opened_at or 0.0) + (_finite(participant.get("counted_s")) or 0.0)
+            view.answers[key] = at, _counted(participant)
+        view.participants = tuple(dict.fromkeys(each["worker"] for each in participants))
+        view.num_examples = sum(each.get("num_examples") or 0 for each in participants)
+        losses = (
+            (each.get("num_examples") or 0, _finite(each.get("train_loss")))
+            for each in participants
+        )
+        view.train_losses = tuple((n, loss) for n, loss in losses if loss is not None)
         view.timings = row.get("timings") or {}
         view.late, view.rejected = row.get("late", 0), row.get("rejected", 0)
         view.epsilon = _finite(row.get("epsilon"))
@@ -273,16 +261,12 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
     return view
 
 
-def _answer(participant: Mapping[str, Any], opened_at: float | None) -> Answer:
-    after_s = _finite(participant.get("counted_s"))
-    return Answer(
-        participant["worker"],
-        (opened_at or 0.0) + (after_s or 0.0),
+def _counted(participant: Mapping[str, Any]) -> run_events.Counted:
+    return run_events.Counted(
+        worker=participant["worker"],
         num_examples=participant.get("num_examples"),
         train_s=_finite(participant.get("seconds")),
         bytes=participant.get("bytes"),
-        after_s=after_s,
-        train_loss=_finite(participant.get("train_loss")),
         staleness=participant.get("staleness"),
         weight=_finite(participant.get("weight")),
     )

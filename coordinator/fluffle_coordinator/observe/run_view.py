@@ -105,9 +105,9 @@ class RunView:
             view = self.rounds[row["round"]] = remembered(row)
             for name in view.asked:
                 self.workers.remember(name)
-            for answer in view.answers.values():
-                worker = self.workers.remember(answer.worker)
-                worker.count(answer.num_examples, answer.bytes, answer.train_s)
+            for _, update in view.answers.values():
+                worker = self.workers.remember(update.worker or "")
+                worker.count(update.num_examples, update.bytes, update.train_s)
         for number, name in late_updates(rows):
             self.workers.remember(name).late += 1
             if number in self.rounds:

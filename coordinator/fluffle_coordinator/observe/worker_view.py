@@ -8,7 +8,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import Heartbeat, Hello
-from fluffle_coordinator.machine.state import Worker
+from fluffle_coordinator.machine.records import Worker
 
 _MAX_WORKERS = 10_000  # a bound, since anyone who joins can choose new names
 

@@ -229,34 +229,33 @@ class Aggregator:
                 await self._fetcher.drop(held)
             return
         assert held.how is not None
-        ticket = held.how.ticket
+        update = held.how.update
         try:
             payload = await self._fetcher.payload(held)
-            received = len(payload) if isinstance(payload, memoryview) else payload.layout.nbytes
             # Folding touches the whole model, however small the encoded update is.
-            nbytes = max(received, size_bytes(self._base))
+            nbytes = max(update.size_bytes, size_bytes(self._base))
             fold = partial(self._off_loop, nbytes, self._check_and_fold, held, payload)
             # A user's strategy may have changed its state before the disk refused the update.
             norm = await (self._committer.when_room(fold) if self._strategy.ours else fold())
         except (LinkLost, PartsGone, OSError) as gone:
-            self._post(ev.FoldFailed(monotonic(), ticket, str(gone), again=True))
+            self._post(ev.FoldFailed(monotonic(), update.ticket, str(gone), again=True))
         except MalformedMessage as wrong:
-            self._post(ev.FoldFailed(monotonic(), ticket, str(wrong), wrong.cause))
+            self._post(ev.FoldFailed(monotonic(), update.ticket, str(wrong), wrong.cause))
         else:
             if self._keep_updates:
                 pieces = [payload] if isinstance(payload, memoryview) else payload.pieces
                 await self._committer.keep(len(self._participants) + 1, held, pieces)
-            self._folded(held, received, norm)
+            self._folded(held, norm)
 
     def _fold_at_once(self, held: Held) -> None:
         assert held.how is not None
         try:
             norm = self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
-            now, ticket = monotonic(), held.how.ticket
-            self._post(ev.FoldFailed(now, ticket, str(wrong), wrong.cause))
+            ticket = held.how.update.ticket
+            self._post(ev.FoldFailed(monotonic(), ticket, str(wrong), wrong.cause))
         else:
-            self._folded(held, len(held.payload), norm)
+            self._folded(held, norm)
 
     def _check_and_fold(self, held: Held, payload: Payload) -> float:
         """Fold an update into the sum; return the norm of its delta."""
@@ -276,7 +275,7 @@ class Aggregator:
             )
         contribution = Contribution(
             worker=message.worker,
-            num_examples=how.num_examples,
+            num_examples=how.update.num_examples,
             delta=delta,
             staleness=how.staleness,
             discount=how.discount,
@@ -288,29 +287,30 @@ class Aggregator:
         self._clock.fold_s += monotonic() - began
         return norm
 
-    def _folded(self, held: Held, nbytes: int, norm: float) -> None:
+    def _folded(self, held: Held, norm: float) -> None:
         message, how, now = held.message, held.how, monotonic()
         assert isinstance(message, Update)
         assert how is not None
+        update = how.update
         participant: dict[str, Any] = {
             "worker": message.worker,
-            "sequence": how.ticket.sequence,
-            "num_examples": how.num_examples,
+            "sequence": update.ticket.sequence,
+            "num_examples": update.num_examples,
             "train_loss": message.metrics.get("loss"),
-            "seconds": message.seconds,
+            "seconds": update.train_s,
             "counted_s": round(now - self._clock.opened_at, 6),
-            "bytes": nbytes,
+            "bytes": update.size_bytes,
             "norm": norm,
         }
         if how.staleness:
-            weight = how.num_examples * how.discount
+            weight = update.num_examples * how.discount
             participant |= {"staleness": how.staleness, "discount": how.discount, "weight": weight}
         metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics
         self._participants.append(participant)
         held.forget()  # not earlier: a rejected update keeps its original bytes
-        self._post(ev.Folded(now, how.ticket, message.seconds, nbytes, norm))
+        self._post(ev.Folded(now, update.ticket, norm))
 
     async def _average(self, number: int, asked: tuple[str, ...]) -> None:
         self._close(*await self._off_loop(size_bytes(self._base), self._finish, number, asked))

@@ -251,12 +251,12 @@ class Coordinator:
         self._next_tick_at = monotonic() + seconds
         self._next_tick = asyncio.get_running_loop().call_later(seconds, self._tick)
 
-    def _perform(self, effect: fx.Effect) -> None:
+    def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         match effect:  # the most frequent effects come first
-            case fx.Record(event):
-                self._record(event)
-            case fx.Fold(handle):
-                self._aggregator.fold(self._intake.held(handle), effect, self.state.round)
+            case run_events.RunEvent():
+                self._record(effect)
+            case fx.Fold(update):
+                self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
             case fx.Ack(handle):
                 self._intake.ack(handle)
             case fx.Opened():

@@ -14,13 +14,7 @@ from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, read_only, same_form
 from fluffle_coordinator.service.user_calls import call_guarded, failed
-from fluffle_coordinator.strategy.base import (
-    NO_TENSORS,
-    Accounted,
-    Contribution,
-    NamedStrategy,
-    Needs,
-)
+from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy, Needs
 
 
 @dataclass(frozen=True)
@@ -90,7 +84,7 @@ class GuardedStrategy:
 
     def spent(self, number: int) -> dict[str, float]:
         """Return epsilon and delta after ``number`` rounds; empty if they are not accounted for."""
-        if not isinstance(self.named.strategy, Accounted):
+        if not hasattr(self.named.strategy, "spent"):
             return {}
         budget = self._call("spent", number)
         try:

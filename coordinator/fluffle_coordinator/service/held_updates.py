@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.transport.base import Delivery
 from fluffle_coordinator.machine.effects import Fold
+from fluffle_coordinator.machine.events import Arrived
+from fluffle_coordinator.machine.records import Handle, Ticket
 
 
 @dataclass(eq=False)
@@ -39,6 +41,22 @@ class Held:
         self.size_bytes = len(self.delivery.body)
         if self.room is not None:
             self.room.used_bytes += self.size_bytes
+
+    def arrived(self, now: float, handle: Handle) -> Arrived:
+        """Return the event that an update arrived, which is held under this handle."""
+        message, transfer = self.message, self.message.transfer
+        assert isinstance(message, Update)
+        return Arrived(
+            now,
+            message.run,
+            handle,
+            Ticket(message.worker, message.sequence or message.round),
+            message.round,
+            message.base,
+            message.num_examples,
+            message.seconds,
+            len(self.payload) if transfer is None else transfer.nbytes,
+        )
 
     def forget(self) -> None:
         """Drop the body and free its room; the delivery stays unacknowledged."""

@@ -203,7 +203,8 @@ class Intake:
                 self._post(ev.Failed(now, worker_name, run, number, reason))
             case _:
                 raise MalformedMessage(
-                    f"a message of kind {message.kind} is not about presence", "kind"
+                    f"a message of kind {message.kind} does not belong in the queue for heartbeats",
+                    "kind",
                 )
 
     async def _read_updates(self, deliveries: Any, link: int) -> None:
@@ -235,10 +236,8 @@ class Intake:
         now = monotonic()
         match message:
             case Update():
-                self._held[handle] = Held(delivery, message, payload, self._room)
-                ticket = rs.Ticket(message.worker, message.sequence or message.round)
-                about = message.run, message.round, ticket, message.num_examples
-                self._post(ev.Arrived(now, handle, *about, message.base))
+                self._held[handle] = held = Held(delivery, message, payload, self._room)
+                self._post(held.arrived(now, handle))
             case Evaluation():
                 evaluated = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)
@@ -252,11 +251,15 @@ class Intake:
                 delivery.ack()
             case FirstWeights() | Exchange(worker=str()):
                 raise MalformedMessage(
-                    f"it belongs to run {message.run}; this coordinator runs {self._state().run}",
+                    f"the message belongs to run {message.run}, but this coordinator runs "
+                    f"{self._state().run}",
                     "run",
                 )
             case _:
-                raise MalformedMessage(f"a message of kind {message.kind} is not an update", "kind")
+                raise MalformedMessage(
+                    f"a message of kind {message.kind} does not belong in the queue for updates",
+                    "kind",
+                )
 
     def _first_weights(self, held: Held, worker: str) -> None:
         """Accept first weights only from the worker that was asked for them."""

@@ -178,7 +178,7 @@ class Outbox:
                 self.refuse(MinimalHello(PROTOCOL, worker, session), reason, code)
                 return
             case fx.Judge():
-                job = self._to(self._verdict(effect), [effect.ticket.worker])
+                job = self._to(self._verdict(effect), [effect.update.ticket.worker])
             case fx.AskInit(worker):
                 seed = state.rules.seed
                 job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
@@ -269,12 +269,13 @@ class Outbox:
         )
 
     def _verdict(self, effect: fx.Judge) -> Verdict:
+        update = effect.update
         return Verdict(
             federation=self._settings.federation,
             run=self._run,
-            round=effect.round,
-            base=effect.base,
-            sequence=effect.ticket.sequence,
+            round=update.round,
+            base=update.base,
+            sequence=update.ticket.sequence,
             outcome=effect.outcome,
             cause=effect.cause,
             reason=effect.reason[:_REASON_CHARACTERS],

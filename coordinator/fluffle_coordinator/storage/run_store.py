@@ -47,7 +47,7 @@ from fluffle_common.tensors.frozen import (
 )
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Body
-from fluffle_coordinator.machine.state import Ticket
+from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History
 from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
@@ -159,7 +159,8 @@ class RunStore:
             make_folder(folder)
         except OSError as error:
             raise RunError(
-                f"cannot make the run folder {folder} ({error.strerror}); choose another with --run"
+                f"cannot make the run folder {folder} ({error.strerror}); choose another folder "
+                "with --run"
             ) from None
 
     def try_lock(self) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 from fluffle_common.tensors.groups import ExtraForm
 from fluffle_common.tensors.weights import Array, Weights
@@ -103,6 +103,9 @@ class Strategy(Protocol[S]):
     ``fold`` and ``finish`` must not change the weights; they may reuse the memory of the state. A
     class that inherits from this one has the defaults of a strategy that keeps nothing across
     rounds.
+
+    A strategy that accounts for the privacy cost of its models also has ``spent(rounds)``, which
+    returns ``epsilon`` and ``delta`` of so many rounds, or an empty mapping if they are not known.
     """
 
     @property
@@ -148,14 +151,6 @@ class Strategy(Protocol[S]):
             weights: the model that they were saved with.
         """
         return self.init(weights)
-
-
-@runtime_checkable
-class Accounted(Protocol):
-    """A strategy or a mean that accounts for the privacy cost of its models."""
-
-    def spent(self, rounds: int) -> Mapping[str, float]:
-        """Return ``epsilon`` and ``delta`` of so many rounds; empty if they are not known."""
 
 
 @dataclass(frozen=True)

@@ -79,7 +79,7 @@ def check_metrics(message: Update, needs: Needs) -> None:
         if name not in message.metrics:
             raise MalformedMessage(
                 f"the update has no metric '{name}', which the strategy of this run needs; the "
-                "task must report it"
+                "task must report this metric"
             )
     for name, (low, high) in needs.ranges.items():
         try:
@@ -114,7 +114,7 @@ def decode_contribution(
             ``base``.
     """
     tensors: Weights = (
-        payload if isinstance(payload, InPieces) else read_tensors(message.tensors, payload)
+        read_tensors(message.tensors, payload) if isinstance(payload, memoryview) else payload
     )
     try:
         trained = select_tensors(base, plan.train)
@@ -143,9 +143,9 @@ def decode_extra(
             that the plan asks for.
     """
     groups: Groups = (
-        {MODEL: payload}  # an update with extra tensors is never in pieces
-        if isinstance(payload, InPieces)
-        else read_groups(message.tensors, payload)
+        read_groups(message.tensors, payload)
+        if isinstance(payload, memoryview)
+        else {MODEL: payload}  # an update with extra tensors is never in pieces
     )
     extra: Weights = groups.get(EXTRA, {})
     try:
@@ -160,4 +160,7 @@ def decode_extra(
 def _check_groups(groups: Mapping[str, object]) -> None:
     unknown = sorted(groups.keys() - {MODEL, EXTRA})
     if unknown:
-        raise ValueError(f"tensors of the group '{unknown[0]}' were not requested")
+        raise ValueError(
+            f"the update contains tensors of the group '{unknown[0]}', which the coordinator did "
+            "not request"
+        )

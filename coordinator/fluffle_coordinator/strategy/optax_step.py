@@ -63,7 +63,7 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
     try:
         optax = importlib.import_module("optax")
     except ModuleNotFoundError:
-        raise ValueError("it needs optax and JAX; pip install 'fluffle[worker]'") from None
+        raise ValueError("optax steps need optax and JAX; pip install 'fluffle[worker]'") from None
     make = getattr(optax, optimizer, None)
     if make is None:
         near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)
@@ -78,7 +78,7 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         given = write_arguments(arguments) or "no arguments"
         raise ValueError(f"optax.{optimizer} cannot be used with {given}: {reason}") from None
     if not isinstance(made, optax.GradientTransformation):
-        raise ValueError(f"optax.{optimizer} is not an optimizer; name one such as adamw")
+        raise ValueError(f"optax.{optimizer} is not an optimizer; name an optimizer, such as adamw")
     return _OptaxStep(made)
 
 

@@ -33,6 +33,8 @@ from fluffle_coordinator.strategy.blocks import BLOCK, cut, in_blocks
 # loses no bits, except that values below 1e-288 are rounded to a multiple of 1e-304.
 _SCALE = 2.0**-64
 _FLOAT, _INTEGER = np.dtype(np.float64), np.dtype(np.int64)
+_NOTHING: Array = np.empty(0)
+_UNDIVIDED = BLOCK  # the most values that ``Vector`` sums in one piece
 
 
 class Vector:
@@ -40,7 +42,7 @@ class Vector:
 
     The first piece is as large as the model and becomes the next model: the average is written over
     sums that were already read, so it needs no memory of its own. The second is reused in every
-    round.
+    round. A small model's sums are all in the second, because vectors in one piece take less time.
 
     Args:
         layout: the model's layout.
@@ -49,7 +51,8 @@ class Vector:
 
     def __init__(self, layout: Layout, rest: Array | None = None) -> None:
         assert layout.dtype is not None
-        size, begin = layout.nbytes // layout.dtype.itemsize, layout.nbytes // _FLOAT.itemsize
+        size = layout.nbytes // layout.dtype.itemsize
+        begin = layout.nbytes // _FLOAT.itemsize if size > _UNDIVIDED else 0
         self.layout = layout
         self.memory = np.empty(layout.nbytes, np.uint8)  # takes only address space until written
         self.first = self.memory[: begin * _FLOAT.itemsize].view(_FLOAT)
@@ -189,11 +192,11 @@ def apply_delta(weights: Weights, delta: Weights) -> Tensors:
 
 def _counted(state: Sum) -> int:
     if state.num_examples <= 0:
-        raise ValueError("no examples were folded: there is nothing to average")
+        raise ValueError("there is nothing to average, because no examples have been added")
     if not state.weight * _SCALE > 0:
         raise ValueError(
-            f"the weights of the updates sum to {state.weight:g}, so they have no mean; check the "
-            "discounts of the schedule"
+            f"the weights of the updates sum to {state.weight:g}, so the updates have no mean; "
+            "check the discounts of the schedule"
         )
     return state.num_examples
 
@@ -235,11 +238,11 @@ def _cut_alike(*several: Iterable[Array]) -> Iterator[tuple[Array, ...]]:
     [3, 2, 2]
     """
     remaining = [filter(len, pieces) for pieces in several]
-    heads = [next(pieces, None) for pieces in remaining]
-    while (size := min(0 if head is None else head.size for head in heads)) > 0:
-        yield tuple(head[:size] for head in heads if head is not None)
+    heads = [next(pieces, _NOTHING) for pieces in remaining]
+    while size := min(map(len, heads)):
+        yield tuple([head[:size] for head in heads])
         heads = [
-            next(pieces, None) if head is None or head.size == size else head[size:]
+            head[size:] if len(head) > size else next(pieces, _NOTHING)
             for head, pieces in zip(heads, remaining, strict=True)
         ]
 

@@ -36,7 +36,7 @@ def checked_array(value: Any, what: str) -> Any:
         TaskError: if it is not an array of numbers with a first axis; ``what`` names the data.
     """
     if isinstance(value, np.ma.MaskedArray):
-        raise TaskError(f"{what} has a masked array; fill it, for example with filled(0)")
+        raise TaskError(f"{what} has a masked array; fill the array, for example with filled(0)")
     if not hasattr(value, "dtype") and hasattr(value, "__array__"):  # such as a pandas.DataFrame
         value = np.asarray(value)
     if not getattr(value, "shape", ()):
@@ -47,8 +47,8 @@ def checked_array(value: Any, what: str) -> Any:
     dtype = value.dtype
     if isinstance(dtype, np.dtype) and (dtype.kind not in _NUMBERS or dtype.names):
         raise TaskError(
-            f"{what} has an array of dtype {dtype}; convert it to numbers, for example with "
-            "astype('float32')"
+            f"{what} has an array of dtype {dtype}; convert this array to numbers, for example "
+            "with astype('float32')"
         )
     return value
 
@@ -62,7 +62,7 @@ def as_rate(given: Any) -> float:
     try:
         rate = number(given)
     except ValueError as wrong:
-        raise TaskError(f"learning_rate= {wrong}") from None
+        raise TaskError(f"learning_rate= is invalid: {wrong}") from None
     if rate <= 0:
         raise TaskError(f"learning_rate= is {rate}, but a number above 0 is expected")
     return rate
@@ -94,7 +94,7 @@ def as_metrics(given: Any) -> dict[str, Callable[..., Any]]:
             "{'accuracy': accuracy}"
         )
     if "loss" in given:
-        raise TaskError("metrics= has the name 'loss', which is that of loss=; choose another one")
+        raise TaskError("metrics= has the name 'loss', which is that of loss=; choose another name")
     return dict(given)
 
 

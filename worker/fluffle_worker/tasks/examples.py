@@ -154,8 +154,9 @@ def count_of(arrays: Sequence[Any], what: str) -> int:
         if not counts:
             raise TaskError(f"{what} has no arrays")
         raise TaskError(
-            f"the arrays of {what} have {', '.join(map(str, sorted(counts)))} examples; all need "
-            "the same length of their first axis"
+            f"the arrays of {what} have different numbers of examples "
+            f"({', '.join(map(str, sorted(counts)))}); give all arrays the same length along the "
+            "first axis"
         )
     return counts.pop()
 

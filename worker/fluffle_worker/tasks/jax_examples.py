@@ -44,13 +44,13 @@ def scored(function: Any, outputs: Any, targets: Any, count: int) -> Any:
         values = jnp.asarray(function(outputs, targets))
     except jax.errors.JAXTypeError as why:
         raise TaskError(
-            "JAX compiles it, so it may use the functions of jax.numpy, but not those of NumPy or "
+            "JAX compiles this function, so the function may use jax.numpy, but not NumPy or "
             "scikit-learn"
         ) from why
     if values.shape and values.shape[0] != count:
         raise TaskError(
-            f"it returned the shape {values.shape} for {count} examples; one number for each of "
-            "them is expected, or one number for all"
+            f"the function returned the shape {values.shape} for {count} examples; expected one "
+            "number for each example, or one number for all examples"
         )
     return values
 

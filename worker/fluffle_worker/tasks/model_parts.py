@@ -197,6 +197,6 @@ def _check_names(names: list[str]) -> None:
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:
         raise TaskError(
-            f"two tensors of the model have the name '{twice[0]}', which happens if the name of a "
-            "variable contains '/'; rename one of them"
+            f"two tensors of the model have the name '{twice[0]}', which happens if the name of "
+            "a variable contains '/'; rename one of the two variables"
         )

@@ -62,8 +62,8 @@ class SklearnTask:
             estimator, "average", False
         ):
             raise TaskError(
-                f"{kind} cannot be federated: an estimator with partial_fit() and without "
-                "average= is expected, such as SGDClassifier"
+                f"{kind} cannot be federated; expected an estimator with partial_fit() and "
+                "without average=, such as SGDClassifier"
             )
         inputs, targets = self._train = _checked(train_data, "train_data")
         self._valid = None if valid_data is None else _checked(valid_data, "valid_data")
@@ -83,8 +83,8 @@ class SklearnTask:
         self._fresh = copy.deepcopy(estimator).partial_fit(inputs[:1], targets[:1], **first)
         if not all(isinstance(getattr(self._fresh, name, None), np.ndarray) for name in _TENSORS):
             raise TaskError(
-                f"{kind} has no coef_ and intercept_ once it is fitted; a linear estimator is "
-                "expected, such as SGDClassifier"
+                f"{kind} has no coef_ and intercept_ after it is fitted; expected a linear "
+                "estimator, such as SGDClassifier"
             )
 
     def init(self, seed: int) -> Weights:
@@ -150,8 +150,8 @@ def _checked(data: Any, what: str) -> tuple[Any, Any]:
     inputs, targets = checked_array(data[0], what), np.asarray(data[1])
     if not targets.shape or inputs.shape[0] != len(targets):
         raise TaskError(
-            f"{what} has {inputs.shape[0]} inputs and {targets.size} targets; one target for each "
-            "input is expected"
+            f"{what} has {inputs.shape[0]} inputs and {targets.size} targets; expected one "
+            "target for each input"
         )
     return inputs, targets
 

@@ -341,7 +341,7 @@ class TorchTask:
             made = None if isinstance(self._model, nn.Module) else self._model()
         if not isinstance(made, nn.Module):
             raise TaskError(
-                f"model= is {self._model!r:.60}; a function that makes a module is expected, such "
+                f"model= is {self._model!r:.60}; expected a function that makes a module, such "
                 "as the module's class, or lambda: module"
             )
         return made

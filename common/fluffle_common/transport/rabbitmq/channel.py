@@ -12,7 +12,9 @@ import math
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
+
+import numpy as np
 
 from fluffle_common.errors import LinkLost
 from fluffle_common.transport.base import Body, QueueFull, Unroutable
@@ -24,12 +26,44 @@ LARGE_BYTES = 16 * 2**10
 _ACK_WITHIN_S = 0.02
 
 
-class Content(NamedTuple):
-    """A received message: the payloads of its method frame and header frame, and its body."""
+class Content:
+    """A message from the broker: the payloads of its method frame and header frame, and its body.
 
-    method: bytes
-    header: bytes
-    body: Body
+    ``missing_bytes`` of its body are still to come.
+    """
+
+    __slots__ = ("_buffer", "channel", "header", "method", "missing_bytes")
+
+    def __init__(self, channel: ContentChannel, method: bytes) -> None:
+        self.channel, self.method = channel, method
+        self.header = b""
+        self.missing_bytes = 0
+        self._buffer = memoryview(b"")
+
+    def begin_body(self, header: bytes) -> None:
+        """Take the header, and make room for the body of the size that it declares."""
+        self.header = header
+        self.missing_bytes = frames.body_size(header)
+        # Not zeroed, because all of it is overwritten.
+        self._buffer = np.empty(self.missing_bytes, np.uint8).data
+
+    def fill(self, data: memoryview) -> None:
+        """Add the next bytes of the body.
+
+        Raises:
+            ConnectionError: if they are more than are missing.
+        """
+        if len(data) > self.missing_bytes:
+            raise ConnectionError("a message body is longer than its header declares")
+        filled = len(self._buffer) - self.missing_bytes
+        self._buffer[filled : filled + len(data)] = data
+        self.missing_bytes -= len(data)
+
+    @property
+    def body(self) -> Body:
+        """The body, copied only if it is small."""
+        large = len(self._buffer) >= LARGE_BYTES
+        return self._buffer.toreadonly() if large else bytes(self._buffer)
 
     @property
     def tag(self) -> int:

@@ -20,18 +20,13 @@ from collections.abc import Callable
 from typing import Any
 
 import aio_pika
-import numpy as np
 from aio_pika.abc import AbstractChannel, ConnectionParameter
 from aiormq.connection import TransportFactory
 from yarl import URL
 
 from fluffle_common.transport.base import Blocking
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import (
-    LARGE_BYTES,
-    Content,
-    ContentChannel,
-)
+from fluffle_common.transport.rabbitmq.channel import Content, ContentChannel
 
 _READ_AHEAD_BYTES = 2**20
 _DEFAULT_FRAME_MAX = 131072
@@ -46,29 +41,6 @@ _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
 _TLS_ALERT = b"\x15\x03"
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 _QUEUED = struct.Struct("@i")
-
-
-class _PartialContent:
-    """A message that is being received; ``missing_bytes`` of its body are still to come."""
-
-    __slots__ = ("body", "channel", "header", "method", "missing_bytes")
-
-    def __init__(self, channel: ContentChannel, method: bytes) -> None:
-        self.channel, self.method = channel, method
-        self.header = b""
-        self.body = memoryview(b"")
-        self.missing_bytes = 0
-
-    def begin_body(self, header: bytes) -> None:
-        self.header = header
-        self.missing_bytes = frames.body_size(header)
-        # Not zeroed, because all of it is overwritten.
-        self.body = np.empty(self.missing_bytes, np.uint8).data
-
-    def content(self) -> Content:
-        large = len(self.body) >= LARGE_BYTES  # larger bodies are not copied
-        body = self.body.toreadonly() if large else bytes(self.body)
-        return Content(self.method, self.header, body)
 
 
 class FrameSplitter:
@@ -90,9 +62,9 @@ class FrameSplitter:
         self._feed, self._clock, self._on_blocked = feed, clock, on_blocked
         self._fed_at = clock()
         self._channels: dict[int, ContentChannel] = {}  # by number
-        self._partial: dict[int, _PartialContent] = {}  # by number of the channel
+        self._partial: dict[int, Content] = {}  # by number of the channel
         self._rest = b""  # the beginning of an incomplete frame
-        self._in_frame: _PartialContent | None = None  # the message whose body frame is incomplete
+        self._in_frame: Content | None = None  # the message whose body frame is incomplete
         self._frame_missing_bytes = 0  # of that body frame, its end byte included
         self.received_bytes = 0  # total size of the received bodies
         self._foreign = False  # not AMQP 0-9-1; aiormq reports what is wrong
@@ -139,22 +111,17 @@ class FrameSplitter:
         self._rest = data[at:]
         self._feed_heartbeat(fed)
 
-    def _fill_body(self, content: _PartialContent, data: bytes, at: int) -> int:
+    def _fill_body(self, content: Content, data: bytes, at: int) -> int:
         """Copy the bytes of a body frame into its body; return the position after them."""
         stop = at + self._frame_missing_bytes - 1  # the position of the end byte
         end = len(data)
         whole = stop < end
         if not whole:
             stop = end
-        count = stop - at
-        if count > content.missing_bytes:
-            raise ConnectionError("a message body is longer than its header declares")
-        filled = len(content.body) - content.missing_bytes
-        content.body[filled : filled + count] = memoryview(data)[at:stop]
-        content.missing_bytes -= count
-        self.received_bytes += count
+        content.fill(memoryview(data)[at:stop])
+        self.received_bytes += stop - at
         if not whole:
-            self._frame_missing_bytes -= count
+            self._frame_missing_bytes -= stop - at
             return stop
         if data[stop] != _END_BYTE:
             raise ConnectionError(_NO_END)
@@ -171,7 +138,7 @@ class FrameSplitter:
             return False
         if kind == frames.METHOD:
             if frames.kind_of(payload) in _WITH_CONTENT:
-                self._partial[number] = _PartialContent(channel, payload)
+                self._partial[number] = Content(channel, payload)
                 return True
             return channel.method(payload)
         content = self._partial.get(number)
@@ -189,11 +156,11 @@ class FrameSplitter:
         elif method == frames.CLOSE:
             self.close_reason = frames.close_reason(payload)
 
-    def _finish(self, partial: _PartialContent) -> None:
+    def _finish(self, content: Content) -> None:
         """Pass a message on if its body is complete."""
-        if not partial.missing_bytes:
-            self._partial.pop(partial.channel.number, None)
-            partial.channel.content(partial.content())
+        if not content.missing_bytes:
+            self._partial.pop(content.channel.number, None)
+            content.channel.content(content)
 
     def _feed_heartbeat(self, fed: bool) -> None:
         """Give aiormq a heartbeat if it was fed nothing for a while."""

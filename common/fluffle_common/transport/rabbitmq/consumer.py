@@ -89,7 +89,7 @@ class Consumer:
             self._lifetime.check()
             while (content := await self._received.get()) is not None:
                 self._lifetime.check()
-                yield AmqpDelivery(content, self._queue_name, self._content_channel)
+                yield AmqpDelivery(content, self._queue_name)
             self._lifetime.check()  # raises, since the link is lost
         finally:
             await self._end()
@@ -130,7 +130,7 @@ class Consumer:
                 while not self._received.empty():
                     content = self._received.get_nowait()
                     if content is not None:
-                        newest = AmqpDelivery(content, self._queue_name, self._content_channel)
+                        newest = AmqpDelivery(content, self._queue_name)
                         newest.ack()
         finally:
             await self._end()

@@ -10,17 +10,17 @@ from pamqp.commands import Basic
 
 from fluffle_common.transport.base import HeaderValue, Properties
 from fluffle_common.transport.rabbitmq import frames
-from fluffle_common.transport.rabbitmq.channel import Content, ContentChannel
+from fluffle_common.transport.rabbitmq.channel import Content
 
 
 class AmqpDelivery:
     """A delivery that decodes its properties on first use."""
 
-    def __init__(self, content: Content, queue: str, channel: ContentChannel) -> None:
+    def __init__(self, content: Content, queue: str) -> None:
         self._tag: int | None = content.tag  # None once it is settled
-        self._method, self._header, self.body = content
+        self._channel, self._method, self._header = content.channel, content.method, content.header
+        self.body = content.body
         self.queue = queue
-        self._channel = channel
 
     @cached_property
     def _origin(self) -> frames.Origin:

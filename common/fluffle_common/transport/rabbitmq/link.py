@@ -224,7 +224,7 @@ class AmqpLink(Link):
     async def get(self, queue: str) -> Delivery | None:
         self._lifetime.check()
         content = await self._get_channel.get(queue)
-        return None if content is None else AmqpDelivery(content, queue, self._get_channel)
+        return None if content is None else AmqpDelivery(content, queue)
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         arguments = {"x-stream-offset": "first" if since is None else since}
