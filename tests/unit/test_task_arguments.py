@@ -107,7 +107,8 @@ def test_whatever_numpy_converts_is_data():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "adam"}, "optimizer= is 'adam', but an optax transformation is expected"),
+        ({"optimizer": "adam"}, "optimizer= is 'adam', but an optax optimizer, such as optax.adam"),
+        ({"loss": "mse"}, "loss= is 'mse', but a function of the outputs and targets is expected"),
         ({"optimizer": None}, "optimizer= is None"),
         (
             {"learning_rate": None},

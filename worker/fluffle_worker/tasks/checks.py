@@ -68,6 +68,16 @@ def as_rate(given: Any) -> float:
     return rate
 
 
+def check_function(option: str, given: Any, expected: str) -> None:
+    """Check that an option is a function.
+
+    Raises:
+        TaskError: if it is not; ``expected`` says what it may be.
+    """
+    if not callable(given):
+        raise TaskError(f"{option}= is {shown(given)}, but {expected} is expected")
+
+
 def check_seed(given: Any) -> None:
     """Check a ``sample_seed``.
 

@@ -20,7 +20,6 @@ import optax
 from flax import nnx
 
 from fluffle_common.cli.settings import cache_folder
-from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
@@ -31,7 +30,7 @@ from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
-from fluffle_worker.tasks.checks import as_metrics, as_rate
+from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
 from fluffle_worker.tasks.examples import (
     Examples,
     InMemory,
@@ -123,11 +122,9 @@ class FlaxTask:
         self._loss, self._metrics = loss, as_metrics(metrics)
         self._failed: dict[str, Exception] = {}
         self._augment = augment
-        if not isinstance(optimizer, optax.GradientTransformation) and not callable(optimizer):
-            raise TaskError(
-                f"optimizer= is {shown(optimizer)}, but an optax transformation is expected, or a "
-                "function of the learning rate such as optax.adam"
-            )
+        if not isinstance(optimizer, optax.GradientTransformation):
+            check_function("optimizer", optimizer, "an optax optimizer, such as optax.adam,")
+        check_function("loss", loss, "a function of the outputs and targets")
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._data: InMemory | Streamed
         if callable(train_data):

@@ -37,7 +37,7 @@ from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
-from fluffle_worker.tasks.checks import as_metrics, as_rate, check_pair, checked_array, listed
+from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function, listed
 from fluffle_worker.tasks.examples import (
     Examples,
     InMemory,
@@ -58,6 +58,7 @@ from fluffle_worker.tasks.torch_tensors import (
     check_choice,
     copies_of,
     fill,
+    on_device,
     selected,
     tensors_of,
     trained_by,
@@ -138,21 +139,20 @@ class TorchTask:
         self.classes = classes
         self.local_rule = BoundRule(local_rule)
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
-        if not callable(optimizer):
-            raise TaskError(
-                f"optimizer= is {shown(optimizer)}, but a function of the parameters and lr= is "
-                "expected, such as torch.optim.Adam"
-            )
+        check_function("optimizer", optimizer, "an optimizer's class, such as torch.optim.Adam,")
+        check_function("loss", loss, "a function of the outputs and targets")
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._data: InMemory | Streamed
         if callable(train_data):
             self._data = Streamed(train_data, num_examples, sample_seed, arrays_in)
         else:
-            source = self._on_device(train_data, "train_data")
+            source = on_device(train_data, "train_data", self._device)
             self._data = InMemory(source, arrays_in(source), sample_seed)
         self.num_examples = self._data.num_examples
-        self._valid = None if valid_data is None else self._on_device(valid_data, "valid_data")
+        self._valid = (
+            None if valid_data is None else on_device(valid_data, "valid_data", self._device)
+        )
         self._held_out = 0 if valid_data is None else count_of(arrays_in(self._valid), "valid_data")
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._model = model
@@ -320,20 +320,11 @@ class TorchTask:
     def _examples(self, batch: Any) -> Any:
         """Return a batch on the device, from indices or as the stream yields it."""
         if self._data.source is None:
-            inputs, targets = self._on_device(batch, "a batch of train_data")
+            inputs, targets = on_device(batch, "a batch of train_data", self._device)
         else:
             rows = torch.from_numpy(batch).to(self._device)
             inputs, targets = mapped(operator.itemgetter(rows), self._data.source)
         return (inputs if self._augment is None else self._augment(inputs)), targets
-
-    def _on_device(self, data: Any, what: str) -> Any:
-        check_pair(data, what)
-
-        def on_device(part: Any) -> Any:
-            part = checked_array(part, what)
-            return (part if isinstance(part, Tensor) else as_tensor(part)).to(self._device)
-
-        return mapped(on_device, data)
 
     def _made(self, seed: int) -> nn.Module:
         """Return a new module, initialized with this seed."""
