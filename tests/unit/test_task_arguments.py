@@ -84,6 +84,13 @@ def test_data_that_are_no_pair_of_arrays_are_named(data: Any, message: str):
             made(valid_data=data)
 
 
+def test_a_target_that_is_no_class_is_named():
+    for name in ("train_data", "valid_data"):
+        with pytest.raises(TaskError, match=f"{name} has the target 7, .* 3, with .* 0 to 2"):
+            made(**{name: (X, Y + 6)}, classes=("a", "b", "c"))
+    assert made(train_data=(X, jnp.asarray(Y)), classes=("a", "b")).num_examples == 20
+
+
 def test_held_out_data_are_no_stream():
     with pytest.raises(TaskError, match="valid_data is of type function, but a pair"):
         made(valid_data=lambda epoch, rng: [(X, Y)])
@@ -115,6 +122,9 @@ def test_whatever_numpy_converts_is_data():
             "learning_rate= is invalid: the value is nan, but a finite number",
         ),
         ({"learning_rate": -1}, "learning_rate= is -1.0, but a number above 0"),
+        ({"sample_seed": -1}, "sample_seed= is -1, but a whole number from 0"),
+        ({"sample_seed": 2**70}, "sample_seed= is 1180591620717411303424, but a whole number"),
+        ({"sample_seed": "a"}, "sample_seed= is 'a', but a whole number"),
         (
             {"learning_rate": optax.constant_schedule(0.1)},
             "learning_rate= is invalid: the value is <function",

@@ -22,6 +22,7 @@ from fluffle_worker.local.clip import Clip
 from fluffle_worker.local.dp_sgd import DpSgd
 from fluffle_worker.local.proximal import Proximal
 from fluffle_worker.local.scaffold import Scaffold
+from fluffle_worker.results import Results
 from fluffle_worker.task import RoundPlan
 from fluffle_worker.tasks.batches import index_batches
 
@@ -648,3 +649,52 @@ def test_frozen_tensors_go_to_a_file_of_their_own(tmp_path):
     assert not [name for name in fluffle.load_model(file) if body(name)]
     fluffle.load_into(other, file, federated=lambda name: not body(name))
     assert torch.equal(other.body.weight, module.body.weight)
+
+
+class Lazy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.LazyLinear(1)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        # Any text is true, so it would select all tensors: those of a private head, too.
+        (
+            {"federated": "linear.weight"},
+            "federated= is 'linear.weight', but True, False or a func",
+        ),
+        ({"federated": ["linear.weight"]}, r"federated= is \['linear.weight'\], but True"),
+        ({"frozen": "linear.weight"}, "frozen= is 'linear.weight', but True, False or a function"),
+        ({"frozen": lambda name: "body" in name}, "frozen= selects no tensor of the model"),
+        ({"optimizer": None}, "optimizer= is None, but a function of the parameters and lr="),
+        ({"learning_rate": "0.1"}, "learning_rate= is '0.1', but a number is expected"),
+        ({"train_data": numbers()[0]}, "train_data is of type ndarray, but a pair"),
+        ({"model": Lazy}, "tensor 'linear.weight' of the model has no shape .* call the module"),
+    ],
+)
+def test_an_unusable_argument_is_named(changes: dict[str, Any], message: str):
+    given: dict[str, Any] = {"model": Line, "loss": squared, "optimizer": torch.optim.SGD}
+    with pytest.raises(TaskError, match=message):
+        torch_task(**({**given, "train_data": numbers()} | changes))
+
+
+def test_a_loss_that_is_no_tensor_is_named():
+    task = torch_task(Line, lambda outputs, targets: 0.5, torch.optim.SGD, numbers())
+    with pytest.raises(TaskError, match="loss= returned 0.5, but a tensor is expected"):
+        task.train(task.init(0), Plan(), lambda *_: None)
+
+
+def test_a_metric_that_fails_costs_no_other():
+    def fails(outputs: Any, targets: Any) -> Any:
+        raise ZeroDivisionError("no positives")
+
+    metrics = {"auc": fails, "one": lambda outputs, targets: torch.ones(len(targets))}
+    task = torch_task(Line, squared, torch.optim.SGD, numbers(), numbers(), metrics=metrics)
+    weights, notes = task.init(0), []
+    result = Results(notes.append).evaluated(lambda: task.evaluate(weights))
+    assert result is not None
+    assert (result.num_examples, result.metrics) == (COUNT, {"one": 1.0})
+    (note,) = notes
+    assert note.startswith("the metric 'auc' of evaluate() failed, so it is omitted: ZeroDiv")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -65,6 +66,18 @@ def as_rate(given: Any) -> float:
     if rate <= 0:
         raise TaskError(f"learning_rate= is {rate}, but a number above 0 is expected")
     return rate
+
+
+def check_seed(given: Any) -> None:
+    """Check a ``sample_seed``.
+
+    Raises:
+        TaskError: if it is not a whole number that NumPy and JAX take as a seed.
+    """
+    if not isinstance(given, Integral) or not 0 <= int(given) < 2**63:
+        raise TaskError(
+            f"sample_seed= is {shown(given)}, but a whole number from 0 to 2**63 - 1 is expected"
+        )
 
 
 def as_metrics(given: Any) -> dict[str, Callable[..., Any]]:

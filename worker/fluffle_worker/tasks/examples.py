@@ -12,7 +12,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.tasks.batches import index_batches, steps_of
-from fluffle_worker.tasks.checks import check_pair, checked_array
+from fluffle_worker.tasks.checks import check_pair, check_seed, checked_array
 
 Examples = tuple[Any, Any]
 """(inputs, targets): each an array, or a dict, tuple or list of arrays; equal first axes."""
@@ -34,10 +34,11 @@ class InMemory:
         sample_seed: decorrelates this worker's batches from those of other workers.
 
     Raises:
-        TaskError: if the arrays differ in their number of examples.
+        TaskError: if the arrays differ in their number of examples, or the seed is invalid.
     """
 
     def __init__(self, source: Examples, arrays: Sequence[Any], sample_seed: int) -> None:
+        check_seed(sample_seed)
         self.num_examples = count_of(arrays, "train_data")
         self.source: Any = source
         self._sample_seed = sample_seed
@@ -76,7 +77,7 @@ class Streamed:
         arrays_in: returns the arrays of a batch in a list.
 
     Raises:
-        TaskError: if ``num_examples`` is not given.
+        TaskError: if ``num_examples`` is not given, or the seed is invalid.
     """
 
     source: Any = None
@@ -93,6 +94,7 @@ class Streamed:
                 "train_data is a callable, so its number of examples is unknown; give "
                 "num_examples= as well"
             )
+        check_seed(sample_seed)
         self.num_examples = num_examples
         self._stream, self._sample_seed, self._arrays_in = stream, sample_seed, arrays_in
 

@@ -133,10 +133,10 @@ class FlaxTask:
         if callable(train_data):
             self._data = Streamed(train_data, num_examples, sample_seed, jax.tree.leaves)
         else:
-            source = on_device(train_data, "train_data")
+            source = on_device(train_data, "train_data", classes)
             self._data = InMemory(source, jax.tree.leaves(source), sample_seed)
         self.num_examples = self._data.num_examples
-        valid = None if valid_data is None else on_device(valid_data, "valid_data")
+        valid = None if valid_data is None else on_device(valid_data, "valid_data", classes)
         self._held_out = count_of(jax.tree.leaves(valid), "valid_data") if valid else 0
         self._valid: Any = valid if self._held_out else None
         self._sample_seed, self._score_trained = sample_seed, score_trained

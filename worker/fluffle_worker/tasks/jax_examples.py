@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,14 +14,24 @@ from fluffle_worker.tasks.checks import check_pair, checked_array
 from fluffle_worker.tasks.examples import Examples
 
 
-def on_device(data: Examples, what: str) -> Any:
+def on_device(data: Examples, what: str, classes: Sequence[Any] = ()) -> Any:
     """Return (inputs, targets) on the device.
 
     Raises:
-        TaskError: if they are not a pair of arrays of numbers; ``what`` names them.
+        TaskError: if they are not a pair of arrays of numbers, or a target is the index of no
+            class, for which JAX would compute a loss of NaN; ``what`` names the data.
     """
     check_pair(data, what)
-    return jax.device_put(jax.tree.map(lambda part: checked_array(part, what), data))
+    inputs, targets = jax.tree.map(lambda part: checked_array(part, what), tuple(data))
+    count = len(classes) if hasattr(classes, "__len__") else 0
+    if count and getattr(targets, "ndim", 0) == 1 and jnp.issubdtype(targets.dtype, jnp.integer):
+        most = int(targets.max(initial=0))
+        if most >= count:
+            raise TaskError(
+                f"{what} has the target {most}, but classes= names {count}, with the targets 0 to "
+                f"{count - 1}"
+            )
+    return jax.device_put((inputs, targets))
 
 
 def scored(function: Any, outputs: Any, targets: Any, count: int) -> Any:

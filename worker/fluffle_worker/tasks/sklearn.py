@@ -15,7 +15,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
 from fluffle_worker.tasks.batches import batch_size_of, index_batches, steps_of
-from fluffle_worker.tasks.checks import as_metrics, check_pair, checked_array
+from fluffle_worker.tasks.checks import as_metrics, check_pair, check_seed, checked_array
 from fluffle_worker.user_code import FailedMetric
 
 Score = Callable[[Any, Any, Any], float]
@@ -68,6 +68,7 @@ class SklearnTask:
         inputs, targets = self._train = _checked(train_data, "train_data")
         self._valid = None if valid_data is None else _checked(valid_data, "valid_data")
         self.num_examples, self._sample_seed = len(targets), sample_seed
+        check_seed(sample_seed)
         if not self.num_examples:
             raise TaskError("train_data has no examples")
         classifies = is_classifier(estimator)

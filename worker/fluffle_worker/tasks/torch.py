@@ -55,6 +55,7 @@ from fluffle_worker.tasks.torch_tensors import (
     arrays_of,
     as_array,
     as_tensor,
+    check_choice,
     copies_of,
     fill,
     selected,
@@ -282,7 +283,10 @@ class TorchTask:
         if rule.per_example:
             loss, gradients = 0.0, self._of_each_example(module, params, inputs, targets)
         else:
-            value = self._loss(call(module, inputs), targets).mean()
+            losses = self._loss(call(module, inputs), targets)
+            if not isinstance(losses, Tensor):
+                raise TaskError(f"loss= returned {shown(losses)}, but a tensor is expected")
+            value = losses.mean()
             value.backward()
             loss, gradients = value.detach(), {name: one.grad for name, one in params.items()}
         if rule.changes_nothing:
@@ -359,6 +363,7 @@ class TorchTask:
     def _split(self, federated: Filter, frozen: Filter) -> tuple[frozenset[str], frozenset[str]]:
         """Return the names of the tensors that travel, and of the frozen ones."""
         tensors = tensors_of(self._module)
+        check_choice(tensors, federated=federated, frozen=frozen)
         params = {name: one for name, one in tensors.items() if isinstance(one, nn.Parameter)}
         still = {name for name in tensors if selected(frozen, name)}
         still |= {name for name, one in params.items() if not one.requires_grad}

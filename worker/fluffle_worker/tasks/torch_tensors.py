@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
+from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.groups import select_tensors
@@ -21,6 +23,27 @@ Filter = Callable[[str], bool] | bool
 def selected(chosen: Filter, name: str) -> bool:
     """Return whether a filter selects the tensor with this name."""
     return bool(chosen(name) if callable(chosen) else chosen)
+
+
+def check_choice(tensors: Mapping[str, Any], **filters: Any) -> None:
+    """Check a module's tensors, and the options that select some of them.
+
+    Raises:
+        TaskError: if an option is no filter, because any text or list would be true and so select
+            all tensors, or a tensor has no shape yet.
+    """
+    for option, chosen in filters.items():
+        if not isinstance(chosen, bool) and not callable(chosen):
+            raise TaskError(
+                f"{option}= is {shown(chosen)}, but True, False or a function of a tensor's name "
+                "is expected, such as lambda name: name.startswith('head')"
+            )
+    for name, one in tensors.items():
+        if is_lazy(one):
+            raise TaskError(
+                f"tensor '{name}' of the model has no shape before the first batch (a lazy module);"
+                " let model= call the module once with a batch"
+            )
 
 
 def tensors_of(module: nn.Module) -> dict[str, Any]:
