@@ -117,14 +117,17 @@ def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
     """
     if not isinstance(given, Iterable):
         raise UsageError(
-            f"a list of tasks is expected, or a mapping of names to tasks, not {given!r:.80}"
+            f"expected a list of tasks or a mapping of names to tasks, not {given!r:.80}"
         )
     if not isinstance(given, Mapping):
         tasks = list(given)
         given = dict(zip(numbered(what, len(tasks)), tasks, strict=True))
     named = {check_worker(str(name)): task for name, task in given.items()}
     if len(named) < len(given):
-        raise UsageError(f"some tasks have the same name: {', '.join(map(repr, given))}")
+        raise UsageError(
+            f"the names of the tasks are not unique: {', '.join(map(repr, given))}; give each "
+            "task its own name"
+        )
     return named
 
 

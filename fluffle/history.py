@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from fluffle.models import load_model
+from fluffle_common.cli.printing import one_line
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
@@ -155,7 +156,7 @@ class History(Sequence[Round]):
         return f"<table><thead><tr>{_cells('th', names)}</tr></thead><tbody>{body}</tbody></table>"
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        names = ["round", "workers", "examples", *self.columns]
+        names = ["round", "workers", "examples", *map(one_line, self.columns)]
         rows = []
         for each in self.rounds:
             values = each.values()

@@ -68,14 +68,16 @@ def settings_from(
         if keywords.get(name):
             raise UsageError(f"{caller}() has no {name}=: {why}")
     if keywords.get("verify_users") and keywords.get("url") is None:
-        raise UsageError(f"{caller}() has no verify_users=: the broker in memory has no users")
+        raise UsageError(
+            f"{caller}(): verify_users= needs url=, because the broker in memory has no users"
+        )
     options = options_from(coordinator, keywords, caller)
     if options["schedule"] == "buffered":
         for name in SYNCHRONOUS_ONLY:
             if keywords.get(name) is not None:
                 raise UsageError(
-                    f"{caller}(): {name}= has no effect with schedule='buffered', which has no "
-                    "synchronous rounds; use buffer= and concurrency= instead"
+                    f"{caller}(): {name}= has no effect with schedule='buffered', because that "
+                    "schedule has no synchronous rounds; use buffer= and concurrency= instead"
                 )
     if workers and options["min_workers"] is None:
         options["min_workers"] = max(workers, options["quorum"].number or 1)

@@ -187,7 +187,8 @@ def _check_enough(rules: Rules, workers: int, url: str | None) -> None:
         return
     if not workers:
         raise UsageError(
-            f"{_CALLER}() needs at least one task; pass tasks, or url= to wait for other workers"
+            f"{_CALLER}() needs at least one task; pass tasks, or pass url= to wait for workers "
+            "that are started elsewhere"
         )
     for name, number in (("quorum", rules.quorum.number), ("min_workers", rules.min_workers)):
         if number is not None and number > workers:

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, read_frozen, save_frozen
@@ -64,8 +66,8 @@ def load_into(
             ``nnx.LoRAParam`` for adapters; the others stay unchanged.
 
     Raises:
-        UsageError: if the file cannot be read, or its names, shapes or dtypes differ from the
-            module's; the module is then unchanged.
+        UsageError: if the file cannot be read, an argument is of another type, or the names, shapes
+            or dtypes differ from the module's; the module is then unchanged.
 
     Example:
         >>> import numpy as np
@@ -77,7 +79,18 @@ def load_into(
         [[7.0]]
     """
     tensors = _framework_of(module)
-    weights, frozen = (source, {}) if isinstance(source, Mapping) else _with_frozen(Path(source))
+    weights: Weights
+    frozen: Weights = {}
+    if isinstance(source, Mapping):
+        weights = {
+            n: one if hasattr(one, "shape") else np.asarray(one) for n, one in source.items()
+        }
+    elif isinstance(source, str | os.PathLike):
+        weights, frozen = _with_frozen(Path(source))
+    else:
+        raise UsageError(
+            f"a model file, or arrays by name such as run.weights, is expected, not {source!r:.60}"
+        )
     weights, every = {**weights, **frozen}, tensors.arrays_of(module)
     current = tensors.arrays_of(module, federated)
     current |= {name: array for name, array in every.items() if name in frozen}
@@ -107,15 +120,21 @@ def save_model(
 
     Raises:
         OSError: if a file cannot be written.
+        UsageError: if it is no module, or a filter selects none of its tensors.
         ValueError: if a tensor has a dtype that does not travel.
     """
     arrays_of = _framework_of(module).arrays_of
     path, kept = Path(file), frozen_of(arrays_of(module, frozen))
+    if frozen is not False and not kept.tensors:
+        raise UsageError(f"frozen= selects no tensor of the {type(module).__name__}")
     if kept.digest:
         save_frozen(path.parent, kept)
     told = {IN_METADATA: kept.digest} if kept.digest else {}
     model = arrays_of(module, federated)
-    save_checkpoint(path, {n: one for n, one in model.items() if n not in kept.tensors}, told)
+    model = {name: array for name, array in model.items() if name not in kept.tensors}
+    if not model:
+        raise UsageError(f"federated= and frozen= leave no tensor of the {type(module).__name__}")
+    save_checkpoint(path, model, told)
 
 
 def _framework_of(module: Any) -> Any:
@@ -125,8 +144,14 @@ def _framework_of(module: Any) -> Any:
         from fluffle_worker.tasks import torch_tensors
 
         return torch_tensors
+    from flax import nnx
+
     from fluffle_worker.tasks import model_parts
 
+    if not isinstance(module, nnx.Module):
+        raise UsageError(
+            f"a module of Flax or PyTorch is expected, such as Model(rngs=rngs), not {module!r:.60}"
+        )
     return model_parts
 
 

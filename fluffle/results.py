@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluffle.history import History, Round
+from fluffle_common.cli.printing import one_line
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
@@ -109,7 +110,7 @@ class Run:
 
     def _headline(self) -> str:
         count = len(self.history)
-        end = f"; {self.reason}" if self.reason else ""
+        end = f"; {one_line(self.reason)}" if self.reason else ""
         return f"Run {self.id}: {count} round{'s'[: count != 1]} in {self.folder}{end}"
 
 

@@ -35,7 +35,9 @@ class RunFolder:
 
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         if folder == "":
-            raise UsageError("folder= is empty; name a folder, or leave it out for a temporary one")
+            raise UsageError(
+                "folder= is empty; name a folder, or omit folder= to use a temporary one"
+            )
         self._temporary = folder is None
         path = tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder
         self.store = RunStore(folder_path(path))
@@ -48,7 +50,8 @@ class RunFolder:
         """
         if not self.store.try_lock():
             raise RunError(
-                f"another coordinator is using {self.store.shown}; choose another folder="
+                f"another coordinator is using {self.store.shown}; choose another folder with "
+                "folder="
             )
         return self
 

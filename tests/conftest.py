@@ -1,6 +1,7 @@
 """What every test can use: a private RabbitMQ, and Hypothesis that repeats itself."""
 
 import asyncio
+import gc
 import os
 import signal
 import sys
@@ -13,11 +14,12 @@ from hypothesis import settings
 from fluffle_broker.node import node
 from fluffle_common.errors import BrokerError
 
-# The same examples every time and no deadline, since the machine is shared; HYPOTHESIS_PROFILE
-# names another one for a long search.
+# The same examples every time and no deadline, since the machine is shared. HYPOTHESIS_PROFILE
+# names another profile: fewer examples for `make test-fast`, or a long search.
 settings.register_profile(
     "ci", deadline=None, derandomize=True, max_examples=60, stateful_step_count=40, database=None
 )
+settings.register_profile("fast", settings.get_profile("ci"), max_examples=20)
 settings.register_profile(
     "search", deadline=None, max_examples=5000, stateful_step_count=80, print_blob=True
 )
@@ -31,6 +33,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
     """Let tests run on the event loop that the programs run on."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+def pytest_collection_finish() -> None:
+    """Spare the garbage collector the modules and the tests: they stay until the end."""
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -1,1 +1,1 @@
-"""Code shared by coordinator and workers: messages, wire format, topology, transport."""
+"""Code shared by the coordinator and the workers: messages, wire format, topology, transport."""

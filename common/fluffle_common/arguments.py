@@ -49,7 +49,7 @@ def read_arguments(
         if not equals and index < len(positional):
             name, value = positional[index], name
         if name in given:
-            raise ValueError(f"'{name}' is given twice")
+            raise ValueError(f"the argument '{name}' is given twice")
         if name in parameters:
             given[name] = _convert(name, value, parameters[name].annotation)
         elif var_keyword and equals:
@@ -104,7 +104,7 @@ def within(
     expected = f"{'above' if above else 'from'} {low:g}"
     if math.isfinite(high):
         expected += f"{' and below' if below else ' to'} {high:g}"
-    raise ValueError(f"{name}={value:g} is out of range; a number {expected} is expected")
+    raise ValueError(f"{name}={value:g} is out of range; expected a number {expected}")
 
 
 def nearest(name: str, known: Collection[str]) -> str:
@@ -148,7 +148,7 @@ def _convert_to(type_name: str, name: str, value: str) -> Any:
     except (ValueError, KeyError):
         pass
     expected = _EXPECTED.get(type_name, type_name)
-    raise ValueError(f"{name}='{value[:60]}' is not valid; {expected} is expected")
+    raise ValueError(f"{name}='{value[:60]}' is not valid; expected {expected}")
 
 
 def _convert_unannotated(name: str, value: str) -> Any:

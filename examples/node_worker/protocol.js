@@ -140,7 +140,7 @@ export function open(body) {
 /** Read a message of this federation's coordinator; throw Malformed if it is to be ignored. */
 export function read(body, federation) {
   const [header, payload] = open(body);
-  need(header.federation === federation, `it belongs to federation ${header.federation}`);
+  need(header.federation === federation, `the message belongs to federation ${header.federation}`);
   need(Object.hasOwn(KINDS, header.kind), `a message of kind ${header.kind}`);
   const known = { ...COMMON, ...KINDS[header.kind] };
   const unknown = (header.critical ?? []).filter((key) => !Object.hasOwn(known, key));

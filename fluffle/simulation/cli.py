@@ -56,8 +56,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--task",
     required=True,
     metavar="MODULE:NAME|path.py:name",
-    help="Function that makes the task, as module:name or path.py:name. If the task can be "
-    "divided, like a task of 'flax_task', its training examples are split among the "
+    help="Function that creates the task, given as module:name or path.py:name. If the task can be "
+    "divided, like a task from 'flax_task', its training examples are split among the "
     "clients.",
 )
 @click.option(
@@ -65,8 +65,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="",
     metavar="TEXT",
     help="Value that the task function gets as options.data. If the value contains '{client}' "
-    "or '{clients}', each client gets its own task; the client's number (from 0) and "
-    "the number of clients replace these placeholders.",
+    "or '{clients}', each client gets its own task: '{client}' becomes the client's "
+    "number (from 0), and '{clients}' the number of clients.",
 )
 @click.option("--clients", type=count(), default=100, help="Number of clients.")
 @click.option(
@@ -74,8 +74,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="iid",
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
     help="How to split the examples among the clients: iid (at random), dirichlet:A (by "
-    "label; a smaller A splits them more unevenly), shards:N (N shards of sorted labels "
-    "for each client), or by:COLUMN (one client for each value of a column).",
+    "label; the smaller A is, the more uneven the split), shards:N (examples sorted by label, "
+    "N shards per client), or by:COLUMN (one client per value of the column).",
 )
 @click.option(
     "--plot-partition",
@@ -118,23 +118,23 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--test-every",
     type=count(),
     metavar="N",
-    help="Evaluate every Nth model and the last model on the task's held-out data, if the "
-    "task is divided among the clients.  [default: every model]",
+    help="If the task is divided among the clients, test every Nth model and the last model "
+    "on the task's held-out data.  [default: every model]",
     show_default=False,
 )
 def simulate(**options: Any) -> None:
     """Run a federation of many simulated clients in this process.
 
-    The coordinator, rounds, strategies and files are those of a real run. Only the broker is in
-    memory, and time is simulated: an hour of training on slow devices takes only as long as the
-    computation takes here. The same seeds give the same run.
+    The coordinator, the rounds, the strategies and the files are those of a real run. Only the
+    broker is in memory, and time is simulated: an hour of training on slow devices takes only as
+    long as the computation takes on this machine. The same seeds give the same run.
 
     \b
       fluffle simulate --task digits.py:task --clients 100 --fraction 0.1
       fluffle simulate federation.toml --partition dirichlet:0.5
       fluffle simulate --task digits.py:task --step-time classes:1,2,4
 
-    A coordinator's TOML file can hold the options of this command in a table [simulation].
+    In a coordinator's TOML file, put the options of this command into a table [simulation].
     """
     from fluffle.run_folder import committed
     from fluffle.simulation.availability import parse_availability
@@ -225,8 +225,8 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
 
     if whole is None:
         raise UsageError(
-            "--plot-partition needs a task that is divided among the clients; with {client} in "
-            "--data, each client has a task of its own"
+            "--plot-partition needs a task that is divided among the clients, but {client} in "
+            "--data gives each client its own task; remove --plot-partition"
         )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
     file = options["plot_partition"]

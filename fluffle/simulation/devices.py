@@ -24,6 +24,22 @@ class Device:
     round_s: float = 0.0
     bytes_per_s: float = float("inf")
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            UsageError: if one is below 0 or is not finite, or the bandwidth is 0.
+        """
+        for name in ("step_s", "round_s"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise UsageError(
+                    f"Device({name}={getattr(self, name)}): a number of at least 0 is expected"
+                )
+        if not self.bytes_per_s > 0:
+            raise UsageError(
+                f"Device(bytes_per_s={self.bytes_per_s}): a number above 0 is expected"
+            )
+
     def moving_s(self, nbytes: int) -> float:
         """Return the seconds that it takes to transfer ``nbytes``."""
         return nbytes / self.bytes_per_s

@@ -183,11 +183,15 @@ def _tasks(
         )
     if partition is not None:
         raise UsageError(
-            f"{_CALLER}(): partition={partition!r} has no effect on tasks that are divided already;"
-            " leave it out, or give one task with all the data"
+            f"{_CALLER}(): partition={partition!r} has no effect on a list of tasks, which is "
+            "already divided among the clients; remove partition=, or give one task with all "
+            "the data"
         )
     if clients not in {None, len(given)}:
-        raise UsageError(f"{_CALLER}(): clients = {clients}, but there are {len(given)} tasks")
+        raise UsageError(
+            f"{_CALLER}(): clients = {clients}, but the number of tasks is {len(given)}; give "
+            "one task for each client, or remove clients="
+        )
     if not given:
         raise UsageError(f"{_CALLER}() needs tasks; give one for each client")
     return None, given

@@ -104,7 +104,7 @@ class By(Partition):
         values = np.unique(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} values, each of which makes one "
+                f"column '{self.column}' has {len(values)} values and each value makes one "
                 f"client, but {clients} clients were requested; use --clients {len(values)}"
             )
         return [np.flatnonzero(labels == value) for value in values]

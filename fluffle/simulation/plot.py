@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fluffle.simulation.partition import Partition, counts, parse_partition
-from fluffle.simulation.population import Divisible, parts_of
+from fluffle.simulation.population import Divisible, labels_of, parts_of
 from fluffle_common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def plot_partition(
         raise UsageError(
             "a plot of a partition needs matplotlib: pip install 'fluffle[plot]'"
         ) from None
-    labels = np.asarray(task.labels)
+    labels = labels_of(task)
     held = counts(labels, parts_of(task, parse_partition(partition), clients, seed))
     names: list[str] = [str(value) for value in np.unique(labels)]
     if len(names) > _COLOURS:

@@ -20,7 +20,7 @@ class Divisible(Protocol):
 
     @property
     def labels(self) -> Array:
-        """The label of each training example, shape [examples]."""
+        """The label of each training example, or a row of labels; shape [examples, …]."""
 
     def part(self, rows: Array, sample_seed: int) -> Task:
         """Return a task with only some of the training examples.
@@ -51,14 +51,38 @@ def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0
     """Return the rows of each client; see ``dealt`` for errors."""
     check_whole("clients", clients, 1)
     check_whole("seed", seed, 0)
-    labels = np.asarray(whole.labels)
+    labels = labels_of(whole)
     if isinstance(partition, By):
         columns = getattr(whole, "columns", {})
         if partition.column != "label" and partition.column not in columns:
             there = ", ".join(["label", *columns])
             raise UsageError(f"the data have no column '{partition.column}'; choose from {there}")
-        labels = np.asarray(columns.get(partition.column, labels))
+        labels = _single(np.asarray(columns.get(partition.column, labels)))
     return partition.deal(labels, clients, seed)
+
+
+def labels_of(whole: Divisible) -> Array:
+    """Return one label for each training example: equal rows of labels become equal numbers.
+
+    Raises:
+        UsageError: if it is not such a task.
+    """
+    if not hasattr(whole, "labels"):
+        raise UsageError(
+            f"a {type(whole).__name__} cannot be divided among clients (it has no labels)"
+        )
+    return _single(np.asarray(whole.labels))
+
+
+def _single(labels: Array) -> Array:
+    if labels.ndim < 2:
+        return labels
+    rows = labels.reshape(len(labels), -1)
+    if rows.shape[1] == 1:
+        return rows[:, 0]
+    # In descending order of the rows, the number of a one-hot row is its class.
+    distinct, numbers = np.unique(rows, axis=0, return_inverse=True)
+    return np.subtract(len(distinct) - 1, numbers.reshape(-1))
 
 
 def each_its_own(

@@ -13,6 +13,7 @@ import numpy as np
 from fluffle.simulation.availability import ALWAYS, Availability
 from fluffle.simulation.devices import Device
 from fluffle.simulation.fleet import Client, Fleet
+from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, TaskError, UsageError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
@@ -24,6 +25,7 @@ from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.inbox import Record
+from fluffle_worker.results import Results
 from fluffle_worker.task import Task
 
 # Number of missed heartbeats after which a client counts as gone: idle clients send none.
@@ -160,14 +162,15 @@ def tested_every(
     """
     if settings.hooks.evaluate is not None or whole is None:
         return settings
-    number = done
+    number, results = done, Results(warn)
 
     def evaluate(weights: Weights) -> Mapping[str, float]:
         nonlocal number
         number += 1
         if number % every and number != settings.rules.rounds:
             return {}
-        found = whole.evaluate(weights)
-        return {} if found is None else {"loss": found.loss, **found.metrics}
+        returned = whole.evaluate(weights)  # a failure is one of the hook
+        found = results.evaluated(lambda: returned)
+        return {"loss": found.loss, **found.metrics} if found and found.num_examples else {}
 
     return replace(settings, hooks=replace(settings.hooks, evaluate=evaluate))

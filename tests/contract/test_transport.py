@@ -1254,7 +1254,7 @@ async def test_parts_from_another_user_are_rejected(real, monkeypatch, parts):
                 await soon(fetching)
     assert (await link.counts(rejected)).ready == parts
     reason = (await soon(link.get(rejected))).properties.headers["reason"]
-    assert reason == "it names mallory as its sender, but the user guest sent it"
+    assert reason == "the message names mallory as its sender, but the user guest sent it"
 
 
 @pytest.mark.rabbit

@@ -56,7 +56,7 @@ C = ["coordinator", "--federation", "f"]
         ([*C, "--quorum", "0"], "invalid quorum"),
         ([*C, "--quorum", "1.5"], "invalid quorum"),
         ([*C, "--url", "http://x"], "is not the URL of a broker"),
-        (["coordinator", "--federation", "a.b"], "is not a valid name of a federation"),
+        (["coordinator", "--federation", "a.b"], "is not a valid federation name"),
         ([*C, "--init", "missing.safetensors"], "there is no model file"),
         ([*C, "--config", "x"], "KEY=VALUE"),
         (W, "has no images"),

@@ -47,7 +47,7 @@ def hostile(federation: str, run: str, base: str) -> dict[str, tuple[bytes, str]
         "wrong run": (body(run="other"), "run other"),
         "wrong base": (
             body(base="other"),
-            f"it was trained from the weights other; round 1 began with {base}",
+            f"the update was trained from the weights other; round 1 began with {base}",
         ),
         "no base": (body(base=None), "base"),
         "wrong shape": (body(tensors=table(shape=[1, 3])), "shape"),
@@ -135,7 +135,7 @@ def test_what_comes_in_anothers_name_is_rejected_where_users_are_verified(
     coordinator = federation.coordinator("--quorum", 1, "--rounds", 1, "--verify-users")
     coordinator.wait_for("connected")
     federation.worker("shard:0/2").wait_for("connected")
-    coordinator.wait_for("rejected a message: it names shard-0-2 as its sender, but")
+    coordinator.wait_for("rejected a message: the message names shard-0-2 as its sender, but")
     rejected, headers = f"{federation.name}.rejected", None
     while headers is None:
         _, properties, _ = connection.channel().basic_get(rejected, auto_ack=True)

@@ -129,7 +129,7 @@ def test_peek_refuses_queues_where_it_would_have_side_effects(federation, channe
         ("inbox.shard-0-3", "worker shard-0-3 receives messages at once"),
         ("presence", "the coordinator receives messages at once"),
         ("outbox.shard-0-3", "would treat it as lost"),
-        ("inbox.nobody", "has not been connected"),
+        ("inbox.nobody", "has never connected"),
         ("nonsense", "has no queue 'nonsense'"),
     ):
         program = ask("peek", queue)
@@ -328,7 +328,7 @@ def test_rejected_lists_shows_requeues_and_purges(federation, channel, told, ask
 
     (sent,) = told("rejected", "requeue", 2)
     assert (sent["exchange"], sent["key"]) == (topology.results, "update.w1")
-    coordinator.wait_for("rejected a message of w1: it belongs to run r")  # still invalid
+    coordinator.wait_for("rejected a message of w1: the message belongs to run r")  # still invalid
     harness.wait_until(both, "it is rejected again")
     purge = ask("rejected", "purge", "--yes")
     assert purge.end() == 0

@@ -252,7 +252,7 @@ def test_an_update_from_a_base_that_was_taken_back_is_no_violation(
     shutil.copytree(sound, folder)
     send_from(folder, "w1", "lost")  # another one was counted
     digest = send_from(folder, "w2", "lost")
-    line = {"id": None, "reason": "it was trained from the weights lost", "sha256": digest}
+    line = {"id": None, "reason": "the update was trained from the weights lost", "sha256": digest}
     with (folder / "evidence/rejected.jsonl").open("a") as rejected:
         rejected.write(json.dumps(line) + "\n")
     verdict = check(folder)

@@ -31,18 +31,17 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
     loop: VirtualLoop
 
     def select(self, timeout: float | None = None) -> Any:
-        ready = super().select(0)
-        if ready or (timeout is not None and timeout <= 0):
-            return ready
+        if timeout is not None and timeout <= 0:
+            return []  # callbacks are due, and what a thread calls is among them
         if self.loop.busy:
             ready = super().select(_STUCK_S)
             if not ready:
                 raise Stuck(f"a thread has been at work for {_STUCK_S:.0f} s")
-        elif timeout is None:
+            return ready
+        if timeout is None:
             raise Stuck("everybody waits, and nothing is due")
-        else:
-            self.loop.now_s += timeout
-        return ready
+        self.loop.now_s += timeout
+        return []
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):

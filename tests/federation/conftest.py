@@ -24,5 +24,15 @@ def federated(tmp_path, monkeypatch) -> Callable[[Scenario], None]:
 def in_parts(monkeypatch, request) -> None:
     """Send the harness's models in parts; tests may be parametrized with False."""
     if getattr(request, "param", True):
-        for module in (codec, outbox):
-            monkeypatch.setattr(module, "PART_BYTES", 8)
+        _send_in_parts_of(8, monkeypatch)
+
+
+@pytest.fixture
+def in_small_parts(monkeypatch) -> None:
+    """Send models of more than 16 KiB in parts, as larger ones are."""
+    _send_in_parts_of(2**14, monkeypatch)
+
+
+def _send_in_parts_of(size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (codec, outbox):
+        monkeypatch.setattr(module, "PART_BYTES", size_bytes)

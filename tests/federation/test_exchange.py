@@ -77,7 +77,7 @@ def test_an_exchange_without_a_handler_is_rejected_on_both_sides(federated):
         begin = Sent(sum_exchange("begin", run=run), {}, ("a", "b"))
         coordinator.service.exchange(begin)
         assert (await coordinator.end()).outcome == "finished"
-        reason = "no handler for the exchange 'sum' (handled: {})"
+        reason = "there is no handler for the exchange 'sum' (exchanges with a handler: {})"
         (rejected,) = coordinator.log.of("rejected")
         assert rejected["reason"] == reason.format("none")
         assert rejected["cause"] == "exchange"

@@ -170,13 +170,17 @@ def test_tensors_that_nobody_requests_stay_with_the_worker(federated):
 @pytest.mark.parametrize(
     ("wanted", "sent", "reason"),
     [
-        ({"steps": ()}, {"steps": np.ones(2)}, "'steps' is float64 (2,), expected floats of sh"),
-        ({"steps": ()}, {"steps": np.array(1)}, "'steps' is int64 ()"),
-        ({"steps": ()}, {"step": np.ones(())}, "'steps' is missing"),
-        ({"steps": ()}, {"steps": np.ones(()), "more": np.ones(1)}, "'more' was not requested"),
+        ({"steps": ()}, {"steps": np.ones(2)}, "weights, is float64 (2,); expected floats of sh"),
+        ({"steps": ()}, {"steps": np.array(1)}, "the weights, is int64 ()"),
+        ({"steps": ()}, {"step": np.ones(())}, "lacks the tensor 'steps', which"),
+        (
+            {"steps": ()},
+            {"steps": np.ones(()), "more": np.ones(1)},
+            "'more', which the strategy did not request",
+        ),
         ({"steps": ()}, {"steps": np.array(np.nan)}, "'steps' has 1 value that is NaN"),
-        ("model", {"w": np.ones(3)}, "'w' is float64 (3,), expected floats of shape (4,)"),
-        ("model", {"v": np.ones(4)}, "'v' was not requested"),
+        ("model", {"w": np.ones(3)}, "weights, is float64 (3,); expected floats of shape (4,)"),
+        ("model", {"v": np.ones(4)}, "'v', which the strategy did not request"),
     ],
 )
 def test_extra_tensors_that_do_not_match_the_request_fail(federated, wanted, sent, reason):

@@ -23,7 +23,8 @@ from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.task import TrainResult
 from tests.federation.harness import NAME, Adder, Federation, Process
 
-SMALL, LARGE = 1000, 3 * 2**20  # of float32; the large one travels in three parts and more
+pytestmark = pytest.mark.usefixtures("in_small_parts")
+SMALL, LARGE = 1000, 3 * 2**12  # of float32; the large one travels in three parts and more
 
 
 @dataclass

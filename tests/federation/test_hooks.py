@@ -117,8 +117,8 @@ def test_a_failing_hook_is_reported_once_and_loses_no_round(federated, capsys):
             "(test_hooks.py:"
         )
         assert notes[1] == (
-            "round 1 is committed, but its on_round hook failed: it returned int; it must return "
-            "None, or a text with the reason to end the run"
+            "round 1 is committed, but its on_round hook failed: the function returned int, but it "
+            "must return None, or a text with the reason to end the run"
         )
         lines = (federation.folder / "history.jsonl").read_text().splitlines()
         assert not any("test" in json.loads(line)["event"] for line in lines)
@@ -153,7 +153,10 @@ def test_a_result_that_is_no_mapping_is_reported(federated, capsys):
         federation.workers(2)
         await coordinator.end()
         (note,) = coordinator.log.of("note")
-        assert "evaluate hook failed: it returned float; it must return a mapping" in note["what"]
+        assert (
+            "evaluate hook failed: the function returned float, but it must return a mapping"
+            in note["what"]
+        )
 
     federated(scenario)
     errors = capsys.readouterr().err
@@ -178,7 +181,7 @@ def test_a_metric_that_is_no_number_is_named_once_and_costs_no_other(federated, 
             assert found == {"test/accuracy": 0.5, "test/rate": 0.25}
         (note,) = coordinator.log.of("note")
         assert note["what"].startswith("the evaluate hook's metric 'odd' is ")
-        assert note["what"].endswith(", but a number is expected; it is left out")
+        assert note["what"].endswith(", but a number is expected; this metric is left out")
 
     federated(scenario)
     errors = capsys.readouterr().err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -150,6 +151,16 @@ def test_a_run_is_shown_as_text_and_as_a_table():
     page = run._repr_html_()
     assert "<th>test/&lt;w&gt;</th>" in page
     assert page.count("<tr>") == 3
+
+
+def test_text_of_others_cannot_change_the_terminal():
+    run = fluffle.run(
+        [Adder()], rounds=2, evaluate=lambda _: {"a\nb\x1b[2J": 1}, on_round=lambda _: "e\n\x1b[1m"
+    )
+    first, names, *_ = str(run).splitlines()
+    assert first.endswith(r"; e \x1b[1m")
+    assert names.endswith(r"  test/a b\x1b[2J")
+    assert run.reason == "e\n\x1b[1m"
 
 
 def test_a_figure_has_every_column(tmp_path):
@@ -483,13 +494,13 @@ def test_tasks_may_be_functions_and_strategies_objects():
 @pytest.mark.parametrize(
     ("tasks", "options", "message"),
     [
-        ([], {}, "needs at least one task; pass tasks, or url="),
+        ([], {}, "needs at least one task; pass tasks, or pass url="),
         ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
         ([Adder()], {"rounds": 0}, "rounds = 0: 0 is not in the range"),
         ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks, 1;"),
         ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the number of tasks, 1;"),
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
-        ([Adder()], {"verify_users": True}, "has no verify_users=: "),
+        ([Adder()], {"verify_users": True}, "verify_users= needs url=, because"),
         ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
@@ -502,12 +513,16 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"folder": b"x"}, "folder = b'x' is not a path"),
         ([Adder()], {"folder": "\0"}, r"folder = '\x00' is not a path"),
         ([Adder()], {"evaluate": 7}, "evaluate= must be a function, not int"),
-        ([Adder()], {"init": ""}, 'init = "": the text is empty; give a value, or leave it out'),
-        ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or leave it out"),
+        (
+            [Adder()],
+            {"init": ""},
+            'init = "": the text is empty; give a value, or omit this option',
+        ),
+        ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or omit folder="),
         ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker id"),
         ({"a b": Adder()}, {}, "choose another key in tasks"),
-        (Adder(), {}, "a list of tasks is expected, or a mapping of names to tasks, not <"),
+        (Adder(), {}, "expected a list of tasks or a mapping of names to tasks, not <"),
         ([object()], {}, "no method 'init'"),
     ],
 )
@@ -516,6 +531,38 @@ def test_a_wrong_argument_is_named_before_anything_runs(tasks, options, message)
         fluffle.run(tasks, **options)
     assert message in str(wrong.value)
     assert "\n" not in str(wrong.value)
+
+
+ONE = "def one(candidates, count, draw):\n    return [candidates[0].name]\n"
+
+
+@pytest.mark.parametrize("fraction", [0.6, 1.0])
+@pytest.mark.parametrize("rule", ["poisson", "mine.py:one"])
+def test_a_round_closes_however_few_workers_it_selects(tmp_path, monkeypatch, rule, fraction):
+    (tmp_path / "mine.py").write_text(ONE)
+    monkeypatch.chdir(tmp_path)
+    late = {"deadline": 3.0, "on_deadline": "stop"}
+    run = fluffle.run([Adder() for _ in range(3)], rounds=9, select=rule, fraction=fraction, **late)
+    sizes = {len(each.participants) for each in run.history}
+    assert sizes == ({1} if rule != "poisson" else {1, 2, 3} if fraction < 1 else {3})
+
+
+def test_a_run_that_the_budget_ends_says_so(tmp_path):
+    options = {"strategy": "dp:clip=1,noise=4,workers=2,budget=2", "folder": tmp_path}
+    for _ in range(2):
+        run = fluffle.run([Adder(), Adder()], rounds=50, **options)
+        assert re.fullmatch(
+            r"4 rounds are done; the strategy dp:.*budget=2\S* allows no more", run.reason
+        )
+    run = fluffle.run([Adder(), Adder()], rounds=4, strategy=options["strategy"])
+    assert run.reason == "4 rounds are done"
+
+
+def test_a_poisson_sample_has_enough_workers_for_the_strategy():
+    tasks = [Adder() for _ in range(8)]
+    options = {"select": "poisson", "fraction": 0.4, "deadline": 3.0, "on_deadline": "stop"}
+    run = fluffle.run(tasks, rounds=6, strategy="median", **options)
+    assert min(len(each.participants) for each in run.history) >= 3
 
 
 def test_a_folder_that_is_in_use_is_named(tmp_path):

@@ -264,6 +264,7 @@ def test_the_privacy_budget_is_in_the_history_and_survives_a_crash(federated):
         ]
         assert spent == [strategy.strategy.spent(number) for number in range(1, most + 1)]
         assert [one["delta"] for one in spent] == [1e-5] * most
+        assert federation.history("ended")[-1]["reason"] == "4 rounds are done"
         assert spent[-1]["epsilon"] <= 2 < strategy.strategy.spent(most + 1)["epsilon"]
         assert again.log.of("privacy")[-1] == {"round": most, **spent[-1]}
         words = [str(federation.folder), "--round", "1"]

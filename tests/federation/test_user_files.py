@@ -333,9 +333,12 @@ def test_the_state_of_a_rule_is_kept_for_later_rounds_of_the_run():
 @pytest.mark.parametrize(
     ("gradient", "message"),
     [
-        (lambda g, w, s: g, "returned a dict; (gradient, state) is expected"),
-        (lambda g, w, s: ({}, s), "'w' is only in one of them"),
-        (lambda g, w, s: ({"w": np.zeros(2)}, s), "returned 'w' of shape (2,), expected (1,)"),
+        (lambda g, w, s: g, "returned a dict; expected (gradient, state)"),
+        (lambda g, w, s: ({}, s), "'w' is only in its input"),
+        (
+            lambda g, w, s: ({"w": np.zeros(2)}, s),
+            "returned 'w' of shape (2,); expected the shape (1,)",
+        ),
     ],
 )
 def test_a_gradient_of_another_shape_is_refused(gradient, message):
@@ -353,7 +356,7 @@ def test_end_must_return_a_mapping():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Proximal", "is a class; use an instance of it"),
+        ("Proximal", "is a class, but must be an object; name an instance"),
         ("nothing", "has no 'nothing'"),
     ],
 )

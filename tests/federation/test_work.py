@@ -14,7 +14,7 @@ from fluffle_common.transport.base import Properties
 from fluffle_worker.task import TrainResult
 from tests.federation.harness import NAME, Adder, Quorum
 
-LARGE = 3 * 2**20  # float32: 12 MiB, three parts
+LARGE = 3 * 2**12  # of float32: three small parts
 
 
 def test_a_stop_that_is_lost_is_sent_again(federated):
@@ -30,7 +30,7 @@ def test_a_stop_that_is_lost_is_sent_again(federated):
 
 
 @pytest.mark.parametrize("kind", ["fit", "part"])
-def test_a_model_in_parts_continues_after_the_coordinators_outage(federated, kind):
+def test_a_model_in_parts_continues_after_the_coordinators_outage(federated, in_small_parts, kind):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, deadline_s=600)
         for name in "ab":
@@ -49,7 +49,7 @@ def test_a_long_round_is_waited_for_while_its_workers_advance(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, deadline_s=60, max_reopenings=1)
         federation.worker("a", Adder(federation.loop))
-        federation.worker("b", Adder(federation.loop, steps=100, step_s=20.0))
+        federation.worker("b", Adder(federation.loop, steps=70, step_s=20.0))
         state = await coordinator.end()
         assert state.outcome == "finished"
         assert federation.participants() == [["a", "b"]]
@@ -146,8 +146,8 @@ def test_a_worker_is_told_that_its_update_came_too_late(federated):
     federated(scenario)
 
 
-@pytest.mark.parametrize("step_s", [1.0, 300.0])
-def test_a_worker_redeclares_a_lost_outbox(federated, step_s):
+@pytest.mark.parametrize("step_s", [1.0, 200.0])
+def test_a_worker_redeclares_a_lost_outbox(federated, in_small_parts, step_s):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, deadline_s=6000)
         for name in "ab":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 
 import fluffle
 from fluffle.simulation.partition import By, Dirichlet, Iid, Shards, counts, parse_partition
+from fluffle.simulation.population import labels_of, parts_of
 from fluffle_common.errors import UsageError
 
 PARTITIONS = [Iid(), Dirichlet(0.1), Dirichlet(100.0), Shards(2)]
@@ -102,3 +105,14 @@ def test_a_plot_stacks_what_each_client_holds():
     assert tops == [3, 5]
     with pytest.raises(UsageError, match="8 examples are too few for 9 clients"):
         fluffle.plot_partition(Task(), clients=9)
+
+
+@pytest.mark.parametrize("partition", [*PARTITIONS, By("label")], ids=str)
+def test_rows_of_labels_are_divided_as_their_classes_are(partition):
+    classes = np.random.default_rng(0).permutation(np.repeat(np.arange(4), 10))
+    of_classes = parts_of(SimpleNamespace(labels=classes), partition, 4, seed=2)
+    for rows in (np.eye(4)[classes], classes[:, None], np.eye(4)[classes].reshape(40, 2, 2)):
+        whole = SimpleNamespace(labels=rows)
+        np.testing.assert_array_equal(labels_of(whole), classes)
+        for one, other in zip(parts_of(whole, partition, 4, seed=2), of_classes, strict=True):
+            np.testing.assert_array_equal(one, other)

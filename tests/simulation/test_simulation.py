@@ -266,11 +266,11 @@ class TestDevices:
         ({"clients": 0}, "clients = 0 must be a whole number of at least 1"),
         ({"clients": "2"}, "clients = '2' must be a whole number of at least 1"),
         ({"availability": 0.5}, "invalid availability '0.5'"),
-        ({"partition": "iid"}, "partition='iid' has no effect on tasks that are divided already"),
+        ({"partition": "iid"}, "partition='iid' has no effect on a list of tasks"),
         ({"strategy": "median"}, "the strategy median needs at least 3 workers, but the number of"),
         ({"federation": None}, "fluffle.simulate(): federation = None: a value is required"),
         ({"folder": 3}, "folder = 3 is not a path"),
-        ({"clients": 3}, "clients = 3, but there are 2 tasks"),
+        ({"clients": 3}, "clients = 3, but the number of tasks is 2"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "invalid availability 'often'"),
         ({"step_s": "uniform:2,1"}, "LOW is above HIGH; use uniform:1,2"),
@@ -309,7 +309,7 @@ def test_a_seed_that_is_none_is_refused_before_the_data_are_divided(seed):
 
 
 def test_two_tasks_of_one_name_are_refused():
-    with pytest.raises(UsageError, match="some tasks have the same name: 1, '1'"):
+    with pytest.raises(UsageError, match="the names of the tasks are not unique: 1, '1'"):
         fluffle.simulate({1: Adder(1.0), "1": Adder(2.0)}, rounds=1)
 
 

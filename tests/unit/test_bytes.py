@@ -275,7 +275,7 @@ async def test_large_garbage_is_truncated_and_cannot_be_requeued(link):
 async def test_a_rejected_valid_message_is_stored_whole(link):
     body = wire.encode(update(), bytes(10**6))
     await link.publish(body, Properties(), exchange="", keys=[TOPOLOGY.updates])
-    wrong = MalformedMessage("it belongs to run other", "run")
+    wrong = MalformedMessage("the message belongs to run other", "run")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
     assert (await link.get(TOPOLOGY.rejected)).body == body
 

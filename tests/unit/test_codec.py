@@ -246,7 +246,7 @@ def test_an_announcement_larger_than_memory_is_refused(monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(np, "empty", full)
-    with pytest.raises(MalformedMessage, match="not enough memory for 1000 bytes"):
+    with pytest.raises(MalformedMessage, match="not enough memory for a transfer of 1000 bytes"):
         Assembly(Transfer(id="t", parts=1, nbytes=1000, digest=DIGEST), 1000)
 
 

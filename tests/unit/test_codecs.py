@@ -113,16 +113,16 @@ def changed(**changes: Any) -> type:
 @pytest.mark.parametrize(
     ("codec", "reason"),
     [
-        (Signs(), "is a Signs; a codec is a class"),
-        (changed(name="No Name"), "a codec's name has 1 to 32 of a-z"),
+        (Signs(), "is a Signs, but a codec must be a class"),
+        (changed(name="No Name"), "use a name of 1 to 32 characters from a-z"),
         (changed(name=None), "the name None"),
         (changed(name="topk"), "one of fluffle's own codecs, 'topk'"),
         (changed(encode=None), "no method 'encode'"),
         (changed(decode=lambda self, parts, like: like), "no static method 'decode'"),
-        (changed(dtypes="float32"), "needs 'dtypes'"),
-        (changed(feeds_back=1), "'feeds_back', True or False"),
+        (changed(dtypes="float32"), "must set 'dtypes'"),
+        (changed(feeds_back=1), "'feeds_back' to True or False"),
         (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails in parts((4, 300)): ZeroDiv"),
-        (changed(parts=staticmethod(lambda shape: ())), "a tuple of one or two Part is expected"),
+        (changed(parts=staticmethod(lambda shape: ())), "expected a tuple of one or two Part"),
         (changed(parts=staticmethod(lambda shape: [Part("", "int8", shape)])), "a tuple of one"),
         (changed(parts=staticmethod(lambda shape: (Part("q", "int8", shape),))), "suffix 'q'"),
         (changed(parts=staticmethod(lambda shape: (Part("", "int4", shape),))), "dtype 'int4'"),
@@ -157,7 +157,7 @@ def leaves(*_: Any) -> Any:
     [
         (fails, "'signs' fails to encode tensor 'w': RuntimeError: as it was written (test_codecs"),
         (leaves, "'signs' fails to encode tensor 'w': SystemExit: 3 (test_codecs"),
-        (lambda *_: None, "returned a NoneType for tensor 'w'; a tuple of 2 is expected"),
+        (lambda *_: None, "returned a NoneType for tensor 'w'; expected a tuple of 2"),
         (lambda *_: (np.zeros(3),), "returned a tuple of 1"),
         (
             lambda self, tensor, rng: tensor.sort(),
@@ -188,7 +188,7 @@ def test_a_failing_encode_is_reported_in_one_line(codecs, encode, reason):
         (leaves, "'signs' fails to decode tensor 'w': SystemExit: 3 (test_codecs"),
         (lambda parts, like: like, "returned its argument 'like' for tensor 'w'; return a new arr"),
         (lambda parts, like: like[:], "returned its argument 'like' for tensor 'w'"),
-        (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w', expected float32"),
+        (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w'; expected float32"),
         (lambda parts, like: None, "returned NoneType  for tensor 'w'"),
     ],
 )
@@ -205,7 +205,9 @@ def test_parts_are_checked_for_each_shape(codecs):
         return Signs.parts(shape) if shape == (4, 300) else None
 
     codecs.add(changed(parts=staticmethod(parts)), "here")
-    with pytest.raises(CodecError, match="'signs' returned None for tensor 'w'; a tuple of one"):
+    with pytest.raises(
+        CodecError, match="'signs' returned None for tensor 'w'; expected a tuple of one"
+    ):
         compress(DELTA, "signs", {})
 
 
@@ -214,7 +216,9 @@ def test_a_residual_that_is_not_finite_is_an_error(codecs):
         return np.full(like.shape, np.inf, like.dtype)
 
     codecs.add(changed(decode=staticmethod(infinite)), "here")
-    with pytest.raises(CodecError, match="'signs' encodes the finite tensor 'w'"):
+    with pytest.raises(
+        CodecError, match="'signs' does not preserve tensor 'w': its values are finite"
+    ):
         compress(DELTA, "signs", {})
 
 
@@ -277,8 +281,12 @@ def test_an_installed_codec_is_found_by_name(monkeypatch):
     ("name", "value", "reason"),
     [
         ("signs", "nowhere_to_be_found:Signs", "fails to load: ModuleNotFoundError"),
-        ("other", f"{__name__}:Signs", "has the name 'signs', not 'other'"),
-        ("signs", f"{__name__}:fails", "a codec is a class"),
+        (
+            "other",
+            f"{__name__}:Signs",
+            "has the name 'signs', but its entry point has the name 'other'",
+        ),
+        ("signs", f"{__name__}:fails", "a codec must be a class"),
     ],
 )
 def test_an_invalid_installed_codec_is_reported(monkeypatch, name, value, reason):
@@ -324,7 +332,7 @@ def test_compress_takes_a_codec_from_a_file_and_sends_its_name(codecs, tmp_path,
     [
         ("{}/none.py:Tenths", "there is no file"),
         ("{}/codec.py:Nothing", "has no 'Nothing' (--compress)"),
-        ("{}/codec.py:np", "is a module; a codec is a class"),
+        ("{}/codec.py:np", "is a module, but a codec must be a class"),
         ("{}/codec.py:Tenths:bad", "invalid literal"),
         ("{}/codec.py:Tenths:a b", "is not a codec"),
     ],

@@ -97,18 +97,18 @@ def test_print_config_prints_an_equivalent_file(written):
     [
         ("ruonds = 1", "unknown key 'ruonds'; did you mean 'rounds'?"),
         ("where = 'a'", "unknown key 'where'; choose from codec, config, data, fresh"),
-        ("[privacy]\nepsilon = 1", "unknown key 'privacy'"),
-        ("rounds = 2.5", "rounds = 2.5: a whole number is expected"),
-        ("rounds = true", "rounds = true: a whole number is expected"),
-        ('rounds = "3"', 'rounds = "3": a whole number is expected'),
+        ("[privacy]\nepsilon = 1", "unknown table [privacy]; options are keys at the top of the"),
+        ("rounds = 2.5", "rounds = 2.5: expected a whole number"),
+        ("rounds = true", "rounds = true: expected a whole number"),
+        ('rounds = "3"', 'rounds = "3": expected a whole number'),
         ("rounds = 0", "rounds = 0: 0 is not in the range"),
         ("grace = nan", "grace = nan: nan is not a finite number"),
-        ('grace = "1"', "a number is expected"),
-        ("fresh = 1", "true or false is expected"),
-        ("url = 7", "text in quotes is expected"),
-        ('codec = "x"', 'a list is expected, such as codec = ["…"]'),
-        ("config = 3", "a table is expected"),
-        ("url = 2026-03-01", "url = 2026-03-01: text in quotes is expected"),
+        ('grace = "1"', "expected a number"),
+        ("fresh = 1", "expected true or false"),
+        ("url = 7", "expected text in quotes"),
+        ('codec = "x"', 'expected a list, such as codec = ["…"]'),
+        ("config = 3", "expected a table"),
+        ("url = 2026-03-01", "url = 2026-03-01: expected text in quotes"),
         ('url = ""', 'url = "": the text is empty'),
         ('data = ""', 'data = "": the text is empty'),
         ('codec = ["x", ""]', "the text is empty"),
@@ -123,6 +123,17 @@ def test_an_error_names_the_line_and_the_remedy(written, line, message):
     assert str(wrong).startswith(f"{file}:3: ")
     assert message in str(wrong)
     assert "\n" not in str(wrong)
+
+
+def test_an_option_that_a_table_hides_is_named(written, capsys):
+    file = written('name = "north"\n[config]\nmomentum = 0.9\nrounds = 3\n')
+    result = invoke(file)
+    assert result.exit_code == 0
+    assert result.stderr == (
+        f"fluffle: {file}:4: 'rounds' is in the table [config], so the option is not set; if you "
+        "meant the option, move its line above [config]\n"
+    )
+    assert not invoke(written('name = "north"\n[config]\nmomentum = 0.9\n')).stderr
 
 
 @pytest.mark.parametrize(
@@ -163,7 +174,9 @@ def test_options_from_keyword_arguments(monkeypatch):
         "codecs": (),
         "config": ("a=1",),
     }
-    with pytest.raises(UsageError, match=r"^fluffle.run\(\): rounds = 2.5: a whole number"):
+    with pytest.raises(
+        UsageError, match=r"^fluffle.run\(\): rounds = 2.5: expected a whole number"
+    ):
         options_from(command, {"rounds": 2.5}, "fluffle.run")
     with pytest.raises(UsageError, match="unknown keyword 'ronds'; did you mean 'rounds'"):
         options_from(command, {"ronds": 2}, "fluffle.run")
@@ -176,7 +189,7 @@ def test_numbers_of_numpy_are_numbers():
     assert (options["rounds"], options["grace"]) == (2, 0.5)
     assert options["config"] == ("a=0.5", "b=true", "c=3")
     for wrong in (np.float64(2.5), np.arange(2)):
-        with pytest.raises(UsageError, match="a whole number is expected"):
+        with pytest.raises(UsageError, match="expected a whole number"):
             options_from(command, {"rounds": wrong}, "fluffle.run")
 
 

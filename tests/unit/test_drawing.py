@@ -114,7 +114,7 @@ def test_a_stroke_turns_at_line_knots_and_at_the_end_of_curves():
 
 def test_a_folder_with_something_in_it_is_refused_and_left_alone(tmp_path):
     (tmp_path / "mine.txt").write_text("keep")
-    with pytest.raises(UsageError, match="choose a new one"):
+    with pytest.raises(UsageError, match="choose a new folder"):
         draw_letters(tmp_path)
     assert _tree(tmp_path) == {"mine.txt": b"keep"}
 

@@ -72,6 +72,13 @@ def test_a_stop_names_the_command_that_continues():
     assert endings.after_a_stop(State(Rules(6), "r", 1, QUORUM), FOLDER).endswith("with round 1")
 
 
+def test_a_run_whose_strategy_allows_no_more_rounds_is_not_told_to_ask_for_more():
+    rules = Rules(6, rounds_limit="the strategy dp allows no more")
+    advice = endings.done_already(FOLDER, 6, rules)
+    assert "it has 6 rounds and the strategy dp allows no more; " in advice
+    assert advice.endswith("shows the rounds; the same command with --fresh begins a new run")
+
+
 @pytest.fixture
 def store(tmp_path):
     store = RunStore(tmp_path / "run")

@@ -83,8 +83,8 @@ def test_the_metrics_of_an_evaluation_are_fields_too():
         ),
         (
             "rejected",
-            {"reason": "it names b as its sender, but", "worker": "b", "cause": "sender"},
-            "rejected a message: it names b as its sender, but",
+            {"reason": "the message names b as its sender, but", "worker": "b", "cause": "sender"},
+            "rejected a message: the message names b as its sender, but",
         ),
         ("eclipse", {"seen_by": ["north", "south"]}, "eclipse: seen_by north, south"),
         ("eclipse", {}, "eclipse"),

@@ -209,7 +209,12 @@ def test_rejections_and_refusals_are_explained():
         worker="b",
         round=7,
     )
-    story.add(13, "rejected", reason="not a msgpack array of [header, payload]", cause="malformed")
+    story.add(
+        13,
+        "rejected",
+        reason="the body is not a msgpack array of [header, payload]",
+        cause="malformed",
+    )
     story.add(14, "rejected", reason="it is of round 9", cause="round", round=9, worker="c")
     story.add(15, "refused", worker="x", reason="other classes")
     story.add(16, "resend", worker="a", reason="its parts are gone")
@@ -219,7 +224,7 @@ def test_rejections_and_refusals_are_explained():
     assert text.count("NaN") == 1
     assert {"worker": "b", "why": why} in as_dict(explanation)["missing"]
     assert "Still waiting for c: connected, no update yet." in text
-    assert "rejected a message: not a msgpack array of [header, payload]." in text
+    assert "rejected a message: the body is not a msgpack array of [header, payload]." in text
     assert "refused: other classes (x)." in text
     assert "asking a to send its update again: its parts are gone." in text
 
@@ -366,7 +371,7 @@ def test_without_a_coordinator_it_names_the_command(committed):
         story.add(14, "committed", round=7, participants=["a"])
     explanation = explain(story.events, "r", 7, at(50), coordinated=False)
     text = "\n".join(sentences(explanation))
-    assert "No coordinator is connected to the broker now: the same command" in text
+    assert "No coordinator is connected to the broker now. A coordinator that you start" in text
     assert "left until the deadline" not in text
 
 

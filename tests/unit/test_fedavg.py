@@ -236,7 +236,7 @@ def test_without_weight_there_is_no_average(discount, close):
     base = {"w": np.zeros(2, np.float32)}
     mean = strategy.weighted()
     one = Contribution(worker="a", num_examples=1, delta=base, discount=discount)
-    with pytest.raises(ValueError, match="so they have no mean; check the discounts"):
+    with pytest.raises(ValueError, match="so the updates have no mean; check the discounts"):
         close(mean, mean.fold(mean.init(base), one), base)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from importlib.metadata import version
@@ -127,10 +128,46 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
-    with pytest.raises(fluffle.UsageError, match="its bytes do not match its digest"):
+    with pytest.raises(
+        fluffle.UsageError, match="the bytes of the model do not match the file's digest"
+    ):
         fluffle.load_model(str(file))
     with pytest.raises(fluffle.UsageError, match="there is no model file"):
         fluffle.load_model(tmp_path / "absent")
+
+
+def test_an_argument_of_another_type_is_named(tmp_path):
+    file, model = tmp_path / "m.safetensors", nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+    for wrong in ({"w": np.zeros(1)}, None, nnx.Linear):
+        with pytest.raises(fluffle.UsageError, match="a module of Flax or PyTorch is expected"):
+            fluffle.save_model(file, wrong)
+        with pytest.raises(fluffle.UsageError, match="a module of Flax or PyTorch is expected"):
+            fluffle.load_into(wrong, {})
+    for filters in ({"frozen": nnx.BatchStat}, {"federated": nnx.BatchStat}, {"frozen": True}):
+        with pytest.raises(fluffle.UsageError, match="no tensor of the Linear"):
+            fluffle.save_model(file, model, **filters)
+    assert not file.exists()
+    for source in (None, 3, object()):
+        with pytest.raises(
+            fluffle.UsageError, match="a model file, or arrays by name such as run.weights"
+        ):
+            fluffle.load_into(model, source)
+    with pytest.raises(
+        fluffle.UsageError, match=r"bias is float64\[1\] in the file, float32\[1\] in the"
+    ):
+        fluffle.load_into(model, {"kernel": model.kernel[...], "bias": [0.0]})
+    with pytest.raises(fluffle.UsageError, match="a NoneType cannot be divided"):
+        fluffle.plot_partition(None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"step_s": -1}, {"step_s": math.nan}, {"round_s": math.inf}, {"bytes_per_s": 0}],
+)
+def test_a_device_of_impossible_speed_is_refused(wrong):
+    ((name, value),) = wrong.items()
+    with pytest.raises(fluffle.UsageError, match=rf"Device\({name}={value}\): a number "):
+        fluffle.Device(**wrong)
 
 
 def test_a_missing_torch_is_named_with_what_brings_it(monkeypatch):
@@ -169,5 +206,5 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(fluffle.UsageError, match="there is no history in"):
         fluffle.Run(tmp_path)
     (tmp_path / "run.json").write_text(json.dumps({"run": "r", "federation": "f"}))
-    with pytest.raises(fluffle.UsageError, match="has committed no round yet"):
+    with pytest.raises(fluffle.UsageError, match="has not committed any rounds yet"):
         fluffle.Run(tmp_path)

@@ -163,19 +163,22 @@ def test_bfloat16_tensors_form_one_vector():
 @pytest.mark.parametrize(
     ("tensor", "why"),
     [
-        (np.ones(2, bool), "'w' is bool, .* keep it out of the weights or use uint8$"),
+        (np.ones(2, bool), "'w' is bool, .* keep this tensor out of the weights or use uint8$"),
         (np.ones(2, ml_dtypes.float8_e4m3fn), "'w' is float8_e4m3fn, .*; use bfloat16$"),
         (np.ones(2, ml_dtypes.float8_e5m2), "'w' is float8_e5m2, .*; use bfloat16$"),
         (np.ones(2, ml_dtypes.int4), "'w' is int4, .*; use int8$"),
-        (np.ones(2, np.complex64), "'w' is complex64, .*; split it into its real and"),
+        (np.ones(2, np.complex64), "'w' is complex64, .*; split this tensor into its real and"),
         (np.ones(2, np.longdouble), r"'w' is (float|longdouble)\d*, .*; use float64$"),
-        (np.array(["a"]), "'w' is <U1, .*; keep it out of the weights$"),
-        (np.array([None]), "'w' is object, .*; keep it out of the weights$"),
-        (np.array(["2026-01-01"], "M8[D]"), "'w' is datetime64.*; keep it out of the weights$"),
-        (np.zeros(2, [("a", "f4")]), "'w' is .*; keep it out of the weights$"),
+        (np.array(["a"]), "'w' is <U1, .*; keep this tensor out of the weights$"),
+        (np.array([None]), "'w' is object, .*; keep this tensor out of the weights$"),
+        (
+            np.array(["2026-01-01"], "M8[D]"),
+            "'w' is datetime64.*; keep this tensor out of the weights$",
+        ),
+        (np.zeros(2, [("a", "f4")]), "'w' is .*; keep this tensor out of the weights$"),
         ([1.0], "'w' is of type list, not an array"),
         (None, "'w' is of type NoneType, not an array"),
-        (np.ones((1,) * 33), "'w' has 33 dimensions; at most 32 can be sent; reshape it"),
+        (np.ones((1,) * 33), "'w' has 33 dimensions; reshape it to at most 32 dimensions"),
     ],
 )
 def test_unsupported_tensors_are_refused_with_a_remedy(tensor, why):
@@ -190,7 +193,7 @@ def test_unsupported_tensors_are_refused_with_a_remedy(tensor, why):
         ("", "the empty name ''"),
         (
             "x" * 501,
-            "^tensor 'x{60}…' has a name of 501 characters; at most 500 can be sent; shorten",
+            "^tensor 'x{60}…' has a name of 501 characters; use a name of at most 500",
         ),
         (("conv", "kernel"), "has a name of type tuple; use a string"),
         ("a\ud800", "not valid Unicode"),
@@ -206,7 +209,9 @@ def test_unsupported_names_are_refused_with_a_remedy(name, why):
 def test_no_tensors_and_too_many_are_refused():
     with pytest.raises(ValueError, match="the weights contain no tensors"):
         check_signature({})
-    with pytest.raises(ValueError, match="there are 100001 tensors; at most 100000 can be sent"):
+    with pytest.raises(
+        ValueError, match="the number of tensors is 100001; at most 100000 can be sent"
+    ):
         check_signature(dict.fromkeys(map(str, range(100_001)), np.float32(1)))
 
 

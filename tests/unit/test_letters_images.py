@@ -359,7 +359,7 @@ def test_names_that_are_no_text_and_folders_that_cannot_be_read_end_in_one_line(
 ):
     _save(tmp_path, "a/1.png")
     os.mkdir(os.fsencode(tmp_path) + b"/\xff")
-    with pytest.raises(TaskError, match="not UTF-8; rename it"):
+    with pytest.raises(TaskError, match="not UTF-8; rename this class"):
         read_images(tmp_path)
 
     def refuse(_: Path) -> None:
@@ -374,9 +374,9 @@ def test_black_on_white_is_noticed_once_and_left_as_it_is(tmp_path):
     _save(tmp_path, "a/1.png", "a/2.png", letter=255 - LETTER)
     _save(tmp_path, "a/3.png")
     images = read_images(tmp_path)
-    assert [note for note in images.notes if "invert them" in note] == [
+    assert [note for note in images.notes if "invert" in note] == [
         "2 of 3 images have a bright border: these look like black on white, but letters are read "
-        "as white on black; invert them"
+        "as white on black; invert these images"
     ]
     np.testing.assert_allclose(images.inputs[0], 1 - WANTED, atol=1e-6)
     _save(tmp_path, "a/4.png")

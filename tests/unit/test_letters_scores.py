@@ -136,7 +136,7 @@ def test_an_unseen_writer_is_scored_whole(folder):
 def test_a_folder_that_seems_to_be_called_wrongly_is_said(folder):
     assert "client-1 took part in this run" in _confusion(folder, "--unseen").stderr
     (folder / "client-1").rename(folder / "writer-2")
-    assert "use --unseen to score all of it" in _confusion(folder, data="writer-2").stderr
+    assert "use --unseen to score all its letters" in _confusion(folder, data="writer-2").stderr
 
 
 def test_all_and_unseen_exclude_each_other(folder):
@@ -146,7 +146,7 @@ def test_all_and_unseen_exclude_each_other(folder):
 
 def test_one_letter_alone_holds_nothing_out(folder):
     _write(folder / "one/a/1.png", 30)
-    with pytest.raises(FluffleError, match="use --all to score it"):
+    with pytest.raises(FluffleError, match="use --all to score that letter"):
         _confusion(folder, data="one")
     assert _confusion(folder, "--all", data="one").stdout.startswith(
         "accuracy 100.00 % of 1 training letters\n"

@@ -1,4 +1,4 @@
-"""Means: published numbers, naive NumPy implementations, order, blocks, and attacks."""
+"""Means: published numbers, naive NumPy implementations, order and blocks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from benchmarks.algorithms import accuracies
 from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_coordinator.strategy import robust_means
 from fluffle_coordinator.strategy.base import Contribution
@@ -36,7 +35,7 @@ def mean_of(name, deltas, *, workers=None, base=None, counts=None, metrics=None)
         )
         state = mean.fold(state, one)
     mean_delta, emptied = mean.finish(state, base)
-    with pytest.raises(ValueError, match="no update was folded"):
+    with pytest.raises(ValueError, match="no update has been added"):
         mean.finish(emptied, base)
     return mean_delta["w"] if list(mean_delta) == ["w"] else mean_delta
 
@@ -259,25 +258,3 @@ def test_clipping_scales_only_larger_updates():
     assert clip(clip(one)).delta is not large
     small = Contribution(worker="a", num_examples=1, delta={"w": np.array([3.0, 4.0])})
     assert clip(small) is small
-
-
-# --- two attackers of ten ----------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def clean():
-    """Return the accuracy of FedAvg without an attack."""
-    accuracy = accuracies("fedavg", "digits", "iid", rounds=10)[-1]
-    assert accuracy > 0.85
-    return accuracy
-
-
-@pytest.mark.parametrize(
-    "name", ["median", "trimmed:0.2", "krum:f=2", "multikrum:f=2,m=4", "rfa", "clip:1+median"]
-)
-def test_two_of_ten_workers_that_send_flipped_updates_are_withstood(clean, name):
-    assert accuracies(name, "digits", "attacked", rounds=10)[-1] >= 0.9 * clean
-
-
-def test_fedavg_does_not_withstand_them(clean):
-    assert accuracies("fedavg", "digits", "attacked", rounds=10)[-1] < 0.9 * clean

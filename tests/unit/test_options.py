@@ -154,7 +154,7 @@ def test_a_config_fits_into_a_plan():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--train", "a" * 501], "^--train: 'a.* is longer than 500 characters; shorten it"),
+        (["--train", "a" * 501], "^--train: 'a.* is longer than 500 characters; shorten this"),
         (["--config", f"a={'b' * 2001}"], "^--config: 'b.* is longer than 2000 characters"),
         (["--config", f"{'a' * 101}=1"], "^--config: 'a.* is longer than 100 characters"),
         (["--config", "a=\udcff"], "^--config: .* is not valid UTF-8"),

@@ -432,6 +432,22 @@ async def test_the_next_update_is_fetched_while_one_is_folded(summing, monkeypat
     ).tobytes()  # fmt: skip
 
 
+async def test_updates_are_fetched_one_at_a_time(summing, monkeypatch):
+    asked, get = [], MemoryLink.get
+
+    def noted(link: MemoryLink, queue: str) -> Any:
+        asked.append(queue)
+        return get(link, queue)
+
+    monkeypatch.setattr(MemoryLink, "get", noted)
+    for held in [await summing.send(worker, values(1)) for worker in "abc"]:
+        summing.begin_to_fold(held, 3, 1)
+    for _ in "abc":
+        assert isinstance(await summing.heard(), ev.Folded)
+    queues = [queue for queue, _ in itertools.groupby(asked)]
+    assert queues == [TOPOLOGY.outbox(worker) for worker in "abc"]
+
+
 async def test_a_full_disk_costs_memory_and_no_update(summing, monkeypatch):
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

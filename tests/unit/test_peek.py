@@ -118,15 +118,15 @@ async def test_the_inbox_of_an_absent_worker_is_shown(broker, link):
 
 
 async def test_an_outbox_is_refused(broker, link):
-    with pytest.raises(UsageError, match="would treat it as lost"):
+    with pytest.raises(UsageError, match="would treat the part as lost"):
         await peek(link, TOPOLOGY, "outbox.w1", 1)
 
 
 @pytest.mark.parametrize(
     ("queue", "why"),
     [
-        ("inbox.w9", "worker w9 has not been connected"),
-        ("updates", "nobody of federation g has connected"),
+        ("inbox.w9", "worker w9 has never connected"),
+        ("updates", "no process of federation g has connected"),
     ],
 )
 async def test_a_missing_queue_is_an_error_with_the_likely_reason(broker, link, queue, why):

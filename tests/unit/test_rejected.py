@@ -44,7 +44,7 @@ async def refuse(link: MemoryLink, queue: str, message: bytes, **properties: obj
     """Reject a message as the coordinator or a worker does."""
     sent = Properties(**{"type": "update", "headers": {"worker": "w1"}, **properties})
     await link.publish(message, sent, exchange="", keys=[queue])
-    wrong = MalformedMessage("it belongs to run other", "run")
+    wrong = MalformedMessage("the message belongs to run other", "run")
     await reject(link, await link.get(queue), wrong, TOPOLOGY.rejected)
 
 
@@ -63,7 +63,7 @@ async def test_listing_shows_the_reasons_and_keeps_the_messages(link):
     for _ in range(2):
         rejects = await list_rejected(link, TOPOLOGY)
     assert [(m.number, m.cause, m.reason, m.queue) for m in rejects] == [
-        (n, "run", "it belongs to run other", "f.updates") for n in (1, 2, 3, 4)
+        (n, "run", "the message belongs to run other", "f.updates") for n in (1, 2, 3, 4)
     ]
     assert [(m.decoded.kind, m.decoded.worker) for m in rejects[2:]] == [
         ("update", "w1"),
@@ -170,7 +170,7 @@ async def test_a_quorum_queue_can_be_emptied_but_not_read(link):
 
 
 async def test_an_unknown_federation_is_an_error(link):
-    with pytest.raises(UsageError, match="nobody of federation g"):
+    with pytest.raises(UsageError, match="no process of federation g"):
         await list_rejected(link, Topology("g"))
 
 

@@ -392,7 +392,9 @@ def test_a_foreign_or_broken_update_is_reported(folder):
     with pytest.raises(UsageError, match="is not the update that was counted: .*'abc', 2, 'c', 3"):
         replay.replay(folder, 1)
     path.write_bytes(b"rubbish")
-    with pytest.raises(UsageError, match="is not the update that was counted: not a msgpack array"):
+    with pytest.raises(
+        UsageError, match="is not the update that was counted: the body is not a msgpack array"
+    ):
         replay.replay(folder, 1)
 
 

@@ -22,7 +22,7 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_coordinator.cli.history_table import draw_history, history_table
+from fluffle_coordinator.cli.history_table import history_table
 from fluffle_coordinator.cli.run_folder import report
 from fluffle_coordinator.dashboard.report import page, read_report, snapshot
 from fluffle_coordinator.machine.state import Quorum, Rules
@@ -450,17 +450,3 @@ def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
     assert columns["updates"] == ["2", "3"]
     assert columns["stalest"] == ["0", "6"]
     assert "stalest" not in [c.header for c in history_table(rounds[:1], 80).columns]
-
-
-def test_the_chart_of_many_rounds_has_few_ticks(tmp_path, monkeypatch):
-    plt = pytest.importorskip("matplotlib.pyplot")
-    monkeypatch.setattr(plt, "close", lambda _figure: None)
-    rounds = [{"round": number, "loss": 1 / number, "accuracy": 0.5} for number in range(1, 501)]
-    draw_history(rounds, tmp_path / "history.png")
-    figure = plt.gcf()
-    monkeypatch.undo()
-    ticks = figure.axes[0].get_xticks()
-    plt.close(figure)
-    assert (tmp_path / "history.png").stat().st_size > 1000
-    assert 3 < len(ticks) < 20
-    assert all(tick == int(tick) for tick in ticks)

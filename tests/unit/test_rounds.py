@@ -807,7 +807,11 @@ def test_an_update_that_arrived_incomplete_is_requested_again():
 @pytest.mark.parametrize(
     ("of", "reason", "cause"),
     [
-        ({"run": "run-b"}, "it belongs to run run-b; this coordinator runs run-a", "run"),
+        (
+            {"run": "run-b"},
+            "the message belongs to run run-b, but this coordinator runs run-a",
+            "run",
+        ),
         ({"round": 2}, "round 2 has not been opened", "round"),
     ],
 )

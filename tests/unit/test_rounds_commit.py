@@ -84,7 +84,7 @@ def test_a_redelivery_during_the_commit_is_held_too():
 def test_an_update_from_other_weights_is_rejected():
     run = opened("a", "b")
     effects = run.arrived("a", base="elsewhere")
-    reason = "it was trained from the weights elsewhere; round 1 began with b0"
+    reason = "the update was trained from the weights elsewhere; round 1 began with b0"
     judged = fx.Judge(update(run.last_handle, "a", base="elsewhere"), "rejected", reason, "round")
     assert effects == [fx.Reject(run.last_handle, reason, "round"), judged]
     assert not run.state.received

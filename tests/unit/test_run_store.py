@@ -443,7 +443,10 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     [
         ({"round": "1"}, "round 1 of run {run}, not 3 of {run}"),
         ({"round": "3", "run": "other"}, "round 3 of run other, not 3 of {run}"),
-        ({"round": "3", "base": "late"}, "weights late, but history.jsonl names base3 for round 3"),
+        (
+            {"round": "3", "base": "late"},
+            "weights with the base late, but history.jsonl names the base base3 for round 3",
+        ),
     ],
 )
 def test_a_copy_of_another_checkpoint_is_a_damaged_one(store, held, says):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import os
+import platform
 import resource
 import signal
 import subprocess
@@ -71,6 +72,19 @@ def test_a_keyboard_interrupt_without_a_signal_is_an_error_of_the_user_s_code():
         call_guarded("schedule s.py:s", "max_staleness", fail)
     with pytest.raises(TaskError, match="s.py:s failed in may_close.*KeyboardInterrupt"):
         run_until_signalled(run())
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's malloc_info")
+def test_all_threads_allocate_from_one_arena():
+    program = """
+import asyncio, ctypes
+from fluffle_common.cli.runtime import run_until_signalled
+run_until_signalled(asyncio.to_thread(bytearray, 100_000))
+libc = ctypes.CDLL(None)
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    assert done.stdout.count(b"<heap nr=") == 1
 
 
 @pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])

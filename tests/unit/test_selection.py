@@ -7,12 +7,13 @@ import re
 from collections import Counter
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.selection import (
+    POISSON,
     UNIFORM,
     Candidate,
     Draw,
@@ -43,7 +44,6 @@ draws = st.builds(Draw, st.integers(0, 2**63 - 1), st.integers(1, 10**6), st.int
 @given(
     present=candidates, count=st.integers(1, 25), draw=draws, rng=st.randoms(use_true_random=False)
 )
-@settings(max_examples=60, deadline=None)
 def test_the_same_seed_chooses_the_same_workers_in_any_order(rule, present, count, draw, rng):
     chosen = select(parse_selection(rule), present, count, draw)
     mixed = rng.sample(present, len(present))
@@ -105,6 +105,17 @@ def test_poisson_asks_each_worker_independently():
     )
     assert len(sizes) > 5  # the size is random, too
     assert min(sizes) >= 1
+
+
+def test_poisson_asks_at_least_as_many_as_a_round_needs():
+    present = [Candidate(f"w{number}") for number in range(20)]
+    for number in range(1, 100):
+        draw = Draw(7, number)
+        sample = set(select(POISSON, present, 5, draw))
+        enough = set(select(POISSON, present, 5, draw, least=4))
+        assert enough == sample if len(sample) >= 4 else enough > sample
+        assert len(enough) == max(4, len(sample))
+    assert select(POISSON, present, 0, Draw(7, 1), least=4) == ()  # there is room for nobody
 
 
 def test_weighted_asks_in_proportion_to_the_examples():
@@ -177,7 +188,7 @@ def test_a_rule_from_a_file(tmp_path):
     assert rule.name == "mine.py:alphabetical"
     rules = Rules(rounds=1, min_workers=4, sample=2, selection=rule)
     assert set(opened(*"dcba", rules=rules).state.asked) == {"a", "b"}
-    with pytest.raises(UsageError, match="must be a function"):
+    with pytest.raises(UsageError, match="must name a function"):
         load_selection(f"{tmp_path}/mine.py:nothing")
 
 

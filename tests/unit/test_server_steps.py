@@ -168,5 +168,7 @@ def test_without_optax_the_error_names_the_remedy(monkeypatch):
         raise ModuleNotFoundError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ValueError, match=r"optax: it needs optax and JAX; pip install 'fluffle\["):
+    with pytest.raises(
+        ValueError, match=r"optax: optax steps need optax and JAX; pip install 'fluffle\["
+    ):
         named_strategy("optax:adam,learning_rate=0.1")

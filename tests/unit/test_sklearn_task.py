@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
 from sklearn.linear_model import LinearRegression, Perceptron, SGDClassifier, SGDRegressor
+from sklearn.metrics import roc_auc_score
 from sklearn.naive_bayes import GaussianNB
 
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import same_form
+from fluffle_worker.results import Results
 from fluffle_worker.task import RoundPlan
 from fluffle_worker.tasks.batches import index_batches
 from fluffle_worker.tasks.sklearn import sklearn_task
@@ -125,3 +127,40 @@ def test_a_worker_may_lack_classes_of_the_federation():
 def test_what_cannot_be_trained_in_rounds_is_refused(make, message):
     with pytest.raises(TaskError, match=message):
         make()
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (INPUTS, "train_data is of type ndarray, but a pair"),
+        ((INPUTS, CLASSES, CLASSES), "train_data is a tuple of 3, but a pair"),
+        ((INPUTS.tolist(), CLASSES), "train_data has .* where an array is expected"),
+        ((INPUTS, 3), "60 inputs and 1 targets; expected one target for each"),
+        ((INPUTS[:0], CLASSES[:0]), "train_data has no examples"),
+    ],
+)
+def test_data_that_are_no_pair_of_arrays_are_named(data, message):
+    with pytest.raises(TaskError, match=message):
+        sklearn_task(classifier(), data)
+
+
+def test_targets_may_be_a_list_of_names():
+    names = [("north", "south", "west")[one] for one in CLASSES]
+    task = sklearn_task(classifier(), (INPUTS, names), (INPUTS, names))
+    assert task.classes == ("north", "south", "west")
+    trained = task.train(task.init(0), PLAN, ignore)
+    assert task.evaluate(trained.weights).metrics["accuracy"] > 0.8
+
+
+def test_a_metric_that_fails_costs_no_other():
+    def auc(estimator, inputs, targets):
+        return roc_auc_score(targets, estimator.predict_proba(inputs)[:, 1])
+
+    metrics = {"auc": auc, "one": lambda *_: 1.0}
+    task = sklearn_task(classifier(), (INPUTS, CLASSES), (INPUTS, CLASSES), metrics=metrics)
+    weights, notes = task.train(task.init(0), PLAN, ignore).weights, []
+    result = Results(notes.append).evaluated(lambda: task.evaluate(weights))
+    assert result.metrics == {"one": 1.0}
+    assert result.num_examples == COUNT
+    (note,) = notes
+    assert note.startswith("the metric 'auc' of evaluate() failed, so it is omitted: ValueError: ")

@@ -243,7 +243,8 @@ def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, mes
     words = ["coordinator", "--federation", "f", "--strategy", name]
     result = CliRunner().invoke(fluffle, words)
     assert isinstance(result.exception, UsageError)
-    assert list(here.iterdir()) == [here / "mine.py"]  # no run folder was created
+    files = {path.name for path in here.iterdir()}
+    assert files <= {"mine.py", "__pycache__"}  # no run folder was created
 
 
 def test_needs_that_fail_are_an_error_of_the_strategy(here):
@@ -294,7 +295,7 @@ def needing(**needs):
         (
             {"min_updates": 3},
             {"sample": 2},
-            "needs at least 3 updates per round, but --sample 2 asks for 2; give --sample 3",
+            "needs at least 3 updates per round, but --sample 2 asks for 2 updates; give --sa",
         ),
     ],
 )
@@ -365,9 +366,9 @@ def test_a_model_of_another_program_may_use_any_tensor_names(tmp_path):
     assert (list(whole.weights), whole.strategy_state) == (["strategy/w"], {})
     store = RunStore(tmp_path / "run")
     with pytest.raises(
-        UsageError, match="first weights: the name of tensor 'strategy/w' .*rename it"
+        UsageError, match="first weights: the name of tensor 'strategy/w' .*rename this tensor"
     ):
         begin_with_file(tmp_path / "m", store, store.load("f"), "f")
     assert not (store.folder / checkpoint_name(0)).exists()
-    with pytest.raises(ValueError, match="rename it"):
+    with pytest.raises(ValueError, match="rename this tensor"):
         check_names({"w": np.zeros(1), "strategy/x": np.zeros(1)})

@@ -226,8 +226,8 @@ def test_counts_and_classes_of_any_kind_will_do():
         ({"classes": ("x" * 101,)}, "101 characters"),
         ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
         ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
-        ({"classes": 10}, "has classes 10; the names"),
-        ({"classes": iter("ab")}, "has classes <str.*; the names"),
+        ({"classes": 10}, "has classes 10; expected the names"),
+        ({"classes": iter("ab")}, "has classes <str.*; expected the names"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
@@ -255,7 +255,7 @@ def test_an_async_method_is_refused(name):
         pass
 
     with pytest.raises(
-        UsageError, match=rf"^{name}\(\) of the task t is async; make it with 'def'"
+        UsageError, match=rf"^{name}\(\) of the task t is async; define this method with 'def'"
     ):
         check_task("t", own(**{name: method}))
 
@@ -263,7 +263,8 @@ def test_an_async_method_is_refused(name):
 def test_an_async_function_for_a_task_is_refused(here):
     file = write(here, "stream.py", TASK.replace("def task(", "async def task("))
     with pytest.raises(
-        UsageError, match=r"makes the task .*stream.py:task is async; make it with 'def'"
+        UsageError,
+        match=r"makes the task .*stream.py:task is async; define this function with 'def'",
     ):
         load_task(f"{file}:task", OPTIONS)
 
@@ -280,12 +281,12 @@ def making(**tensors: Any) -> Any:
     [
         (np.zeros(2, bool), "'x' is bool, which is not supported; .* uint8"),
         (np.zeros(2, complex), "'x' is complex128, .* real and imaginary parts"),
-        (np.array([None]), "'x' is object, .* keep it out"),
-        (np.array(["a"]), "'x' is <U1, .* keep it out"),
+        (np.array([None]), "'x' is object, .* keep this tensor out"),
+        (np.array(["a"]), "'x' is <U1, .* keep this tensor out"),
         (np.zeros(2, ml_dtypes.float8_e4m3fn), "'x' is float8_e4m3fn, .* use bfloat16"),
         (np.zeros(2, ml_dtypes.int4), "'x' is int4, .* int8"),
         (np.zeros(2, np.longdouble), "'x' is .*float64"),
-        (np.zeros((1,) * 33), "'x' has 33 dimensions; at most 32"),
+        (np.zeros((1,) * 33), "'x' has 33 dimensions; reshape it to at most 32"),
     ],
 )
 def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
@@ -296,16 +297,24 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
 @pytest.mark.parametrize(
     ("tensors", "named"),
     [
-        ({"x" * 501: np.zeros(1)}, "name of 501 characters; at most 500"),
+        ({"x" * 501: np.zeros(1)}, "name of 501 characters; use a name of at most 500"),
         ({"": np.zeros(1)}, "empty name"),
         ({3: np.zeros(1)}, "has a name of type int"),
         ({"\udc80": np.zeros(1)}, r"tensor '\\udc80' has a name that is not valid Unicode"),
+        ({"__metadata__": np.zeros(1)}, "the name '__metadata__', .* rename it"),
+        ({"strategy/m": np.zeros(1)}, "'strategy/m' begins with 'strategy/', .* rename it"),
         ({}, "no tensors"),
     ],
 )
 def test_names_that_cannot_travel_are_refused(tensors, named):
     with pytest.raises(TaskError, match=named):
         signature_of_task(own(init=lambda seed: tensors))
+
+
+def test_nested_weights_are_refused_with_a_flat_name():
+    task = making(body={"w": np.zeros(2)})
+    with pytest.raises(TaskError, match=r"a mapping under 'body'; a flat .* such as 'body/w'"):
+        signature_of_task(task)
 
 
 def test_a_form_is_told_in_short_and_its_digest_knows_no_order():
@@ -352,8 +361,11 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
 @pytest.mark.parametrize(
     ("form", "named"),
     [
-        (3, r"model_form\(\) returned 3; a mapping of names"),
-        ({"w": 3}, r"model_form\(\) returned tensor 'w' as 3; an object with dtype and shape"),
+        (3, r"model_form\(\) returned 3; expected a mapping of names"),
+        (
+            {"w": 3},
+            r"model_form\(\) returned tensor 'w' as 3; expected an object with dtype and shape",
+        ),
         ({"w": SimpleNamespace(dtype="no", shape=())}, r"tensor 'w' as namespace\("),
         ({"w": SimpleNamespace(dtype="f4", shape="a")}, r"tensor 'w' as namespace\("),
     ],

@@ -307,7 +307,7 @@ def test_a_plan_may_train_a_part_of_the_model():
 
 @pytest.mark.parametrize("model", [Line(), lambda: "a line"])
 def test_what_makes_no_module_is_refused(model):
-    with pytest.raises(TaskError, match="a function that makes a module is expected"):
+    with pytest.raises(TaskError, match="expected a function that makes a module"):
         task_of(model)
 
 

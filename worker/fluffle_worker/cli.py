@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     "--task",
     default="fluffle_worker.letters.task:task",
     metavar="NAME",
-    help="Function that makes the task to train, as module:name or path.py:name.",
+    help="Function that creates the training task, given as module:name or path.py:name.",
 )
 @click.option(
     "--codec",
@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Time limit, in seconds, for waiting for an unreachable broker.",
+    help="Time limit for reaching the broker, in seconds.",
 )
 @queue_type_option
 @log_format_option
@@ -116,17 +116,17 @@ def worker(**options: Any) -> None:
     """Take part in a federation with your own data.
 
     The data never leaves this machine. The worker sends only the change that its training made to
-    the weights, its number of examples, and its metrics. Start it before or after the broker and
-    the coordinator: it waits for both, joins the open round or the next one, and reconnects after
-    any outage.
+    the weights, its number of examples, and its metrics. You can start the worker before or after
+    the broker and the coordinator. The worker waits for both, joins the open round or the next
+    round, and reconnects after any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1
       fluffle worker --federation digits --task digits.py:task --data shard:0/3
       fluffle worker worker.toml --id hospital-7
 
-    Every option can also be set in a TOML file, by a key of the same name. An option on the
-    command line overrides its key.
+    You can also set every option in a TOML file, as a key with the same name. An option on the
+    command line overrides the key in the file.
     """
     from fluffle_common.cli.settings import check_federation, check_worker
 

@@ -177,7 +177,7 @@ class Connection:
             if not self._joined():
                 reason = (
                     "no coordinator of this federation has answered for "
-                    f"{time.monotonic() - began:.0f} s; it may be started at any time"
+                    f"{time.monotonic() - began:.0f} s; you can start the coordinator at any time"
                 )
                 self._record(Waiting(reason=reason, what="coordinator"))
 

@@ -274,8 +274,8 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     except UnknownCodec:
         raise TaskError(
             f"the federation encodes its updates with the codec '{name}', which this worker does "
-            "not have; install the package that provides it, or get the codec's file from "
-            "the coordinator's operator and add --codec path.py:name"
+            "not have; install the package with this codec, or get the codec's file from the "
+            "coordinator's operator and add --codec path.py:name"
         ) from None
     except Exception as why:
         raise TaskError(f"the codec '{name}' rejects '{plan.compress}': {one_line(why)}") from why

@@ -20,7 +20,7 @@ from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_N
 from fluffle_common.tensors.layout import Tensors
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import full_trace
+from fluffle_worker.user_code import FailedMetric, full_trace
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
@@ -49,13 +49,13 @@ class Results:
         """
         if not hasattr(result, "weights") or not hasattr(result, "num_examples"):
             raise TaskError(
-                f"train() returned {shown(result)}; it must return TrainResult(weights, "
-                "num_examples, metrics)"
+                f"train() returned {shown(result)}; expected TrainResult(weights, num_examples, "
+                "metrics)"
             )
         try:
             num_examples = count(result.num_examples)
         except ValueError as wrong:
-            raise TaskError(f"train() returned num_examples that {wrong}") from None
+            raise TaskError(f"train() returned an invalid num_examples: {wrong}") from None
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
                 f"train() returned num_examples {shown(num_examples)}; expected the number of "
@@ -87,14 +87,14 @@ class Results:
             loss = number(result.loss)
         except AttributeError:
             self._once(
-                f"evaluate() returned {shown(result)}; EvalResult(loss, num_examples, metrics) or "
-                "None is expected; this worker reports no evaluation"
+                f"evaluate() returned {shown(result)}, but must return "
+                "EvalResult(loss, num_examples, metrics) or None; this worker reports no evaluation"
             )
             return nothing
         except ValueError as wrong:
             self._once(
-                f"evaluate() returned a loss or num_examples that {wrong}; this worker does not "
-                "report such evaluations"
+                f"evaluate() returned an invalid loss or num_examples: {wrong}; this worker does "
+                "not report such evaluations"
             )
             return nothing
         if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
@@ -115,7 +115,9 @@ class Results:
             try:
                 loss = number(loss)
             except ValueError as wrong:
-                self._once(f"the loss of a training step {wrong}; such losses are not shown")
+                self._once(
+                    f"the loss of a training step is invalid: {wrong}; such losses are not shown"
+                )
                 loss = None
         return _whole(number_), _whole(steps), loss
 
@@ -132,18 +134,27 @@ class Results:
             pairs = list(dict(given).items())
         except (TypeError, ValueError):
             self._once(
-                f"{method}() returned the metrics {shown(given)}; a mapping of names to numbers "
-                "is expected, so the metrics are omitted"
+                f"{method}() returned the metrics {shown(given)}, but must return a mapping of "
+                "names to numbers; the metrics are omitted"
             )
             return {}
         valid: dict[str, float] = {}
         for given_name, value in pairs:
             name = _metric_name(given_name)
+            if isinstance(value, FailedMetric):
+                self.failed(value.why)
+                self._once(
+                    f"the metric '{name}' of {method}() failed, so it is omitted: "
+                    f"{one_line(value.why)}",
+                    key=f"{method} {name}",
+                )
+                continue
             try:
                 valid[name] = number(value)
             except ValueError as wrong:
                 self._once(
-                    f"the metric '{name}' of {method}() {wrong}; such values are omitted",
+                    f"the metric '{name}' of {method}() is invalid: {wrong}; such values are "
+                    "omitted",
                     key=f"{method} {name}",
                 )
         if len(valid) > MAX_METRICS:
@@ -177,10 +188,17 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"{method} returned {what} {shown(given)}; a mapping of names to arrays is expected"
+            f"{method} returned {what} {shown(given)}; expected a mapping of names to arrays"
         )
     converted = {}
     for name, value in given.items():
+        if isinstance(value, Mapping):
+            inner = "/".join(map(str, [name, *list(value)[:1]]))
+            raise TaskError(
+                f"{method} returned {what} with a mapping under '{sendable(str(name), 60)}'; a "
+                "flat mapping of names to arrays is expected, with names such as "
+                f"'{sendable(inner, 60)}'"
+            )
         try:
             converted[name] = np.asarray(value)
         except Exception as why:

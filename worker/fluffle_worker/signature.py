@@ -18,6 +18,7 @@ from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
+from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
@@ -65,6 +66,7 @@ def check_signature(form: Signature) -> None:
         raise TaskError("the model has no tensors")
     try:
         layout_of_signature(form)
+        check_names(name for name, _, _ in form)
     except ValueError as wrong:
         raise TaskError(str(wrong)) from None
 
@@ -115,8 +117,8 @@ def _form(given: Any) -> Signature:
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"model_form() returned {shown(given)}; a mapping of names to objects with dtype and "
-            "shape is expected"
+            f"model_form() returned {shown(given)}; expected a mapping of names to objects with "
+            "dtype and shape"
         )
     form = []
     for name, like in given.items():
@@ -125,7 +127,7 @@ def _form(given: Any) -> Signature:
             form.append((name, np.dtype(like.dtype), shape))
         except Exception:
             raise TaskError(
-                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; an "
-                "object with dtype and shape is expected"
+                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; "
+                "expected an object with dtype and shape"
             ) from None
     return tuple(form)

@@ -158,7 +158,8 @@ def check_task(name: str, task: Any) -> Task:
     if inspect.iscoroutine(task):
         task.close()  # otherwise Python warns that it was never awaited
         raise UsageError(
-            f"the function that makes the task {name} is async; make it with 'def', not 'async def'"
+            f"the function that makes the task {name} is async; define this function with 'def', "
+            "not 'async def'"
         )
     for attribute in (*_METHODS, *_OPTIONAL):
         value = call_task(name, attribute, getattr, task, attribute, None)
@@ -168,7 +169,8 @@ def check_task(name: str, task: Any) -> Task:
             )
         if inspect.iscoroutinefunction(value):
             raise UsageError(
-                f"{attribute}() of the task {name} is async; make it with 'def', not 'async def'"
+                f"{attribute}() of the task {name} is async; define this method with 'def', not "
+                "'async def'"
             )
     _check_num_examples(name, task)
     _check_classes(name, task)
@@ -181,7 +183,7 @@ def _check_num_examples(name: str, task: Any) -> None:
         num_examples = operator.index(given)
     except Exception:
         raise TaskError(
-            f"the task {name} has num_examples {shown(given)}; a whole number is expected"
+            f"the task {name} has num_examples {shown(given)}; expected a whole number"
         ) from None
     if num_examples < 1:
         raise TaskError(f"the task {name} has no examples to train on; check --data")
@@ -198,11 +200,11 @@ def _check_classes(name: str, task: Any) -> None:
         classes = classes_of(task)
     except Exception:
         raise TaskError(
-            f"the task {name} has classes {shown(given)}; the names of its classes are expected"
+            f"the task {name} has classes {shown(given)}; expected the names of its classes"
         ) from None
     for class_name in classes:
         if len(class_name) > MAX_CLASS_NAME:
             raise TaskError(
                 f"the class name '{class_name[:40]}…' in the task {name} has {len(class_name)} "
-                f"characters; at most {MAX_CLASS_NAME} can be sent, so shorten it"
+                f"characters; use a name of at most {MAX_CLASS_NAME} characters"
             )

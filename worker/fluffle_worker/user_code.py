@@ -48,3 +48,15 @@ def full_trace(why: BaseException) -> str:
 def warn_in_full(why: BaseException) -> None:
     """Write that traceback to stderr."""
     user_code.warn_in_full(why, "task", CALLERS)
+
+
+class FailedMetric(float):
+    """NaN, in place of a metric whose function failed; ``why`` is its error."""
+
+    why: BaseException
+
+    def __new__(cls, why: BaseException) -> FailedMetric:
+        """Return NaN with this error."""
+        made = super().__new__(cls, "nan")
+        made.why = why
+        return made

@@ -52,10 +52,11 @@ def _port_option(
 def broker() -> None:
     """Run a private RabbitMQ on this machine.
 
-    It listens on 127.0.0.1 only, keeps every file in one folder and needs no root. It uses an
-    installed rabbitmq-server if there is one. Otherwise, it unpacks Debian's packages into
-    ~/.cache/fluffle without installing them, or runs in Docker if there is no apt. A coordinator
-    and workers that start in the same folder find it by themselves.
+    The broker listens on 127.0.0.1 only, keeps all its files in one folder and needs no root
+    permissions. If rabbitmq-server is installed, the broker uses it. Otherwise, fluffle unpacks
+    Debian's packages into ~/.cache/fluffle without installing them or, on a system without apt,
+    runs RabbitMQ in Docker. A coordinator and workers that start in the same folder find the broker
+    on their own.
 
     \b
       fluffle broker up            start it, or show where it runs
@@ -87,8 +88,8 @@ def up(
 ) -> None:
     """Start the broker of this folder and wait until it is ready.
 
-    The broker keeps running when this terminal is closed. If it is already up, the command shows
-    where it runs. Its durable queues survive a stop or a crash.
+    The broker keeps running when this terminal is closed. If the broker is already up, the command
+    shows where the broker runs. Durable queues survive a stop or a crash of the broker.
 
     \b
       fluffle broker up
@@ -131,7 +132,7 @@ def down(state: Path) -> None:
 def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     """Show whether the broker of this folder is up.
 
-    The exit code is 0 if it is up and 3 if it is not.
+    The exit code is 0 if the broker is up, and 3 if the broker is not up.
     """
     from fluffle_broker.node import health, node
 
@@ -188,10 +189,10 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
 def permissions(**options: Any) -> None:
     """Print the minimal permissions of a RabbitMQ user.
 
-    The output is rabbitmqctl commands for any broker; --apply grants the permissions on the
-    private broker instead. They replace the user's permissions in the vhost. Start the coordinator
-    with --verify-users, so that no worker can impersonate another. docs/rights.md explains each
-    permission.
+    The command prints rabbitmqctl commands for any broker. With --apply, it grants the permissions
+    on the private broker instead. The new permissions replace the user's earlier permissions in the
+    vhost. Start the coordinator with --verify-users, so that no worker can impersonate another
+    worker. docs/rights.md explains each permission.
 
     \b
       fluffle broker permissions --federation letters --coordinator
@@ -209,7 +210,7 @@ def permissions(**options: Any) -> None:
     if options["coordinator"] or options["coordinator_user"]:
         wanted.insert(0, permissions.coordinator_rights(topology, name))
     if not wanted:
-        raise UsageError("missing user; give --worker NAME, --coordinator, or both")
+        raise UsageError("no user is named; give --worker NAME, --coordinator, or both")
     run = permissions.runner([_rabbitmqctl(options["state"])]) if options["applies"] else None
     for each in wanted:
         if run is None:
@@ -236,13 +237,13 @@ def permissions(**options: Any) -> None:
 def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
     """Limit the length of a federation's queues.
 
-    Use this on your own broker, once for each federation, before or after its queues exist. The
-    broker of 'fluffle broker up' has the policies for every federation already. The command sets
-    them through the management API, which requires a user with the tag policymaker; --print shows
-    rabbitmqctl commands instead.
+    Use this command on a broker of your own, once for each federation, before or after the
+    federation's queues exist. A broker from 'fluffle broker up' already has the policies for every
+    federation. The command sets the policies through the management API, which requires a user with
+    the tag policymaker. With --print, the command prints rabbitmqctl commands instead.
 
-    To change a limit later, set the policy again with another number. It applies at once, without
-    a restart. docs/brokers.md lists the limits.
+    To change a limit later, set the policy again with another number. The new limit applies at
+    once, without a restart. docs/brokers.md lists the limits.
 
     \b
       fluffle broker apply-policy --federation letters --url amqp://admin:pw@host
@@ -278,8 +279,8 @@ def _rabbitmqctl(state: Path) -> str:
         raise BrokerError(f"no broker is running in {state}; 'fluffle broker up' starts one")
     if info.started_as == "docker":
         raise BrokerError(
-            "--apply does not work with a broker in a container; leave it out and run the printed "
-            "commands with 'docker exec'"
+            "--apply does not work with a broker in a container; remove --apply and run the "
+            "printed commands with 'docker exec'"
         )
     return str(info.folder / "rabbitmqctl")
 

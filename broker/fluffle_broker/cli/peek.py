@@ -40,12 +40,12 @@ def peek(queue: str, count: int, **options: Any) -> None:
     federation's name as a prefix.
 
     Each message is taken and returned to its position at once, so the length, the order and the
-    bodies stay the same. Two traces remain: the flag 'redelivered', and another 30 minutes until
-    an unused queue expires. For some milliseconds, RabbitMQ treats the messages as unacked and
-    withholds them from the queue's consumer. peek therefore refuses queues that a worker or the
-    coordinator is reading, and quorum queues, where returning a message has side effects. Updates
-    that the coordinator holds unacknowledged cannot be inspected; 'fluffle journal' shows their
-    events.
+    bodies stay the same. Two traces remain: the messages are marked 'redelivered', and a queue that
+    nobody uses expires 30 minutes later. For some milliseconds, RabbitMQ treats the messages as
+    unacknowledged and withholds them from the queue's consumer. Therefore, the command refuses
+    queues that a worker or the coordinator is reading. It also refuses quorum queues, because
+    returning a message to a quorum queue has side effects. The command cannot show updates that the
+    coordinator holds unacknowledged; 'fluffle journal' shows the events of these updates.
 
     \b
       fluffle peek updates --federation letters

@@ -29,7 +29,7 @@ def queues(
 ) -> None:
     """Show a federation's queues and any problems.
 
-    This changes nothing.
+    The command changes nothing.
 
     \b
     ready      messages that wait for delivery

@@ -39,14 +39,14 @@ def rejected(ctx: click.Context, /, **options: Any) -> None:
     """List rejected messages and why; show, requeue or purge them.
 
     An invalid message (damaged, from another run, with NaN in it …) is moved to the federation's
-    queue 'rejected', together with the reason. The queue keeps the latest 1,000 messages or
-    256 MB and drops older ones. Messages are numbered from the oldest that is kept, so the numbers
-    shift when one is dropped.
+    queue 'rejected', together with the reason. The queue keeps the latest 1,000 messages or 256 MB,
+    and drops older messages. The oldest message that is kept has number 1, so the numbers shift
+    when a message is dropped.
 
-    RabbitMQ does not report how many messages it dropped. fluffle computes the
-    number from RabbitMQ's statistics since the broker started: published minus removed minus
-    present. The statistics are up to 5 seconds behind; until they catch up, the number is reported
-    as unknown.
+    RabbitMQ does not report how many messages it dropped. fluffle computes the number from
+    RabbitMQ's statistics since the broker started: published minus removed minus present. The
+    statistics are up to 5 seconds old; until they are up to date, the command reports the number as
+    unknown.
 
     \b
       fluffle rejected --federation letters
@@ -170,7 +170,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
 @click.option(
-    "--all", "everything", is_flag=True, help="Send all messages again that are in the queue now."
+    "--all", "everything", is_flag=True, help="Send again all messages that are in the queue now."
 )
 @_common_options
 @click.pass_obj
@@ -179,16 +179,19 @@ def requeue(
 ) -> None:
     """Send messages back to the queue that they were rejected from.
 
-    Do this after you fixed the cause. Each message is published again with its original
-    properties, and removed from 'rejected' once the broker has confirmed the new copy. It is
-    validated again, so a message that is still invalid comes back with its reason. The user in
-    --url becomes its sender, so a coordinator with --verify-users rejects the message unless this
-    is the worker's own user.
+    Use this command after you have fixed the cause. The command publishes each message again with
+    its original properties, and removes it from 'rejected' when the broker has confirmed the new
+    copy. The coordinator validates the message again, so a message that is still invalid comes back
+    with its reason. The user in --url becomes the sender of the message. Therefore, a coordinator
+    with --verify-users rejects the message unless that user is the worker's own user.
     """
     from fluffle_broker.inspect import rejected as rejected_queue
 
     if bool(numbers) == everything:
-        raise UsageError("choose messages by number ('requeue 3 4') or with --all")
+        raise UsageError(
+            "no message is chosen; choose messages by number, such as 'requeue 3 4', or choose "
+            "all with --all"
+        )
     topology, address, as_json = _target(options, group)
     chosen = None if everything else set(numbers)
     results = _with_link(address, lambda link: rejected_queue.requeue(link, topology, chosen))

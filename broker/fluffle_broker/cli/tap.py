@@ -60,14 +60,15 @@ def tap(**options: Any) -> None:
 
     "→ w1,w2" goes from the coordinator to these workers; "← w1" comes from w1.
 
-    tap reads copies from a temporary queue of its own, so no message is lost or delayed for its
-    receiver. If tap is too slow for the traffic, it loses the oldest copies. tap adds load
-    to the broker, which sends the model of each round, with all its parts, once more to tap.
-    '--kind update' excludes models; the parts of updates are copied only with --save.
+    The command reads copies of the messages from its own temporary queue, so no message is lost or
+    delayed for its receiver. If the command is too slow for the traffic, it loses the oldest
+    copies. It also adds load to the broker, which sends the model of each round, with all its
+    parts, once more. To exclude models, use '--kind update'. The parts of updates are copied only
+    with --save.
 
-    tap listens only to queues that exist, because RabbitMQ would report a message as delivered even
-    if only tap received it. It looks for new queues every 10 seconds, so it may miss the first
-    messages to a new worker.
+    The command copies messages only for queues that exist, because otherwise RabbitMQ would report
+    a message as delivered although only this command received it. The command looks for new queues
+    every 10 seconds, so it may miss the first messages to a new worker.
     """
     from fluffle_broker.inspect.tap import KINDS, Wanted
     from fluffle_common.cli.settings import check_worker, management_of
@@ -147,7 +148,9 @@ def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str
     try:
         run_until_signalled(follow())
     except QueueInUse as no:
-        raise BrokerError(f"another process uses the tap's queue: {no}; try again") from None
+        raise BrokerError(
+            f"another process uses the queue of this tap: {no}; run the command again"
+        ) from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
 
@@ -208,7 +211,7 @@ class TapPrinter:
             archive.save(decoded, now)
         except OSError as no:
             raise UsageError(
-                f"a message cannot be saved ({no}); choose another folder with --save"
+                f"cannot save a message: {no}; choose another folder with --save"
             ) from None
 
     def _line(self, text: str) -> None:

@@ -75,8 +75,9 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"{full} is not a classic queue: RabbitMQ would record reading it as a failed "
-            f"delivery and change the order of its messages; {_instead(topology)}"
+            f"cannot peek at {full}, because it is not a classic queue: RabbitMQ would record "
+            "each reading as a failed delivery and change the order of the messages; "
+            f"{_instead(topology)}"
         )
     async with borrowed(link, full, count=count, most_bytes=MOST_BYTES) as messages:
         deliveries = [delivery async for delivery in messages]
@@ -104,8 +105,8 @@ def _refusal(topology: Topology, full: str, counts: Counts) -> str | None:
     if full.startswith(topology.outbox("")):
         return (
             f"{full} ({counts.ready} ready) holds parts of an update, which the coordinator "
-            "counts before it fetches them: if one of them were taken out, however "
-            f"briefly, the coordinator would treat it as lost; {instead}"
+            "counts before it fetches them: if 'peek' took out a part, however briefly, the "
+            f"coordinator would treat the part as lost; {instead}"
         )
     if not counts.consumers or full == topology.updates:
         return None
@@ -122,10 +123,10 @@ def _why_not(topology: Topology, full: str) -> str:
         if full.startswith(prefix):
             worker = full.removeprefix(prefix)
             return (
-                f": worker {worker} has not been connected in the last 30 minutes, or never; "
-                f"'fluffle queues --federation {topology.federation}' shows who has"
+                f": worker {worker} has never connected, or not in the last 30 minutes; "
+                f"'fluffle queues --federation {topology.federation}' shows the connected workers"
             )
-    return f": nobody of federation {topology.federation} has connected to this broker yet"
+    return f": no process of federation {topology.federation} has connected to this broker yet"
 
 
 def _instead(topology: Topology) -> str:

@@ -248,8 +248,8 @@ async def _count(link: Link, topology: Topology) -> int:
     counts = await link.counts(topology.rejected)
     if counts is None:
         raise UsageError(
-            f"{topology.rejected} does not exist: nobody of federation {topology.federation} "
-            "has connected to this broker yet"
+            f"there is no queue {topology.rejected}: no process of federation "
+            f"{topology.federation} has connected to this broker yet"
         )
     return counts.ready
 
@@ -259,9 +259,10 @@ async def _must_be_classic(link: Link, topology: Topology) -> None:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"{queue.name} is not a classic queue: RabbitMQ would record reading it as failed "
-            f"deliveries; 'fluffle journal --federation {topology.federation}' shows what was "
-            "rejected, and 'fluffle rejected requeue --all' and 'purge' still work"
+            f"cannot read {queue.name}, because it is not a classic queue: RabbitMQ would record "
+            "each reading as a failed delivery; 'fluffle journal --federation "
+            f"{topology.federation}' shows what was rejected, and 'fluffle rejected requeue "
+            "--all' and 'fluffle rejected purge' still work"
         )
 
 

@@ -45,8 +45,8 @@ def require_free(port: int, what: str, option: str) -> None:
             holder = processes.listener(port)
             by = f" by {holder}" if holder else ""
             raise BrokerError(
-                f"{what} port {port} is already taken{by}; give another one with {option} "
-                "(--port 0 chooses free ones)"
+                f"{what} port {port} is already taken{by}; choose another port with {option} "
+                "(--port 0 chooses free ports)"
             ) from None
 
 

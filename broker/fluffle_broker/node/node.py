@@ -145,7 +145,9 @@ def _start_container(info: NodeInfo, extra_conf: str, report: Report) -> NodeInf
         if ready := _await_ready(info):
             _limit_queues(ready, report)
             return ready
-        raise BrokerError("the container ended at once; 'docker ps --all' lists it")
+        raise BrokerError(
+            "the container with RabbitMQ ended at once; 'docker ps --all' shows its exit code"
+        )
     except BaseException:
         with contextlib.suppress(BrokerError):  # the first error is the one to report
             _clean_up(info)
@@ -180,7 +182,8 @@ def _await_ready(info: NodeInfo) -> NodeInfo | None:
         if time.monotonic() > end:
             raise BrokerError(
                 f"RabbitMQ (pid {info.pid}) does not answer on port {info.ports.amqp} after "
-                f"{_BOOT_TIMEOUT_S:.0f} s; see {info.logs}; 'fluffle broker down' ends it"
+                f"{_BOOT_TIMEOUT_S:.0f} s; see {info.logs}; to stop RabbitMQ, run 'fluffle "
+                "broker down'"
             )
         time.sleep(_POLL_S)
     return None
@@ -242,7 +245,7 @@ def _require_plain_path(folder: Path) -> None:
     if quotes := _UNQUOTABLE.intersection(str(folder)):
         raise BrokerError(
             f"RabbitMQ cannot boot in a folder with {' or '.join(sorted(quotes))} in its path "
-            f"({folder}); choose another one with --state"
+            f"({folder}); choose another folder with --state"
         )
 
 
@@ -251,9 +254,9 @@ def _require_space(folder: Path, extra_conf: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < launch.DISK_FREE_LIMIT_BYTES and "disk_free_limit" not in extra_conf:
         raise BrokerError(
-            f"only {free / 1e6:.0f} MB are free in {folder}, and RabbitMQ accepts no "
-            f"messages below {launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB; make room or "
-            "choose another --state"
+            f"only {free / 1e6:.0f} MB are free in {folder}, but RabbitMQ accepts no messages "
+            f"below {launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB; free some space, or choose "
+            "another folder with --state"
         )
 
 
@@ -305,6 +308,6 @@ def _readable_errors(folder: Path) -> Iterator[None]:
         if len(where) > 120:
             where = f"{where[:60]}…{where[-59:]}"
         raise BrokerError(
-            f"cannot use the state folder: {where}: {refused.strerror or refused}; "
-            "choose another one with --state (FLUFFLE_STATE)"
+            f"cannot use the state folder: {where}: {refused.strerror or refused}; choose "
+            "another folder with --state (FLUFFLE_STATE)"
         ) from refused

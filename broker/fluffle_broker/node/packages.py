@@ -98,7 +98,10 @@ def unpack(report: Report, cache: Path | None = None) -> Installation:
         ) from failed
     installation = find_unpacked(root)
     if installation is None:
-        raise BrokerError(f"the packages in {root} contain no {_SERVER}; delete that folder")
+        raise BrokerError(
+            f"the packages in {root} contain no {_SERVER}; delete that folder, and run the "
+            "command again"
+        )
     return installation
 
 

@@ -203,10 +203,10 @@ def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None
 def fluffle() -> None:
     """Federated learning over a message broker.
 
-    A coordinator publishes the global weights over RabbitMQ. Workers train on data that stays
-    with them and send updates back. Once a quorum has answered, the coordinator averages the
-    updates and opens the next round. Start them in any order, on any machines that reach the
-    broker:
+    A coordinator publishes the global weights over RabbitMQ. Workers train on data that stays with
+    them and send updates back. When a quorum of updates has arrived, the coordinator averages them
+    and opens the next round. Start the broker, the coordinator and the workers in any order, on any
+    machines that can reach the broker:
 
     \b
       fluffle broker up                                a private RabbitMQ

@@ -10,7 +10,6 @@ file is the flag without its dashes; a keyword argument is the same with undersc
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 import os
@@ -23,6 +22,8 @@ from typing import Any, Literal, TypeAlias
 import click
 from click.core import ParameterSource
 
+from fluffle_common.arguments import nearest
+from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import parse_config
 from fluffle_common.errors import UsageError
@@ -214,11 +215,18 @@ def _validated(
     for name, given_value in given.items():
         option, value = known.get(name), _without_numpy(given_value)
         if option is None:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = (
-                f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(sorted(known))}"
-            )
-            raise UsageError(f"{place(name)}: unknown {style} '{name}'; {hint}")
+            if style == "key" and isinstance(value, Mapping):
+                raise UsageError(
+                    f"{place(name)}: unknown table [{name}]; options are keys at the top of the "
+                    "file, in no table"
+                )
+            raise UsageError(f"{place(name)}: unknown {style} '{name}'; {nearest(name, known)}")
+        if style == "key" and isinstance(option.type, KeyValue) and isinstance(value, Mapping):
+            for hidden in sorted(value.keys() & known.keys()):
+                warn(
+                    f"{place(hidden)}: '{hidden}' is in the table [{name}], so the option is not "
+                    f"set; if you meant the option, move its line above [{name}]"
+                )
         try:
             values[str(option.name)] = raw = _raw(option, value)
             option.type_cast_value(ctx, raw)
@@ -256,7 +264,7 @@ def _raw(option: click.Option, value: Any) -> Any:
     if option.multiple:
         if not isinstance(value, list | tuple):
             expected = "a table" if isinstance(option.type, KeyValue) else "a list"
-            raise _WrongType(f"{expected} is expected, such as {_example(option)}")
+            raise _WrongType(f"expected {expected}, such as {_example(option)}")
         return [_single(option, one) for one in value]
     return _single(option, value)
 
@@ -280,24 +288,24 @@ def _single(option: click.Option, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and not value:
-        raise _WrongType("the text is empty; give a value, or leave it out for the default")
+        raise _WrongType("the text is empty; give a value, or omit this option to use its default")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = option.type
     if option.is_flag:
-        fits, expected = isinstance(value, bool), "true or false is expected"
+        fits, expected = isinstance(value, bool), "true or false"
     elif isinstance(kind, click.types.IntParamType):
-        fits, expected = is_number and isinstance(value, int), "a whole number is expected"
+        fits, expected = is_number and isinstance(value, int), "a whole number"
     elif isinstance(kind, click.types.FloatParamType):
-        fits, expected = is_number, "a number is expected"
+        fits, expected = is_number, "a number"
     elif isinstance(kind, click.Path):
-        fits, expected = isinstance(value, str), "a path in quotes is expected"
+        fits, expected = isinstance(value, str), "a path in quotes"
     elif isinstance(kind, click.types.StringParamType | click.Choice):
-        fits, expected = isinstance(value, str), "text in quotes is expected"
+        fits, expected = isinstance(value, str), "text in quotes"
     else:  # a type of our own, whose values look like text or like numbers
-        fits, expected = isinstance(value, str) or is_number, "text or a number is expected"
+        fits, expected = isinstance(value, str) or is_number, "text or a number"
         value = str(value) if is_number else value
     if not fits:
-        raise _WrongType(expected)
+        raise _WrongType(f"expected {expected}")
     return value
 
 

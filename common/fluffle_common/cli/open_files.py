@@ -13,7 +13,7 @@ from fluffle_common.errors import RunError
 def too_many_files(why: OSError) -> str:
     """Return one line for the user if too many files are open, else an empty text."""
     if why.errno == errno.ENFILE:
-        return "too many open files on this machine; end other programs and run this again"
+        return "too many open files on this machine; end other programs and run this command again"
     if why.errno != errno.EMFILE:
         return ""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -30,8 +30,12 @@ _GC_THRESHOLDS = (10_000, 20, 20)
 # Parameters of glibc's mallopt. Every round allocates messages and models of a few megabytes. Up to
 # these sizes, free memory is kept for the next round, because returning it to the system and
 # faulting it in again, page by page, takes about as long as filling it.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
 _KEPT_BYTES, _PIECE_BYTES = 32 * 2**20, 32 * 2**20
+# By default, threads allocate from several arenas, each of which keeps free memory of its own. With
+# one arena, the coordinator of a 10 MB model takes 120 MB instead of 170 to 210, and workers of a
+# 100 MB model spend 40 % less CPU time per round outside the training.
+_ARENAS = 1
 
 
 class Interrupted(Exception):
@@ -137,8 +141,9 @@ def _reset_signals_in_children() -> None:
 
 
 def _keep_memory() -> None:
-    """Set ``_KEPT_BYTES`` and ``_PIECE_BYTES``, if the C library has ``mallopt``."""
+    """Set ``_KEPT_BYTES``, ``_PIECE_BYTES`` and ``_ARENAS``, if the C library has ``mallopt``."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
         mallopt(_M_MMAP_THRESHOLD, _PIECE_BYTES)
+        mallopt(_M_ARENA_MAX, _ARENAS)

@@ -36,7 +36,8 @@ def cache_folder() -> Path:
         return Path.home() / ".cache"
     except RuntimeError:
         raise UsageError(
-            "this user has no home folder for a cache; choose a folder with XDG_CACHE_HOME"
+            "there is no folder for the cache, because this user has no home folder; name a "
+            "folder with XDG_CACHE_HOME"
         ) from None
 
 
@@ -71,8 +72,7 @@ def check_federation(name: str) -> str:
 
     if not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid name of a federation: use at most 64 letters, "
-            "digits, '-' and '_'"
+            f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and '_'"
         )
     return name
 
@@ -107,8 +107,8 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     classes = tuple(text.split(","))
     if "" in classes or len(set(classes)) < len(classes):
         raise UsageError(
-            "--classes expects different names with commas between them, such as a,b,c, not "
-            f"'{text}'"
+            "--classes expects names that are all different, with commas between them, such as "
+            f"a,b,c, not '{text}'"
         )
     return classes
 

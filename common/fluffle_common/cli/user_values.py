@@ -14,23 +14,23 @@ def real(value: Any) -> float:
     """Convert a number of any framework to a float, which may be NaN or infinite.
 
     Raises:
-        ValueError: if it is not one; the message is a predicate, such as "is 'x', but …".
+        ValueError: if it is not one; the message says what it is.
     """
     try:
         return float(_plain(value))
     except Exception:
-        raise ValueError(f"is {shown(value)}, but a number is expected") from None
+        raise ValueError(f"the value is {shown(value)}, but a number is expected") from None
 
 
 def number(value: Any) -> float:
     """Convert a finite number of any framework to a float.
 
     Raises:
-        ValueError: if it is not one; the message is a predicate, such as "is nan, but …".
+        ValueError: if it is not one; the message says what it is.
     """
     converted = real(value)
     if not math.isfinite(converted):
-        raise ValueError(f"is {converted}, but a finite number is expected")
+        raise ValueError(f"the value is {converted}, but a finite number is expected")
     return converted
 
 
@@ -38,7 +38,7 @@ def count(value: Any) -> int:
     """Convert a whole number of any framework to an int.
 
     Raises:
-        ValueError: if it is not one; the message is a predicate, such as "is 0.5, but …".
+        ValueError: if it is not one; the message says what it is.
     """
     try:
         plain = _plain(value)
@@ -46,7 +46,7 @@ def count(value: Any) -> int:
             return int(plain)
         return operator.index(plain)
     except Exception:
-        raise ValueError(f"is {shown(value)}, but a whole number is expected") from None
+        raise ValueError(f"the value is {shown(value)}, but a whole number is expected") from None
 
 
 def shown(value: Any) -> str:

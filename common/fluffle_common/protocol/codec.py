@@ -100,14 +100,14 @@ def decode(
         MalformedMessage: if the body is not exactly one valid document.
     """
     if body[:1] != _ARRAY_OF_TWO:
-        raise MalformedMessage("not a msgpack array of [header, payload]")
+        raise MalformedMessage("the body is not a msgpack array of [header, payload]")
     view = memoryview(body)
     header, end = _unpack_header(view[1:], max_header)
     if not isinstance(header, dict):
         raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
     message = parse(header)
     if federation is not None and message.federation != federation:
-        raise MalformedMessage(f"it belongs to federation {message.federation}")
+        raise MalformedMessage(f"the message belongs to federation {message.federation}")
     return message, _payload_from(view, 1 + end)
 
 

@@ -62,7 +62,9 @@ def handle_exchange(
     if handler is None:
         known = ", ".join(sorted(handlers)) or "none"
         raise MalformedMessage(
-            f"no handler for the exchange '{message.name}' (handled: {known})", "exchange"
+            f"there is no handler for the exchange '{message.name}' (exchanges with a handler: "
+            f"{known})",
+            "exchange",
         )
     try:
         return [(sent, sent.body()) for sent in handler(message, tensors)]

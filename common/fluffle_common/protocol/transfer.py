@@ -159,8 +159,8 @@ class Incoming(ABC):
             )
         if transfer.parts != -(-transfer.nbytes // codec.PART_BYTES):
             raise MalformedMessage(
-                f"{transfer.parts} parts of {codec.PART_BYTES} bytes cannot hold "
-                f"{transfer.nbytes} bytes"
+                f"the announced transfer is inconsistent: {transfer.parts} parts of "
+                f"{codec.PART_BYTES} bytes cannot hold {transfer.nbytes} bytes"
             )
         self.transfer = transfer
         self._missing = set(range(transfer.parts))
@@ -235,7 +235,9 @@ class Assembly(Incoming):
             # Reserves addresses only: the system provides each page when it is first written.
             self._buffer = np.empty(transfer.nbytes, np.uint8)
         except MemoryError:
-            raise MalformedMessage(f"not enough memory for {transfer.nbytes} bytes") from None
+            raise MalformedMessage(
+                f"not enough memory for a transfer of {transfer.nbytes} bytes"
+            ) from None
 
     def _store(self, start: int, payload: memoryview) -> None:
         self._buffer[start : start + len(payload)] = np.frombuffer(payload, np.uint8)

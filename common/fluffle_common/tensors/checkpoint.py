@@ -15,7 +15,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Container, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +40,7 @@ _READABLE = {*_DTYPES.values(), "BOOL", "C64"}  # BOOL and C64 can be read, but 
 
 _DIGEST_KEY = "fluffle_blake3"
 _STRATEGY_PREFIX = "strategy/"
+_METADATA = "__metadata__"
 _HAS_STRATEGY_STATE = "fluffle_strategy_state"  # a key in the metadata
 _BEFORE_DIGEST = f'{{"__metadata__":{{"{_DIGEST_KEY}": "'.encode()
 _DIGEST_AT = _HEADER_SIZE.size + len(_BEFORE_DIGEST)
@@ -68,17 +69,22 @@ def checkpoint_name(number: int) -> str:
     return f"round-{number:04d}.safetensors"
 
 
-def check_names(weights: Weights) -> None:
-    """Check that no tensor of a model has a name that is reserved for a strategy's state.
+def check_names(names: Iterable[str]) -> None:
+    """Check that no tensor of a model has a name that checkpoints reserve.
 
     Raises:
         ValueError: naming the first such tensor, and the remedy.
     """
-    for name in weights:
+    for name in names:
+        if name == _METADATA:
+            raise ValueError(
+                f"a tensor has the name '{name}', under which checkpoints have something else; "
+                "rename it"
+            )
         if name.startswith(_STRATEGY_PREFIX):
             raise ValueError(
                 f"the name of tensor '{name[:60]}' begins with '{_STRATEGY_PREFIX}', which "
-                "checkpoints reserve for the state of a strategy; rename it"
+                "checkpoints reserve for the state of a strategy; rename this tensor"
             )
 
 
@@ -252,7 +258,8 @@ def _check_readable(
     for name, dtype in dtypes.items():
         if dtype not in readable:
             raise UsageError(
-                f"tensor '{name}' of {path} is {dtype}, which is not supported; convert it to BF16"
+                f"tensor '{name}' of {path} is {dtype}, which is not supported; convert this "
+                "tensor to BF16"
             )
 
 
@@ -267,6 +274,6 @@ def _check_digest(path: Path) -> None:
         digest = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
     if digest.hex().encode() != expected:
         raise ValueError(
-            "its bytes do not match its digest: the file is damaged, or was changed without "
-            f"removing {_DIGEST_KEY} from its metadata"
+            "the bytes of the model do not match the file's digest: the file is damaged, or was "
+            f"changed without removing {_DIGEST_KEY} from its metadata"
         )

@@ -103,8 +103,8 @@ def compress(
 def _check_residual(codec: Codec, name: str, residual: Array) -> None:
     if codec.name not in OWN_NAMES and not np.isfinite(residual).all():
         raise CodecError(
-            f"the codec '{codec.name}' encodes the finite tensor '{name[:60]}' in a way that it "
-            "decodes to NaN or infinite values"
+            f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values are "
+            "finite, but they decode to NaN or infinite values"
         )
 
 
@@ -141,7 +141,7 @@ def _encode(
         length = f" of {len(result)}" if isinstance(result, tuple | list) else ""
         raise CodecError(
             f"encode() of the codec '{codec.name}' returned a {kind}{length} for tensor "
-            f"'{name[:60]}'; a tuple of {len(parts)} is expected, one for each of its parts"
+            f"'{name[:60]}'; expected a tuple of {len(parts)}, one for each of its parts"
         )
     encoded = tuple(np.asarray(part) for part in result)
     try:
@@ -229,7 +229,7 @@ def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Arr
         shape, dtype = getattr(result, "shape", ""), getattr(result, "dtype", type(result).__name__)
         raise CodecError(
             f"decode() of the codec '{codec.name}' returned {dtype} {shape} for tensor "
-            f"'{name[:60]}', expected {like.dtype} {like.shape}"
+            f"'{name[:60]}'; expected {like.dtype} {like.shape}"
         )
     return result
 
@@ -262,7 +262,7 @@ def _parts(codec: type[Codec], name: str, shape: Shape) -> tuple[Part, ...]:
     if not isinstance(parts, tuple) or not all(isinstance(part, Part) for part in parts):
         raise CodecError(
             f"parts({shape}) of the codec '{codec.name}' returned {parts!r:.80} for tensor "
-            f"'{name[:60]}'; a tuple of one or two Part is expected"
+            f"'{name[:60]}'; expected a tuple of one or two Part objects"
         )
     return parts
 

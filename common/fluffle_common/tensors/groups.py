@@ -58,8 +58,8 @@ class GroupedLayout:
             start = entries[0].offset if self.layouts else 0
             if start < end or start % ALIGNMENT:
                 raise ValueError(
-                    f"tensor '{entries[0].name}' has the wrong offset {start}: "
-                    f"a multiple of {ALIGNMENT}, at least {end}, is expected"
+                    f"tensor '{entries[0].name}' has the wrong offset {start}; expected a "
+                    f"multiple of {ALIGNMENT} that is at least {end}"
                 )
             self._starts[group] = start
             self.layouts[group] = layout_of(shifted(entries, -start, MODEL))
@@ -125,22 +125,32 @@ def check_extra(forms: Forms, wanted: ExtraForm | None, model: Weights) -> None:
     """
     if wanted is None:
         if forms:
-            raise ValueError(f"the extra tensor '{min(forms)[:60]}' was not requested")
+            raise ValueError(_unrequested(min(forms)))
         return
     if wanted == "model":
         shapes = {name: model[name].shape for name in forms.keys() & model.keys()}
         if not forms:
-            raise ValueError("the requested extra tensors are missing")
+            raise ValueError(
+                "the update lacks the tensors that the strategy requires in addition to the weights"
+            )
     else:
         shapes = wanted
         missing = sorted(wanted.keys() - forms.keys())
         if missing:
-            raise ValueError(f"the extra tensor '{missing[0][:60]}' is missing")
+            raise ValueError(
+                f"the update lacks the tensor '{missing[0][:60]}', which the strategy requires "
+                "in addition to the weights"
+            )
     for name, form in forms.items():
         if name not in shapes:
-            raise ValueError(f"the extra tensor '{name[:60]}' was not requested")
+            raise ValueError(_unrequested(name))
         if form.shape != tuple(shapes[name]) or not is_float(form.dtype):
             raise ValueError(
-                f"the extra tensor '{name[:60]}' is {form.dtype} {form.shape}, "
-                f"expected floats of shape {tuple(shapes[name])}"
+                f"the tensor '{name[:60]}', which the strategy requires in addition to the "
+                f"weights, is {form.dtype} {form.shape}; expected floats of shape "
+                f"{tuple(shapes[name])}"
             )
+
+
+def _unrequested(name: str) -> str:
+    return f"the update has the extra tensor '{name[:60]}', which the strategy did not request"

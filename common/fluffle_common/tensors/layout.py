@@ -38,15 +38,15 @@ _NAMES_BY_DTYPE = {np.dtype(name).newbyteorder("<"): name for name in DTYPES}
 _DTYPES_BY_NAME = {name: dtype for dtype, name in _NAMES_BY_DTYPE.items()}
 # For unsupported dtypes, by the first match of the beginning of their name.
 _REMEDIES = {
-    "bool": "keep it out of the weights or use uint8",
-    "complex": "split it into its real and imaginary parts",
+    "bool": "keep this tensor out of the weights or use uint8",
+    "complex": "split this tensor into its real and imaginary parts",
     "float8": "use bfloat16",
     "float": "use float64",  # float96 or float128
     "longdouble": "use float64",
     "int": "use int8",  # int2 or int4
     "uint": "use uint8",
 }
-_DEFAULT_REMEDY = "keep it out of the weights"
+_DEFAULT_REMEDY = "keep this tensor out of the weights"
 
 
 class Place(NamedTuple):
@@ -281,7 +281,9 @@ def as_maps(table: tuple[TensorEntry, ...]) -> list[dict[str, Any]]:
 
 def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
     if len(signature) > MAX_TENSORS:
-        raise ValueError(f"there are {len(signature)} tensors; at most {MAX_TENSORS} can be sent")
+        raise ValueError(
+            f"the number of tensors is {len(signature)}; at most {MAX_TENSORS} can be sent"
+        )
     table, offset = [], 0
     for name, dtype, shape in signature:
         _check_name(name)
@@ -293,8 +295,8 @@ def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
             )
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(
-                f"{_label(name)} has {len(shape)} dimensions; at most {MAX_DIMENSIONS} can be "
-                "sent; reshape it"
+                f"{_label(name)} has {len(shape)} dimensions; reshape it to at most "
+                f"{MAX_DIMENSIONS} dimensions"
             )
         offset += -offset % ALIGNMENT
         nbytes = math.prod(shape) * dtype.itemsize
@@ -307,11 +309,11 @@ def _check_name(name: object) -> None:
     if not isinstance(name, str):
         raise ValueError(f"{_label(name)} has a name of type {type(name).__name__}; use a string")
     if not name:
-        raise ValueError("a tensor has the empty name ''; give it one")
+        raise ValueError("a tensor has the empty name ''; give the tensor a name")
     if len(name) > MAX_TENSOR_NAME:
         raise ValueError(
-            f"{_label(name)} has a name of {len(name)} characters; at most {MAX_TENSOR_NAME} "
-            "can be sent; shorten it"
+            f"{_label(name)} has a name of {len(name)} characters; use a name of at most "
+            f"{MAX_TENSOR_NAME} characters"
         )
     try:
         name.encode()
@@ -347,8 +349,8 @@ def _checked_places(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
             )
         if offset < end or offset % ALIGNMENT:
             raise ValueError(
-                f"tensor '{name}' has the wrong offset {offset}: "
-                f"a multiple of {ALIGNMENT}, at least {end}, is expected"
+                f"tensor '{name}' has the wrong offset {offset}; expected a multiple of "
+                f"{ALIGNMENT} that is at least {end}"
             )
         if not nbytes:
             try:

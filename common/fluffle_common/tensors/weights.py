@@ -100,8 +100,8 @@ def _subtract(name: str, new: Array, old: Array, out: Array | None = None) -> Ar
         return difference
     if ((new >= old) != (difference >= 0)).any():  # wrapped around
         raise ValueError(
-            f"tensor '{name}' changed by more than an int64 can hold; "
-            "keep it out of the weights, or use integers of 32 bits"
+            f"tensor '{name}' changed by more than an int64 can hold; keep this tensor out of "
+            "the weights, or use integers of 32 bits"
         )
     return difference
 

@@ -60,7 +60,10 @@ class MemoryLink(Link):
             if isinstance(entity, Binding):
                 if not self._broker.bind(entity):  # RabbitMQ would close the channel
                     self.cut()
-                    raise LinkLost(f"no '{entity.queue}' or no '{entity.exchange}' to bind")
+                    raise LinkLost(
+                        f"cannot bind queue '{entity.queue}' to exchange '{entity.exchange}', "
+                        "because one of the two does not exist"
+                    )
             else:
                 self._broker.declare(entity)
 
@@ -334,4 +337,4 @@ def _conflict(wanted: Queue, existing: Queue) -> str:
             f"'{wanted.name}' already exists on the broker with different arguments; use the "
             "same --queue-type everywhere, or delete the old queue"
         )
-    return f"queue '{wanted.name}' was created by another version of fluffle; delete it"
+    return f"queue '{wanted.name}' was created by another version of fluffle; delete the queue"

@@ -205,5 +205,6 @@ def check_user(user: str | None, delivery: Delivery) -> None:
     sender = delivery.properties.user
     if sender != user:
         raise MalformedMessage(
-            f"it names {user} as its sender, but the user {sender or 'unknown'} sent it", "sender"
+            f"the message names {user} as its sender, but the user {sender or 'unknown'} sent it",
+            "sender",
         )

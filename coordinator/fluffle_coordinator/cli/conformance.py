@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 @click.option(
     "--large",
     is_flag=True,
-    help="Add a 5 MiB tensor to the model, so that the model is sent in parts. Only for workers "
-    "that accept tensors of any shape.",
+    help="Add a 5 MiB tensor to the model, so that the model is sent in parts. Use this "
+    "option only for workers that accept tensors of any shape.",
 )
 @click.option(
     "--twice",
@@ -57,16 +57,22 @@ if TYPE_CHECKING:
     help="Time limit for each answer of the worker, in seconds; must be longer than one "
     "training run.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object at the end instead.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print one JSON object at the end instead of one line per demand.",
+)
 @queue_type_option
 @click.pass_context
 def conformance(ctx: click.Context, /, **options: Any) -> None:
     """Check whether a worker does what docs/protocol.md demands.
 
-    The command plays a coordinator, waits for a worker, and confronts it with what can happen in a
-    real run: repeated, newer or older work, other weights, a lost part, a rejected update, unusual
-    messages, and the end. It prints one line per demand and exits with 1 if one is not met. The
-    worker trains about thirty times, so give it a quick task.
+    The command plays a coordinator, waits for a worker, and confronts the worker with what can
+    happen in a real run: repeated, newer or older work, other weights, a lost part, a rejected
+    update, unusual messages, and the end. The command prints one line per demand, and exits with
+    code 1 if a demand is not met. The worker trains about thirty times, so give the worker a quick
+    task.
 
     \b
       fluffle conformance --url amqp://localhost &

@@ -59,8 +59,8 @@ def run_option(command: Any) -> Any:
     type=QUORUM,
     default="all",
     metavar="N|FRACTION|all",
-    help="Number of updates that a round needs to close: a number, a fraction of the workers "
-    "selected for the round, or all of those workers.",
+    help="How many updates must arrive before a round closes: a number, a fraction of the "
+    "workers selected for the round, or all, which means one from each of these workers.",
 )
 @click.option(
     "--grace",
@@ -188,8 +188,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help="Keep every counted update in the run folder, for 'fluffle replay'. Each round's "
-    "updates then stay on the disk.",
+    help="Keep every counted update in the run folder, for 'fluffle replay'. Every round then "
+    "needs disk space for its updates.",
 )
 @click.option(
     "--dashboard",
@@ -203,20 +203,21 @@ def run_option(command: Any) -> Any:
 def coordinator(**options: Any) -> None:
     """Run a federation: open rounds, average updates, keep models.
 
-    The coordinator waits for workers and sends them the global weights. As soon as a quorum of
-    updates has arrived, it averages them by number of examples and opens the next round. Every
-    round's model is kept in the run folder; its updates are acknowledged once it is on disk.
+    The coordinator waits for workers and sends them the global weights. When a quorum of updates
+    has arrived, the coordinator averages them, weighting each by its number of examples, and opens
+    the next round. The coordinator keeps every round's model in the run folder, and acknowledges a
+    round's updates when the round's model is on disk.
 
     After Ctrl-C or a crash, the same command continues after the last committed round. A second
-    coordinator on the same run folder waits, and takes over when the first is gone.
+    coordinator on the same run folder waits, and takes over when the first coordinator is gone.
 
     \b
       fluffle coordinator --federation letters --quorum 3
       fluffle coordinator --federation letters --quorum 0.5 --deadline 300
       fluffle coordinator federation.toml --rounds 12
 
-    Every option can also be set in a TOML file, as a key of the same name: 'rounds = 6'. An option
-    on the command line overrides its key.
+    You can also set every option in a TOML file, as a key with the same name, such as 'rounds = 6'.
+    An option on the command line overrides the key in the file.
     """
     from fluffle_coordinator.service.app import run_coordinator
 
@@ -234,9 +235,9 @@ def coordinator(**options: Any) -> None:
 def history(folder: Path, as_json: bool) -> None:
     """Show the history of a run, one row per round.
 
-    Loss and metrics are those of the round's model on the workers' held-out data. The letters
-    task's metric 'temperature' calibrates the model: 'fluffle predict' divides the model's outputs
-    by it, so that its confidence matches its accuracy; 1 changes nothing.
+    The loss and the metrics are those of the round's model on the workers' held-out data. The
+    letters task has a metric 'temperature': 'fluffle predict' divides the model's outputs by this
+    number, so that the model's confidence matches its accuracy. A temperature of 1 changes nothing.
     """
     from fluffle_coordinator.cli.history_table import history_table
     from fluffle_coordinator.storage.history import read_history

@@ -23,10 +23,11 @@ from fluffle_common.cli.app import federation_option, management_option, url_opt
 def dashboard(federation: str, url: str | None, address: str, management: str | None) -> None:
     """Show a federation on a live page.
 
-    The page shows rounds, workers, queues and rejected messages. This command runs on any machine
-    that reaches the broker and only reads: the journal, copies of the workers' heartbeats, and
-    RabbitMQ's management API. Start and stop it at any time; it survives outages of the broker and
-    the coordinator. It also serves /metrics for Prometheus, /healthz, /readyz and /api/board.
+    The page shows rounds, workers, queues and rejected messages. The command runs on any machine
+    that can reach the broker, and changes nothing. It reads the journal, copies of the workers'
+    heartbeats, and RabbitMQ's management API. You can start and stop the command at any time, and
+    it survives outages of the broker and the coordinator. The page's server also provides /metrics
+    for Prometheus, /healthz, /readyz and /api/board.
 
     'fluffle coordinator --dashboard' serves the same page from the coordinator itself.
 

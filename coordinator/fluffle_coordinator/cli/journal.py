@@ -94,9 +94,9 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
 def journal(**options: Any) -> None:
     """Print what happened in a federation, one event per line.
 
-    The coordinator keeps its journal on the broker. Anyone who can reach the broker can read it as
-    often as they like; reading removes nothing. Times are local; a heading marks each change of
-    the day or the run.
+    The coordinator keeps its journal on the broker. Anyone who can reach the broker can read the
+    journal as often as they like; reading removes nothing. Times are in local time. A heading marks
+    each change of the day or the run.
 
     \b
       fluffle journal --federation letters --since 10m
@@ -172,10 +172,10 @@ def explain(
 ) -> None:
     """Explain what happened in a round, or what it is waiting for.
 
-    The answer comes from the journal, so anyone can ask, while the round is open or long after:
-    which workers were asked, which answered and when, which are missing and why, what was late or
-    rejected, how much time is left, and which answered last. Without ROUND, it explains the newest
-    round of the newest run.
+    The command reads the journal, so you can use it while the round is open or long afterwards. It
+    shows which workers were asked, which answered and when, which are missing and why, what was
+    late or rejected, how much time is left, and which worker answered last. Without ROUND, the
+    command explains the newest round of the newest run.
 
     \b
       fluffle explain --federation letters            what is it waiting for?
@@ -270,7 +270,7 @@ def _where(federation: str | None, url: str | None) -> tuple[Transport, Topology
 
     if federation is None:
         raise UsageError(
-            "missing option '--federation', or '--run' for the journal of a simulation"
+            "no journal is named; give --federation, or give --run for the journal of a simulation"
         )
     topology = Topology(check_federation(federation))
     return AmqpTransport(broker_url(url), f"fluffle journal of {federation}"), topology

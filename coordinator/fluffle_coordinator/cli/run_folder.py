@@ -34,12 +34,12 @@ _run_argument = click.argument(
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="Your own codec, as given to the coordinator with --compress.",
+    help="Your own codec: the same one that the coordinator was given with --compress.",
 )
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="Where to find the run's strategy, if the strategy file has moved since the run.  "
+    help="Where to find the run's strategy, if the strategy file has been moved since.  "
     "[default: the location in run.json]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")
@@ -51,9 +51,9 @@ def replay(
     RUN is the run folder, such as runs/letters, of a coordinator that ran with --keep-updates.
     Starting from the model of the round before, the round's updates go through the coordinator's
     checks and the run's strategy again, in the order in which they were counted. The result is
-    compared bit by bit with the committed model. For federated averaging, the average is also
-    computed independently with plain NumPy; that may differ in the last bit, because it sums in
-    another order.
+    compared bit by bit with the committed model. For federated averaging, the command also computes
+    the average independently with plain NumPy. The NumPy average may differ in the last bit,
+    because NumPy sums in another order.
 
     Exit code 0: equal; 1: different; 2: something is missing or damaged.
 
@@ -90,8 +90,8 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
     named = load_strategy(given or recorded)
     if named.name != name:
         raise UsageError(
-            f"round {number} of {folder} was made with the strategy {name}, not {named.name}; give "
-            f"{name} with --strategy"
+            f"round {number} of {folder} was made with the strategy {name}, not {named.name}; "
+            f"give --strategy {name}"
         )
     if not named.strategy.needs.repeatable:
         raise UsageError(
@@ -147,14 +147,20 @@ def _words(distance: Distance) -> str:
     metavar="HTML",
     help="File to write the page to.  [default: report.html in the run folder]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the page's data as JSON instead.")
+@click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the report's data as JSON instead of writing a page.",
+)
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a report of a run: one HTML file, to keep or to send.
 
-    The report is the live page as the run left it, in one file that works without a network. It
-    shows the curves, who took part in which round, where the time went, what was late or rejected
-    and why, the configuration, the versions of the software, and the checkpoints with their
-    SHA-256. RUN is the run folder, such as runs/letters; the run may still be going on.
+    The report is the live page at the end of the run, in one file that works without a network. The
+    report shows the curves, which workers took part in which round, where the time went, what was
+    late or rejected and why, the configuration, the versions of the software, and the checkpoints
+    with their SHA-256. RUN is the run folder, such as runs/letters. You can also write a report
+    while the run continues.
 
     \b
       fluffle report runs/letters --out report.html

@@ -88,10 +88,11 @@ schedule_options = option_group(
         "--schedule",
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
-        help="When to make the next model. With 'quorum', training goes in synchronous rounds, "
-        "and each round closes at its quorum. With 'buffered', training is asynchronous: an "
-        "idle worker trains the newest model at once, and every --buffer updates make the "
-        "next model (docs/schedules.md).",
+        help="When to make the next model. With 'quorum', training proceeds in synchronous "
+        "rounds, and each round closes when its quorum is reached. With 'buffered', training "
+        "is asynchronous: an idle worker starts to train the newest model at once, and the "
+        "coordinator makes a new model whenever as many updates as --buffer says have arrived "
+        "(see docs/schedules.md).",
     ),
     click.option(
         "--buffer",
@@ -111,17 +112,16 @@ schedule_options = option_group(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help="Maximum staleness of an update, which is the number of versions by which its model "
-        "is out of date; staler updates are discarded.  [default: 20 with 'buffered', 2 with "
-        "'--late discount']",
+        help="Maximum staleness of an update: the number of models that were made after the one "
+        "that the update was trained from. Staler updates are discarded.  [default: 20 with "
+        "'buffered', 2 with '--late discount']",
     ),
     click.option(
         "--staleness",
         type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
-        help="Function of the staleness that sets which fraction of its weight a stale update "
-        "keeps: constant, polynomial:a, hinge:a,b or threshold:s (docs/schedules.md).  "
-        "[default: polynomial:0.5]",
+        help="Function that reduces the weight of a stale update: constant, polynomial:a, "
+        "hinge:a,b or threshold:s (docs/schedules.md).  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",

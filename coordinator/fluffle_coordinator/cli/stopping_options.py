@@ -26,8 +26,8 @@ stopping_options = option_group(
         "--patience",
         type=count(),
         metavar="ROUNDS",
-        help="End the run after this number of rounds without improvement of the --monitor metric "
-        "(without --monitor, of the loss).",
+        help="End the run when the --monitor metric (without --monitor, the loss) has not "
+        "improved for this number of rounds.",
     ),
     click.option(
         "--time-budget",

@@ -15,9 +15,10 @@ from fluffle_common.cli.printing import echo, screen, table
 def strategies() -> None:
     """List the built-in strategies with their arguments.
 
-    Join parts with '+': transforms of an update, at most one mean, and at most one server step.
-    Parts that you leave out are as in fedavg: a mean weighted by numbers of examples, added to the
-    model. Give arguments by name; the name of the first may be left out.
+    A strategy consists of parts that you join with '+': transforms of an update, at most one mean,
+    and at most one server step. If you leave out the mean, updates are averaged by their numbers of
+    examples. If you leave out the server step, the average is added to the model. Give the
+    arguments of a part by name; you may leave out the name of the first argument.
 
     \b
       fluffle coordinator --federation letters --strategy fedadam:lr=0.03

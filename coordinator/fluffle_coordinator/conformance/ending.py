@@ -24,7 +24,9 @@ async def one_session(probe: Probe) -> str:
     """Check the session of all presence messages."""
     sessions = _sessions(probe)
     if len(sessions) > 1:
-        raise Unmet(f"{len(sessions)} sessions: the worker restarted, or changes its session")
+        raise Unmet(
+            f"the worker used {len(sessions)} sessions, so it restarted or changed its session"
+        )
     return "one session"
 
 
@@ -72,7 +74,7 @@ async def stop(probe: Probe) -> str:
 async def refusal(probe: Probe) -> str:
     """Refuse the worker after it has been restarted."""
     if not probe.options.twice:
-        raise Skipped("needs a second start of the worker; --twice waits for it")
+        raise Skipped("this check needs a second start of the worker; add --twice to wait for it")
     earlier = _sessions(probe)
     probe.options.tell(f"start worker {probe.worker} once more, to be refused")
     again = await probe.next(
@@ -96,7 +98,7 @@ async def refusal(probe: Probe) -> str:
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
         raise Unmet(
-            f"the worker still consumes its inbox after {probe.options.patience_s:g} s"
+            f"the worker still consumes its inbox {probe.options.patience_s:g} s after the refusal"
         ) from None
     return "it left"
 

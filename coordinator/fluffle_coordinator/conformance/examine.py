@@ -93,8 +93,8 @@ async def _probe(
             yield Probe(link, topology, options)
         except QueueInUse:
             raise RunError(
-                f"federation {topology.federation} has a coordinator; give a federation that "
-                "nothing else uses with --federation"
+                f"federation {topology.federation} has a coordinator; with --federation, name a "
+                "federation that nothing else uses"
             ) from None
 
 
@@ -106,8 +106,8 @@ async def _first_sign(probe: Probe) -> None:
     except Unmet:
         fault = f"; malformed message {probe.faults[0]}" if probe.faults else ""
         raise RunError(
-            f"no worker was heard in federation {probe.topology.federation} within {wait_s:g} s"
-            f"{fault}; start one, or give it more time with --wait"
+            f"no worker was heard in federation {probe.topology.federation} within {wait_s:g} "
+            f"s{fault}; start a worker, or raise the time limit with --wait"
         ) from None
 
 

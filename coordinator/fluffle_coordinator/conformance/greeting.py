@@ -28,8 +28,8 @@ async def hello(probe: Probe) -> str:
         if probe.faults:
             raise Unmet(f"malformed: {probe.faults[0]}") from None
         raise Skipped(
-            f"worker {probe.worker} was started before this command; stop it, and start it again "
-            "while this command waits"
+            f"worker {probe.worker} was started before this command; stop the worker, and start "
+            "it again while this command waits"
         ) from None
     if PROTOCOL not in greeting.protocols:
         raise Unmet(f"protocols are {list(greeting.protocols)}")
@@ -58,7 +58,7 @@ async def first_weights(probe: Probe) -> str:
     weights, frozen = groups[MODEL], groups.get(FROZEN, {})
     try:
         if not weights:
-            raise ValueError("first_weights without a tensor")
+            raise ValueError("the worker sent a first_weights message without a tensor")
         check_names(weights)
         check_finite(weights)
     except ValueError as why:
@@ -69,6 +69,7 @@ async def first_weights(probe: Probe) -> str:
     probe.begin_with(weights, frozen)
     if announced is not None and announced.digest != form.digest:
         raise Unmet(
-            f"{form.summary} with digest {form.digest}; the hello announced {announced.digest}"
+            f"the first weights are {form.summary} with digest {form.digest}, but the worker's "
+            f"hello message announced digest {announced.digest}"
         )
     return form.summary

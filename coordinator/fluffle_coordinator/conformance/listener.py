@@ -119,7 +119,7 @@ class Listener(ABC):
             if not message.run.startswith(RUNS):  # of a real run, which has to stay in the queue
                 raise UsageError(
                     f"federation {self.topology.federation} has messages of run {message.run}; "
-                    "give a federation that nothing else uses with --federation"
+                    "with --federation, name a federation that nothing else uses"
                 )
         delivery.ack()
         if not isinstance(message, FromWorker):
@@ -163,13 +163,15 @@ class Listener(ABC):
                 return result
             left_s = end - self._now()
             if left_s <= 0:
-                raise Unmet(f"no {what} within {limit_s:g} s; {self._last_heartbeat()}")
+                raise Unmet(
+                    f"the worker sent no {what} within {limit_s:g} s; {self._last_heartbeat()}"
+                )
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(min(left_s, _POLL_S)):
                     await self._news.wait()
                 continue
             if within_s is None and await self.gone() and find() is None:
-                raise Unmet(f"no {what}: the worker is gone; its inbox has no consumer")
+                raise Unmet(f"the worker sent no {what}, and is gone: its inbox has no consumer")
 
     def _last_heartbeat(self) -> str:
         if not (signs := signs_of_life(self.messages)):

@@ -104,7 +104,7 @@ async def _check_not_accepted(probe: Probe, *refused: SentFit) -> None:
 def _check_no_evidence(probe: Probe, refused: Iterable[SentFit]) -> None:
     for sent in refused:
         if evidence := probe.accepted(sent):
-            raise Unmet(f"the worker accepted the work of round {sent.fit.round}: {evidence}")
+            raise Unmet(f"the worker accepted the work for round {sent.fit.round}: {evidence}")
 
 
 def unsound_fits(probe: Probe) -> Iterator[tuple[bytes, Fit]]:
@@ -185,7 +185,7 @@ async def update_in_parts(probe: Probe) -> str:
     again, _ = await probe.update(await probe.ask(sent.fit))
     assert again.transfer is not None
     if first.transfer.id == again.transfer.id:
-        raise Unmet("the second transfer has the id of the first")
+        raise Unmet("the second transfer of the update has the same id as the first one")
     digest = "with" if first.transfer.digest else "without"
     return f"{first.transfer.parts} parts, twice, {digest} a digest"
 
@@ -199,8 +199,8 @@ def _in_parts(probe: Probe) -> int:
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:
         raise Skipped(
-            f"the model's {size_bytes(probe.weights):,} bytes fit into one message; --large adds "
-            "a tensor of 5 MiB"
+            f"the model's {size_bytes(probe.weights):,} bytes fit into one message; add --large "
+            "for a model that is sent in parts"
         )
     return transfer.parts
 

@@ -153,7 +153,7 @@ class Probe(Listener):
 
         def find() -> list[ReceivedUpdate] | None:
             if failure := self.failure_of(sent):
-                raise Unmet(f"a failure instead of an update: {failure.reason}")
+                raise Unmet(f"the worker sent a failure instead of an update: {failure.reason}")
             return self.updates_of(sent) or None
 
         (update, inline), *_ = await self.until(find, f"update of round {sent.fit.round}")
@@ -163,11 +163,13 @@ class Probe(Listener):
             if crossed:
                 await self.idle()  # by then, everything else in transit has arrived
                 return await self.update(await self.ask(sent.fit))
-            raise Unmet(f"an update without its parts: {why}") from None
+            raise Unmet(f"the worker sent an update without its parts: {why}") from None
         try:
             decode_contribution(update, payload, self.weights)
         except MalformedMessage as why:
-            raise Unmet(f"an update that is rejected ({why.cause}): {why}") from None
+            raise Unmet(
+                f"the worker sent an update that a coordinator rejects ({why.cause}): {why}"
+            ) from None
         return ReceivedUpdate(update, payload)
 
     async def _payload(self, message: Update | FirstWeights, inline: memoryview) -> memoryview:
@@ -186,7 +188,9 @@ class Probe(Listener):
             await fetch(self.link, outbox, assembly, self.topology.rejected)
             return assembly.payload()
         except MalformedMessage as why:
-            raise Unmet(f"parts that do not match their announcement: {why}") from None
+            raise Unmet(
+                f"the worker sent parts that do not match their announcement: {why}"
+            ) from None
 
     async def first_weights(self) -> Groups:
         """Request first weights, and decode all their groups."""
@@ -203,7 +207,7 @@ class Probe(Listener):
         try:
             return read_groups(message.tensors, await self._payload(message, inline))
         except (MalformedMessage, PartsGone) as why:
-            raise Unmet(f"first weights that cannot be read: {why}") from None
+            raise Unmet(f"the worker sent first weights that cannot be read: {why}") from None
 
     async def evaluation(self) -> Evaluation:
         """Send an ``evaluate`` under a new base, and wait for the answer.

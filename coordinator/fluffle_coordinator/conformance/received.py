@@ -77,7 +77,7 @@ def check_rhythm(messages: Sequence[Received], now: float) -> str:
     longest_s = max(later - earlier for earlier, later in pairwise(times))
     summary = f"{len(signs)} heartbeats, one every {every_s:g} s announced"
     if longest_s > Rules.patience * every_s:
-        raise Unmet(f"{summary}, and none for {longest_s:.1f} s")
+        raise Unmet(f"the worker sent {summary}, but none for {longest_s:.1f} s")
     return f"{summary}, the longest silence {longest_s:.1f} s"
 
 

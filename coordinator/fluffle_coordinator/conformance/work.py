@@ -48,9 +48,14 @@ async def evaluation_before_the_update(probe: Probe) -> str:
     if evaluation is None:
         return "an update without an evaluation: there is no held-out data"
     if evaluation.round != sent.fit.round - 1:
-        raise Unmet(f"an evaluation of round {evaluation.round}, not of {sent.fit.round - 1}")
+        raise Unmet(
+            f"the worker sent an evaluation of round {evaluation.round}; expected round "
+            f"{sent.fit.round - 1}"
+        )
     if isinstance(answers[0], Update):
-        raise Unmet("the evaluation came after the update")
+        raise Unmet(
+            "the worker sent its evaluation after the update; expected the evaluation first"
+        )
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples, then the update"
 
 
@@ -179,7 +184,9 @@ async def evaluate(probe: Probe) -> str:
     number = probe.round
     evaluation = await probe.evaluation()
     if evaluation.round != number:
-        raise Unmet(f"an evaluation of round {evaluation.round}, not of {number}")
+        raise Unmet(
+            f"the worker sent an evaluation of round {evaluation.round}; expected round {number}"
+        )
     if not evaluation.num_examples:
         return "no held-out data"
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples"
@@ -205,9 +212,9 @@ async def evaluate_during_training(probe: Probe) -> str:
 async def frozen_tensors(probe: Probe) -> str:
     """Send work that needs other frozen tensors: without them, with them, and without them."""
     if FROZEN not in _last_sign(probe).features:
-        raise Skipped("the worker's features do not list frozen")
+        raise Skipped("the worker does not list the feature 'frozen' in its heartbeats")
     if not probe.frozen:
-        raise Skipped("first_weights had no tensors in the group frozen")
+        raise Skipped("the worker's first_weights message had no tensors in the group 'frozen'")
     other = frozen_of({name: old + old.dtype.type(1) for name, old in probe.frozen.items()})
     needs = {"frozen": other.digest, "critical": (FROZEN,)}
 
@@ -215,12 +222,16 @@ async def frozen_tensors(probe: Probe) -> str:
     await probe.read_by_now()
     state = _last_sign(probe).state
     if probe.updates_of(sent) or state != "receiving":
-        raise Unmet(f"the worker is {state} after a fit whose frozen tensors were not sent to it")
+        raise Unmet(
+            f"the worker is in state {state} after a fit message without its frozen tensors; "
+            "expected the state 'receiving'"
+        )
 
     await probe.update(await probe.ask(sent.fit, beside={FROZEN: other.tensors}))
     if other.digest not in (await probe.idle()).frozen:
         raise Unmet(
-            "the worker's heartbeat does not list the digest of the tensors that it was sent"
+            "the worker's heartbeat does not list the digest of the frozen tensors that the "
+            "worker received"
         )
 
     await probe.update(await probe.ask(probe.next_fit(**needs)))

@@ -77,8 +77,10 @@ def try_to_finish(state: State, now: float, out: Effects) -> State:
             return state
         state = record_evaluation(state, out, partial=True)
     done = state.round - 1
-    rounds = "1 round is" if done == 1 else f"{done} rounds are"
-    return end(state, "finished", state.enough or f"{rounds} done", out)
+    rounds = "1 round is done" if done == 1 else f"{done} rounds are done"
+    if state.rules.rounds_limit:
+        rounds = f"{rounds}; {state.rules.rounds_limit}"
+    return end(state, "finished", state.enough or rounds, out)
 
 
 def end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:

@@ -69,6 +69,7 @@ class Rules:
         hearing_s: how long the silence may last, the coordinator's own echo included, before the
             clock stops (see ``clock``); less if a shorter silence would already make workers
             count as gone. Infinity never stops the clock.
+        rounds_limit: why there are no more rounds, if the operator asked for more.
     """
 
     rounds: int
@@ -96,6 +97,7 @@ class Rules:
     wait_s: float = 86400.0
     resend_s: float = 15.0
     hearing_s: float = 3.0
+    rounds_limit: str = ""
 
     @property
     def fewest_present(self) -> int:

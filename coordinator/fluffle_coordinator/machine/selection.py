@@ -90,6 +90,8 @@ def select(
     count: int,
     draw: Draw,
     last: Collection[str] = (),
+    *,
+    least: int = 1,
 ) -> tuple[str, ...]:
     """Return the names of the workers that a rule selects, in order.
 
@@ -99,6 +101,7 @@ def select(
         count: how many to select.
         draw: what chance depends on.
         last: names of workers that are selected only when no others are left.
+        least: how many a Poisson sample has at least.
 
     Example:
         >>> present = [Candidate("a"), Candidate("b"), Candidate("c")]
@@ -113,6 +116,10 @@ def select(
     if len(first) < count and len(first) < len(by_name):
         others = [candidate for candidate in by_name if candidate.name in last]
         selected |= set(selection.choose(others, min(count - len(first), len(others)), draw))
+    least = min(least, count)
+    if selection == POISSON and len(selected) < least:
+        rest = [candidate for candidate in by_name if candidate.name not in selected]
+        selected |= set(_uniform(rest, least - len(selected), draw))
     return tuple(candidate.name for candidate in by_name if candidate.name in selected)
 
 
@@ -134,12 +141,9 @@ def _uniform(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[st
 
 
 def _poisson(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
-    """Select each worker independently, with the chance ``count / len(candidates)``.
-
-    If that selects nobody, the worker with the lowest lot is selected.
-    """
+    """Select each worker independently, with the chance ``count / len(candidates)``."""
     names = [candidate.name for candidate in candidates]
-    return by_chance(names, count / max(1, len(names)), draw) or _uniform(candidates, 1, draw)
+    return by_chance(names, count / max(1, len(names)), draw)
 
 
 def _weighted(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:

@@ -55,7 +55,7 @@ class Discount:
             args = (math.nan,)
         if len(args) != len(default) or not all(0 <= arg < math.inf for arg in args):
             raise ValueError(
-                f"invalid discount '{text[:60]}'; expected the form of {cls(kind, default)}, with "
+                f"invalid discount '{text[:60]}'; write it like {cls(kind, default)}, with "
                 "numbers of at least 0"
             )
         return cls(kind, args)

@@ -29,7 +29,7 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
     """Accept an update and fold it, hold it as a copy, or say why it does not count."""
     handle, number = event.handle, event.round
     if event.run != state.run:
-        reason = f"it belongs to run {event.run}; this coordinator runs {state.run}"
+        reason = f"the message belongs to run {event.run}, but this coordinator runs {state.run}"
         out.append(Reject(handle, reason, "run"))
         return state
     update = _with_ticket(state, event)
@@ -44,7 +44,7 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
         return _reject(state, event, f"round {number} has not been opened", out)
     base = state.base_of(number)
     if event.base != base:
-        trained = f"it was trained from the weights {event.base}"
+        trained = f"the update was trained from the weights {event.base}"
         return _reject(state, event, f"{trained}; round {number} began with {base}", out)
     if ticket.sequence > max(state.sequence, number) + SEQUENCE_GAP:
         reason = f"ticket {ticket.sequence} of {ticket.worker} was not issued"

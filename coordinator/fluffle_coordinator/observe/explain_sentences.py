@@ -279,8 +279,8 @@ def _progress(explanation: Explanation) -> Iterator[str]:
 def _no_coordinator(explanation: Explanation) -> str:
     opens = f", {_REOPENS}" if explanation.round.is_open else " and opens the next round"
     return (
-        "No coordinator is connected to the broker now: the same command that started it "
-        f"(without --fresh) goes on with this run{opens}."
+        "No coordinator is connected to the broker now. A coordinator that you start with the "
+        f"same command (without --fresh) continues this run{opens}."
     )
 
 

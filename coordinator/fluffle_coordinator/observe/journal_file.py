@@ -72,8 +72,8 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
         file = path.open(encoding="utf-8", errors="replace")
     except OSError:
         raise UsageError(
-            f"{folder} has no journal: only simulations keep their journal in the run folder; "
-            "other runs keep it on the broker (--federation NAME)"
+            f"{folder} has no journal, because only a simulation keeps its journal in the run "
+            "folder; for any other run, read the journal on the broker with --federation NAME"
         ) from None
     with file:
         for line in file:

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
 
 
 _LIMITS = {  # what a plan cannot contain, by pydantic's types of errors
-    "string_too_long": "{value} is longer than {max_length} characters; shorten it",
+    "string_too_long": "{value} is longer than {max_length} characters; shorten this value",
     "string_unicode": "{value} is not valid UTF-8; write other characters",
     "too_long": "no more than {max_length} can be given; leave some out",
 }
@@ -187,7 +187,7 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             "--quorum or raise --sample"
         )
     least = quorum.number or 1
-    if min_workers:
+    if min_workers and options["select"].fixed:  # else, any number of workers may be asked
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
         least = quorum.of(cohort)
     if quorum.number is not None and options["min_updates"] > quorum.number:
@@ -266,9 +266,9 @@ async def coordinate(
         journal=journal,
     )
     state = await coordinator.run()
-    rounds = settings.rules.rounds
-    if state.outcome == "finished" and saved.committed < rounds:
-        advice = endings.after_the_end(store.shown, state.committed, rounds)
+    rules = settings.rules
+    if state.outcome == "finished" and saved.committed < rules.rounds:
+        advice = endings.after_the_end(store.shown, state.committed, rules)
         watcher.record(run_events.Note(what=advice))
     return state
 
@@ -290,7 +290,7 @@ def _beginning(
     if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)
     if saved.committed >= rounds:
-        yield run_events.Note(what=endings.done_already(folder, saved.committed, rounds))
+        yield run_events.Note(what=endings.done_already(folder, saved.committed, settings.rules))
 
 
 def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | None:

@@ -5,37 +5,41 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.state import State
 
 
-def after_the_end(folder: Path, committed: int, rounds: int) -> str:
+def after_the_end(folder: Path, committed: int, rules: Rules) -> str:
     """Return the advice after a run that is finished, perhaps early: by a hook or a stopping rule.
 
-    >>> after_the_end(Path("runs/letters"), 6, 6)
+    >>> after_the_end(Path("runs/letters"), 6, Rules(6))
     "'fluffle history --run runs/letters' shows the rounds; the same command with --rounds 12 \
 (without --fresh) adds more, and with --fresh it begins a new run"
-    >>> after_the_end(Path("runs/letters"), 3, 6)
+    >>> after_the_end(Path("runs/letters"), 3, Rules(6))
     "'fluffle history --run runs/letters' shows the rounds; the same command (without --fresh) \
 goes on with round 4"
     """
     shows = f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds"
-    if committed < rounds:
+    if committed < rules.rounds:
         return f"{shows}; the same command (without --fresh) goes on with round {committed + 1}"
+    if rules.rounds_limit:
+        return f"{shows}; the same command with --fresh begins a new run"
     return (
         f"{shows}; the same command with --rounds {2 * committed} (without --fresh) adds more, and "
         "with --fresh it begins a new run"
     )
 
 
-def done_already(folder: Path, committed: int, rounds: int) -> str:
+def done_already(folder: Path, committed: int, rules: Rules) -> str:
     """Return the message for a run that is started again with no rounds left.
 
-    >>> done_already(Path("runs/letters"), 6, 6)[:68]
+    >>> done_already(Path("runs/letters"), 6, Rules(6))[:68]
     'the run in runs/letters is done: it has 6 rounds and --rounds is 6; '
     """
+    why = rules.rounds_limit or f"--rounds is {rules.rounds}"
     return (
         f"the run in {folder} is done: it has {committed} round{'s'[: committed != 1]} and "
-        f"--rounds is {rounds}; {after_the_end(folder, committed, rounds)}"
+        f"{why}; {after_the_end(folder, committed, rules)}"
     )
 
 

@@ -27,7 +27,7 @@ Payload = memoryview | InPieces
 
 
 class Fetcher:
-    """Fetches the update that is folded next, and at most one more.
+    """Fetches the update that is folded next, and then at most one more.
 
     An update that may stay in pieces is spooled to disk and uses little memory, so it is fetched
     ahead. Any other update needs one block of memory and is fetched when it is folded.
@@ -61,6 +61,9 @@ class Fetcher:
         self._folder, self._free_files = folder, list[SpoolFile]()
         self._expected: deque[Held] = deque()
         self._ahead: tuple[Held, asyncio.Task[Payload]] | None = None
+        # Two fetches at a time would share one connection: the update that is folded next would
+        # arrive later, and up to five more parts of 4 MiB would be in memory.
+        self._fetching = asyncio.Lock()
 
     def expect(self, held: Held) -> None:
         """Add an update to the end of the queue of those to fetch."""
@@ -138,13 +141,14 @@ class Fetcher:
             weakref.finalize(into, self._free_files.append, file)
         else:
             into = Assembly(message.transfer, self._max_bytes)
-        await fetch(
-            link,
-            self._topology.outbox(message.worker),
-            into,
-            self._topology.rejected,
-            user=message.worker if self._verify_users else None,
-        )
+        async with self._fetching:
+            await fetch(
+                link,
+                self._topology.outbox(message.worker),
+                into,
+                self._topology.rejected,
+                user=message.worker if self._verify_users else None,
+            )
         return into.payload()
 
     def _stays_in_pieces(self, message: Update | FirstWeights, layout: GroupedLayout) -> bool:

@@ -151,7 +151,8 @@ class HookCalls:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 fault = (
-                    f"is {value} in round {number}; it is recorded as missing, and never the best"
+                    f"is {value} in round {number}; the metric is recorded as missing, and is "
+                    "never the best"
                 )
                 faults[name, str(value)] = fault
         for (name, kind), fault in faults.items():
@@ -173,8 +174,8 @@ class HookCalls:
                 return sendable(str(stop)) or "the on_round hook stopped the run"
             if returned is not None and not isinstance(returned, str):
                 raise _WrongResult(
-                    f"it returned {type(returned).__name__}; it must return None, or a text with "
-                    "the reason to end the run"
+                    f"the function returned {type(returned).__name__}, but it must return None, "
+                    "or a text with the reason to end the run"
                 )
             return sendable(returned or "")
 
@@ -214,8 +215,8 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
     """
     if not isinstance(returned, Mapping):
         raise _WrongResult(
-            f"it returned {type(returned).__name__}; it must return a mapping of metric names to "
-            "numbers"
+            f"the function returned {type(returned).__name__}, but it must return a mapping of "
+            "metric names to numbers"
         )
     metrics, faults = {}, {}
     for given, value in returned.items():
@@ -223,7 +224,7 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
         try:
             metrics[name] = real(value)
         except ValueError as wrong:
-            faults[name, type(value).__name__] = f"{wrong}; it is left out"
+            faults[name, type(value).__name__] = f"is invalid: {wrong}; this metric is left out"
     return metrics, faults
 
 

@@ -203,7 +203,8 @@ class Intake:
                 self._post(ev.Failed(now, worker_name, run, number, reason))
             case _:
                 raise MalformedMessage(
-                    f"a message of kind {message.kind} is not about presence", "kind"
+                    f"a message of kind {message.kind} does not belong in the queue for heartbeats",
+                    "kind",
                 )
 
     async def _read_updates(self, deliveries: Any, link: int) -> None:
@@ -250,11 +251,15 @@ class Intake:
                 delivery.ack()
             case FirstWeights() | Exchange(worker=str()):
                 raise MalformedMessage(
-                    f"it belongs to run {message.run}; this coordinator runs {self._state().run}",
+                    f"the message belongs to run {message.run}, but this coordinator runs "
+                    f"{self._state().run}",
                     "run",
                 )
             case _:
-                raise MalformedMessage(f"a message of kind {message.kind} is not an update", "kind")
+                raise MalformedMessage(
+                    f"a message of kind {message.kind} does not belong in the queue for updates",
+                    "kind",
+                )
 
     def _first_weights(self, held: Held, worker: str) -> None:
         """Accept first weights only from the worker that was asked for them."""

@@ -104,5 +104,7 @@ def schedule_of(text: str, learning_rate: float | None) -> LearningRateSchedule:
     """
     schedule = LearningRateSchedule.parse(text)
     if schedule != CONSTANT and learning_rate is None:
-        raise UsageError(f"{_OPTION} {text} needs the rate of the first round; add --learning-rate")
+        raise UsageError(
+            f"{_OPTION} {text} needs the learning rate of the first round; add --learning-rate"
+        )
     return schedule

@@ -90,8 +90,8 @@ def _usable(folder: Path) -> Iterator[None]:
             raise RunError(text) from None
         what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
         raise RunError(
-            f"cannot use the run folder {folder} ({what}); the folder must be writable and on a "
-            "file system that supports locks: choose another with --run"
+            f"cannot use the run folder {folder} ({what}); choose another folder with --run, "
+            "which must be writable and on a file system that supports locks"
         ) from None
 
 
@@ -139,9 +139,9 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
         return
     if not same:
         raise UsageError(
-            f"--init {file} conflicts with the existing run, which began with other weights; give "
-            "--fresh to begin a new run with the weights in that file (the existing run is moved "
-            "aside), or leave --init out to continue the existing run"
+            f"--init {file} conflicts with the existing run, which began with other weights; "
+            "give --fresh to begin a new run with the weights in that file (the existing run is "
+            "moved aside), or remove --init to continue the existing run"
         )
 
 

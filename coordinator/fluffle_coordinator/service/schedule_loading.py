@@ -52,7 +52,9 @@ def load_schedule(
             "with path.py:name"
         )
     if name != "quorum" and late == "discount":
-        raise UsageError("--late discount needs --schedule quorum; add that, or remove --late")
+        raise UsageError(
+            "--late discount needs --schedule quorum; add --schedule quorum, or remove --late"
+        )
     phi = staleness or POLYNOMIAL
     if name == "buffered":
         options = {"buffer": buffer, "concurrency": concurrency, "max_staleness": max_staleness}
@@ -62,7 +64,7 @@ def load_schedule(
         return f"buffered:{write_arguments(settings)}", schedule
     _refuse(
         {"--buffer": buffer, "--concurrency": concurrency},
-        "needs --schedule buffered; add that, or remove",
+        "needs --schedule buffered; add --schedule buffered, or remove",
     )
     stale = {"--max-staleness": max_staleness, "--staleness": staleness}
     if name != "quorum":
@@ -97,10 +99,11 @@ def load_selection(text: str) -> Selection:
     function = place.load(_CALLERS)
     if not callable(function) or isinstance(function, type):
         raise UsageError(
-            f"--select {text} must be a function; it receives the candidates, the number to "
-            "choose and the draw, and returns names (docs/schedules.md)"
+            f"--select {text} must name a function that takes the candidates, the number to "
+            "choose and a random draw, and returns the names chosen (docs/schedules.md)"
         )
-    return Selection(place.called, guarded_choice(place.called, cast("Choose", function)))
+    choose = guarded_choice(place.called, cast("Choose", function))
+    return Selection(place.called, choose, fixed=False)
 
 
 def _from_file(name: str) -> tuple[str, Schedule[State]]:
@@ -130,8 +133,8 @@ def _from_file(name: str) -> tuple[str, Schedule[State]]:
     max_staleness = fields["max_staleness"]
     if max_staleness < 0:
         raise UsageError(
-            f"--schedule {name} has max_staleness = {max_staleness}; it must be at least 0 "
-            "(0 counts only updates of the open version)"
+            f"--schedule {name} has max_staleness = {max_staleness}, but max_staleness must be "
+            "at least 0 (0 counts only updates of the open version)"
         )
     return place.called, GuardedSchedule(
         place.called, schedule, max_staleness, fields["continuous"]

@@ -111,7 +111,8 @@ def rules_for(
     if needs.min_examples > 1:
         raise UsageError(
             f"the strategy {named.name} needs at least {needs.min_examples} examples per round, "
-            "which this version of fluffle does not support; choose another with --strategy"
+            "which this version of fluffle does not support; choose another strategy with "
+            "--strategy"
         )
     try:
         Plan(extra=needs.extra)
@@ -124,27 +125,30 @@ def rules_for(
     if quorum is not None and quorum < fewest:
         raise UsageError(
             f"the strategy {named.name} needs at least {fewest} updates per round, but --quorum "
-            f"{quorum} closes a round with {quorum}; give --quorum {fewest} or more, or all"
+            f"{quorum} closes a round with {quorum} updates; give --quorum {fewest} or more, or "
+            "all"
         )
     if rules.sample is not None and rules.sample < fewest:
         raise UsageError(
             f"the strategy {named.name} needs at least {fewest} updates per round, but --sample "
-            f"{rules.sample} asks for {rules.sample}; give --sample {fewest} or more"
+            f"{rules.sample} asks for {rules.sample} updates; give --sample {fewest} or more"
         )
     buffer = getattr(schedule, "buffer", fewest)  # only Buffered has one
     if buffer < fewest:
         raise UsageError(
-            f"the strategy {named.name} needs at least {fewest} updates per version, but --buffer "
-            f"{buffer} makes a version of {buffer}; give --buffer {fewest} or more"
+            f"the strategy {named.name} needs at least {fewest} updates per version, but "
+            f"--buffer {buffer} makes a version from {buffer} updates; give --buffer {fewest} or "
+            "more"
         )
     if needs.once:
         _check_once(named, rules, schedule_name)
     if needs.rate is not None:
         rules = _sampled(named, rules, needs.rate)
-    most = rules.rounds if needs.max_rounds is None else needs.max_rounds
+    if needs.max_rounds is not None and needs.max_rounds < rules.rounds:
+        limit = f"the strategy {named.name} allows no more"
+        rules = replace(rules, rounds=needs.max_rounds, rounds_limit=limit)
     return replace(
         rules,
-        rounds=min(rules.rounds, most),
         min_workers=max(rules.min_workers, fewest),
         least=max(rules.least, fewest),
         min_updates=max(rules.min_updates, fewest),
@@ -178,8 +182,8 @@ def _sampled(named: NamedStrategy, rules: Rules, rate: float) -> Rules:
         if conflicting:
             raise UsageError(
                 f"{option} conflicts with the strategy {named.name}, which selects each worker "
-                f"with probability {rate:g} and waits for all selected workers; remove that "
-                "option or the strategy's rate"
+                f"with probability {rate:g} and waits for all selected workers; remove {option}, "
+                "or rate= in the strategy"
             )
     return replace(rules, selection=POISSON, fraction=rate, least=1)
 

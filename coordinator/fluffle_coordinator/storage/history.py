@@ -76,7 +76,7 @@ class History:
             lines = _parse(whole)
         except ValueError as error:
             raise RunError(
-                f"{self.path}: {error}; repair it, or --fresh starts a new run"
+                f"{self.path}: {error}; repair the file, or start a new run with --fresh"
             ) from None
         if whole == data:
             return lines, []
@@ -141,7 +141,7 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     path = folder / _NAME
     if not path.exists():
         if (folder / RUN_FILE).exists():
-            raise UsageError(f"the run in {folder} has committed no round yet")
+            raise UsageError(f"the run in {folder} has not committed any rounds yet")
         raise UsageError(
             f"there is no history in {folder}; name a run folder, such as runs/letters"
         )

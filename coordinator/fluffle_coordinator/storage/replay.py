@@ -184,7 +184,7 @@ def _archived(
     worker, discount = participant["worker"], participant.get("discount", 1.0)
     if not isinstance(discount, int | float) or not 0 < discount <= 1:
         raise UsageError(
-            f"the history is damaged: it gives the update of {worker} in round {line['round']} the "
+            f"the history is damaged: in round {line['round']}, the update of {worker} has the "
             f"discount {discount!r}, which is not in (0, 1]"
         )
     try:
@@ -198,7 +198,9 @@ def _archived(
     try:
         message, inline = decode(body)
         if not isinstance(message, Update):
-            raise MalformedMessage(f"a message of kind {message.kind} is not an update")
+            raise MalformedMessage(
+                f"the file holds a message of kind {message.kind}, not an update"
+            )
         # An update may claim more examples than it was counted with.
         num_examples = min(message.num_examples, participant["num_examples"])
         # A stale update names the earlier round that it was trained from.
@@ -206,7 +208,10 @@ def _archived(
         archived = (message.run, number, message.worker, num_examples)
         counted = (line["run"], line["round"], worker, participant["num_examples"])
         if archived != counted:
-            raise MalformedMessage(f"(run, round, worker, examples) is {archived}, not {counted}")
+            raise MalformedMessage(
+                f"the file holds (run, round, worker, examples) = {archived}, but the history "
+                f"has {counted}"
+            )
         if message.transfer is not None and payload is None:
             missing = path.with_suffix(".payload")
             raise UsageError(
@@ -265,7 +270,7 @@ def _compared(
     if {n: (t.shape, t.dtype) for n, t in committed.items()} != {
         n: (t.shape, t.dtype) for n, t in replayed.items()
     }:
-        raise UsageError("the checkpoints before and after the round are not of the same model")
+        raise UsageError("the checkpoints before and after the round belong to different models")
     return tuple(
         Tensor(
             name=name,

@@ -59,6 +59,6 @@ def _check_place(
         raise UsageError(f"{path} holds round {of_round} of run {of_run}, not {number} of {run}")
     if base is not None and metadata.get("base", base) != base:
         raise UsageError(
-            f"{path} holds weights {metadata['base']}, but history.jsonl names {base} for round "
-            f"{number}"
+            f"{path} holds weights with the base {metadata['base']}, but history.jsonl names the "
+            f"base {base} for round {number}"
         )

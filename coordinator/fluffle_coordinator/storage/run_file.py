@@ -25,7 +25,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError) as why:
         raise UsageError(f"{path} cannot be read ({why})") from None
     if not isinstance(content, dict) or not _are_configurations(content.get("configurations", [])):
-        raise UsageError(f"{path} cannot be read (it does not describe a run)")
+        raise UsageError(f"{path} cannot be read (the file does not describe a run)")
     return content
 
 

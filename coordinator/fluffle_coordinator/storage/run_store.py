@@ -159,7 +159,8 @@ class RunStore:
             make_folder(folder)
         except OSError as error:
             raise RunError(
-                f"cannot make the run folder {folder} ({error.strerror}); choose another with --run"
+                f"cannot make the run folder {folder} ({error.strerror}); choose another folder "
+                "with --run"
             ) from None
 
     def try_lock(self) -> bool:

@@ -30,5 +30,5 @@ def sampling_secret(folder: Path) -> int:
     except (OSError, ValueError) as error:
         raise RunError(
             f"{path} cannot be used ({error}); this file determines which workers are selected: "
-            "restore it, or --fresh starts a new run"
+            "restore the file, or start a new run with --fresh"
         ) from None

@@ -48,8 +48,7 @@ class Accountant:
         if not most:
             raise ValueError(
                 f"budget={budget:g} is too small for one round, which costs an epsilon of "
-                f"{self.epsilon(1):.3g} with noise={self.noise:g}; give more noise, or a larger "
-                "budget"
+                f"{self.epsilon(1):.3g} with noise={self.noise:g}; raise noise= or budget="
             )
         return most
 
@@ -75,8 +74,8 @@ def accountant(
         raise ValueError(f"unknown accountant '{method}'; {nearest(method, _METHODS)}")
     if method == "exact" and rate is not None:
         raise ValueError(
-            "accountant=exact cannot account for sampling; leave out rate, or choose "
-            "accountant=pld or accountant=rdp"
+            "accountant=exact does not support sampling; remove rate=, or use accountant=pld or "
+            "accountant=rdp"
         )
     if method != "exact":
         _library("pld")
@@ -158,8 +157,8 @@ def _library(part: str) -> ModuleType:
         return importlib.import_module(f"dp_accounting.{part}")
     except ModuleNotFoundError:
         raise ValueError(
-            "accounting for the sampling needs dp-accounting; pip install 'fluffle[privacy]', or "
-            "leave out rate and accountant"
+            "rate= and accountant= need the package dp-accounting; pip install "
+            "'fluffle[privacy]', or remove rate= and accountant="
         ) from None
 
 

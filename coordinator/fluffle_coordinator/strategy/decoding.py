@@ -79,7 +79,7 @@ def check_metrics(message: Update, needs: Needs) -> None:
         if name not in message.metrics:
             raise MalformedMessage(
                 f"the update has no metric '{name}', which the strategy of this run needs; the "
-                "task must report it"
+                "task must report this metric"
             )
     for name, (low, high) in needs.ranges.items():
         try:
@@ -160,4 +160,7 @@ def decode_extra(
 def _check_groups(groups: Mapping[str, object]) -> None:
     unknown = sorted(groups.keys() - {MODEL, EXTRA})
     if unknown:
-        raise ValueError(f"tensors of the group '{unknown[0]}' were not requested")
+        raise ValueError(
+            f"the update contains tensors of the group '{unknown[0]}', which the coordinator did "
+            "not request"
+        )

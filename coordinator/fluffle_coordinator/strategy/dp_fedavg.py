@@ -68,7 +68,7 @@ class _Quantile:
         if 2 * self.noise <= noise:
             raise ValueError(
                 f"count_noise={self.noise:g} reveals more than noise={noise:g} allows; give a "
-                f"count_noise above {noise / 2:g}, or leave it out"
+                f"count_noise= above {noise / 2:g}, or remove count_noise="
             )
         return float((noise**-2 - (2 * self.noise) ** -2) ** -0.5)
 
@@ -177,8 +177,8 @@ def dp_fedavg(
     if quantile is None:
         if count_noise is not None:
             raise ValueError(
-                "count_noise has no effect without quantile; leave out count_noise, or give "
-                "quantile=…"
+                "count_noise= has no effect without quantile=; remove count_noise=, or add "
+                "quantile="
             )
         return _DPFedAvg(clip, noise, workers, ledger, needs)
     within("quantile", quantile, 0, 1, above=True, below=True)

@@ -81,7 +81,7 @@ class Linear:
             ValueError: if no update was folded.
         """
         if state.empty:
-            raise ValueError("no update was folded: there is nothing to average")
+            raise ValueError("there is nothing to average, because no update has been added")
         scale = self.scale(*map(float, state.terms)) / _SCALE
         delta = layout_for(weights).empty_as(_FLOAT)
         with np.errstate(over="ignore", under="ignore"):

@@ -113,12 +113,14 @@ def named_strategy(text: str) -> NamedStrategy:
     for kind in ("mean", "server step", "whole strategy"):
         if len(parts[kind]) > 1:
             raise ValueError(
-                f"more than one {kind}: {' and '.join(full for full, _ in parts[kind])}; give "
-                "only one"
+                f"the strategy has more than one {kind}: "
+                f"{' and '.join(full for full, _ in parts[kind])}; give only one {kind}"
             )
     for full, whole in parts.pop("whole strategy"):
         if any(parts.values()):
-            raise ValueError(f"{full} is a complete strategy and cannot be combined with others")
+            raise ValueError(
+                f"{full} is a complete strategy and cannot be combined with others; give it alone"
+            )
         return NamedStrategy(full, whole)
     if [full for full, _ in parts["mean"]] == [FEDAVG.name]:
         parts["mean"].clear()

@@ -6,6 +6,7 @@ Integer tensors are not optimized: the mean delta is added to them.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from dataclasses import dataclass
 from typing import Any
@@ -62,10 +63,12 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
     try:
         optax = importlib.import_module("optax")
     except ModuleNotFoundError:
-        raise ValueError("it needs optax and JAX; pip install 'fluffle[worker]'") from None
+        raise ValueError("optax steps need optax and JAX; pip install 'fluffle[worker]'") from None
     make = getattr(optax, optimizer, None)
     if make is None:
-        raise ValueError(f"unknown optax optimizer '{optimizer}'")
+        near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ValueError(f"unknown optax optimizer '{optimizer}'{hint}")
     try:
         made = make(**arguments)
         if isinstance(made, optax.GradientTransformation):
@@ -75,7 +78,7 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         given = write_arguments(arguments) or "no arguments"
         raise ValueError(f"optax.{optimizer} cannot be used with {given}: {reason}") from None
     if not isinstance(made, optax.GradientTransformation):
-        raise ValueError(f"optax.{optimizer} is not an optimizer; name one such as adamw")
+        raise ValueError(f"optax.{optimizer} is not an optimizer; name an optimizer, such as adamw")
     return _OptaxStep(made)
 
 

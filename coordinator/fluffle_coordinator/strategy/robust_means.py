@@ -79,7 +79,7 @@ class _RobustMean(Mean[Updates]):
 
     def finish(self, state: Updates, weights: Weights) -> tuple[Weights, Updates]:
         if not state:
-            raise ValueError("no update was folded: there is nothing to average")
+            raise ValueError("there is nothing to average, because no update has been added")
         delta = layout_for(weights).empty_as(_FLOAT)
         by_name = sorted(state, key=lambda update: update[0])
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):

@@ -192,11 +192,11 @@ def apply_delta(weights: Weights, delta: Weights) -> Tensors:
 
 def _counted(state: Sum) -> int:
     if state.num_examples <= 0:
-        raise ValueError("no examples were folded: there is nothing to average")
+        raise ValueError("there is nothing to average, because no examples have been added")
     if not state.weight * _SCALE > 0:
         raise ValueError(
-            f"the weights of the updates sum to {state.weight:g}, so they have no mean; check the "
-            "discounts of the schedule"
+            f"the weights of the updates sum to {state.weight:g}, so the updates have no mean; "
+            "check the discounts of the schedule"
         )
     return state.num_examples
 

@@ -36,9 +36,10 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw handwritten letters A to J, as different people would.
 
-    They go into OUT/client-N/<letter>/. Each client is a writer with a personal slant, size, pen
-    and tremor, who prefers some of the shapes of each letter. OUT/writer-N/<letter>/ has letters of
-    writers who are not clients, to score a model on with 'fluffle confusion --unseen'.
+    The command writes the letters of client N to OUT/client-N/<letter>/. Each client is a writer
+    with a personal slant, size, pen and tremor, who prefers some of the shapes of each letter.
+    OUT/writer-N/<letter>/ has the letters of writers who are not clients. To score a model on these
+    letters, use 'fluffle confusion --unseen'.
     """
     try:
         from fluffle_worker.letters.handwriting.drawing import draw_letters
@@ -79,8 +80,9 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
     """Classify the letter in an image, with the model's confidence.
 
-    The percentage is calibrated: the model's outputs are divided by its temperature, a number that
-    the workers fit on held-out letters so that the model is right as often as it is sure.
+    The confidence is calibrated, so that a model with a confidence of 90 % is right in about 90 %
+    of the cases. For this, the command divides the model's outputs by the model's temperature, a
+    number that the workers fit on held-out letters.
 
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png
@@ -125,13 +127,19 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 
 
 @click.command(context_settings={"show_default": True})
-@click.option("--model", type=_FILE, required=True, metavar="FILE", help="Model file of a round.")
+@click.option(
+    "--model",
+    type=_FILE,
+    required=True,
+    metavar="FILE",
+    help="Model file of a round, such as runs/letters/round-0006.safetensors.",
+)
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),
     required=True,
     metavar="DIR",
-    help="Folder with letters, as <class>/<image>.",
+    help="Folder of letter images, laid out as <class>/<image>.",
 )
 @click.option("--out", type=_FILE, required=True, metavar="PNG", help="Image file to write.")
 @click.option(
@@ -155,9 +163,9 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.
 
-    A model recognizes the letters that it was trained on better than others, so by default only
-    the letters that the folder's worker held out are scored. This requires that the folder has not
-    changed since the training. For a folder that no worker trained on, use --unseen.
+    A model recognizes the letters that it was trained on better than other letters. Therefore, the
+    command by default scores only the letters that the folder's worker held out. The folder must
+    not have changed since the training. If no worker trained on the folder, use --unseen.
     """
     try:
         from fluffle_worker.letters.images import read_images
@@ -208,7 +216,8 @@ def _scored(
         return score, of_what, [f"accuracy {', '.join(figures)}"]
     if not len(held_out):
         raise TaskError(
-            f"{options['data']} has only one letter, so none is held out; use --all to score it"
+            f"{options['data']} has only one letter, so no letter is held out; use --all to "
+            "score that letter"
         )
     score = model.score(images, held_out)
     of_what = f"{score.total} held-out letters"
@@ -233,5 +242,5 @@ def _warn_of_participant(data: Path, participants: frozenset[str], unseen: bool)
     elif participants and not (unseen or trained):
         warn(
             f"no participant of this run is named {data.name}; if no worker trained on {data}, "
-            "use --unseen to score all of it"
+            "use --unseen to score all its letters"
         )

@@ -56,7 +56,9 @@ def find_classes(folder: Path) -> ClassFolders:
         TaskError: if there is no such folder, it cannot be read, or a class has an unusable name.
     """
     if not folder.is_dir():
-        raise TaskError(f"there is no folder {folder}; --data must name one with <class>/<image>")
+        raise TaskError(
+            f"there is no folder {folder}; give --data a folder that contains <class>/<image>"
+        )
     spellings: dict[str, list[Path]] = defaultdict(list)
     ignored: Counter[str] = Counter()
     for path in _entries(folder):
@@ -99,7 +101,7 @@ def class_name(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise TaskError(f"the name of the class {name!r} is not UTF-8; rename it") from None
+        raise TaskError(f"the name of the class {name!r} is not UTF-8; rename this class") from None
     return unicodedata.normalize("NFC", name)
 
 

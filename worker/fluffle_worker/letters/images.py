@@ -64,7 +64,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     unexpected = [name for name in class_folders.files if name not in names]
     if unexpected:
         raise TaskError(
-            f"{folder} has the classes {', '.join(unexpected)}, which are not among "
+            f"{folder} has the classes {', '.join(unexpected)}, which are not among the classes "
             f"{', '.join(names)}"
         )
     pictures: list[Picture] = []
@@ -101,7 +101,7 @@ def inverted_note(pictures: Sequence[Picture]) -> Iterable[str]:
     if bright > len(pictures) / 2:
         yield (
             f"{bright} of {len(pictures)} images have a bright border: these look like black on "
-            "white, but letters are read as white on black; invert them"
+            "white, but letters are read as white on black; invert these images"
         )
 
 

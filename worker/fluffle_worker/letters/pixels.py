@@ -83,11 +83,13 @@ def read_picture(path: Path) -> Picture:
         raise UsageError(f"there is no image {path}") from None
     except UnidentifiedImageError:
         raise UsageError(
-            f"{path} cannot be read as an image (its content is none of "
-            "PNG, JPEG, BMP, GIF, TIFF, WebP, PBM, PGM, PPM)"
+            f"{path} cannot be read as an image (it is not a PNG, JPEG, BMP, GIF, TIFF, "
+            "WebP, PBM, PGM or PPM file)"
         ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as why:
-        raise UsageError(f"{path} is too large to be a letter ({why}); scale it down") from None
+        raise UsageError(
+            f"{path} is too large to be a letter ({why}); scale the image down"
+        ) from None
     except Exception as why:  # untrusted bytes make Pillow raise almost anything
         reason = (isinstance(why, OSError) and why.strerror) or str(why) or type(why).__name__
         raise UsageError(f"{path} cannot be read as an image ({reason})") from None
@@ -123,7 +125,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = values.astype(np.float64 if floats else np.float32)
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ValueError("it has no finite pixel")
+        raise ValueError("the image has no finite pixel")
     low, high = float(finite.min()), float(finite.max())
     slack = _OVERSHOOT if floats else 0.0
     white = next((white for white in _WHITES if high <= white * (1 + slack)), 0)

@@ -84,7 +84,7 @@ def check_number(rule: str, name: str, value: float, *, zero: bool = False) -> N
     if not math.isfinite(value) or value < 0 or (value == 0 and not zero):
         bound = "of 0 or more" if zero else "above 0"
         raise UsageError(
-            f"'{name}' of the local rule '{rule}' is {value:g}; a finite number {bound} is expected"
+            f"'{name}' of the local rule '{rule}' is {value:g}; expected a finite number {bound}"
         )
 
 

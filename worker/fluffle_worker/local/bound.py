@@ -36,7 +36,8 @@ class BoundRule:
         self.name = name or type(self._rule).__name__
         if isinstance(rule, type):
             raise UsageError(
-                f"the local rule {self.name} is a class; use an instance of it (docs/tasks.md)"
+                f"the local rule {self.name} is a class, but must be an object; name an instance "
+                "of the class (docs/tasks.md)"
             )
         for method in ("begin", "gradient", "end"):
             if not callable(getattr(self._rule, method, None)):
@@ -105,21 +106,22 @@ class BoundRule:
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
             raise TaskError(
                 f"gradient() of the local rule {self.name} returned a {type(result).__name__}; "
-                "(gradient, state) is expected"
+                "expected (gradient, state)"
             )
         changed, state = result
         if changed.keys() != gradient.keys():
             differ = min(changed.keys() ^ gradient.keys(), key=str)
+            side = "input" if differ in gradient else "output"
             raise TaskError(
-                f"gradient() of the local rule {self.name} returned other tensors than it "
-                f"received: '{differ!s:.60}' is only in one of them"
+                f"gradient() of the local rule {self.name} must return the tensors that it "
+                f"received, but '{differ!s:.60}' is only in its {side}"
             )
         for name, old in gradient.items():
             shape = np.shape(old)[1:] if self.per_example else np.shape(old)
             if np.shape(changed[name]) != shape:
                 raise TaskError(
                     f"gradient() of the local rule {self.name} returned '{name}' of shape "
-                    f"{np.shape(changed[name])}, expected {shape}"
+                    f"{np.shape(changed[name])}; expected the shape {shape}"
                 )
         return dict(changed), state
 
@@ -129,9 +131,8 @@ class BoundRule:
         kept, extra = kept_and_extra(result)
         if not isinstance(kept, Mapping) or not isinstance(extra, Mapping):
             raise TaskError(
-                f"end() of the local rule {self.name} returned a {type(result).__name__}; a "
-                "mapping of names to arrays is expected, an empty one to keep nothing, or "
-                "(kept, extra)"
+                f"end() of the local rule {self.name} returned a {type(result).__name__}; "
+                "expected a mapping of names to arrays, which may be empty, or (kept, extra)"
             )
         try:
             self._kept.keep(*self._round, kept)

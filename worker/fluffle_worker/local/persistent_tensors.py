@@ -125,5 +125,5 @@ def _read(path: Path) -> _Kept:
         return _Kept(metadata["run"], int(metadata["round"]), arrays)
     except (UsageError, KeyError, ValueError) as wrong:
         raise TaskError(
-            f"the worker's state is damaged: {wrong}; remove {path} to continue without it"
+            f"the worker's state is damaged: {wrong}; remove {path} to continue without this state"
         ) from None

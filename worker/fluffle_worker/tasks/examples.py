@@ -12,11 +12,17 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.tasks.batches import index_batches, steps_of
+from fluffle_worker.tasks.checks import check_pair, checked_array
 
 Examples = tuple[Any, Any]
 """(inputs, targets): each an array, or a dict, tuple or list of arrays; equal first axes."""
 Stream = Callable[[int, np.random.Generator], Iterator[Examples]]
 """``(epoch, rng) -> batches``: called once per epoch, counted from 0."""
+_UNDIVIDED = (
+    "train_data is a function, whose batches cannot be divided among clients; give arrays, or a "
+    "task for each client"
+)
+_MUCH = 10  # An epoch of so many times num_examples is one that never ends.
 
 
 class InMemory:
@@ -36,6 +42,10 @@ class InMemory:
         self.source: Any = source
         self._sample_seed = sample_seed
         self._rows: Array | None = None  # the examples of a part; None for all
+
+    def targets(self) -> list[Any]:
+        """Return the arrays of the targets."""
+        return arrays_in(self.source[1])
 
     def part(self, rows: Array, sample_seed: int) -> InMemory:
         """Return the examples with these indices, sharing the arrays."""
@@ -63,6 +73,7 @@ class Streamed:
         stream: returns the batches of an epoch.
         num_examples: the number of examples in an epoch.
         sample_seed: decorrelates each epoch's ``rng`` from those of other workers.
+        arrays_in: returns the arrays of a batch in a list.
 
     Raises:
         TaskError: if ``num_examples`` is not given.
@@ -70,14 +81,28 @@ class Streamed:
 
     source: Any = None
 
-    def __init__(self, stream: Stream, num_examples: int | None, sample_seed: int) -> None:
+    def __init__(
+        self,
+        stream: Stream,
+        num_examples: int | None,
+        sample_seed: int,
+        arrays_in: Callable[[Any], Sequence[Any]],
+    ) -> None:
         if not num_examples:
             raise TaskError(
                 "train_data is a callable, so its number of examples is unknown; give "
                 "num_examples= as well"
             )
         self.num_examples = num_examples
-        self._stream, self._sample_seed = stream, sample_seed
+        self._stream, self._sample_seed, self._arrays_in = stream, sample_seed, arrays_in
+
+    def targets(self) -> list[Any]:
+        """See ``part``."""
+        raise TaskError(_UNDIVIDED)
+
+    def part(self, rows: Array, sample_seed: int) -> InMemory:
+        """Raise a ``TaskError``, because a stream has no parts."""
+        raise TaskError(_UNDIVIDED)
 
     def steps(self, plan: Plan) -> int:
         """Return the expected number of training steps."""
@@ -86,14 +111,27 @@ class Streamed:
     def batches(self, plan: Plan) -> Iterator[Examples]:
         """Yield the batches of ``plan.epochs`` epochs or, if set, exactly ``plan.steps`` batches.
 
+        Batches without examples are skipped.
+
         Raises:
-            TaskError: if an epoch yields no batch.
+            TaskError: if a batch is not a pair, or an epoch yields no batch or does not end.
         """
         done = epoch = 0
         while done < plan.steps if plan.steps else epoch < plan.epochs:
             rng = np.random.default_rng([plan.seed, self._sample_seed, epoch])
-            before = done
+            before, seen = done, 0
             for batch in self._stream(epoch, rng):
+                check_pair(batch, "a batch of train_data")
+                count = count_of(self._arrays_in(batch), "a batch of train_data")
+                if not count:  # the mean loss of no examples is NaN
+                    continue
+                seen += count
+                if not plan.steps and seen > _MUCH * self.num_examples:
+                    raise TaskError(
+                        f"train_data has yielded {seen} examples in epoch {epoch}, although "
+                        f"num_examples is {self.num_examples}; end each epoch, or let the "
+                        "coordinator set a number of --steps"
+                    )
                 yield batch
                 done += 1
                 if done == plan.steps:
@@ -107,17 +145,30 @@ def count_of(arrays: Sequence[Any], what: str) -> int:
     """Return the number of examples, the length of the first axis of all arrays.
 
     Raises:
-        TaskError: if the arrays differ in it, or there are no arrays.
+        TaskError: if the arrays differ in it, there are none, or they are not arrays of numbers.
     """
-    counts = {len(array) for array in arrays}
+    counts: set[int] = {checked_array(array, what).shape[0] for array in arrays}
     if len(counts) != 1:
         if not counts:
             raise TaskError(f"{what} has no arrays")
         raise TaskError(
-            f"the arrays of {what} have {', '.join(map(str, sorted(counts)))} examples; all need "
-            "the same length of their first axis"
+            f"the arrays of {what} have different numbers of examples "
+            f"({', '.join(map(str, sorted(counts)))}); give all arrays the same length along the "
+            "first axis"
         )
     return counts.pop()
+
+
+def joined(targets: Sequence[Array]) -> Array:
+    """Return the targets of the examples as labels: one number each, or one row if there are more.
+
+    Example:
+        >>> joined([np.array([5, 6]), np.array([[0, 1], [2, 3]])]).tolist()
+        [[5, 0, 1], [6, 2, 3]]
+    """
+    if len(targets) == 1:
+        return targets[0]
+    return np.concatenate([one.reshape(len(one), -1) for one in targets], axis=1)
 
 
 def mapped(function: Callable[[Any], Any], data: Any) -> Any:

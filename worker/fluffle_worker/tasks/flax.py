@@ -20,6 +20,7 @@ import optax
 from flax import nnx
 
 from fluffle_common.cli.settings import cache_folder
+from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
@@ -30,10 +31,21 @@ from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
-from fluffle_worker.tasks.examples import Examples, InMemory, Stream, Streamed, call, count_of
+from fluffle_worker.tasks.checks import as_metrics, as_rate
+from fluffle_worker.tasks.examples import (
+    Examples,
+    InMemory,
+    Stream,
+    Streamed,
+    call,
+    count_of,
+    joined,
+)
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
+from fluffle_worker.tasks.jax_examples import on_device, picked, scored, summed
 from fluffle_worker.tasks.model_parts import ModelParts
 from fluffle_worker.tasks.step_losses import StepLosses
+from fluffle_worker.user_code import FailedMetric
 
 Loss = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
@@ -79,7 +91,7 @@ class FlaxTask:
             evaluation of the model as received.
 
     Raises:
-        TaskError: if the arrays differ in length, or a filter leaves nothing to its purpose.
+        TaskError: if an argument is unusable, or a filter leaves nothing to its purpose.
     """
 
     only_reads = True
@@ -108,18 +120,25 @@ class FlaxTask:
         self.whole: FlaxTask = self
         self.classes = classes
         self.local_rule = BoundRule(local_rule)
-        self._loss, self._metrics = loss, dict(metrics or {})
+        self._loss, self._metrics = loss, as_metrics(metrics)
+        self._failed: dict[str, Exception] = {}
         self._augment = augment
-        self._optimizer, self._learning_rate = optimizer, learning_rate
-        self._data = (
-            Streamed(train_data, num_examples, sample_seed)
-            if callable(train_data)
-            else InMemory(jax.device_put(train_data), jax.tree.leaves(train_data), sample_seed)
-        )
+        if not isinstance(optimizer, optax.GradientTransformation) and not callable(optimizer):
+            raise TaskError(
+                f"optimizer= is {shown(optimizer)}, but an optax transformation is expected, or a "
+                "function of the learning rate such as optax.adam"
+            )
+        self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
+        self._data: InMemory | Streamed
+        if callable(train_data):
+            self._data = Streamed(train_data, num_examples, sample_seed, jax.tree.leaves)
+        else:
+            source = on_device(train_data, "train_data")
+            self._data = InMemory(source, jax.tree.leaves(source), sample_seed)
         self.num_examples = self._data.num_examples
-        leaves = jax.tree.leaves(valid_data)
-        self._held_out = 0 if valid_data is None else count_of(leaves, "valid_data")
-        self._valid: Any = jax.device_put(valid_data) if self._held_out else None
+        valid = None if valid_data is None else on_device(valid_data, "valid_data")
+        self._held_out = count_of(jax.tree.leaves(valid), "valid_data") if valid else 0
+        self._valid: Any = valid if self._held_out else None
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         if share_frozen and not self.frozen():
@@ -137,7 +156,7 @@ class FlaxTask:
     @property
     def labels(self) -> Array:
         """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return np.asarray(self._data.source[1])
+        return joined([np.asarray(one) for one in self._data.targets()])
 
     def part(self, rows: Array, sample_seed: int) -> FlaxTask:
         """Return a task on a subset of the training examples, without held-out data.
@@ -149,7 +168,6 @@ class FlaxTask:
             sample_seed: decorrelates the part's batches from those of other parts.
         """
         made = copy.copy(self)
-        assert isinstance(self._data, InMemory)
         made.whole, made._data = self, self._data.part(rows, sample_seed)
         made.num_examples, made._sample_seed = len(rows), sample_seed
         made._valid, made._personal = None, PersistentTensors()
@@ -230,8 +248,9 @@ class FlaxTask:
                 # A metric of the whole batch would include the padding.
                 found = self._evaluate_batch(*states, self._valid, real)
             for name, values in found.items():
-                totals[name] = totals.get(name, 0.0) + _total(values, len(real))
-        return {name: total / count for name, total in totals.items()}
+                totals[name] = totals.get(name, 0.0) + summed(values, len(real))
+        means = {name: total / count for name, total in totals.items()}
+        return means | {name: FailedMetric(why) for name, why in self._failed.items()}
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError if ``weights`` differ from the model in names, shapes or dtypes."""
@@ -275,7 +294,7 @@ class FlaxTask:
         key: Any,
     ) -> tuple[tuple[Any, Any, Any], Any]:
         learnt, rest, optimizer_state = state
-        inputs, targets = _picked(source, batch)
+        inputs, targets = picked(source, batch)
         if self._augment is not None:
             inputs = self._augment(key, inputs)
         params, still, others = nnx.split_state(learnt, trained, nnx.Param, ...)
@@ -303,21 +322,19 @@ class FlaxTask:
     def _evaluate_step(
         self, learnt: Any, frozen: Any, rest: Any, source: Any, batch: Any
     ) -> dict[str, Any]:
-        inputs, targets = _picked(source, batch)
+        inputs, targets = picked(source, batch)
         outputs = self._forward_step(learnt, frozen, rest, inputs)
-        functions = {"loss": self._loss, **self._metrics}
-        return {name: jnp.asarray(one(outputs, targets)) for name, one in functions.items()}
+        found = {"loss": scored(self._loss, outputs, targets, len(batch))}
+        for name, function in self._metrics.items():
+            try:
+                found[name] = scored(function, outputs, targets, len(batch))
+            except Exception as why:  # costs this metric, not the evaluation
+                self._failed[name] = why
+        return found
 
 
 flax_task = FlaxTask
 """The public name, as in ``fluffle.flax_task``."""
-
-
-def _picked(source: Any, batch: Any) -> Any:
-    """Return the batch's examples: ``batch`` itself, or the rows of ``source`` that it indexes."""
-    if source is None:
-        return batch
-    return jax.tree.map(lambda part: jnp.take(part, batch, axis=0), source)
 
 
 def _trained(plan: Plan) -> Any:
@@ -327,17 +344,6 @@ def _trained(plan: Plan) -> Any:
     return nnx.All(
         nnx.Param, lambda path, _: bool(select_tensors({tensor_name(path): _NOTHING}, plan.train))
     )
-
-
-def _total(values: Any, count: int) -> float:
-    """Return a metric summed over the first ``count`` examples of a batch.
-
-    ``values`` has one entry per example, or is one mean for the whole batch.
-    """
-    found = np.asarray(values, np.float64)
-    if not found.shape:
-        return float(found) * count
-    return float(found[:count].reshape(count, -1).mean(axis=1).sum())
 
 
 def _each(grad: Callable[..., Any]) -> Callable[..., Any]:

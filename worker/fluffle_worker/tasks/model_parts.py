@@ -14,6 +14,7 @@ from flax import nnx
 from fluffle_common.errors import TaskError
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.local.optax import named, tensor_name
+from fluffle_worker.tasks.checks import listed
 
 AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 """Flax filter of the tensors that training changes and that may travel."""
@@ -49,6 +50,11 @@ class ModelParts:
     def __init__(
         self, model: Callable[[nnx.Rngs], nnx.Module], federated: Any, frozen: Any
     ) -> None:
+        if isinstance(model, nnx.Module) or not callable(model):
+            raise TaskError(
+                f"model= is {type(model).__name__}; a function that makes a module from rngs is "
+                "expected, such as the module's class, or lambda rngs: Module(rngs=rngs)"
+            )
         self._frozen = nnx.All(AVERAGED, frozen)
         self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
         # eval_shape finds the shapes without computing anything. Initialization is jitted as a
@@ -58,13 +64,13 @@ class ModelParts:
             like = nnx.eval_shape(lambda: model(nnx.Rngs(0)))
         except jax.errors.JAXTypeError:  # the initializer branches on values: run eagerly
             like, compiled = model(nnx.Rngs(0)), lambda make: make
+        if not isinstance(like, nnx.Module):
+            raise TaskError(f"model= made {type(like).__name__}; an nnx.Module is expected")
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
         self._frozen_form = nnx.to_flat_state(at_home.frozen)
-        self._check(
-            [*self.form, *self._personal_form], named(nnx.filter_state(nnx.state(like), AVERAGED))
-        )
+        self._check(frozen, named(nnx.filter_state(nnx.state(like), AVERAGED)))
         # The order of a trained state's leaves. Taking a state apart with Flax takes as long as a
         # step of a small model, and leaves reference cycles that keep the arrays alive.
         labelled = nnx.merge_state(_labelled(self.form), _labelled(self._personal_form))
@@ -132,17 +138,27 @@ class ModelParts:
         graph, frozen, travelling, personal, rest = split
         return graph, travelling, AtHome(personal, frozen, rest)
 
-    def _check(self, trained: list[Any], all_named: Mapping[str, Any]) -> None:
-        names = ", ".join(list(all_named)[:8]) + (", …" if len(all_named) > 8 else "")
+    def _check(self, frozen: Any, all_named: Mapping[str, Any]) -> None:
+        trained, names = [*self.form, *self._personal_form], listed(all_named)
         if not self.form:
             raise TaskError(
                 "federated= and frozen= leave no tensor of the model to send; the model has "
                 f"{names}"
             )
-        if not any(isinstance(leaf, nnx.Param) for _, leaf in trained):
+        if frozen is not False and not self._frozen_form:
+            raise TaskError(f"frozen= selects no tensor of the model; the model has {names}")
+        params = [(path, leaf) for path, leaf in trained if isinstance(leaf, nnx.Param)]
+        if not params:
             raise TaskError(
                 f"frozen= leaves no parameter of the model to train; the model has {names}"
             )
+        for path, leaf in params:
+            dtype = leaf.get_value().dtype
+            if not jnp.issubdtype(dtype, jnp.inexact):
+                raise TaskError(
+                    f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; make it "
+                    "an nnx.Variable that is not an nnx.Param, or select it with frozen="
+                )
         _check_names(_names(trained))
 
 
@@ -181,6 +197,6 @@ def _check_names(names: list[str]) -> None:
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:
         raise TaskError(
-            f"two tensors of the model have the name '{twice[0]}', which happens if the name of a "
-            "variable contains '/'; rename one of them"
+            f"two tensors of the model have the name '{twice[0]}', which happens if the name of "
+            "a variable contains '/'; rename one of the two variables"
         )

@@ -15,6 +15,8 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
 from fluffle_worker.tasks.batches import batch_size_of, index_batches, steps_of
+from fluffle_worker.tasks.checks import as_metrics, check_pair, checked_array
+from fluffle_worker.user_code import FailedMetric
 
 Score = Callable[[Any, Any, Any], float]
 _TENSORS = ("coef_", "intercept_")
@@ -39,7 +41,7 @@ class SklearnTask:
         sample_seed: decorrelates this worker's batches from those of other workers.
 
     Raises:
-        TaskError: if the estimator cannot be federated, or inputs and targets differ in length.
+        TaskError: if the estimator cannot be federated, or another argument is unusable.
     """
 
     only_reads = True
@@ -60,21 +62,18 @@ class SklearnTask:
             estimator, "average", False
         ):
             raise TaskError(
-                f"{kind} cannot be federated: an estimator with partial_fit() and without "
-                "average= is expected, such as SGDClassifier"
+                f"{kind} cannot be federated; expected an estimator with partial_fit() and "
+                "without average=, such as SGDClassifier"
             )
-        for what, data in (("train_data", train_data), ("valid_data", valid_data)):
-            if data is not None and data[0].shape[0] != len(data[1]):
-                raise TaskError(
-                    f"{what} has {data[0].shape[0]} inputs and {len(data[1])} targets; one target "
-                    "for each input is expected"
-                )
-        inputs, targets = train_data
-        self.num_examples = len(targets)
-        self._train, self._valid, self._sample_seed = train_data, valid_data, sample_seed
+        inputs, targets = self._train = _checked(train_data, "train_data")
+        self._valid = None if valid_data is None else _checked(valid_data, "valid_data")
+        self.num_examples, self._sample_seed = len(targets), sample_seed
+        if not self.num_examples:
+            raise TaskError("train_data has no examples")
         classifies = is_classifier(estimator)
         self._loss = loss or (_log_loss_or_error if classifies else _squared_error)
-        self._metrics = {"accuracy": _accuracy} if metrics is None and classifies else metrics or {}
+        own = {"accuracy": _accuracy} if metrics is None and classifies else metrics
+        self._metrics = as_metrics(own)
         first: dict[str, Any] = {}
         if classifies:
             known = np.unique(targets) if classes is None else np.asarray(classes)
@@ -83,8 +82,8 @@ class SklearnTask:
         self._fresh = copy.deepcopy(estimator).partial_fit(inputs[:1], targets[:1], **first)
         if not all(isinstance(getattr(self._fresh, name, None), np.ndarray) for name in _TENSORS):
             raise TaskError(
-                f"{kind} has no coef_ and intercept_ once it is fitted; a linear estimator is "
-                "expected, such as SGDClassifier"
+                f"{kind} has no coef_ and intercept_ after it is fitted; expected a linear "
+                "estimator, such as SGDClassifier"
             )
 
     def init(self, seed: int) -> Weights:
@@ -117,9 +116,12 @@ class SklearnTask:
         if self._valid is None or not len(self._valid[1]):
             return None
         estimator = self._with(weights)
-        metrics = {
-            name: float(metric(estimator, *self._valid)) for name, metric in self._metrics.items()
-        }
+        metrics: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            try:
+                metrics[name] = float(metric(estimator, *self._valid))
+            except Exception as why:  # costs this metric, not the evaluation
+                metrics[name] = FailedMetric(why)
         loss = float(self._loss(estimator, *self._valid))
         return EvalResult(loss, len(self._valid[1]), metrics)
 
@@ -135,6 +137,22 @@ class SklearnTask:
 
 sklearn_task = SklearnTask
 """The public name, as in ``fluffle.sklearn_task``."""
+
+
+def _checked(data: Any, what: str) -> tuple[Any, Any]:
+    """Return inputs and targets as arrays; the inputs may be a sparse matrix.
+
+    Raises:
+        TaskError: if they are something else, or differ in length; ``what`` names them.
+    """
+    check_pair(data, what)
+    inputs, targets = checked_array(data[0], what), np.asarray(data[1])
+    if not targets.shape or inputs.shape[0] != len(targets):
+        raise TaskError(
+            f"{what} has {inputs.shape[0]} inputs and {targets.size} targets; expected one "
+            "target for each input"
+        )
+    return inputs, targets
 
 
 def _log_loss_or_error(estimator: Any, inputs: Any, targets: Any) -> float:

@@ -28,6 +28,7 @@ except ModuleNotFoundError:
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
@@ -36,6 +37,7 @@ from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
+from fluffle_worker.tasks.checks import as_metrics, as_rate, check_pair, checked_array, listed
 from fluffle_worker.tasks.examples import (
     Examples,
     InMemory,
@@ -44,6 +46,7 @@ from fluffle_worker.tasks.examples import (
     arrays_in,
     call,
     count_of,
+    joined,
     mapped,
 )
 from fluffle_worker.tasks.step_losses import StepLosses
@@ -58,6 +61,7 @@ from fluffle_worker.tasks.torch_tensors import (
     tensors_of,
     trained_by,
 )
+from fluffle_worker.user_code import FailedMetric
 
 Loss = Callable[[Any, Any], Any]
 _EVALUATION_BATCH = 256
@@ -132,17 +136,22 @@ class TorchTask:
         self.whole: TorchTask = self
         self.classes = classes
         self.local_rule = BoundRule(local_rule)
-        self._loss, self._metrics, self._augment = loss, dict(metrics or {}), augment
-        self._optimizer, self._learning_rate = optimizer, learning_rate
+        self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
+        if not callable(optimizer):
+            raise TaskError(
+                f"optimizer= is {shown(optimizer)}, but a function of the parameters and lr= is "
+                "expected, such as torch.optim.Adam"
+            )
+        self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._data: InMemory | Streamed
         if callable(train_data):
-            self._data = Streamed(train_data, num_examples, sample_seed)
+            self._data = Streamed(train_data, num_examples, sample_seed, arrays_in)
         else:
-            source = self._on_device(train_data)
+            source = self._on_device(train_data, "train_data")
             self._data = InMemory(source, arrays_in(source), sample_seed)
         self.num_examples = self._data.num_examples
-        self._valid = None if valid_data is None else self._on_device(valid_data)
+        self._valid = None if valid_data is None else self._on_device(valid_data, "valid_data")
         self._held_out = 0 if valid_data is None else count_of(arrays_in(self._valid), "valid_data")
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._model = model
@@ -160,7 +169,7 @@ class TorchTask:
     @property
     def labels(self) -> Array:
         """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return as_array(self._data.source[1])
+        return joined([as_array(one) for one in self._data.targets()])
 
     def part(self, rows: Array, sample_seed: int) -> TorchTask:
         """Return a task on a subset of the training examples, without held-out data.
@@ -172,7 +181,6 @@ class TorchTask:
             sample_seed: decorrelates the part's batches from those of other parts.
         """
         made = copy.copy(self)
-        assert isinstance(self._data, InMemory)
         made.whole, made._data = self, self._data.part(rows, sample_seed)
         made.num_examples, made._sample_seed = len(rows), sample_seed
         made._valid, made._held_out, made._personal = None, 0, PersistentTensors()
@@ -249,16 +257,22 @@ class TorchTask:
         """Return the mean loss and metrics of a module on the held-out data."""
         module.eval()
         totals: dict[str, float] = {}
+        failed: dict[str, FailedMetric] = {}
         with self._seeded(0), torch.no_grad():
             for start in range(0, self._held_out, _EVALUATION_BATCH):
                 rows = slice(start, min(start + _EVALUATION_BATCH, self._held_out))
                 inputs, targets = mapped(operator.itemgetter(rows), self._valid)
                 outputs = call(module, inputs)
                 for name, function in {"loss": self._loss, **self._metrics}.items():
-                    values = torch.as_tensor(function(outputs, targets))
-                    mean = float(values.to("cpu", torch.float64).mean())
+                    try:
+                        values = torch.as_tensor(function(outputs, targets))
+                        mean = float(values.to("cpu", torch.float64).mean())
+                    except Exception as why:  # costs this metric, not the evaluation
+                        if name == "loss":
+                            raise
+                        failed[name], mean = FailedMetric(why), 0.0
                     totals[name] = totals.get(name, 0.0) + mean * (rows.stop - rows.start)
-        return {name: total / self._held_out for name, total in totals.items()}
+        return {name: total / self._held_out for name, total in totals.items()} | failed
 
     def _differentiate(
         self, module: nn.Module, params: dict[str, Any], examples: Examples, state: Any
@@ -302,17 +316,20 @@ class TorchTask:
     def _examples(self, batch: Any) -> Any:
         """Return a batch on the device, from indices or as the stream yields it."""
         if self._data.source is None:
-            inputs, targets = self._on_device(batch)
+            inputs, targets = self._on_device(batch, "a batch of train_data")
         else:
             rows = torch.from_numpy(batch).to(self._device)
             inputs, targets = mapped(operator.itemgetter(rows), self._data.source)
         return (inputs if self._augment is None else self._augment(inputs)), targets
 
-    def _on_device(self, data: Any) -> Any:
-        return mapped(
-            lambda part: (part if isinstance(part, Tensor) else as_tensor(part)).to(self._device),
-            data,
-        )
+    def _on_device(self, data: Any, what: str) -> Any:
+        check_pair(data, what)
+
+        def on_device(part: Any) -> Any:
+            part = checked_array(part, what)
+            return (part if isinstance(part, Tensor) else as_tensor(part)).to(self._device)
+
+        return mapped(on_device, data)
 
     def _made(self, seed: int) -> nn.Module:
         """Return a new module, initialized with this seed."""
@@ -320,7 +337,7 @@ class TorchTask:
             made = None if isinstance(self._model, nn.Module) else self._model()
         if not isinstance(made, nn.Module):
             raise TaskError(
-                f"model= is {self._model!r:.60}; a function that makes a module is expected, such "
+                f"model= is {self._model!r:.60}; expected a function that makes a module, such "
                 "as the module's class, or lambda: module"
             )
         return made
@@ -346,12 +363,14 @@ class TorchTask:
         still = {name for name in tensors if selected(frozen, name)}
         still |= {name for name, one in params.items() if not one.requires_grad}
         travel = {name for name in tensors.keys() - still if selected(federated, name)}
-        names = ", ".join(list(tensors)[:8]) + (", …" if len(tensors) > 8 else "")
+        names = listed(tensors)
         if not travel:
             raise TaskError(
                 "federated= and frozen= leave no tensor of the model to send; the model has "
                 f"{names}"
             )
+        if frozen is not False and not any(selected(frozen, name) for name in tensors):
+            raise TaskError(f"frozen= selects no tensor of the model; the model has {names}")
         if still >= params.keys():
             raise TaskError(
                 f"frozen= leaves no parameter of the model to train; the model has {names}"

@@ -1,4 +1,4 @@
-"""The messages between coordinator and workers.
+"""The messages between the coordinator and the workers.
 
 Every message is a small, frozen header; some carry tensors behind it (see ``codec``). A value of
 the wrong type raises ``MalformedMessage``; nothing is coerced. Unknown keys are ignored, so that

@@ -52,7 +52,7 @@ def parse(header: Any) -> Message:
     """
     kind = header.get("kind") if isinstance(header, dict) else None
     if not isinstance(kind, str):  # pydantic would print the whole value
-        raise MalformedMessage(f"kind: a string is expected, not {type(kind).__name__}")
+        raise MalformedMessage(f"kind: expected a string, not {type(kind).__name__}")
     try:
         message = _adapter.validate_python(header)
     except ValidationError as error:
@@ -67,5 +67,6 @@ def parse(header: Any) -> Message:
     if message.critical is not None:
         unknown = [name for name in message.critical if name not in type(message).model_fields]
         if unknown:
-            raise MalformedMessage(f"critical: unknown field '{unknown[0]}'"[:500])
+            reason = f"critical: unknown field '{unknown[0]}', which the message depends on"
+            raise MalformedMessage(reason[:500])
     return message

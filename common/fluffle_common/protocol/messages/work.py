@@ -43,7 +43,7 @@ class Compression(Model):
     @model_validator(mode="after")
     def _check_settings(self) -> Self:
         if self.kind == "topk" and self.fraction is None:
-            raise ValueError("the codec topk needs a fraction")
+            raise ValueError("the codec topk needs a fraction, such as topk:0.01")
         if self.kind != "topk" and self.fraction is not None:
             raise ValueError(f"the codec {self.kind} takes no fraction")
         if self.kind in _BUILT_IN_CODECS and self.settings is not None:
@@ -64,8 +64,8 @@ class Compression(Model):
             return cls(kind=kind, settings=rest if colon else None)
         except ValueError:
             raise ValueError(
-                f"'{text[:60]}' is not a codec; bf16, f16, int8, topk:0.01 or NAME[:SETTINGS] "
-                "is expected"
+                f"'{text[:60]}' is not a codec; expected bf16, f16, int8, topk:0.01 or "
+                "NAME[:SETTINGS]"
             ) from None
 
     def __str__(self) -> str:

@@ -53,7 +53,7 @@ class Int8:
         if bad:
             raise not_finite("#scale", bad)
         if scale.size and scale.min() < 0:
-            raise ValueError("#scale has negative values")
+            raise ValueError("the part '#scale' has negative values")
         decoded = np.empty(like.shape, like.dtype)
         flat, out = q.reshape(-1), decoded.reshape(-1)
         full = like.size - like.size % BLOCK  # values in full blocks

@@ -96,7 +96,10 @@ class Registry:
                 f"the codec '{entry_point.name}' from {where} fails to load: {one_line(error)}"
             ) from error
         if codec.name != entry_point.name:
-            raise BrokenCodec(f"{where} has the name '{codec.name}', not '{entry_point.name}'")
+            raise BrokenCodec(
+                f"{where} has the name '{codec.name}', but its entry point has the name "
+                f"'{entry_point.name}'"
+            )
 
     def parse(self, spec: str) -> Codec:
         """Return the codec for a text such as ``topk:0.01``, with its settings.
@@ -141,12 +144,13 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
     """
     if not isinstance(codec, type):
         raise UsageError(
-            f"{where} is a {type(codec).__name__}; a codec is a class (docs/codecs.md)"
+            f"{where} is a {type(codec).__name__}, but a codec must be a class (docs/codecs.md)"
         )
     name = getattr(codec, "name", None)
     if not isinstance(name, str) or not re.fullmatch(ENCODING_PATTERN, name):
         raise UsageError(
-            f"{where} has the name {name!r:.60}; a codec's name has 1 to 32 of a-z, 0-9, '_', '-'"
+            f"{where} has the name {name!r:.60}; use a name of 1 to 32 characters from a-z, 0-9, "
+            "'_' and '-'"
         )
     for method in ("parse", "encode"):
         if not callable(getattr(codec, method, None)):
@@ -155,14 +159,14 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
         attribute = inspect.getattr_static(codec, method, None)
         if not isinstance(attribute, staticmethod | classmethod):
             raise UsageError(
-                f"{where} has no static method '{method}'; settings are not sent with an update, "
-                "so mark it @staticmethod"
+                f"{where} has no static method '{method}'; mark the method @staticmethod, "
+                "because settings are not sent with an update"
             )
     dtypes = getattr(codec, "dtypes", None)
     if not isinstance(dtypes, tuple) or not isinstance(getattr(codec, "feeds_back", None), bool):
         raise UsageError(
-            f"{where} needs 'dtypes', such as ('float32', 'float64'), and 'feeds_back', True or "
-            "False (docs/codecs.md)"
+            f"{where} must set 'dtypes', such as ('float32', 'float64'), and must set "
+            "'feeds_back' to True or False (docs/codecs.md)"
         )
     _check_parts(codec, where)
     return codec
@@ -178,7 +182,9 @@ def _check_parts(codec: Any, where: str) -> None:
         ) from error
     valid = isinstance(parts, tuple) and 1 <= len(parts) <= _MAX_PARTS
     if not valid or not all(isinstance(part, Part) for part in parts):
-        raise UsageError(f"{where} has parts {parts!r:.80}; a tuple of one or two Part is expected")
+        raise UsageError(
+            f"{where} has parts {parts!r:.80}; expected a tuple of one or two Part objects"
+        )
     for part in parts:
         if not _SUFFIX.fullmatch(part.suffix):
             raise UsageError(
@@ -188,10 +194,12 @@ def _check_parts(codec: Any, where: str) -> None:
         if part.dtype not in DTYPES:
             supported = ", ".join(sorted(DTYPES))
             raise UsageError(
-                f"{where} has a part of dtype '{part.dtype!s:.40}'; supported are {supported}"
+                f"{where} has a part of dtype '{part.dtype!s:.40}'; use one of {supported}"
             )
     if len({part.suffix for part in parts}) < len(parts):
-        raise UsageError(f"{where} has two parts with the same suffix; give each part its own")
+        raise UsageError(
+            f"{where} has two parts with the same suffix; give each part its own suffix"
+        )
 
 
 CODECS = Registry()

@@ -37,7 +37,7 @@ class TopK:
             fraction = 0.0
         if name != cls.name or not 0 < fraction <= 1:
             raise ValueError(
-                f"'{text}' is not valid; topk:FRACTION is expected, such as topk:0.01 to send 1 % "
+                f"'{text}' is not valid; expected topk:FRACTION, such as topk:0.01 to send 1 % "
                 "of the values"
             )
         return cls(fraction)
@@ -65,7 +65,10 @@ class TopK:
         if index.size and not (
             index[0] >= 0 and index[-1] < like.size and (index[1:] > index[:-1]).all()
         ):
-            raise ValueError(f"#index must increase and lie between 0 and {like.size - 1}")
+            raise ValueError(
+                "the values of the part '#index' must increase and lie between 0 and "
+                f"{like.size - 1}"
+            )
         decoded = np.zeros(like.shape, like.dtype)
         decoded.reshape(-1)[index] = value
         return decoded

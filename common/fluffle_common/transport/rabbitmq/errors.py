@@ -131,8 +131,8 @@ def _conflict(text: str) -> str:
         )
     return (
         f"queue '{match['name']}' was created by another version of fluffle ({text}); stop "
-        f"everyone who uses it, delete it with 'rabbitmqctl delete_queue {match['name']}', and "
-        "start again"
+        "the coordinator and the workers, delete the queue with "
+        f"'rabbitmqctl delete_queue {match['name']}', and start again"
     )
 
 
@@ -153,7 +153,8 @@ def error_for_reply(text: str, user: str = "", right: Right | None = None) -> Tr
     if match := _TOO_LARGE.search(text):
         return BrokerError(
             f"a message of {int(match['size']):,} bytes is above the broker's limit of "
-            f"{int(match[2]):,} (max_message_size); raise it in rabbitmq.conf, to 8388608 or more"
+            f"{int(match[2]):,} (max_message_size); raise this limit in rabbitmq.conf "
+            "to 8388608 or more"
         )
     if match := _OTHER_USER.search(text):
         return BrokerError(
@@ -162,7 +163,7 @@ def error_for_reply(text: str, user: str = "", right: Right | None = None) -> Tr
         )
     if _LIMIT.search(text):
         return BrokerError(
-            f"the broker has reached a limit for {who} ({text}); raise or clear it with "
+            f"the broker has reached a limit for {who} ({text}); raise or clear this limit with "
             "'rabbitmqctl set_vhost_limits', 'set_user_limits' or in rabbitmq.conf"
         )
     return LinkLost(text)

@@ -49,7 +49,8 @@ class QuorumRounds(Schedule[State]):
         if rules.secret is not None:
             return _drawn(state, rules.secret, state.workers)
         size, draw = rules.ask(len(state.workers)), Draw(rules.seed, state.round)
-        return select(rules.selection, state.candidates(state.workers), size, draw)
+        candidates = state.candidates(state.workers)
+        return select(rules.selection, candidates, size, draw, least=rules.least)
 
     def again(self, state: State) -> tuple[str, ...]:
         """Draw a new cohort: workers that advance stay, those that did not answer come last."""
@@ -61,7 +62,8 @@ class QuorumRounds(Schedule[State]):
         staying = {n for n in present if n in answered or state.advancing(n)}
         others = [name for name in present if name not in staying]
         room, candidates = size - len(staying), state.candidates(others)
-        drawn = select(rules.selection, candidates, room, draw, last=state.asked)
+        least = rules.least - len(staying)
+        drawn = select(rules.selection, candidates, room, draw, last=state.asked, least=least)
         return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:

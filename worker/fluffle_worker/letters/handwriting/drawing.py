@@ -154,7 +154,9 @@ def draw_letters(
     # Inside `out`, which may be a mount point, so that renaming stays on one file system.
     unfinished = out / ".unfinished"
     if out.exists() and not (out.is_dir() and set(out.iterdir()) <= {unfinished}):
-        raise UsageError(f"{out} is not an empty folder: choose a new one, or remove it first")
+        raise UsageError(
+            f"{out} is not an empty folder; choose a new folder, or remove {out} first"
+        )
 
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     unfinished.mkdir(parents=True)

@@ -1,0 +1,21 @@
+"""The chart of a run's history."""
+
+from __future__ import annotations
+
+import pytest
+
+from fluffle_coordinator.cli.history_table import draw_history
+
+
+def test_the_chart_of_many_rounds_has_few_ticks(tmp_path, monkeypatch):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda _figure: None)
+    rounds = [{"round": number, "loss": 1 / number, "accuracy": 0.5} for number in range(1, 501)]
+    draw_history(rounds, tmp_path / "history.png")
+    figure = plt.gcf()
+    monkeypatch.undo()
+    ticks = figure.axes[0].get_xticks()
+    plt.close(figure)
+    assert (tmp_path / "history.png").stat().st_size > 1000
+    assert 3 < len(ticks) < 20
+    assert all(tick == int(tick) for tick in ticks)

@@ -1,0 +1,247 @@
+"""What users pass to the adapters by mistake: one error names it before any training."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from sklearn.metrics import roc_auc_score
+
+import fluffle
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.messages import Plan
+from fluffle_worker.results import Results
+from fluffle_worker.tasks.examples import accuracy
+from fluffle_worker.tasks.flax import FlaxTask, flax_task
+
+pytestmark = pytest.mark.usefixtures("compiled_elsewhere")
+
+RNG = np.random.default_rng(0)
+X, Y = RNG.normal(size=(20, 4)).astype(np.float32), np.tile(np.arange(2, dtype=np.int32), 10)
+PLAN = Plan(seed=1, batch_size=5)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.out = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.out(inputs)
+
+
+class Counting(Net):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(rngs)
+        self.calls = nnx.Param(jnp.zeros(2, jnp.int32))
+
+
+class Bare(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        pass
+
+
+def made(**changes: Any) -> FlaxTask:
+    given = {
+        "model": Net,
+        "loss": optax.softmax_cross_entropy_with_integer_labels,
+        "optimizer": optax.sgd,
+        "train_data": (X, Y),
+        "valid_data": (X, Y),
+    }
+    return flax_task(**(given | changes))
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (X, "of type ndarray, but a pair"),
+        ((X, Y, Y), "is a tuple of 3, but a pair"),
+        ({"x": X, "y": Y}, "of type dict, but a pair"),
+        (None, "of type NoneType, but a pair"),
+        (iter([(X, Y)]), "of type list_iterator, but a pair"),
+        ((X.tolist(), Y.tolist()), "where an array is expected.* convert lists with numpy.asarray"),
+        ((list(X), list(Y)), "has np.int32.* where an array is expected"),
+        ((1.0, 2), "has 1.0 where an array is expected"),
+        ((X, np.array(["a", "b"] * 10)), "dtype <U1; convert this array to numbers"),
+        ((X.astype(object), Y), "dtype object; convert this array to numbers"),
+        ((np.ma.masked_less(X, 0), Y), "a masked array; fill the array"),
+        ((X, Y[:5]), "have different numbers of examples .5, 20"),
+    ],
+)
+def test_data_that_are_no_pair_of_arrays_are_named(data: Any, message: str):
+    with pytest.raises(TaskError, match=f"^(the arrays of )?train_data .*{message}"):
+        made(train_data=data)
+    if data is not None:
+        with pytest.raises(TaskError, match=f"^(the arrays of )?valid_data .*{message}"):
+            made(valid_data=data)
+
+
+def test_held_out_data_are_no_stream():
+    with pytest.raises(TaskError, match="valid_data is of type function, but a pair"):
+        made(valid_data=lambda epoch, rng: [(X, Y)])
+
+
+def test_whatever_numpy_converts_is_data():
+    class Frame:
+        def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
+            return X
+
+    assert made(train_data=(Frame(), jnp.asarray(Y))).num_examples == 20
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optimizer": "adam"}, "optimizer= is 'adam', but an optax transformation is expected"),
+        ({"optimizer": None}, "optimizer= is None"),
+        (
+            {"learning_rate": None},
+            "learning_rate= is invalid: the value is None, but a number is expected",
+        ),
+        (
+            {"learning_rate": "0.1"},
+            "learning_rate= is invalid: the value is '0.1', but a number is expected",
+        ),
+        (
+            {"learning_rate": math.nan},
+            "learning_rate= is invalid: the value is nan, but a finite number",
+        ),
+        ({"learning_rate": -1}, "learning_rate= is -1.0, but a number above 0"),
+        (
+            {"learning_rate": optax.constant_schedule(0.1)},
+            "learning_rate= is invalid: the value is <function",
+        ),
+        ({"metrics": [accuracy]}, "metrics= is .*, but functions by name are expected"),
+        ({"metrics": {"a": "accuracy"}}, "metrics= is .*, but functions by name are expected"),
+        ({"metrics": {"loss": accuracy}}, "metrics= has the name 'loss'"),
+        ({"model": Net(nnx.Rngs(0))}, "model= is Net; a function that makes a module"),
+        ({"model": lambda rngs: None}, "model= made NoneType; an nnx.Module is expected"),
+        ({"model": Bare}, "no tensor of the model to send; the model has none"),
+        ({"model": Counting}, "parameter 'calls' is int32, which cannot be trained"),
+        ({"frozen": nnx.PathContains("body")}, "frozen= selects no tensor of .* has out/bias, out"),
+    ],
+)
+def test_another_argument_is_named(changes: dict[str, Any], message: str):
+    with pytest.raises(TaskError, match=message):
+        made(**changes)
+
+
+def ignore(*_: Any) -> None:
+    pass
+
+
+def trained(stream: Any, **plan: Any) -> Any:
+    task = made(train_data=stream, num_examples=20)
+    return task.train(task.init(0), PLAN.model_copy(update=plan), ignore)
+
+
+def endless(epoch: int, rng: Any) -> Iterator[Any]:
+    while True:
+        yield X[:5], Y[:5]
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([(X[:5], Y[:5], Y[:5])], "a batch of train_data is a tuple of 3"),
+        ([X[:5]], "a batch of train_data is of type ndarray"),
+        (
+            [(X[:5], Y[:4])],
+            "the arrays of a batch of train_data have different numbers of examples",
+        ),
+        ([(X[:5].tolist(), Y[:5])], "a batch of train_data has .* where an array is expected"),
+        ([(X[:0], Y[:0])], "train_data yields no batch in epoch 0"),
+    ],
+)
+def test_a_batch_of_a_stream_is_checked(batches: Any, message: str):
+    with pytest.raises(TaskError, match=message):
+        trained(lambda epoch, rng: batches)
+
+
+def test_an_endless_epoch_is_an_error_but_not_if_the_plan_counts_steps():
+    with pytest.raises(TaskError, match="205 examples in epoch 0, although num_examples is 20"):
+        trained(endless)
+    assert trained(endless, steps=60).metrics["steps"] == 60
+
+
+def test_a_batch_without_examples_is_skipped():
+    def stream(epoch: int, rng: Any) -> Iterator[Any]:
+        for start in (0, 5, 20):
+            yield X[start : start + 5], Y[start : start + 5]
+
+    metrics = trained(stream).metrics
+    assert metrics["steps"] == 2
+    assert math.isfinite(metrics["loss"])
+
+
+def fails(outputs: Any, targets: Any) -> Any:
+    raise ZeroDivisionError("no positives")
+
+
+@pytest.mark.parametrize(
+    ("metric", "why"),
+    [
+        (fails, r"ZeroDivisionError: no positives \(test_task_arguments.py:\d+\)"),
+        (lambda outputs, targets: "high", "TypeError: .*"),
+        (
+            lambda outputs, targets: targets[:2],
+            r"the function returned the shape \(2,\) for 20 examples; .*",
+        ),
+        (
+            lambda outputs, targets: roc_auc_score(targets, outputs[:, 1]),
+            "JAX compiles this function, .*",
+        ),
+    ],
+)
+def test_a_metric_that_fails_costs_no_other(metric: Any, why: str):
+    task = made(metrics={"auc": metric, "accuracy": accuracy}, score_trained=True)
+    weights, notes, traces = task.init(0), [], []
+    results = Results(notes.append, traces.append)
+    for _ in range(2):
+        result = results.evaluated(lambda: task.evaluate(weights))
+        assert result is not None
+        assert result.num_examples == 20
+        assert result.metrics.keys() == {"accuracy"}
+        update = results.trained(task.train(weights, PLAN, ignore))
+        assert update.metrics.keys() == {"loss", "steps", "personal_loss", "personal_accuracy"}
+    evaluation, training = notes  # each once
+    assert re.fullmatch(
+        rf"the metric 'auc' of evaluate\(\) failed, so it is omitted: {why}", evaluation
+    )
+    assert training.startswith("the metric 'personal_auc' of train() failed, so it is omitted: ")
+    assert len(traces) <= 1
+
+
+@pytest.mark.parametrize("targets", [{"kind": Y, "size": X[:, :2]}, (Y, Y), np.eye(3)[Y]])
+def test_a_task_with_several_targets_is_divided(targets: Any):
+    def loss(outputs: Any, targets: Any) -> Any:
+        (first, *_) = jax.tree.leaves(targets)
+        return (outputs[:, 0] - first.reshape(len(outputs), -1)[:, 0]) ** 2
+
+    whole = made(train_data=(X, targets), valid_data=None, loss=loss)
+    run = fluffle.simulate(whole, clients=4, partition="dirichlet:1", rounds=1, progress=False)
+    assert sum(run.history[-1].participants.values()) == 20
+    assert math.isfinite(run.history[-1].train_loss)
+
+
+def test_a_stream_is_not_divided():
+    whole = made(train_data=endless, num_examples=20)
+    with pytest.raises(
+        TaskError, match="train_data is a function, whose batches cannot be divided"
+    ):
+        fluffle.simulate(whole, clients=4, progress=False)
+
+
+def test_a_metric_that_fails_costs_no_other_of_a_simulation(capsys: pytest.CaptureFixture[str]):
+    whole = made(metrics={"auc": fails, "accuracy": accuracy})
+    run = fluffle.simulate(whole, clients=4, rounds=2, progress=False)
+    assert run.history.columns == ("train_loss", "test/loss", "test/accuracy")
+    assert capsys.readouterr().err.count("the metric 'auc' of evaluate() failed") == 1

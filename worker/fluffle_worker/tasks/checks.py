@@ -1,0 +1,91 @@
+"""Checks of what users pass to the adapters, so that errors name it before a training begins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+
+from fluffle_common.cli.user_values import number, shown
+from fluffle_common.errors import TaskError
+
+_NUMBERS = "biufcV"  # kinds of dtypes; V has those of ml_dtypes, such as bfloat16
+
+
+def check_pair(data: Any, what: str) -> None:
+    """Check that data are a pair.
+
+    Raises:
+        TaskError: if they are not; ``what`` names them.
+    """
+    given = type(data).__name__
+    if not isinstance(data, tuple | list):
+        raise TaskError(f"{what} is of type {given}, but a pair (inputs, targets) is expected")
+    if len(data) != 2:
+        raise TaskError(
+            f"{what} is a {given} of {len(data)}, but a pair (inputs, targets) is expected"
+        )
+
+
+def checked_array(value: Any, what: str) -> Any:
+    """Return one entry of users' data, an array or tensor of any framework, or a NumPy array of it.
+
+    Raises:
+        TaskError: if it is not an array of numbers with a first axis; ``what`` names the data.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise TaskError(f"{what} has a masked array; fill the array, for example with filled(0)")
+    if not hasattr(value, "dtype") and hasattr(value, "__array__"):  # such as a pandas.DataFrame
+        value = np.asarray(value)
+    if not getattr(value, "shape", ()):
+        raise TaskError(
+            f"{what} has {shown(value)} where an array is expected, with one entry per example; "
+            "convert lists with numpy.asarray"
+        )
+    dtype = value.dtype
+    if isinstance(dtype, np.dtype) and (dtype.kind not in _NUMBERS or dtype.names):
+        raise TaskError(
+            f"{what} has an array of dtype {dtype}; convert this array to numbers, for example "
+            "with astype('float32')"
+        )
+    return value
+
+
+def as_rate(given: Any) -> float:
+    """Return a learning rate.
+
+    Raises:
+        TaskError: if it is not a number above 0.
+    """
+    try:
+        rate = number(given)
+    except ValueError as wrong:
+        raise TaskError(f"learning_rate= is invalid: {wrong}") from None
+    if rate <= 0:
+        raise TaskError(f"learning_rate= is {rate}, but a number above 0 is expected")
+    return rate
+
+
+def as_metrics(given: Any) -> dict[str, Callable[..., Any]]:
+    """Return an adapter's ``metrics``.
+
+    Raises:
+        TaskError: if they are not functions by name, or one has the name of the loss.
+    """
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping) or not all(map(callable, given.values())):
+        raise TaskError(
+            f"metrics= is {shown(given)}, but functions by name are expected, such as "
+            "{'accuracy': accuracy}"
+        )
+    if "loss" in given:
+        raise TaskError("metrics= has the name 'loss', which is that of loss=; choose another name")
+    return dict(given)
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return the names of a model's tensors for an error, at most eight of them."""
+    names = list(names)
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "none"

@@ -1,0 +1,62 @@
+"""Examples on a JAX device, and how a model scores on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fluffle_common.errors import TaskError
+from fluffle_worker.tasks.checks import check_pair, checked_array
+from fluffle_worker.tasks.examples import Examples
+
+
+def on_device(data: Examples, what: str) -> Any:
+    """Return (inputs, targets) on the device.
+
+    Raises:
+        TaskError: if they are not a pair of arrays of numbers; ``what`` names them.
+    """
+    check_pair(data, what)
+    return jax.device_put(jax.tree.map(lambda part: checked_array(part, what), data))
+
+
+def scored(function: Any, outputs: Any, targets: Any, count: int) -> Any:
+    """Return the losses, or another metric, of a batch of ``count`` examples.
+
+    Raises:
+        TaskError: if the result has another shape, or JAX cannot compile the function.
+    """
+    try:
+        values = jnp.asarray(function(outputs, targets))
+    except jax.errors.JAXTypeError as why:
+        raise TaskError(
+            "JAX compiles this function, so the function may use jax.numpy, but not NumPy or "
+            "scikit-learn"
+        ) from why
+    if values.shape and values.shape[0] != count:
+        raise TaskError(
+            f"the function returned the shape {values.shape} for {count} examples; expected one "
+            "number for each example, or one number for all examples"
+        )
+    return values
+
+
+def picked(source: Any, batch: Any) -> Any:
+    """Return the batch's examples: ``batch`` itself, or the rows of ``source`` that it indexes."""
+    if source is None:
+        return batch
+    return jax.tree.map(lambda part: jnp.take(part, batch, axis=0), source)
+
+
+def summed(values: Any, count: int) -> float:
+    """Return a metric summed over the first ``count`` examples of a batch.
+
+    ``values`` has one entry per example, or is one mean for the whole batch.
+    """
+    found = np.asarray(values, np.float64)
+    if not found.shape:
+        return float(found) * count
+    return float(found[:count].reshape(count, -1).mean(axis=1).sum())
