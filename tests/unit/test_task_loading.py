@@ -302,7 +302,7 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
         ({3: np.zeros(1)}, "has a name of type int"),
         ({"\udc80": np.zeros(1)}, r"tensor '\\udc80' has a name that is not valid Unicode"),
         ({"__metadata__": np.zeros(1)}, "the name '__metadata__', .* rename it"),
-        ({"strategy/m": np.zeros(1)}, "'strategy/m' begins with 'strategy/', .* rename it"),
+        ({"strategy/m": np.zeros(1)}, "'strategy/m' begins with 'strategy/', .* rename this"),
         ({}, "no tensors"),
     ],
 )

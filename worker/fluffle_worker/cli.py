@@ -76,7 +76,7 @@ if TYPE_CHECKING:
     "--seed",
     type=SEED,
     default=0,
-    help="Seed that splits the data into training and held-out examples.",
+    help="Seed for splitting the data into training and held-out examples.",
 )
 @click.option(
     "--heartbeat",
@@ -88,9 +88,9 @@ if TYPE_CHECKING:
     "--wait-id",
     type=seconds(),
     default=45.0,
-    help="Time limit, in seconds, for waiting while another worker with this ID is connected. "
-    "After a crash, the other worker may be the old connection of this worker, which "
-    "the broker keeps for a while.",
+    help="How long, in seconds, this worker waits for another worker with the same ID to "
+    "disconnect. After a crash, this may be the worker's own old connection, which the broker "
+    "keeps open for a while.",
 )
 @click.option(
     "--state-dir",

@@ -254,9 +254,9 @@ def _require_space(folder: Path, extra_conf: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < launch.DISK_FREE_LIMIT_BYTES and "disk_free_limit" not in extra_conf:
         raise BrokerError(
-            f"only {free / 1e6:.0f} MB are free in {folder}, but RabbitMQ accepts no messages "
-            f"below {launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB; free some space, or choose "
-            "another folder with --state"
+            f"only {free / 1e6:.0f} MB are free in {folder}, but RabbitMQ stops accepting "
+            f"messages below {launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB of free space; free some "
+            "space, or choose another folder with --state"
         )
 
 

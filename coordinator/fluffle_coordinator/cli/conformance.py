@@ -54,8 +54,8 @@ if TYPE_CHECKING:
     "patience_s",
     type=seconds(min_open=True),
     default=60.0,
-    help="Time limit for each answer of the worker, in seconds; must be longer than one "
-    "training run.",
+    help="Time limit, in seconds, for each reply from the worker; must be longer than one "
+    "training run takes.",
 )
 @click.option(
     "--json",

@@ -106,8 +106,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help="Your function to call after every commit. If the function returns a text, the run "
-    "ends, and the text is shown as the reason.",
+    help="A function of yours that is called after every commit. If it returns a string, the run "
+    "ends, and the string is shown as the reason.",
 )
 @stopping_options
 @plan_options

@@ -71,8 +71,8 @@ schedule_options = option_group(
         default=1.0,
         metavar="P",
         help="Over-selection factor: with 1.3, 130 % of the workers that --fraction or --sample "
-        "asks for are selected. If --quorum is a fraction, it refers to the number of "
-        "workers before this factor, so a round can close without the slowest workers.",
+        "asks for are selected. A fractional --quorum is taken of the number of workers "
+        "before this factor is applied, so a round can close without waiting for the slowest.",
     ),
     click.option(
         "--select",

@@ -109,7 +109,7 @@ def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) 
         check_finite(frozen.tensors)
         check_names(weights)
     except ValueError as wrong:
-        raise UsageError(f"{file} cannot be used as first weights: {wrong}") from None
+        raise UsageError(f"{file} cannot be used as the first weights: {wrong}") from None
     metadata = {
         "task": metadata.get("task", ""),
         "classes": metadata.get("classes", "[]"),
