@@ -111,10 +111,11 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
 
 def test_a_standby_takes_over_from_a_killed_coordinator(federation: Federation) -> None:
     flags = ("--rounds", 8, "--config", "train_s=0.3")
-    active, workers = start(federation, 2, *flags)
-    active.wait_for("started")
+    active = federation.coordinator(*rules(2), *flags)
+    active.wait_for("connected")
     standby = federation.coordinator(*rules(2), *flags)
     standby.wait_for("standby")
+    workers = [federation.worker(number, 2, *Beat) for number in range(2)]
     federation.wait_committed(2)
     active.kill()
     began = time.monotonic()

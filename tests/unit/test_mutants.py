@@ -1,7 +1,7 @@
 """Mutants of the machines: each has one line replaced, and the tests of the rules must notice.
 
-``rule`` names the test in one of the ``test_rounds_…`` files that must fail; ``random`` says that
-``test_rounds_machine`` must fail.
+``rule`` names the test that must fail, in one of the ``test_rounds_…`` files or in
+``test_worker_machine``; ``random`` says that ``test_rounds_machine`` must fail.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from tests.unit import (
     test_rounds_machine,
     test_rounds_poisson,
     test_rounds_workers,
+    test_worker_machine,
 )
 from tests.unit.test_rounds_machine import Federation
 
@@ -406,6 +407,8 @@ MUTANTS = [
         session,
         "    if any(_newer(",
         "    if False and any(_newer(",
+        "test_of_several_that_wait_only_the_newest_begins",
+        random=False,
     ),
     Mutant(
         "begins before the thread is free",
@@ -418,6 +421,8 @@ MUTANTS = [
         session,
         "(state.next, state.sending, state.answered) if",
         "(state.sending, state.answered) if",
+        "test_of_several_that_wait_only_the_newest_begins",
+        random=False,
     ),
     Mutant(
         "continues after a commit that is enough",
@@ -517,6 +522,7 @@ def _rule(name: str) -> Callable[[], object]:
         test_rounds_workers,
         test_rounds_buffered,
         test_rounds_frozen,
+        test_worker_machine,
     )
     test = next(found for module in modules if (found := getattr(module, name, None)))
     marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name == "parametrize"]
@@ -552,8 +558,9 @@ def _named(mutants: list[Mutant]) -> list[pytest.param]:
 
 @pytest.mark.parametrize("mutant", _named([mutant for mutant in MUTANTS if mutant.rule]))
 def test_a_rule_finds_out(mutant, load, monkeypatch):
-    machine, _ = load(mutant)
+    machine, worker_machine = load(mutant)
     monkeypatch.setattr(test_rounds, "rounds", machine)
+    monkeypatch.setattr(test_worker_machine, "s", worker_machine)
     assert _fails(_rule(mutant.rule)), f"{mutant.name}: it survives"
 
 

@@ -13,7 +13,7 @@ from hypothesis.stateful import (
 )
 
 from fluffle_worker import machine as s
-from fluffle_worker.machine import State, Work, advance
+from fluffle_worker.machine import State, Work
 
 works = st.builds(
     Work,
@@ -57,7 +57,7 @@ class Worker(RuleBasedStateMachine):
         self.over: str | None = None
 
     def event(self, event: s.Event) -> list[s.Effect]:
-        self.state, effects = advance(self.state, event)
+        self.state, effects = s.advance(self.state, event)
         for effect in effects:
             match effect:
                 case s.Begin(work):
@@ -225,7 +225,7 @@ TestSession = Worker.TestCase
 def run(*events: s.Event) -> tuple[State, list[s.Effect]]:
     state, effects = State(), []
     for event in events:
-        state, done = advance(state, event)
+        state, done = s.advance(state, event)
         effects += done
     return state, effects
 
@@ -244,15 +244,17 @@ def test_newer_work_waits_until_the_thread_is_free():
     state, effects = run(s.Asked(fit(1)), s.Asked(fit(2)))
     assert effects == [s.Begin(fit(1)), s.Abandon(fit(1))]
     assert state == State(doing=fit(1), next=fit(2))
-    state, effects = advance(state, s.Abandoned(fit(1)))
+    state, effects = s.advance(state, s.Abandoned(fit(1)))
     assert effects == [s.Drop(fit(1)), s.Begin(fit(2))]
     assert state == State(doing=fit(2))
 
 
 def test_of_several_that_wait_only_the_newest_begins():
     events = [s.Asked(fit(n)) for n in (1, 2, 4, 3)]
-    _, effects = run(*events, s.Abandoned(fit(1)))
+    state, effects = run(*events, s.Abandoned(fit(1)))
     assert [e.work.round for e in effects if isinstance(e, s.Begin)] == [1, 4]
+    assert [e.work.round for e in effects if isinstance(e, s.Drop)] == [2, 1]
+    assert state == State(doing=fit(4))
 
 
 def test_newer_work_lets_go_of_an_answer_the_broker_has_not_taken():
@@ -310,5 +312,5 @@ def test_nothing_begins_after_the_end_of_the_run(end):
 
 def test_states_are_values():
     before = State(doing=fit(1))
-    advance(before, s.Asked(fit(2)))
+    s.advance(before, s.Asked(fit(2)))
     assert before == State(doing=fit(1))
