@@ -128,7 +128,7 @@ def test_peek_refuses_queues_where_it_would_have_side_effects(federation, channe
     for queue, why in (
         ("inbox.shard-0-3", "worker shard-0-3 receives messages at once"),
         ("presence", "the coordinator receives messages at once"),
-        ("outbox.shard-0-3", "would treat it as lost"),
+        ("outbox.shard-0-3", "would treat the part as lost"),
         ("inbox.nobody", "has never connected"),
         ("nonsense", "has no queue 'nonsense'"),
     ):

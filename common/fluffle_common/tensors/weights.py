@@ -140,10 +140,11 @@ def check_delta(update: Weights, base: Weights) -> float:
         NotFinite: naming the first tensor that holds NaN or infinity.
         ValueError: naming the first tensor that differs.
     """
+    if _share_float_layout(update, base):
+        return finite_norm(update)
     if isinstance(update, InPieces) and update.layout is layout_for(base):
         return _norm_of_pieces(update)
-    if not _share_float_layout(update, base):
-        check_delta_form(update, base)
+    check_delta_form(update, base)
     return finite_norm(update)
 
 

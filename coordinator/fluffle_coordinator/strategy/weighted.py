@@ -213,11 +213,10 @@ def _side_by_side(totals: Vector | Tensors, *others: Weights) -> Iterator[tuple[
 
 def _vectors(weights: Weights, layout: Layout) -> Iterable[Array]:
     """Return vectors that together make up the payload of ``layout``."""
-    if isinstance(weights, Tensors | InPieces) and weights.layout is layout:
-        if isinstance(weights, InPieces):
-            return weights.vectors()
-        if weights.flat is not None:
-            return (weights.flat,)
+    if isinstance(weights, Tensors) and weights.layout is layout and weights.flat is not None:
+        return (weights.flat,)
+    if isinstance(weights, InPieces) and weights.layout is layout:
+        return weights.vectors()
     return _one_by_one(weights, layout)
 
 

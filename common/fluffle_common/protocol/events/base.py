@@ -66,8 +66,11 @@ class RunEvent:
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are not missing, as plain data for the log and the wire."""
-        values = {name: getattr(self, name) for name in self.field_names}
-        return {name: _plain(value) for name, value in values.items() if value is not None}
+        return {
+            name: _plain(value)
+            for name in self.field_names
+            if (value := getattr(self, name)) is not None
+        }
 
     def sentence(self) -> str:
         """Return the event in words, with a question mark for each missing field."""
@@ -171,9 +174,9 @@ def from_fields(name: str, fields: Mapping[str, Any]) -> RunEvent:
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_plain(item) for item in value]
-    return value.fields() if isinstance(value, Doing) else value
+    if not isinstance(value, tuple):
+        return value
+    return [item.fields() if isinstance(item, Doing) else item for item in value]
 
 
 def formatted(value: Any) -> Any:
