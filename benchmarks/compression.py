@@ -25,8 +25,8 @@ import numpy as np
 
 from benchmarks import command
 from benchmarks.processes import scratch
-from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Compression, Fit, Plan, Update
+from fluffle_common.protocol.wire_format import decode, encode, lay_out
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.weights import Weights, size_bytes

@@ -27,7 +27,7 @@ from typing import Any
 import aio_pika
 from aio_pika.abc import AbstractIncomingMessage
 
-from fluffle_common.protocol.codec import PART_BYTES
+from fluffle_common.protocol.wire_format import PART_BYTES
 
 _EXCHANGE = "floor.work"
 _UPDATES = "floor.updates"

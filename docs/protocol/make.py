@@ -25,8 +25,8 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from fluffle_common.protocol import messages as m
-from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
 from fluffle_common.protocol.transfer import digest_of
+from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.frozen import frozen_of

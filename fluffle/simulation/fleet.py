@@ -18,7 +18,6 @@ from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.protocol.messages import (
     Evaluate,
@@ -31,6 +30,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import size_bytes
 from fluffle_common.transport.base import Body, Delivery, Link, Transport

@@ -18,10 +18,10 @@ import pytest
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
 from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import (
     MAX_LISTED_KEYS,
     Delivery,
@@ -1234,7 +1234,7 @@ async def test_urgent_messages_arrive_or_are_unroutable_like_others(bench):
 @pytest.mark.rabbit
 @pytest.mark.parametrize("parts", [2, 20], ids=["one by one", "streamed"])
 async def test_parts_from_another_user_are_rejected(real, monkeypatch, parts):
-    monkeypatch.setattr("fluffle_common.protocol.codec.PART_BYTES", 64)
+    monkeypatch.setattr("fluffle_common.protocol.wire_format.PART_BYTES", 64)
     link = await real.open()
     outbox, updates, rejected = [await real.queue(link, name) for name in ("o", "u", "r")]
     of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}

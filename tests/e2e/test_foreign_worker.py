@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fluffle_common.protocol.codec import decode, read_tensors
 from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.wire_format import decode, read_tensors
 from tests.e2e.programs import ROOT, Federation
 
 SCRIPT = ROOT / "tests/e2e/pika_worker.py"

@@ -20,9 +20,9 @@ from safetensors.numpy import load_file
 from fluffle_broker.inspect.peek import peek
 from fluffle_broker.node import node
 from fluffle_common.errors import UsageError
-from fluffle_common.protocol.codec import encode, lay_out
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import encode, lay_out
 from fluffle_common.transport.open_once import open_once
 from fluffle_common.transport.rabbitmq import management
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fluffle_broker.node import node
-from fluffle_common.protocol import codec as wire
+from fluffle_common.protocol import wire_format as wire
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Properties

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 
-from fluffle_common.protocol import codec
+from fluffle_common.protocol import wire_format
 from fluffle_coordinator.service import outbox
 from tests.federation.harness import Scenario, play
 
@@ -34,5 +34,5 @@ def in_small_parts(monkeypatch) -> None:
 
 
 def _send_in_parts_of(size_bytes: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (codec, outbox):
+    for module in (wire_format, outbox):
         monkeypatch.setattr(module, "PART_BYTES", size_bytes)

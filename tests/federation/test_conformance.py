@@ -12,9 +12,9 @@ import msgpack
 import pytest
 
 from fluffle_common.errors import RunError, UsageError
-from fluffle_common.protocol import codec
-from fluffle_common.protocol.codec import read_tensors
+from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Bye, Evaluate, Heartbeat, Hello, Stop
+from fluffle_common.protocol.wire_format import read_tensors
 from fluffle_common.tensors.frozen import NO_FROZEN
 from fluffle_common.transport.base import Properties
 from fluffle_coordinator.conformance.examine import SCENARIOS, examine
@@ -146,7 +146,9 @@ def test_a_bye_from_before_is_no_sign_of_life(federated):
             bye = Bye(federation="letters", worker="w", session="earlier", reason="stopped")
             properties = Properties(type="bye", message_id="bye")
             results = federation.topology.results
-            await link.publish(codec.encode(bye), properties, exchange=results, keys=["bye.w"])
+            await link.publish(
+                wire_format.encode(bye), properties, exchange=results, keys=["bye.w"]
+            )
             await link.close()
             federation.worker("w", Slowing(federation.loop))
 
@@ -247,7 +249,7 @@ def knows_no_critical_keys(patch):
             header, payload = msgpack.unpackb(body)
             header.pop("critical", None)
             body = msgpack.packb([header, payload])
-        return codec.decode(body, federation)
+        return wire_format.decode(body, federation)
 
     patch(connection, "decode", lenient)
 
@@ -257,7 +259,7 @@ def works_for_any_federation(patch):
         with contextlib.suppress(ValueError, TypeError, AttributeError):
             header, payload = msgpack.unpackb(body)
             body = msgpack.packb([{**header, "federation": federation}, payload])
-        return codec.decode(body, federation)
+        return wire_format.decode(body, federation)
 
     patch(connection, "decode", lenient)
 

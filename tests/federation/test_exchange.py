@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol import codec
+from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.exchanges import Sent, handle_exchange
 from fluffle_common.protocol.messages import Exchange
 from tests.federation.harness import NAME, Adder
@@ -90,12 +90,12 @@ def test_a_failing_handler_is_reported_in_one_line():
     def fails(message: Exchange, tensors: Any) -> list[Sent]:
         raise RuntimeError("no\nkey")
 
-    message, payload = codec.decode(Sent(sum_exchange("begin", run="r")).body())
+    message, payload = wire_format.decode(Sent(sum_exchange("begin", run="r")).body())
     with pytest.raises(MalformedMessage, match="of the exchange 'sum' fails: RuntimeError: no key"):
         handle_exchange({"sum": fails}, message, payload)
 
 
 def test_the_tensors_of_an_exchange_must_fit_into_one_message():
-    large = {"x": np.zeros(codec.PART_BYTES + 1, np.uint8)}
+    large = {"x": np.zeros(wire_format.PART_BYTES + 1, np.uint8)}
     with pytest.raises(ValueError, match=r"have 4194305 bytes; the limit is 4194304"):
         Sent(sum_exchange("begin", run="r"), large).body()

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 
 import fluffle
 from fluffle_common.errors import TaskError
-from fluffle_common.protocol import codec
+from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_coordinator.cli.run_folder import replay
 from fluffle_coordinator.service.configuration import configuration
@@ -91,10 +91,10 @@ def check(federation, rounds: int) -> None:
             np.testing.assert_allclose(tensor, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize("part_bytes", [codec.PART_BYTES, 64])
+@pytest.mark.parametrize("part_bytes", [wire_format.PART_BYTES, 64])
 def test_scaffold_from_a_file_matches_the_paper(federated, monkeypatch, part_bytes):
     """Compare with the paper, for tensors in one message and in parts."""
-    monkeypatch.setattr(codec, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(wire_format, "PART_BYTES", part_bytes)
     monkeypatch.setattr("fluffle_coordinator.service.outbox.PART_BYTES", part_bytes)
 
     async def scenario(federation):
@@ -221,11 +221,11 @@ def test_an_invalid_broadcast_stops_the_run(federated):
 
 
 @pytest.mark.parametrize("compress", [None, "int8"])
-@pytest.mark.parametrize("part_bytes", [codec.PART_BYTES, 256])
+@pytest.mark.parametrize("part_bytes", [wire_format.PART_BYTES, 256])
 def test_tensors_that_the_plan_does_not_train_stay_unchanged_and_do_not_travel(
     federated, monkeypatch, compress, part_bytes
 ):
-    monkeypatch.setattr(codec, "PART_BYTES", part_bytes)
+    monkeypatch.setattr(wire_format, "PART_BYTES", part_bytes)
     monkeypatch.setattr("fluffle_coordinator.service.outbox.PART_BYTES", part_bytes)
 
     class Three(Adder):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import RefusedError
-from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.checkpoint import read_metadata, save_checkpoint
 from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, save_frozen
 from fluffle_common.tensors.groups import FROZEN

@@ -14,9 +14,9 @@ from safetensors.numpy import load_file, save_file
 
 from fluffle_broker.inspect.decode import decode_message
 from fluffle_common.errors import MalformedMessage, UsageError
-from fluffle_common.protocol.codec import lay_out
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Queue
+from fluffle_common.protocol.wire_format import lay_out
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import SMALLEST, compress, decompress

@@ -11,11 +11,11 @@ import pytest
 
 from fluffle_broker.inspect.rejected import requeue
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol import wire_format as wire
 from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Part, Transfer, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly, pack
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import delta

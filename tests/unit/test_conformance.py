@@ -8,8 +8,8 @@ from collections import Counter
 import msgpack
 import pytest
 
-from fluffle_common.protocol.codec import decode, encode
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello, Stop, Update
+from fluffle_common.protocol.wire_format import decode, encode
 from fluffle_coordinator.conformance.examine import SCENARIOS
 from fluffle_coordinator.conformance.probe import altered
 from fluffle_coordinator.conformance.received import (

@@ -11,9 +11,9 @@ import pytest
 from fluffle_broker.inspect.archive import MessageArchive
 from fluffle_broker.inspect.decode import decode_message, part_of
 from fluffle_broker.inspect.formatting import facts
-from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
 from fluffle_common.protocol.messages import Evaluation, Event, EventRecord, Events, Hello, Update
 from fluffle_common.protocol.topology import Queue
+from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
 from fluffle_common.transport.base import Delivery, Properties
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors

@@ -8,10 +8,10 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 
-from fluffle_common.protocol.codec import decode, read_tensors
 from fluffle_common.protocol.events import Connected, RunEvent, Sent
 from fluffle_common.protocol.messages import Compression, Fit, Plan, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import decode, read_tensors
 from fluffle_common.tensors.compression import decompress
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors

@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.protocol.codec import decode, encode, lay_out
 from fluffle_common.protocol.messages import Evaluate, Fit, Plan
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import decode, encode, lay_out
 from fluffle_common.tensors.checkpoint import save_checkpoint
 from fluffle_common.tensors.frozen import (
     IN_METADATA,

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from fluffle_common.errors import BrokerError, TaskError
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Fit, Heartbeat, Hello, Plan
 from fluffle_common.protocol.topology import Binding, Topology
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Blocking, Properties
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_worker.frozen import FrozenTensors

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Fit, Plan
 from fluffle_common.protocol.topology import Exchange, Topology
 from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_worker.inbox import Refusals, check_message, read_work

@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
-from fluffle_common.protocol.codec import decode, encode
 from fluffle_common.protocol.events import (
     REGISTRY,
     Doing,
@@ -25,6 +24,7 @@ from fluffle_common.protocol.events import (
 )
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import decode, encode
 from fluffle_common.transport.base import Link, Properties, QueueFull, QueueInUse, Unroutable
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.reconnect import Backoff

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from fluffle_common.protocol.codec import lay_out
+from fluffle_common.protocol.wire_format import lay_out
 from fluffle_common.tensors.layout import Tensors, as_maps, check_signature, layout_for, layout_of
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_common.tensors.weights import (

@@ -18,11 +18,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.protocol import codec as wire
-from fluffle_common.protocol.codec import decode
+from fluffle_common.protocol import wire_format as wire
 from fluffle_common.protocol.messages import Part, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.layout import FLOATS, Array, Tensors, layout_for
 from fluffle_common.tensors.pieces import InPieces

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from fluffle_broker.node import permissions as rights
+from fluffle_broker.node import permissions
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Exchange, Queue, Topology, lock_of
 
@@ -22,7 +22,7 @@ def allows(pattern: str, name: str) -> bool:
 @pytest.mark.parametrize("queue_type", TYPES)
 def test_a_worker_may_use_only_its_own_two_queues(queue_type):
     names = Topology("f", queue_type)
-    mine = rights.worker_rights(names, "site.7")
+    mine = permissions.worker_permissions(names, "site.7")
     own = [names.inbox("site.7"), names.outbox("site.7")]
     others = [names.inbox("sitex7"), names.outbox("site.70"), names.inbox("a.site.7"), "f.evil"]
     others += [one.name for one in names.shared() if isinstance(one, Exchange | Queue)]
@@ -37,7 +37,7 @@ def test_a_worker_may_use_only_its_own_two_queues(queue_type):
 
 def test_a_worker_may_publish_only_under_its_own_keys():
     names = Topology("f")
-    (keys,) = rights.worker_rights(names, "site.7").topics.values()
+    (keys,) = permissions.worker_permissions(names, "site.7").topics.values()
     for kind in ("hello", "first_weights", "part"):
         assert allows(keys, f"{kind}.site.7")
         assert not allows(keys, f"{kind}.sitex7")
@@ -48,7 +48,7 @@ def test_a_worker_may_publish_only_under_its_own_keys():
 @pytest.mark.parametrize("queue_type", TYPES)
 def test_the_coordinator_may_do_nothing_outside_its_federation(queue_type):
     names = Topology("f", queue_type)
-    its = rights.coordinator_rights(names, "chief")
+    its = permissions.coordinator_permissions(names, "chief")
     shared = [one.name for one in names.shared() if isinstance(one, Exchange | Queue)]
     assert all(allows(its.configure, name) for name in shared)
     assert not allows(its.configure, names.inbox("w"))
@@ -77,8 +77,8 @@ class Ctl:
 
 def test_a_new_users_password_is_not_on_the_command_line():
     ctl = Ctl()
-    mine = rights.worker_rights(Topology("f"), "w")
-    password = rights.apply(mine, "/", ctl)
+    mine = permissions.worker_permissions(Topology("f"), "w")
+    password = permissions.apply(mine, "/", ctl)
     assert ctl.ran == [["list_users", "--silent"], ["add_user", "w"], *mine.commands("/")]
     assert len(password) >= 24
     assert ctl.typed[1] == f"{password}\n"
@@ -87,15 +87,15 @@ def test_a_new_users_password_is_not_on_the_command_line():
 
 def test_an_existing_user_keeps_its_password():
     ctl = Ctl("w\t[]\n")
-    mine = rights.worker_rights(Topology("f"), "w")
-    assert rights.apply(mine, "v", ctl) is None
+    mine = permissions.worker_permissions(Topology("f"), "w")
+    assert permissions.apply(mine, "v", ctl) is None
     assert ctl.ran[1:] == mine.commands("v")
     assert all(words[1:3] == ["--vhost", "v"] for words in ctl.ran[1:])
 
 
 def test_printed_commands_are_quoted_for_a_shell():
-    mine = rights.worker_rights(Topology("f"), "w")
-    script = "\n".join(rights.shell_lines(mine, "/"))
+    mine = permissions.worker_permissions(Topology("f"), "w")
+    script = "\n".join(permissions.shell_lines(mine, "/"))
     commands = [shlex.split(line) for line in script.replace("\\\n", "").splitlines()[1:]]
     assert commands == [["rabbitmqctl", *one] for one in (["add_user", "w"], *mine.commands("/"))]
 
@@ -103,15 +103,18 @@ def test_printed_commands_are_quoted_for_a_shell():
 @pytest.mark.parametrize("queue_type", TYPES)
 def test_printed_commands_fit_a_terminal(queue_type):
     names = Topology("letters", queue_type)
-    its, mine = rights.coordinator_rights(names, "chief"), rights.worker_rights(names, "hospital-7")
-    lines = rights.shell_lines(its, "/") + rights.shell_lines(mine, "/")
+    its, mine = (
+        permissions.coordinator_permissions(names, "chief"),
+        permissions.worker_permissions(names, "hospital-7"),
+    )
+    lines = permissions.shell_lines(its, "/") + permissions.shell_lines(mine, "/")
     # The lock of a quorum queue repeats its name, so this may be longer.
     assert max(map(len, lines)) <= (80 if queue_type == "classic" else 120)
 
 
 def test_an_error_of_rabbitmqctl_is_reported():
-    run = rights.runner(["sh", "-c", "echo 'no such vhost' >&2; exit 64", "sh"])
+    run = permissions.runner(["sh", "-c", "echo 'no such vhost' >&2; exit 64", "sh"])
     with pytest.raises(BrokerError, match="set_permissions failed: no such vhost"):
         run(["set_permissions"], None)
     with pytest.raises(BrokerError, match="cannot run"):
-        rights.runner(["/nowhere/rabbitmqctl"])(["list_users"], None)
+        permissions.runner(["/nowhere/rabbitmqctl"])(["list_users"], None)

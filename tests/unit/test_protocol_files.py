@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol import codec, messages
+from fluffle_common.protocol import messages, wire_format
 from fluffle_coordinator.conformance.scenario import Section
 from fluffle_coordinator.strategy.decoding import decode_contribution
 from fluffle_worker.inbox import check_message
@@ -53,7 +53,7 @@ def test_there_is_a_vector_of_every_kind():
 @pytest.mark.parametrize("one", each("sound"))
 def test_a_valid_message_is_decoded_and_matches_the_schema(one):
     body = base64.b64decode(one["body"])
-    message, payload = codec.decode(body, "letters")
+    message, payload = wire_format.decode(body, "letters")
     assert message.kind == one["header"]["kind"]
     assert len(payload) == one["payload_bytes"]
     header, _ = msgpack.unpackb(body)
@@ -65,7 +65,7 @@ def test_a_valid_message_is_decoded_and_matches_the_schema(one):
 @pytest.mark.parametrize("one", each("unsound"))
 def test_an_invalid_message_is_refused_with_its_cause(one):
     with pytest.raises(MalformedMessage) as refused:
-        message, payload = codec.decode(base64.b64decode(one["body"]), "letters")
+        message, payload = wire_format.decode(base64.b64decode(one["body"]), "letters")
         decode_contribution(message, payload, BASE)
     assert refused.value.cause == one["cause"]
 
@@ -99,7 +99,7 @@ def test_the_schema_refuses_invalid_headers():
 
 @pytest.mark.parametrize("one", VECTORS["encoded"], ids=lambda one: one["encoding"])
 def test_an_encoded_update_decodes_to_these_numbers(one):
-    message, payload = codec.decode(base64.b64decode(one["body"]), "letters")
+    message, payload = wire_format.decode(base64.b64decode(one["body"]), "letters")
     base = {"w": np.zeros(one["shape"], np.float32)}
     delta, _ = decode_contribution(message, payload, base)
     assert np.asarray(delta["w"]).tobytes() == base64.b64decode(one["delta_float32"])
@@ -109,7 +109,7 @@ def test_the_digest_is_blake3_of_the_blake3_of_each_part():
     from blake3 import blake3
 
     told = VECTORS["digest"]
-    parts = [bytes(codec.PART_BYTES), bytes(told["nbytes"] - codec.PART_BYTES)]
+    parts = [bytes(wire_format.PART_BYTES), bytes(told["nbytes"] - wire_format.PART_BYTES)]
     assert len(parts) == told["parts"]
     assert blake3(b"".join(blake3(part).digest() for part in parts)).hexdigest() == told["digest"]
 

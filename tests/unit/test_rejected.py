@@ -16,9 +16,9 @@ from fluffle_broker.inspect.rejected import (
     requeue,
 )
 from fluffle_common.errors import MalformedMessage, UsageError
-from fluffle_common.protocol.codec import encode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import encode
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import reject

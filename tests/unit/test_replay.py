@@ -17,9 +17,9 @@ from click.testing import CliRunner
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import compress

@@ -15,7 +15,6 @@ from fluffle_broker.cli.tap import TapPrinter
 from fluffle_broker.inspect import tap as tapping
 from fluffle_broker.inspect.decode import DecodedMessage
 from fluffle_broker.inspect.tap import Tap, Wanted, bindings, workers_of
-from fluffle_common.protocol.codec import PART_BYTES
 from fluffle_common.protocol.messages import (
     Bye,
     Evaluation,
@@ -27,6 +26,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.topology import UPDATE_KINDS, Topology
+from fluffle_common.protocol.wire_format import PART_BYTES
 from fluffle_common.transport.base import MAX_LISTED_KEYS, Properties, Unroutable
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import Route, send, send_tensors

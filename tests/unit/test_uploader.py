@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.protocol.codec import PART_BYTES
 from fluffle_common.protocol.messages import Evaluation, Fit, Plan, Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import PART_BYTES
 from fluffle_common.transport.base import Counts, Properties
 from fluffle_worker import uploader as answers
 from fluffle_worker.error_feedback import Residual

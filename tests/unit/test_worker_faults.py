@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import RunError, TaskError
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import (
     Failure,
@@ -26,6 +25,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send, send_tensors
 from fluffle_worker.service import WorkerService

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, RefusedError
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.events import (
     Alone,
     Connected,
@@ -20,6 +19,7 @@ from fluffle_common.protocol.events import (
 )
 from fluffle_common.protocol.messages import Message
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, report_blocking
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker.heartbeat import Presence

@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode, read_groups
 from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly, announced_layout
+from fluffle_common.protocol.wire_format import decode, read_groups
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen
 from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.table import MODEL

@@ -192,7 +192,7 @@ def permissions(**options: Any) -> None:
     The command prints rabbitmqctl commands for any broker. With --apply, it grants the permissions
     on the private broker instead. The new permissions replace the user's earlier permissions in the
     vhost. Start the coordinator with --verify-users, so that no worker can impersonate another
-    worker. docs/rights.md explains each permission.
+    worker. docs/permissions.md explains each permission.
 
     \b
       fluffle broker permissions --federation letters --coordinator
@@ -205,10 +205,12 @@ def permissions(**options: Any) -> None:
     from fluffle_common.protocol.topology import Topology
 
     topology = Topology(check_federation(options["federation"]), options["queue_type"])
-    wanted = [permissions.worker_rights(topology, check_worker(one)) for one in options["workers"]]
+    wanted = [
+        permissions.worker_permissions(topology, check_worker(one)) for one in options["workers"]
+    ]
     name = options["coordinator_user"] or f"{topology.federation}-coordinator"
     if options["coordinator"] or options["coordinator_user"]:
-        wanted.insert(0, permissions.coordinator_rights(topology, name))
+        wanted.insert(0, permissions.coordinator_permissions(topology, name))
     if not wanted:
         raise UsageError("no user is named; give --worker NAME, --coordinator, or both")
     run = permissions.runner([_rabbitmqctl(options["state"])]) if options["applies"] else None

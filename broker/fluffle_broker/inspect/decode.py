@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import decode, read_groups
 from fluffle_common.protocol.messages import Message, Part, Transfer
+from fluffle_common.protocol.wire_format import decode, read_groups
 from fluffle_common.tensors.table import MODEL, TensorEntry
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.transport.base import Delivery

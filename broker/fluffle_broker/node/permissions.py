@@ -1,4 +1,4 @@
-"""The minimal RabbitMQ permissions of workers and the coordinator (see docs/rights.md)."""
+"""The minimal RabbitMQ permissions of workers and the coordinator (see docs/permissions.md)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Run = Callable[[Sequence[str], str | None], str]
 
 
 @dataclass(frozen=True)
-class Rights:
+class Permissions:
     """The permissions of one user in a vhost, as regular expressions.
 
     Args:
@@ -52,16 +52,16 @@ class Rights:
         ]
 
 
-def worker_rights(topology: Topology, worker: str) -> Rights:
+def worker_permissions(topology: Topology, worker: str) -> Permissions:
     """Return the permissions of a worker, whose user has its ID as name (``--verify-users``).
 
     Example:
-        >>> worker_rights(Topology("letters"), "site.7").configure
+        >>> worker_permissions(Topology("letters"), "site.7").configure
         '^letters\\\\.(inbox\\\\.site\\\\.7|outbox\\\\.site\\\\.7)$'
     """
     own = [queue.name for queue in topology.queues_of(worker)]
     locks = [lock_of(topology.inbox(worker))] if topology.queue_type == "quorum" else []
-    return Rights(
+    return Permissions(
         user=worker,
         configure=_one_of([*own, *locks]),
         write=_one_of([topology.results]),
@@ -70,7 +70,7 @@ def worker_rights(topology: Topology, worker: str) -> Rights:
     )
 
 
-def coordinator_rights(topology: Topology, user: str) -> Rights:
+def coordinator_permissions(topology: Topology, user: str) -> Permissions:
     """Return the permissions of the coordinator.
 
     It may read from and write to everything in the federation, but declare only shared entities.
@@ -78,7 +78,7 @@ def coordinator_rights(topology: Topology, user: str) -> Rights:
     shared = [one.name for one in topology.shared() if isinstance(one, Exchange | Queue)]
     locks = [lock_of(topology.presence)] if topology.queue_type == "quorum" else []
     everything = f"{_literal(topology.federation)}\\..+"
-    return Rights(
+    return Permissions(
         user=user,
         configure=_one_of([*dict.fromkeys(shared), *locks]),
         write=f"^({everything}|{_literal(_DEFAULT_EXCHANGE)})$",
@@ -86,10 +86,10 @@ def coordinator_rights(topology: Topology, user: str) -> Rights:
     )
 
 
-def shell_lines(rights: Rights, vhost: str) -> list[str]:
+def shell_lines(permissions: Permissions, vhost: str) -> list[str]:
     """Return the commands to run on the broker's machine, in lines that fit a terminal."""
-    lines = [f"# if user {rights.user} does not exist yet; asks for a password"]
-    for command in (["add_user", rights.user], *rights.commands(vhost)):
+    lines = [f"# if user {permissions.user} does not exist yet; asks for a password"]
+    for command in (["add_user", permissions.user], *permissions.commands(vhost)):
         lines.append("rabbitmqctl")
         for word in map(shlex.quote, command):
             if len(lines[-1]) + len(word) < _LINE:
@@ -100,11 +100,13 @@ def shell_lines(rights: Rights, vhost: str) -> list[str]:
     return lines
 
 
-def apply(rights: Rights, vhost: str, run: Run, password: str | None = None) -> str | None:
+def apply(
+    permissions: Permissions, vhost: str, run: Run, password: str | None = None
+) -> str | None:
     """Grant permissions on a broker, and create the user if it does not exist.
 
     Args:
-        rights: the permissions, which replace those that the user has in the vhost.
+        permissions: the permissions, which replace those that the user has in the vhost.
         vhost: the name of the vhost.
         run: runs ``rabbitmqctl`` with arguments and a standard input, and returns its output.
         password: the new password of the user. None keeps the password of an existing user, and
@@ -118,13 +120,13 @@ def apply(rights: Rights, vhost: str, run: Run, password: str | None = None) -> 
     """
     listed = run(["list_users", "--silent"], None).splitlines()
     generated = None
-    if rights.user not in (line.partition("\t")[0] for line in listed):
+    if permissions.user not in (line.partition("\t")[0] for line in listed):
         generated = None if password else secrets.token_urlsafe(24)
         # By standard input, because all users of the machine can see command lines.
-        run(["add_user", rights.user], f"{password or generated}\n")
+        run(["add_user", permissions.user], f"{password or generated}\n")
     elif password:
-        run(["change_password", rights.user], f"{password}\n")
-    for command in rights.commands(vhost):
+        run(["change_password", permissions.user], f"{password}\n")
+    for command in permissions.commands(vhost):
         run(command, None)
     return generated
 

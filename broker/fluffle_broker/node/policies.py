@@ -62,7 +62,7 @@ def apply(policies: Sequence[Policy], url: str, base: str, *, keep: bool = False
         user = parse_urls(url)[0].user or "guest"
         raise BrokerError(
             f"user '{user}' is not allowed to set policies on the broker at {base}; give this user "
-            f"the tag 'policymaker' and rights in the vhost, {_INSTEAD}"
+            f"the tag 'policymaker' and permissions in the vhost, {_INSTEAD}"
         ) from None
     except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out, read_tensors
 from fluffle_common.protocol.messages import Exchange
+from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out, read_tensors
 from fluffle_common.tensors.layout import Weights
 
 _NO_TENSORS: Weights = {}

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol import codec
+from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Part, Transfer, WithTensors
 from fluffle_common.tensors.digest import blake3_of
 from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, groups_of
@@ -28,13 +28,13 @@ _MAX_PADDING_BYTES = 4096  # between two tensors: other implementations may alig
 
 def fits(pieces: list[memoryview]) -> bool:
     """Whether a payload, which consists of these pieces, travels in its message itself."""
-    return sum(map(len, pieces)) <= codec.PART_BYTES
+    return sum(map(len, pieces)) <= wire_format.PART_BYTES
 
 
 class Outgoing:
     """An outgoing transfer, and the message that announces it.
 
-    ``table`` and ``pieces`` are the tensors of the payload, from ``codec.lay_out``.
+    ``table`` and ``pieces`` are the tensors of the payload, from ``wire_format.lay_out``.
     """
 
     def __init__(
@@ -42,13 +42,13 @@ class Outgoing:
     ) -> None:
         self._message, self._table, self._pieces = message, table, pieces
         self._nbytes = sum(map(len, pieces))
-        self.parts = -(-self._nbytes // codec.PART_BYTES)
+        self.parts = -(-self._nbytes // wire_format.PART_BYTES)
         self.id = uuid.uuid4().hex
 
     def body(self, digest: str) -> bytes:
         """Return the encoded message, which announces the parts with their ``digest``."""
         announced = {"transfer": self.transfer(digest)}
-        return codec.encode(self._message.model_copy(update=announced), table=self._table)
+        return wire_format.encode(self._message.model_copy(update=announced), table=self._table)
 
     def transfer(self, digest: str) -> Transfer:
         """Return the announcement of the parts."""
@@ -58,7 +58,7 @@ class Outgoing:
         """Yield the encoded parts from ``first`` to before ``until``, each when it is requested."""
         for number, pieces in itertools.islice(enumerate(_split(self._pieces)), first, until):
             part = Part(federation=self._message.federation, transfer=self.id, part=number)
-            yield codec.encode(part, pieces)
+            yield wire_format.encode(part, pieces)
 
     def digest(self) -> str:
         """Return the digest of the parts; the hashing releases the GIL."""
@@ -77,9 +77,9 @@ def pack(
     Raises:
         ValueError: if a tensor has an unsupported dtype.
     """
-    table, pieces = codec.lay_out(weights, others)
+    table, pieces = wire_format.lay_out(weights, others)
     if fits(pieces):
-        return None, codec.encode(message, pieces, table), iter(())
+        return None, wire_format.encode(message, pieces, table), iter(())
     outgoing = Outgoing(message, table, pieces)
     digest = outgoing.digest()
     return outgoing.transfer(digest), outgoing.body(digest), outgoing.bodies()
@@ -87,12 +87,12 @@ def pack(
 
 def digest_of(weights: Weights, others: Groups = NO_GROUPS) -> str:
     """Return the digest of tensors that travel in parts."""
-    return _digest(codec.lay_out(weights, others)[1])
+    return _digest(wire_format.lay_out(weights, others)[1])
 
 
 def _split(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
     """Split a payload into parts without copying it."""
-    room, part = codec.PART_BYTES, []
+    room, part = wire_format.PART_BYTES, []
     for piece in pieces:
         rest = piece
         while len(rest):
@@ -101,7 +101,7 @@ def _split(pieces: list[memoryview]) -> Iterator[list[memoryview]]:
             room -= len(part[-1])
             if not room:
                 yield part
-                room, part = codec.PART_BYTES, []
+                room, part = wire_format.PART_BYTES, []
     if part:
         yield part
 
@@ -157,10 +157,10 @@ class Incoming(ABC):
                 f"the announced transfer is too large: {transfer.nbytes} bytes; the limit is "
                 f"{max_bytes}"
             )
-        if transfer.parts != -(-transfer.nbytes // codec.PART_BYTES):
+        if transfer.parts != -(-transfer.nbytes // wire_format.PART_BYTES):
             raise MalformedMessage(
                 f"the announced transfer is inconsistent: {transfer.parts} parts of "
-                f"{codec.PART_BYTES} bytes cannot hold {transfer.nbytes} bytes"
+                f"{wire_format.PART_BYTES} bytes cannot hold {transfer.nbytes} bytes"
             )
         self.transfer = transfer
         self._missing = set(range(transfer.parts))
@@ -187,9 +187,9 @@ class Incoming(ABC):
         number = part.part
         if part.transfer != self.transfer.id or number not in self._missing:
             return
-        start = number * codec.PART_BYTES
+        start = number * wire_format.PART_BYTES
         last = number == self.transfer.parts - 1
-        expected = self.transfer.nbytes - start if last else codec.PART_BYTES
+        expected = self.transfer.nbytes - start if last else wire_format.PART_BYTES
         if len(payload) != expected:
             raise MalformedMessage(
                 f"part {number} has {len(payload)} bytes, but {expected} were announced"

@@ -8,9 +8,9 @@ from collections import deque
 from collections.abc import AsyncGenerator
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode
 from fluffle_common.protocol.messages import Part
 from fluffle_common.protocol.transfer import Incoming
+from fluffle_common.protocol.wire_format import SMALL_HEADER_BYTES, decode
 from fluffle_common.transport.base import Body, Delivery, Link
 from fluffle_common.transport.messaging import check_user, reject
 

@@ -11,7 +11,6 @@ from typing import NamedTuple, TypeVar
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, UsageError
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import (
     Evaluation,
     Failure,
@@ -23,6 +22,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Delivery, Link
 from fluffle_coordinator.conformance.received import (
     Received,

@@ -8,9 +8,9 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from fluffle_common.protocol.codec import PART_BYTES, encode, lay_out
 from fluffle_common.protocol.messages import Bye, Fit, Part, Refusal, Stop
 from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
 from fluffle_common.tensors.layout import as_maps
 from fluffle_common.tensors.weights import size_bytes
 from fluffle_coordinator.conformance.listener import RUNS, SentFit

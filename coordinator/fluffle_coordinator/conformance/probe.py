@@ -14,7 +14,6 @@ import msgpack
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.codec import encode, read_groups
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
@@ -30,6 +29,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly, pack
+from fluffle_common.protocol.wire_format import encode, read_groups
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, Properties, Unroutable

@@ -17,10 +17,10 @@ from collections.abc import Callable
 from fluffle_common.clock import wall_time
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.events import Left, from_fields
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello
 from fluffle_common.protocol.topology import Binding, Topology
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 from fluffle_coordinator.dashboard.board import Board
@@ -70,8 +70,8 @@ class BrokerSource:
                     self._set_link(False, f"lost the broker ({why}); reconnecting")
                 except QueueInUse as why:
                     raise BrokerError(
-                        f"this user has too few rights on the broker to serve the page ({why}); "
-                        "grant configure, write and read on "
+                        "this user has too few permissions on the broker to serve the page "
+                        f"({why}); grant configure, write and read on "
                         f"{self._topology.federation}.tap.* and read on {self._topology.results}"
                     ) from None
 

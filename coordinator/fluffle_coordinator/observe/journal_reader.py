@@ -8,9 +8,9 @@ from collections.abc import AsyncGenerator, Callable
 from datetime import datetime, timedelta
 
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, UsageError
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Since, Transport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 

@@ -22,10 +22,10 @@ import msgpack
 
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import FluffleError
-from fluffle_common.protocol.codec import encode
 from fluffle_common.protocol.events import Gap, RunEvent
 from fluffle_common.protocol.messages import Event, EventRecord, Events
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import encode
 from fluffle_common.transport.base import (
     HeaderValue,
     Link,

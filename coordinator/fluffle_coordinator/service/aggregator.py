@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
 from fluffle_common.tensors.groups import FROZEN, select_tensors

@@ -17,7 +17,6 @@ from typing import Any
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.codec import SMALL_HEADER_BYTES, decode, describe, minimal_hello
 from fluffle_common.protocol.exchanges import Handlers, handle_exchange
 from fluffle_common.protocol.messages import (
     PROTOCOL,
@@ -33,6 +32,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import SMALL_HEADER_BYTES, decode, describe, minimal_hello
 from fluffle_common.transport.base import Delivery, Link, QueueFull
 from fluffle_common.transport.messaging import Route, check_user, send
 from fluffle_coordinator.machine import events as ev

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.codec import PART_BYTES, MinimalHello, encode_refusal
 from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
@@ -29,6 +28,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import digest_of
+from fluffle_common.protocol.wire_format import PART_BYTES, MinimalHello, encode_refusal
 from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable

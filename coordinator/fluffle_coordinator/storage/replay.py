@@ -17,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.errors import MalformedMessage, UsageError
-from fluffle_common.protocol.codec import decode
 from fluffle_common.protocol.messages import Plan, Update
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.history import read_history_lines

@@ -8,9 +8,9 @@ import numpy as np
 
 from fluffle_common.arguments import within
 from fluffle_common.errors import Cause, MalformedMessage
-from fluffle_common.protocol.codec import read_groups, read_tensors
 from fluffle_common.protocol.messages import FirstWeights, Plan, Update
 from fluffle_common.protocol.transfer import announced_layout
+from fluffle_common.protocol.wire_format import read_groups, read_tensors
 from fluffle_common.tensors.compression import check_announced_signature, decompress
 from fluffle_common.tensors.groups import (
     EXTRA,

@@ -81,7 +81,7 @@ def handshake_error(
         )
     return BrokerError(
         f"the broker at {where} denies user '{user}' access to vhost '{vhost}' ({text}); check "
-        "the vhost in --url; 'fluffle broker permissions' prints the rights that a user needs"
+        "the vhost in --url; 'fluffle broker permissions' prints the permissions that a user needs"
     )
 
 

@@ -57,7 +57,7 @@ _QUEUE_TYPE = re.compile(
 )
 
 RIGHTS_REMEDY = (
-    "'fluffle broker permissions' prints the rights that a worker or a coordinator needs"
+    "'fluffle broker permissions' prints the permissions that a worker or a coordinator needs"
 )
 
 

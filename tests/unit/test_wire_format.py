@@ -18,9 +18,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol import codec as wire
 from fluffle_common.protocol import messages
-from fluffle_common.protocol.codec import decode, describe, encode, read_tensors
+from fluffle_common.protocol import wire_format as wire
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
@@ -33,6 +32,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.transfer import Assembly, digest_of, pack
+from fluffle_common.protocol.wire_format import decode, describe, encode, read_tensors
 from fluffle_common.tensors.table import MAX_TENSORS
 from fluffle_common.tensors.weights import BFLOAT16, DTYPES, Weights
 

@@ -15,11 +15,11 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker
 
 from fluffle_broker.node.node import NodeInfo
-from fluffle_broker.node.permissions import worker_rights
+from fluffle_broker.node.permissions import worker_permissions
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from tests.e2e.permissions import COORDINATOR, PASSWORD, Narrow
 from tests.e2e.programs import Federation, Program
-from tests.e2e.rights import COORDINATOR, PASSWORD, Narrow
 
 pytestmark = pytest.mark.rabbit
 
@@ -243,7 +243,7 @@ def test_a_workers_user_can_do_its_work(besieged: Narrow) -> None:
 
 
 def test_a_user_without_permissions_gets_the_remedy(besieged: Narrow, tmp_path: Path) -> None:
-    besieged.grant(worker_rights(Topology("other"), "eve"))
+    besieged.grant(worker_permissions(Topology("other"), "eve"))
     run = Run(besieged, tmp_path)
     try:
         worker = run.site("eve", 0)

@@ -10,7 +10,12 @@ import uuid
 from collections.abc import Iterable
 
 from fluffle_broker.node.node import NodeInfo
-from fluffle_broker.node.permissions import NOTHING, Rights, coordinator_rights, worker_rights
+from fluffle_broker.node.permissions import (
+    NOTHING,
+    Permissions,
+    coordinator_permissions,
+    worker_permissions,
+)
 from fluffle_common.protocol.topology import Topology
 
 PASSWORD = "open-sesame"
@@ -25,15 +30,15 @@ class Narrow:
         self.topology = Topology("f")
         self.vhost = f"narrow-{uuid.uuid4().hex[:8]}"
         self._put(f"vhosts/{self.vhost}", {})
-        self._grant("guest", Rights("guest", ".*", ".*", ".*"))
-        self.grant(coordinator_rights(self.topology, COORDINATOR))
+        self._grant("guest", Permissions("guest", ".*", ".*", ".*"))
+        self.grant(coordinator_permissions(self.topology, COORDINATOR))
         for worker in workers:
-            self.grant(worker_rights(self.topology, worker))
+            self.grant(worker_permissions(self.topology, worker))
 
-    def grant(self, rights: Rights) -> None:
+    def grant(self, permissions: Permissions) -> None:
         """Create a user with these permissions."""
-        self._put(f"users/{rights.user}", {"password": PASSWORD, "tags": ""})
-        self._grant(rights.user, rights)
+        self._put(f"users/{permissions.user}", {"password": PASSWORD, "tags": ""})
+        self._grant(permissions.user, permissions)
 
     def url(self, user: str) -> str:
         """Return the URL with which a user logs in."""
@@ -44,10 +49,10 @@ class Narrow:
         """Delete the vhost and its contents."""
         self._ask("DELETE", f"vhosts/{self.vhost}")
 
-    def _grant(self, user: str, rights: Rights) -> None:
-        allowed = {name: getattr(rights, name) for name in ("configure", "write", "read")}
+    def _grant(self, user: str, permissions: Permissions) -> None:
+        allowed = {name: getattr(permissions, name) for name in ("configure", "write", "read")}
         self._put(f"permissions/{self.vhost}/{user}", allowed)
-        for exchange, keys in rights.topics.items():
+        for exchange, keys in permissions.topics.items():
             topic = {"exchange": exchange, "write": keys, "read": NOTHING}
             self._put(f"topic-permissions/{self.vhost}/{user}", topic)
 
