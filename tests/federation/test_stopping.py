@@ -96,12 +96,27 @@ def test_the_best_model_is_kept_across_a_restart(federated, written):
 
 def test_time_before_a_restart_counts(federated):
     async def scenario(federation):
-        state = await run_with(federation, Stopping(time_budget_s=2.5)).end()
-        assert state.committed < 8
-        assert "(--time-budget 2.5)" in state.reason
+        first = run_with(federation, Stopping(time_budget_s=2.5))
+        await first.log.until("committed", 2)
+        await first.kill()
         again = federation.coordinator(8, stopping=Stopping(time_budget_s=2.5))
-        federation.workers(2)
-        assert (await again.end()).committed == state.committed + 1
+        state = await again.end()
+        assert 2 < state.committed < 8
+        assert "(--time-budget 2.5)" in state.reason
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize(
+    "stopping", [Stopping("accuracy", target=0.8), Stopping(patience=3), Stopping(time_budget_s=2)]
+)
+def test_a_run_that_has_stopped_early_is_not_continued_by_the_same_command(federated, stopping):
+    async def scenario(federation):
+        stopped = await run_with(federation, stopping).end()
+        again = await run_with(federation, stopping).end()
+        assert (again.outcome, again.reason) == ("finished", stopped.reason)
+        assert again.committed == stopped.committed < 8
+        assert (await run_with(federation, NO_STOPPING).end()).committed == 8
 
     federated(scenario)
 

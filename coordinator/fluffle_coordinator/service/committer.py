@@ -134,6 +134,10 @@ class Committer:
         self.run, self.drained = self._jobs.run, self._jobs.drained
         self._committed_at = monotonic()
 
+    def enough(self) -> str:
+        """Return the reason to end the run before its last round; empty to continue."""
+        return self._standing.enough()
+
     async def begin_with(self, weights: Weights, frozen: Frozen) -> tuple[str, Weights]:
         """Save the first weights as the checkpoint of round 0.
 
@@ -228,7 +232,7 @@ class Committer:
         participants = examples_by_worker(average.participants)
         self._standing.add_time(line["timings"])
         enough = await self._call_hooks(number, average.weights, participants)
-        enough = enough or self._standing.enough()
+        enough = enough or self.enough()
         about = base, sum(participants.values()), line["timings"], enough
         self._post(ev.Committed(monotonic(), number, *about))
 

@@ -126,7 +126,7 @@ class Coordinator:
             folder=store.folder,
         )
         self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
-        self.state = _begin(settings, saved, store)
+        self.state = _begin(settings, saved, store, self._committer.enough())
 
     def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
         return Intake(
@@ -367,7 +367,7 @@ class Coordinator:
         return self._link
 
 
-def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore) -> rs.State:
+def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore, enough: str) -> rs.State:
     """Return the machine's first state, for a new run or a resumed one."""
     rules = settings.rules
     if settings.strategy.strategy.needs.rate is not None:
@@ -386,6 +386,7 @@ def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore) -> rs.S
         train_s=saved.train_s,
         announced=saved.announced,
         evaluated=saved.evaluated,
+        enough=enough,
         has_weights=saved.weights is not None,
         base=saved.base,
         classes=settings.classes or (tuple(saved_classes) if saved_classes else None),
