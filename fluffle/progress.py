@@ -59,8 +59,9 @@ class Progress(Watcher):
                 self._print(self._latest)
         elif isinstance(event, run_events.Interrupted):
             pass  # it names a command, but the run was a call; RunFolder names that
-        elif event.severity in ("odd", "bad") and (self._lines or self._bar is not None):
-            self._print(event.sentence())
+        elif self._lines or self._bar is not None:
+            if event.severity in ("odd", "bad") or isinstance(event, run_events.Note):
+                self._print(event.sentence())
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

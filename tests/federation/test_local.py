@@ -580,6 +580,11 @@ def test_progress_is_shown_on_request(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_metric_that_no_model_has_is_named(capsys):
+    fluffle.run([Adder()], rounds=2, progress=True, monitor="nope")
+    assert "no round has the metric 'nope'" in capsys.readouterr().err
+
+
 def test_no_thread_is_left_behind():
     before = set(threading.enumerate())
     fluffle.run([Adder(), Adder()], rounds=2, parallel=True)
