@@ -55,7 +55,6 @@ def wall_time() -> float:
     return time.time() if simulated is None else simulated.wall_time()
 
 
-def timestamp(timespec: str = "milliseconds", at: float | None = None) -> str:
-    """Return a wall-clock time, by default the current one, as UTC in ISO 8601 format."""
-    seconds = wall_time() if at is None else at
-    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec=timespec)
+def timestamp(timespec: str = "milliseconds") -> str:
+    """Return the current UTC time in ISO 8601 format."""
+    return datetime.fromtimestamp(wall_time(), UTC).isoformat(timespec=timespec)

@@ -6,16 +6,16 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 import click
 from pydantic_core import to_json
 
 from fluffle_common.cli.background_stream import BackgroundStream, warning_about
 from fluffle_common.cli.printing import echo_sentences, printable, visible_json
-from fluffle_common.clock import timestamp, wall_time
+from fluffle_common.clock import timestamp
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.events import RunEvent
@@ -25,15 +25,6 @@ LogFormat = Literal["auto", "plain", "json"]
 _WITHIN_S = 0.02
 # How long to wait at the end until a slow terminal or pipe has taken the last lines.
 _SETTLE_S = 2.0
-
-
-class _Line(NamedTuple):
-    """A line that is not formatted yet."""
-
-    at: float  # in wall-clock time
-    name: str
-    sentence: Callable[[], str]
-    fields: Callable[[], Mapping[str, Any]]
 
 
 class Console:
@@ -54,7 +45,7 @@ class Console:
         self._stream = BackgroundStream(stream or sys.stdout, warning_about("the log"))
         self._json = log_format == "json"
         self._always = dict(always)
-        self._pending: list[_Line] = []  # not written yet
+        self._pending: list[str] = []  # lines that are not written yet
         self._prompt = True  # whether the output has taken every line in time so far
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
@@ -90,33 +81,28 @@ class Console:
 
     def event(self, event: RunEvent) -> None:
         """Write an event: its sentence for people, its name and fields for programs."""
-        self._write(event.name, event.sentence, event.fields)
+        if self._json:
+            self._write(self._as_json(event.name, event.fields()))
+        else:
+            self._write(_as_text(event.sentence()))
 
     def line(self, name: str, text: str, fields: Mapping[str, Any] | None = None) -> None:
         """Write a line: ``text`` for people, ``name`` and ``fields`` for programs."""
-        self._write(name, lambda: text, lambda: fields or {})
+        self._write(self._as_json(name, fields or {}) if self._json else _as_text(text))
 
-    def _write(
-        self, name: str, sentence: Callable[[], str], fields: Callable[[], Mapping[str, Any]]
-    ) -> None:
-        line = _Line(wall_time(), name, sentence, fields)
+    def _as_json(self, name: str, fields: Mapping[str, Any]) -> str:
+        return json_line(
+            {"time": timestamp("microseconds"), "event": name, **self._always, **fields}
+        )
+
+    def _write(self, line: str) -> None:
         if self._progress is not None:
-            self._progress.console.print(self._formatted(line), markup=False)
+            self._progress.console.print(line, markup=False)
         else:
-            self._hold(line)
+            self._hold(f"{line}\n")
 
-    def _formatted(self, line: _Line) -> str:
-        if self._json:
-            at = timestamp("microseconds", line.at)
-            return json_line({"time": at, "event": line.name, **self._always, **line.fields()})
-        local = time.strftime("%H:%M:%S", time.localtime(line.at))
-        return f"{local}  {printable(line.sentence())}"
-
-    def _hold(self, line: _Line) -> None:
-        """Collect lines for a moment if an event loop runs; otherwise write the line at once.
-
-        They are formatted together, too: that takes less time, and none of it delays a round.
-        """
+    def _hold(self, line: str) -> None:
+        """Collect lines for a moment if an event loop runs; otherwise write the line at once."""
         self._pending.append(line)
         if len(self._pending) > 1:
             return
@@ -132,7 +118,7 @@ class Console:
     def _flush(self) -> None:
         lines, self._pending = self._pending, []
         if lines:
-            self._stream.write("".join([f"{self._formatted(line)}\n" for line in lines]))
+            self._stream.write("".join(lines))
 
     def bar(
         self, label: str, done: float, total: float, description: str = "", brief: str = ""
@@ -147,6 +133,10 @@ class Console:
         if label not in self._bars:
             self._bars[label] = self._progress.add_task("", label=label, total=total)
         self._progress.update(self._bars[label], completed=done, total=total, **texts)
+
+
+def _as_text(text: str) -> str:
+    return f"{time.strftime('%H:%M:%S')}  {printable(text)}"
 
 
 def json_line(entry: Mapping[str, Any]) -> str:
