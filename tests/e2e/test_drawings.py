@@ -204,3 +204,21 @@ def test_a_live_page_draws_another_run_afresh(browser: Browser) -> None:
         seen.wait("#workers-count", "1 took part")
         assert seen.wait("#workers .chip") == "done"
         assert seen.complaints == []
+
+
+def test_a_long_state_of_the_connection_leaves_the_title_its_line(browser: Browser) -> None:
+    source = CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))
+    lost = "no broker at amqp://127.0.0.1:5673/ (111 Connection refused); trying again"
+    with serving(source) as (url, happen), window(browser, url, width=390) as seen:
+        happen(run_events.Started(run="first"))
+        seen.wait("h1", "letters")
+        before, after, width = seen.page.evaluate(
+            """words => {
+              const height = () => document.querySelector("h1").clientHeight;
+              const before = height();
+              document.querySelector("#link-words").textContent = words;
+              return [before, height(), document.documentElement.scrollWidth];
+            }""",
+            lost,
+        )
+        assert (after, width) == (before, 390)
