@@ -67,6 +67,13 @@ def test_what_a_stream_never_reports_is_not_called_unknown():
     assert not legend(QueueOverview(TOPOLOGY, [known], []))
 
 
+def test_the_name_of_the_queue_of_a_page_is_not_wrapped_at_80_columns():
+    overview = federation(1)
+    overview.queues[-1] = queue("journal", 12_345, 123, size_bytes=123_456_000, in_rate=123.0)
+    overview.queues.append(queue("tap.page-487bdd57", consumers=1))
+    assert any(line.split()[0] == "tap.page-487bdd57" for line in text(overview, 80))
+
+
 def test_only_empty_queues_of_a_kind_share_a_row():
     overview = federation(30)
     overview.queues.append(queue("inbox.busy", ready=3, consumers=1))

@@ -29,7 +29,7 @@ _MOST_NAMES = 8
 def build_table(overview: QueueOverview, width: int) -> Table:
     """Return the figures as a table that fits ``width`` columns."""
     wide = width >= _WIDE
-    rows = table(padding=(0, 1), pad_edge=False, expand=wide)
+    rows = table(collapse_padding=True, pad_edge=False, expand=wide)
     rows.add_column("queue", overflow="fold", min_width=10)
     for name in ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest"):
         rows.add_column(name, justify="right", no_wrap=True)
