@@ -104,10 +104,10 @@ def _list(at: _Target, most: int, management: str | None) -> None:
         entries = [message.as_dict(now) for message in rejects]
         echo_json({"kept": len(rejects), "dropped": gone, "messages": entries})
         return
-    echo(f"{topology.rejected}: {_how_many(len(rejects), gone)}")
+    echo_sentences(f"{topology.rejected}: {_how_many(len(rejects), gone)}")
     if rejects:
         causes = Counter(message.cause for message in rejects).most_common()
-        echo("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
+        echo_sentences("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
         _table(rejects[-most:], now)
 
 
@@ -136,7 +136,7 @@ def _table(rejects: list[Rejected], now: float) -> None:
 
     shown = screen()
     wide = shown.width >= _WIDE
-    rows = table(padding=(0, 1), pad_edge=False, show_edge=False)
+    rows = table(collapse_padding=True, pad_edge=False, show_edge=False)
     for name in ("#", "when", "kind", "worker", "round", "size", "cause"):
         rows.add_column(name, no_wrap=True, justify="right" if name in ("#", "size") else "left")
     if wide:
