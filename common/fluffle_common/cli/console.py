@@ -97,8 +97,8 @@ class Console:
 
     def _write(self, line: str) -> None:
         if self._progress is not None:
-            screen = self._progress.console
-            screen.print(wrapped(line, screen.width), markup=False)
+            width = self._progress.console.width
+            self._progress.console.print(wrapped(line, width), markup=False)
         else:
             self._hold(f"{line}\n")
 
