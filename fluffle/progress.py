@@ -10,7 +10,7 @@ from fluffle_common.cli.printing import echo, is_terminal, printable
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import Phase, State
-from fluffle_coordinator.observe.waiting import missing, waiting_for
+from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
 from fluffle_coordinator.observe.watchers import Watcher
 
 _UPDATE_EVERY_S = 0.2
@@ -28,7 +28,7 @@ class Progress(Watcher):
         terminal = is_terminal(sys.stderr)
         self._bar: Any = None
         self._lines = bool(wanted) or (wanted is None and "ipykernel" in sys.modules)
-        self._rounds, self._latest, self._update_at = rounds, "", 0.0
+        self._rounds, self._latest, self._brief, self._update_at = rounds, "", "", 0.0
         if terminal and wanted is not False:
             from fluffle_common.cli.progress_bars import progress_on
 
@@ -54,7 +54,9 @@ class Progress(Watcher):
             case run_events.Rejected(worker=worker) if worker:
                 self.fault = f"the update of {worker} was rejected: {event.reason}"
         if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
-            self._latest = event.sentence()
+            self._latest = self._brief = event.sentence()
+            if not isinstance(event, run_events.Tested):
+                self._brief = self._latest.rpartition(" on ")[0]  # without "held-out examples"
             if self._lines:
                 self._print(self._latest)
         elif isinstance(event, run_events.Interrupted):
@@ -74,10 +76,11 @@ class Progress(Watcher):
         if self._bar is None or (time.monotonic() < self._update_at and state.phase != Phase.ENDED):
             return
         self._update_at = time.monotonic() + _UPDATE_EVERY_S
-        text = self._latest
+        text, brief = self._latest, self._brief
         if state.phase is Phase.WAITING and (waiting := waiting_for(state, now)) is not None:
-            text = waiting.sentence()
+            text, brief = waiting.sentence(), in_brief(state, now)
         elif not text and state.phase is Phase.OPEN:
-            text = missing(state, now)
+            text, brief = missing(state, now), in_brief(state, now)
         done = min(state.committed, self._rounds)
-        self._bar.update(self._task, completed=done, description=printable(text))
+        texts = {"description": printable(text), "brief": printable(brief)}
+        self._bar.update(self._task, completed=done, **texts)

@@ -21,8 +21,12 @@ from sklearn.datasets import load_digits
 
 import fluffle
 from fluffle.keywords import as_keywords
+from fluffle.progress import Progress
 from fluffle.run_folder import RunFolder
+from fluffle_common.protocol.events import Evaluated
 from fluffle_common.protocol.messages import Plan
+from fluffle_coordinator.machine import machine
+from fluffle_coordinator.machine.state import Phase, Rules
 
 ROOT = Path(__file__).parents[2]
 
@@ -578,6 +582,20 @@ def test_progress_is_shown_on_request(capsys):
     assert "round 1: loss 1.0000, accuracy 0.5000 on 5 held-out examples" in capsys.readouterr().err
     fluffle.run([Adder()], rounds=1)  # no terminal
     assert capsys.readouterr() == ("", "")
+
+
+def test_the_last_evaluation_fits_next_to_the_bar_of_a_narrow_terminal(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("fluffle.progress.is_terminal", lambda _: True)
+    with Progress(None, 8) as shown:
+        shown.record(Evaluated(round=8, loss=0.1648, num_examples=150, metrics={"accuracy": 0.94}))
+        shown.show(
+            machine.start(Rules(rounds=8), "r", now=0.0).replace(round=9, phase=Phase.ENDED), 0.0
+        )
+        (task,) = shown._bar.tasks
+    assert task.description.endswith("accuracy 0.9400 on 150 held-out examples")
+    assert task.fields["brief"] == "round 8: loss 0.1648, accuracy 0.9400"
+    assert capsys.readouterr().err.rstrip().endswith("8/8  round 8: loss 0.1648, accuracy 0.9400")
 
 
 def test_a_metric_that_no_model_has_is_named(capsys):

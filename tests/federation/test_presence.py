@@ -68,6 +68,25 @@ def test_a_worker_reports_that_it_waits_for_a_coordinator_that_was_stopped(feder
     federated(scenario)
 
 
+def test_a_worker_that_has_lost_the_broker_does_not_suspect_the_coordinator(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, min_workers=3)
+        three(federation, step_s=2.0)
+        await coordinator.log.until("opened")
+        await coordinator.stop()
+        worker = federation.processes[1]
+        await worker.log.until("sent")
+        federation.broker.stop()
+        await asyncio.sleep(40.0)
+        assert worker.log.of("no_broker")
+        assert not worker.log.of("waiting")
+        federation.broker.start()
+        event = await worker.log.until("waiting")
+        assert event["reason"].startswith("round 1: update sent 15 s ago, no new work yet")
+
+    federated(scenario)
+
+
 def test_updates_that_waited_for_a_restarted_coordinator_are_shown_in_their_round(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=2, min_workers=3)

@@ -110,7 +110,7 @@ def test_where_there_is_no_journal_it_is_said(tmp_path):
         printed(journal, "--run", tmp_path)
     with pytest.raises(UsageError, match="--follow conflicts with --run"):
         printed(journal, "--run", tmp_path, "--follow")
-    with pytest.raises(UsageError, match="no journal is named; give --federation, or give --run"):
+    with pytest.raises(UsageError, match="no federation is given; use --federation .* use --run"):
         printed(explain)
 
 

@@ -207,6 +207,18 @@ def test_where_names_do_not_fit_a_bar_counts_take_their_place(monkeypatch):
         assert any(line.rstrip().endswith(f"0/3  {shown}") for line in drawn.splitlines()), drawn
 
 
+def test_a_long_line_on_a_terminal_continues_with_an_indent(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    stream = Terminal()
+    with Console("auto", {}, stream) as console:
+        console.line("one", " ".join(["words"] * 30))
+        console._stream.settle(PATIENCE_S)
+    shown = [line for line in stream.getvalue().splitlines() if "words" in line]
+    assert len(shown) == 3
+    assert max(map(len, shown)) <= 80
+    assert all(line.startswith("  words") for line in shown[1:])
+
+
 @pytest.mark.parametrize(
     "value",
     [

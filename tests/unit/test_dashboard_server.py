@@ -260,7 +260,9 @@ async def test_a_page_that_fails_does_not_end_the_run(
 
 
 def test_a_port_in_use_is_said_in_one_line(occupied: str) -> None:
-    with pytest.raises(UsageError, match=r"in use.*--dashboard HOST:PORT") as raised:
+    with pytest.raises(
+        UsageError, match=r"\(Address already in use\);.*--dashboard HOST:PORT"
+    ) as raised:
         listen(occupied, "--dashboard")
     assert "\n" not in str(raised.value)
 

@@ -364,6 +364,22 @@ def test_a_worker_does_what_the_coordinator_last_reported():
     assert f"Still waiting for c: connected, receiving at {clock(at(30))}." in text
 
 
+def test_it_names_how_many_workers_must_join():
+    story = (
+        begun()
+        .opened(20, 8, asked=["a"])
+        .add(20, "waiting", reason="…", what="updates", round=8, missing=[], short=2)
+    )
+    story.counted(21, "a", 1, round=8).add(22, "joined", worker="b", num_examples=80)
+    explanation, text = story.explained(now=31, number=8)
+    assert explanation.missing == ["b"]
+    assert "Still waiting for b: connected, joined at" in text
+    assert "Still waiting for 1 more worker to join." in text
+    assert "the coordinator reported" not in text
+    story.add(23, "joined", worker="c", num_examples=80)
+    assert "to join" not in story.explained(now=31, number=8)[1]
+
+
 @pytest.mark.parametrize("committed", [False, True])
 def test_without_a_coordinator_it_names_the_command(committed):
     story = begun().counted(13, "a", 1)

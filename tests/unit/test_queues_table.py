@@ -14,7 +14,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from fluffle_broker.inspect.queues import QueueOverview
-from fluffle_broker.inspect.queues_table import build_table, group_quiet, hints
+from fluffle_broker.inspect.queues_table import build_table, group_quiet, hints, legend
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import QueueFigures
 
@@ -51,6 +51,27 @@ def test_the_table_is_short_and_fits_the_width(workers, width):
     assert max(map(cell_len, lines)) <= width
     assert all(name in "\n".join(lines) for name in SHARED)
     assert ("purpose" in lines[0]) == (width >= 150)
+
+
+def test_what_a_stream_never_reports_is_not_called_unknown():
+    known = queue("updates", out_rate=0.0)
+    stream = queue("journal", ready=5, size_bytes=None, type="stream")
+    overview = QueueOverview(TOPOLOGY, [known, stream], [])
+    assert legend(overview) == ["-  RabbitMQ does not report this for a stream"]
+    row = text(overview, 80)[-1].split()
+    assert (row[0], row[4], row[-1]) == ("journal", "-", "-")
+    new = queue("rejected", size_bytes=None)
+    assert legend(QueueOverview(TOPOLOGY, [new], [])) == [
+        "?  unknown: RabbitMQ has not reported this, or not yet"
+    ]
+    assert not legend(QueueOverview(TOPOLOGY, [known], []))
+
+
+def test_the_name_of_the_queue_of_a_page_is_not_wrapped_at_80_columns():
+    overview = federation(1)
+    overview.queues[-1] = queue("journal", 12_345, 123, size_bytes=123_456_000, in_rate=123.0)
+    overview.queues.append(queue("tap.page-487bdd57", consumers=1))
+    assert any(line.split()[0] == "tap.page-487bdd57" for line in text(overview, 80))
 
 
 def test_only_empty_queues_of_a_kind_share_a_row():

@@ -344,6 +344,9 @@ def test_what_is_missing_or_cannot_be_written_is_told_in_one_line(folder, tmp_pa
     with pytest.raises(RunError, match="cannot write"):
         arguments = [str(folder), "--out", str(tmp_path / "no" / "x.html")]
         CliRunner().invoke(report, arguments, catch_exceptions=False)
+    with pytest.raises(UsageError, match="--out conflicts with --json"):
+        arguments = [str(folder), "--out", str(tmp_path / "x.html"), "--json"]
+        CliRunner().invoke(report, arguments, catch_exceptions=False)
 
 
 @pytest.mark.parametrize(

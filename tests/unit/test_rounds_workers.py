@@ -15,8 +15,8 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.state import Phase, Quorum, Rules, Ticket
-from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
-from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time, update
+from fluffle_coordinator.observe.waiting import WaitingReport, in_brief, missing, waiting_for
+from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time, resumed, update
 
 FLOAT32 = ModelForm(digest="aa", summary="8 tensors, 61,706 parameters: float32 8")
 FLOAT64 = ModelForm(digest="bb", summary="8 tensors, 61,706 parameters: float64 8")
@@ -54,6 +54,28 @@ def test_what_a_round_waits_for_fits_a_narrow_terminal():
     run.update("a")
     assert missing(run.state, run.now).startswith("b idle (heard ")
     assert in_brief(run.state, run.now) == "round 1: 2 idle"
+
+
+def test_all_texts_name_the_same_number_of_workers_once_a_resumed_run_opens_with_fewer():
+    run = resumed(Rules(rounds=9, quorum=Quorum(number=2), min_workers=2, wait_s=60))
+    for _ in range(2):  # after 10 s, one worker is enough to open the round, but not to close it
+        waiting = waiting_for(run.state, run.now)
+        assert waiting is not None
+        assert waiting.reason == "waiting for workers: 0 of 2 are connected (nobody)"
+        assert in_brief(run.state, run.now) == "workers: 0 of 2 connected"
+        run.tick(15)
+    assert run.state.workers_needed == 1
+    run.tick(60)
+    assert run.state.reason == "0 of 2 workers joined in 60 s (--wait-workers)"
+
+
+def test_a_round_that_opens_with_too_few_workers_for_its_quorum_reports_that_at_once():
+    short = heard("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=3)))
+    waiting = WaitingReport(30.0, short.now).due(short.state, short.now, had_effects=True)
+    assert waiting is not None
+    assert (waiting.round, waiting.short) == (1, 1)
+    enough = heard("a", "b", rules=Rules(rounds=2, quorum=Quorum(number=2)))
+    assert WaitingReport(30.0, enough.now).due(enough.state, enough.now, had_effects=True) is None
 
 
 def test_the_deadline_that_is_shown_does_not_pass_while_nobody_is_heard():

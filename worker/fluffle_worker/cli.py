@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import re
 import sys
 import traceback
@@ -150,7 +149,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.exit_now import exit_now
     from fluffle_common.cli.loading import load_codec
-    from fluffle_common.cli.settings import broker_url
+    from fluffle_common.cli.settings import broker_url_finder
     from fluffle_common.protocol.events import Loaded
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
@@ -160,9 +159,9 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_worker.signature import signature_of_task
     from fluffle_worker.task import classes_of, num_examples_of
 
-    # Resolved at each attempt to connect: fluffle's own broker may start later, on another port.
-    find = functools.partial(broker_url, options["url"])
-    transport = AmqpTransport(find, f"fluffle worker {name} of {federation}")
+    transport = AmqpTransport(
+        broker_url_finder(options["url"]), f"fluffle worker {name} of {federation}"
+    )
     task = _task(name, options)
     for codec in options["codecs"]:
         load_codec(codec, "--codec")

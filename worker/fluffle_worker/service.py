@@ -378,8 +378,12 @@ class WorkerService:
         self._report_due = loop.call_later(_WAITING_AFTER_S, self._still_waiting, work)
 
     def _still_waiting(self, work: Work) -> None:
-        """Report that there has been no newer work since an update was sent."""
-        if self._state.answered == work and self._state.over is None:
+        """Report that there has been no newer work since an update was sent.
+
+        Without a link, the log names the reason already; the next link starts the wait again.
+        """
+        linked = self._connection.current is not None
+        if linked and self._state.answered == work and self._state.over is None:
             reason = (
                 f"round {work.round}: update sent {_WAITING_AFTER_S:.0f} s ago, no new work yet: "
                 "the coordinator may be waiting for other workers, or may have been stopped"

@@ -75,12 +75,12 @@ def queues(
 
 
 def _show(overview: QueueOverview) -> None:
-    from fluffle_broker.inspect.queues_table import build_table, hints
+    from fluffle_broker.inspect.queues_table import build_table, hints, legend
 
     shown = screen()
     shown.print(build_table(overview, shown.width))
-    if any(None in (one.in_rate, one.size_bytes) for one in overview.queues):
-        shown.print("?  unknown: RabbitMQ has not reported it, or not yet", style="dim")
+    for line in legend(overview):
+        shown.print(line, style="dim")
     for line in hints(overview):
         # In a pipe, a hint stays on one line, so that grep finds it.
         shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)

@@ -14,7 +14,7 @@ import click
 from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
 from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option
-from fluffle_common.cli.printing import echo, echo_json, screen, table
+from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
 from fluffle_common.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from fluffle_common.transport.base import Link
 
 T = TypeVar("T")
+# A narrower terminal has no room for the reason next to the other columns.
+_WIDE = 120
 # These options may stand before the sub-command or after it.
 _common_options = inspection_options("Print the result as JSON.", required=False)
 
@@ -102,10 +104,10 @@ def _list(at: _Target, most: int, management: str | None) -> None:
         entries = [message.as_dict(now) for message in rejects]
         echo_json({"kept": len(rejects), "dropped": gone, "messages": entries})
         return
-    echo(f"{topology.rejected}: {_how_many(len(rejects), gone)}")
+    echo_sentences(f"{topology.rejected}: {_how_many(len(rejects), gone)}")
     if rejects:
         causes = Counter(message.cause for message in rejects).most_common()
-        echo("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
+        echo_sentences("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
         _table(rejects[-most:], now)
 
 
@@ -127,15 +129,21 @@ def _how_many(kept: int, gone: int | None) -> str:
 
 
 def _table(rejects: list[Rejected], now: float) -> None:
+    """Print one row a message; a narrow terminal shows its reason in lines of its own."""
+    from rich.segment import SegmentLines
+
     from fluffle_broker.inspect.formatting import size
 
-    rows = table()
+    shown = screen()
+    wide = shown.width >= _WIDE
+    rows = table(collapse_padding=True, pad_edge=False, show_edge=False)
     for name in ("#", "when", "kind", "worker", "round", "size", "cause"):
         rows.add_column(name, no_wrap=True, justify="right" if name in ("#", "size") else "left")
-    rows.add_column("reason")
+    if wide:
+        rows.add_column("reason")
     for message in rejects:
         decoded = message.decoded
-        rows.add_row(
+        cells = (
             str(message.number),
             (message.rejected_at or "?")[:19].replace("T", " "),
             decoded.kind,
@@ -143,9 +151,16 @@ def _table(rejects: list[Rejected], now: float) -> None:
             "?" if decoded.round is None else str(decoded.round),
             size(decoded.size_bytes),
             message.cause,
-            message.reason,
         )
-    screen().print(rows)
+        rows.add_row(*cells, *([message.reason] if wide else []))
+    if wide:
+        shown.print(rows)
+        return
+    lines = shown.render_lines(rows, pad=False)
+    shown.print(SegmentLines(lines[: -len(rejects)], new_lines=True))  # the header
+    for line, message in zip(lines[-len(rejects) :], rejects, strict=True):
+        shown.print(SegmentLines([line], new_lines=True))
+        echo_sentences(f"  {message.reason}")
 
 
 @rejected.command()
@@ -153,7 +168,10 @@ def _table(rejects: list[Rejected], now: float) -> None:
 @_common_options
 @click.pass_obj
 def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
-    """Show message NUMBER in full, as 'fluffle peek' does, and leave it in the queue."""
+    """Show message NUMBER in full and leave it in the queue.
+
+    The command prints what 'fluffle peek' prints.
+    """
     from fluffle_broker.cli.peek import show_message
     from fluffle_broker.inspect.rejected import read_rejected
 

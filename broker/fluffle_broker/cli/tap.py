@@ -1,4 +1,4 @@
-"""``fluffle tap``: follow the messages of a federation live, one per line."""
+"""``fluffle tap``: follow the messages of a federation live."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ _MOST_TRANSFERS = 256
 @inspection_options("Print one JSON object per line.")
 @management_option
 def tap(**options: Any) -> None:
-    """Follow the messages of a federation live, one per line.
+    """Follow the messages of a federation live, one per message.
 
     \b
       fluffle tap --federation letters

@@ -21,6 +21,7 @@ _MAX_QUIET_ROWS = 3
 _OF_WORKERS = ("inbox", "outbox", "lock", "tap")
 # A narrower terminal has no room for the purpose of a queue.
 _WIDE = 150
+_UNREPORTED = "-"
 # A longer list of names is truncated.
 _MOST_NAMES = 8
 
@@ -28,25 +29,38 @@ _MOST_NAMES = 8
 def build_table(overview: QueueOverview, width: int) -> Table:
     """Return the figures as a table that fits ``width`` columns."""
     wide = width >= _WIDE
-    rows = table(padding=(0, 1), pad_edge=False, expand=wide)
+    rows = table(collapse_padding=True, pad_edge=False, expand=wide)
     rows.add_column("queue", overflow="fold", min_width=10)
     for name in ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest"):
         rows.add_column(name, justify="right", no_wrap=True)
     if wide:
         rows.add_column("purpose", style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
     for queue in group_quiet(overview):
+        unknown = _UNREPORTED if queue.type == "stream" else "?"
         cells = (
             queue.name,
             f"{queue.ready:,}",
             "?" if queue.unacknowledged is None else f"{queue.unacknowledged:,}",
             f"{queue.consumers:,}",
-            "?" if queue.size_bytes is None else size(queue.size_bytes),
+            unknown if queue.size_bytes is None else size(queue.size_bytes),
             rate(queue.in_rate),
             rate(queue.out_rate),
-            age(queue.oldest_s) if queue.ready else "",
+            (unknown if queue.oldest_s is None else age(queue.oldest_s)) if queue.ready else "",
         )
         rows.add_row(*cells, *([queue.purpose] if wide else []))
     return rows
+
+
+def legend(overview: QueueOverview) -> list[str]:
+    """Return a line for each sign that stands for a figure."""
+    lines, read = [], overview.queues
+    if any(one.size_bytes is None and one.type == "stream" for one in read):
+        lines.append(f"{_UNREPORTED}  RabbitMQ does not report this for a stream")
+    if any(
+        one.in_rate is None or (one.size_bytes is None and one.type != "stream") for one in read
+    ):
+        lines.append("?  unknown: RabbitMQ has not reported this, or not yet")
+    return lines
 
 
 def group_quiet(overview: QueueOverview) -> list[QueueFigures]:

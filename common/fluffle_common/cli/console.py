@@ -14,7 +14,7 @@ import click
 from pydantic_core import to_json
 
 from fluffle_common.cli.background_stream import BackgroundStream, warning_about
-from fluffle_common.cli.printing import echo_sentences, printable, visible_json
+from fluffle_common.cli.printing import echo_sentences, printable, visible_json, wrapped
 from fluffle_common.clock import timestamp
 
 if TYPE_CHECKING:
@@ -97,7 +97,8 @@ class Console:
 
     def _write(self, line: str) -> None:
         if self._progress is not None:
-            self._progress.console.print(line, markup=False)
+            width = self._progress.console.width
+            self._progress.console.print(wrapped(line, width), markup=False)
         else:
             self._hold(f"{line}\n")
 

@@ -74,11 +74,15 @@ def echo_sentences(*lines: str, err: bool = False) -> None:
     """Print lines as ``echo`` does, but wrap them between words on a terminal."""
     if is_terminal(sys.stderr if err else sys.stdout):
         width = shutil.get_terminal_size().columns
-        wrap = textwrap.TextWrapper(width, subsequent_indent="  ", break_on_hyphens=False)
-        lines = tuple(wrap.fill(printable(line)) for line in lines)
+        lines = tuple(wrapped(printable(line), width) for line in lines)
         _write("".join(f"{line}\n" for line in lines), err=err)
     else:
         echo(*lines, err=err)
+
+
+def wrapped(line: str, width: int) -> str:
+    """Wrap a line between words; the lines after the first are indented."""
+    return textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
 
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:

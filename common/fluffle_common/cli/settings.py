@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from fluffle_common.errors import UsageError
@@ -50,9 +50,25 @@ def node_record(state: Path) -> dict[str, str | int]:
     return record
 
 
-def broker_url(given: str | None) -> str:
-    """Return the broker's URL: the given one, else the private node's, else ``DEFAULT_URL``."""
-    return given or str(node_record(state_folder()).get("url") or DEFAULT_URL)
+def broker_url(given: str | None, otherwise: str = DEFAULT_URL) -> str:
+    """Return the broker's URL: the given one, else the private node's, else ``otherwise``."""
+    return given or str(node_record(state_folder()).get("url") or otherwise)
+
+
+def broker_url_finder(given: str | None) -> Callable[[], str]:
+    """Return a function that finds the broker's URL at each attempt to connect.
+
+    The private node may start later than this process, on another port. While the node is down, its
+    last URL stays valid.
+    """
+    latest = DEFAULT_URL
+
+    def find() -> str:
+        nonlocal latest
+        latest = broker_url(given, latest)
+        return latest
+
+    return find
 
 
 def management_of(url: str, given: str | None) -> str:

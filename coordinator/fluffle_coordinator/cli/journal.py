@@ -270,7 +270,8 @@ def _where(federation: str | None, url: str | None) -> tuple[Transport, Topology
 
     if federation is None:
         raise UsageError(
-            "no journal is named; give --federation, or give --run for the journal of a simulation"
+            "no federation is given; use --federation NAME or set FLUFFLE_FEDERATION. For the "
+            "journal of a simulation, use --run DIR"
         )
     topology = Topology(check_federation(federation))
     return AmqpTransport(broker_url(url), f"fluffle journal of {federation}"), topology

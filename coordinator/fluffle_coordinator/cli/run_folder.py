@@ -168,6 +168,8 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     from fluffle_common.durable_files import replacing
     from fluffle_coordinator.dashboard.report import page, read_report
 
+    if as_json and out is not None:
+        raise UsageError("--out conflicts with --json, which prints data and writes no page")
     data = read_report(folder, time.time())
     if as_json:
         echo_json(data)

@@ -90,8 +90,9 @@ def listen(address: str, flag: str) -> socket.socket:
     try:
         return socket.create_server((host, int(port)), family=family)
     except OSError as why:
+        reason = (why.strerror or str(why)).partition(" (while")[0]  # Python adds the address
         raise UsageError(
-            f"cannot listen on {host}:{port} ({why.strerror or why}); choose another address "
+            f"cannot listen on {host}:{port} ({reason}); choose another address "
             f"with {flag} HOST:PORT, or port 0 for any free port"
         ) from None
 

@@ -100,11 +100,16 @@ class Rules:
     rounds_limit: str = ""
 
     @property
+    def fewest_updates(self) -> int:
+        """The fewest updates that the quorum can be."""
+        return max(self.least, self.quorum.number or 1)
+
+    @property
     def fewest_present(self) -> int:
         """With how many workers present a round that asks a sample of them can reach its quorum."""
         if not self.samples:
             return 0
-        least = max(self.least, self.quorum.number or 1)
+        least = self.fewest_updates
         if self.sample is not None:
             return least
         return max(least, math.floor((least - 1 + 1e-9) / self.fraction) + 1)  # see ``sample_size``

@@ -206,6 +206,16 @@ class State:
         return max(self.gate, self.rules.fewest_present)
 
     @property
+    def workers_for_quorum(self) -> int:
+        """How many workers the next round needs: to open and, later, to reach its quorum.
+
+        A round may open with fewer, which train until the others have joined.
+        """
+        return max(
+            self.workers_needed, 0 if self.schedule.continuous else self.rules.fewest_updates
+        )
+
+    @property
     def has_enough_workers(self) -> bool:
         """Whether enough workers are present to open the next round."""
         return len(self.workers) >= self.workers_needed

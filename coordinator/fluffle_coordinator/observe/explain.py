@@ -88,12 +88,23 @@ class Explanation:
         return {doing.worker: (at, doing) for doing in waiting.missing or ()}
 
     @property
+    def short(self) -> int:
+        """How many more workers must join for the quorum, as the coordinator last reported."""
+        if self.view.waiting is None or not self.waits:
+            return 0
+        at, waiting = self.view.waiting
+        if waiting.round != self.round.number:
+            return 0
+        since = sum(joined_at > at for joined_at in self.round.joined.values())
+        return max(0, (waiting.short or 0) - since)
+
+    @property
     def waiting(self) -> tuple[float, Waiting] | None:
         """When and for what the coordinator reported to wait, other than the missing workers."""
         if self.view.waiting is None:
             return None
         _, waiting = self.view.waiting
-        only_for_workers = waiting.round == self.round.number and not waiting.short
+        only_for_workers = waiting.round == self.round.number
         return None if self.round.is_open and only_for_workers else self.view.waiting
 
 

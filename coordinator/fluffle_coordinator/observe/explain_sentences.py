@@ -225,6 +225,8 @@ def _missing(explanation: Explanation) -> Iterator[str]:
                 if this.is_asynchronous
                 else f"{worker} {_did_not_answer(explanation)}."
             )
+    if explanation.short:
+        yield f"Still waiting for {_number(explanation.short, 'more worker')} to join."
 
 
 def _did_not_answer(explanation: Explanation) -> str:

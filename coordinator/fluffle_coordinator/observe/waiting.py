@@ -28,8 +28,10 @@ class WaitingReport:
         inputs = state.phase is Phase.WAITING, state.round, len(state.workers), state.init_asked
         if inputs == self._inputs and now < self.due_at:
             return None
-        if inputs[:2] != self._inputs[:2]:  # a round has just opened: that event says enough
-            self.due_at = now + self._every_s
+        if inputs[:2] != self._inputs[:2]:
+            # A round has just opened: that event says enough, unless workers are lacking.
+            is_short = state.phase is Phase.OPEN and _short(state) > 0
+            self.due_at = now if is_short else now + self._every_s
         self._inputs = inputs
         what = _lacking(state) if state.link and state.phase is Phase.WAITING else None
         kind: tuple[str | None, ...] = ()
@@ -81,7 +83,7 @@ def in_brief(state: State, now: float) -> str:
     """Return what the run waits for, in a few words, without the workers' names."""
     match state.phase:
         case Phase.WAITING if not state.has_enough_workers:
-            return f"workers: {len(state.workers)} of {state.workers_needed} connected"
+            return f"workers: {len(state.workers)} of {state.workers_for_quorum} connected"
         case Phase.OPEN:
             counts = Counter(doing.state for doing in _doings(state, now))
             parts = [f"{count} {doing}" for doing, count in counts.items()]
@@ -102,8 +104,8 @@ def _more_needed(state: State) -> list[str]:
 def _before_a_round(state: State) -> Waiting | None:
     what = _lacking(state)
     if what == "workers":
-        present, gate = ", ".join(sorted(state.workers)) or "nobody", state.workers_needed
-        reason = f"waiting for workers: {len(state.workers)} of {gate} are connected ({present})"
+        present, needed = ", ".join(sorted(state.workers)) or "nobody", state.workers_for_quorum
+        reason = f"waiting for workers: {len(state.workers)} of {needed} are connected ({present})"
     else:
         reason = f"waiting for first weights from {state.init_asked}"
     return None if what is None else Waiting(reason=reason, what=what)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import reprlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from fluffle_common.cli.console import Console
 from fluffle_common.cli.runtime import Interrupted, run_until_signalled
 from fluffle_common.cli.settings import (
     broker_url,
+    broker_url_finder,
     check_federation,
     management_of,
     parse_classes,
@@ -68,8 +68,7 @@ def run_coordinator(options: dict[str, Any]) -> None:
     """
     settings = settings_of(options)
     federation = settings.federation
-    # Called before every attempt: a private broker may start later, on another port.
-    find = functools.partial(broker_url, options["url"])
+    find = broker_url_finder(options["url"])
     transport = AmqpTransport(find, f"fluffle coordinator of {federation}")
     store = RunStore(options["folder"] or Path("runs") / federation)
     topology = Topology(federation, options["queue_type"])

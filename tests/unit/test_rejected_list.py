@@ -1,0 +1,59 @@
+"""The list of ``fluffle rejected``, on terminals of different widths."""
+
+from __future__ import annotations
+
+import pytest
+from click.testing import CliRunner
+from rich.cells import cell_len
+
+from fluffle_broker.cli import rejected as cli
+from fluffle_broker.inspect.decode import decode_message
+from fluffle_broker.inspect.rejected import Rejected
+from fluffle_common.cli.printing import printable
+from fluffle_common.protocol.topology import Queue
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryBroker
+
+REASON = (
+    "the message belongs to run ef6d17eff8f5, but this coordinator runs 5ff8b96f6f8b; start the "
+    "worker again\x1b[2J"
+)
+HEADERS = {"reason": REASON, "cause": "other_run", "rejected_at": "2026-11-29T21:00:00+00:00"}
+
+
+async def some_rejected() -> list[Rejected]:
+    link = await MemoryBroker().open()
+    await link.declare([Queue("q", "of a test")])
+    for _ in range(2):
+        await link.publish(b"", Properties(headers=HEADERS), exchange="", keys=["q"])
+    messages = [await link.get("q") for _ in range(2)]
+    return [
+        Rejected(number, decode_message(message, "f", values=False))
+        for number, message in enumerate(messages, 1)
+        if message is not None
+    ]
+
+
+@pytest.mark.parametrize("columns", [80, 100])
+async def test_a_narrow_terminal_shows_the_reason_in_lines_of_its_own(monkeypatch, capsys, columns):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("fluffle_common.cli.printing.is_terminal", lambda _: True)
+    cli._table(await some_rejected(), 0.0)
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert "reason" not in header
+    rows = [number for number, line in enumerate(lines) if "other_run" in line]
+    assert rows == [0, 3]
+    assert lines[0].split()[:3] == ["1", "2026-11-29", "21:00:00"]
+    assert " ".join(line.strip() for line in lines[1:3]) == printable(REASON)
+    assert max(map(cell_len, lines)) <= columns
+
+
+async def test_a_pipe_gets_the_reason_in_the_row(capsys):
+    cli._table((await some_rejected())[:1], 0.0)
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert header.split()[-1] == "reason"
+    assert "the message belongs to run" in lines[0]
+
+
+def test_the_short_help_of_each_sub_command_is_complete():
+    assert "..." not in CliRunner().invoke(cli.rejected, ["--help"]).output.partition("Commands")[2]
