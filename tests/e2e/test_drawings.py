@@ -204,3 +204,45 @@ def test_a_live_page_draws_another_run_afresh(browser: Browser) -> None:
         seen.wait("#workers-count", "1 took part")
         assert seen.wait("#workers .chip") == "done"
         assert seen.complaints == []
+
+
+def test_a_live_page_tells_how_many_rounds_it_details(browser: Browser) -> None:
+    source = CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))
+    workers = ("a", "w" * 64)  # a long name leaves no room for 50 rounds on a phone
+    timings = {"waiting_s": 8.0, "open_s": 4.0, "average_s": 1.0}
+    with serving(source) as (url, happen), window(browser, url, width=390) as seen:
+        happen(run_events.Started(run="first"))
+        for number in range(1, 58):
+            happen(
+                run_events.Opened(round=number, asked=workers, needed=1),
+                run_events.Committed(round=number, participants=workers, timings=timings),
+            )
+        seen.wait("#history th", "57")
+        for panel in ("history", "participation", "time"):
+            seen.wait(f"#{panel}-title", "last 50 rounds")
+        assert texts(seen, "#history tr:first-child > *")[4] == "13 s"  # as its bar in Time
+        ends = seen.page.locator("#participation text.tick:not(.middle)").all_text_contents()
+        assert ends == ["50 of 50"] * 2
+        hidden_at_left, hidden_at_right = seen.page.locator("#participation").evaluate(
+            """({parentElement: view}) =>
+            [view.scrollLeft, view.scrollWidth - view.clientWidth - view.scrollLeft]"""
+        )
+        assert hidden_at_left > 1 > hidden_at_right
+
+
+def test_a_long_state_of_the_connection_leaves_the_title_its_line(browser: Browser) -> None:
+    source = CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))
+    lost = "no broker at amqp://127.0.0.1:5673/ (111 Connection refused); trying again"
+    with serving(source) as (url, happen), window(browser, url, width=390) as seen:
+        happen(run_events.Started(run="first"))
+        seen.wait("h1", "letters")
+        before, after, width = seen.page.evaluate(
+            """words => {
+              const height = () => document.querySelector("h1").clientHeight;
+              const before = height();
+              document.querySelector("#link-words").textContent = words;
+              return [before, height(), document.documentElement.scrollWidth];
+            }""",
+            lost,
+        )
+        assert (after, width) == (before, 390)

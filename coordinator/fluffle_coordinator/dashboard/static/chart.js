@@ -190,15 +190,18 @@ export function stacks(node, { title, axis, bars, names, words, height }) {
 /**
  * Draw a matrix of coloured cells, one row per name and one column per label.
  * rows: [{name, end, cells: [{kind, text, title, strength}]}]; end is the text after the row.
+ * If the matrix is too wide, it starts at its right end if `newest` is true, and stays where it is scrolled to.
  */
-export function matrix(node, { title, columns, rows }) {
+export function matrix(node, { title, columns, rows, newest }) {
   const HIGH = 26;
   const names = rows.map((row) => (row.name.length > 22 ? `${row.name.slice(0, 21)}…` : row.name));
   const left = 12 + 7 * Math.max(...names.map((name) => name.length), 4);
   const right = 12 + 7 * Math.max(...rows.map((row) => row.end.length), 0);
   fit(node, (width) => {
-    const pitch = Math.max(8, Math.min(56, (width - left - right) / columns.length));
+    const pitch = Math.max(4, Math.min(56, (width - left - right) / columns.length));
     const gap = pitch > 14 ? 3 : 1;
+    const view = node.parentElement;
+    const atEnd = newest && (!node.firstChild || view.scrollLeft + view.clientWidth >= view.scrollWidth - 1);
     const height = HIGH * rows.length + AXIS;
     const svg = picture(Math.max(width, left + pitch * columns.length + right), height, title);
     rows.forEach((row, index) => {
@@ -226,6 +229,7 @@ export function matrix(node, { title, columns, rows }) {
       svg.append(draw("text", { x: left + pitch * (place + 0.5), y: height - 5, class: "tick middle" }, label));
     });
     node.replaceChildren(svg);
+    if (atEnd) view.scrollLeft = view.scrollWidth;
     for (const name of svg.querySelectorAll(".label")) {
       if (name.getComputedTextLength() > left - 10) {
         mark(name, "textLength", left - 10);

@@ -107,12 +107,11 @@ export function whole(value) {
   return typeof value === "number" ? WHOLE.format(value) : "–";
 }
 
-/** A loss or another metric with about four significant digits. */
+/** A loss or another metric with about four significant digits, or two if it is tiny. */
 export function figure(value) {
   if (typeof value !== "number") return "–";
-  if (value !== 0 && (Math.abs(value) < 0.001 || Math.abs(value) >= 100000)) {
-    return value.toExponential(2);
-  }
+  if (Math.abs(value) >= 100000) return value.toExponential(2);
+  if (value !== 0 && Math.abs(value) < 0.001) return String(Number(value.toPrecision(2))); // 0.00009 beside 0.058, but 9e-7
   return value.toFixed(Math.abs(value) >= 100 ? 1 : Math.abs(value) >= 10 ? 2 : 3);
 }
 

@@ -51,10 +51,10 @@ tiles.of = ["run", "workers", "curves", "rejected", "rounds"];
 
 function open(board, now) {
   const { open } = board;
-  say($("open-title"), open ? `Round ${open.round}` : "The open round");
+  say($("open-title"), open ? `Round ${open.round}` : over(board) ? "No open round" : "The open round");
   if (!either("open", open !== null)) {
-    const done = over(board) || board.run.phase === "evaluating";
-    say($("open-empty"), done ? "All rounds are done." : "No round is open.");
+    const evaluating = board.run.phase === "evaluating";
+    say($("open-empty"), over(board) ? "The run has ended." : evaluating ? "All rounds are done." : "No round is open.");
     return;
   }
   const reached = open.updates >= open.needed;

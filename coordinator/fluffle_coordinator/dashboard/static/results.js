@@ -5,6 +5,7 @@ import { chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 
 /** The phases between two commits, in the coordinator's order. */
 const PHASES = ["waiting", "training", "transfer", "aggregation", "checkpoint"];
+const label = (phase) => (phase === "transfer" ? "transfer and other" : phase);
 const MOST_CELLS = { history: 40000, live: 4000 };
 const MOST_ROWS = 100;
 /** Up to this staleness, the histogram has a bar for every value, even if it is empty. */
@@ -15,6 +16,7 @@ export const frozen = (board) => board.run?.source === "history";
 
 const total = (rounds, value) => rounds.reduce((sum, round) => sum + (value(round) ?? 0), 0);
 const committed = (board) => board.rounds.filter((round) => round.committed_at !== undefined);
+/** How long a round took, from the previous commit to its own. */
 const seconds = (round) => round.phases && Object.values(round.phases).reduce((sum, value) => sum + value, 0);
 
 // --- figures -------------------------------------------------------------------------------------
@@ -28,7 +30,7 @@ export function reached(board, people) {
   const tile = (name) => name in curves && [name, wording(name)(newest(curves, name))];
   const lead = leading(curves);
   const done = committed(board);
-  const late = total(done, (round) => round.late);
+  const late = total(board.workers, (worker) => worker.late); // a live page lacks the details of old rounds
   return [
     lead && tile(lead),
     tile("loss"),
@@ -69,9 +71,12 @@ function rounds(board) {
     column("loss", (round) => figure(round.loss)),
     column("updates", (round) => whole(round.updates), { title: (round) => round.participants?.join(", ") }),
     ...report,
-    column("took", (round) => (round.opened_at ? span(round.committed_at - round.opened_at) : "–")),
+    column("took", (round) => span(seconds(round)), { title: () => "from the previous commit to this one" }),
     { name: "where the time went", wide: true, fill: (cell, round) => shares(cell, round.phases ?? {}) },
   ];
+  for (const node of document.querySelectorAll("[data-rounds]")) {
+    say(node, shown.at(-1)?.round > 1 ? `last ${whole(shown.length)} rounds` : ""); // a live page has no details of older ones
+  }
   either("history", shown.length > 0);
   table($("history"), columns, shown, (round) => round.round);
 }
@@ -81,7 +86,7 @@ rounds.of = ["rounds"];
 function shares(cell, phases) {
   const known = PHASES.filter((name) => phases[name] > 0);
   const sum = known.reduce((before, name) => before + phases[name], 0);
-  const words = known.map((name) => `${name} ${span(phases[name])}`).join(", ");
+  const words = known.map((name) => `${label(name)} ${span(phases[name])}`).join(", ");
   const bar = make("div", { class: "steps", role: "img", "aria-label": words || "unknown", title: words });
   for (const name of known) {
     const piece = make("i", { "data-part": name });
@@ -102,7 +107,7 @@ function time(board) {
   const all = total(timed, seconds) || 1;
   const of = (name) => total(timed, (round) => round.phases[name]);
   const bars = timed.map((round) => ({ label: round.round, parts: round.phases }));
-  legend("time-legend", PHASES.map((name) => [name, `${name} ${span(of(name))} (${percent(of(name) / all)})`]));
+  legend("time-legend", PHASES.map((name) => [name, `${label(name)} ${span(of(name))} (${percent(of(name) / all)})`]));
   stacks($("time"), { title: "Seconds of each phase by round", axis: "round", bars, names: PHASES, words: span, height: 180 });
 }
 time.of = ["rounds"];
@@ -136,14 +141,15 @@ function participation(board) {
     return { name, cells, end: `${cells.filter((each) => each.kind === "counted").length} of ${shown.length}` };
   });
   legend("participation-legend", [
-    ["counted", "counted, with its number of examples"],
+    ["counted", "counted (darker: more examples)"],
     ["late", "late"],
     ["missing", "asked, no answer counted"],
     ["absent", "not asked"],
   ]);
   const left = names.length - rows.length;
   say($("participation-note"), left > 0 ? `${whole(left)} more workers are not shown.` : "");
-  matrix($("participation"), { title: "Who was counted in which round", columns: shown.map((one) => one.round), rows });
+  const columns = shown.map((one) => one.round);
+  matrix($("participation"), { title: "Who was counted in which round", columns, rows, newest: !frozen(board) });
 }
 participation.of = ["rounds"];
 
