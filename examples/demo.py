@@ -173,6 +173,11 @@ def main() -> int:
             f"Done in {time.monotonic() - began:.0f} s. The models, the history and the charts "
             f"are in {RUN}/, the output of each process in {LOGS}/."
         )
+        explain(
+            "Next, run a federation by hand: see 'By hand, in five terminals' in README.md. To add "
+            "rounds to this run, as the coordinator suggests, first run 'export "
+            f"FLUFFLE_STATE={STATE}' in each terminal and 'fluffle broker up' in one."
+        )
     return code
 
 

@@ -23,6 +23,7 @@ class Progress(Watcher):
     """
 
     fault = ""  # the last failed task or rejected update since the last commit
+    _under_way = False  # before the first round and after the last, notes name commands
 
     def __init__(self, wanted: bool | None, rounds: int) -> None:
         terminal = is_terminal(sys.stderr)
@@ -47,6 +48,10 @@ class Progress(Watcher):
     def record(self, event: RunEvent) -> None:
         """Show evaluations and problems."""
         match event:
+            case run_events.Opened():
+                self._under_way = True
+            case run_events.Finished():
+                self._under_way = False
             case run_events.Committed():
                 self.fault = ""
             case run_events.Failure():
@@ -62,7 +67,8 @@ class Progress(Watcher):
         elif isinstance(event, run_events.Interrupted):
             pass  # it names a command, but the run was a call; RunFolder names that
         elif self._lines or self._bar is not None:
-            if event.severity in ("odd", "bad") or isinstance(event, run_events.Note):
+            noted = self._under_way and isinstance(event, run_events.Note)
+            if noted or event.severity in ("odd", "bad"):
                 self._print(event.sentence())
 
     def _print(self, text: str) -> None:

@@ -75,6 +75,7 @@ def test_it_says_what_was_measured_on_what_and_scores_a_writer_that_no_client_ha
     assert "held out a tenth" in " ".join(output.split())
     assert "how well the model reads a stranger" in " ".join(output.split())
     assert "by the temperature calibrates" in " ".join(output.split())
+    assert "first run 'export FLUFFLE_STATE=.fluffle/demo'" in " ".join(output.split())
     assert "Traceback" not in output
     assert (stub.parent / "runs/demo-logs/client-2.log").read_text() == "done with client-2\n"
 

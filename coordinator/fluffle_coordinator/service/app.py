@@ -267,7 +267,8 @@ async def coordinate(
     state = await coordinator.run()
     rules = settings.rules
     if state.outcome == "finished" and saved.committed < rules.rounds:
-        advice = endings.after_the_end(store.shown, state.committed, rules)
+        stopped = coordinator.enough() != "" and state.committed < rules.rounds
+        advice = endings.after_the_end(store.shown, state.committed, rules, by_rule=stopped)
         watcher.record(run_events.Note(what=advice))
     return state
 

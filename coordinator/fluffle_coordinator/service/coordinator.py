@@ -126,7 +126,8 @@ class Coordinator:
             folder=store.folder,
         )
         self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
-        self.state = _begin(settings, saved, store, self._committer.enough())
+        self.enough = self._committer.enough
+        self.state = _begin(settings, saved, store, self.enough())
 
     def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
         return Intake(

@@ -9,8 +9,14 @@ from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.state import State
 
 
-def after_the_end(folder: Path, committed: int, rules: Rules) -> str:
-    """Return the advice after a run that is finished, perhaps early: by a hook or a stopping rule.
+def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool = False) -> str:
+    """Return the advice after a run that is finished, perhaps early.
+
+    Args:
+        folder: the run folder.
+        committed: the last round.
+        rules: the rules of the run.
+        by_rule: whether a rule of early stopping ended the run, and would end it again.
 
     >>> after_the_end(Path("runs/letters"), 6, Rules(6))
     "'fluffle history --run runs/letters' shows the rounds; the same command with --rounds 12 \
@@ -18,8 +24,16 @@ def after_the_end(folder: Path, committed: int, rules: Rules) -> str:
     >>> after_the_end(Path("runs/letters"), 3, Rules(6))
     "'fluffle history --run runs/letters' shows the rounds; the same command (without --fresh) \
 goes on with round 4"
+    >>> after_the_end(Path("runs/letters"), 3, Rules(6), by_rule=True)
+    "'fluffle history --run runs/letters' shows the rounds; to go on with round 4, change the \
+option that ended the run, or leave it out (without --fresh)"
     """
     shows = f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds"
+    if by_rule:
+        return (
+            f"{shows}; to go on with round {committed + 1}, change the option that ended the run, "
+            "or leave it out (without --fresh)"
+        )
     if committed < rules.rounds:
         return f"{shows}; the same command (without --fresh) goes on with round {committed + 1}"
     if rules.rounds_limit:
