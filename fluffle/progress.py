@@ -61,7 +61,7 @@ class Progress(Watcher):
         if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
             self._latest = self._brief = event.sentence()
             if not isinstance(event, run_events.Tested):
-                self._brief = self._latest.rpartition(" on ")[0]  # without "held-out examples"
+                self._brief = event.in_brief()
             if self._lines:
                 self._print(self._latest)
         elif isinstance(event, run_events.Interrupted):

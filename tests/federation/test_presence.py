@@ -49,14 +49,20 @@ def test_no_worker_is_gone_after_the_coordinator_was_stopped(federated, after_s)
     federated(scenario)
 
 
+async def one_of_three_left_alone(federation, rounds):
+    """Stop the coordinator in round 1, and return a worker that has sent its update."""
+    coordinator = federation.coordinator(rounds=rounds, min_workers=3)
+    three(federation, step_s=2.0)
+    await coordinator.log.until("opened")
+    await coordinator.stop()
+    worker = federation.processes[1]
+    await worker.log.until("sent")
+    return worker
+
+
 def test_a_worker_reports_that_it_waits_for_a_coordinator_that_was_stopped(federated):
     async def scenario(federation):
-        coordinator = federation.coordinator(rounds=2, min_workers=3)
-        three(federation, step_s=2.0)
-        await coordinator.log.until("opened")
-        await coordinator.stop()
-        worker = federation.processes[1]
-        await worker.log.until("sent")
+        worker = await one_of_three_left_alone(federation, rounds=2)
         event = await worker.log.until("waiting")
         assert event["reason"].startswith("round 1: update sent 15 s ago, no new work yet")
         await asyncio.sleep(100.0)
@@ -70,12 +76,7 @@ def test_a_worker_reports_that_it_waits_for_a_coordinator_that_was_stopped(feder
 
 def test_a_worker_that_has_lost_the_broker_does_not_suspect_the_coordinator(federated):
     async def scenario(federation):
-        coordinator = federation.coordinator(rounds=1, min_workers=3)
-        three(federation, step_s=2.0)
-        await coordinator.log.until("opened")
-        await coordinator.stop()
-        worker = federation.processes[1]
-        await worker.log.until("sent")
+        worker = await one_of_three_left_alone(federation, rounds=1)
         federation.broker.stop()
         await asyncio.sleep(40.0)
         assert worker.log.of("no_broker")

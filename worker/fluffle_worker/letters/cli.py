@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from fluffle_worker.letters.inference import LettersModel, Score
 
 _FILE = click.Path(path_type=Path, dir_okay=False)
+_model_option = click.option(
+    "--model",
+    type=_FILE,
+    required=True,
+    metavar="FILE",
+    help="Model file of a round, such as runs/letters/round-0006.safetensors.",
+)
 _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]'"
 
 
@@ -59,13 +66,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 
 
 @click.command()
-@click.option(
-    "--model",
-    type=_FILE,
-    required=True,
-    metavar="FILE",
-    help="Model file of a round, such as runs/letters/round-0006.safetensors.",
-)
+@_model_option
 @click.option(
     "--image",
     "images",
@@ -127,13 +128,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 
 
 @click.command(context_settings={"show_default": True})
-@click.option(
-    "--model",
-    type=_FILE,
-    required=True,
-    metavar="FILE",
-    help="Model file of a round, such as runs/letters/round-0006.safetensors.",
-)
+@_model_option
 @click.option(
     "--data",
     type=click.Path(path_type=Path, file_okay=False),

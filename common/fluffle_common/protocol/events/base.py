@@ -74,8 +74,12 @@ class RunEvent:
 
     def sentence(self) -> str:
         """Return the event in words, with a question mark for each missing field."""
+        return self._filled(self.template)
+
+    def _filled(self, template: str) -> str:
+        """Fill in the template, or a part of it."""
         values = {name: formatted(getattr(self, name)) for name in self.template_fields}
-        return self.template.format_map(values | self._derived())
+        return template.format_map(values | self._derived())
 
     def _derived(self) -> dict[str, str]:
         """Return the parts of the sentence that are computed from the fields."""

@@ -179,7 +179,11 @@ class Privacy(RunEvent):
     delta: Number = None
 
 
-@event("evaluated", "round {round}: loss {loss}{more} on {num_examples} held-out examples", "good")
+_EVALUATED = "round {round}: loss {loss}{more}"
+_PERSONAL = "round {round}: after local training{more}"
+
+
+@event("evaluated", f"{_EVALUATED} on {{num_examples}} held-out examples", "good")
 class Evaluated(RunEvent):
     round: Integer = None
     num_examples: Integer = None
@@ -192,17 +196,25 @@ class Evaluated(RunEvent):
         fields = RunEvent.fields(self)
         return {**fields, **(self.metrics or {}), **fields}
 
+    def in_brief(self) -> str:
+        """Return the sentence without what was evaluated."""
+        return self._filled(_EVALUATED)
+
     def _derived(self) -> dict[str, str]:
         loss = {} if self.loss is None else {"loss": decimal(self.loss)}
         return {"more": _listed(self.metrics), **loss}
 
 
-@event("personal", "round {round}: after local training{more} on held-out examples", "good")
+@event("personal", f"{_PERSONAL} on held-out examples", "good")
 class Personal(RunEvent):
     """Participants have evaluated what they trained, before it was averaged."""
 
     round: Integer = None
     metrics: Numbers = None
+
+    def in_brief(self) -> str:
+        """Return the sentence without what was evaluated."""
+        return self._filled(_PERSONAL)
 
     def _derived(self) -> dict[str, str]:
         return {"more": _listed(self.metrics)}
