@@ -187,7 +187,7 @@ def test_a_federation_in_use_is_left_alone(federated):
 
 def test_it_gives_up_without_a_worker(federated):
     async def scenario(federation):
-        with pytest.raises(RunError, match="no worker was heard"):
+        with pytest.raises(RunError, match="no worker connected"):
             await examined(federation, wait_s=20)
 
     federated(scenario)

@@ -317,7 +317,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
         ("cohort(self, state): return (1 / 0 for _ in 'a')", "in cohort(): ZeroDivisionError"),
         (
             "discount(self, staleness): return 0\n\n    continuous = True",
-            "in discount(): it returned 0 for the staleness 0, so nothing counts",
+            "in discount(): it returned 0 for the staleness 0, so no update counts",
         ),
     ],
 )

@@ -96,8 +96,8 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
         )
     if not named.strategy.needs.repeatable:
         raise UsageError(
-            f"round {number} of {folder} cannot be replayed: its strategy, {name}, adds random "
-            "noise that is not kept"
+            f"round {number} of {folder} cannot be replayed, because the strategy {name} adds "
+            "random noise that is not kept"
         )
     return GuardedStrategy(named, number)
 
@@ -117,7 +117,7 @@ def _print(comparison: Replay) -> None:
     screen().print(rows)
     workers = ", ".join(f"{worker} ({count})" for worker, count in comparison.participants)
     echo_sentences(
-        f"round {comparison.round} of run {comparison.run}, averaged again from the kept updates "
+        f"round {comparison.round} of run {comparison.run} was averaged again from the updates "
         f"of {workers} and compared with {comparison.checkpoint}"
     )
     wrong = [tensor.name for tensor in tensors if not tensor.replayed.equal]

@@ -19,28 +19,28 @@ def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool =
         by_rule: whether a rule of early stopping ended the run, and would end it again.
 
     >>> after_the_end(Path("runs/letters"), 6, Rules(6))
-    "'fluffle history --run runs/letters' shows the rounds; the same command with --rounds 12 \
-(without --fresh) adds more, and with --fresh it begins a new run"
+    "'fluffle history --run runs/letters' shows the rounds; to add rounds, run the same command \
+with --rounds 12 (without --fresh), or to begin a new run, with --fresh"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6))
     "'fluffle history --run runs/letters' shows the rounds; the same command (without --fresh) \
 goes on with round 4"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6), by_rule=True)
-    "'fluffle history --run runs/letters' shows the rounds; to go on with round 4, change the \
-option that ended the run, or leave it out (without --fresh)"
+    "'fluffle history --run runs/letters' shows the rounds; to go on with round 4, change or \
+remove the option that ended the run, and run the command again (without --fresh)"
     """
     shows = f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds"
     if by_rule:
         return (
-            f"{shows}; to go on with round {committed + 1}, change the option that ended the run, "
-            "or leave it out (without --fresh)"
+            f"{shows}; to go on with round {committed + 1}, change or remove the option that ended "
+            "the run, and run the command again (without --fresh)"
         )
     if committed < rules.rounds:
         return f"{shows}; the same command (without --fresh) goes on with round {committed + 1}"
     if rules.rounds_limit:
         return f"{shows}; the same command with --fresh begins a new run"
     return (
-        f"{shows}; the same command with --rounds {2 * committed} (without --fresh) adds more, and "
-        "with --fresh it begins a new run"
+        f"{shows}; to add rounds, run the same command with --rounds {2 * committed} (without "
+        "--fresh), or to begin a new run, with --fresh"
     )
 
 
@@ -66,8 +66,7 @@ def after_a_stop(state: State, folder: Path) -> str:
     same = f"the same command (without --fresh) goes on with round {state.committed + 1}"
     if state.failed or state.doubted:
         return (
-            "if the model or the classes have changed since this run began, --fresh begins a "
-            f"new run and moves the one in {folder} aside; otherwise, once the workers are "
-            f"fixed, {same}"
+            "if the model or the classes have changed since this run began, add --fresh to begin "
+            f"a new run (the run in {folder} is moved aside); if not, fix the workers, and {same}"
         )
-    return f"once that is fixed, {same}"
+    return f"fix the cause, and {same}"

@@ -68,7 +68,7 @@ def load_schedule(
     )
     stale = {"--max-staleness": max_staleness, "--staleness": staleness}
     if name != "quorum":
-        _refuse(stale, "does not apply to your own schedule, which decides this itself; remove")
+        _refuse(stale, "has no effect on your own schedule, which sets its own discount; remove")
         return _from_file(name)
     if late == "discard":
         _refuse(stale, "needs --schedule buffered or --late discount; add one of these, or remove")
@@ -99,8 +99,8 @@ def load_selection(text: str) -> Selection:
     function = place.load(_CALLERS)
     if not callable(function) or isinstance(function, type):
         raise UsageError(
-            f"--select {text} must name a function that takes the candidates, the number to "
-            "choose and a random draw, and returns the names chosen (docs/schedules.md)"
+            f"--select {text} does not name a function; name a function that takes (candidates, "
+            "count, draw) and returns names of workers (docs/schedules.md)"
         )
     choose = guarded_choice(place.called, cast("Choose", function))
     return Selection(place.called, choose, fixed=False)
