@@ -359,7 +359,7 @@ def test_a_user_schedule_may_return_numbers_of_numpy(federated, tmp_path):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("-1", UsageError, "has max_staleness = -1, but max_staleness must be at least 0"),
+        ("-1", UsageError, "has max_staleness = -1; set max_staleness to at least 0"),
         ("None", UsageError, "is not a schedule: this Windows lacks max_staleness (int)"),
         ("1 / 0", TaskError, "the schedule broken.py:minutes failed in max_staleness: ZeroDiv"),
     ],

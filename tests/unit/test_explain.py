@@ -89,7 +89,7 @@ def test_a_stuck_round_names_the_missing_workers_and_the_time_left():
     gone = f"it has been gone since {clock(at(40))} (no heartbeat for 5 s)"
     assert f"Still waiting for c: {gone}." in text
     assert f"8 min 30 s left until the deadline, at {clock(at(610))}" in text
-    assert "2 updates of 3: 1 more needed" in text
+    assert "Round 7 has 2 of 3 updates; 1 more needed" in text
     assert "The longest wait is for c: 1 min 25 s so far, since b answered." in text
 
 

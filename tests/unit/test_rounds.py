@@ -520,7 +520,9 @@ def test_reopenings_without_a_new_update_are_bounded():
         assert "reopened" in event_names(run.sleep())
     run.sleep()
     assert run.state.outcome == "stopped"
-    assert run.state.reason.endswith("missing: b; reopened 3 times without progress (--deadline)")
+    assert run.state.reason.endswith(
+        "missing: b; the round was reopened 3 times without progress (--deadline)"
+    )
 
 
 def test_an_update_between_reopenings_resets_their_count():

@@ -51,8 +51,8 @@ def run_option(command: Any) -> Any:
     "--min-workers",
     type=count(),
     help="Number of workers that must be connected before the first round starts. With a "
-    "fractional --quorum, every round needs at least that fraction of --min-workers as updates.  "
-    "[default: --quorum if given as a number, else 2]",
+    "fractional --quorum, no round needs fewer updates than a round with exactly --min-workers "
+    "workers.  [default: --quorum if given as a number, else 2]",
 )
 @click.option(
     "--quorum",
@@ -60,7 +60,7 @@ def run_option(command: Any) -> Any:
     default="all",
     metavar="N|FRACTION|all",
     help="Number of updates that a round needs to close: a number such as 2, a fraction of the "
-    "selected workers such as 0.5 or 50%, or all for an update of every selected worker.",
+    "selected workers such as 0.5 or 50%, or 'all' for one update from every selected worker.",
 )
 @click.option(
     "--grace",
@@ -78,9 +78,9 @@ def run_option(command: Any) -> Any:
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
-    help="Action when the deadline of a round passes: reopen asks the connected workers again, "
-    "close ends the round with the updates that have arrived (at least --min-updates), and stop "
-    "ends the run.",
+    help="Action when the deadline of a round passes: 'reopen' asks the connected workers again, "
+    "'close' closes the round with the updates that have arrived (at least --min-updates), and "
+    "'stop' ends the run.",
 )
 @click.option(
     "--min-updates",
@@ -100,8 +100,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--evaluate",
     metavar="path.py:name",
-    help="Your function to evaluate the model after every round: from a dict of weights by name "
-    "to a dict of metrics by name. The next round starts after your function has returned.",
+    help="Your function to evaluate the model after every round: takes a dict of weights by name "
+    "and returns a dict of metrics by name. The next round starts after your function returns.",
 )
 @click.option(
     "--on-round",
@@ -182,8 +182,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Require each worker's broker user name to equal its worker ID; messages sent under "
-    "that ID by any other user are rejected.",
+    help="Reject every message whose sender has a broker user name other than the worker ID in "
+    "the message.",
 )
 @click.option(
     "--keep-updates",

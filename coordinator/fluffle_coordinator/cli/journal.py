@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
-_run_id_option = click.option(
-    "--run-id", metavar="ID", help="Show only this run of the federation."
-)
+_run_id_option = click.option("--run-id", metavar="ID", help="Show only the run with this ID.")
 
 
 def moment(text: str) -> datetime:

@@ -34,12 +34,12 @@ _run_argument = click.argument(
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="Your own codec, if the coordinator used one with --compress.",
+    help="Your own codec; needed only if the coordinator ran with your codec in --compress.",
 )
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="Strategy of the run, if its file was moved after the run.  "
+    help="Strategy of the run; needed only if the strategy's file was moved after the run.  "
     "[default: the location in run.json]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")

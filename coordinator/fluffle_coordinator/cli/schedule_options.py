@@ -71,8 +71,8 @@ schedule_options = option_group(
         default=1.0,
         metavar="P",
         help="Over-selection factor: 1.3 selects 130 % of the workers that --fraction or --sample "
-        "asks for. A fractional --quorum refers to the number without over-selection, so that a "
-        "round need not wait for stragglers.",
+        "asks for. A fractional --quorum is computed from the number without over-selection, so "
+        "that stragglers do not delay a round.",
     ),
     click.option(
         "--select",
@@ -81,16 +81,16 @@ schedule_options = option_group(
         metavar="NAME|PATH.PY:NAME",
         help="Rule that selects workers: uniform (at random), poisson (each worker independently "
         "at random), weighted (at random, in proportion to examples), round-robin (in turn), "
-        "fastest:0.2 (20 % of the places in turn, the others to the fastest workers), or your own "
+        "fastest:0.2 (the fastest workers for 80 % of the places, 20 % in turn), or your own "
         "function.",
     ),
     click.option(
         "--schedule",
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
-        help="Rule that decides when to make the next model (docs/schedules.md). With quorum, "
+        help="Rule that decides when to make the next model (docs/schedules.md). With 'quorum', "
         "training proceeds in synchronous rounds; a round closes when its quorum is reached. With "
-        "buffered, training is asynchronous: every K updates (--buffer K) make a new model, and "
+        "'buffered', training is asynchronous: every K updates (--buffer K) make a new model, and "
         "an idle worker trains the newest model at once.",
     ),
     click.option(
@@ -110,8 +110,8 @@ schedule_options = option_group(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help="Maximum staleness of an update, counted in models made after the model that the "
-        "update started from. Staler updates are discarded.  [default: 20 with '--schedule "
+        help="Maximum staleness of an update: the number of versions made since the version that "
+        "the update started from. Staler updates are discarded.  [default: 20 with '--schedule "
         "buffered', 2 with '--late discount']",
     ),
     click.option(
@@ -125,9 +125,9 @@ schedule_options = option_group(
         "--late",
         type=click.Choice(["discard", "discount"]),
         default="discard",
-        help="Treatment of an update that arrives after its synchronous round has closed: discard "
-        "ignores the update; discount adds the update to the open round, with a weight reduced by "
-        "--staleness.",
+        help="Treatment of an update that arrives after its synchronous round has closed: "
+        "'discard' ignores the update; 'discount' adds the update to the open round, with a weight "
+        "reduced by --staleness.",
     ),
 )
 

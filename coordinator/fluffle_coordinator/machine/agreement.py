@@ -76,7 +76,7 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         theirs, ours = worker.model.summary, model.summary
         difference = f"{theirs}, but the federation's model has {ours}"
         if theirs == ours:
-            difference = f"tensors of other names or shapes than the federation's ({ours})"
+            difference = f"tensors with other names or shapes than the federation's model ({ours})"
         return Misfit(
             "model",
             f"the model of worker {worker.name} has {difference}{source}; give this worker the "

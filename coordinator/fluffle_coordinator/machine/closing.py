@@ -131,7 +131,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
         fruitless = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if fruitless > rules.max_reopenings:
         times = "once" if rules.max_reopenings == 1 else f"{rules.max_reopenings} times"
-        reason = f"{reason}; reopened {times} without progress (--deadline)"
+        reason = f"{reason}; the round was reopened {times} without progress (--deadline)"
         return end(state, "stopped", reason, out)
     state = state.replace(reopenings=fruitless, reopened_with=state.folded)
     return reopen(state, reason, now, out)

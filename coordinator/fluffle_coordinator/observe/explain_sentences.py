@@ -267,8 +267,8 @@ def _progress(explanation: Explanation) -> Iterator[str]:
         return
     if this.needed is not None:
         lacking = this.needed - len(this.answers)
-        more = f"{lacking} more needed" if lacking > 0 else "enough to close the round"
-        yield f"{_number(len(this.answers), 'update')} of {this.needed}: {more}."
+        more = f"; {lacking} more needed" if lacking > 0 else ", enough to close the round"
+        yield f"Round {this.number} has {len(this.answers)} of {this.needed} updates{more}."
     if unlinked_since is not None:
         yield (
             f"The coordinator lost the broker at {clock(unlinked_since)}; the time without the "

@@ -54,7 +54,7 @@ if TYPE_CHECKING:
 _LIMITS = {  # what a plan cannot contain, by pydantic's types of errors
     "string_too_long": "{value} is longer than {max_length} characters; shorten this value",
     "string_unicode": "{value} is not valid UTF-8; write other characters",
-    "too_long": "no more than {max_length} can be given; leave some out",
+    "too_long": "at most {max_length} values can be given; remove some",
 }
 
 

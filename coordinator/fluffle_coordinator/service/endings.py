@@ -19,11 +19,11 @@ def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool =
         by_rule: whether a rule of early stopping ended the run, and would end it again.
 
     >>> after_the_end(Path("runs/letters"), 6, Rules(6))
-    "'fluffle history --run runs/letters' shows the rounds; to add rounds, run the same command \
-with --rounds 12 (without --fresh), or to begin a new run, with --fresh"
+    "'fluffle history --run runs/letters' shows the rounds; run the same command with --rounds 12 \
+(without --fresh) to add rounds, or with --fresh to begin a new run"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6))
-    "'fluffle history --run runs/letters' shows the rounds; the same command (without --fresh) \
-goes on with round 4"
+    "'fluffle history --run runs/letters' shows the rounds; run the same command (without --fresh) \
+to go on with round 4"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6), by_rule=True)
     "'fluffle history --run runs/letters' shows the rounds; to go on with round 4, change or \
 remove the option that ended the run, and run the command again (without --fresh)"
@@ -35,12 +35,13 @@ remove the option that ended the run, and run the command again (without --fresh
             "the run, and run the command again (without --fresh)"
         )
     if committed < rules.rounds:
-        return f"{shows}; the same command (without --fresh) goes on with round {committed + 1}"
+        again = "run the same command (without --fresh) to go on with round"
+        return f"{shows}; {again} {committed + 1}"
     if rules.rounds_limit:
-        return f"{shows}; the same command with --fresh begins a new run"
+        return f"{shows}; run the same command with --fresh to begin a new run"
     return (
-        f"{shows}; to add rounds, run the same command with --rounds {2 * committed} (without "
-        "--fresh), or to begin a new run, with --fresh"
+        f"{shows}; run the same command with --rounds {2 * committed} (without --fresh) to add "
+        "rounds, or with --fresh to begin a new run"
     )
 
 
@@ -63,7 +64,7 @@ def after_a_stop(state: State, folder: Path) -> str:
     If workers failed or their updates were rejected, their model may no longer be the run's model.
     No command can continue the run with another model, so the advice then names ``--fresh`` first.
     """
-    same = f"the same command (without --fresh) goes on with round {state.committed + 1}"
+    same = f"run the same command (without --fresh) to go on with round {state.committed + 1}"
     if state.failed or state.doubted:
         return (
             "if the model or the classes have changed since this run began, add --fresh to begin "

@@ -47,5 +47,5 @@ def standby_of(federation: str, run: str, folder: Path, watcher: Watcher) -> Sta
         f"federation {federation} on this broker",
         watcher,
         f"this coordinator takes over with its own run {run} in {folder}, and rejects the other "
-        "run's updates; to continue the other run, give the folder of that run with --run",
+        "run's updates; to continue the other run, give its folder with --run",
     )

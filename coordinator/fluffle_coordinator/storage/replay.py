@@ -185,7 +185,7 @@ def _archived(
     if not isinstance(discount, int | float) or not 0 < discount <= 1:
         raise UsageError(
             f"the history is damaged: in round {line['round']}, the update of {worker} has the "
-            f"discount {discount!r}, which is not in (0, 1]"
+            f"discount {discount!r}; expected a number above 0 and at most 1"
         )
     try:
         body, payload = read_update(path)
