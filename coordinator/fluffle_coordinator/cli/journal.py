@@ -171,9 +171,9 @@ def explain(
     """Explain what happened in a round, or what it is waiting for.
 
     The command reads the journal, so you can explain a round while it is open or long afterwards.
-    The explanation names the workers that were asked, those that answered, and those that are
-    missing, with the reasons. The explanation also shows late and rejected updates, the time left,
-    and the longest wait. Without ROUND, the command explains the newest round of the newest run.
+    The explanation shows which workers were asked, which workers answered, and why workers are
+    missing. The explanation also shows late and rejected updates, the time left, and the longest
+    wait. Without ROUND, the command explains the newest round of the newest run.
 
     \b
       fluffle explain --federation letters            what is the run waiting for?
