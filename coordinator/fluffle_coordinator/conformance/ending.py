@@ -19,7 +19,7 @@ async def heartbeats(probe: Probe) -> str:
     return check_rhythm(probe.messages, asyncio.get_running_loop().time())
 
 
-@demands(Section.HELLO, "the session changes only when the process restarts")
+@demands(Section.HELLO, "a worker's session changes only when its process restarts")
 async def one_session(probe: Probe) -> str:
     """Check the session of all presence messages."""
     sessions = _sessions(probe)

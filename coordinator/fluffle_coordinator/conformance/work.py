@@ -19,8 +19,8 @@ from fluffle_coordinator.conformance.scenario import Section, demands
 
 @demands(
     Section.WORK,
-    "a fit is answered with an update of the same run, round and base; the update's tensors are "
-    "finite differences (trained - received), with the names, shapes and dtypes of the fit",
+    "a fit is answered with an update of the same run, round and base; the update's deltas "
+    "(trained - received) are finite and have the names, shapes and dtypes of the fit",
     needed=True,
 )
 async def fit(probe: Probe) -> str:
