@@ -320,7 +320,7 @@ def test_one_spelling_alone_is_the_composed_class(tmp_path):
 
 def test_a_class_asked_for_twice_is_refused(tmp_path):
     _save(tmp_path, "é/1.png")
-    with pytest.raises(UsageError, match=r"lists a class more than once \(é\)"):
+    with pytest.raises(UsageError, match=r"lists the same class more than once \(é\)"):
         read_images(tmp_path, ["é", unicodedata.normalize("NFD", "é")])
 
 

@@ -131,17 +131,26 @@ def test_whatever_numpy_converts_is_data():
             {"learning_rate": optax.constant_schedule(0.1)},
             "learning_rate= is invalid: the value is <function",
         ),
-        ({"metrics": [accuracy]}, "metrics= is .*, but functions by name are expected"),
-        ({"metrics": {"a": "accuracy"}}, "metrics= is .*, but functions by name are expected"),
+        (
+            {"metrics": [accuracy]},
+            "metrics= is .*, but a mapping of names to functions is expected",
+        ),
+        (
+            {"metrics": {"a": "accuracy"}},
+            "metrics= is .*, but a mapping of names to functions is expected",
+        ),
         ({"metrics": {"loss": accuracy}}, "metrics= contains the name 'loss'"),
         (
             {"model": Net(nnx.Rngs(0))},
             "model= is of type Net; expected a function that makes a module",
         ),
         ({"model": lambda rngs: None}, "model= made a NoneType; expected an nnx.Module"),
-        ({"model": Bare}, "no tensor of the model to send; .*the model has none"),
+        ({"model": Bare}, "no tensor of the model to send; .*tensors of the model: none"),
         ({"model": Counting}, "parameter 'calls' is int32, which cannot be trained"),
-        ({"frozen": nnx.PathContains("body")}, "frozen= selects no tensor of .* has out/bias, out"),
+        (
+            {"frozen": nnx.PathContains("body")},
+            "frozen= selects no tensor; .* of the model: out/bias, out",
+        ),
     ],
 )
 def test_another_argument_is_named(changes: dict[str, Any], message: str):

@@ -348,7 +348,7 @@ def test_a_task_whose_form_cannot_be_told_says_which_method_fails(capsys):
 
     assert signature_of_task(own(model_form=model_form)) == UNKNOWN
     stderr = capsys.readouterr().err
-    assert "the task's model_form() fails, so fluffle cannot compare" in stderr
+    assert "the task's model_form() fails, so nobody can check" in stderr
     assert "init()" not in stderr
 
 
@@ -366,7 +366,8 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
         (3, r"model_form\(\) returned 3; expected a mapping of names"),
         (
             {"w": 3},
-            r"model_form\(\) returned tensor 'w' as 3; expected an object with dtype and shape",
+            r"model_form\(\) returned tensor 'w' as 3; expected an object with the attributes"
+            " dtype and shape",
         ),
         ({"w": SimpleNamespace(dtype="no", shape=())}, r"tensor 'w' as namespace\("),
         ({"w": SimpleNamespace(dtype="f4", shape="a")}, r"tensor 'w' as namespace\("),

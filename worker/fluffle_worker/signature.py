@@ -48,7 +48,7 @@ def signature_of_task(task: Task) -> Signature:
             raise
         fails = "init() fails, so this worker cannot make first weights"
         if callable(ask):
-            fails = "model_form() fails, so fluffle cannot compare its model with the federation's"
+            fails = "model_form() fails, so nobody can check that the federation has the same model"
         warn(f"the task's {fails}: {one_line(why)}")
         warn_in_full(why)
         return UNKNOWN
@@ -118,7 +118,7 @@ def _form(given: Any) -> Signature:
     if not isinstance(given, Mapping):
         raise TaskError(
             f"model_form() returned {shown(given)}; expected a mapping of names to objects with "
-            "dtype and shape"
+            "the attributes dtype and shape"
         )
     form = []
     for name, like in given.items():
@@ -128,6 +128,6 @@ def _form(given: Any) -> Signature:
         except Exception:
             raise TaskError(
                 f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; "
-                "expected an object with dtype and shape"
+                "expected an object with the attributes dtype and shape"
             ) from None
     return tuple(form)

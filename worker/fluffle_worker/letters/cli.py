@@ -148,14 +148,14 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 @click.option(
     "--unseen",
     is_flag=True,
-    help="Score all letters in the folder; for a folder on which no worker trained.",
+    help="Score all letters in the folder. Use this option only if no worker trained on them.",
 )
 @click.option(
     "--seed",
     type=SEED,
     default=0,
-    help="The --seed of the worker that trained on this folder, which determines the held-out "
-    "letters.",
+    help="Seed (--seed) of the worker that trained on this folder. The seed determines the "
+    "held-out letters.",
 )
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.

@@ -61,7 +61,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(
-            f"--classes lists a class more than once ({some(twice)}); list each class once"
+            f"--classes lists the same class more than once ({some(twice)}); list each class once"
         )
     unexpected = [name for name in class_folders.files if name not in names]
     if unexpected:

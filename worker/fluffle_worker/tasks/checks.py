@@ -100,7 +100,7 @@ def as_metrics(given: Any) -> dict[str, Callable[..., Any]]:
         return {}
     if not isinstance(given, Mapping) or not all(map(callable, given.values())):
         raise TaskError(
-            f"metrics= is {shown(given)}, but functions by name are expected, such as "
+            f"metrics= is {shown(given)}, but a mapping of names to functions is expected, such as "
             "{'accuracy': accuracy}"
         )
     if "loss" in given:

@@ -143,17 +143,17 @@ class ModelParts:
         if not self.form:
             raise TaskError(
                 "federated= and frozen= leave no tensor of the model to send; change the filters "
-                f"(the model has {names})"
+                f"(tensors of the model: {names})"
             )
         if frozen is not False and not self._frozen_form:
             raise TaskError(
-                f"frozen= selects no tensor of the model; change the filter (the model has {names})"
+                f"frozen= selects no tensor; change the filter (tensors of the model: {names})"
             )
         params = [(path, leaf) for path, leaf in trained if isinstance(leaf, nnx.Param)]
         if not params:
             raise TaskError(
-                "frozen= leaves no parameter of the model to train; change the filter (the model "
-                f"has {names})"
+                "frozen= leaves no parameter of the model to train; change the filter (tensors of "
+                f"the model: {names})"
             )
         for path, leaf in params:
             dtype = leaf.get_value().dtype

@@ -363,16 +363,16 @@ class TorchTask:
         if not travel:
             raise TaskError(
                 "federated= and frozen= leave no tensor of the model to send; change the filters "
-                f"(the model has {names})"
+                f"(tensors of the model: {names})"
             )
         if frozen is not False and not any(selected(frozen, name) for name in tensors):
             raise TaskError(
-                f"frozen= selects no tensor of the model; change the filter (the model has {names})"
+                f"frozen= selects no tensor; change the filter (tensors of the model: {names})"
             )
         if still >= params.keys():
             raise TaskError(
-                "frozen= leaves no parameter of the model to train; change the filter (the model "
-                f"has {names})"
+                "frozen= leaves no parameter of the model to train; change the filter (tensors of "
+                f"the model: {names})"
             )
         for name in still & params.keys():
             params[name].requires_grad_(False)
