@@ -77,7 +77,7 @@ def test_a_stop_names_the_command_that_continues():
 def test_a_run_whose_strategy_allows_no_more_rounds_is_not_told_to_ask_for_more():
     rules = Rules(6, rounds_limit="the strategy dp allows no more rounds")
     advice = endings.done_already(FOLDER, 6, rules)
-    assert "it has 6 rounds and the strategy dp allows no more rounds; " in advice
+    assert "it has 6 rounds and the strategy dp allows no more rounds. " in advice
     assert advice.endswith("shows the rounds; run the same command with --fresh to begin a new run")
 
 

@@ -49,12 +49,12 @@ def done_already(folder: Path, committed: int, rules: Rules) -> str:
     """Return the message for a run that is started again with no rounds left.
 
     >>> done_already(Path("runs/letters"), 6, Rules(6))[:68]
-    'the run in runs/letters is done: it has 6 rounds and --rounds is 6; '
+    'the run in runs/letters is done: it has 6 rounds and --rounds is 6. '
     """
     why = rules.rounds_limit or f"--rounds is {rules.rounds}"
     return (
         f"the run in {folder} is done: it has {committed} round{'s'[: committed != 1]} and "
-        f"{why}; {after_the_end(folder, committed, rules)}"
+        f"{why}. {after_the_end(folder, committed, rules)}"
     )
 
 
@@ -67,7 +67,7 @@ def after_a_stop(state: State, folder: Path) -> str:
     same = f"run the same command (without --fresh) to go on with round {state.committed + 1}"
     if state.failed or state.doubted:
         return (
-            "if the model or the classes have changed since this run began, add --fresh to begin "
-            f"a new run (the run in {folder} is moved aside); if not, fix the workers, and {same}"
+            "if the model or the classes have changed since this run began, add --fresh to begin a "
+            f"new run (the run in {folder} is moved aside). Otherwise, fix the workers, and {same}"
         )
     return f"fix the cause, and {same}"
