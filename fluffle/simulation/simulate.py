@@ -95,7 +95,7 @@ class _FailureWatcher(Watcher):
         """Set an exception if the round is in vain."""
         if not state.reopenings or self._failure.done():
             return
-        rejected = {name: f"its update was rejected: {why}" for name, why in state.doubted.items()}
+        rejected = {name: f"its update was rejected ({why})" for name, why in state.doubted.items()}
         faults, missing = {**state.failed, **rejected}, state.missing
         in_vain = bool(missing) and all(name in faults for name in missing)
         if in_vain and all(client.present for client in self._clients):

@@ -116,7 +116,7 @@ def changed(**changes: Any) -> type:
         (Signs(), "is a Signs, but a codec must be a class"),
         (changed(name="No Name"), "use a name of 1 to 32 characters from a-z"),
         (changed(name=None), "the name None"),
-        (changed(name="topk"), "one of fluffle's own codecs, 'topk'"),
+        (changed(name="topk"), "a built-in codec, 'topk'"),
         (changed(encode=None), "no method 'encode'"),
         (changed(decode=lambda self, parts, like: like), "no static method 'decode'"),
         (changed(dtypes="float32"), "must set 'dtypes'"),
@@ -165,11 +165,11 @@ def leaves(*_: Any) -> Any:
         ),
         (
             lambda self, tensor, rng: (tensor, np.float32(1)),
-            "tensor 'w#sign' is float32 (30, 100), expected int8 (30, 100)",
+            "tensor 'w#sign' is float32 (30, 100); expected int8 (30, 100)",
         ),
         (
             lambda self, tensor, rng: (np.zeros(3, np.int8), np.float32(1)),
-            "'w#sign' is int8 (3,), expected int8 (30, 100)",
+            "'w#sign' is int8 (3,); expected int8 (30, 100)",
         ),
     ],
 )
@@ -331,7 +331,7 @@ def test_compress_takes_a_codec_from_a_file_and_sends_its_name(codecs, tmp_path,
     ("text", "reason"),
     [
         ("{}/none.py:Tenths", "there is no file"),
-        ("{}/codec.py:Nothing", "has no 'Nothing' (--compress)"),
+        ("{}/codec.py:Nothing", "has no 'Nothing'; correct the name in --compress"),
         ("{}/codec.py:np", "is a module, but a codec must be a class"),
         ("{}/codec.py:Tenths:bad", "invalid literal"),
         ("{}/codec.py:Tenths:a b", "is not a codec"),

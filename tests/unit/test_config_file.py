@@ -97,7 +97,7 @@ def test_print_config_prints_an_equivalent_file(written):
     [
         ("ruonds = 1", "unknown key 'ruonds'; did you mean 'rounds'?"),
         ("where = 'a'", "unknown key 'where'; choose from codec, config, data, fresh"),
-        ("[privacy]\nepsilon = 1", "unknown table [privacy]; options are keys at the top of the"),
+        ("[privacy]\nepsilon = 1", "unknown table [privacy]; write options as keys at the top of"),
         ("rounds = 2.5", "rounds = 2.5: expected a whole number"),
         ("rounds = true", "rounds = true: expected a whole number"),
         ('rounds = "3"', 'rounds = "3": expected a whole number'),
@@ -130,8 +130,8 @@ def test_an_option_that_a_table_hides_is_named(written, capsys):
     result = invoke(file)
     assert result.exit_code == 0
     assert result.stderr == (
-        f"fluffle: {file}:4: 'rounds' is in the table [config], so the option is not set; if you "
-        "meant the option, move its line above [config]\n"
+        f"fluffle: {file}:4: 'rounds' is in the table [config], so the option is not set; to set "
+        "the option 'rounds', move its line above [config]\n"
     )
     assert not invoke(written('name = "north"\n[config]\nmomentum = 0.9\n')).stderr
 

@@ -26,7 +26,8 @@ _SYSTEM_LIB = Path("/usr/lib/rabbitmq/lib")
 _SERVER = "rabbitmq-server"
 
 REMEDIES = (
-    "install rabbitmq-server, or start Docker, or point --url (FLUFFLE_URL) at a RabbitMQ you run"
+    "install rabbitmq-server, start Docker, or give the URL of another RabbitMQ with --url "
+    "(FLUFFLE_URL)"
 )
 
 Report = Callable[[str], None]

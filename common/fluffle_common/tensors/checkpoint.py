@@ -78,8 +78,8 @@ def check_names(names: Iterable[str]) -> None:
     for name in names:
         if name == _METADATA:
             raise ValueError(
-                f"a tensor has the name '{name}', under which checkpoints have something else; "
-                "rename it"
+                f"a tensor has the name '{name}', which checkpoints reserve for other data; rename "
+                "this tensor"
             )
         if name.startswith(_STRATEGY_PREFIX):
             raise ValueError(

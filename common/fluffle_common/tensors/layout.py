@@ -319,7 +319,7 @@ def _check_name(name: object) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{_label(ascii(name)[1:-1])} has a name that is not valid Unicode"
+            f"{_label(ascii(name)[1:-1])} has a name that is not valid Unicode; rename this tensor"
         ) from None
 
 

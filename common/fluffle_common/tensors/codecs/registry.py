@@ -57,8 +57,7 @@ class Registry:
         checked = check_codec(codec, where)
         if checked.name in OWN_NAMES:
             raise UsageError(
-                f"{where} has the name of one of fluffle's own codecs, '{checked.name}'; "
-                "choose another name"
+                f"{where} has the name of a built-in codec, '{checked.name}'; choose another name"
             )
         self._codecs[checked.name] = checked
         return checked
@@ -79,8 +78,8 @@ class Registry:
             if entry_point is None:
                 known = ", ".join(sorted({*self._codecs, *installed(GROUP)}))
                 raise UnknownCodec(
-                    f"unknown encoding '{name[:40]}'; choose from {known}, or load your own from a "
-                    "file with 'fluffle coordinator --compress' or 'fluffle replay --codec'"
+                    f"unknown codec '{name[:40]}'; choose from {known}, or load your own codec "
+                    "with 'fluffle coordinator --compress' or 'fluffle replay --codec'"
                 )
             self._load(entry_point)
         return self._codecs[name]
@@ -98,7 +97,7 @@ class Registry:
         if codec.name != entry_point.name:
             raise BrokenCodec(
                 f"{where} has the name '{codec.name}', but its entry point has the name "
-                f"'{entry_point.name}'"
+                f"'{entry_point.name}'; use the same name for both"
             )
 
     def parse(self, spec: str) -> Codec:
@@ -144,7 +143,7 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
     """
     if not isinstance(codec, type):
         raise UsageError(
-            f"{where} is a {type(codec).__name__}, but a codec must be a class (docs/codecs.md)"
+            f"{where} is a {type(codec).__name__}, but a codec must be a class; see docs/codecs.md"
         )
     name = getattr(codec, "name", None)
     if not isinstance(name, str) or not re.fullmatch(ENCODING_PATTERN, name):
@@ -154,7 +153,7 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
         )
     for method in ("parse", "encode"):
         if not callable(getattr(codec, method, None)):
-            raise UsageError(f"{where} has no method '{method}' (docs/codecs.md)")
+            raise UsageError(f"{where} has no method '{method}'; see docs/codecs.md")
     for method in ("parts", "decode"):
         attribute = inspect.getattr_static(codec, method, None)
         if not isinstance(attribute, staticmethod | classmethod):
@@ -165,8 +164,8 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
     dtypes = getattr(codec, "dtypes", None)
     if not isinstance(dtypes, tuple) or not isinstance(getattr(codec, "feeds_back", None), bool):
         raise UsageError(
-            f"{where} must set 'dtypes', such as ('float32', 'float64'), and must set "
-            "'feeds_back' to True or False (docs/codecs.md)"
+            f"{where} must set 'dtypes' to a tuple, such as ('float32', 'float64'), and "
+            "'feeds_back' to True or False; see docs/codecs.md"
         )
     _check_parts(codec, where)
     return codec
