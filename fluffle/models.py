@@ -98,7 +98,9 @@ def load_into(
     differences = _differences(weights, current)
     if differences:
         what = "the model" if isinstance(source, Mapping) else os.fspath(source)
-        raise UsageError(f"{what} does not fit {type(module).__name__}: {'; '.join(differences)}")
+        raise UsageError(
+            f"{what} does not fit the module {type(module).__name__}: {'; '.join(differences)}"
+        )
     tensors.fill(module, weights)
 
 

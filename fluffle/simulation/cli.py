@@ -73,9 +73,10 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--partition",
     default="iid",
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
-    help="How to split the examples among the clients: iid (at random), dirichlet:A (by "
-    "label; the smaller A is, the more uneven the split), shards:N (examples sorted by label, "
-    "N shards per client), or by:COLUMN (one client per value of the column).",
+    help="How to split the examples among the clients. 'iid' splits them at random. "
+    "'dirichlet:A' gives each client other shares of the labels; a smaller A makes the shares "
+    "more uneven. 'shards:N' sorts the examples by label, and gives each client N shards. "
+    "'by:COLUMN' makes one client per value of the column.",
 )
 @click.option(
     "--plot-partition",
@@ -89,7 +90,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="0.01",
     metavar="SECONDS",
     help=(
-        "Duration of one training step on a client, in seconds: a number, classes:1,2,4 "
+        "Duration of one training step on a client, in seconds. Give a number, classes:1,2,4 "
         "(assigned to the clients in turn), lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH."
     ),
 )

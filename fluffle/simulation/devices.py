@@ -119,5 +119,7 @@ def devices(
     if bytes_per_s is not None:
         lines = draw(bytes_per_s, rng, clients)
         if not np.all(lines > 0):
-            raise UsageError(f"the bandwidth must be above 0 bytes per second, not {bytes_per_s}")
+            raise UsageError(
+                f"invalid bandwidth '{bytes_per_s}'; give more than 0 bytes per second"
+            )
     return [Device(*map(float, one)) for one in zip(steps, rounds, lines, strict=True)]

@@ -192,5 +192,5 @@ def _tasks(
             "one task for each client, or remove clients="
         )
     if not given:
-        raise UsageError(f"{_CALLER}() needs tasks; give one for each client")
+        raise UsageError(f"{_CALLER}() needs tasks; give one task for each client")
     return None, given

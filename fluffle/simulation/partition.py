@@ -104,8 +104,8 @@ class By(Partition):
         values = np.unique(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} values and each value makes one "
-                f"client, but {clients} clients were requested; use --clients {len(values)}"
+                f"column '{self.column}' has {len(values)} values, but {clients} clients were "
+                f"requested; use --clients {len(values)}, because each value makes one client"
             )
         return [np.flatnonzero(labels == value) for value in values]
 

@@ -423,7 +423,7 @@ def test_a_rejected_update_of_a_task_ends_the_run(function, failed, tmp_path):
             return fluffle.TrainResult({"w": weights["w"] * factor + 1}, 10)
 
     tasks = {"north": Adder(), "south": Diverging()}
-    said = f"^the task 'south' {failed} in round 2, because its update was rejected: tensor 'w' has"
+    said = f"^the task 'south' {failed} in round 2: its update was rejected .tensor 'w' has"
     with pytest.raises(fluffle.TaskError, match=said):
         function(tasks, rounds=3, folder=tmp_path)
     assert tasks["north"].trained == 2

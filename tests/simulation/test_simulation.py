@@ -254,7 +254,7 @@ class TestDevices:
             devices(2, step_s=text)
 
     def test_a_line_that_carries_nothing_is_refused(self):
-        with pytest.raises(UsageError, match="the bandwidth must be above 0 bytes per second"):
+        with pytest.raises(UsageError, match="more than 0 bytes per second"):
             devices(2, bytes_per_s="0")
 
 

@@ -114,7 +114,7 @@ def test_a_module_of_another_form_is_left_as_it_was_and_the_differences_are_name
     with pytest.raises(fluffle.UsageError) as wrong:
         fluffle.load_into(module, weights)
     assert str(wrong.value) == (
-        "the model does not fit Model: the file lacks norm/var; the module lacks extra; "
+        "the model does not fit the module Model: the file lacks norm/var; the module lacks extra; "
         "hidden/bias is float32[3] in the file, but float32[4] in the module; "
         "hidden/kernel is float32[2, 3] in the file, but float32[2, 4] in the module; "
         "norm/bias is float32[3] in the file, but float32[4] in the module"

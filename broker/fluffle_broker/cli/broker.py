@@ -59,9 +59,9 @@ def broker() -> None:
     worker that starts in the broker's folder finds the broker on its own.
 
     \b
-      fluffle broker up            start it, or show where it runs
-      fluffle broker status        show whether it is up, its uptime and memory
-      fluffle broker down          stop it; its data stays for the next 'up'
+      fluffle broker up            start the broker, or show where it runs
+      fluffle broker status        show whether the broker is up
+      fluffle broker down          stop the broker, and keep its data
       fluffle broker permissions   show the permissions that a user needs
       fluffle broker apply-policy  limit the queues on another broker
     """
@@ -234,7 +234,7 @@ def permissions(**options: Any) -> None:
     "--print",
     "prints",
     is_flag=True,
-    help="Print rabbitmqctl commands that set the policies, instead of setting them.",
+    help="Print rabbitmqctl commands that set the policies, instead of setting the policies.",
 )
 def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
     """Limit the length of a federation's queues.

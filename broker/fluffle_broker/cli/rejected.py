@@ -34,7 +34,7 @@ _common_options = inspection_options("Print the result as JSON.", required=False
 @management_option
 @click.option(
     "-n", "--count", default=20, show_default=True, type=counts(), metavar="N",
-    help="Maximum number of messages to list; if there are more, only the newest are listed.",
+    help="Maximum number of messages to list; the command lists the newest messages.",
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:

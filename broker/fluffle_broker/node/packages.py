@@ -94,8 +94,8 @@ def unpack(report: Report, cache: Path | None = None) -> Installation:
                     raise
     except OSError as failed:
         raise BrokerError(
-            f"cannot unpack RabbitMQ into {root.parent}: {failed.strerror or failed}; "
-            "make room there, or set XDG_CACHE_HOME to another folder"
+            f"cannot unpack RabbitMQ into {root.parent} ({failed.strerror or failed}); free some "
+            "space, or set XDG_CACHE_HOME to another folder"
         ) from failed
     installation = find_unpacked(root)
     if installation is None:

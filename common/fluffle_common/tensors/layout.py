@@ -213,7 +213,7 @@ def check_signature(weights: Weights) -> None:
         ValueError: naming the first unsuitable tensor, and the remedy.
     """
     if not weights:
-        raise ValueError("the weights contain no tensors")
+        raise ValueError("the weights contain no tensors; expected at least one tensor")
     for name, tensor in weights.items():
         if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
             raise ValueError(

@@ -141,7 +141,7 @@ class Stalled(RunEvent):
 @event(
     "overweight",
     "round {round}: the update of {worker} claims {num_examples:example}, but is weighted as "
-    "{limit}, the limit from {worker}'s announcement or --max-examples",
+    "{limit:example}, the maximum that {worker} announced or that --max-examples sets",
 )
 class Overweight(RunEvent):
     worker: Text = None

@@ -241,7 +241,7 @@ class FirstWeights(RunEvent):
     parameters: Integer = None
 
 
-@event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}, once each")
+@event("frozen_sent", "sending the frozen tensors {digest:.12} once to each of {workers}")
 class FrozenSent(RunEvent):
     workers: Names = None
     digest: Text = None
