@@ -129,7 +129,7 @@ def test_peek_refuses_queues_where_it_would_have_side_effects(federation, channe
         ("inbox.shard-0-3", "being read by worker shard-0-3"),
         ("presence", "being read by the coordinator"),
         ("outbox.shard-0-3", "would treat the parts"),
-        ("inbox.nobody", "has never connected"),
+        ("inbox.nobody", "has not connected"),
         ("nonsense", "has no queue 'nonsense'"),
     ):
         program = ask("peek", queue)
