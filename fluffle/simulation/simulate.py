@@ -68,7 +68,7 @@ async def simulate_run(
         if not run.done():
             for ended in (one for one in (failure, taking_part) if one.done()):
                 ended.result()
-            raise RunError("the clients have left the simulation")
+            raise RunError("the run cannot continue, because all clients have left the simulation")
         return run.result()
     finally:
         for one in (run, taking_part, failure):

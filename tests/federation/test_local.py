@@ -502,7 +502,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
     [
         ([], {}, "needs at least one task; pass tasks, or pass url="),
         ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
-        ([Adder()], {"rounds": 0}, "rounds = 0: 0 is not in the range"),
+        ([Adder()], {"rounds": 0}, "rounds = 0 is not valid (0 is not in the range"),
         ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks (1);"),
         ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the number of tasks (1);"),
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=; "),
@@ -522,7 +522,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         (
             [Adder()],
             {"init": ""},
-            'init = "": the text is empty; give a value, or omit this option',
+            'init = "" is not valid (the text is empty; give a value, or omit this option',
         ),
         ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or omit folder="),
         ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),

@@ -100,7 +100,7 @@ def unpack(report: Report, cache: Path | None = None) -> Installation:
     installation = find_unpacked(root)
     if installation is None:
         raise BrokerError(
-            f"the packages in {root} contain no {_SERVER}; delete that folder, and run the "
+            f"the packages in {root} contain no {_SERVER}; delete this folder, and run the "
             "command again"
         )
     return installation

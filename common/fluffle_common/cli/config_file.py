@@ -142,7 +142,7 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text") from None
+        raise UsageError(f"{path} is not UTF-8 text; save the file as UTF-8") from None
     except OSError as why:
         raise UsageError(f"cannot read {path} ({why.strerror})") from None
     if len(text) > _MOST_CHARACTERS:  # perhaps a model, or a device without an end
@@ -233,8 +233,10 @@ def _validated(
             values[str(option.name)] = raw = _raw(option, value)
             option.type_cast_value(ctx, raw)
         except (click.BadParameter, _WrongType) as why:
-            text = why.message if isinstance(why, click.BadParameter) else str(why)
-            raise UsageError(f"{place(name)}: {name} = {_toml(value)}: {text}") from None
+            text = why.message.rstrip(".") if isinstance(why, click.BadParameter) else str(why)
+            raise UsageError(
+                f"{place(name)}: {name} = {_toml(value)} is not valid ({text})"
+            ) from None
         except UsageError as why:
             raise UsageError(f"{place(name)}: {why}") from None
     return values

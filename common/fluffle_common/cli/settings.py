@@ -123,8 +123,8 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     classes = tuple(text.split(","))
     if "" in classes or len(set(classes)) < len(classes):
         raise UsageError(
-            f"--classes '{text}' is not valid; give names that differ from each other, separated "
-            "by commas, such as a,b,c"
+            f"--classes '{text}' is not valid; give different names, separated by commas, such as "
+            "a,b,c"
         )
     return classes
 
