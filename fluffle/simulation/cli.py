@@ -73,7 +73,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--partition",
     default="iid",
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
-    help="How to split the examples among the clients. 'iid' splits them at random. "
+    help="How to split the examples among the clients. 'iid' splits the examples at random. "
     "'dirichlet:A' gives each client other shares of the labels; a smaller A makes the shares "
     "more uneven. 'shards:N' sorts the examples by label, and gives each client N shards. "
     "'by:COLUMN' makes one client per value of the column.",
@@ -98,8 +98,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Time that each training of a client takes in addition to its steps, in seconds; same "
-    "format as --step-time.",
+    help="Time that each training of a client takes in addition to the training steps, in "
+    "seconds; same format as --step-time.",
 )
 @click.option(
     "--bandwidth",

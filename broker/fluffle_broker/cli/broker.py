@@ -55,8 +55,8 @@ def broker() -> None:
     The broker listens on 127.0.0.1 only, keeps all its files in one folder and needs no root
     permissions. If rabbitmq-server is installed, fluffle starts the installed server. If
     rabbitmq-server is missing, fluffle unpacks Debian's packages into ~/.cache/fluffle without
-    installing them. On a system without apt, fluffle runs RabbitMQ in Docker. A coordinator or
-    worker that starts in the broker's folder finds the broker on its own.
+    installing them. Without rabbitmq-server and apt, fluffle runs RabbitMQ in Docker. A coordinator
+    or worker that starts in the broker's folder finds the broker on its own.
 
     \b
       fluffle broker up            start the broker, or show where it runs
@@ -190,9 +190,9 @@ def permissions(**options: Any) -> None:
     """Print the minimal permissions of a RabbitMQ user.
 
     The command prints rabbitmqctl commands for any broker. With --apply, the command grants the
-    permissions on the private broker of this folder instead. The new permissions replace the user's
-    earlier permissions in the vhost. Start the coordinator with --verify-users, so that no worker
-    can impersonate another worker. docs/permissions.md explains each permission.
+    permissions on the private broker of this folder, and prints no commands. The new permissions
+    replace the user's earlier permissions in the vhost. Start the coordinator with --verify-users,
+    so that no worker can impersonate another worker. docs/permissions.md explains each permission.
 
     \b
       fluffle broker permissions --federation letters --coordinator

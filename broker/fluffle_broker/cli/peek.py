@@ -45,9 +45,9 @@ def peek(queue: str, count: int, **options: Any) -> None:
     messages are marked 'redelivered', and an unused queue expires 30 minutes after the command.
 
     The command refuses queues that a worker or the coordinator is reading, because RabbitMQ
-    would withhold messages from the reader for some milliseconds. It also refuses quorum queues,
-    because returning a message to a quorum queue has side effects. The command cannot show updates
-    that the coordinator holds unacknowledged; 'fluffle journal' shows the events of these updates.
+    would withhold messages from the reader for some milliseconds. The command also refuses quorum
+    queues, because returning a message to a quorum queue has side effects. The command cannot show
+    updates that the coordinator holds unacknowledged; 'fluffle journal' shows their events.
 
     \b
       fluffle peek updates --federation letters
