@@ -62,4 +62,4 @@ def test_a_run_that_stopped_is_no_success(federation: Federation) -> None:
     assert [program.end() for program in (coordinator, hangs, fine)] == [4, 4, 4]
     (told,) = [line for line in fine.lines if line.startswith("fluffle: ")]
     assert "the run stopped before its end" in told
-    assert "the same command joins again" in told
+    assert "start this worker again with the same command" in told

@@ -66,7 +66,7 @@ def read_picture(path: Path) -> Picture:
 
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may block for ever
-            raise UsageError(f"{path} is not a regular file")
+            raise UsageError(f"{path} is not a regular file; choose an image file")
         if path.stat().st_size == 0:
             raise UsageError(f"{path} cannot be read as an image (the file is empty)")
         with warnings.catch_warnings():
@@ -125,7 +125,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = values.astype(np.float64 if floats else np.float32)
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ValueError("the image has no finite pixel")
+        raise ValueError("no pixel has a finite value")
     low, high = float(finite.min()), float(finite.max())
     slack = _OVERSHOOT if floats else 0.0
     white = next((white for white in _WHITES if high <= white * (1 + slack)), 0)
