@@ -188,7 +188,7 @@ class Stopped(RunEvent):
 
 @event(
     "interrupted",
-    "stopped; to continue the run in {folder}, repeat the same command without --fresh",
+    "stopped; run the same command (without --fresh) to go on with the run in {folder}",
     "odd",
 )
 class Interrupted(RunEvent):

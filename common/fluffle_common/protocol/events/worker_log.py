@@ -155,6 +155,6 @@ class Ended(WorkerEvent):
     reason: Text = None
 
 
-@event("leaving", "left the federation; to join again, repeat the same command", "odd")
+@event("leaving", "left the federation; run the same command to join again", "odd")
 class Leaving(WorkerEvent):
     """The worker was asked to stop."""
