@@ -103,7 +103,7 @@ def test_scenarios_after_a_failed_round_are_not_tried(federated):
         findings = await examined(federation, large=True)
         assert failed(findings) == ["fit"]
         assert "'conformance/large' is not in this task's model" in findings["fit"].seen
-        assert findings["stop"].seen == "not tried: fit failed"
+        assert findings["stop"].seen == "not tried, because 'fit' failed"
 
     federated(scenario)
 
@@ -187,7 +187,7 @@ def test_a_federation_in_use_is_left_alone(federated):
 
 def test_it_gives_up_without_a_worker(federated):
     async def scenario(federation):
-        with pytest.raises(RunError, match="no worker was heard"):
+        with pytest.raises(RunError, match="no worker connected"):
             await examined(federation, wait_s=20)
 
     federated(scenario)
@@ -200,8 +200,10 @@ def test_a_malformed_hello_is_reported(federated, monkeypatch):
         federation.worker("w")
         findings = await examined(federation)
         assert failed(findings) == ["hello", "well formed"]
-        assert "malformed: in letters.presence: hello.federation" in findings["hello"].seen
-        assert findings["fit"].seen == "not tried: hello failed"
+        assert (
+            "a message in letters.presence is malformed (hello.federation" in findings["hello"].seen
+        )
+        assert findings["fit"].seen == "not tried, because 'hello' failed"
 
     federated(scenario)
 

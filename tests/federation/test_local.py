@@ -558,7 +558,7 @@ def test_a_run_that_the_budget_ends_says_so(tmp_path):
     for _ in range(2):
         run = fluffle.run([Adder(), Adder()], rounds=50, **options)
         assert re.fullmatch(
-            r"4 rounds are done; the strategy dp:.*budget=2\S* allows no more", run.reason
+            r"4 rounds are done; the strategy dp:.*budget=2\S* allows no more rounds", run.reason
         )
     run = fluffle.run([Adder(), Adder()], rounds=4, strategy=options["strategy"])
     assert run.reason == "4 rounds are done"

@@ -159,7 +159,7 @@ def test_a_config_fits_into_a_plan():
         (["--config", f"{'a' * 101}=1"], "^--config: 'a.* is longer than 100 characters"),
         (["--config", "a=\udcff"], "^--config: .* is not valid UTF-8"),
         (["--train", "\udcff"], "^--train: .* is not valid UTF-8"),
-        ([f"--config=a{n}=1" for n in range(101)], "^--config: no more than 100"),
+        ([f"--config=a{n}=1" for n in range(101)], "^--config: at most 100 values"),
     ],
 )
 def test_what_a_plan_cannot_contain_is_refused_with_its_limit(flags, message):

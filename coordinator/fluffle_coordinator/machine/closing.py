@@ -69,7 +69,7 @@ def _close_after_quorum(state: State, now: float, out: Effects) -> State:
             return state
         option = "--max-round" if _expired(state, now) else "--deadline"
         reason = (
-            f"round {state.round} has its quorum, but its schedule did not close it in "
+            f"round {state.round} has its quorum, but the schedule did not close the round within "
             f"{now - state.quorum_at:.0f} s ({option})"
         )
         out.append(run_events.Closed(round=state.round, reason=reason))
@@ -131,7 +131,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
         fruitless = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if fruitless > rules.max_reopenings:
         times = "once" if rules.max_reopenings == 1 else f"{rules.max_reopenings} times"
-        reason = f"{reason}; reopened {times} without progress (--deadline)"
+        reason = f"{reason}; the round was reopened {times} without progress (--deadline)"
         return end(state, "stopped", reason, out)
     state = state.replace(reopenings=fruitless, reopened_with=state.folded)
     return reopen(state, reason, now, out)
@@ -139,7 +139,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 def _too_long(state: State) -> str:
     progress = _progress_after(state, state.rules.max_round_s)
-    return f"{progress}; no round may stay open longer (--max-round)"
+    return f"{progress}; a round may not stay open longer (--max-round)"
 
 
 def _progress_after(state: State, seconds: float) -> str:
@@ -147,7 +147,7 @@ def _progress_after(state: State, seconds: float) -> str:
     if names:
         missing = f"missing: {names}"
     elif _is_folding(state):
-        missing = "the others are still being added"
+        missing = "other updates are still being added"
     else:
         missing = "no other worker is connected"
     return (

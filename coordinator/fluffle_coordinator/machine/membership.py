@@ -183,6 +183,6 @@ def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> 
     limit_s = state.rules.stall_timeout_s
     if limit_s is None or still_s < limit_s or not state.busy(name):
         return state
-    reason = f"no step for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
+    reason = f"no progress for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
     out.append(run_events.Failure(worker=name, round=worker.round, reason=reason))
     return state.replace_for(name, failed=state.failed.insert(name, reason))

@@ -214,5 +214,8 @@ def parse_selection(text: str) -> Selection:
     except ValueError:
         floor = math.nan
     if not 0 <= floor <= 1:
-        raise ValueError(f"'{text[:60]}' needs a fraction from 0 to 1, as in fastest:{_FLOOR:g}")
+        raise ValueError(
+            f"invalid selection '{text[:60]}'; give a fraction from 0 to 1, as in "
+            f"fastest:{_FLOOR:g}"
+        )
     return Selection(f"fastest:{floor:g}", _FastestFirst(floor))

@@ -222,13 +222,13 @@ class RunStore:
         last, checkpoint, damage = last_intact(self.folder, newest, identity, bases)
         if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
             raise RunError(
-                f"no checkpoint in {self.shown} is intact ({damage}); --fresh starts a new run"
+                f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
             )
         if last < newest:
             self.history.forget_after(last, lines)
             repairs.append(
-                f"{damage}; the newest intact checkpoint is that of round {last}; continuing from "
-                "there"
+                f"{damage}; continuing from the newest intact checkpoint, which belongs to round "
+                f"{last}"
             )
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
@@ -350,7 +350,9 @@ class RunStore:
                 identity = read_run_file(self.folder)
                 known, run = str(identity["federation"]), str(identity["run"])
             except (UsageError, KeyError):
-                raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
+                raise RunError(
+                    f"{path} cannot be read; restore this file, or start a new run with --fresh"
+                ) from None
             if known != federation:
                 raise RunError(
                     f"{self.shown} holds a run of federation {known}, not {federation}; choose "
@@ -359,8 +361,8 @@ class RunStore:
             return run
         if newest_checkpoint(self.folder) is not None or self.history.path.exists():
             raise RunError(
-                f"{self.shown} holds a run, but its run.json is missing; put the file back, or "
-                "move the run aside with --fresh"
+                f"{self.shown} holds a run, but run.json is missing; restore run.json, or move the "
+                "run aside with --fresh"
             )
         run = secrets.token_hex(6)
         with replacing(path) as file:
@@ -375,13 +377,13 @@ class RunStore:
         for line in committed.values():
             if line.get("run", run) != run:
                 raise RunError(
-                    f"the history.jsonl in {self.shown} belongs to run {line['run']}, but its "
-                    f"run.json to run {run}; put the files back, or move the run aside with --fresh"
+                    f"in {self.shown}, history.jsonl belongs to run {line['run']}, but run.json to "
+                    f"run {run}; restore these files, or move the run aside with --fresh"
                 )
         last, newest = max(committed, default=0), newest_checkpoint(self.folder) or 0
         if newest > last + 1 and last_intact(self.folder, newest, run, {})[0] > last + 1:
             known = f"ends at round {last}" if last else "has no committed round"
             raise RunError(
-                f"{self.shown} holds the checkpoint of round {newest}, but its history.jsonl "
-                f"{known}; put the file back, or move the run aside with --fresh"
+                f"{self.shown} holds the checkpoint of round {newest}, but history.jsonl {known}; "
+                "restore history.jsonl, or move the run aside with --fresh"
             )
