@@ -22,7 +22,7 @@ def test_a_step_in_c_code_puts_off_no_end(federation: Federation, mode, number) 
     worker.send(number)
     assert worker.end() == 128 + number
     assert time.monotonic() - began < AT_ONCE_S
-    assert worker.lines[-1].endswith("left; the same command joins again")
+    assert worker.lines[-1].endswith("left the federation; run the same command to join again")
     coordinator.wait_for(r"left \(stopped by its owner\)")
 
 

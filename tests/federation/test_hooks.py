@@ -257,7 +257,7 @@ def test_hooks_of_a_file_are_found_by_name(tmp_path):
     assert not Hooks.load()
     with pytest.raises(UsageError, match="--evaluate must be a function, not int"):
         Hooks.load(evaluate=f"{file}:number")
-    with pytest.raises(UsageError, match="has no 'absent' \\(--evaluate\\)"):
+    with pytest.raises(UsageError, match="has no 'absent'; correct the name in --evaluate"):
         Hooks.load(evaluate=f"{file}:absent")
 
 

@@ -384,7 +384,7 @@ def test_an_installed_rule_is_found_by_its_name(monkeypatch):
     entry_points += [EntryPoint("broken", "nowhere_to_be_found:rule", loading.GROUP)]
     monkeypatch.setattr(loading, "installed", lambda group: {one.name: one for one in entry_points})
     assert find_rule("fedprox") is INSTALLED
-    with pytest.raises(TaskError, match="rule broken of .* fails to load: ModuleNotFoundError"):
+    with pytest.raises(TaskError, match="rule 'broken' .* fails to load: ModuleNotFoundError"):
         find_rule("broken")
 
 

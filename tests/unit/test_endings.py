@@ -162,7 +162,7 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
         ("training", 4, "a training 3/8"),
         ("training", 3, "a training for round 3"),
         ("receiving", 3, "a receiving for round 3"),
-        ("idle", 3, "a idle (heard 2 s ago)"),
+        ("idle", 3, "a idle (last heartbeat 2 s ago)"),
     ],
 )
 def test_the_state_of_a_missing_worker_is_named(state, number, words):

@@ -113,7 +113,7 @@ def test_the_budget_bounds_the_rounds():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dp:clip=1,noise=1", "dp: missing argument 'workers'"),
+        ("dp:clip=1,noise=1", "dp: the argument 'workers' is missing"),
         ("dp:clip=1,noise=0,workers=2", "noise=0 is out of range"),
         ("dp:clip=1,noise=1,workers=2,delta=1", "delta=1 is out of range"),
         (

@@ -111,7 +111,10 @@ def test_a_task_has_no_relative_name(here, name):
 @pytest.mark.parametrize(
     ("module", "remedy"),
     [
-        ("cnn_of_mine", "pip install cnn_of_mine, or put cnn_of_mine.py beside"),
+        (
+            "cnn_of_mine",
+            "pip install cnn_of_mine or, if the module is your own, put cnn_of_mine.py",
+        ),
         ("skimage.io", "pip install scikit-image"),
         ("optax.nothing", "fluffle[worker]"),
         ("torch.nothing", "fluffle[torch]"),
@@ -301,7 +304,7 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
         ({"": np.zeros(1)}, "empty name"),
         ({3: np.zeros(1)}, "has a name of type int"),
         ({"\udc80": np.zeros(1)}, r"tensor '\\udc80' has a name that is not valid Unicode"),
-        ({"__metadata__": np.zeros(1)}, "the name '__metadata__', .* rename it"),
+        ({"__metadata__": np.zeros(1)}, "the name '__metadata__', .* rename this tensor"),
         ({"strategy/m": np.zeros(1)}, "'strategy/m' begins with 'strategy/', .* rename this"),
         ({}, "no tensors"),
     ],

@@ -36,8 +36,8 @@ def cache_folder() -> Path:
         return Path.home() / ".cache"
     except RuntimeError:
         raise UsageError(
-            "there is no folder for the cache, because this user has no home folder; name a "
-            "folder with XDG_CACHE_HOME"
+            "there is no folder for the cache, because this user has no home folder; set the "
+            "environment variable XDG_CACHE_HOME to a folder"
         ) from None
 
 
@@ -103,8 +103,8 @@ def check_worker(name: str) -> str:
 
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid worker id: use at most 64 letters, digits, '-', "
-            "'_' and '.'; choose another --id"
+            f"'{name}' is not a valid worker ID; choose another --id with at most 64 letters, "
+            "digits, '-', '_' and '.'"
         )
     return name
 
@@ -123,8 +123,8 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     classes = tuple(text.split(","))
     if "" in classes or len(set(classes)) < len(classes):
         raise UsageError(
-            "--classes expects names that are all different, with commas between them, such as "
-            f"a,b,c, not '{text}'"
+            f"--classes '{text}' is not valid; give different names, separated by commas, such as "
+            "a,b,c"
         )
     return classes
 
@@ -154,6 +154,6 @@ def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--config {pair}: {text} is not a finite number")
         if type(value) is int and not -(2**63) <= value < 2**63:
-            raise UsageError(f"--config {key} does not fit into 64 bits: {text}")
+            raise UsageError(f"--config {pair}: {text} does not fit into 64 bits")
         config[key] = value if isinstance(value, bool | int | float | str) else text
     return config
