@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
@@ -255,6 +256,52 @@ async def test_parts_of_another_user_alone_count_as_missing(link):
             link, TOPOLOGY.outbox("w"), Assembly(transfer, 1000), TOPOLOGY.rejected, user="w"
         )
     assert (await link.counts(TOPOLOGY.rejected)).ready == transfer.parts
+
+
+@pytest.mark.usefixtures("small_parts")
+async def test_a_part_that_cannot_even_be_rejected_does_not_end_the_run(link):
+    transfer = (await send_as(link, "w")).transfer
+    await link.publish(b"garbage", Properties(), exchange="", keys=[TOPOLOGY.outbox("w")])
+    first = [await link.get(TOPOLOGY.outbox("w")) for _ in range(transfer.parts)]
+    for part in reversed(first):  # the garbage comes first
+        await link.publish(part.body, Properties(), exchange="", keys=[TOPOLOGY.outbox("w")])
+        part.ack()
+    into = Assembly(transfer, 1000)
+    await fetch(link, TOPOLOGY.outbox("w"), into, "deleted")
+    assert into.payload() == np.arange(40.0).tobytes()
+    assert await link.get(TOPOLOGY.outbox("w")) is None
+
+
+async def test_progress_counts_the_parts_that_are_confirmed():
+    confirms = deque[asyncio.Future[None]]()
+
+    class Slow:
+        """A link that confirms parts when the test says so."""
+
+        async def publish(self, _: bytes, about: Properties, **__: Any) -> None:
+            if about.type == "part":
+                confirms.append(asyncio.get_running_loop().create_future())
+                await confirms[-1]
+
+    seen: list[int] = []
+    to = Route(TOPOLOGY.results, ["part.w"])
+    sending = asyncio.ensure_future(
+        send_tensors(
+            Slow(),  # type: ignore[arg-type]
+            update(),
+            {"w": np.zeros(6 * 2**20, np.uint8)},
+            to,
+            parts=to,
+            progress=lambda done, _: seen.append(done),
+        )
+    )
+    while len(confirms) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    for confirm in reversed(confirms):
+        confirm.set_result(None)
+        await asyncio.sleep(0)
+    await sending
+    assert seen == [1, 2]
 
 
 # --- rejected messages ---------------------------------------------------------------------------
