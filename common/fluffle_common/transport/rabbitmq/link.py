@@ -223,7 +223,18 @@ class AmqpLink(Link):
 
     async def get(self, queue: str) -> Delivery | None:
         self._lifetime.check()
-        content = await self._get_channel.get(queue)
+        response = self._get_channel.get(queue)
+        try:
+            content = await response
+        except asyncio.CancelledError:
+            # The channel returns what is still to come, but not what came just before.
+            if (
+                not response.cancelled()
+                and not response.exception()
+                and (late := response.result())
+            ):
+                self._get_channel.requeue(late.tag)
+            raise
         return None if content is None else AmqpDelivery(content, queue)
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
