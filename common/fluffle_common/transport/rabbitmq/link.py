@@ -32,6 +32,7 @@ from fluffle_common.transport.base import (
     Properties,
     QueueFull,
     Since,
+    Unroutable,
 )
 from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
@@ -181,6 +182,9 @@ class AmqpLink(Link):
             headers=headers,
             durable=properties.durable,
         )
+        if len(head) > channel.frame_max and rest:
+            await self._publish_in_halves(body, properties, exchange, keys, urgent=urgent)
+            return
         unconfirmed = watch.add(len(head) + len(body))
         try:
             await channel.publish(head, properties.message_id, body)
@@ -192,6 +196,27 @@ class AmqpLink(Link):
             raise self._lifetime.error() from None
         finally:
             watch.discard(unconfirmed)
+
+    async def _publish_in_halves(
+        self,
+        body: Body,
+        properties: Properties,
+        exchange: str,
+        keys: Sequence[str],
+        *,
+        urgent: bool,
+    ) -> None:
+        """Publish a message twice, because its keys do not fit into one frame."""
+        refusals: list[Unroutable | QueueFull] = []
+        middle = len(keys) // 2
+        for half in (keys[:middle], keys[middle:]):
+            try:
+                await self.publish(body, properties, exchange=exchange, keys=half, urgent=urgent)
+            except (Unroutable, QueueFull) as refusal:
+                refusals.append(refusal)
+        full = [refusal for refusal in refusals if isinstance(refusal, QueueFull)]
+        if full or len(refusals) == 2:  # else some queue has it
+            raise (full or refusals)[0]
 
     def _choose_channel(self, *, urgent: bool) -> tuple[ContentChannel, ConfirmWatch]:
         """Choose the channel to publish on.
