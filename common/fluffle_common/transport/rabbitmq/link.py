@@ -48,6 +48,8 @@ _CLOSE_TIMEOUT_S = 2.0
 _LITTLE_BYTES = 16 * 2**10
 # How many copies a tap prefetches; each may be a part of 4 MiB.
 _TAP_PREFETCH = 16
+# There is no such entity, or it is a queue that only the connection that declared it may use.
+_OUT_OF_REACH = (aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelLockedResource)
 
 _LOG = logger("transport.link")
 _T = TypeVar("_T")
@@ -136,7 +138,7 @@ class AmqpLink(Link):
         ask: Callable[[UnderlayChannel], Awaitable[_T]],
         right: Right | None = None,
     ) -> _T | None:
-        """Send a request that names an entity; return None if the entity does not exist.
+        """Send a request that names an entity; return None if the entity is out of reach.
 
         The broker then closes the channel, so these requests have a channel of their own.
         """
@@ -151,7 +153,7 @@ class AmqpLink(Link):
                     return await ask(underlay)
                 except BaseException as error:
                     self._probe_channel = None
-                    if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
+                    if isinstance(error, _OUT_OF_REACH):
                         return None
                     raise
 
