@@ -59,6 +59,7 @@ class Consumer:
                 self._content_channel = await self._connection.content_channel(
                     self._channel, self._received.put_nowait, prefetch
                 )
+                underlay.on_consumer_cancel_callbacks.add(self._on_queue_deleted)
                 consume_ok = await underlay.basic_consume(
                     self._queue_name, _unused_callback, exclusive=exclusive, arguments=arguments
                 )
@@ -66,7 +67,8 @@ class Consumer:
                 await self._close_channel()
                 raise
         self._channel.close_callbacks.add(self._lifetime.lose)
-        underlay.on_consumer_cancel_callbacks.add(self._on_queue_deleted)
+        if self._channel.is_closed:  # since the answer to our request
+            self._lifetime.give_up("the broker closed the channel of a consumer")
         self._tag = str(consume_ok.consumer_tag)
         self._lifetime.end_callbacks.add(self._on_link_end)
         return self
