@@ -45,8 +45,8 @@ from fluffle_coordinator.service.settings import CoordinatorSettings
 
 # How often the coordinator sends itself an echo, which proves that it would hear a worker.
 _ECHO_EVERY_S = 1.0
-# The machine's clock stops after a silence of a few heartbeats (``machine.clock``). With shorter ones,
-# every echo would come too late, so no deadline would ever pass.
+# The machine's clock stops after a silence of a few heartbeats (``machine.clock``). If they were
+# shorter, every echo would come too late, and no deadline would ever pass.
 _LEAST_HEARTBEAT_S = 0.2
 # The fields of a heartbeat that the machine keeps as they are.
 _WORKER_FIELDS = {
