@@ -270,7 +270,8 @@ class Committer:
             self._record(run_events.Note(what=missing))
         best = self._standing.best
         if self._stopping.monitor and best and best != self._best:
-            await self._on_disk(lambda: keep_best(self._store.folder, best))
+            if (self._store.folder / checkpoint_name(best)).exists():  # else the user deleted it
+                await self._on_disk(lambda: keep_best(self._store.folder, best))
             self._best = best
 
     def _take_counts(self) -> dict[str, Any]:
