@@ -301,8 +301,10 @@ class Committer:
         extra = {
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
         }
-        self._evaluated = number, {"loss": averages["loss"], **extra}
-        await self._monitor(number, self._evaluated[1])
+        metrics = {"loss": averages["loss"], **extra}
+        if number >= self._evaluated[0]:  # workers may evaluate an older version later
+            self._evaluated = number, metrics
+        await self._monitor(number, metrics)
         self._record(
             run_events.Evaluated(
                 round=number,
