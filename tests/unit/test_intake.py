@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fluffle_common.protocol.messages import FirstWeights, Hello, Message
+from fluffle_common.protocol.messages import FirstWeights, Hello, Message, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, decode, encode
 from fluffle_common.transport.base import Properties
@@ -24,7 +24,7 @@ TOPOLOGY = Topology("f")
 class Coordinator:
     """The parts of a coordinator around an intake."""
 
-    def __init__(self, link: MemoryLink) -> None:
+    def __init__(self, link: MemoryLink, **settings: Any) -> None:
         self.link = link
         self.state = SimpleNamespace(
             run="r", has_weights=False, init_asked=None, hearing_s=0.0, link=1
@@ -32,7 +32,7 @@ class Coordinator:
         self.events = asyncio.Queue[ev.Event]()
         self.rejected = asyncio.Queue[str]()
         self.intake = Intake(
-            CoordinatorSettings("f", rs.Rules(rounds=1), max_held_bytes=1000),
+            CoordinatorSettings("f", rs.Rules(rounds=1), **settings),
             TOPOLOGY,
             task="t",
             exchanges={},
@@ -62,7 +62,7 @@ class Coordinator:
 async def coordinator() -> Coordinator:
     link = await MemoryBroker().open()
     await link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w")])
-    return Coordinator(link)
+    return Coordinator(link, max_held_bytes=1000)
 
 
 @pytest.mark.parametrize("asked", [None, "other"])
@@ -79,6 +79,21 @@ async def test_first_weights_that_nobody_wants_occupy_no_room(coordinator, asked
             await asyncio.sleep(0)
     assert coordinator.intake._room.used_bytes == 0
     assert coordinator.rejected.qsize() == (0 if asked is None else 10)
+    reading.cancel()
+
+
+async def test_a_round_can_have_thousands_of_updates():
+    link = await MemoryBroker().open()
+    await link.declare(TOPOLOGY.shared())
+    coordinator = Coordinator(link)
+    coordinator.intake._caught_up.set()
+    reading = asyncio.ensure_future(coordinator.intake.consume_updates(link, 1))
+    of = {"federation": "f", "run": "r", "round": 1, "base": "b", "num_examples": 1}
+    for number in range(3000):  # none is acknowledged until the round is on disk
+        update = Update(**of, worker=f"w{number}", seconds=0.0)
+        await coordinator.send(update, TOPOLOGY.updates)
+    names = {(await coordinator.event()).ticket.worker for _ in range(3000)}
+    assert len(names) == 3000
     reading.cancel()
 
 
