@@ -1294,6 +1294,20 @@ async def test_a_get_that_is_cancelled_when_its_message_arrives_returns_it(real,
     assert await drain(link, queue) == [b"x"]
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3, 5, 8, 13, 21])
+async def test_a_cancelled_request_does_not_affect_later_ones(bench, turns):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    for name in (queue, "missing", queue):
+        counting = asyncio.ensure_future(link.counts(name))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        counting.cancel()
+        await asyncio.gather(counting, return_exceptions=True)
+    assert (await soon(link.counts(queue))).ready == 0
+    assert await soon(link.counts("missing")) is None
+
+
 @pytest.mark.rabbit
 async def test_a_queue_that_another_connection_has_for_itself_counts_as_missing(real):
     link = await real.open()

@@ -64,7 +64,7 @@ class Consumer:
                     self._queue_name, _unused_callback, exclusive=exclusive, arguments=arguments
                 )
             except BaseException:  # else it would hold messages that nobody reads
-                await self._close_channel()
+                await asyncio.shield(self._close_channel())
                 raise
         self._channel.close_callbacks.add(self._lifetime.lose)
         if self._channel.is_closed:  # since the answer to our request
@@ -149,7 +149,7 @@ class Consumer:
         self._content_channel.close(LinkLost("the consumer was closed"))
         if not self._lifetime.ended.is_set():
             self._channel.close_callbacks.discard(self._lifetime.lose)
-            await self._close_channel()
+            await asyncio.shield(self._close_channel())
 
     async def _close_channel(self) -> None:
         with contextlib.suppress(LinkLost, TimeoutError), map_exceptions():

@@ -140,22 +140,28 @@ class AmqpLink(Link):
     ) -> _T | None:
         """Send a request that names an entity; return None if the entity is out of reach.
 
-        The broker then closes the channel, so these requests have a channel of their own.
+        The broker then closes the channel, so these requests have a channel of their own. They go
+        on when the caller is cancelled: aiormq would close the channel, and if the broker closes it
+        at this moment, a second time, which ends the connection.
         """
         self._lifetime.check()
+        return await asyncio.shield(self._probe(ask, right))
+
+    async def _probe(
+        self, ask: Callable[[UnderlayChannel], Awaitable[_T]], right: Right | None
+    ) -> _T | None:
         async with self._probe_lock:
             with self._lifetime.requesting(right):
-                if self._probe_channel is None:
-                    self._probe_channel = self._connections[1].channel(publisher_confirms=False)
-                    await self._probe_channel.initialize()
-                underlay = await self._probe_channel.get_underlay_channel()
+                channel, self._probe_channel = self._probe_channel, None
+                if channel is None:
+                    channel = self._connections[1].channel(publisher_confirms=False)
+                    await channel.initialize()
                 try:
-                    return await ask(underlay)
-                except BaseException as error:
-                    self._probe_channel = None
-                    if isinstance(error, _OUT_OF_REACH):
-                        return None
-                    raise
+                    answer = await ask(await channel.get_underlay_channel())
+                except _OUT_OF_REACH:
+                    return None
+                self._probe_channel = channel
+                return answer
 
     async def publish(
         self,
