@@ -94,6 +94,20 @@ def test_the_best_model_is_kept_across_a_restart(federated, written):
     federated(scenario)
 
 
+def test_a_run_resumes_without_the_checkpoint_of_its_best_model(federated):
+    async def scenario(federation):
+        first = run_with(federation, Stopping("accuracy"))
+        await first.log.until("evaluated", 6)
+        await first.kill()
+        (federation.folder / "round-0004.safetensors").unlink()  # to make room
+        again = federation.coordinator(8, stopping=Stopping("accuracy"))
+        assert (await again.end()).committed == 8
+        assert not again.log.of("disk")
+        assert best_of(federation) == "4"
+
+    federated(scenario)
+
+
 def test_time_before_a_restart_counts(federated):
     async def scenario(federation):
         first = run_with(federation, Stopping(time_budget_s=2.5))

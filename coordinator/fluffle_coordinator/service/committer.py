@@ -270,7 +270,8 @@ class Committer:
             self._record(run_events.Note(what=missing))
         best = self._standing.best
         if self._stopping.monitor and best and best != self._best:
-            await self._on_disk(lambda: keep_best(self._store.folder, best))
+            if (self._store.folder / checkpoint_name(best)).exists():  # else the user deleted it
+                await self._on_disk(lambda: keep_best(self._store.folder, best))
             self._best = best
 
     def _take_counts(self) -> dict[str, Any]:
@@ -300,8 +301,10 @@ class Committer:
         extra = {
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
         }
-        self._evaluated = number, {"loss": averages["loss"], **extra}
-        await self._monitor(number, self._evaluated[1])
+        metrics = {"loss": averages["loss"], **extra}
+        if number >= self._evaluated[0]:  # workers may evaluate an older version later
+            self._evaluated = number, metrics
+        await self._monitor(number, metrics)
         self._record(
             run_events.Evaluated(
                 round=number,
