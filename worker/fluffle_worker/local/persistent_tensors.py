@@ -75,7 +75,8 @@ class PersistentTensors:
     def _all(self) -> list[_Kept]:
         if self._rounds is None:
             assert self._folder is not None
-            self._rounds = [_read(path) for path in self._files(self._folder)]
+            kept = [_read(path) for path in self._files(self._folder)]
+            self._rounds = sorted(kept, key=lambda one: one.round)  # 9999 is before 10000
         return self._rounds
 
     def _write(self, folder: Path, run: str, number: int, arrays: Weights) -> None:

@@ -19,16 +19,18 @@ def on_device(data: Examples, what: str, classes: Sequence[Any] = ()) -> Any:
 
     Raises:
         TaskError: if they are not a pair of arrays of numbers, or a target is the index of no
-            class, for which JAX would compute a loss of NaN; ``what`` names the data.
+            class, for which JAX would compute a loss of NaN, or that of another class if the index
+            is negative; ``what`` names the data.
     """
     check_pair(data, what)
     inputs, targets = jax.tree.map(lambda part: checked_array(part, what), tuple(data))
     count = len(classes) if hasattr(classes, "__len__") else 0
     if count and getattr(targets, "ndim", 0) == 1 and jnp.issubdtype(targets.dtype, jnp.integer):
-        most = int(targets.max(initial=0))
-        if most >= count:
+        least, most = int(targets.min(initial=0)), int(targets.max(initial=0))
+        if least < 0 or most >= count:
+            found = least if least < 0 else most
             raise TaskError(
-                f"{what} has the target {most}, but classes= names {count}, with the targets 0 to "
+                f"{what} has the target {found}, but classes= names {count}, with the targets 0 to "
                 f"{count - 1}"
             )
     return jax.device_put((inputs, targets))

@@ -93,9 +93,10 @@ class ModelParts:
     def learnt(self, weights: Mapping[str, Array], personal: Mapping[str, Array]) -> Any:
         """Return the state that trains here, from received weights and kept personal tensors.
 
-        Its leaves are the given arrays; a compiled function moves them to its device.
+        Its leaves are the given arrays; a compiled function moves them to its device. Personal
+        tensors that were not kept are as initialized; kept ones that the model lacks are ignored.
         """
-        arrays = {**(personal or self._first_personal), **weights}
+        arrays = {**self._first_personal, **personal, **weights}
         return jax.tree.unflatten(self._tree, [arrays[name] for name in self._names])
 
     def travelling(self, learnt: Any) -> dict[str, Array]:
