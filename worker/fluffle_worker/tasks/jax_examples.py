@@ -1,4 +1,4 @@
-"""Examples on a JAX device, and how a model scores on them."""
+"""Examples on a JAX device, how a model scores on them, and random keys."""
 
 from __future__ import annotations
 
@@ -12,6 +12,12 @@ import numpy as np
 from fluffle_common.errors import TaskError
 from fluffle_worker.tasks.checks import check_pair, checked_array
 from fluffle_worker.tasks.examples import Examples
+
+
+def key_of(seed: int) -> Any:
+    """Return a random key that depends on all bits of a seed; JAX ignores those above 32."""
+    key = jax.random.key(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
 
 
 def on_device(data: Examples, what: str, classes: Sequence[Any] = ()) -> Any:
