@@ -219,6 +219,20 @@ def test_personal_tensors_outlive_their_worker(tmp_path):
     assert not moved(train(again, first, 2), train(alone, first, 2))
 
 
+def test_a_model_is_evaluated_with_the_personal_tensors_of_its_run():
+    filters = {"federated": nnx.PathContains("linear"), "valid_data": numbers(1)}
+    task = task_of(Scaled, **filters)
+    weights = task.init(0)
+    first = task.evaluate(weights)
+    train(task, weights, 5, run="earlier")
+    trained = task.evaluate(weights)
+    assert trained != first
+    task.local_rule.of_round("r", 1)
+    assert task.evaluate(weights) == first
+    task.local_rule.of_round("earlier", 6)
+    assert task.evaluate(weights) == trained
+
+
 def test_a_personal_layer_that_the_model_gains_begins_as_initialized(tmp_path):
     class Headed(Scaled):
         def __init__(self, rngs: nnx.Rngs) -> None:

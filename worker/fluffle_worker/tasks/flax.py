@@ -260,7 +260,8 @@ class FlaxTask:
     def _states(self, weights: Weights) -> tuple[Any, Any, Any]:
         self.check(weights)
         _, frozen, rest = self._parts.at_home
-        return self._parts.learnt(weights, self._personal.latest()), frozen, rest
+        personal = self._personal.latest(self.local_rule.run)
+        return self._parts.learnt(weights, personal), frozen, rest
 
     def _transform(self, learning_rate: Any) -> optax.GradientTransformation:
         optimizer = self._optimizer
