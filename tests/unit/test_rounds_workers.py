@@ -49,6 +49,30 @@ def test_a_stopped_coordinator_makes_no_worker_gone(stopped_s):
     assert len(run.state.workers) == 3
 
 
+def test_a_silence_that_ends_with_the_loss_of_the_link_does_not_count():
+    run = heard("a", "b", rules=Rules(rounds=2, deadline_s=30))
+    deadline_at = run.state.opened_at + 30
+    run.tick(20)  # the broker blocks, so that not even the coordinator's echo comes back
+    run.disconnect()
+    run.now += 15
+    assert event_names(run.connect()) == ["reconnected"]
+    assert run.state.opened_at + 30 == deadline_at + 35
+
+
+@pytest.mark.parametrize("timeout_s", [None, 120.0])
+@pytest.mark.parametrize("tenths", [10, 82, 137])
+def test_a_tick_when_a_stall_is_due_reports_it(timeout_s, tenths):
+    run = Run(Rules(rounds=2, min_workers=1, stall_s=120.0, stall_timeout_s=timeout_s))
+    run.now = tenths * 0.1
+    run.connect()
+    run.seen("a", hello=True, heartbeat_s=1e6)
+    run.seen("a", heartbeat_s=1e6, state="training", run=RUN, round=1, step=1, steps=10)
+    names = event_names(run.sleep())
+    assert "stalled" in names
+    assert ("failure" in names) == (timeout_s is not None)
+    assert rounds.wakeup(run.state) > run.now
+
+
 def test_what_a_round_waits_for_fits_a_narrow_terminal():
     run = heard("a", "b", "c", rules=Rules(rounds=1))
     run.update("a")
