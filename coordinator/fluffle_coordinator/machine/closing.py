@@ -80,7 +80,9 @@ def _all_failed(state: State) -> bool:
     # The sizes are compared first, since the names are looked up one by one.
     if state.received or not 0 < len(state.asked) <= len(state.failed):
         return False
-    return all(name in state.failed for name in state.asked)
+    # If work outlives its round, an idle worker gets the place of one that failed.
+    others = state.workers if state.schedule.continuous else ()
+    return all(name in state.failed for name in (*state.asked, *others))
 
 
 def _commit(state: State, out: Effects) -> State:
