@@ -199,6 +199,14 @@ class TestRun:
         assert (run["phase"], run["round"], run["rounds"]) == ("waiting", 1, 3)
         assert run["words"].startswith("waiting for workers: 0 of 2 are connected")
 
+    def test_a_run_is_not_interrupted_while_its_end_is_sent(self) -> None:
+        board = board_after(STARTED, CONNECTED, opened(1, "north"))
+        state = start(Rules(rounds=3), RUN, now=5.0).replace(link=1, phase=Phase.ENDED)
+        bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
+        assert board.run()["words"] == "round 1 is open: 0 of 1 updates"
+        board.add(200.0, from_fields("stopped", {"reason": "no quorum"}))
+        assert board.run()["words"] == "stopped: no quorum"
+
 
 class TestRounds:
     def test_curves_have_a_value_or_none_for_each_evaluated_round(self) -> None:

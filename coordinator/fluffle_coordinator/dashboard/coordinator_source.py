@@ -78,7 +78,8 @@ def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> N
     ``now`` is the time by the machine's clock; with ``epoch`` added, it is in seconds since 1970.
     """
     view.planned = state.rules.rounds
-    if view.ended is None:
+    # Between the machine's end and the event that says how the run ended, the rest is still sent.
+    if view.ended is None and state.phase is not Phase.ENDED:
         view.phase = str(state.phase)
     if state.phase is Phase.WAITING:
         waiting = waiting_for(state, now)
