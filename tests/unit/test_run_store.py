@@ -367,9 +367,10 @@ def test_a_checkpoint_without_its_history_line_is_not_a_commit(three):
 def test_leftover_partial_files_are_removed(three):
     for name in ("round-0004.safetensors.partial", "run.json.partial"):
         (three.folder / name).write_bytes(b"half")
+    (three.folder / "film.mkv.partial").write_bytes(b"of a download")
     saved = three.load("letters")
     assert saved.committed == 3
-    assert not [name for name in names(three.folder) if name.endswith(".partial")]
+    assert [x for x in names(three.folder) if x.endswith(".partial")] == ["film.mkv.partial"]
 
 
 @pytest.mark.parametrize("keep", [1, 20, -1])
