@@ -503,6 +503,16 @@ def test_a_history_that_lost_its_lines_is_refused_and_nothing_is_overwritten(thr
     assert three.load("letters").committed == 0
 
 
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_history_that_lacks_a_round_in_its_middle_is_refused(three, missing):
+    lines = three.history.path.read_text().splitlines(keepends=True)
+    three.history.path.write_text("".join(x for x in lines if json.loads(x)["round"] != missing))
+    before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
+    with pytest.raises(RunError, match=f"no line for the commit of round {missing};.*--fresh"):
+        three.load("letters")
+    assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
+
+
 @pytest.mark.parametrize("also", ["history.jsonl", "round-000*"])
 def test_a_run_without_its_run_file_is_refused(three, also):
     """A part of the run is enough: both the history and the checkpoints name another run."""

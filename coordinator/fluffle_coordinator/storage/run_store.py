@@ -26,6 +26,7 @@ import json
 import secrets
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -339,10 +340,9 @@ class RunStore:
         new = json.loads(json.dumps(finite(configuration)))
         if configurations:
             last = configurations[-1]
-            # One that holds only from a later round on is of rounds that were taken back.
-            holds = last["from_round"] <= committed + 1
             when = {"from_round": last["from_round"], "since": last.get("since")}
-            if holds and last == {**when, **new}:
+            # One that begins later is of rounds that were taken back.
+            if last == {**when, **new} and last["from_round"] <= committed + 1:
                 return
         configurations.append({"from_round": committed + 1, "since": timestamp(), **new})
         try:
@@ -387,6 +387,11 @@ class RunStore:
                     f"run.json to run {run}; put the files back, or move the run aside with --fresh"
                 )
         last, newest = max(committed, default=0), newest_checkpoint(self.folder) or 0
+        if (missing := next(n for n in count(1) if n not in committed)) < last:
+            raise RunError(
+                f"the history.jsonl in {self.shown} has no line for the commit of round {missing}; "
+                "put the file back, or move the run aside with --fresh"
+            )
         if newest > last + 1 and last_intact(self.folder, newest, run, {})[0] > last + 1:
             known = f"ends at round {last}" if last else "has no committed round"
             raise RunError(
