@@ -131,7 +131,7 @@ class TestOpenRound:
         state = State(
             Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, QUORUM, phase=Phase.OPEN, link=1,
             workers=Table({"north": here}), asked=Table({"north": Issued(1.0, 1, 1)}),
-            opened_at=4.0, heard_at=10.0, hearing_s=5.0,
+            opened_at=4.0, began_at=4.0, heard_at=10.0, hearing_s=5.0,
         )  # fmt: skip
         bring_up_to_date(board.view, state, epoch=100.0, now=10.0)
         shown = board.snapshot()
@@ -143,6 +143,8 @@ class TestOpenRound:
         assert board.snapshot()["open"]["deadline_at"] == 114.0
         bring_up_to_date(board.view, state, epoch=100.0, now=1013.0)  # nobody was heard for 1003 s
         assert board.snapshot()["open"]["deadline_at"] == 1167.0
+        bring_up_to_date(board.view, state.replace(began_at=-86350.0), epoch=100.0, now=10.0)
+        assert board.snapshot()["open"]["deadline_at"] == 150.0  # --max-round is a day
 
 
 class TestRun:

@@ -80,6 +80,15 @@ def test_what_a_round_waits_for_fits_a_narrow_terminal():
     assert in_brief(run.state, run.now) == "round 1: 2 idle"
 
 
+def test_a_round_waits_no_longer_than_it_may_stay_open():
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_round_s=90))
+    pass_time(run, 61, heard="ab")
+    assert run.state.opened_at > run.state.began_at
+    waiting = waiting_for(run.state, run.now)
+    assert waiting is not None
+    assert ", 29 s to the deadline;" in waiting.reason
+
+
 def test_all_texts_name_the_same_number_of_workers_once_a_resumed_run_opens_with_fewer():
     run = resumed(Rules(rounds=9, quorum=Quorum(number=2), min_workers=2, wait_s=60))
     for _ in range(2):  # after 10 s, one worker is enough to open the round, but not to close it

@@ -49,7 +49,13 @@ def due_at(state: State) -> float:
         planned = state.schedule.wakeup(state)
         deadline = state.quorum_at + rules.deadline_s
         return min(latest, deadline if math.isinf(planned) else max(deadline, planned))
-    return latest if _is_folding(state) else min(latest, state.opened_at + rules.deadline_s)
+    return latest if _is_folding(state) else deadline_at(state)
+
+
+def deadline_at(state: State) -> float:
+    """Return the deadline of a round without a quorum."""
+    rules = state.rules
+    return min(state.opened_at + rules.deadline_s, state.began_at + rules.max_round_s)
 
 
 def _is_folding(state: State) -> bool:
