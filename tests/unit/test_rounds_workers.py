@@ -80,6 +80,22 @@ def test_what_a_round_waits_for_fits_a_narrow_terminal():
     assert in_brief(run.state, run.now) == "round 1: 2 idle"
 
 
+def test_a_worker_whose_training_stalled_is_replaced_when_the_round_is_reopened():
+    limits = {"deadline_s": 60, "stall_s": 5, "stall_timeout_s": 10}
+    run = Run(Rules(rounds=1, min_workers=3, sample=2, quorum=Quorum(number=2), **limits))
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True, heartbeat_s=1e6)
+    first, second = sorted(run.state.asked)
+    (third,) = {*"abc"} - {first, second}
+    run.update(first)
+    run.now += 1
+    run.seen(second, heartbeat_s=1e6, state="training", run=RUN, round=1, step=1, steps=9)
+    pass_time(run, 20)
+    assert second in run.state.failed
+    assert asked(pass_time(run, 45)) == [third]
+
+
 def test_a_round_waits_no_longer_than_it_may_stay_open():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_round_s=90))
     pass_time(run, 61, heard="ab")
