@@ -387,6 +387,8 @@ def test_what_json_cannot_say_becomes_null_or_text() -> None:
         "b": "x",
         "c": [1],
     }
+    not_unicode = {"file": "\udcff", "stall_s": [float("inf")]}  # as in a file name
+    assert as_json(not_unicode) == '{"file":"\\udcff","stall_s":[null]}'
 
 
 names = st.sampled_from(["north", "south", "east"])
