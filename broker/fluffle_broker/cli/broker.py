@@ -348,7 +348,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: echo(f"{text} …", err=True)
         return
     from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
     with Console(stderr=True).status("looking for RabbitMQ") as status_line:
-        yield lambda text: status_line.update(escape(printable(text)))
+        yield lambda text: status_line.update(Text(printable(text)))
