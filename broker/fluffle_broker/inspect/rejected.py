@@ -122,9 +122,12 @@ async def requeue(
         numbers: the numbers of the messages; None for all messages.
 
     Raises:
-        UsageError: if one of the numbers does not exist.
+        UsageError: if one of the numbers does not exist, or returning the other messages to the
+            queue would have side effects.
     """
     count = await _count(link, topology)
+    if numbers is not None:
+        await _must_be_classic(link, topology)
     for number in numbers or ():
         if not 1 <= number <= count:
             raise _no_such(topology, number, count)
@@ -137,6 +140,7 @@ async def requeue(
                 break
             if numbers is not None and number not in numbers:
                 returned.append(delivery)
+                delivery.body = b""
                 continue
             decoded = decode_message(delivery, topology.federation, values=False)
             result = await _send_again(link, topology, Rejected(number, decoded))

@@ -44,10 +44,10 @@ def cache_folder() -> Path:
 def node_record(state: Path) -> dict[str, str | int]:
     """Return the record that ``fluffle broker up`` wrote; empty if there is none."""
     try:
-        record: dict[str, str | int] = json.loads((state / "broker" / "node.json").read_text())
+        record = json.loads((state / "broker" / "node.json").read_text())
     except (OSError, ValueError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}
 
 
 def broker_url(given: str | None, otherwise: str = DEFAULT_URL) -> str:
