@@ -253,13 +253,14 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
     """
     from urllib.parse import unquote
 
+    from fluffle_broker.cli.options import federation_and_broker
     from fluffle_broker.node import policies
-    from fluffle_common.cli.settings import broker_url, check_federation, management_of
+    from fluffle_common.cli.settings import management_of
     from fluffle_common.protocol import topology
     from fluffle_common.transport.rabbitmq.management import vhost
 
-    wanted = topology.policies(check_federation(federation))
-    address = broker_url(url)
+    _, address = federation_and_broker(federation, url)
+    wanted = topology.policies(federation)
     vhost_name = unquote(vhost(address))
     if prints:
         echo(*policies.shell_lines(wanted, vhost_name))
