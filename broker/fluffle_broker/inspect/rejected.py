@@ -8,7 +8,7 @@ from typing import Any
 
 from fluffle_broker.inspect.browse import borrowed, is_classic
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import CAUSES, UsageError
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import CUT
@@ -37,7 +37,8 @@ class Rejected:
     @property
     def cause(self) -> str:
         """The cause, one of ``errors.CAUSES`` or ``unknown``."""
-        return str(self.decoded.header("cause") or "unknown")
+        cause = self.decoded.header("cause")
+        return cause if cause in CAUSES else "unknown"  # a worker can send any text
 
     @property
     def rejected_at(self) -> str | None:
