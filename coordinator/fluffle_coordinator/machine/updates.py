@@ -122,7 +122,7 @@ def _max_norm(state: State) -> float:
     if ratio is None:
         return math.inf
     middle = state.usual_norm
-    if not middle:  # no earlier round is known, as after a restart
+    if not middle:  # no earlier round is known
         norms = list(state.norms.values())
         middle = median_low(norms) if len(norms) >= 2 else math.inf
     return ratio * middle

@@ -385,6 +385,7 @@ def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore, enough:
         earlier=saved.earlier,
         asked_in=saved.asked_in,
         train_s=saved.train_s,
+        median_norms=saved.median_norms,
         announced=saved.announced,
         evaluated=saved.evaluated,
         enough=enough,

@@ -51,6 +51,7 @@ from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
+from fluffle_coordinator.storage.round_stats import median_norms, most_examples
 from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
 from fluffle_coordinator.storage.run_file import RUN_FILE, read_run_file
 from fluffle_coordinator.strategy.base import NO_TENSORS
@@ -83,6 +84,7 @@ class Saved:
         earlier: the name of the weights that each round began with.
         asked_in: the last round that each worker was asked in.
         train_s: the seconds that each worker's last training took.
+        median_norms: the median norm of the updates of each of the last rounds.
         evaluated: whether the last model's evaluation is in the history.
         weights: the last model; None if there are no weights yet.
         metadata: of its checkpoint.
@@ -100,6 +102,7 @@ class Saved:
     earlier: Mapping[int, str] = field(default_factory=dict)
     asked_in: Mapping[str, int] = field(default_factory=dict)
     train_s: Mapping[str, float] = field(default_factory=dict)
+    median_norms: tuple[float, ...] = ()
     evaluated: bool = True
     weights: dict[str, Array] | None = None
     metadata: dict[str, str] = field(default_factory=dict)
@@ -122,13 +125,6 @@ class Saved:
 def new_base() -> str:
     """Return a new, unique name for weights."""
     return secrets.token_hex(6)
-
-
-def _most_examples(lines: Iterable[dict[str, Any]]) -> dict[str, int]:
-    most: dict[str, int] = {}
-    for who in (who for line in lines for who in line["participants"]):
-        most[who["worker"]] = max(who["num_examples"], most.get(who["worker"], 0))
-    return most
 
 
 def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
@@ -242,7 +238,7 @@ class RunStore:
         return Saved(
             run=identity,
             committed=last,
-            announced=_most_examples(commits),
+            announced=most_examples(commits),
             counted=counted,
             sequence=max((t.sequence for tickets in counted.values() for t in tickets), default=0),
             earlier=self._bases(commits),
@@ -253,6 +249,7 @@ class RunStore:
                 for who in line["participants"]
                 if who.get("seconds") is not None
             },
+            median_norms=median_norms(commits),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
             weights=checkpoint.weights if checkpoint else None,
