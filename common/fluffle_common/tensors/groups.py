@@ -115,6 +115,12 @@ def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
     return {n: w for n, w in weights.items() if n in names or n.startswith(prefixes)}
 
 
+def untrained(weights: Weights, train: Sequence[str] | None) -> Weights:
+    """Return the other tensors of a model: those that a plan does not let workers train."""
+    trained = select_tensors(weights, train)
+    return {name: tensor for name, tensor in weights.items() if name not in trained}
+
+
 def check_extra(forms: Forms, wanted: ExtraForm | None, model: Weights) -> None:
     """Check that extra tensors of these dtypes and shapes are those that were required.
 

@@ -21,7 +21,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
-from fluffle_common.tensors.groups import FROZEN, select_tensors
+from fluffle_common.tensors.groups import FROZEN, untrained
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
@@ -332,13 +332,12 @@ class Aggregator:
         return average, state, strategy.broadcast(state)
 
     def _restored(self, weights: Weights) -> Weights:
-        """Undo the noise that a private strategy added to tensors that are not trained."""
-        if self._plan.train is None or self._strategy.strategy.needs.repeatable:
-            return weights
-        trained = select_tensors(self._base, self._plan.train)
-        for name, old in self._base.items():
-            if name not in trained:
-                weights[name][...] = old
+        """Undo what a strategy did to tensors that are not trained.
+
+        Noise, weight decay and the momentum of rounds that trained them move these tensors too.
+        """
+        for name, old in untrained(self._base, self._plan.train).items():
+            weights[name][...] = old
         return weights
 
     def _close(self, average: Average, state: Any, broadcast: Weights) -> None:
