@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -164,5 +166,30 @@ def test_a_worker_keeps_its_tensors_when_the_schedule_changes(federated, tmp_pat
         assert (await coordinator.end()).outcome == "finished"
         for task in tasks.values():
             assert task.local_rule._kept.latest()["n"] == len(task.trained)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("pause_s", [0.0, 10.0])  # with 10 s, the updates wait for the restart
+@pytest.mark.parametrize("plans", [(Plan(), HEAD), (HEAD, Plan())])
+def test_work_from_before_a_restart_with_other_settings_is_asked_for_again(
+    federated, plans, pause_s
+):
+    async def scenario(federation):
+        for worker in "ab":
+            federation.worker(worker, TwoParts(federation.loop))
+        coordinator = federation.coordinator(3, plan=plans[0])
+        await coordinator.log.until("opened", 2)
+        await asyncio.sleep(0.5)  # the workers train for a second
+        await coordinator.kill()
+        await asyncio.sleep(pause_s)
+        coordinator = federation.coordinator(3, plan=plans[1])
+        assert (await coordinator.end()).outcome == "finished"
+        assert coordinator.log.of("rejected")
+        assert federation.participants() == [["a", "b"]] * 3
+        trained = {1: plans[0], 2: plans[1], 3: plans[1]}
+        body = [federation.weights(number)["body"][0] for number in range(4)]
+        for number, plan in trained.items():
+            assert body[number] - body[number - 1] == (plan.train is None)
 
     federated(scenario)

@@ -103,6 +103,7 @@ def start(
         schedule=schedule,
         base=base,
         sequence=sequence + SEQUENCE_GAP,
+        resumed_at=committed + 1 if has_weights else 0,
         evaluate_pending=not evaluated,
         enough=enough,
         has_weights=has_weights,
