@@ -52,10 +52,10 @@ class Iid(Partition):
 class Dirichlet(Partition):
     """Label shares drawn from a Dirichlet distribution.
 
-    As in Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated
-    Visual Classification", 2019, section 3. The smaller ``alpha``, the fewer labels a client has;
-    with a large one, all clients are alike. Their sizes differ, too. A client that the draw leaves
-    without examples gets one from the client with the most.
+    Each label is divided among all clients, as in Yurochkin et al., "Bayesian Nonparametric
+    Federated Learning of Neural Networks", ICML 2019. The smaller ``alpha``, the fewer labels a
+    client has; with a large one, all clients are alike. Their sizes differ, too. A client that the
+    draw leaves without examples gets one from the client with the most.
     """
 
     alpha: float

@@ -25,6 +25,7 @@ from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.inbox import Record
+from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.results import Results
 from fluffle_worker.task import Task
 
@@ -52,6 +53,8 @@ async def simulate_run(
         TaskError: if the coordinator refuses a client, or a round lacks only clients that failed
             again after it was reopened.
     """
+    for client in clients:
+        keep_in(store.folder / "workers" / client.name, task, client.task)
     settings = _for_clients(settings, clients)
     broker, topology = MemoryBroker(), Topology(settings.federation)
     fleet = Fleet(clients, topology=topology, transport=broker, task=task, record=record)

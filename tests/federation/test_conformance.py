@@ -16,6 +16,7 @@ from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Bye, Evaluate, Heartbeat, Hello, Stop
 from fluffle_common.protocol.wire_format import read_tensors
 from fluffle_common.tensors.frozen import NO_FROZEN
+from fluffle_common.transport import messaging
 from fluffle_common.transport.base import Properties
 from fluffle_coordinator.conformance.examine import SCENARIOS, examine
 from fluffle_coordinator.conformance.listener import ExamOptions
@@ -344,6 +345,10 @@ def hides_its_frozen_tensors(patch):
     patch(Presence, "_status", lambda self: {**real(self), "frozen": ()})
 
 
+def sends_everything_in_one_piece(patch):
+    patch(messaging, "fits", lambda pieces: True)
+
+
 MISTAKES = {
     trains_again: {"same fit again"},
     answers_any_attempt: {"rejected update"},
@@ -359,6 +364,7 @@ MISTAKES = {
     evaluates_another_round: {"evaluation before the update", "evaluate"},
     is_silent_at_work: {"heartbeats"},
     hides_its_frozen_tensors: {"frozen tensors"},
+    sends_everything_in_one_piece: {"update in parts"},
 }
 
 
@@ -367,7 +373,8 @@ def test_each_mistake_is_found_by_its_scenario(federated, monkeypatch, mistake):
     mistake(monkeypatch.setattr)
 
     async def scenario(federation):
-        size = LARGE if mistake is hides_that_it_receives else 4
+        large = mistake in (hides_that_it_receives, sends_everything_in_one_piece)
+        size = LARGE if large else 4
         step_s = 5.0 if mistake is is_silent_at_work else 0.25
         task = Slowing(federation.loop, size=size, step_s=step_s)
         if mistake is hides_its_frozen_tensors:

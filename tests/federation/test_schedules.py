@@ -407,3 +407,18 @@ def test_conflicting_schedule_options_are_refused_in_one_line(options, message):
     with pytest.raises(UsageError, match=message) as refused:
         load_schedule(**options)
     assert "\n" not in str(refused.value)
+
+
+def test_a_worker_that_stays_is_asked_again_when_a_run_that_stopped_while_it_trained_goes_on(
+    federated,
+):
+    async def scenario(federation):
+        rules = {"rounds": 1, "min_workers": 1, "schedule": Buffered(buffer=1)}
+        federation.worker("a", Adder(federation.loop, step_s=30.0), stay=True)
+        stopped = federation.coordinator(deadline_s=20.0, on_deadline="stop", **rules)
+        assert (await stopped.end()).outcome == "stopped"
+        await asyncio.sleep(60.0)  # until the training has noticed
+        continued = federation.coordinator(**rules)
+        assert (await continued.end(within_s=200.0)).outcome == "finished"
+
+    federated(scenario)

@@ -60,6 +60,15 @@ def test_the_commands_read_it_as_that_of_a_real_run(tmp_path):
     assert "The run has finished: 2 rounds are done." in said
 
 
+def test_an_age_counts_from_the_end_of_the_simulation(tmp_path):
+    simulated(tmp_path)  # 8 minutes, which end in the future
+    opened = printed(journal, "--run", tmp_path, "--since", "6m", "--kind", "opened")
+    assert [line.partition("opened")[0][-9:] for line in opened.splitlines()[1:]] == ["round 2: "]
+    invalid = CliRunner().invoke(journal, ["--run", str(tmp_path), "--since", "soon"])
+    assert invalid.exit_code == 2
+    assert "Invalid value for '--since': invalid time 'soon'; write 90s" in invalid.output
+
+
 def test_a_run_that_goes_on_adds_to_it_and_a_fresh_one_has_its_own(tmp_path):
     folder = tmp_path / "run"
     simulated(folder)

@@ -28,7 +28,10 @@ from fluffle_common.transport.base import QueueFull
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.scaffold import Scaffold
 from fluffle_worker.task import EvalResult, TaskOptions, TrainResult
 
 names = functools.partial(numbered, "client")
@@ -119,6 +122,25 @@ def test_a_line_takes_the_time_of_its_bytes(tmp_path):
     tasks = {"a": Adder(1.0, size=250_000)}
     found, _ = run(tmp_path, tasks, [Device(bytes_per_s=1e5)], rounds=2)
     assert math.isclose(found.simulated_s, 60.0, rel_tol=0.01), "up, twice down and up, and down"
+
+
+def test_what_a_strategy_sends_besides_the_model_takes_time_too(tmp_path):
+    class Scaffolded(Adder):
+        def __init__(self) -> None:
+            super().__init__(1.0, size=250_000)
+            self.local_rule = BoundRule(Scaffold())
+
+        def train(self, weights: Mapping[str, Any], plan: Any, progress: Any) -> TrainResult:
+            state = self.local_rule.begin(weights)
+            self.local_rule.end(weights, state)
+            return super().train(weights, plan, progress)
+
+    settings = CoordinatorSettings(
+        "sim", Rules(min_workers=1, rounds=2), strategy=load_strategy("scaffold")
+    )
+    clients = clients_of({"a": Scaffolded()}, [Device(bytes_per_s=1e5)])
+    found = simulated(tmp_path, settings, clients, Told())
+    assert math.isclose(found.simulated_s, 100.0, rel_tol=0.01), "as above, and two variates twice"
 
 
 def test_a_model_in_parts_arrives(tmp_path):

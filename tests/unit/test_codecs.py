@@ -127,6 +127,10 @@ def changed(**changes: Any) -> type:
         (changed(parts=staticmethod(lambda shape: (Part("q", "int8", shape),))), "suffix 'q'"),
         (changed(parts=staticmethod(lambda shape: (Part("", "int4", shape),))), "dtype 'int4'"),
         (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "with the same suffix"),
+        (
+            changed(parts=staticmethod(lambda shape: (Part("", "float32", shape),))),
+            "cannot be told from a tensor that is not encoded",
+        ),
     ],
 )
 def test_an_invalid_codec_is_refused_with_a_remedy(codec, reason):
@@ -209,6 +213,29 @@ def test_parts_are_checked_for_each_shape(codecs):
         CodecError, match="'signs' returned None for tensor 'w'; expected a tuple of one"
     ):
         compress(DELTA, "signs", {})
+
+
+def test_a_part_that_looks_like_the_tensor_is_not_sent(codecs):
+    class Halves(Signs):
+        name = "halves"
+
+        def encode(self, tensor: Any, rng: Any) -> tuple[Any, ...]:
+            return ((tensor / 2).astype(np.float16),)
+
+        @staticmethod
+        def parts(shape: Any) -> tuple[Part, ...]:
+            return (Part("", "float16", shape),)
+
+        @staticmethod
+        def decode(parts: Any, like: Any) -> Any:
+            return parts[0].astype(like.dtype) * 2
+
+    codecs.add(Halves, "here")
+    for dtype in (np.float32, np.float16):  # error feedback encodes a float16 as a float32
+        delta = {"w": DELTA["w"].astype(dtype)}
+        sent, residual = compress(delta, Halves(), {})
+        decoded = decompress(sent, "halves", delta)["w"]
+        assert np.array_equal(decoded + residual.get("w", 0), delta["w"])
 
 
 def test_a_residual_that_is_not_finite_is_an_error(codecs):

@@ -109,6 +109,15 @@ def test_the_error_of_int8_is_at_most_half_a_scale(tensor):
     assert np.abs(q).max() <= 127
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_int8_sends_the_largest_values_as_finite_ones(dtype):
+    largest = np.finfo(np.float32).max
+    delta = {"w": np.full(1024, largest, dtype)}
+    sent, residual = compress(delta, "int8", {})
+    assert decompress(sent, "int8", delta)["w"] == pytest.approx(delta["w"])
+    assert np.isfinite(residual["w"]).all()
+
+
 @given(tensors(), st.sampled_from(["topk:0.01", "topk:0.3", "topk:0.000001"]))
 def test_topk_sends_exactly_the_largest_values(tensor, how):
     encoded, left = compress({"w": tensor}, how, {})

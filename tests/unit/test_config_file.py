@@ -208,3 +208,34 @@ def test_a_worker_reads_a_file(written):
     printed = CliRunner().invoke(worker, [str(file), "--id", "b", "--print-config"])
     options = tomllib.loads(printed.output)
     assert (options["data"], options["id"], options["codec"]) == ("data/a", "b", ["c.py:zip"])
+
+
+@pytest.mark.parametrize("name", ["\N{ROCKET} é \x7f\x85\u2028", "a\tb\n\\ud83d\\"])
+def test_print_config_prints_toml_for_any_text(written, name):
+    printed = CliRunner().invoke(command, ["--name", name, "--config", "🚀=1", "--print-config"])
+    assert tomllib.loads(printed.output)["name"] == name
+    assert tomllib.loads(printed.output)["config"] == {"🚀": 1}
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("amqp://me:s,ecret@h/v", "amqp://me:***@h/v"),
+        ("amqp://me:s@ecret@h/v", "amqp://me:***@h/v"),
+        (
+            "amqp://m,e:secret@h/v, amqps://you:se,cret@g/v",
+            "amqp://m,e:***@h/v, amqps://you:***@g/v",
+        ),
+        ("amqp://me@h/v,amqp://g:5672/v", "amqp://me@h/v,amqp://g:5672/v"),
+    ],
+)
+def test_no_password_is_printed(written, url, shown):
+    printed = CliRunner().invoke(command, ["--name", "n", "--url", url, "--print-config"])
+    assert tomllib.loads(printed.output)["url"] == shown
+    refused = invoke(written(f"name = 'n'\nurl = ['{url}']"))
+    assert f'url = ["{shown}"]: expected text in quotes' in str(refused.exception)
+
+
+def test_a_number_of_thousands_of_digits_is_an_error_in_the_file(written):
+    refused = invoke(written(f"name = 'n'\nrounds = {'1' * 5000}"))
+    assert isinstance(refused.exception, UsageError)

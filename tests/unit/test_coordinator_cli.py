@@ -25,6 +25,8 @@ from fluffle_coordinator.service.app import settings_of
         ("topk:1e-3", "topk:0.001"),
         ("topk:0.5", "topk:0.5"),
         ("topk:0.000001", "topk:0.000001"),
+        ("topk:0.0000125", "topk:0.0000125"),
+        ("topk:0.3333333", "topk:0.3333333"),
     ],
 )
 def test_every_accepted_encoding_is_valid_in_a_plan(text, how):

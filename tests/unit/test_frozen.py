@@ -148,6 +148,15 @@ def test_they_are_written_once(tmp_path):
     assert frozen_file(tmp_path, frozen.digest).stat() == written
 
 
+def test_a_damaged_file_is_written_again(tmp_path):
+    frozen = frozen_of(backbone())
+    save_frozen(tmp_path, frozen)
+    path = frozen_file(tmp_path, frozen.digest)
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    save_frozen(tmp_path, frozen)
+    assert read_frozen(tmp_path, frozen.digest).digest == frozen.digest
+
+
 def test_what_is_missing_damaged_or_another_is_named(tmp_path):
     frozen, other = frozen_of(backbone()), frozen_of(backbone(2.0))
     path = frozen_file(tmp_path, frozen.digest)

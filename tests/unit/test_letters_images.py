@@ -3,6 +3,7 @@
 import os
 import struct
 import unicodedata
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +194,34 @@ def test_a_transparent_palette_colour_is_black(tmp_path):
     found = read_image(tmp_path / "b.png")[..., 0]
     assert found[0, 0] == 0
     assert found[50, 35] == pytest.approx(60000 / 65535, abs=1 / 255)
+
+
+def _png(pixels: np.ndarray, bits: int, clear: int) -> bytes:
+    """Return a grey PNG of 1 to 16 bits with a transparent grey; Pillow writes only 1, 8 and 16."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        check = zlib.crc32(kind + data)
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
+
+    height, width = pixels.shape
+    planes = pixels[..., None] >> np.arange(bits - 1, -1, -1) & 1
+    rows = np.packbits(planes.reshape(height, -1).astype(np.uint8), axis=1)
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
+        + chunk(b"tRNS", struct.pack(">H", clear))
+        + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
+        + chunk(b"IEND", b"")
+    )
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("ink_is_black", [True, False])
+def test_a_transparent_grey_of_any_depth_is_nothing(tmp_path, bits, ink_is_black):
+    white = 2**bits - 1
+    ink, paper = (0, white) if ink_is_black else (white, white // 2)
+    (tmp_path / "a.png").write_bytes(_png(np.where(LETTER > 0, ink, paper), bits, paper))
+    assert np.array_equal(read_image(tmp_path / "a.png"), (WANTED > 0).astype(np.float32))
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".tif", ".webp", ".png"])

@@ -115,6 +115,11 @@ def test_what_is_held_out_is_what_the_task_itself_holds_out(folder):
     assert output.startswith("accuracy 100.00 % of 2 ")  # others than those that are wrong
 
 
+def test_the_largest_seed_is_one(folder):
+    options = TaskOptions(str(folder / "client-1"), "client-1", seed=2**63 - 1)
+    assert task(options).classes == CLASSES
+
+
 def test_a_worker_says_what_is_odd_about_its_folder(folder, capsys):
     (folder / "client-1/a/1.heic").touch()
     task(TaskOptions(data=str(folder / "client-1"), worker="client-1"))

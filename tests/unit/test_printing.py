@@ -24,8 +24,10 @@ from fluffle_common.cli.printing import (
     echo_json,
     one_line,
     printable,
+    screen,
     table,
 )
+from fluffle_common.cli.progress_bars import progress_on
 from fluffle_common.errors import FluffleError, RunError
 from fluffle_common.protocol.events import REGISTRY, from_fields
 
@@ -237,3 +239,16 @@ def test_a_command_without_a_usable_stdout_ends_without_a_traceback(
     )
     assert len(done.stderr.splitlines()) == (redirection == ">/dev/full")
     assert done.returncode == code
+
+
+def test_text_with_the_name_of_an_emoji_is_unchanged(capsys):
+    rows = table()
+    rows.add_column(":a:")
+    rows.add_row("codec.py:x:0.5")
+    screen().print(rows)
+    screen().print("codec.py:b:1")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in (":a:", "codec.py:x:0.5", "codec.py:b:1"))
+    bars = progress_on(io.StringIO())
+    bars.console.print("codec.py:x:0.5")
+    assert bars.console.file.getvalue() == "codec.py:x:0.5\n"

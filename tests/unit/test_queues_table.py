@@ -146,3 +146,22 @@ def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, cap
     plain = re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert max(cell_len(line) for line in plain.splitlines()) <= 80
     assert "--federation" in plain
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe", "json"])
+def test_watching_an_idle_federation_shows_an_alarm(monkeypatch, capsys, kind):
+    from fluffle_broker.cli import queues
+
+    def once() -> QueueOverview:
+        return QueueOverview(TOPOLOGY, [queue("updates")], ["disk"])
+
+    def stop(_: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queues, "is_terminal", lambda _: kind == "terminal")
+    monkeypatch.setattr("time.sleep", stop)
+    with pytest.raises(KeyboardInterrupt):
+        queues._watch(once, as_json=kind == "json")
+    printed = capsys.readouterr()
+    shown = printed.out if kind == "terminal" else printed.err
+    assert "the broker has run out of disk" in shown

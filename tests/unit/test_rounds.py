@@ -951,6 +951,30 @@ def test_if_every_worker_fails_the_run_stops_with_the_reason():
     assert run.state.reason == "every worker failed in round 1; b reported: out of memory"
 
 
+def test_if_all_that_a_sample_asked_fail_others_are_asked_at_once():
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=1))
+    (first,) = run.state.asked
+    run.now += 1
+    run.at_work(first)  # its last heartbeat before the failure
+    (second,) = asked(run.failed(first, 1))
+    assert second != first
+    run.update(second)
+    assert run.state.phase is Phase.COMMITTING
+
+
+def test_if_all_samples_fail_the_run_stops_with_the_reason():
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=1, max_reopenings=3))
+    for _ in range(4):
+        assert run.state.outcome is None
+        (name,) = run.state.asked
+        run.failed(name, 1)
+    assert run.state.reason.startswith("every worker failed in round 1; ")
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=1, on_deadline="stop"))
+    (name,) = run.state.asked
+    run.failed(name, 1)
+    assert run.state.outcome == "stopped"
+
+
 # --- evaluations and the end -------------------------------------------------------------------
 
 

@@ -367,9 +367,10 @@ def test_a_checkpoint_without_its_history_line_is_not_a_commit(three):
 def test_leftover_partial_files_are_removed(three):
     for name in ("round-0004.safetensors.partial", "run.json.partial"):
         (three.folder / name).write_bytes(b"half")
+    (three.folder / "film.mkv.partial").write_bytes(b"of a download")
     saved = three.load("letters")
     assert saved.committed == 3
-    assert not [name for name in names(three.folder) if name.endswith(".partial")]
+    assert [x for x in names(three.folder) if x.endswith(".partial")] == ["film.mkv.partial"]
 
 
 @pytest.mark.parametrize("keep", [1, 20, -1])
@@ -504,6 +505,16 @@ def test_a_history_that_lost_its_lines_is_refused_and_nothing_is_overwritten(thr
     assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
     three.start_afresh()
     assert three.load("letters").committed == 0
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_history_that_lacks_a_round_in_its_middle_is_refused(three, missing):
+    lines = three.history.path.read_text().splitlines(keepends=True)
+    three.history.path.write_text("".join(x for x in lines if json.loads(x)["round"] != missing))
+    before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
+    with pytest.raises(RunError, match=f"no line for the commit of round {missing};.*--fresh"):
+        three.load("letters")
+    assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("also", ["history.jsonl", "round-000*"])

@@ -217,6 +217,22 @@ def test_an_invalid_result_of_a_rule_from_a_file_is_refused(tmp_path, result, me
 # --- in the machine ----------------------------------------------------------------------------
 
 
+def test_a_rule_from_a_file_is_only_called_to_choose_somebody(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def largest(candidates, count, draw):\n    return [max(candidates).name]\n"
+    )
+    rule = load_selection(f"{tmp_path}/mine.py:largest")
+    present, draw = [Candidate("a"), Candidate("b")], Draw(0, 1)
+    assert select(rule, [], 0, draw) == ()
+    assert select(rule, present, 0, draw) == ()
+    assert select(rule, present, 2, draw, last="ab") == ("b",)
+    run = opened("a", "b", rules=Rules(rounds=1, min_workers=2, selection=rule, deadline_s=5))
+    for name in "ab":
+        run.seen(name, heartbeat_s=1e6)
+    assert asked(run.tick(6)) == ["a", "b"]
+    assert asked(run.tick(6)) == ["b"]  # both were asked before
+
+
 def test_a_number_of_workers_is_asked_in_place_of_a_fraction():
     run = opened(*"abcdef", rules=Rules(rounds=1, min_workers=6, sample=2))
     assert len(run.state.asked) == run.state.needed == 2

@@ -141,6 +141,20 @@ def test_every_part_makes_a_finite_step_and_keeps_shapes_and_dtypes(name):
     assert np.isfinite(new["w"]).all()
 
 
+def test_a_control_variate_beyond_float32_is_saturated():
+    strategy, weights = named_strategy("scaffold").strategy, {"w": np.zeros(2, np.float32)}
+    extra = {"w": np.array([1e300, -1.7e308])}
+    state = strategy.init(weights)
+    for _ in range(2):
+        for worker in "ab":
+            delta = {"w": np.ones(2, np.float32)}
+            one = Contribution(worker=worker, num_examples=1, delta=delta, extra=extra)
+            state = strategy.fold(state, one)
+        _, state = strategy.finish(state, weights)
+    end = np.finfo(np.float32).max
+    assert strategy.broadcast(state)["w"].tolist() == [end, -end]
+
+
 def test_an_update_without_a_needed_metric_is_rejected():
     update = Update.model_construct(metrics={"loss": 1.0})
     check_metrics(update, named_strategy("qfedavg").strategy.needs)

@@ -89,6 +89,10 @@ def test_a_target_that_is_no_class_is_named():
         message = f"{name} contains the target 7, .* 3 names, for .* 0 to 2"
         with pytest.raises(TaskError, match=message):
             made(**{name: (X, Y + 6)}, classes=("a", "b", "c"))
+        with pytest.raises(
+            TaskError, match=f"{name} contains the target -1, .* 2 names, for .* 0 to 1"
+        ):
+            made(**{name: (X, Y - 1)}, classes=("a", "b"))
     assert made(train_data=(X, jnp.asarray(Y)), classes=("a", "b")).num_examples == 20
 
 

@@ -16,6 +16,7 @@ import optax
 import pytest
 from flax import nnx
 
+from fluffle_common.cli.loading import load_object
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.layout import DTYPES
@@ -69,6 +70,17 @@ def test_a_module_s_neighbour_is_found_also_later(here):
     write(here, "near_three.py", "")
     write(here, "a_task.py", TASK.replace("return Task()", "import near_three; return Task()"))
     assert load_task("a_task:task", OPTIONS)
+
+
+def test_a_file_that_two_options_name_is_loaded_once_until_it_changes(here):
+    file = write(here, "shared_file.py", "seen = []\nadd = seen.append\nseen_by = seen.copy\n")
+    load_object(f"{file}:add", "--evaluate")(1)
+    assert load_object(f"{file}:seen_by", "--on-round")() == [1]
+    write(here, "shared_file.py", "seen_by = lambda: 'another'\n")
+    assert load_object(f"{file}:seen_by", "--on-round")() == "another"
+    del sys.modules["shared_file"]
+    assert load_object(f"{file}:seen_by", "--on-round")() == "another"
+    assert "shared_file" in sys.modules
 
 
 def test_a_task_file_replaces_no_module_of_its_name(here):

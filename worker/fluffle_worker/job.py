@@ -130,6 +130,9 @@ def execute(
     if frozen is not None:
         frozen.use(message.frozen)
     ids["base"] = message.base
+    rule = getattr(task, "local_rule", None)
+    if isinstance(rule, BoundRule):
+        rule.of_round(job.work.run, job.work.sequence, job.broadcast)
     job.evaluation = _evaluate(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):
         return
@@ -194,8 +197,6 @@ def _train(
 ) -> tuple[Update, Weights]:
     """Train; return the update's header and the delta."""
     rule = getattr(task, "local_rule", None)
-    if isinstance(rule, BoundRule):
-        rule.of_round(job.work.run, fit.sequence or fit.round, job.broadcast)
     began = time.monotonic()
     trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), progress))
     seconds = time.monotonic() - began

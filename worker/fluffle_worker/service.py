@@ -321,6 +321,8 @@ class WorkerService:
             job.wanted = False
         self._jobs.clear()
         self._state = machine.State()
+        # Otherwise, the run would not ask this worker again once it is continued.
+        self._presence.rest()
 
     # --- the training thread ---------------------------------------------------------------------
 
@@ -332,8 +334,9 @@ class WorkerService:
         self._record(Begun(round=job.work.round, kind=job.work.kind))
 
         def evaluated() -> None:
-            self._uploader.put(job)
-            self._presence.now("training", job.work)
+            if self._state.doing == job.work:
+                self._uploader.put(job)
+                self._presence.now("training", job.work)
 
         self._trainer.begin(job, evaluated)
 

@@ -253,13 +253,14 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
     """
     from urllib.parse import unquote
 
+    from fluffle_broker.cli.options import federation_and_broker
     from fluffle_broker.node import policies
-    from fluffle_common.cli.settings import broker_url, check_federation, management_of
+    from fluffle_common.cli.settings import management_of
     from fluffle_common.protocol import topology
     from fluffle_common.transport.rabbitmq.management import vhost
 
-    wanted = topology.policies(check_federation(federation))
-    address = broker_url(url)
+    _, address = federation_and_broker(federation, url)
+    wanted = topology.policies(federation)
     vhost_name = unquote(vhost(address))
     if prints:
         echo(*policies.shell_lines(wanted, vhost_name))
@@ -348,7 +349,7 @@ def _progress() -> Iterator[Callable[[str], None]]:
         yield lambda text: echo(f"{text} …", err=True)
         return
     from rich.console import Console
-    from rich.markup import escape
+    from rich.text import Text
 
     with Console(stderr=True).status("looking for RabbitMQ") as status_line:
-        yield lambda text: status_line.update(escape(printable(text)))
+        yield lambda text: status_line.update(Text(printable(text)))

@@ -137,8 +137,15 @@ def _table(rejects: list[Rejected], now: float) -> None:
     shown = screen()
     wide = shown.width >= _WIDE
     rows = table(collapse_padding=True, pad_edge=False, show_edge=False)
+    # A sender can write anything there, and too wide a column would leave the others no room.
+    most = {"kind": 13, "worker": 40 if wide else 16}
     for name in ("#", "when", "kind", "worker", "round", "size", "cause"):
-        rows.add_column(name, no_wrap=True, justify="right" if name in ("#", "size") else "left")
+        rows.add_column(
+            name,
+            no_wrap=True,
+            justify="right" if name in ("#", "size") else "left",
+            max_width=most.get(name),
+        )
     if wide:
         rows.add_column("reason")
     for message in rejects:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fluffle_broker.inspect.browse import borrowed, is_classic
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import CAUSES, UsageError
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import CUT
@@ -37,7 +37,8 @@ class Rejected:
     @property
     def cause(self) -> str:
         """The cause, one of ``errors.CAUSES`` or ``unknown``."""
-        return str(self.decoded.header("cause") or "unknown")
+        cause = self.decoded.header("cause")
+        return cause if cause in CAUSES else "unknown"  # a worker can send any text
 
     @property
     def rejected_at(self) -> str | None:
@@ -122,9 +123,12 @@ async def requeue(
         numbers: the numbers of the messages; None for all messages.
 
     Raises:
-        UsageError: if one of the numbers does not exist.
+        UsageError: if one of the numbers does not exist, or returning the other messages to the
+            queue would have side effects.
     """
     count = await _count(link, topology)
+    if numbers is not None:
+        await _must_be_classic(link, topology)
     for number in numbers or ():
         if not 1 <= number <= count:
             raise _no_such(topology, number, count)
@@ -137,6 +141,7 @@ async def requeue(
                 break
             if numbers is not None and number not in numbers:
                 returned.append(delivery)
+                delivery.body = b""
                 continue
             decoded = decode_message(delivery, topology.federation, values=False)
             result = await _send_again(link, topology, Rejected(number, decoded))

@@ -80,7 +80,8 @@ def write_files(info: NodeInfo, extra_conf: str, cookie: str | None) -> None:
     (folder / "etc/rabbitmq.conf").write_text("\n".join(parts) + "\n")
     (folder / "etc/enabled_plugins").write_text(_PLUGINS)
     secret = folder / "home/.erlang.cookie"
-    if cookie is not None or not secret.exists():
+    # It is empty if an earlier call was killed before it had written the cookie.
+    if cookie is not None or not (secret.exists() and secret.stat().st_size):
         secret.unlink(missing_ok=True)
         secret.touch(mode=0o600)
         secret.write_text(cookie or secrets.token_hex(16))

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ Report = Callable[[str], None]
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _UNQUOTABLE = frozenset("'\"`")
+_NODE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 def running_node(state: Path) -> NodeInfo | None:
@@ -84,6 +86,7 @@ def up(
         wanted = ports or Ports()
         _require_free(wanted)
         _require_plain_path(folder)
+        _require_plain_name(node_name)
         _require_space(folder, extra_conf)
         installation = _find_or_unpack(report)
         info = _describe(folder, _with_free_ports(wanted), node_name, installation)
@@ -249,6 +252,15 @@ def _require_plain_path(folder: Path) -> None:
         )
 
 
+def _require_plain_name(node_name: str) -> None:
+    """Refuse a name that Erlang does not accept; with a host in it, RabbitMQ waits for the host."""
+    if not _NODE_NAME.fullmatch(node_name):
+        raise BrokerError(
+            f"'{node_name[:80]}' cannot be the name of a node; use letters, digits, '-' and '_' in "
+            "--node-name, without '@' and a host"
+        )
+
+
 def _require_space(folder: Path, extra_conf: str) -> None:
     """Refuse a disk that is so full that the node would block every publisher."""
     free = shutil.disk_usage(folder).free
@@ -262,7 +274,8 @@ def _require_space(folder: Path, extra_conf: str) -> None:
 
 def _with_free_ports(ports: Ports) -> Ports:
     given = dataclasses.asdict(ports)
-    free = iter(network.free_ports(len(given)))
+    # A port that was given is not in use yet, so it may be among the free ones.
+    free = iter(set(network.free_ports(2 * len(given))) - set(given.values()))
     return Ports(**{name: port or next(free) for name, port in given.items()})
 
 

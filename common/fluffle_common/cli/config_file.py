@@ -31,7 +31,8 @@ from fluffle_common.errors import UsageError
 _RAW = f"{__name__}.raw"  # key in ctx.meta: the parsed command line, by parameter name
 _PRINTS = f"{__name__}.prints"
 _FILE = f"{__name__}.file"
-_PASSWORD = re.compile(r"(://[^:/@,\s]*):[^@/,\s]*@")
+# A password may contain "@", and also a comma, which separates only before another URL.
+_PASSWORD = re.compile(r"(://[^:/@\s]*):(?:(?!,\s*\w+://)\S)*@")
 _PRINTABLE = (bool, int, float, str, list, tuple, Mapping, os.PathLike)
 _NUMBERS = (click.types.IntParamType, click.types.FloatParamType)
 _TEXT_SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)  # always give text
@@ -116,7 +117,7 @@ def _read(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     text = _read_text(path)
     try:
         given = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as why:
+    except (ValueError, RecursionError) as why:  # also an integer of thousands of digits
         raise UsageError(f"{path} is not valid TOML: {why}") from None
     given = _keys_for(ctx.command, given, path)
     place = functools.partial(_place_in_file, path, text)
@@ -234,9 +235,8 @@ def _validated(
             option.type_cast_value(ctx, raw)
         except (click.BadParameter, _WrongType) as why:
             text = why.message.rstrip(".") if isinstance(why, click.BadParameter) else str(why)
-            raise UsageError(
-                f"{place(name)}: {name} = {_toml(value)} is not valid ({text})"
-            ) from None
+            shown = _without_password(_toml(value))
+            raise UsageError(f"{place(name)}: {name} = {shown} is not valid ({text})") from None
         except UsageError as why:
             raise UsageError(f"{place(name)}: {why}") from None
     return values
@@ -361,9 +361,19 @@ def _toml(value: Any) -> str:
     if isinstance(value, bool | int | float):
         return str(value).lower()
     if isinstance(value, str | os.PathLike):
-        return json.dumps(os.fspath(value))
+        return _quoted(os.fspath(value))
     return str(value)  # a date, or an object that no option accepts
 
 
 def _key(name: str) -> str:
-    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else json.dumps(name)
+    return name if re.fullmatch(r"[A-Za-z0-9_-]+", name) else _quoted(name)
+
+
+def _quoted(text: str) -> str:
+    """Quote a text as JSON does, but escape an emoji as one character, not as two halves of one."""
+    quoted = json.dumps(text, ensure_ascii=False)
+    return re.sub(r"[^ -~]", lambda match: _escaped(ord(match[0])), quoted)
+
+
+def _escaped(code: int) -> str:
+    return f"\\u{code:04x}" if code < 2**16 else f"\\U{code:08x}"

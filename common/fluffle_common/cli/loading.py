@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
@@ -35,6 +36,10 @@ _INSTALLED_AS = {
     "sklearn": "scikit-learn",
     "yaml": "PyYAML",
 }
+
+
+# Files that several options name are loaded once, as modules are, so that they share their globals.
+_loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
 
 
 @dataclass(frozen=True)
@@ -145,6 +150,12 @@ class Place:
         if not path.is_file():
             raise UsageError(f"there is no file {self.where}; correct the path in --{self.what}")
         path = path.resolve()
+        status = path.stat()
+        version = (status.st_mtime_ns, status.st_size)
+        if (known := _loaded.get(path)) is not None:
+            loaded_version, module = known
+            if loaded_version == version and sys.modules.get(module.__name__) is module:
+                return module
         name = path.stem
         if _is_another_module(name, path):
             name = f"fluffle_{self.what}_{name}"
@@ -159,6 +170,7 @@ class Place:
         except BaseException:
             sys.modules.pop(name, None)  # the file may have removed it itself
             raise
+        _loaded[path] = version, module
         return module
 
 

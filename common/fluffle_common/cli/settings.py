@@ -44,10 +44,10 @@ def cache_folder() -> Path:
 def node_record(state: Path) -> dict[str, str | int]:
     """Return the record that ``fluffle broker up`` wrote; empty if there is none."""
     try:
-        record: dict[str, str | int] = json.loads((state / "broker" / "node.json").read_text())
+        record = json.loads((state / "broker" / "node.json").read_text())
     except (OSError, ValueError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}
 
 
 def broker_url(given: str | None, otherwise: str = DEFAULT_URL) -> str:
@@ -72,9 +72,19 @@ def broker_url_finder(given: str | None) -> Callable[[], str]:
 
 
 def management_of(url: str, given: str | None) -> str:
-    """Return the URL of the management API of the broker at ``url``; ``given`` if set."""
-    from fluffle_common.transport.rabbitmq.management import management_base
+    """Return the URL of the management API of the broker at ``url``; ``given`` if set.
 
+    Raises:
+        UsageError: if ``given`` has a user, because the API gets that of ``url``.
+    """
+    from fluffle_common.transport.rabbitmq.management import management_base
+    from fluffle_common.transport.rabbitmq.urls import without_credentials
+
+    if given and (shown := without_credentials(given)) != given:
+        raise UsageError(
+            f"the URL of the management API {shown} has a user; leave out the user, because the "
+            "management API gets the user and the password of --url"
+        )
     return management_base(url, given, node_record(state_folder()))
 
 

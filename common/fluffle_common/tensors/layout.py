@@ -215,7 +215,8 @@ def check_signature(weights: Weights) -> None:
     if not weights:
         raise ValueError("the weights contain no tensors; expected at least one tensor")
     for name, tensor in weights.items():
-        if not hasattr(tensor, "dtype") or not hasattr(tensor, "shape"):
+        # A tensor of PyTorch has dtypes of its own.
+        if not isinstance(getattr(tensor, "dtype", None), np.dtype) or not hasattr(tensor, "shape"):
             raise ValueError(
                 f"{_label(name)} is of type {type(tensor).__name__}, not an array; convert it "
                 "with np.asarray"

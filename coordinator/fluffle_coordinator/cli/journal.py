@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,19 +28,22 @@ _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 _run_id_option = click.option("--run-id", metavar="ID", help="Show only the run with this ID.")
 
 
-def moment(text: str) -> datetime:
+def moment(text: str, now: datetime) -> datetime:
     """Return the time that ``text`` means: an age such as ``10m``, or ISO 8601 (local by default).
 
-    >>> moment("2026-03-01T12:00+01:00").astimezone(UTC).isoformat()
+    >>> now = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    >>> moment("10m", now).isoformat()
+    '2026-03-01T11:50:00+00:00'
+    >>> moment("2026-03-01T12:00+01:00", now).astimezone(UTC).isoformat()
     '2026-03-01T11:00:00+00:00'
 
     Raises:
-        ValueError: if it is neither.
+        ValueError, OverflowError: if it is neither.
     """
     ago = _AGO.fullmatch(text)
     if ago is None:
         return datetime.fromisoformat(text).astimezone()
-    return datetime.now(UTC) - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
+    return now - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
 
 
 def _source_options(command: Any) -> Any:
@@ -56,12 +59,13 @@ def _source_options(command: Any) -> Any:
     return federation_option(url_option(run_option(command)), required=False)
 
 
-def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
+def _since(text: str | None, now: datetime) -> datetime | None:
     try:
-        return None if text is None else moment(text)
+        return None if text is None else moment(text, now)
     except (ValueError, OverflowError):
         raise click.BadParameter(
-            f"invalid time '{text}'; write 90s, 10m, 2h, 3d or 2026-03-01T12:00"
+            f"invalid time '{text}'; write 90s, 10m, 2h, 3d or 2026-03-01T12:00",
+            param_hint="'--since'",
         ) from None
 
 
@@ -69,7 +73,6 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
 @_source_options
 @click.option(
     "--since",
-    callback=_since,
     metavar="WHEN",
     help="Show only events since this time: an age such as 90s, 10m, 2h or 3d, or a date and time "
     "such as 2026-03-01T12:00.",
@@ -128,7 +131,8 @@ def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
     """Return the events of the journal that the options select."""
     folder, since, follow = options["folder"], options["since"], options["follow"]
     if folder is None:
-        return _events(options["federation"], options["url"], since, live=follow)
+        start = _since(since, datetime.now(UTC))
+        return _events(options["federation"], options["url"], start, live=follow)
     if follow:
         raise UsageError(
             "--follow conflicts with --run, because only a journal on a broker can be followed; "
@@ -137,12 +141,19 @@ def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
     return _events_in_file(folder, since)
 
 
-async def _events_in_file(folder: Path, since: datetime | None) -> AsyncGenerator[Event]:
+async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Event]:
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
-    for event in read_journal_file(folder):
-        if since is None or (event.moment or since) >= since:
+    events = list(read_journal_file(folder))
+    start = _since(since, _end_of(events))
+    for event in events:
+        if start is None or (event.moment or start) >= start:
             yield event
+
+
+def _end_of(events: Sequence[Event]) -> datetime:
+    """Return when a simulation ended, in its own time, which may be ahead of the clock."""
+    return (events[-1].moment if events else None) or datetime.now(UTC)
 
 
 def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
@@ -189,7 +200,7 @@ def explain(
         now = datetime.now(UTC)  # not earlier, because reading takes a while
     else:
         events, coordinated = list(read_journal_file(folder)), None
-        now = (events[-1].moment if events else None) or datetime.now(UTC)  # simulated time
+        now = _end_of(events)
     run, number = _choose_round(events, run_id, number)
     explanation = explain_round(events, run, number, now, coordinated=coordinated)
     if as_json:

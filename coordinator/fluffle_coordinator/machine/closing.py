@@ -28,8 +28,7 @@ def try_to_close(state: State, now: float, out: Effects) -> State:
     if state.quorum_at is not None:
         return _close_after_quorum(state, now, out)
     if _all_failed(state):
-        reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
-        return end(state, "stopped", reason, out)
+        return _after_failures(state, now, out)
     # ``due_at`` may look at every update, so most events must not call it.
     if now >= state.opened_at + state.rules.deadline_s and now >= due_at(state):
         return _at_the_deadline(state, now, out)
@@ -49,7 +48,13 @@ def due_at(state: State) -> float:
         planned = state.schedule.wakeup(state)
         deadline = state.quorum_at + rules.deadline_s
         return min(latest, deadline if math.isinf(planned) else max(deadline, planned))
-    return latest if _is_folding(state) else min(latest, state.opened_at + rules.deadline_s)
+    return latest if _is_folding(state) else deadline_at(state)
+
+
+def deadline_at(state: State) -> float:
+    """Return the deadline of a round without a quorum."""
+    rules = state.rules
+    return min(state.opened_at + rules.deadline_s, state.began_at + rules.max_round_s)
 
 
 def _is_folding(state: State) -> bool:
@@ -80,7 +85,21 @@ def _all_failed(state: State) -> bool:
     # The sizes are compared first, since the names are looked up one by one.
     if state.received or not 0 < len(state.asked) <= len(state.failed):
         return False
-    return all(name in state.failed for name in state.asked)
+    # If work outlives its round, an idle worker gets the place of one that failed.
+    others = state.workers if state.schedule.continuous else ()
+    return all(name in state.failed for name in (*state.asked, *others))
+
+
+def _after_failures(state: State, now: float, out: Effects) -> State:
+    """Ask others at once if all that were asked have failed; stop if there are none."""
+    rules, reopened = state.rules, state.reopenings + 1
+    others = any(name not in state.asked for name in state.workers)
+    if not others or rules.on_deadline == "stop" or reopened > rules.max_reopenings:
+        reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
+        return end(state, "stopped", reason, out)
+    reason = f"all workers that round {state.round} asked have failed; {last_failure(state.failed)}"
+    state = state.replace(reopenings=reopened, reopened_with=state.folded)
+    return reopen(state, reason, now, out)
 
 
 def _commit(state: State, out: Effects) -> State:

@@ -51,7 +51,12 @@ def evaluate_last_model(state: State, now: float, out: Effects) -> State:
     present = tuple(sorted(state.workers))
     asked = Table(dict.fromkeys(present, Issued(now, state.sequence, state.round - 1)))
     state = state.replace_and_recount(
-        phase=Phase.EVALUATING, opened_at=now, began_at=now, due_at=-math.inf, asked=asked
+        phase=Phase.EVALUATING,
+        opened_at=now,
+        began_at=now,
+        due_at=-math.inf,
+        asked=asked,
+        failed=Table(),  # a failed training says nothing about this work
     )
     if state.evaluate_pending and present:
         state = send_work(state, present, now, out)

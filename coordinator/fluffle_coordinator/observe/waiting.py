@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from fluffle_common.protocol.events import Doing, Waiting
 from fluffle_coordinator.machine.clock import standstill_s
+from fluffle_coordinator.machine.closing import deadline_at
 from fluffle_coordinator.machine.state import Phase, State
 
 
@@ -53,8 +54,7 @@ def waiting_for(state: State, now: float) -> Waiting | None:
     if state.phase is Phase.WAITING:
         return _before_a_round(state)
     if state.phase is Phase.OPEN:
-        deadline_at = state.opened_at + state.rules.deadline_s + standstill_s(state, now)
-        left_s = max(0.0, deadline_at - now)
+        left_s = max(0.0, deadline_at(state) + standstill_s(state, now) - now)
         return Waiting(
             reason=f"round {state.round}: {state.folded} of {state.needed} updates, "
             f"{left_s:.0f} s to the deadline; {missing(state, now)}",

@@ -20,8 +20,6 @@ from fluffle_worker.letters.images import Images
 from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.letters.task import letters_task
 
-_BATCH = 256
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -93,12 +91,7 @@ class LettersModel:
 
     def probabilities(self, images: Array) -> Array:
         """Return calibrated probabilities, float64 [n, classes], of images [n, 100, 100, 1]."""
-        logits = np.concatenate(
-            [
-                self._task.outputs(self._weights, images[start : start + _BATCH])
-                for start in range(0, len(images), _BATCH)
-            ]
-        ).astype(np.float64)
+        logits = self._task.logits(self._weights, images).astype(np.float64)
         logits /= self.temperature
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -80,6 +80,11 @@ class BoundRule:
         """Identifies the wrapped rule, for caches; wrappers made by ``anew`` share it."""
         return id(self._rule)
 
+    @property
+    def run(self) -> str:
+        """The id of the run of the current work; empty if it is not known."""
+        return self._round[0]
+
     def anew(self) -> BoundRule:
         """Return a wrapper of the same rule with no kept arrays, for another worker."""
         return BoundRule(self._rule, self.name)
@@ -89,7 +94,7 @@ class BoundRule:
         self._kept = PersistentTensors(folder)
 
     def of_round(self, run: str, number: int, broadcast: Named = MappingProxyType({})) -> None:
-        """Set the round of the next training, and the extra tensors that the strategy sent.
+        """Set the round of the next work, and the extra tensors that the strategy sent.
 
         After the training, ``sent`` holds the extra tensors that the rule returned.
         """

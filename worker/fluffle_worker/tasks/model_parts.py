@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class AtHome(NamedTuple):
         personal: trained here and kept between rounds.
         frozen: never trained; replaced by ``use_frozen`` alone.
         rest: neither parameters nor running statistics, such as dropout's random state; reset at
-            the start of each round.
+            the start of each training, for which ``seeded`` changes the random state.
     """
 
     personal: Any
@@ -79,6 +80,7 @@ class ModelParts:
         self.at_home: AtHome = compiled(lambda: self._split(model(nnx.Rngs(0)))[2])()
         self._first_personal = named(self.at_home.personal)
         self._init = compiled(lambda key: self._split(model(nnx.Rngs(key)))[1])
+        self._seeded = jax.jit(_with_keys_from) if _has_keys(self.at_home.rest) else None
 
     @property
     def has_statistics(self) -> bool:
@@ -93,10 +95,19 @@ class ModelParts:
     def learnt(self, weights: Mapping[str, Array], personal: Mapping[str, Array]) -> Any:
         """Return the state that trains here, from received weights and kept personal tensors.
 
-        Its leaves are the given arrays; a compiled function moves them to its device.
+        Its leaves are the given arrays; a compiled function moves them to its device. Personal
+        tensors that were not kept are as initialized; kept ones that the model lacks are ignored.
         """
-        arrays = {**(personal or self._first_personal), **weights}
+        arrays = {**self._first_personal, **personal, **weights}
         return jax.tree.unflatten(self._tree, [arrays[name] for name in self._names])
+
+    def seeded(self, key: Any) -> Any:
+        """Return the rest for a training, with random states that depend on the training's key.
+
+        Otherwise all workers would draw the same dropout masks, in every round.
+        """
+        rest = self.at_home.rest
+        return rest if self._seeded is None else self._seeded(rest, key)
 
     def travelling(self, learnt: Any) -> dict[str, Array]:
         """Return the tensors of a trained state that travel, by name."""
@@ -180,6 +191,27 @@ def fill(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
         if tensor_name(path) in arrays
     ]
     nnx.update(module, nnx.from_flat_state(filled))
+
+
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key))
+
+
+def _has_keys(state: Any) -> bool:
+    return any(map(_is_key, jax.tree.leaves(state)))
+
+
+def _with_keys_from(state: Any, key: Any) -> Any:
+    """Return a state with random bits of a key folded into each key in it."""
+    bits = jax.random.bits(key)
+
+    def folded(leaf: Any) -> Any:
+        if not _is_key(leaf):
+            return leaf
+        fold = jax.vmap(functools.partial(jax.random.fold_in, data=bits))
+        return fold(leaf.reshape(-1)).reshape(leaf.shape)
+
+    return jax.tree.map(folded, state)
 
 
 def _labelled(form: Any) -> Any:

@@ -251,7 +251,8 @@ class TorchTask:
         """Evaluate ``weights``, with the latest personal tensors; None without held-out data."""
         if not self._held_out:
             return None
-        scores = self._scores(self._filled(weights, self._personal.latest()))
+        personal = self._personal.latest(self.local_rule.run)
+        scores = self._scores(self._filled(weights, personal))
         return EvalResult(scores.pop("loss"), self._held_out, scores)
 
     def _scores(self, module: nn.Module) -> dict[str, float]:

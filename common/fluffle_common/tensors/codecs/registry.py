@@ -199,6 +199,11 @@ def _check_parts(codec: Any, where: str) -> None:
                 f"the codec {where} has a part of dtype '{part.dtype!s:.40}'; use one of "
                 f"{supported}"
             )
+        if not part.suffix and part.dtype in codec.dtypes:
+            raise UsageError(
+                f"{where} has a part of dtype '{part.dtype}' without a suffix, which cannot be "
+                "told from a tensor that is not encoded; give this part a suffix such as '#q'"
+            )
     if len({part.suffix for part in parts}) < len(parts):
         raise UsageError(
             f"the codec {where} has two parts with the same suffix; give each part its own suffix"
