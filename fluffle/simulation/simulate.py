@@ -73,7 +73,7 @@ async def simulate_run(
         if not run.done():
             for ended in (one for one in (failure, taking_part) if one.done()):
                 ended.result()
-            raise RunError("the clients have left the simulation")
+            raise RunError("the run cannot continue, because all clients have left the simulation")
         return run.result()
     finally:
         for one in (run, taking_part, failure):
@@ -100,7 +100,7 @@ class _FailureWatcher(Watcher):
         """Set an exception if the round is in vain."""
         if not state.reopenings or self._failure.done():
             return
-        rejected = {name: f"its update was rejected: {why}" for name, why in state.doubted.items()}
+        rejected = {name: f"its update was rejected ({why})" for name, why in state.doubted.items()}
         faults, missing = {**state.failed, **rejected}, state.missing
         in_vain = bool(missing) and all(name in faults for name in missing)
         if in_vain and all(client.present for client in self._clients):

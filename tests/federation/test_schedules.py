@@ -317,7 +317,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
         ("cohort(self, state): return (1 / 0 for _ in 'a')", "in cohort(): ZeroDivisionError"),
         (
             "discount(self, staleness): return 0\n\n    continuous = True",
-            "in discount(): it returned 0 for the staleness 0, so nothing counts",
+            "in discount(): it returned 0 for the staleness 0, so no update counts",
         ),
     ],
 )
@@ -359,7 +359,7 @@ def test_a_user_schedule_may_return_numbers_of_numpy(federated, tmp_path):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("-1", UsageError, "has max_staleness = -1, but max_staleness must be at least 0"),
+        ("-1", UsageError, "has max_staleness = -1; set max_staleness to at least 0"),
         ("None", UsageError, "is not a schedule: this Windows lacks max_staleness (int)"),
         ("1 / 0", TaskError, "the schedule broken.py:minutes failed in max_staleness: ZeroDiv"),
     ],

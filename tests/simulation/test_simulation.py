@@ -276,7 +276,7 @@ class TestDevices:
             devices(2, step_s=text)
 
     def test_a_line_that_carries_nothing_is_refused(self):
-        with pytest.raises(UsageError, match="the bandwidth must be above 0 bytes per second"):
+        with pytest.raises(UsageError, match="more than 0 bytes per second"):
             devices(2, bytes_per_s="0")
 
 
@@ -284,13 +284,13 @@ class TestDevices:
     ("options", "said"),
     [
         ({"url": "amqp://127.0.0.1"}, "has no url=, because its broker is in memory"),
-        ({"test_every": 0}, "test_every = 0 must be a whole number of at least 1"),
-        ({"clients": 0}, "clients = 0 must be a whole number of at least 1"),
-        ({"clients": "2"}, "clients = '2' must be a whole number of at least 1"),
+        ({"test_every": 0}, "test_every = 0 is not valid; expected a whole number of at least 1"),
+        ({"clients": 0}, "clients = 0 is not valid; expected a whole number of at least 1"),
+        ({"clients": "2"}, "clients = '2' is not valid; expected a whole number of at least 1"),
         ({"availability": 0.5}, "invalid availability '0.5'"),
         ({"partition": "iid"}, "partition='iid' has no effect on a list of tasks"),
         ({"strategy": "median"}, "the strategy median needs at least 3 workers, but the number of"),
-        ({"federation": None}, "fluffle.simulate(): federation = None: a value is required"),
+        ({"federation": None}, "fluffle.simulate(): federation = None, but a value is required"),
         ({"folder": 3}, "folder = 3 is not a path"),
         ({"clients": 3}, "clients = 3, but the number of tasks is 2"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
@@ -321,12 +321,14 @@ def test_what_is_no_partition_is_refused(partition):
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "x"])
 def test_a_seed_that_is_none_is_refused_before_the_data_are_divided(seed):
-    said = re.escape(f"seed = {seed!r} must be a whole number of at least 0")
+    said = re.escape(f"seed = {seed!r} is not valid; expected a whole number of at least 0")
     with pytest.raises(UsageError, match=said):
         fluffle.simulate(Whole(0.0), clients=2, rounds=1, seed=seed)
     with pytest.raises(UsageError, match=said):
         fluffle.plot_partition(Whole(0.0), clients=2, seed=seed)
-    with pytest.raises(UsageError, match="clients = 0 must be a whole number of at least 1"):
+    with pytest.raises(
+        UsageError, match="clients = 0 is not valid; expected a whole number of at least 1"
+    ):
         fluffle.plot_partition(Whole(0.0), clients=0)
 
 

@@ -191,10 +191,13 @@ def test_rules_are_chained_with_a_plus(tmp_path):
     [
         ("proxmal:0.1", "unknown local rule 'proxmal' .* did you mean 'proximal'"),
         ("momentum", "choose from clip, dp_sgd, proximal, scaffold, or load .* path.py:name"),
-        ("proximal", "invalid settings '' for .*: missing argument 'mu'.*; expected proximal:MU"),
+        (
+            "proximal",
+            "invalid settings '' for .*: the argument 'mu' is missing.*; expected proximal:MU",
+        ),
         (
             "dp_sgd:1",
-            "invalid settings '1' for .*: missing argument 'noise'.*; expected dp_sgd:CLIP,NOISE",
+            "invalid settings '1' for .*: the argument 'noise' is missing.*; expected dp_sgd:CLIP",
         ),
         ("dp_sgd:1,2,3", "invalid settings '1,2,3' .*; expected dp_sgd:CLIP,NOISE"),
         ("dp_sgd:clip=1,niose=2", "did you mean 'noise'.*; expected dp_sgd:CLIP,NOISE"),

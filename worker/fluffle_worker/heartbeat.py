@@ -74,8 +74,8 @@ class Presence:
             first = wrong.errors(include_url=False, include_context=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise TaskError(
-                f"the description of task '{settings.task}' cannot be sent: {where}: "
-                f"{first['msg']}; change that value in the task"
+                f"the description of task '{settings.task}' cannot be sent, because the field "
+                f"'{where}' is invalid ({first['msg']}); change this value in the task"
             ) from None
         self.rest()
         self._beat_now = asyncio.Event()

@@ -176,8 +176,8 @@ class WorkerService:
         if self._outcome == "stopped":
             reason = self._ended.result() if self._ended.done() else "unknown"
             return RunError(
-                f"the run stopped before its end: {reason}; once the coordinator is started again, "
-                "the same command joins again"
+                f"the run stopped before its end ({reason}); when the coordinator runs again, "
+                "start this worker again with the same command"
             )
         return None
 
@@ -388,7 +388,8 @@ class WorkerService:
         linked = self._connection.current is not None
         if linked and self._state.answered == work and self._state.over is None:
             reason = (
-                f"round {work.round}: update sent {_WAITING_AFTER_S:.0f} s ago, no new work yet: "
-                "the coordinator may be waiting for other workers, or may have been stopped"
+                f"round {work.round}: no new work since the update was sent "
+                f"{_WAITING_AFTER_S:.0f} s ago; the coordinator may be waiting for "
+                "other workers, or may have stopped"
             )
             self._record(Waiting(reason=reason, what="coordinator"))

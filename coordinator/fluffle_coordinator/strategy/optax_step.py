@@ -70,7 +70,7 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
     make = getattr(optax, optimizer, None)
     if make is None:
         near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "; name an optimizer, such as adamw"
         raise ValueError(f"unknown optax optimizer '{optimizer}'{hint}")
     try:
         made = make(**arguments)

@@ -70,8 +70,8 @@ class LettersModel:
             classes = []
         if not (isinstance(classes, list) and classes):
             raise UsageError(
-                f"{path} is not a model of letters: it has no classes "
-                f"(its task: {metadata.get('task') or 'unknown'})"
+                f"{path} is not a model of the letters task, because the file names no classes "
+                f"(task of the model: {metadata.get('task') or 'unknown'})"
             )
         self.classes: tuple[str, ...] = tuple(map(str, classes))
         dummy_data = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
@@ -85,8 +85,8 @@ class LettersModel:
             check_finite(weights)
         except ValueError as why:
             raise UsageError(
-                f"{path} is not a model of letters ({why}; "
-                f"its task: {metadata.get('task') or 'unknown'})"
+                f"{path} is not a model of the letters task ({why}; "
+                f"task of the model: {metadata.get('task') or 'unknown'})"
             ) from None
 
     def probabilities(self, images: Array) -> Array:

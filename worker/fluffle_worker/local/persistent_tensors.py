@@ -97,8 +97,8 @@ class PersistentTensors:
                     other.unlink(missing_ok=True)
         except OSError as why:
             raise TaskError(
-                f"the worker's state cannot be written to {path} ({why.strerror}); make room "
-                "there, or choose another folder with --state-dir"
+                f"the worker's state cannot be written to {path} ({why.strerror}); free disk "
+                "space, or choose another folder with --state-dir"
             ) from None
 
     def _name(self, number: int) -> str:

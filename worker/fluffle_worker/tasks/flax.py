@@ -139,7 +139,7 @@ class FlaxTask:
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         if share_frozen and not self.frozen():
-            raise TaskError("share_frozen= has no effect, because frozen= selects no tensor")
+            raise TaskError("frozen= selects no tensor; remove share_frozen=, which has no effect")
         self.share_frozen = share_frozen
         self._personal = PersistentTensors()
         self._steps: dict[tuple[int, Any], FlatStep] = {}

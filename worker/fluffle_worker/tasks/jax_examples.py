@@ -36,8 +36,8 @@ def on_device(data: Examples, what: str, classes: Sequence[Any] = ()) -> Any:
         if least < 0 or most >= count:
             found = least if least < 0 else most
             raise TaskError(
-                f"{what} has the target {found}, but classes= names {count}, with the targets 0 to "
-                f"{count - 1}"
+                f"{what} contains the target {found}, but classes= has {count} names, for the "
+                f"targets 0 to {count - 1}; name all classes"
             )
     return jax.device_put((inputs, targets))
 
@@ -52,12 +52,12 @@ def scored(function: Any, outputs: Any, targets: Any, count: int) -> Any:
         values = jnp.asarray(function(outputs, targets))
     except jax.errors.JAXTypeError as why:
         raise TaskError(
-            "JAX compiles this function, so the function may use jax.numpy, but not NumPy or "
-            "scikit-learn"
+            "JAX compiles the task's loss and metrics, so they cannot use NumPy or scikit-learn; "
+            "use jax.numpy instead"
         ) from why
     if values.shape and values.shape[0] != count:
         raise TaskError(
-            f"the function returned the shape {values.shape} for {count} examples; expected one "
+            f"the loss or a metric has the shape {values.shape} for {count} examples; expected one "
             "number for each example, or one number for all examples"
         )
     return values

@@ -53,8 +53,8 @@ class ModelParts:
     ) -> None:
         if isinstance(model, nnx.Module) or not callable(model):
             raise TaskError(
-                f"model= is {type(model).__name__}; a function that makes a module from rngs is "
-                "expected, such as the module's class, or lambda rngs: Module(rngs=rngs)"
+                f"model= is of type {type(model).__name__}; expected a function that makes a "
+                "module from rngs, such as the module's class, or lambda rngs: Module(rngs=rngs)"
             )
         self._frozen = nnx.All(AVERAGED, frozen)
         self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
@@ -66,7 +66,7 @@ class ModelParts:
         except jax.errors.JAXTypeError:  # the initializer branches on values: run eagerly
             like, compiled = model(nnx.Rngs(0)), lambda make: make
         if not isinstance(like, nnx.Module):
-            raise TaskError(f"model= made {type(like).__name__}; an nnx.Module is expected")
+            raise TaskError(f"model= made a {type(like).__name__}; expected an nnx.Module")
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
@@ -153,22 +153,25 @@ class ModelParts:
         trained, names = [*self.form, *self._personal_form], listed(all_named)
         if not self.form:
             raise TaskError(
-                "federated= and frozen= leave no tensor of the model to send; the model has "
-                f"{names}"
+                "federated= and frozen= leave no tensor of the model to send; change the filters "
+                f"(tensors of the model: {names})"
             )
         if frozen is not False and not self._frozen_form:
-            raise TaskError(f"frozen= selects no tensor of the model; the model has {names}")
+            raise TaskError(
+                f"frozen= selects no tensor; change the filter (tensors of the model: {names})"
+            )
         params = [(path, leaf) for path, leaf in trained if isinstance(leaf, nnx.Param)]
         if not params:
             raise TaskError(
-                f"frozen= leaves no parameter of the model to train; the model has {names}"
+                "frozen= leaves no parameter of the model to train; change the filter (tensors of "
+                f"the model: {names})"
             )
         for path, leaf in params:
             dtype = leaf.get_value().dtype
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise TaskError(
-                    f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; make it "
-                    "an nnx.Variable that is not an nnx.Param, or select it with frozen="
+                    f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; make "
+                    "the parameter an nnx.Variable other than nnx.Param, or select it with frozen="
                 )
         _check_names(_names(trained))
 
@@ -229,6 +232,6 @@ def _check_names(names: list[str]) -> None:
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:
         raise TaskError(
-            f"two tensors of the model have the name '{twice[0]}', which happens if the name of "
-            "a variable contains '/'; rename one of the two variables"
+            f"two tensors of the model have the name '{twice[0]}', because the name of a variable "
+            "contains '/'; rename one of the two variables"
         )

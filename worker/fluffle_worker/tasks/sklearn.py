@@ -70,7 +70,7 @@ class SklearnTask:
         self.num_examples, self._sample_seed = len(targets), sample_seed
         check_seed(sample_seed)
         if not self.num_examples:
-            raise TaskError("train_data has no examples")
+            raise TaskError("train_data has no examples; expected at least one example")
         classifies = is_classifier(estimator)
         self._loss = loss or (_log_loss_or_error if classifies else _squared_error)
         own = {"accuracy": _accuracy} if metrics is None and classifies else metrics
