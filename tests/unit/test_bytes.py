@@ -467,6 +467,34 @@ async def test_a_refusal_is_sent_once_per_session_and_again_if_sending_failed(li
     assert await link.get(TOPOLOGY.inbox("w")) is None
 
 
+async def test_messages_that_cannot_be_rejected_do_not_use_up_the_prefetch():
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare(TOPOLOGY.shared())
+    broker.delete(TOPOLOGY.rejected)
+
+    async def a_link() -> MemoryLink:
+        return link
+
+    outgoing = Outbox(
+        TOPOLOGY,
+        "r",
+        CoordinatorSettings("f", rs.Rules(rounds=1)),
+        link=lambda: link,
+        a_link=a_link,
+        record=lambda _: None,
+    )
+    running = asyncio.ensure_future(outgoing.run())
+    deliveries = await link.consume(TOPOLOGY.presence, prefetch=2)
+    for _ in range(5):
+        await link.publish(b"garbage", Properties(), exchange="", keys=[TOPOLOGY.presence])
+        async with asyncio.timeout(5):
+            outgoing.reject(await anext(deliveries), MalformedMessage("it is garbage"))
+            await outgoing.drained()
+    assert link.unacked == []
+    running.cancel()
+
+
 # --- headers -------------------------------------------------------------------------------------
 
 
