@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -279,6 +280,30 @@ async def test_a_part_that_cannot_even_be_rejected_does_not_end_the_run(link):
     await fetch(link, TOPOLOGY.outbox("w"), into, "deleted")
     assert into.payload() == np.arange(40.0).tobytes()
     assert await link.get(TOPOLOGY.outbox("w")) is None
+
+
+@pytest.mark.usefixtures("small_parts")
+async def test_a_cancelled_fetch_keeps_no_part(link):
+    transfer = (await send_as(link, "w")).transfer
+    (announcement,) = link.unacked
+    entered, leave = threading.Event(), threading.Event()
+
+    class Slow(Assembly):
+        def add(self, part: Part, payload: memoryview) -> None:
+            entered.set()
+            leave.wait()
+            super().add(part, payload)
+
+    fetching = asyncio.ensure_future(
+        fetch(link, TOPOLOGY.outbox("w"), Slow(transfer, 1000), TOPOLOGY.rejected)
+    )
+    await asyncio.to_thread(entered.wait)
+    fetching.cancel()
+    leave.set()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    assert link.unacked == [announcement]
+    assert (await link.counts(TOPOLOGY.outbox("w"))).ready == transfer.parts - 1
 
 
 async def test_progress_counts_the_parts_that_are_confirmed():
