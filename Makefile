@@ -34,14 +34,14 @@ demo: install
 JOBS ?= 3
 
 test: install check browser
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal,
 # and with fewer examples of each property.
 SLOW := $(addprefix unit/,attacked_training demo doctests drawing flax_parts flax_task front_door \
 	history_chart letters letters_images letters_scores local_rules mutants node printing private \
 	rabbitmq_connection results rounds_machine run_store sentences server_steps sklearn_task \
-	strategy_names task_loading torch_task) \
+	strategy_names task_arguments task_loading torch_task) \
 	$(addprefix federation/,adapters local torch user_files)
 FAST := $(filter-out $(foreach name,$(SLOW),tests/$(dir $(name))test_$(notdir $(name)).py),\
 	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
@@ -61,6 +61,7 @@ coverage: install
 
 # Before a release: all tests, coverage, and a hundred random faults.
 test-long: test coverage chaos
+	$(BIN)/python -m pytest -m long $(ARGS)
 
 # The tests of the live page need Chromium; install it if it is missing and we have the rights.
 browser:

@@ -238,7 +238,7 @@ async def test_declaring_a_queue_with_different_arguments_names_the_remedy(bench
     with pytest.raises(OtherArguments, match="another version of fluffle.*delete"):
         await bench.queue(link, "q", x_max_length=6)
     link = await bench.open()
-    with pytest.raises(OtherArguments, match="the same --queue-type everywhere"):
+    with pytest.raises(OtherArguments, match="the same --queue-type for the"):
         await bench.queue(link, "q", x_max_length=5, x_queue_type="quorum")
 
 

@@ -13,7 +13,7 @@ from tests.faults.cluster import NAMES, Cluster, three_nodes
 from tests.faults.harness import Federation, Program, wait_until
 from tests.faults.test_recovery import Beat, assert_ended_well, rules
 
-pytestmark = pytest.mark.rabbit
+pytestmark = [pytest.mark.rabbit, pytest.mark.long]
 
 QUORUM = ("--queue-type", "quorum")
 WORKERS = 4

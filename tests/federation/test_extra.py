@@ -272,7 +272,7 @@ def test_a_plan_that_trains_no_tensor_of_the_model_is_reported(federated):
         )
         federation.worker("a", Adder(federation.loop))
         reason = (await coordinator.log.until("failure"))["reason"]
-        assert "the federation trains the tensors head/*, tail, but this task's model has" in reason
+        assert "--train selects the tensors head/*, tail, but this task's model has" in reason
         await coordinator.kill()
 
     federated(scenario)

@@ -47,12 +47,12 @@ def best_of(federation):
         (
             Stopping("accuracy", patience=2),
             7,
-            "accuracy has not improved for 2 rounds, since 0.9000 in round 4 (--patience)",
+            "accuracy has not improved for 2 rounds; the best is 0.9000 in round 4 (--patience)",
         ),
         (
             Stopping(patience=3),
             5,
-            "loss has not improved for 3 rounds, since 1.0000 in round 1 (--patience)",
+            "loss has not improved for 3 rounds; the best is 1.0000 in round 1 (--patience)",
         ),
         (Stopping("accuracy", target=0.95, patience=9), 8, "8 rounds are done"),
         (NO_STOPPING, 8, "8 rounds are done"),

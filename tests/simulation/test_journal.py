@@ -60,6 +60,15 @@ def test_the_commands_read_it_as_that_of_a_real_run(tmp_path):
     assert "The run has finished: 2 rounds are done." in said
 
 
+def test_an_age_counts_from_the_end_of_the_simulation(tmp_path):
+    simulated(tmp_path)  # 8 minutes, which end in the future
+    opened = printed(journal, "--run", tmp_path, "--since", "6m", "--kind", "opened")
+    assert [line.partition("opened")[0][-9:] for line in opened.splitlines()[1:]] == ["round 2: "]
+    invalid = CliRunner().invoke(journal, ["--run", str(tmp_path), "--since", "soon"])
+    assert invalid.exit_code == 2
+    assert "Invalid value for '--since': invalid time 'soon'; write 90s" in invalid.output
+
+
 def test_a_run_that_goes_on_adds_to_it_and_a_fresh_one_has_its_own(tmp_path):
     folder = tmp_path / "run"
     simulated(folder)
@@ -96,7 +105,7 @@ def test_a_round_that_is_not_in_it_is_told(tmp_path):
     simulated(tmp_path)
     with pytest.raises(UsageError, match="round 99 is not in the journal, which has rounds 1-2"):
         printed(journal, "--run", tmp_path, "--round", 99)
-    with pytest.raises(UsageError, match="round 1 is not in this part of the journal, which has"):
+    with pytest.raises(UsageError, match="round 1 is not in the journal after --since, which has"):
         printed(journal, "--run", tmp_path, "--round", 1, "--since", "2999-01-01")
     with pytest.raises(UsageError, match="round 1 is not in the journal, which has no round"):
         printed(journal, "--run", tmp_path, "--round", 1, "--run-id", "another")
@@ -106,7 +115,7 @@ def test_a_round_that_is_not_in_it_is_told(tmp_path):
 
 
 def test_where_there_is_no_journal_it_is_said(tmp_path):
-    with pytest.raises(UsageError, match="has no journal, because only a simulation keeps"):
+    with pytest.raises(UsageError, match="has no journal; only a simulation keeps"):
         printed(journal, "--run", tmp_path)
     with pytest.raises(UsageError, match="--follow conflicts with --run"):
         printed(journal, "--run", tmp_path, "--follow")
@@ -128,5 +137,5 @@ def test_a_finished_simulation_that_is_repeated_reports_no_simulated_time(tmp_pa
     assert re.search(r"simulated .* in ", first)
     assert "simulated" not in again
     for printed in (first, again):
-        assert "the same command with --rounds 2 (without --fresh) adds more" in printed
+        assert "run the same command with --rounds 2 (without --fresh)" in printed
         assert "finished: 1 round is done" in printed

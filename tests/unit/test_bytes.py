@@ -97,7 +97,7 @@ def test_valid_announcements_are_accepted_in_every_encoding(how):
         (
             "int8",
             {"bias": None, "bias#q": np.zeros(7, np.int8), "bias#scale": np.zeros(9, np.float32)},
-            "'bias#scale' is float32 (9,), expected float32 (1,)",
+            "'bias#scale' is float32 (9,); expected float32 (1,)",
         ),
         (
             "topk",
@@ -347,7 +347,7 @@ async def test_large_garbage_is_truncated_and_cannot_be_requeued(link):
     wrong = MalformedMessage("the header is a int, not a map")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
     (result,) = await requeue(link, TOPOLOGY, [1])
-    assert result.left == "only the first 65536 bytes of it were kept"
+    assert result.left == "only the first 65536 bytes of the message were kept"
     rejected = await link.get(TOPOLOGY.rejected)
     assert rejected.body == garbage[: 2**16]
     assert rejected.properties.headers["cut_from_bytes"] == len(garbage)

@@ -116,17 +116,21 @@ def changed(**changes: Any) -> type:
         (Signs(), "is a Signs, but a codec must be a class"),
         (changed(name="No Name"), "use a name of 1 to 32 characters from a-z"),
         (changed(name=None), "the name None"),
-        (changed(name="topk"), "one of fluffle's own codecs, 'topk'"),
+        (changed(name="topk"), "a built-in codec, 'topk'"),
         (changed(encode=None), "no method 'encode'"),
         (changed(decode=lambda self, parts, like: like), "no static method 'decode'"),
         (changed(dtypes="float32"), "must set 'dtypes'"),
         (changed(feeds_back=1), "'feeds_back' to True or False"),
-        (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails in parts((4, 300)): ZeroDiv"),
+        (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails in parts((4, 300)) with ZeroDiv"),
         (changed(parts=staticmethod(lambda shape: ())), "expected a tuple of one or two Part"),
         (changed(parts=staticmethod(lambda shape: [Part("", "int8", shape)])), "a tuple of one"),
         (changed(parts=staticmethod(lambda shape: (Part("q", "int8", shape),))), "suffix 'q'"),
         (changed(parts=staticmethod(lambda shape: (Part("", "int4", shape),))), "dtype 'int4'"),
         (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "with the same suffix"),
+        (
+            changed(parts=staticmethod(lambda shape: (Part("", "float32", shape),))),
+            "cannot be told from a tensor that is not encoded",
+        ),
     ],
 )
 def test_an_invalid_codec_is_refused_with_a_remedy(codec, reason):
@@ -165,11 +169,11 @@ def leaves(*_: Any) -> Any:
         ),
         (
             lambda self, tensor, rng: (tensor, np.float32(1)),
-            "tensor 'w#sign' is float32 (30, 100), expected int8 (30, 100)",
+            "tensor 'w#sign' is float32 (30, 100); expected int8 (30, 100)",
         ),
         (
             lambda self, tensor, rng: (np.zeros(3, np.int8), np.float32(1)),
-            "'w#sign' is int8 (3,), expected int8 (30, 100)",
+            "'w#sign' is int8 (3,); expected int8 (30, 100)",
         ),
     ],
 )
@@ -209,6 +213,29 @@ def test_parts_are_checked_for_each_shape(codecs):
         CodecError, match="'signs' returned None for tensor 'w'; expected a tuple of one"
     ):
         compress(DELTA, "signs", {})
+
+
+def test_a_part_that_looks_like_the_tensor_is_not_sent(codecs):
+    class Halves(Signs):
+        name = "halves"
+
+        def encode(self, tensor: Any, rng: Any) -> tuple[Any, ...]:
+            return ((tensor / 2).astype(np.float16),)
+
+        @staticmethod
+        def parts(shape: Any) -> tuple[Part, ...]:
+            return (Part("", "float16", shape),)
+
+        @staticmethod
+        def decode(parts: Any, like: Any) -> Any:
+            return parts[0].astype(like.dtype) * 2
+
+    codecs.add(Halves, "here")
+    for dtype in (np.float32, np.float16):  # error feedback encodes a float16 as a float32
+        delta = {"w": DELTA["w"].astype(dtype)}
+        sent, residual = compress(delta, Halves(), {})
+        decoded = decompress(sent, "halves", delta)["w"]
+        assert np.array_equal(decoded + residual.get("w", 0), delta["w"])
 
 
 def test_a_residual_that_is_not_finite_is_an_error(codecs):
@@ -331,7 +358,7 @@ def test_compress_takes_a_codec_from_a_file_and_sends_its_name(codecs, tmp_path,
     ("text", "reason"),
     [
         ("{}/none.py:Tenths", "there is no file"),
-        ("{}/codec.py:Nothing", "has no 'Nothing' (--compress)"),
+        ("{}/codec.py:Nothing", "has no 'Nothing'; correct the name in --compress"),
         ("{}/codec.py:np", "is a module, but a codec must be a class"),
         ("{}/codec.py:Tenths:bad", "invalid literal"),
         ("{}/codec.py:Tenths:a b", "is not a codec"),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import io
 import json
 import math
 import os
+import select
 import threading
 import time
 from pathlib import Path
@@ -265,3 +267,37 @@ def test_a_full_pipe_gets_the_rest_later():
         assert stream._thread is not None
         assert lines.read(len(text)) == text.encode()
         assert stream.settle(10)
+
+
+def test_a_character_at_the_edge_of_a_full_pipe_stays_whole():
+    reader, writer = os.pipe()
+    with os.fdopen(writer, "w", encoding="utf-8") as pipe, os.fdopen(reader, "rb") as lines:
+        room = select.PIPE_BUF
+        filler = fcntl.fcntl(writer, fcntl.F_GETPIPE_SZ) - room
+        os.write(writer, b"." * filler)
+        text = "…" * room + "\n"  # three bytes, which do not divide the room that is left
+        stream = BackgroundStream(pipe)
+        stream.write(text)
+        assert lines.read(filler + len(text.encode())).decode()[filler:] == text
+        assert stream.settle(10)
+
+
+def test_a_line_that_a_full_disk_cut_off_ends_before_the_note(tmp_path, monkeypatch):
+    write, full = os.write, [OSError(errno.ENOSPC, "No space left on device")] * 2
+
+    def limited(descriptor: int, data: memoryview) -> int:
+        if not stream._lost_lines and data[:3] == b"ABC":
+            return write(descriptor, data[:3])
+        if full:
+            raise full.pop()
+        return write(descriptor, data)
+
+    monkeypatch.setattr("os.write", limited)
+    with (tmp_path / "log").open("w", encoding="utf-8") as file:
+        stream = BackgroundStream(file)
+        stream.write("ABCDEF\n")
+        assert stream.settle(10)
+        stream.write("here again\n")
+        assert stream.settle(10)
+    lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
+    assert lines == ["ABC", "… 1 line could not be written here", "here again"]

@@ -155,3 +155,10 @@ async def test_a_saved_message_is_its_body_and_a_description(tmp_path):
     ]
     assert json.loads(names[0].with_suffix(".json").read_text())["loss"] == math.pi
     assert len(list((tmp_path / "kept").iterdir())) == 4
+
+
+async def test_saved_messages_sort_by_arrival_though_the_clock_is_set_back(tmp_path):
+    folder = MessageArchive(tmp_path)
+    messages = [decode_message(each, "f") for each in await through(b"a", b"b", b"c")]
+    names = [folder.save(each, now) for each, now in zip(messages, (7200, 3600, 9000), strict=True)]
+    assert sorted(names) == names

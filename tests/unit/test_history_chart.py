@@ -19,3 +19,19 @@ def test_the_chart_of_many_rounds_has_few_ticks(tmp_path, monkeypatch):
     assert (tmp_path / "history.png").stat().st_size > 1000
     assert 3 < len(ticks) < 20
     assert all(tick == int(tick) for tick in ticks)
+
+
+@pytest.mark.parametrize(
+    ("losses", "bottom"), [((0.5, 0.2), 0), ((-1, -2), -2.05), ((1, -1), -1.1)]
+)
+def test_the_chart_shows_losses_below_zero(tmp_path, monkeypatch, losses, bottom):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.setattr(plt, "close", lambda _figure: None)
+    rounds = [{"round": number, "loss": loss} for number, loss in enumerate(losses, 1)]
+    draw_history(rounds, tmp_path / "history.png")
+    figure = plt.gcf()
+    monkeypatch.undo()
+    low, high = figure.axes[0].get_ylim()
+    plt.close(figure)
+    assert low == pytest.approx(bottom)
+    assert high > max(losses)

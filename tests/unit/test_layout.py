@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tracemalloc
+from types import SimpleNamespace
 
 import ml_dtypes
 import numpy as np
@@ -178,6 +179,10 @@ def test_bfloat16_tensors_form_one_vector():
         (np.zeros(2, [("a", "f4")]), "'w' is .*; keep this tensor out of the weights$"),
         ([1.0], "'w' is of type list, not an array"),
         (None, "'w' is of type NoneType, not an array"),
+        (  # as a tensor of PyTorch
+            SimpleNamespace(dtype="torch.float32", shape=(2,)),
+            "'w' is of type SimpleNamespace, not an array; convert it with np.asarray",
+        ),
         (np.ones((1,) * 33), "'w' has 33 dimensions; reshape it to at most 32 dimensions"),
     ],
 )

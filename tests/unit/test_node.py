@@ -106,7 +106,7 @@ def test_a_reused_pid_is_not_the_node(info: NodeInfo, tmp_path: Path) -> None:
     ("state", "ports", "extra", "message"),
     [
         ("s", Ports(5, 7, 7), "", "port 7 is given twice"),
-        ("it's", Ports(0, 0, 0), "", "with ' in its path"),
+        ("it's", Ports(0, 0, 0), "", "the path contains '"),
         ("file", Ports(0, 0, 0), "", "cannot use the state folder"),
         ("x" * 300, Ports(0, 0, 0), "", "too long"),
     ],
@@ -116,6 +116,12 @@ def test_up_refuses(tmp_path: Path, state: str, ports: Ports, extra: str, messag
     with pytest.raises(BrokerError, match=message) as refused:
         node.up(tmp_path / state, ports=ports, extra_conf=extra)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["rabbit@host", "my node", "a.b", "ü", "x" * 65])
+def test_up_refuses_a_name_that_erlang_does_not_accept(tmp_path: Path, name: str) -> None:
+    with pytest.raises(BrokerError, match="cannot be the name of a node; use letters"):
+        node.up(tmp_path, ports=Ports(0, 0, 0), node_name=name)
 
 
 def test_up_refuses_a_disk_on_which_publishers_would_hang(
@@ -162,6 +168,13 @@ def test_port_0_alone_chooses_all_ports(
 
 def test_free_ports_are_distinct() -> None:
     assert len(set(network.free_ports(20))) == 20
+
+
+def test_a_port_that_was_given_is_not_chosen_again(monkeypatch) -> None:
+    monkeypatch.setattr(network, "free_ports", lambda count: list(range(40000, 40000 + count)))
+    ports = node._with_free_ports(Ports(40000, 40001, 0, 0, 0))
+    assert len(set(dataclasses.astuple(ports))) == 5
+    assert (ports.amqp, ports.management) == (40000, 40001)
 
 
 @pytest.mark.parametrize(
@@ -261,6 +274,15 @@ def test_the_cookie_is_private_and_survives_a_restart(info: NodeInfo) -> None:
     assert cookie.stat().st_mode & 0o777 == 0o400
     launch.write_files(info, "", "shared")
     assert cookie.read_text() == "shared"
+
+
+def test_a_cookie_that_was_not_written_is_replaced(info: NodeInfo) -> None:
+    cookie = info.folder / "home/.erlang.cookie"
+    cookie.parent.mkdir()
+    cookie.touch(mode=0o600)  # killed before it was written
+    launch.write_files(info, "", None)
+    assert len(cookie.read_text()) == 32
+    assert cookie.stat().st_mode & 0o777 == 0o400
 
 
 def test_extra_configuration_comes_last_and_wins(info: NodeInfo) -> None:
@@ -436,3 +458,12 @@ def test_an_error_of_docker_is_one_line(
     programs("docker", "echo pulling >&2; echo 'port is already allocated' >&2; exit 1")
     with pytest.raises(BrokerError, match=r"^docker compose up failed: port is already allocated"):
         container.start(info, "")
+
+
+def test_a_container_cannot_be_stopped_once_docker_is_gone(
+    tmp_path: Path, info: NodeInfo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record.save(dataclasses.replace(info, pid=None, born=None, started_as="docker"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(BrokerError, match="'docker' is not installed"):
+        node.down(tmp_path)

@@ -9,11 +9,14 @@ import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
+from click.testing import CliRunner
 
+from fluffle_broker.cli.broker import broker
 from fluffle_broker.inspect.queues import QueueOverview
 from fluffle_broker.inspect.queues_table import hints
 from fluffle_broker.node import policies
-from fluffle_common.errors import BrokerError
+from fluffle_common.cli.settings import management_of
+from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.protocol import topology
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.rabbitmq.management import read_queue
@@ -166,8 +169,8 @@ def test_queues_without_a_limit_share_one_hint():
         description("letters.inbox.w", {}),
     )
     assert lines == [
-        "no policy limits how much these 3 queues may hold (updates, presence, inbox.w): "
-        "fluffle broker apply-policy --federation letters"
+        "no policy limits how much these 3 queues may hold (updates, presence, inbox.w); "
+        "set limits with 'fluffle broker apply-policy --federation letters'"
     ]
 
 
@@ -176,3 +179,23 @@ def test_any_policy_that_limits_a_queue_is_enough():
     assert hinted(description("letters.updates", {"overflow": "drop-head"})) != []
     assert hinted(description("letters.lock.presence", {}), description("letters.tap.a", {})) == []
     assert hinted({"name": "letters.updates", "messages": 0, "consumers": 1}) == []  # unknown
+
+
+@pytest.mark.parametrize(
+    "url", ["amqp://me:se/cret@127.0.0.1:1", "amqp://me:secret@[h", "http://h"]
+)
+@pytest.mark.parametrize("flag", [["--print"], []])
+def test_apply_policy_refuses_an_invalid_url(url, flag):
+    refused = CliRunner().invoke(
+        broker, ["apply-policy", "--federation", "letters", "--url", url, *flag]
+    )
+    assert isinstance(refused.exception, UsageError)
+    assert "is not the URL of a broker" in str(refused.exception)
+    assert "cret" not in f"{refused.exception}{refused.output}"
+
+
+def test_a_user_in_the_url_of_the_management_api_is_refused_and_not_printed():
+    with pytest.raises(UsageError, match="http://h:15672 has a user; leave out the user") as no:
+        management_of("amqp://h/", "http://me:secret@h:15672")
+    assert "secret" not in str(no.value)
+    assert management_of("amqp://h/", "http://h:1/") == "http://h:1"

@@ -24,8 +24,10 @@ from fluffle_common.cli.printing import (
     echo_json,
     one_line,
     printable,
+    screen,
     table,
 )
+from fluffle_common.cli.progress_bars import progress_on
 from fluffle_common.errors import FluffleError, RunError
 from fluffle_common.protocol.events import REGISTRY, from_fields
 
@@ -165,7 +167,7 @@ def raising(monkeypatch):
 def test_an_unexpected_error_is_one_line_with_its_place(raising, capsys):
     assert raising(KeyError("x\x1b[2J\ny")) == 1
     message = capsys.readouterr().err
-    assert message.startswith("fluffle: unexpected error, a bug in fluffle (KeyError: ")
+    assert message.startswith("fluffle: unexpected error, caused by a bug in fluffle (KeyError: ")
     assert re.search(r", at app\.py:\d+\)", message)
     assert "FLUFFLE_DEBUG=1" in message
     assert len(message.splitlines()) == 1
@@ -183,7 +185,7 @@ def test_debug_shows_the_traceback(raising, capsys, monkeypatch):
     [
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
-        (OSError(errno.ENOSPC, "No space left on device"), "cannot write (No space left on"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write a file (No space left on"),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "'ulimit -n 4096'"),
         (OSError(errno.ENFILE, "Too many open files in system"), "files on this machine"),
         (ModuleNotFoundError("No module", name="rpds"), "the package 'rpds' is missing"),
@@ -237,3 +239,16 @@ def test_a_command_without_a_usable_stdout_ends_without_a_traceback(
     )
     assert len(done.stderr.splitlines()) == (redirection == ">/dev/full")
     assert done.returncode == code
+
+
+def test_text_with_the_name_of_an_emoji_is_unchanged(capsys):
+    rows = table()
+    rows.add_column(":a:")
+    rows.add_row("codec.py:x:0.5")
+    screen().print(rows)
+    screen().print("codec.py:b:1")
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in (":a:", "codec.py:x:0.5", "codec.py:b:1"))
+    bars = progress_on(io.StringIO())
+    bars.console.print("codec.py:x:0.5")
+    assert bars.console.file.getvalue() == "codec.py:x:0.5\n"

@@ -148,7 +148,7 @@ async def test_a_dead_lettered_message_has_rabbitmqs_reason(link):
     sent = Properties(headers={"x-first-death-reason": "maxlen"})
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
     (message,) = await list_rejected(link, TOPOLOGY)
-    assert (message.reason, message.cause) == ("RabbitMQ dropped it (maxlen)", "unknown")
+    assert (message.reason, message.cause) == ("RabbitMQ dropped the message (maxlen)", "unknown")
 
 
 async def test_purge_deletes_all(link):
@@ -165,8 +165,10 @@ async def test_a_quorum_queue_can_be_emptied_but_not_read(link):
     await link.publish(b"x", sent, exchange="", keys=["q.rejected"])
     with pytest.raises(UsageError, match="not a classic queue"):
         await list_rejected(link, Topology("q"))
-    (done,) = await requeue(link, Topology("q"), None)
-    assert done.left is None
+    await link.publish(b"x", sent, exchange="", keys=["q.rejected"])
+    with pytest.raises(UsageError, match="not a classic queue"):
+        await requeue(link, Topology("q"), {2})  # would return message 1
+    assert [done.left for done in await requeue(link, Topology("q"), None)] == [None, None]
 
 
 async def test_an_unknown_federation_is_an_error(link):

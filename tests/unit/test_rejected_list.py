@@ -18,7 +18,7 @@ REASON = (
     "the message belongs to run ef6d17eff8f5, but this coordinator runs 5ff8b96f6f8b; start the "
     "worker again\x1b[2J"
 )
-HEADERS = {"reason": REASON, "cause": "other_run", "rejected_at": "2026-11-29T21:00:00+00:00"}
+HEADERS = {"reason": REASON, "cause": "not_finite", "rejected_at": "2026-11-29T21:00:00+00:00"}
 
 
 async def some_rejected() -> list[Rejected]:
@@ -41,10 +41,29 @@ async def test_a_narrow_terminal_shows_the_reason_in_lines_of_its_own(monkeypatc
     cli._table(await some_rejected(), 0.0)
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert "reason" not in header
-    rows = [number for number, line in enumerate(lines) if "other_run" in line]
+    rows = [number for number, line in enumerate(lines) if "not_finite" in line]
     assert rows == [0, 3]
     assert lines[0].split()[:3] == ["1", "2026-11-29", "21:00:00"]
     assert " ".join(line.strip() for line in lines[1:3]) == printable(REASON)
+    assert max(map(cell_len, lines)) <= columns
+
+
+@pytest.mark.parametrize("columns", [80, 140])
+async def test_no_sender_can_hide_the_other_columns(monkeypatch, capsys, columns):
+    link = await MemoryBroker().open()
+    await link.declare([Queue("q", "of a test")])
+    long = Properties(type="k" * 255, headers={"worker": "w" * 400, "cause": "c" * 400, **HEADERS})
+    for sent in (long, long._replace(headers={**long.headers, "cause": "c" * 400})):
+        await link.publish(b"", sent, exchange="", keys=["q"])
+    messages = [decode_message(await link.get("q"), "f", values=False) for _ in range(2)]
+    rejects = [Rejected(number, message) for number, message in enumerate(messages, 1)]
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr("fluffle_common.cli.printing.is_terminal", lambda _: True)
+    cli._table(rejects, 0.0)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(name in lines[0] for name in ("#", "when", "kind", "worker", "round", "size"))
+    assert any(line.startswith("1") and "not_fini" in line for line in lines)
+    assert any(line.startswith("2") and "unknown" in line for line in lines)
     assert max(map(cell_len, lines)) <= columns
 
 

@@ -21,6 +21,9 @@ def test_the_address_of_a_private_broker_stays_known_while_the_broker_is_down(
     assert find() == DEFAULT_URL
     up("amqp://127.0.0.1:5673/")  # it may start later than the process
     assert find() == "amqp://127.0.0.1:5673/"
+    for damaged in ("", "null", "[]"):
+        record.write_text(damaged)
+        assert find() == "amqp://127.0.0.1:5673/"
     record.unlink()
     assert find() == "amqp://127.0.0.1:5673/"
     up("amqp://127.0.0.1:5999/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import click
@@ -12,7 +12,7 @@ import click
 from fluffle_broker.cli.options import federation_and_broker, inspection_options
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.printing import echo, echo_json, is_terminal, screen
+from fluffle_common.cli.printing import echo, echo_json, is_terminal, printable, screen
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.queues import QueueOverview
@@ -21,7 +21,7 @@ _EVERY_S = 2.0
 
 
 @click.command()
-@inspection_options("Print a list of objects; with --watch, one list per line.")
+@inspection_options("Print a list of JSON objects; with --watch, print one list per line.")
 @management_option
 @click.option("--watch", is_flag=True, help="Repeat the table every 2 seconds, until Ctrl-C.")
 def queues(
@@ -68,10 +68,10 @@ def queues(
         _show(overview)
     else:
         echo(
-            f"federation {federation} has no queues on this broker yet; its coordinator and "
-            "workers create them when they start"
+            f"federation {federation} has no queues on this broker yet; start the coordinator and "
+            "the workers, which create the queues"
         )
-    _notes(overview)
+    _warn(overview)
 
 
 def _show(overview: QueueOverview) -> None:
@@ -86,17 +86,22 @@ def _show(overview: QueueOverview) -> None:
         shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)
     if overview.at_rest:
         at = f"--federation {overview.topology.federation}"
-        shown.print(f"nobody is connected; 'fluffle explain {at}' summarizes the last run")
+        shown.print(f"nobody is connected; see the last run with 'fluffle explain {at}'")
 
 
-def _notes(overview: QueueOverview) -> None:
+def _warn(overview: QueueOverview) -> None:
+    for note in _notes(overview):
+        warn(note)
+
+
+def _notes(overview: QueueOverview) -> Iterator[str]:
     if overview.alarms:
-        warn(
-            f"the broker has run out of {' and '.join(overview.alarms)}: it accepts no messages "
+        yield (
+            f"the broker has run out of {' and '.join(overview.alarms)}, and accepts no messages "
             "until there is room again"
         )
     if overview.note:
-        warn(overview.note)
+        yield overview.note
 
 
 def _watch(once: Callable[[], QueueOverview], as_json: bool) -> None:
@@ -123,15 +128,16 @@ def _watch(once: Callable[[], QueueOverview], as_json: bool) -> None:
                     echo_json(overview.as_dicts(), indent=None)
                 elif live is not None:
                     # The end is cut off if it does not fit on the screen, so hints come first.
-                    lines = [*hints(overview), *([overview.note] if overview.note else [])]
-                    marked = [Text(f"! {line}", style="bold yellow") for line in lines]
+                    lines = [*hints(overview), *_notes(overview)]
+                    marked = [Text(f"! {printable(line)}", style="bold yellow") for line in lines]
                     live.update(
                         Group(*marked, build_table(overview, live.console.width)), refresh=True
                     )
                 else:
                     echo(time.strftime("%H:%M:%S"))
                     _show(overview)
-                    _notes(overview)
+                if live is None:
+                    _warn(overview)
             time.sleep(_EVERY_S)
     finally:
         if live is not None:

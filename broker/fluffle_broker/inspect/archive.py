@@ -28,6 +28,7 @@ class MessageArchive:
         path.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._numbers = itertools.count(1)
+        self._latest = ""  # the clock may be set back, as local time is each autumn
 
     def save(self, decoded: DecodedMessage, now: float) -> Path:
         """Write both files of a message, each atomically; return the path of the body.
@@ -36,7 +37,8 @@ class MessageArchive:
             OSError: if a file cannot be written.
         """
         arrived = time.strftime("%Y%m%dT%H%M%S", time.localtime(now))
-        body = self._path / f"{arrived}-{next(self._numbers):06d}-{_name(decoded)}.msgpack"
+        self._latest = max(self._latest, arrived)
+        body = self._path / f"{self._latest}-{next(self._numbers):06d}-{_name(decoded)}.msgpack"
         with replacing(body) as file:
             file.write(decoded.delivery.body)
         with replacing(body.with_name(f"{body.stem}.json")) as file:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fluffle_broker.inspect.browse import borrowed, is_classic
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import CAUSES, UsageError
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import CUT
@@ -31,13 +31,14 @@ class Rejected:
         """Why it was rejected, in words."""
         reason = self.decoded.header("reason")
         if reason is None and self.decoded.header("x-first-death-reason") is not None:
-            reason = f"RabbitMQ dropped it ({self.decoded.header('x-first-death-reason')})"
+            reason = f"RabbitMQ dropped the message ({self.decoded.header('x-first-death-reason')})"
         return str(reason or "unknown")
 
     @property
     def cause(self) -> str:
         """The cause, one of ``errors.CAUSES`` or ``unknown``."""
-        return str(self.decoded.header("cause") or "unknown")
+        cause = self.decoded.header("cause")
+        return cause if cause in CAUSES else "unknown"  # a worker can send any text
 
     @property
     def rejected_at(self) -> str | None:
@@ -122,9 +123,12 @@ async def requeue(
         numbers: the numbers of the messages; None for all messages.
 
     Raises:
-        UsageError: if one of the numbers does not exist.
+        UsageError: if one of the numbers does not exist, or returning the other messages to the
+            queue would have side effects.
     """
     count = await _count(link, topology)
+    if numbers is not None:
+        await _must_be_classic(link, topology)
     for number in numbers or ():
         if not 1 <= number <= count:
             raise _no_such(topology, number, count)
@@ -137,6 +141,7 @@ async def requeue(
                 break
             if numbers is not None and number not in numbers:
                 returned.append(delivery)
+                delivery.body = b""
                 continue
             decoded = decode_message(delivery, topology.federation, values=False)
             result = await _send_again(link, topology, Rejected(number, decoded))
@@ -228,7 +233,8 @@ async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requ
     exchange, key = target
     delivery = message.decoded.delivery
     if CUT in delivery.properties.headers:
-        return Requeued(message, left=f"only the first {len(delivery.body)} bytes of it were kept")
+        kept = len(delivery.body)
+        return Requeued(message, left=f"only the first {kept} bytes of the message were kept")
     headers = {
         name: value
         for name, value in delivery.properties.headers.items()
@@ -248,7 +254,7 @@ async def _count(link: Link, topology: Topology) -> int:
     counts = await link.counts(topology.rejected)
     if counts is None:
         raise UsageError(
-            f"there is no queue {topology.rejected}: no process of federation "
+            f"there is no queue {topology.rejected}, because no process of federation "
             f"{topology.federation} has connected to this broker yet"
         )
     return counts.ready
@@ -259,13 +265,12 @@ async def _must_be_classic(link: Link, topology: Topology) -> None:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"cannot read {queue.name}, because it is not a classic queue: RabbitMQ would record "
-            "each reading as a failed delivery; 'fluffle journal --federation "
-            f"{topology.federation}' shows what was rejected, and 'fluffle rejected requeue "
-            "--all' and 'fluffle rejected purge' still work"
+            f"cannot list {queue.name}, because it is not a classic queue; list the rejections "
+            f"with 'fluffle journal --federation {topology.federation}', or use 'fluffle rejected "
+            "requeue --all' or 'fluffle rejected purge'"
         )
 
 
 def _no_such(topology: Topology, number: int, count: int) -> UsageError:
-    remedy = f"choose 1 to {count}" if count else "it is empty"
+    remedy = f"choose 1 to {count}" if count else "the queue is empty"
     return UsageError(f"there is no message {number} in {topology.rejected}; {remedy}")

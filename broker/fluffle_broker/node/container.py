@@ -41,8 +41,11 @@ def _compose(info: NodeInfo, *arguments: str) -> None:
     # One project for each folder, so that several nodes can run at the same time.
     project = "fluffle-" + hashlib.sha256(os.fsencode(info.folder)).hexdigest()[:12]
     compose = str(launch.packaged_file("compose.yaml"))
+    docker = shutil.which("docker")
+    if docker is None:  # removed since the container was started
+        raise BrokerError("a container runs RabbitMQ, but the command 'docker' is not installed")
     done = subprocess.run(
-        ["docker", "compose", "--project-name", project, "--file", compose, *arguments],
+        [docker, "compose", "--project-name", project, "--file", compose, *arguments],
         env={
             **os.environ,
             "FLUFFLE_AMQP_PORT": str(info.ports.amqp),
@@ -58,6 +61,6 @@ def _compose(info: NodeInfo, *arguments: str) -> None:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise BrokerError(
-            f"docker compose {arguments[0]} failed: {lines[-1]}; see 'docker compose "
+            f"docker compose {arguments[0]} failed: {lines[-1]}; see the log with 'docker compose "
             f"--project-name {project} logs'"
         )

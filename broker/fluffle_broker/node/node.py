@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ Report = Callable[[str], None]
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _UNQUOTABLE = frozenset("'\"`")
+_NODE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 def running_node(state: Path) -> NodeInfo | None:
@@ -84,6 +86,7 @@ def up(
         wanted = ports or Ports()
         _require_free(wanted)
         _require_plain_path(folder)
+        _require_plain_name(node_name)
         _require_space(folder, extra_conf)
         installation = _find_or_unpack(report)
         info = _describe(folder, _with_free_ports(wanted), node_name, installation)
@@ -146,7 +149,7 @@ def _start_container(info: NodeInfo, extra_conf: str, report: Report) -> NodeInf
             _limit_queues(ready, report)
             return ready
         raise BrokerError(
-            "the container with RabbitMQ ended at once; 'docker ps --all' shows its exit code"
+            "the container with RabbitMQ ended at once; see its exit code with 'docker ps --all'"
         )
     except BaseException:
         with contextlib.suppress(BrokerError):  # the first error is the one to report
@@ -182,8 +185,8 @@ def _await_ready(info: NodeInfo) -> NodeInfo | None:
         if time.monotonic() > end:
             raise BrokerError(
                 f"RabbitMQ (pid {info.pid}) does not answer on port {info.ports.amqp} after "
-                f"{_BOOT_TIMEOUT_S:.0f} s; see {info.logs}; to stop RabbitMQ, run 'fluffle "
-                "broker down'"
+                f"{_BOOT_TIMEOUT_S:.0f} s; read the logs in {info.logs}, and stop RabbitMQ with "
+                "'fluffle broker down'"
             )
         time.sleep(_POLL_S)
     return None
@@ -244,8 +247,17 @@ def _require_plain_path(folder: Path) -> None:
     """Refuse a path with quotes: RabbitMQ passes it to a shell for ``df``, and then hangs."""
     if quotes := _UNQUOTABLE.intersection(str(folder)):
         raise BrokerError(
-            f"RabbitMQ cannot boot in a folder with {' or '.join(sorted(quotes))} in its path "
-            f"({folder}); choose another folder with --state"
+            f"RabbitMQ cannot start in {folder}, because the path contains "
+            f"{' and '.join(sorted(quotes))}; choose another folder with --state"
+        )
+
+
+def _require_plain_name(node_name: str) -> None:
+    """Refuse a name that Erlang does not accept; with a host in it, RabbitMQ waits for the host."""
+    if not _NODE_NAME.fullmatch(node_name):
+        raise BrokerError(
+            f"'{node_name[:80]}' cannot be the name of a node; use letters, digits, '-' and '_' in "
+            "--node-name, without '@' and a host"
         )
 
 
@@ -254,15 +266,16 @@ def _require_space(folder: Path, extra_conf: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < launch.DISK_FREE_LIMIT_BYTES and "disk_free_limit" not in extra_conf:
         raise BrokerError(
-            f"only {free / 1e6:.0f} MB are free in {folder}, but RabbitMQ stops accepting "
-            f"messages below {launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB of free space; free some "
-            "space, or choose another folder with --state"
+            f"only {free / 1e6:.0f} MB are free in {folder}, but RabbitMQ needs at least "
+            f"{launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB to accept messages; free some space, or "
+            "choose another folder with --state"
         )
 
 
 def _with_free_ports(ports: Ports) -> Ports:
     given = dataclasses.asdict(ports)
-    free = iter(network.free_ports(len(given)))
+    # A port that was given is not in use yet, so it may be among the free ones.
+    free = iter(set(network.free_ports(2 * len(given))) - set(given.values()))
     return Ports(**{name: port or next(free) for name, port in given.items()})
 
 
@@ -308,6 +321,6 @@ def _readable_errors(folder: Path) -> Iterator[None]:
         if len(where) > 120:
             where = f"{where[:60]}…{where[-59:]}"
         raise BrokerError(
-            f"cannot use the state folder: {where}: {refused.strerror or refused}; choose "
+            f"cannot use the state folder ({where}: {refused.strerror or refused}); choose "
             "another folder with --state (FLUFFLE_STATE)"
         ) from refused

@@ -24,7 +24,7 @@ from typing import IO
 from fluffle_common.cli.printing import is_terminal
 
 # How far a slow reader may lag behind, about ten thousand lines.
-_CAPACITY_CHARS = 2**20
+_CAPACITY_BYTES = 2**20
 
 
 class BackgroundStream(io.TextIOBase):
@@ -33,7 +33,7 @@ class BackgroundStream(io.TextIOBase):
     Args:
         stream: the stream to write to; None drops all text.
         failed: called once, in the thread, with the reason of the first error.
-        capacity: the maximum number of pending characters.
+        capacity: the maximum number of pending bytes.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class BackgroundStream(io.TextIOBase):
         stream: IO[str] | None,
         failed: Callable[[str], None] = lambda _: None,
         *,
-        capacity: int = _CAPACITY_CHARS,
+        capacity: int = _CAPACITY_BYTES,
     ) -> None:
         self._stream, self._failed, self._capacity = stream, failed, capacity
         self._descriptor: int | None = None
@@ -51,10 +51,11 @@ class BackgroundStream(io.TextIOBase):
                 self._descriptor = stream.fileno()
         self._encoding = getattr(stream, "encoding", None) or "utf-8"
         self._changed = threading.Condition()
-        self._pending: list[str] = []
-        self._chars = 0
+        self._pending: list[bytes] = []
+        self._size = 0
         self._writing = False
         self._lost_lines, self._reported = 0, False
+        self._begun = False  # whether the beginning of the pending text is written
         self._torn = False  # whether the last write was cut off in the middle of a line
         self._thread: threading.Thread | None = None
 
@@ -73,31 +74,33 @@ class BackgroundStream(io.TextIOBase):
 
     def write(self, text: str) -> int:
         """Accept a text, to be written soon or dropped; return its length."""
-        length = len(text)
+        # As bytes, because a write may end in the middle of a character.
+        data = text.encode(self._encoding, "backslashreplace")
         with self._changed:
-            if self._chars + length > self._capacity:
-                self._lost_lines += text.count("\n")
-                return length
+            if self._size + len(data) > self._capacity:
+                self._lost_lines += data.count(b"\n")
+                return len(text)
             if not self._pending and not self._writing and not self._lost_lines:
-                text = self._write_ready(text)
-                if not text:
-                    return length
-            self._pending.append(text)
-            self._chars += len(text)
+                rest = self._write_ready(data)
+                if not rest:
+                    return len(text)
+                self._begun, data = len(rest) < len(data), rest
+            self._pending.append(data)
+            self._size += len(data)
             if self._thread is None and self._stream is not None:
                 self._thread = threading.Thread(target=self._run, name="output", daemon=True)
                 self._thread.start()
             self._changed.notify_all()
-        return length
+        return len(text)
 
-    def _write_ready(self, text: str) -> str:
+    def _write_ready(self, data: bytes) -> bytes:
         """Write as much as possible without blocking; return the rest for the thread.
 
         Passing every line through the thread would make a round of a small model 10 % slower.
         """
         if self._descriptor is None:
-            return text
-        left = memoryview(text.encode(self._encoding, "backslashreplace"))
+            return data
+        left = memoryview(data)
         writable = select.poll()
         writable.register(self._descriptor, select.POLLOUT)
         while left:
@@ -109,7 +112,7 @@ class BackgroundStream(io.TextIOBase):
             if not count:
                 break
             left = left[count:]
-        return bytes(left).decode(self._encoding, "replace")
+        return bytes(left)
 
     def flush(self) -> None:
         """Do nothing, because all text is written as soon as possible."""
@@ -127,20 +130,22 @@ class BackgroundStream(io.TextIOBase):
                 self._writing = False
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: bool(self._pending))
-                text = "".join(self._pending)
-                self._pending, self._chars, self._writing = [], 0, True
+                data = b"".join(self._pending)
+                self._pending, self._size, self._writing = [], 0, True
                 lost = self._lost_lines
-            self._write_out(text, lost)
+            self._write_out(data, lost)
 
-    def _write_out(self, text: str, lost: int) -> None:
+    def _write_out(self, data: bytes, lost: int) -> None:
         if lost:
             lines = f"{lost} line{'' if lost == 1 else 's'}"
-            text = f"… {lines} could not be written here\n{text}"
+            note = f"… {lines} could not be written here\n"
+            data = note.encode(self._encoding, "backslashreplace") + data
         try:
-            self._put("\n" + text if self._torn else text)
+            self._put(b"\n" + data if self._torn else data)
         except (OSError, ValueError) as why:
+            self._torn |= self._begun
             with self._changed:
-                self._lost_lines += text.count("\n") - bool(lost)
+                self._lost_lines += data.count(b"\n") - bool(lost)
             if not self._reported:
                 self._reported = True
                 self._failed(str(getattr(why, "strerror", None) or why))
@@ -148,14 +153,15 @@ class BackgroundStream(io.TextIOBase):
             self._torn = False
             with self._changed:
                 self._lost_lines -= lost
+        self._begun = False
 
-    def _put(self, text: str) -> None:
+    def _put(self, data: bytes) -> None:
         assert self._stream is not None
         if self._descriptor is None:
-            self._stream.write(text)
+            self._stream.write(data.decode(self._encoding))
             self._stream.flush()
             return
-        left = memoryview(text.encode(self._encoding, "backslashreplace"))
+        left = memoryview(data)
         while left:
             try:
                 written = os.write(self._descriptor, left)

@@ -132,7 +132,7 @@ def screen(*, width_in_a_pipe: int = _WIDTH_IN_A_PIPE) -> Console:
 
     width = None if is_terminal(sys.stdout) else width_in_a_pipe
     stream = sys.stdout or open(os.devnull, "w")
-    return Screen(file=stream, width=width, highlight=False, markup=False)
+    return Screen(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
 def table(*, caption: str | None = None, **options: Any) -> Table:

@@ -47,7 +47,7 @@ class _Description(ProgressColumn):
 
 def progress_on(stream: object) -> Progress:
     """Return a progress display on a stream."""
-    console = Console(file=cast("IO[str]", stream), highlight=False)
+    console = Console(file=cast("IO[str]", stream), highlight=False, emoji=False)
     width = _BAR_WIDTH if console.width >= _NARROW else _NARROW_BAR_WIDTH
     return Progress(
         _Label(Column(no_wrap=True, min_width=_LABEL_WIDTH)),

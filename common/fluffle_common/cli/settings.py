@@ -36,18 +36,18 @@ def cache_folder() -> Path:
         return Path.home() / ".cache"
     except RuntimeError:
         raise UsageError(
-            "there is no folder for the cache, because this user has no home folder; name a "
-            "folder with XDG_CACHE_HOME"
+            "there is no folder for the cache, because this user has no home folder; set the "
+            "environment variable XDG_CACHE_HOME to a folder"
         ) from None
 
 
 def node_record(state: Path) -> dict[str, str | int]:
     """Return the record that ``fluffle broker up`` wrote; empty if there is none."""
     try:
-        record: dict[str, str | int] = json.loads((state / "broker" / "node.json").read_text())
+        record = json.loads((state / "broker" / "node.json").read_text())
     except (OSError, ValueError):
         return {}
-    return record
+    return record if isinstance(record, dict) else {}
 
 
 def broker_url(given: str | None, otherwise: str = DEFAULT_URL) -> str:
@@ -72,9 +72,19 @@ def broker_url_finder(given: str | None) -> Callable[[], str]:
 
 
 def management_of(url: str, given: str | None) -> str:
-    """Return the URL of the management API of the broker at ``url``; ``given`` if set."""
-    from fluffle_common.transport.rabbitmq.management import management_base
+    """Return the URL of the management API of the broker at ``url``; ``given`` if set.
 
+    Raises:
+        UsageError: if ``given`` has a user, because the API gets that of ``url``.
+    """
+    from fluffle_common.transport.rabbitmq.management import management_base
+    from fluffle_common.transport.rabbitmq.urls import without_credentials
+
+    if given and (shown := without_credentials(given)) != given:
+        raise UsageError(
+            f"the URL of the management API {shown} has a user; leave out the user, because the "
+            "management API gets the user and the password of --url"
+        )
     return management_base(url, given, node_record(state_folder()))
 
 
@@ -103,8 +113,8 @@ def check_worker(name: str) -> str:
 
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid worker id: use at most 64 letters, digits, '-', "
-            "'_' and '.'; choose another --id"
+            f"'{name}' is not a valid worker ID; choose another --id with at most 64 letters, "
+            "digits, '-', '_' and '.'"
         )
     return name
 
@@ -123,8 +133,8 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     classes = tuple(text.split(","))
     if "" in classes or len(set(classes)) < len(classes):
         raise UsageError(
-            "--classes expects names that are all different, with commas between them, such as "
-            f"a,b,c, not '{text}'"
+            f"--classes '{text}' is not valid; give different names, separated by commas, such as "
+            "a,b,c"
         )
     return classes
 
@@ -154,6 +164,6 @@ def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--config {pair}: {text} is not a finite number")
         if type(value) is int and not -(2**63) <= value < 2**63:
-            raise UsageError(f"--config {key} does not fit into 64 bits: {text}")
+            raise UsageError(f"--config {pair}: {text} does not fit into 64 bits")
         config[key] = value if isinstance(value, bool | int | float | str) else text
     return config

@@ -104,7 +104,7 @@ def _check_residual(codec: Codec, name: str, residual: Array) -> None:
     if codec.name not in OWN_NAMES and not np.isfinite(residual).all():
         raise CodecError(
             f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values are "
-            "finite, but they decode to NaN or infinite values"
+            "finite before encoding, but NaN or infinite after decoding"
         )
 
 
@@ -122,10 +122,11 @@ def _is_encodable(name: str, tensor: Array, codec: Codec, delta: Weights) -> boo
         or len(name) > _MAX_NAME
     ):
         return False
-    # A tensor of the model itself may have the name of a part.
-    names = _names(name, _parts(type(codec), name, tensor.shape))
-    if any(other != name and other in delta for other in names):
-        return False
+    for part in _parts(type(codec), name, tensor.shape):
+        # A tensor of the model itself may have the name of a part. A part without a suffix has the
+        # name of the encoded tensor, so only another dtype tells it from the tensor.
+        if name + part.suffix in delta and (part.suffix or part.dtype == delta[name].dtype.name):
+            return False
     return bool(np.isfinite(tensor).all())
 
 
@@ -249,7 +250,7 @@ def _check_parts(name: str, parts: tuple[Part, ...], encoded: Iterable[Array | P
             fits = shape == expected
         if tensor.dtype != np.dtype(part.dtype) or not fits:
             raise ValueError(
-                f"tensor '{name}{part.suffix}' is {tensor.dtype} {shape}, "
+                f"tensor '{name}{part.suffix}' is {tensor.dtype} {shape}; "
                 f"expected {bound}{part.dtype} {expected}"
             )
 

@@ -6,6 +6,7 @@ whether they hold the same ones, and a file of them is checked by its name.
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -56,14 +57,16 @@ def frozen_file(folder: Path, digest: str) -> Path:
 
 
 def save_frozen(folder: Path, frozen: Frozen) -> None:
-    """Write frozen tensors into a folder, whole or not at all; once is enough.
+    """Write frozen tensors into a folder, whole or not at all, unless their file is intact.
 
     Raises:
         OSError: if the disk refuses.
     """
     path = frozen_file(folder, frozen.digest)
-    if not path.exists():
-        save_checkpoint(path, frozen.tensors, {IN_METADATA: frozen.digest})
+    with contextlib.suppress(UsageError):  # missing or damaged
+        read_frozen(folder, frozen.digest)
+        return
+    save_checkpoint(path, frozen.tensors, {IN_METADATA: frozen.digest})
 
 
 def read_frozen(folder: Path, digest: str) -> Frozen:
@@ -80,7 +83,7 @@ def read_frozen(folder: Path, digest: str) -> Frozen:
     found = frozen_of(map_tensors(path))
     if found.digest != digest:
         raise UsageError(
-            f"the frozen tensors in {path} have the digest {found.digest[:16]}…; expected the "
-            f"digest {digest[:16]}…"
+            f"the frozen tensors in {path} have the digest {found.digest[:16]}…, but the digest "
+            f"{digest[:16]}… was expected; restore this file"
         )
     return found

@@ -27,7 +27,7 @@ def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
     from rich.console import Console
 
     full = _history_table(rounds)
-    if Console(width=10_000).measure(full).maximum <= width:
+    if Console(width=10_000, markup=False, emoji=False).measure(full).maximum <= width:
         return full
     return _history_table(rounds, short=True)
 
@@ -103,7 +103,8 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
         losses = left.twinx()
     lines += losses.plot(numbers, [row["loss"] for row in rounds], "s--", color=_RUST, label="loss")
     losses.set_ylabel("federated loss (held-out)", color=_RUST)
-    losses.set_ylim(bottom=0)
+    if losses.dataLim.ymin >= 0:  # a log-likelihood may be negative
+        losses.set_ylim(bottom=0)
     left.legend(handles=lines, loc="lower right", frameon=False)
     run = rounds[-1].get("run", "")
     left.set_title(f"after each of {len(rounds)} rounds{f' (run {run})' if run else ''}")

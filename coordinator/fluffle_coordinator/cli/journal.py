@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,24 +25,25 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
-_run_id_option = click.option(
-    "--run-id", metavar="ID", help="Show only this run of the federation."
-)
+_run_id_option = click.option("--run-id", metavar="ID", help="Show only the run with this ID.")
 
 
-def moment(text: str) -> datetime:
+def moment(text: str, now: datetime) -> datetime:
     """Return the time that ``text`` means: an age such as ``10m``, or ISO 8601 (local by default).
 
-    >>> moment("2026-03-01T12:00+01:00").astimezone(UTC).isoformat()
+    >>> now = datetime(2026, 3, 1, 12, tzinfo=UTC)
+    >>> moment("10m", now).isoformat()
+    '2026-03-01T11:50:00+00:00'
+    >>> moment("2026-03-01T12:00+01:00", now).astimezone(UTC).isoformat()
     '2026-03-01T11:00:00+00:00'
 
     Raises:
-        ValueError: if it is neither.
+        ValueError, OverflowError: if it is neither.
     """
     ago = _AGO.fullmatch(text)
     if ago is None:
         return datetime.fromisoformat(text).astimezone()
-    return datetime.now(UTC) - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
+    return now - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
 
 
 def _source_options(command: Any) -> Any:
@@ -52,18 +53,19 @@ def _source_options(command: Any) -> Any:
         "folder",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Run folder of a simulation. The command reads the journal in this folder instead of "
-        "a journal on a broker.",
+        help="Read the journal in this run folder of a simulation, instead of the journal on a "
+        "broker.",
     )
     return federation_option(url_option(run_option(command)), required=False)
 
 
-def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime | None:
+def _since(text: str | None, now: datetime) -> datetime | None:
     try:
-        return None if text is None else moment(text)
+        return None if text is None else moment(text, now)
     except (ValueError, OverflowError):
         raise click.BadParameter(
-            f"invalid time '{text}'; write 90s, 10m, 2h, 3d or 2026-03-01T12:00"
+            f"invalid time '{text}'; write 90s, 10m, 2h, 3d or 2026-03-01T12:00",
+            param_hint="'--since'",
         ) from None
 
 
@@ -71,7 +73,6 @@ def _since(_: click.Context, __: click.Parameter, text: str | None) -> datetime 
 @_source_options
 @click.option(
     "--since",
-    callback=_since,
     metavar="WHEN",
     help="Show only events since this time: an age such as 90s, 10m, 2h or 3d, or a date and time "
     "such as 2026-03-01T12:00.",
@@ -95,7 +96,7 @@ def journal(**options: Any) -> None:
     """Print what happened in a federation, one event per line.
 
     The coordinator keeps its journal on the broker. Anyone who can reach the broker can read the
-    journal as often as they like; reading removes nothing. Times are in local time. A heading marks
+    journal, and reading removes nothing from the journal. Times are in local time. A heading marks
     each change of the day or the run.
 
     \b
@@ -122,7 +123,7 @@ def journal(**options: Any) -> None:
     number = options["number"]
     if number is not None and number not in rounds:
         have = f"rounds {_spans(rounds)}" if rounds else "no round"
-        what = "the journal" if options["since"] is None else "this part of the journal"
+        what = "the journal" if options["since"] is None else "the journal after --since"
         raise UsageError(f"round {number} is not in {what}, which has {have}")
 
 
@@ -130,21 +131,29 @@ def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
     """Return the events of the journal that the options select."""
     folder, since, follow = options["folder"], options["since"], options["follow"]
     if folder is None:
-        return _events(options["federation"], options["url"], since, live=follow)
+        start = _since(since, datetime.now(UTC))
+        return _events(options["federation"], options["url"], start, live=follow)
     if follow:
         raise UsageError(
-            "--follow conflicts with --run, which reads a file; only a journal on a broker "
-            "can be followed"
+            "--follow conflicts with --run, because only a journal on a broker can be followed; "
+            "remove --follow"
         )
     return _events_in_file(folder, since)
 
 
-async def _events_in_file(folder: Path, since: datetime | None) -> AsyncGenerator[Event]:
+async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Event]:
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
-    for event in read_journal_file(folder):
-        if since is None or (event.moment or since) >= since:
+    events = list(read_journal_file(folder))
+    start = _since(since, _end_of(events))
+    for event in events:
+        if start is None or (event.moment or start) >= start:
             yield event
+
+
+def _end_of(events: Sequence[Event]) -> datetime:
+    """Return when a simulation ended, in its own time, which may be ahead of the clock."""
+    return (events[-1].moment if events else None) or datetime.now(UTC)
 
 
 def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
@@ -172,13 +181,13 @@ def explain(
 ) -> None:
     """Explain what happened in a round, or what it is waiting for.
 
-    The command reads the journal, so you can use it while the round is open or long afterwards. It
-    shows which workers were asked, which answered and when, which are missing and why, what was
-    late or rejected, how much time is left, and which worker answered last. Without ROUND, the
-    command explains the newest round of the newest run.
+    The command reads the journal, so you can explain a round while it is open or long afterwards.
+    The explanation shows which workers were asked, which workers answered, and why workers are
+    missing. The explanation also shows late and rejected updates, the time left, and the longest
+    wait. Without ROUND, the command explains the newest round of the newest run.
 
     \b
-      fluffle explain --federation letters            what is it waiting for?
+      fluffle explain --federation letters            what is the run waiting for?
       fluffle explain --federation letters 7
       fluffle explain --run runs/simulation 7
     """
@@ -191,7 +200,7 @@ def explain(
         now = datetime.now(UTC)  # not earlier, because reading takes a while
     else:
         events, coordinated = list(read_journal_file(folder)), None
-        now = (events[-1].moment if events else None) or datetime.now(UTC)  # simulated time
+        now = _end_of(events)
     run, number = _choose_round(events, run_id, number)
     explanation = explain_round(events, run, number, now, coordinated=coordinated)
     if as_json:
@@ -223,8 +232,12 @@ def _choose_round(events: Iterable[Event], run: str | None, number: int | None) 
             "the run is waiting for"
         )
     if number is not None and number not in rounds:
-        others = "; ".join(f"{other} has {_spans(have)}" for other, have in runs.items() if have)
-        raise UsageError(f"round {number} of run {run} is not in the journal; {others}")
+        others = ", ".join(
+            f"rounds {_spans(have)} of run {other}" for other, have in runs.items() if have
+        )
+        raise UsageError(
+            f"round {number} of run {run} is not in the journal; the journal has {others}"
+        )
     return run, rounds[-1] if number is None else number
 
 

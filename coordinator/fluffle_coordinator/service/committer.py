@@ -89,8 +89,8 @@ class NoRoom(RunError):
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(
-            f"cannot write to {folder} ({reason}); make room there and run the same command "
-            "again: no update is lost"
+            f"cannot write to {folder} ({reason}); free disk space there and run the same command "
+            "again (no update is lost)"
         )
         self.reason = reason
 
@@ -349,8 +349,8 @@ class Committer:
             folder = self._store.shown
             if not self._store.folder.is_dir():
                 raise RunError(
-                    f"the run folder {folder} was removed during the run; put it back and run "
-                    "the same command again: no update is lost"
+                    f"the run folder {folder} was removed during the run; restore the folder and "
+                    "run the same command again (no update is lost)"
                 ) from None
             raise NoRoom(folder, why.strerror or str(why)) from None
 

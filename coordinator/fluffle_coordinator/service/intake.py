@@ -172,7 +172,7 @@ class Intake:
                 return
         if hello.protocol == PROTOCOL:
             code = "malformed"
-            reason = f"the hello of worker {hello.worker} is malformed: {wrong}"
+            reason = f"the hello message of worker {hello.worker} is malformed: {wrong}"
         else:
             code = "protocol"
             reason = (

@@ -66,7 +66,7 @@ def read_picture(path: Path) -> Picture:
 
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may block for ever
-            raise UsageError(f"{path} is not a regular file")
+            raise UsageError(f"{path} is not a regular file; choose an image file")
         if path.stat().st_size == 0:
             raise UsageError(f"{path} cannot be read as an image (the file is empty)")
         with warnings.catch_warnings():
@@ -99,6 +99,7 @@ def read_picture(path: Path) -> Picture:
 
 def _grey(opened: Image.Image) -> Image.Image:
     """Return an open image in 8-bit grey, upright, on black."""
+    _scale_transparent_grey(opened)
     opened.load()
     if opened.mode.startswith(("I", "F")):
         grey = _eight_bits(opened)
@@ -109,6 +110,14 @@ def _grey(opened: Image.Image) -> Image.Image:
     else:
         grey = opened.convert("L")
     return _upright(grey, opened)
+
+
+def _scale_transparent_grey(opened: Image.Image) -> None:
+    """Scale the transparent grey of a PNG of 2 or 4 bits to 8 bits, as Pillow scales the pixels."""
+    clear, raw_mode = opened.info.get("transparency"), opened.tile[0][3] if opened.tile else None
+    levels = {"L;2": 4, "L;4": 16}.get(raw_mode, 0) if isinstance(raw_mode, str) else 0
+    if isinstance(clear, int) and clear < levels:
+        opened.info["transparency"] = clear * 255 // (levels - 1)
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -125,7 +134,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = values.astype(np.float64 if floats else np.float32)
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ValueError("the image has no finite pixel")
+        raise ValueError("no pixel has a finite value")
     low, high = float(finite.min()), float(finite.max())
     slack = _OVERSHOOT if floats else 0.0
     white = next((white for white in _WHITES if high <= white * (1 + slack)), 0)
@@ -135,9 +144,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     scaled = np.clip(scaled / ((high - low) or 1.0), 0, 1)
     if tags.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:  # Pillow inverts images of 8 bits only
         scaled = 1 - scaled
-    if clear is not None:
-        scaled[clear] = 0
-    return Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
+    grey = Image.fromarray(np.rint(255 * scaled).astype(np.uint8))
+    if clear is None:
+        return grey
+    grey.putalpha(Image.fromarray(np.where(clear, 0, 255).astype(np.uint8)))
+    return _on_black(grey)
 
 
 def _on_black(image: Image.Image) -> Image.Image:

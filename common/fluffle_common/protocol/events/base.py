@@ -21,6 +21,7 @@ Integer = int | None
 Number = float | None
 Names = tuple[str, ...] | None
 Numbers = Mapping[str, float] | None
+_TUPLES = ("Names", "Doings")
 
 
 def _is_noun(spec: str) -> bool:
@@ -63,14 +64,19 @@ class RunEvent:
     journalled: ClassVar[bool] = True
     field_names: ClassVar[tuple[str, ...]] = ()
     template_fields: ClassVar[tuple[str, ...]] = ()  # those that occur in the template
+    tuple_fields: ClassVar[tuple[str, ...]] = ()  # those that are tuples
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are not missing, as plain data for the log and the wire."""
-        return {
-            name: _plain(value)
-            for name in self.field_names
-            if (value := getattr(self, name)) is not None
+        present = {
+            name: value for name in self.field_names if (value := getattr(self, name)) is not None
         }
+        for name in self.tuple_fields:
+            if name in present:
+                present[name] = [
+                    item.fields() if isinstance(item, Doing) else item for item in present[name]
+                ]
+        return present
 
     def sentence(self) -> str:
         """Return the event in words, with a question mark for each missing field."""
@@ -131,7 +137,7 @@ class Doing:
         if self.state == "gone":
             return "is gone"
         if self.heard_s is not None:
-            return f"{self.state} (heard {self.heard_s:.0f} s ago)"
+            return f"{self.state} (last heartbeat {self.heard_s:.0f} s ago)"
         if self.round is not None:
             return f"{self.state} for round {self.round}"
         return f"{self.state} {self.step}/{self.steps}" if self.steps else self.state
@@ -157,8 +163,10 @@ def event(
         event_class.field_names = tuple(field.name for field in fields_of(event_class))
         in_template = {field for _, field, _, _ in Formatter().parse(template)}
         event_class.template_fields = tuple(n for n in event_class.field_names if n in in_template)
+        types = {field.name: str(field.type) for field in fields_of(event_class)}
+        event_class.tuple_fields = tuple(n for n, kind in types.items() if kind in _TUPLES)
         REGISTRY[name] = event_class
-        _field_readers[name] = {f.name: _READERS[str(f.type)] for f in fields_of(event_class)}
+        _field_readers[name] = {field: _READERS[kind] for field, kind in types.items()}
         return event_class
 
     return register
@@ -175,12 +183,6 @@ def from_fields(name: str, fields: Mapping[str, Any]) -> RunEvent:
         return Other(name, fields)
     readers = _field_readers[name].items()
     return event_class(**{field: read(fields[field]) for field, read in readers if field in fields})
-
-
-def _plain(value: Any) -> Any:
-    if not isinstance(value, tuple):
-        return value
-    return [item.fields() if isinstance(item, Doing) else item for item in value]
 
 
 def formatted(value: Any) -> Any:

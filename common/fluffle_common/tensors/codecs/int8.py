@@ -13,7 +13,8 @@ from fluffle_common.tensors.weights import FLOATS, Array, largest, not_finite
 
 BLOCK = 256  # values that share a scale
 _INT8_MAX = 127
-_F32_MAX = largest(np.dtype(np.float32))
+# The scale of the largest float32 is rounded up, so that 127 times the scale is infinite.
+_MAX = float(np.nextafter(np.float32(largest(np.dtype(np.float32))), np.float32(0)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Int8:
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
         """Return the quantized values, and the scale of each block."""
         padded = np.zeros(_blocks(tensor.size) * BLOCK, np.float32)
-        padded[: tensor.size] = clip_to(tensor.reshape(-1), _F32_MAX)
+        padded[: tensor.size] = clip_to(tensor.reshape(-1), _MAX)
         blocks = padded.reshape(-1, BLOCK)
         scale = np.maximum(blocks.max(axis=1), -blocks.min(axis=1)) / np.float32(_INT8_MAX)
         blocks /= np.where(scale > 0, scale, np.float32(1))[:, None]

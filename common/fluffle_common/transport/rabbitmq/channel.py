@@ -243,7 +243,7 @@ class ContentChannel:
             if message is None or message.confirmation.done():
                 continue
             if nacked:
-                message.confirmation.set_exception(QueueFull("the broker refused it"))
+                message.confirmation.set_exception(QueueFull("the broker refused the message"))
             elif message.return_reason is not None:
                 unroutable = Unroutable(f"no queue is bound: {message.return_reason}")
                 message.confirmation.set_exception(unroutable)

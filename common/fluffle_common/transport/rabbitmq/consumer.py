@@ -142,7 +142,7 @@ class Consumer:
         self._content_channel.close(self._lifetime.error())
 
     def _on_queue_deleted(self, *_: Any) -> None:
-        self._lifetime.give_up("a queue we read from was deleted")
+        self._lifetime.give_up("a queue that this process reads was deleted")
 
     async def _end(self) -> None:
         self._lifetime.end_callbacks.discard(self._on_link_end)

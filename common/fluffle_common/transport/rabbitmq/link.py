@@ -199,7 +199,7 @@ class AmqpLink(Link):
         except QueueFull:
             if not self._quorum:
                 raise
-            why = "the broker refused a message: a queue is full, or is electing a new leader"
+            why = "the broker refused a message, because a queue is full or elects a new leader"
             self._lifetime.give_up(why)  # for the reason in _on_overdue
             raise self._lifetime.error() from None
         finally:

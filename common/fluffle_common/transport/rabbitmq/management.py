@@ -179,7 +179,7 @@ def read_queue(entry: Mapping[str, Any], topology: Topology, now: float) -> Queu
     oldest = entry.get("head_message_timestamp")
     return QueueFigures(
         name=entry["name"],
-        purpose=purpose or "not one of fluffle's",
+        purpose=purpose or "not a queue of fluffle",
         ready=entry.get("messages_ready", 0),
         unacknowledged=entry.get("messages_unacknowledged", 0),
         consumers=entry.get("consumers", 0),
