@@ -214,7 +214,7 @@ def test_an_invalid_broadcast_stops_the_run(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, min_workers=1, strategy=named)
         federation.worker("a", Descent("a"))
-        with pytest.raises(TaskError, match=r"in broadcast\(\): .* tensor 'c' has 1 value "):
+        with pytest.raises(TaskError, match=r"in broadcast\(\): .* \(tensor 'c' has 1 value "):
             await coordinator.end()
 
     federated(scenario)
