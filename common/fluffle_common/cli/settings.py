@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fluffle_common.errors import UsageError
 
@@ -85,7 +86,15 @@ def management_of(url: str, given: str | None) -> str:
             f"the URL of the management API {shown} has a user; leave out the user, because the "
             "management API gets the user and the password of --url"
         )
-    return management_base(url, given, node_record(state_folder()))
+    record = node_record(state_folder())
+    own = str(record.get("url"))
+    return management_base(own if _address(url) == _address(own) else url, given, record)
+
+
+def _address(url: str) -> tuple[str | None, int]:
+    """Return the host and port of a broker, which a URL may spell in several ways."""
+    parts = urlsplit(url)
+    return "127.0.0.1" if parts.hostname == "localhost" else parts.hostname, parts.port or 5672
 
 
 def check_federation(name: str) -> str:
