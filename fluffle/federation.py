@@ -263,7 +263,7 @@ def _on_worker_event(task: LocalTask, failure: asyncio.Future[None], event: RunE
             where = f"in round {number}" if number else "while making the first weights"
             failure.set_exception(task.failure(f"failed {where}: {reason}"))
         case NotCounted(cause=cause) if cause in _FAULTS_OF_TASKS and not failure.done():
-            what = f"failed in round {event.round}: its update was rejected: {event.reason}"
+            what = f"failed in round {event.round}: its update was rejected ({event.reason})"
             failure.set_exception(task.failure(what))
         case Unfit(reason=reason):
             warn(f"the task '{task.name}': {reason}")

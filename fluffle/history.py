@@ -138,7 +138,8 @@ class History(Sequence[Round]):
     def __getitem__(self, which: int | slice | str) -> Round | History | list[float | None]:
         if isinstance(which, str):
             if which not in self.columns:
-                raise KeyError(f"{which}; the columns are {', '.join(self.columns)}")
+                names = ", ".join(self.columns)
+                raise KeyError(f"there is no column '{which}'; the columns are {names}")
             return [each.values().get(which) for each in self.rounds]
         return History(self.rounds[which]) if isinstance(which, slice) else self.rounds[which]
 

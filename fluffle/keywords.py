@@ -18,7 +18,7 @@ _UNAVAILABLE = {
     "run": "use folder= for the run folder",
     "log_format": "use progress= to choose what is shown",
     "dashboard": "use 'fluffle dashboard' for a run over RabbitMQ, or 'fluffle report' afterwards",
-    "management": "only the live page uses it",
+    "management": "remove management=, which only the live page needs",
 }
 # An option in the text of an error, but not in the command lines in it, which are quoted.
 _OPTION = re.compile(r"'fluffle [^']*'|(?<![\w-])--[a-z][a-z-]*")
@@ -66,10 +66,11 @@ def settings_from(
     """
     for name, why in _UNAVAILABLE.items():
         if keywords.get(name):
-            raise UsageError(f"{caller}() has no {name}=: {why}")
+            raise UsageError(f"{caller}() has no {name}=; {why}")
     if keywords.get("verify_users") and keywords.get("url") is None:
         raise UsageError(
-            f"{caller}(): verify_users= needs url=, because the broker in memory has no users"
+            f"{caller}(): verify_users= needs url=, because the broker in memory has no users; "
+            "give url=, or remove verify_users="
         )
     options = options_from(coordinator, keywords, caller)
     if options["schedule"] == "buffered":

@@ -193,6 +193,6 @@ def _check_enough(rules: Rules, workers: int, url: str | None) -> None:
     for name, number in (("quorum", rules.quorum.number), ("min_workers", rules.min_workers)):
         if number is not None and number > workers:
             raise UsageError(
-                f"{_CALLER}(): {name} = {number} is more than the number of tasks, {workers}; "
+                f"{_CALLER}(): {name} = {number} is more than the number of tasks ({workers}); "
                 f"give more tasks, or a lower {name}"
             )

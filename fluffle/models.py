@@ -89,7 +89,8 @@ def load_into(
         weights, frozen = _with_frozen(Path(source))
     else:
         raise UsageError(
-            f"a model file, or arrays by name such as run.weights, is expected, not {source!r:.60}"
+            f"{source!r:.60} is not a model; expected a model file, or arrays by name, such as "
+            "run.weights"
         )
     weights, every = {**weights, **frozen}, tensors.arrays_of(module)
     current = tensors.arrays_of(module, federated)
@@ -97,7 +98,9 @@ def load_into(
     differences = _differences(weights, current)
     if differences:
         what = "the model" if isinstance(source, Mapping) else os.fspath(source)
-        raise UsageError(f"{what} does not fit {type(module).__name__}: {'; '.join(differences)}")
+        raise UsageError(
+            f"{what} does not fit the module {type(module).__name__}: {'; '.join(differences)}"
+        )
     tensors.fill(module, weights)
 
 
@@ -126,14 +129,19 @@ def save_model(
     arrays_of = _framework_of(module).arrays_of
     path, kept = Path(file), frozen_of(arrays_of(module, frozen))
     if frozen is not False and not kept.tensors:
-        raise UsageError(f"frozen= selects no tensor of the {type(module).__name__}")
+        raise UsageError(
+            f"frozen= selects no tensor of the module {type(module).__name__}; correct the filter"
+        )
     if kept.digest:
         save_frozen(path.parent, kept)
     told = {IN_METADATA: kept.digest} if kept.digest else {}
     model = arrays_of(module, federated)
     model = {name: array for name, array in model.items() if name not in kept.tensors}
     if not model:
-        raise UsageError(f"federated= and frozen= leave no tensor of the {type(module).__name__}")
+        raise UsageError(
+            f"federated= and frozen= leave no tensor of the module {type(module).__name__} to "
+            "save; correct the filters"
+        )
     save_checkpoint(path, model, told)
 
 
@@ -150,7 +158,8 @@ def _framework_of(module: Any) -> Any:
 
     if not isinstance(module, nnx.Module):
         raise UsageError(
-            f"a module of Flax or PyTorch is expected, such as Model(rngs=rngs), not {module!r:.60}"
+            f"{module!r:.60} is not a module; expected a module of Flax or PyTorch, such as "
+            "Model(rngs=rngs)"
         )
     return model_parts
 
@@ -177,7 +186,8 @@ def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:
     for name in sorted(current.keys() & weights.keys()):
         new, old = weights[name], current[name]
         if (new.shape, new.dtype) != (old.shape, old.dtype) and len(differences) < _SHOWN:
-            differences.append(f"{name} is {_form(new)} in the file, {_form(old)} in the module")
+            forms = f"{_form(new)} in the file, but {_form(old)} in the module"
+            differences.append(f"{name} is {forms}")
     return differences
 
 

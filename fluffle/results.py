@@ -81,7 +81,7 @@ class Run:
         try:
             from matplotlib.figure import Figure
         except ImportError:
-            raise UsageError("plot() needs matplotlib: pip install 'fluffle[plot]'") from None
+            raise UsageError("plot() needs matplotlib; run pip install 'fluffle[plot]'") from None
         names = self.history.columns
         if not names:
             raise UsageError(f"no round of {self.folder} has a loss or a metric to draw")

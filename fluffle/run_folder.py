@@ -86,7 +86,9 @@ class RunFolder:
 
     def _how_to_continue(self) -> str:
         done = committed(self.store.folder)
-        call = f"the same call with folder={str(self.store.shown)!r} goes on with round {done + 1}"
+        call = (
+            f"repeat the call with folder={str(self.store.shown)!r} to go on with round {done + 1}"
+        )
         return f"; {call}" if done else ""
 
 

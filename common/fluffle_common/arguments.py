@@ -58,7 +58,7 @@ def read_arguments(
             raise ValueError(_unknown_argument(name, parameters))
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
     if missing:
-        raise ValueError(f"missing argument '{missing[0]}' ({missing[0]}=…)")
+        raise ValueError(f"the argument '{missing[0]}' is missing (write {missing[0]}=VALUE)")
     return {name: p.default for name, p in parameters.items()} | given
 
 
@@ -101,9 +101,9 @@ def within(
     too_high = value >= high if below else value > high
     if math.isfinite(value) and not too_low and not too_high:
         return
-    expected = f"{'above' if above else 'from'} {low:g}"
+    expected = f"{'above' if above else 'of at least'} {low:g}"
     if math.isfinite(high):
-        expected += f"{' and below' if below else ' to'} {high:g}"
+        expected += f" and {'below' if below else 'at most'} {high:g}"
     raise ValueError(f"{name}={value:g} is out of range; expected a number {expected}")
 
 

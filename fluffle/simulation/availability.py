@@ -62,8 +62,7 @@ def parse_availability(text: str) -> Availability:
         share = present_s = 0.0
     if not (0 < share < 1 and 0 < present_s < float("inf")):
         raise UsageError(
-            f"invalid availability '{text}'; give 'always', or FRACTION:SECONDS such as "
-            "0.8:3600, for clients that are present 80 % of the time and stay for 3600 s on "
-            "average"
+            f"invalid availability '{text}'; give 'always', or FRACTION:SECONDS such as 0.8:3600 "
+            "(clients are present 80 % of the time, and stay for 3600 s on average)"
         )
     return Availability(share, present_s)

@@ -65,17 +65,18 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="",
     metavar="TEXT",
     help="Value that the task function gets as options.data. If the value contains '{client}' "
-    "or '{clients}', each client gets its own task: '{client}' becomes the client's "
-    "number (from 0), and '{clients}' the number of clients.",
+    "or '{clients}', each client gets its own task. The command replaces '{client}' by the "
+    "client's number (from 0), and '{clients}' by the number of clients.",
 )
 @click.option("--clients", type=count(), default=100, help="Number of clients.")
 @click.option(
     "--partition",
     default="iid",
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
-    help="How to split the examples among the clients: iid (at random), dirichlet:A (by "
-    "label; the smaller A is, the more uneven the split), shards:N (examples sorted by label, "
-    "N shards per client), or by:COLUMN (one client per value of the column).",
+    help="How to split the examples among the clients. 'iid' splits the examples at random. "
+    "'dirichlet:A' gives each client other shares of the labels; a smaller A makes the shares "
+    "more uneven. 'shards:N' sorts the examples by label, and gives each client N shards. "
+    "'by:COLUMN' makes one client per value of the column.",
 )
 @click.option(
     "--plot-partition",
@@ -89,7 +90,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="0.01",
     metavar="SECONDS",
     help=(
-        "Duration of one training step on a client, in seconds: a number, classes:1,2,4 "
+        "Duration of one training step on a client, in seconds. Give a number, classes:1,2,4 "
         "(assigned to the clients in turn), lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH."
     ),
 )
@@ -97,7 +98,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Fixed time added to each training run, in seconds; same format as --step-time.",
+    help="Time that each training of a client takes in addition to the training steps, in "
+    "seconds; same format as --step-time.",
 )
 @click.option(
     "--bandwidth",
@@ -125,9 +127,10 @@ def _of_the_coordinator() -> list[click.Parameter]:
 def simulate(**options: Any) -> None:
     """Run a federation of many simulated clients in this process.
 
-    The coordinator, the rounds, the strategies and the files are those of a real run. Only the
-    broker is in memory, and time is simulated: an hour of training on slow devices takes only as
-    long as the computation takes on this machine. The same seeds give the same run.
+    The coordinator, the rounds, the strategies and the files are the same as in a real run. Only
+    the broker and the clock differ: the broker is in memory, and time is simulated. An hour of
+    training on slow devices takes only as long as the computation on this machine. The same seeds
+    give the same run.
 
     \b
       fluffle simulate --task digits.py:task --clients 100 --fraction 0.1
@@ -212,9 +215,9 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     whole = load_task(options["task"], given)
     if not isinstance(whole, Divisible):
         raise UsageError(
-            f"the task {options['task']} cannot be divided among clients (it has no part()); "
-            "use {client} in --data to give each client its own data, such as --data "
-            "'shard:{client}/{clients}'"
+            f"the task {options['task']} cannot be divided among clients, because it has no "
+            "method part(); give each client its own data with {client} in --data, such as "
+            "--data 'shard:{client}/{clients}'"
         )
     return whole, dealt(whole, partition, number, seed)
 
@@ -233,4 +236,6 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
     try:
         plot_partition(whole, **asked).savefig(file, dpi=150)
     except (OSError, ValueError) as why:
-        raise UsageError(f"--plot-partition: cannot write {file}: {why}") from None
+        raise UsageError(
+            f"--plot-partition cannot write {file} ({why}); choose another file"
+        ) from None

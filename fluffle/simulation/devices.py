@@ -33,11 +33,12 @@ class Device:
         for name in ("step_s", "round_s"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UsageError(
-                    f"Device({name}={getattr(self, name)}): a number of at least 0 is expected"
+                    f"Device({name}={getattr(self, name)}) is not valid; expected a number of at "
+                    "least 0"
                 )
         if not self.bytes_per_s > 0:
             raise UsageError(
-                f"Device(bytes_per_s={self.bytes_per_s}): a number above 0 is expected"
+                f"Device(bytes_per_s={self.bytes_per_s}) is not valid; expected a number above 0"
             )
 
     def moving_s(self, nbytes: int) -> float:
@@ -118,5 +119,7 @@ def devices(
     if bytes_per_s is not None:
         lines = draw(bytes_per_s, rng, clients)
         if not np.all(lines > 0):
-            raise UsageError(f"the bandwidth must be above 0 bytes per second, not {bytes_per_s}")
+            raise UsageError(
+                f"invalid bandwidth '{bytes_per_s}'; give more than 0 bytes per second"
+            )
     return [Device(*map(float, one)) for one in zip(steps, rounds, lines, strict=True)]

@@ -217,7 +217,7 @@ class Fleet:
             nonlocal steps
             steps = of
 
-        nbytes_down = size_bytes(job.weights)
+        moved = size_bytes(job.weights) + size_bytes(job.broadcast)
         form, frozen = self._model(client.task)
         self._acting = client.name
         try:
@@ -238,7 +238,8 @@ class Fleet:
             client.at_work = None
             client.presence.failed(self._link, job.work, one_line(why))
             return
-        moved = nbytes_down + (size_bytes(job.answer[1]) if job.answer is not None else 0)
+        if job.answer is not None:
+            moved += size_bytes(job.answer[1]) + sum(map(size_bytes, job.others.values()))
         seconds = client.device.moving_s(moved)
         if job.work.kind == "fit":
             seconds += client.device.training_s(steps)

@@ -155,8 +155,8 @@ def _check(options: Mapping[str, Any], **counts: int | None) -> None:
     """
     if options.get("url"):
         raise UsageError(
-            f"{_CALLER}() has no url=, because its broker is in memory; fluffle.run(url=…) "
-            "uses a real broker"
+            f"{_CALLER}() has no url=, because its broker is in memory; use fluffle.run(url=…) "
+            "for a real broker"
         )
     for name, number in counts.items():
         if number is not None:
@@ -178,14 +178,13 @@ def _tasks(
         return tasks, dealt(tasks, rule, clients or _CLIENTS, seed)
     else:
         raise UsageError(
-            f"{_CALLER}(): a {type(tasks).__name__} cannot be divided among clients (it has no "
-            "part()); give a list of tasks, one for each client"
+            f"{_CALLER}(): a {type(tasks).__name__} cannot be divided among clients, because it "
+            "has no method part(); give a list of tasks, one for each client"
         )
     if partition is not None:
         raise UsageError(
-            f"{_CALLER}(): partition={partition!r} has no effect on a list of tasks, which is "
-            "already divided among the clients; remove partition=, or give one task with all "
-            "the data"
+            f"{_CALLER}(): partition={partition!r} has no effect on a list of tasks, because each "
+            "task is one client; remove partition=, or give one task with all the data"
         )
     if clients not in {None, len(given)}:
         raise UsageError(
@@ -193,5 +192,5 @@ def _tasks(
             "one task for each client, or remove clients="
         )
     if not given:
-        raise UsageError(f"{_CALLER}() needs tasks; give one for each client")
+        raise UsageError(f"{_CALLER}() needs tasks; give one task for each client")
     return None, given

@@ -31,7 +31,7 @@ class _Selector(selectors.DefaultSelector):
         if found or (timeout is not None and timeout <= 0):
             return found
         if timeout is None:
-            raise RunError("the simulation is stuck: no further event is due")
+            raise RunError("the simulation is stuck, because no further event is due")
         self.loop.now_s += timeout
         return found
 

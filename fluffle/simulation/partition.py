@@ -52,10 +52,10 @@ class Iid(Partition):
 class Dirichlet(Partition):
     """Label shares drawn from a Dirichlet distribution.
 
-    As in Hsu, Qi and Brown, "Measuring the Effects of Non-Identical Data Distribution for Federated
-    Visual Classification", 2019, section 3. The smaller ``alpha``, the fewer labels a client has;
-    with a large one, all clients are alike. Their sizes differ, too. A client that the draw leaves
-    without examples gets one from the client with the most.
+    Each label is divided among all clients, as in Yurochkin et al., "Bayesian Nonparametric
+    Federated Learning of Neural Networks", ICML 2019. The smaller ``alpha``, the fewer labels a
+    client has; with a large one, all clients are alike. Their sizes differ, too. A client that the
+    draw leaves without examples gets one from the client with the most.
     """
 
     alpha: float
@@ -87,7 +87,7 @@ class Shards(Partition):
     def deal(self, labels: Array, clients: int, seed: int) -> Parts:
         """See ``Partition``."""
         number = clients * self.each
-        _check_enough(len(labels), number, f"{clients} clients of {self.each} shards")
+        _check_enough(len(labels), number, f"{clients} clients with {self.each} shards each")
         shards = np.array_split(np.argsort(labels, kind="stable"), number)
         order = np.random.default_rng(seed).permutation(number).reshape(clients, self.each)
         return [np.sort(np.concatenate([shards[one] for one in ours])) for ours in order]
@@ -104,8 +104,8 @@ class By(Partition):
         values = np.unique(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} values and each value makes one "
-                f"client, but {clients} clients were requested; use --clients {len(values)}"
+                f"column '{self.column}' has {len(values)} values, but {clients} clients were "
+                f"requested; use --clients {len(values)}, because each value makes one client"
             )
         return [np.flatnonzero(labels == value) for value in values]
 
@@ -158,7 +158,9 @@ def check_whole(name: str, number: Any, least: int) -> None:
         UsageError: if it is not a whole number of at least ``least``.
     """
     if not isinstance(number, Integral) or int(number) < least:
-        raise UsageError(f"{name} = {number!r} must be a whole number of at least {least}")
+        raise UsageError(
+            f"{name} = {number!r} is not valid; expected a whole number of at least {least}"
+        )
 
 
 def _number(kind: Callable[[str], Any], text: str, given: str, wanted: str) -> Any:
@@ -173,7 +175,10 @@ def _number(kind: Callable[[str], Any], text: str, given: str, wanted: str) -> A
 
 def _check_enough(examples: int, needed: int, by: str | None = None) -> None:
     if examples < needed:
-        raise UsageError(f"{examples} examples are too few for {by or f'{needed} clients'}")
+        raise UsageError(
+            f"{examples} examples are too few for {by or f'{needed} clients'}; simulate fewer "
+            "clients, or give more data"
+        )
 
 
 def _without_empty(held: list[list[int]]) -> Parts:

@@ -39,7 +39,7 @@ def plot_partition(
         from matplotlib.figure import Figure
     except ImportError:
         raise UsageError(
-            "a plot of a partition needs matplotlib: pip install 'fluffle[plot]'"
+            "a plot of a partition needs matplotlib; run pip install 'fluffle[plot]'"
         ) from None
     labels = labels_of(task)
     held = counts(labels, parts_of(task, parse_partition(partition), clients, seed))

@@ -69,7 +69,7 @@ def labels_of(whole: Divisible) -> Array:
     """
     if not hasattr(whole, "labels"):
         raise UsageError(
-            f"a {type(whole).__name__} cannot be divided among clients (it has no labels)"
+            f"a {type(whole).__name__} cannot be divided among clients, because it has no labels"
         )
     return _single(np.asarray(whole.labels))
 
@@ -100,8 +100,7 @@ def each_its_own(
         given = [data.format(client=number, clients=clients) for number in range(clients)]
     except (KeyError, IndexError, ValueError):
         raise UsageError(
-            f"--data '{data}' has an unknown placeholder; only {{client}} and {{clients}} are "
-            "replaced"
+            f"--data '{data}' has an unknown placeholder; use only {{client}} and {{clients}}"
         ) from None
     return {
         name: make(TaskOptions(data=one, worker=name, seed=seed))

@@ -25,6 +25,7 @@ from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.inbox import Record
+from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.results import Results
 from fluffle_worker.task import Task
 
@@ -52,6 +53,8 @@ async def simulate_run(
         TaskError: if the coordinator refuses a client, or a round lacks only clients that failed
             again after it was reopened.
     """
+    for client in clients:
+        keep_in(store.folder / "workers" / client.name, task, client.task)
     settings = _for_clients(settings, clients)
     broker, topology = MemoryBroker(), Topology(settings.federation)
     fleet = Fleet(clients, topology=topology, transport=broker, task=task, record=record)
@@ -68,7 +71,7 @@ async def simulate_run(
         if not run.done():
             for ended in (one for one in (failure, taking_part) if one.done()):
                 ended.result()
-            raise RunError("the clients have left the simulation")
+            raise RunError("the run cannot continue, because all clients have left the simulation")
         return run.result()
     finally:
         for one in (run, taking_part, failure):
@@ -95,7 +98,7 @@ class _FailureWatcher(Watcher):
         """Set an exception if the round is in vain."""
         if not state.reopenings or self._failure.done():
             return
-        rejected = {name: f"its update was rejected: {why}" for name, why in state.doubted.items()}
+        rejected = {name: f"its update was rejected ({why})" for name, why in state.doubted.items()}
         faults, missing = {**state.failed, **rejected}, state.missing
         in_vain = bool(missing) and all(name in faults for name in missing)
         if in_vain and all(client.present for client in self._clients):

@@ -36,6 +36,7 @@ from fluffle_common.transport.base import (
 from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import Route, reject, send_tensors
+from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
@@ -237,7 +238,7 @@ async def test_declaring_a_queue_with_different_arguments_names_the_remedy(bench
     with pytest.raises(OtherArguments, match="another version of fluffle.*delete"):
         await bench.queue(link, "q", x_max_length=6)
     link = await bench.open()
-    with pytest.raises(OtherArguments, match="the same --queue-type everywhere"):
+    with pytest.raises(OtherArguments, match="the same --queue-type for the"):
         await bench.queue(link, "q", x_max_length=5, x_queue_type="quorum")
 
 
@@ -308,6 +309,28 @@ async def test_a_message_to_many_lists_only_the_first_recipient(bench):
     last_but_one = [await link.get(bench.names.inbox(workers[-2])) for _ in range(2)]
     assert [delivery.keys for delivery in last_but_one] == [("w0",), tuple(workers[:-1])]
     assert await drain(link, bench.names.inbox(workers[-1])) == [b"work"]
+
+
+@pytest.mark.parametrize("bound", [0, -1])
+async def test_a_message_may_have_more_keys_than_fit_into_a_frame(bench, bound):
+    link = await bench.open()
+    exchange, keys = bench.names.work, [f"{number:060}" for number in range(2500)]
+    await link.declare([Exchange(exchange, "direct")])
+    about = Properties(type="fit")
+    with pytest.raises(Unroutable):
+        await soon(link.publish(b"x", about, exchange=exchange, keys=keys))
+    queue, full = (
+        await bench.queue(link),
+        await bench.queue(link, "full", x_max_length=1, x_overflow="reject-publish"),
+    )
+    await link.declare([Binding(queue, exchange, keys[bound])])
+    await soon(link.publish(b"x", about, exchange=exchange, keys=keys))
+    assert await drain(link, queue) == [b"x"]
+    await link.declare([Binding(full, exchange, keys[1])])
+    with pytest.raises(QueueFull):
+        for body in numbered(50):
+            await soon(link.publish(body, about, exchange=exchange, keys=keys))
+    assert len(await drain(link, queue)) > 1
 
 
 async def test_two_keys_of_one_queue_deliver_one_message(bench):
@@ -1231,6 +1254,74 @@ async def test_urgent_messages_arrive_or_are_unroutable_like_others(bench):
     assert await drain(link, queue) == [b"x"]
 
 
+async def test_parts_that_were_fetched_in_vain_return_to_the_queue(bench, monkeypatch):
+    monkeypatch.setattr("fluffle_common.protocol.wire_format.PART_BYTES", 64)
+    link = await bench.open()
+    outbox, updates = await bench.queue(link, "o"), await bench.queue(link, "u")
+    of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
+    update = Update(**of, num_examples=1, seconds=0.0)
+    weights = {"w": np.arange(80.0)}
+    for _ in range(2):  # the worker sent it again
+        sending = send_tensors(
+            link, update, weights, Route("", [updates]), parts=Route("", [outbox])
+        )
+        await soon(sending)
+    for _ in range(2):
+        announced, _ = decode((await soon(link.get(updates))).body)
+        into = Assembly(announced.transfer, 10_000)
+        await soon(fetch(link, outbox, into, "rejected"))
+        assert into.payload() == weights["w"].tobytes()
+        await bench.settled(link)
+    assert (await link.counts(outbox)).ready == 0
+
+
+@pytest.mark.rabbit
+async def test_a_get_that_is_cancelled_when_its_message_arrives_returns_it(real, monkeypatch):
+    link = await real.open()
+    queue = await real.queue(link)
+    await put(link, queue, b"x")
+    original = ContentChannel._answer_get
+
+    def answer_and_cancel(channel: ContentChannel, message: Any) -> None:
+        original(channel, message)
+        getting.cancel()
+
+    monkeypatch.setattr(ContentChannel, "_answer_get", answer_and_cancel)
+    getting = asyncio.ensure_future(link.get(queue))
+    with pytest.raises(asyncio.CancelledError):
+        await soon(getting)
+    monkeypatch.undo()
+    assert await drain(link, queue) == [b"x"]
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3, 5, 8, 13, 21])
+async def test_a_cancelled_request_does_not_affect_later_ones(bench, turns):
+    link = await bench.open()
+    queue = await bench.queue(link)
+    for name in (queue, "missing", queue):
+        counting = asyncio.ensure_future(link.counts(name))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        counting.cancel()
+        await asyncio.gather(counting, return_exceptions=True)
+    assert (await soon(link.counts(queue))).ready == 0
+    assert await soon(link.counts("missing")) is None
+
+
+@pytest.mark.rabbit
+async def test_a_queue_that_another_connection_has_for_itself_counts_as_missing(real):
+    link = await real.open()
+    names = real.names
+    await link.declare(names.shared())
+    async with await aio_pika.connect(real.url) as connection:
+        channel = await connection.channel()
+        await channel.declare_queue(names.inbox("w"), exclusive=True)
+        assert not await soon(link.bind(names.bindings_of("w")))
+        assert await soon(link.counts(names.inbox("w"))) is None
+    await link.declare(names.queues_of("w"))
+    assert await soon(link.bind(names.bindings_of("w")))
+
+
 @pytest.mark.rabbit
 @pytest.mark.parametrize("parts", [2, 20], ids=["one by one", "streamed"])
 async def test_parts_from_another_user_are_rejected(real, monkeypatch, parts):
@@ -1315,6 +1406,32 @@ async def test_deleting_a_queue_loses_the_link_of_its_consumer(real):
     await soon(link.lost())
     with pytest.raises(LinkLost, match="deleted"):
         await soon(waiting)
+
+
+@pytest.mark.rabbit
+@pytest.mark.parametrize("how", ["queue", "channel"])
+async def test_what_ends_a_consumer_as_it_starts_loses_the_link(real, monkeypatch, how):
+    link = await real.open()
+    queue = await real.queue(link)
+    original = aiormq.Channel.basic_consume
+
+    async def consume_and_end(channel: aiormq.Channel, *args: Any, **options: Any) -> Any:
+        consume_ok = await original(channel, *args, **options)
+        if how == "channel":
+            await channel.basic_ack(99)  # an unknown tag
+            await soon(asyncio.wait([channel.closing]))
+        else:
+            ended = asyncio.Event()
+            channel.on_consumer_cancel_callbacks.add(lambda _: ended.set())
+            async with await aio_pika.connect(real.url) as connection:
+                await (await connection.channel()).queue_delete(queue)
+            await soon(ended.wait())
+        return consume_ok
+
+    monkeypatch.setattr(aiormq.Channel, "basic_consume", consume_and_end)
+    with pytest.raises(LinkLost):
+        await soon(anext(await soon(link.consume(queue, prefetch=1))))
+    await soon(link.lost())
 
 
 @pytest.mark.rabbit

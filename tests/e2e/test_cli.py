@@ -68,10 +68,13 @@ C = ["coordinator", "--federation", "f"]
         (["worker", "--federation", "f", "--data", "nowhere"], "there is no folder"),
         (["predict", "--model", "no.safetensors", "--image", "x.png"], "there is no model file"),
         (["predict", "--model", "half.safetensors", "--image", "x"], "not a complete model file"),
-        (["predict", "--model", "other.safetensors", "--image", "x"], "not a model of letters"),
+        (
+            ["predict", "--model", "other.safetensors", "--image", "x"],
+            "not a model of the letters task",
+        ),
         (
             ["confusion", "--model", "other.safetensors", "--data", "empty", "--out", "c.png"],
-            "not a model of letters",
+            "not a model of the letters task",
         ),
         (["history", "--run", "empty"], "no history"),
         (["plot", "--run", "empty", "--out", "x.png"], "no history"),

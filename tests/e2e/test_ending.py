@@ -22,7 +22,7 @@ def test_a_step_in_c_code_puts_off_no_end(federation: Federation, mode, number) 
     worker.send(number)
     assert worker.end() == 128 + number
     assert time.monotonic() - began < AT_ONCE_S
-    assert worker.lines[-1].endswith("left; the same command joins again")
+    assert worker.lines[-1].endswith("left the federation; run the same command to join again")
     coordinator.wait_for(r"left \(stopped by its owner\)")
 
 
@@ -62,4 +62,4 @@ def test_a_run_that_stopped_is_no_success(federation: Federation) -> None:
     assert [program.end() for program in (coordinator, hangs, fine)] == [4, 4, 4]
     (told,) = [line for line in fine.lines if line.startswith("fluffle: ")]
     assert "the run stopped before its end" in told
-    assert "the same command joins again" in told
+    assert "start this worker again with the same command" in told

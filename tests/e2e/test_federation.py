@@ -129,7 +129,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
     ]
     workers[0].wait_for("round 1: training")
     first.send(signal.SIGINT)
-    first.wait_for("the same command .* goes on")
+    first.wait_for("the same command .* to go on")
     assert first.end() == 130
     second = federation.coordinator("--quorum", 2, "--rounds", 3)
     gate.touch()
@@ -140,7 +140,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
 def test_a_second_worker_of_the_same_id_is_refused(federation: Federation) -> None:
     federation.worker("shard:0/2").wait_for("connected")
     second = federation.worker("shard:0/2", "--wait-id", 1)
-    second.wait_for("another worker has this id; waiting up to 1 s")
+    second.wait_for("another connection already uses this worker's ID; waiting up to 1 s")
     assert second.end() == 6
     (told,) = [line for line in second.lines if line.startswith("fluffle: ")]
     assert "another worker with the id 'shard-0-2' is connected" in told

@@ -151,7 +151,7 @@ def test_a_coordinator_that_was_killed_or_stopped_appears_as_resumed(
     follower.wait_for("round 2: opened")
     second.send(signal.SIGINT)
     assert second.end() == 128 + signal.SIGINT
-    follower.wait_for("stopped; .* the same command .* goes on")
+    follower.wait_for("stopped; run the same command .* to go on")
     told = "\n".join(lines(federation, "explain"))
     assert "The coordinator was told to stop" in told
     assert "the round was opened again" in told

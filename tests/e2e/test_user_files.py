@@ -65,5 +65,5 @@ def test_both_are_named_on_the_command_line(federation: Federation, tmp_path) ->
     assert again.returncode == 0, again.stdout + again.stderr
     without = replay()
     assert without.returncode == 2
-    assert "unknown encoding 'signs'" in without.stderr
+    assert "unknown codec 'signs'" in without.stderr
     assert "--codec" in without.stderr

@@ -16,6 +16,7 @@ from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Bye, Evaluate, Heartbeat, Hello, Stop
 from fluffle_common.protocol.wire_format import read_tensors
 from fluffle_common.tensors.frozen import NO_FROZEN
+from fluffle_common.transport import messaging
 from fluffle_common.transport.base import Properties
 from fluffle_coordinator.conformance.examine import SCENARIOS, examine
 from fluffle_coordinator.conformance.listener import ExamOptions
@@ -103,7 +104,7 @@ def test_scenarios_after_a_failed_round_are_not_tried(federated):
         findings = await examined(federation, large=True)
         assert failed(findings) == ["fit"]
         assert "'conformance/large' is not in this task's model" in findings["fit"].seen
-        assert findings["stop"].seen == "not tried: fit failed"
+        assert findings["stop"].seen == "not tried, because 'fit' failed"
 
     federated(scenario)
 
@@ -187,7 +188,7 @@ def test_a_federation_in_use_is_left_alone(federated):
 
 def test_it_gives_up_without_a_worker(federated):
     async def scenario(federation):
-        with pytest.raises(RunError, match="no worker was heard"):
+        with pytest.raises(RunError, match="no worker connected"):
             await examined(federation, wait_s=20)
 
     federated(scenario)
@@ -200,8 +201,10 @@ def test_a_malformed_hello_is_reported(federated, monkeypatch):
         federation.worker("w")
         findings = await examined(federation)
         assert failed(findings) == ["hello", "well formed"]
-        assert "malformed: in letters.presence: hello.federation" in findings["hello"].seen
-        assert findings["fit"].seen == "not tried: hello failed"
+        assert (
+            "a message in letters.presence is malformed (hello.federation" in findings["hello"].seen
+        )
+        assert findings["fit"].seen == "not tried, because 'hello' failed"
 
     federated(scenario)
 
@@ -342,6 +345,10 @@ def hides_its_frozen_tensors(patch):
     patch(Presence, "_status", lambda self: {**real(self), "frozen": ()})
 
 
+def sends_everything_in_one_piece(patch):
+    patch(messaging, "fits", lambda pieces: True)
+
+
 MISTAKES = {
     trains_again: {"same fit again"},
     answers_any_attempt: {"rejected update"},
@@ -357,6 +364,7 @@ MISTAKES = {
     evaluates_another_round: {"evaluation before the update", "evaluate"},
     is_silent_at_work: {"heartbeats"},
     hides_its_frozen_tensors: {"frozen tensors"},
+    sends_everything_in_one_piece: {"update in parts"},
 }
 
 
@@ -365,7 +373,8 @@ def test_each_mistake_is_found_by_its_scenario(federated, monkeypatch, mistake):
     mistake(monkeypatch.setattr)
 
     async def scenario(federation):
-        size = LARGE if mistake is hides_that_it_receives else 4
+        large = mistake in (hides_that_it_receives, sends_everything_in_one_piece)
+        size = LARGE if large else 4
         step_s = 5.0 if mistake is is_silent_at_work else 0.25
         task = Slowing(federation.loop, size=size, step_s=step_s)
         if mistake is hides_its_frozen_tensors:

@@ -214,7 +214,7 @@ def test_an_invalid_broadcast_stops_the_run(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, min_workers=1, strategy=named)
         federation.worker("a", Descent("a"))
-        with pytest.raises(TaskError, match=r"in broadcast\(\): .* tensor 'c' has 1 value "):
+        with pytest.raises(TaskError, match=r"in broadcast\(\): .* \(tensor 'c' has 1 value "):
             await coordinator.end()
 
     federated(scenario)
@@ -272,7 +272,7 @@ def test_a_plan_that_trains_no_tensor_of_the_model_is_reported(federated):
         )
         federation.worker("a", Adder(federation.loop))
         reason = (await coordinator.log.until("failure"))["reason"]
-        assert "the federation trains the tensors head/*, tail, but this task's model has" in reason
+        assert "--train selects the tensors head/*, tail, but this task's model has" in reason
         await coordinator.kill()
 
     federated(scenario)

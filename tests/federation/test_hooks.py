@@ -219,7 +219,8 @@ def test_a_metric_that_is_not_finite_is_reported_and_is_no_improvement(federated
         state = await coordinator.end()
         assert state.committed == 3
         assert state.reason == (
-            f"test/a has not improved for 2 rounds, since {values[0]:.4f} in round 1 (--patience)"
+            "test/a has not improved for 2 rounds; the best is "
+            f"{values[0]:.4f} in round 1 (--patience)"
         )
         notes = [one["what"] for one in coordinator.log.of("note")]
         assert len(notes) == len(set(values) - {0.5})
@@ -256,17 +257,17 @@ def test_hooks_of_a_file_are_found_by_name(tmp_path):
     assert not Hooks.load()
     with pytest.raises(UsageError, match="--evaluate must be a function, not int"):
         Hooks.load(evaluate=f"{file}:number")
-    with pytest.raises(UsageError, match="has no 'absent' \\(--evaluate\\)"):
+    with pytest.raises(UsageError, match="has no 'absent'; correct the name in --evaluate"):
         Hooks.load(evaluate=f"{file}:absent")
 
 
 def test_a_hook_takes_one_argument():
     assert Hooks.load(evaluate=lambda weights, data=None: {}, on_round=print)
-    expected = "one argument, the weights; its parameters are \\(weights, data\\)"
+    expected = "one argument, the weights, but .* parameters are \\(weights, data\\)"
     with pytest.raises(UsageError, match=expected):
         Hooks.load(evaluate=lambda weights, data: {})
     with pytest.raises(
-        UsageError, match="--on-round must be .* one argument, the commit; .* \\(\\)"
+        UsageError, match="--on-round must be .* one argument, the commit, .* \\(\\)"
     ):
         Hooks.load(on_round=lambda: None)
 

@@ -298,7 +298,9 @@ def test_ctrl_c_ends_a_run_cleanly_and_names_how_to_continue(tmp_path, with_fold
     (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
-    assert f"the same call with folder={str(folder)!r} goes on with round {committed + 1}" in stderr
+    assert (
+        f"repeat the call with folder={str(folder)!r} to go on with round {committed + 1}" in stderr
+    )
     assert "command" not in stderr
     run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
     assert run.weights["w"].tolist() == [committed + 1.0] * 2
@@ -376,7 +378,7 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
                 time.sleep(0.01)
             return super().train(weights, plan, progress)
 
-    with pytest.raises(fluffle.RunError, match=r"the run stopped: .*goes on with round 2$"):
+    with pytest.raises(fluffle.RunError, match=r"the run stopped: .*to go on with round 2$"):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
 
 
@@ -421,7 +423,7 @@ def test_a_rejected_update_of_a_task_ends_the_run(function, failed, tmp_path):
             return fluffle.TrainResult({"w": weights["w"] * factor + 1}, 10)
 
     tasks = {"north": Adder(), "south": Diverging()}
-    said = f"^the task 'south' {failed} in round 2: its update was rejected: tensor 'w' has 2 val"
+    said = f"^the task 'south' {failed} in round 2: its update was rejected .tensor 'w' has"
     with pytest.raises(fluffle.TaskError, match=said):
         function(tasks, rounds=3, folder=tmp_path)
     assert tasks["north"].trained == 2
@@ -500,19 +502,19 @@ def test_tasks_may_be_functions_and_strategies_objects():
     [
         ([], {}, "needs at least one task; pass tasks, or pass url="),
         ([Adder()], {"ronds": 3}, "unknown keyword 'ronds'; did you mean 'rounds'"),
-        ([Adder()], {"rounds": 0}, "rounds = 0: 0 is not in the range"),
-        ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks, 1;"),
-        ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the number of tasks, 1;"),
-        ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=: "),
+        ([Adder()], {"rounds": 0}, "rounds = 0 is not valid (0 is not in the range"),
+        ([Adder()], {"quorum": 2}, "quorum = 2 is more than the number of tasks (1);"),
+        ([Adder()], {"min_workers": 2}, "min_workers = 2 is more than the number of tasks (1);"),
+        ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=; "),
         ([Adder()], {"verify_users": True}, "verify_users= needs url=, because"),
-        ([Adder()], {"run": "runs/x"}, "has no run=: use folder= for the run folder"),
+        ([Adder()], {"run": "runs/x"}, "has no run=; use folder= for the run folder"),
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
         ([Adder()], {"strategy": Adder}, "strategy= Adder is a class, not a strategy; give an"),
         ([Adder()], {"strategy": "median"}, "strategy median needs at least 3 workers, but the"),
         ([Adder()], {"strategy": "krum:f=9", "quorum": 1}, "needs at least 21 updates per round"),
-        ([Adder()], {"federation": None}, "fluffle.run(): federation = None: a value is required"),
+        ([Adder()], {"federation": None}, "(): federation = None, but a value is required"),
         ([Adder()], {"folder": 3}, "folder = 3 is not a path; use text such as"),
         ([Adder()], {"folder": b"x"}, "folder = b'x' is not a path"),
         ([Adder()], {"folder": "\0"}, r"folder = '\x00' is not a path"),
@@ -520,11 +522,11 @@ def test_tasks_may_be_functions_and_strategies_objects():
         (
             [Adder()],
             {"init": ""},
-            'init = "": the text is empty; give a value, or omit this option',
+            'init = "" is not valid (the text is empty; give a value, or omit this option',
         ),
         ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or omit folder="),
         ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),
-        ({"a b": Adder()}, {}, "'a b' is not a valid worker id"),
+        ({"a b": Adder()}, {}, "'a b' is not a valid worker ID"),
         ({"a b": Adder()}, {}, "choose another key in tasks"),
         (Adder(), {}, "expected a list of tasks or a mapping of names to tasks, not <"),
         ([object()], {}, "no method 'init'"),
@@ -556,7 +558,7 @@ def test_a_run_that_the_budget_ends_says_so(tmp_path):
     for _ in range(2):
         run = fluffle.run([Adder(), Adder()], rounds=50, **options)
         assert re.fullmatch(
-            r"4 rounds are done; the strategy dp:.*budget=2\S* allows no more", run.reason
+            r"4 rounds are done; the strategy dp:.*budget=2\S* allows no more rounds", run.reason
         )
     run = fluffle.run([Adder(), Adder()], rounds=4, strategy=options["strategy"])
     assert run.reason == "4 rounds are done"

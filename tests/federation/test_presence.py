@@ -64,7 +64,7 @@ def test_a_worker_reports_that_it_waits_for_a_coordinator_that_was_stopped(feder
     async def scenario(federation):
         worker = await one_of_three_left_alone(federation, rounds=2)
         event = await worker.log.until("waiting")
-        assert event["reason"].startswith("round 1: update sent 15 s ago, no new work yet")
+        assert event["reason"].startswith("round 1: no new work since the update was sent 15 s ago")
         await asyncio.sleep(100.0)
         assert len(worker.log.of("waiting")) == 1
         again = federation.coordinator(rounds=2, min_workers=3)
@@ -83,7 +83,7 @@ def test_a_worker_that_has_lost_the_broker_does_not_suspect_the_coordinator(fede
         assert not worker.log.of("waiting")
         federation.broker.start()
         event = await worker.log.until("waiting")
-        assert event["reason"].startswith("round 1: update sent 15 s ago, no new work yet")
+        assert event["reason"].startswith("round 1: no new work since the update was sent 15 s ago")
 
     federated(scenario)
 

@@ -317,7 +317,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
         ("cohort(self, state): return (1 / 0 for _ in 'a')", "in cohort(): ZeroDivisionError"),
         (
             "discount(self, staleness): return 0\n\n    continuous = True",
-            "in discount(): it returned 0 for the staleness 0, so nothing counts",
+            "in discount(): it returned 0 for the staleness 0, so no update counts",
         ),
     ],
 )
@@ -359,7 +359,7 @@ def test_a_user_schedule_may_return_numbers_of_numpy(federated, tmp_path):
 @pytest.mark.parametrize(
     ("value", "error", "message"),
     [
-        ("-1", UsageError, "has max_staleness = -1, but max_staleness must be at least 0"),
+        ("-1", UsageError, "has max_staleness = -1; set max_staleness to at least 0"),
         ("None", UsageError, "is not a schedule: this Windows lacks max_staleness (int)"),
         ("1 / 0", TaskError, "the schedule broken.py:minutes failed in max_staleness: ZeroDiv"),
     ],
@@ -407,3 +407,18 @@ def test_conflicting_schedule_options_are_refused_in_one_line(options, message):
     with pytest.raises(UsageError, match=message) as refused:
         load_schedule(**options)
     assert "\n" not in str(refused.value)
+
+
+def test_a_worker_that_stays_is_asked_again_when_a_run_that_stopped_while_it_trained_goes_on(
+    federated,
+):
+    async def scenario(federation):
+        rules = {"rounds": 1, "min_workers": 1, "schedule": Buffered(buffer=1)}
+        federation.worker("a", Adder(federation.loop, step_s=30.0), stay=True)
+        stopped = federation.coordinator(deadline_s=20.0, on_deadline="stop", **rules)
+        assert (await stopped.end()).outcome == "stopped"
+        await asyncio.sleep(60.0)  # until the training has noticed
+        continued = federation.coordinator(**rules)
+        assert (await continued.end(within_s=200.0)).outcome == "finished"
+
+    federated(scenario)

@@ -47,12 +47,12 @@ def best_of(federation):
         (
             Stopping("accuracy", patience=2),
             7,
-            "accuracy has not improved for 2 rounds, since 0.9000 in round 4 (--patience)",
+            "accuracy has not improved for 2 rounds; the best is 0.9000 in round 4 (--patience)",
         ),
         (
             Stopping(patience=3),
             5,
-            "loss has not improved for 3 rounds, since 1.0000 in round 1 (--patience)",
+            "loss has not improved for 3 rounds; the best is 1.0000 in round 1 (--patience)",
         ),
         (Stopping("accuracy", target=0.95, patience=9), 8, "8 rounds are done"),
         (NO_STOPPING, 8, "8 rounds are done"),
@@ -90,6 +90,20 @@ def test_the_best_model_is_kept_across_a_restart(federated, written):
         assert (await again.end()).committed == 8
         assert best_of(federation) == "4"
         assert not [*federation.folder.glob("*.partial")]
+
+    federated(scenario)
+
+
+def test_a_run_resumes_without_the_checkpoint_of_its_best_model(federated):
+    async def scenario(federation):
+        first = run_with(federation, Stopping("accuracy"))
+        await first.log.until("evaluated", 6)
+        await first.kill()
+        (federation.folder / "round-0004.safetensors").unlink()  # to make room
+        again = federation.coordinator(8, stopping=Stopping("accuracy"))
+        assert (await again.end()).committed == 8
+        assert not again.log.of("disk")
+        assert best_of(federation) == "4"
 
     federated(scenario)
 

@@ -119,7 +119,10 @@ def test_settings_that_a_workers_codec_refuses_are_reported(federated, documente
         b = federation.worker("b", Adder(federation.loop, size=SIZE), codecs=registry_with(old))
         await coordinator.end()
         reason = b.log.of("failure")[0]["reason"]
-        assert re.search(r"^the codec 'signs' rejects 'signs:4': Val.*\(old.py:\d+\)$", reason)
+        assert re.search(
+            r"^the codec 'signs' rejects the .* --compress signs:4: Val.*\(old.py:\d+\)$",
+            reason,
+        )
         (trace,) = b.log.of("traceback")
         assert "return cls(int(text))" in trace["text"]
 
@@ -333,11 +336,11 @@ def test_the_state_of_a_rule_is_kept_for_later_rounds_of_the_run():
 @pytest.mark.parametrize(
     ("gradient", "message"),
     [
-        (lambda g, w, s: g, "returned a dict; expected (gradient, state)"),
+        (lambda g, w, s: g, "returned a dict; expected a pair (gradient, state)"),
         (lambda g, w, s: ({}, s), "'w' is only in its input"),
         (
             lambda g, w, s: ({"w": np.zeros(2)}, s),
-            "returned 'w' of shape (2,); expected the shape (1,)",
+            "returned the tensor 'w' with the shape (2,); expected the shape (1,)",
         ),
     ],
 )
@@ -356,7 +359,7 @@ def test_end_must_return_a_mapping():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Proximal", "is a class, but must be an object; name an instance"),
+        ("Proximal", "is a class, but an object is expected; create an object"),
         ("nothing", "has no 'nothing'"),
     ],
 )
@@ -381,7 +384,7 @@ def test_an_installed_rule_is_found_by_its_name(monkeypatch):
     entry_points += [EntryPoint("broken", "nowhere_to_be_found:rule", loading.GROUP)]
     monkeypatch.setattr(loading, "installed", lambda group: {one.name: one for one in entry_points})
     assert find_rule("fedprox") is INSTALLED
-    with pytest.raises(TaskError, match="rule broken of .* fails to load: ModuleNotFoundError"):
+    with pytest.raises(TaskError, match="rule 'broken' .* fails to load: ModuleNotFoundError"):
         find_rule("broken")
 
 

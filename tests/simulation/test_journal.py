@@ -105,7 +105,7 @@ def test_a_round_that_is_not_in_it_is_told(tmp_path):
     simulated(tmp_path)
     with pytest.raises(UsageError, match="round 99 is not in the journal, which has rounds 1-2"):
         printed(journal, "--run", tmp_path, "--round", 99)
-    with pytest.raises(UsageError, match="round 1 is not in this part of the journal, which has"):
+    with pytest.raises(UsageError, match="round 1 is not in the journal after --since, which has"):
         printed(journal, "--run", tmp_path, "--round", 1, "--since", "2999-01-01")
     with pytest.raises(UsageError, match="round 1 is not in the journal, which has no round"):
         printed(journal, "--run", tmp_path, "--round", 1, "--run-id", "another")
@@ -115,7 +115,7 @@ def test_a_round_that_is_not_in_it_is_told(tmp_path):
 
 
 def test_where_there_is_no_journal_it_is_said(tmp_path):
-    with pytest.raises(UsageError, match="has no journal, because only a simulation keeps"):
+    with pytest.raises(UsageError, match="has no journal; only a simulation keeps"):
         printed(journal, "--run", tmp_path)
     with pytest.raises(UsageError, match="--follow conflicts with --run"):
         printed(journal, "--run", tmp_path, "--follow")
@@ -137,5 +137,5 @@ def test_a_finished_simulation_that_is_repeated_reports_no_simulated_time(tmp_pa
     assert re.search(r"simulated .* in ", first)
     assert "simulated" not in again
     for printed in (first, again):
-        assert "the same command with --rounds 2 (without --fresh) adds more" in printed
+        assert "run the same command with --rounds 2 (without --fresh)" in printed
         assert "finished: 1 round is done" in printed

@@ -65,7 +65,7 @@ def test_by_a_column_each_value_is_a_client():
 
 
 def test_too_few_examples_are_refused():
-    with pytest.raises(UsageError, match="9 examples are too few for 5 clients of 2 shards"):
+    with pytest.raises(UsageError, match="9 examples are too few for 5 clients with 2 shards each"):
         Shards(2).deal(np.zeros(9), 5, 0)
 
 

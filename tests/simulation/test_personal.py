@@ -17,6 +17,8 @@ import fluffle
 from fluffle_coordinator.cli.coordinator import history
 from fluffle_coordinator.cli.journal import journal
 from fluffle_coordinator.dashboard.report import read_report
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.scaffold import Scaffold
 
 pytestmark = pytest.mark.usefixtures("compiled_elsewhere")
 
@@ -92,3 +94,27 @@ def test_of_many_clients_only_those_that_were_asked_have_measured(tmp_path: Path
     first, last = run.history
     assert len(first.evaluations) == 3, "the cohort of round 2 measured the model of round 1"
     assert set(first.evaluations) == set(last.participants)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "rule", "personal"), [("fedavg", None, "head"), ("scaffold", Scaffold, "norm")]
+)
+def test_what_clients_keep_outlives_an_interruption_but_not_their_run(
+    strategy, rule, personal, tmp_path
+):
+    def simulated(folder: str, rounds: int, **options: Any) -> fluffle.Run:
+        tasks = {name: hospital(seed, personal) for seed, name in enumerate(("north", "south"))}
+        if rule is not None:
+            for task in tasks.values():
+                task.local_rule = BoundRule(rule())
+        options |= {"strategy": strategy, "batch_size": 10, "select": "round-robin", "sample": 1}
+        return fluffle.simulate(tasks, rounds=rounds, folder=tmp_path / folder, **options)
+
+    whole = simulated("whole", 4)
+    simulated("interrupted", 2)
+    continued = simulated("interrupted", 4)
+    again = simulated("interrupted", 4, fresh=True)
+    for other in (continued, again):
+        assert other.history["loss"] == whole.history["loss"]
+        for name, one in whole.weights.items():
+            np.testing.assert_array_equal(other.weights[name], one)

@@ -28,7 +28,10 @@ from fluffle_common.transport.base import QueueFull
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.scaffold import Scaffold
 from fluffle_worker.task import EvalResult, TaskOptions, TrainResult
 
 names = functools.partial(numbered, "client")
@@ -119,6 +122,25 @@ def test_a_line_takes_the_time_of_its_bytes(tmp_path):
     tasks = {"a": Adder(1.0, size=250_000)}
     found, _ = run(tmp_path, tasks, [Device(bytes_per_s=1e5)], rounds=2)
     assert math.isclose(found.simulated_s, 60.0, rel_tol=0.01), "up, twice down and up, and down"
+
+
+def test_what_a_strategy_sends_besides_the_model_takes_time_too(tmp_path):
+    class Scaffolded(Adder):
+        def __init__(self) -> None:
+            super().__init__(1.0, size=250_000)
+            self.local_rule = BoundRule(Scaffold())
+
+        def train(self, weights: Mapping[str, Any], plan: Any, progress: Any) -> TrainResult:
+            state = self.local_rule.begin(weights)
+            self.local_rule.end(weights, state)
+            return super().train(weights, plan, progress)
+
+    settings = CoordinatorSettings(
+        "sim", Rules(min_workers=1, rounds=2), strategy=load_strategy("scaffold")
+    )
+    clients = clients_of({"a": Scaffolded()}, [Device(bytes_per_s=1e5)])
+    found = simulated(tmp_path, settings, clients, Told())
+    assert math.isclose(found.simulated_s, 100.0, rel_tol=0.01), "as above, and two variates twice"
 
 
 def test_a_model_in_parts_arrives(tmp_path):
@@ -254,7 +276,7 @@ class TestDevices:
             devices(2, step_s=text)
 
     def test_a_line_that_carries_nothing_is_refused(self):
-        with pytest.raises(UsageError, match="the bandwidth must be above 0 bytes per second"):
+        with pytest.raises(UsageError, match="more than 0 bytes per second"):
             devices(2, bytes_per_s="0")
 
 
@@ -262,13 +284,13 @@ class TestDevices:
     ("options", "said"),
     [
         ({"url": "amqp://127.0.0.1"}, "has no url=, because its broker is in memory"),
-        ({"test_every": 0}, "test_every = 0 must be a whole number of at least 1"),
-        ({"clients": 0}, "clients = 0 must be a whole number of at least 1"),
-        ({"clients": "2"}, "clients = '2' must be a whole number of at least 1"),
+        ({"test_every": 0}, "test_every = 0 is not valid; expected a whole number of at least 1"),
+        ({"clients": 0}, "clients = 0 is not valid; expected a whole number of at least 1"),
+        ({"clients": "2"}, "clients = '2' is not valid; expected a whole number of at least 1"),
         ({"availability": 0.5}, "invalid availability '0.5'"),
         ({"partition": "iid"}, "partition='iid' has no effect on a list of tasks"),
         ({"strategy": "median"}, "the strategy median needs at least 3 workers, but the number of"),
-        ({"federation": None}, "fluffle.simulate(): federation = None: a value is required"),
+        ({"federation": None}, "fluffle.simulate(): federation = None, but a value is required"),
         ({"folder": 3}, "folder = 3 is not a path"),
         ({"clients": 3}, "clients = 3, but the number of tasks is 2"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
@@ -299,12 +321,14 @@ def test_what_is_no_partition_is_refused(partition):
 
 @pytest.mark.parametrize("seed", [-1, 1.5, "x"])
 def test_a_seed_that_is_none_is_refused_before_the_data_are_divided(seed):
-    said = re.escape(f"seed = {seed!r} must be a whole number of at least 0")
+    said = re.escape(f"seed = {seed!r} is not valid; expected a whole number of at least 0")
     with pytest.raises(UsageError, match=said):
         fluffle.simulate(Whole(0.0), clients=2, rounds=1, seed=seed)
     with pytest.raises(UsageError, match=said):
         fluffle.plot_partition(Whole(0.0), clients=2, seed=seed)
-    with pytest.raises(UsageError, match="clients = 0 must be a whole number of at least 1"):
+    with pytest.raises(
+        UsageError, match="clients = 0 is not valid; expected a whole number of at least 1"
+    ):
         fluffle.plot_partition(Whole(0.0), clients=0)
 
 

@@ -89,7 +89,7 @@ def test_a_worker_without_bfloat16_may_send_the_upper_halves_of_float32():
     halves = {"w": base["w"].view(np.uint16)}
     got, _ = decode_contribution(*update(halves, "bf16"), base)
     assert (got["w"].dtype, got["w"].tolist()) == (BFLOAT16, base["w"].tolist())
-    with pytest.raises(MalformedMessage, match="'w' is uint16, expected bfloat16"):
+    with pytest.raises(MalformedMessage, match="'w' is uint16; expected bfloat16"):
         decode_contribution(*update(halves, None), base)
 
 

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 from fluffle_broker.inspect.rejected import requeue
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import wire_format as wire
-from fluffle_common.protocol.messages import FirstWeights, Heartbeat, Hello, Part, Transfer, Update
+from fluffle_common.protocol.messages import (
+    FirstWeights,
+    Heartbeat,
+    Hello,
+    Part,
+    Transfer,
+    Update,
+    parsing,
+)
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly, pack
 from fluffle_common.protocol.wire_format import decode
@@ -86,7 +96,7 @@ def test_valid_announcements_are_accepted_in_every_encoding(how):
         (
             "int8",
             {"bias": None, "bias#q": np.zeros(7, np.int8), "bias#scale": np.zeros(9, np.float32)},
-            "'bias#scale' is float32 (9,), expected float32 (1,)",
+            "'bias#scale' is float32 (9,); expected float32 (1,)",
         ),
         (
             "topk",
@@ -257,6 +267,52 @@ async def test_parts_of_another_user_alone_count_as_missing(link):
     assert (await link.counts(TOPOLOGY.rejected)).ready == transfer.parts
 
 
+@pytest.mark.usefixtures("small_parts")
+async def test_a_part_that_cannot_even_be_rejected_does_not_end_the_run(link):
+    transfer = (await send_as(link, "w")).transfer
+    await link.publish(b"garbage", Properties(), exchange="", keys=[TOPOLOGY.outbox("w")])
+    first = [await link.get(TOPOLOGY.outbox("w")) for _ in range(transfer.parts)]
+    for part in reversed(first):  # the garbage comes first
+        await link.publish(part.body, Properties(), exchange="", keys=[TOPOLOGY.outbox("w")])
+        part.ack()
+    into = Assembly(transfer, 1000)
+    await fetch(link, TOPOLOGY.outbox("w"), into, "deleted")
+    assert into.payload() == np.arange(40.0).tobytes()
+    assert await link.get(TOPOLOGY.outbox("w")) is None
+
+
+async def test_progress_counts_the_parts_that_are_confirmed():
+    confirms = deque[asyncio.Future[None]]()
+
+    class Slow:
+        """A link that confirms parts when the test says so."""
+
+        async def publish(self, _: bytes, about: Properties, **__: Any) -> None:
+            if about.type == "part":
+                confirms.append(asyncio.get_running_loop().create_future())
+                await confirms[-1]
+
+    seen: list[int] = []
+    to = Route(TOPOLOGY.results, ["part.w"])
+    sending = asyncio.ensure_future(
+        send_tensors(
+            Slow(),  # type: ignore[arg-type]
+            update(),
+            {"w": np.zeros(6 * 2**20, np.uint8)},
+            to,
+            parts=to,
+            progress=lambda done, _: seen.append(done),
+        )
+    )
+    while len(confirms) < 2:  # noqa: ASYNC110
+        await asyncio.sleep(0)
+    for confirm in reversed(confirms):
+        confirm.set_result(None)
+        await asyncio.sleep(0)
+    await sending
+    assert seen == [1, 2]
+
+
 # --- rejected messages ---------------------------------------------------------------------------
 
 
@@ -266,7 +322,7 @@ async def test_large_garbage_is_truncated_and_cannot_be_requeued(link):
     wrong = MalformedMessage("the header is a int, not a map")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
     (result,) = await requeue(link, TOPOLOGY, [1])
-    assert result.left == "only the first 65536 bytes of it were kept"
+    assert result.left == "only the first 65536 bytes of the message were kept"
     rejected = await link.get(TOPOLOGY.rejected)
     assert rejected.body == garbage[: 2**16]
     assert rejected.properties.headers["cut_from_bytes"] == len(garbage)
@@ -374,6 +430,15 @@ def test_the_size_of_presence_messages_is_bounded(field, value):
     header = {"protocol": 2, "kind": "hello", **ABOUT, "session": "s", field: value}
     with pytest.raises(MalformedMessage, match=field):
         decode(b"\x92" + wire.msgpack.packb(header) + b"\xc4\x00")
+
+
+@pytest.mark.parametrize("field", ["classes", "critical", "features", "frozen", "protocols"])
+def test_validation_ends_at_the_first_of_many_invalid_items(field):
+    # To report all 60,000 takes the event loop a third of a second.
+    header = {"protocol": 2, "kind": "hello", **ABOUT, "session": "s", field: [None] * 60_000}
+    with pytest.raises(ValidationError) as caught:
+        parsing._adapter.validate_python(header)
+    assert caught.value.error_count() <= 2  # fewer items than the minimum may be left
 
 
 async def test_a_refusal_is_sent_once_per_session_and_again_if_sending_failed(link):

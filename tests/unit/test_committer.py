@@ -14,7 +14,9 @@ from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.dashboard.report import read_report
 from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine.records import Evaluated
 from fluffle_coordinator.service.committer import Average, Committer
+from fluffle_coordinator.service.hooks import Commit, Hooks
 from fluffle_coordinator.storage.history import read_history, read_history_lines
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import RunStore
@@ -27,6 +29,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.commits: list[Commit] = []
         self.posted: list[ev.Event] = []
         store = RunStore(folder)
         self.identity = store.load("f").run
@@ -35,6 +38,7 @@ class Run:
             metadata=lambda number: {"run": self.identity, "round": str(number)},
             record=lambda _: None,
             post=self.posted.append,
+            hooks=Hooks(on_round=self.commits.append),
         )
 
     async def commit(self, number: int) -> None:
@@ -66,6 +70,13 @@ async def test_a_round_is_committed_when_checkpoint_and_line_are_on_disk(run):
     assert (event.num_examples, event.timings) == (10, line["timings"])
     assert line["asked"] == ["a", "b"]
     assert RunStore(run.folder).load("f").base == event.base
+
+
+async def test_a_hook_sees_the_newest_evaluation_although_an_older_one_came_after_it(run):
+    for number, loss in ((1, 0.5), (0, 2.0)):
+        run.committer.record_evaluation(number, {"a": Evaluated(5, loss, {})})
+    await run.commit(2)
+    assert run.commits[0].evaluation == {"loss": 0.5}
 
 
 async def test_a_late_update_is_in_the_next_rounds_line(run):
@@ -100,6 +111,6 @@ async def test_a_run_that_ends_before_its_first_round_has_no_line(run):
 async def test_a_run_whose_folder_is_removed_ends_with_one_line(run):
     await run.commit(1)
     shutil.rmtree(run.folder)
-    with pytest.raises(RunError, match=r"the run folder .* was removed .* no update is lost"):
+    with pytest.raises(RunError, match=r"the run folder .* was removed .*no update is lost"):
         async with asyncio.timeout(2):
             await asyncio.gather(run.commit(2), run.running)

@@ -262,20 +262,20 @@ VALUE = np.ones(3, F32)
         (spoilt("bf16", w=np.zeros((50, 30), np.uint16)), "expected uint16 (30, 50)", "tensors"),
         (spoilt("bf16", w=np.full((30, 50), 0x7F80, np.uint16)), "NaN or infinite", "not_finite"),
         (spoilt("bf16", w=np.full((30, 50), 0x7FA0, np.uint16)), "NaN or infinite", "not_finite"),
-        (spoilt("bf16", n=np.zeros(3, np.uint16)), "'n' is uint16, expected int64", "tensors"),
+        (spoilt("bf16", n=np.zeros(3, np.uint16)), "'n' is uint16; expected int64", "tensors"),
         (spoilt("f16", w=np.zeros(1500, np.float16)), "expected float16 (30, 50)", "tensors"),
         (spoilt("f16", w=np.full((30, 50), np.inf, np.float16)), "NaN or infinite", "not_finite"),
-        (spoilt("int8", q=np.zeros((30, 50), np.uint8)), "uint8 (30, 50), expected", "tensors"),
+        (spoilt("int8", q=np.zeros((30, 50), np.uint8)), "uint8 (30, 50); expected", "tensors"),
         (spoilt("int8", q=np.zeros((30, 49), np.int8)), "expected int8 (30, 50)", "tensors"),
-        (spoilt("int8", scale=np.zeros(5, F32)), "(5,), expected float32 (6,)", "tensors"),
-        (spoilt("int8", scale=np.zeros(6)), "is float64 (6,), expected float32 (6,)", "tensors"),
+        (spoilt("int8", scale=np.zeros(5, F32)), "(5,); expected float32 (6,)", "tensors"),
+        (spoilt("int8", scale=np.zeros(6)), "is float64 (6,); expected float32 (6,)", "tensors"),
         (spoilt("int8", scale=np.full(6, -1, F32)), "has negative values", "tensors"),
         (spoilt("int8", scale=np.full(6, np.nan, F32)), "NaN or infinite", "not_finite"),
         (spoilt("int8", scale=np.full(6, 3e38, F32)), "NaN or infinite", "not_finite"),
         (spoilt("int8", scale=None), "unknown w#q", "tensors"),
         (spoilt("int8", w=DELTA["w"]), "unknown w#q, w#scale", "tensors"),
         (spoilt("int8", other=VALUE), "unknown other", "tensors"),
-        (spoilt("topk:0.1", index=INDEX), "(150,), expected float32 (3,)", "tensors"),
+        (spoilt("topk:0.1", index=INDEX), "(150,); expected float32 (3,)", "tensors"),
         (spoilt("topk:0.1", index=INDEX.astype(np.int64), value=VALUE), "is int64", "tensors"),
         (spoilt("topk:0.1", index=INDEX[None], value=VALUE), "expected at most", "tensors"),
         (spoilt("topk:0.1", index=INDEX[::-1], value=VALUE), "must increase", "tensors"),
@@ -285,7 +285,7 @@ VALUE = np.ones(3, F32)
         (spoilt("topk:0.1", index=INDEX, value=VALUE * np.inf), "NaN or infinite", "not_finite"),
         (
             spoilt("topk:0.1", index=np.arange(1501, dtype=np.int32), value=np.ones(1501, F32)),
-            "'w#index' is int32 (1501,), expected at most int32 (1500,)",
+            "'w#index' is int32 (1501,); expected at most int32 (1500,)",
             "tensors",
         ),
     ],
@@ -390,7 +390,7 @@ def test_an_invalid_name_of_an_encoding_is_malformed():
 
 def test_an_unknown_encoding_is_refused_with_a_list_of_known_ones():
     with pytest.raises(
-        MalformedMessage, match="unknown encoding 'zip'; choose from bf16, f16"
+        MalformedMessage, match="unknown codec 'zip'; choose from bf16, f16"
     ) as wrong:
         decode_contribution(*update(DELTA, "zip"), BASE)
     assert wrong.value.cause == "tensors"

@@ -97,20 +97,20 @@ def test_print_config_prints_an_equivalent_file(written):
     [
         ("ruonds = 1", "unknown key 'ruonds'; did you mean 'rounds'?"),
         ("where = 'a'", "unknown key 'where'; choose from codec, config, data, fresh"),
-        ("[privacy]\nepsilon = 1", "unknown table [privacy]; options are keys at the top of the"),
-        ("rounds = 2.5", "rounds = 2.5: expected a whole number"),
-        ("rounds = true", "rounds = true: expected a whole number"),
-        ('rounds = "3"', 'rounds = "3": expected a whole number'),
-        ("rounds = 0", "rounds = 0: 0 is not in the range"),
-        ("grace = nan", "grace = nan: nan is not a finite number"),
+        ("[privacy]\nepsilon = 1", "unknown table [privacy]; write options as keys at the top of"),
+        ("rounds = 2.5", "rounds = 2.5 is not valid (expected a whole number"),
+        ("rounds = true", "rounds = true is not valid (expected a whole number"),
+        ('rounds = "3"', 'rounds = "3" is not valid (expected a whole number'),
+        ("rounds = 0", "rounds = 0 is not valid (0 is not in the range"),
+        ("grace = nan", "grace = nan is not valid (nan is not a finite number"),
         ('grace = "1"', "expected a number"),
         ("fresh = 1", "expected true or false"),
         ("url = 7", "expected text in quotes"),
         ('codec = "x"', 'expected a list, such as codec = ["…"]'),
         ("config = 3", "expected a table"),
-        ("url = 2026-03-01", "url = 2026-03-01: expected text in quotes"),
-        ('url = ""', 'url = "": the text is empty'),
-        ('data = ""', 'data = "": the text is empty'),
+        ("url = 2026-03-01", "url = 2026-03-01 is not valid (expected text in quotes"),
+        ('url = ""', 'url = "" is not valid (the text is empty'),
+        ('data = ""', 'data = "" is not valid (the text is empty'),
         ('codec = ["x", ""]', "the text is empty"),
         ('[config]\n"a=b" = 2', "the key 'a=b' contains '='; choose another key"),
         ("config = {a = [1]}", "a must be true, false, a number or text"),
@@ -130,8 +130,8 @@ def test_an_option_that_a_table_hides_is_named(written, capsys):
     result = invoke(file)
     assert result.exit_code == 0
     assert result.stderr == (
-        f"fluffle: {file}:4: 'rounds' is in the table [config], so the option is not set; if you "
-        "meant the option, move its line above [config]\n"
+        f"fluffle: {file}:4: 'rounds' is in the table [config], so the option is not set; to set "
+        "the option 'rounds', move its line above [config]\n"
     )
     assert not invoke(written('name = "north"\n[config]\nmomentum = 0.9\n')).stderr
 
@@ -175,7 +175,7 @@ def test_options_from_keyword_arguments(monkeypatch):
         "config": ("a=1",),
     }
     with pytest.raises(
-        UsageError, match=r"^fluffle.run\(\): rounds = 2.5: expected a whole number"
+        UsageError, match=r"^fluffle.run\(\): rounds = 2.5 is not valid \(expected a whole number"
     ):
         options_from(command, {"rounds": 2.5}, "fluffle.run")
     with pytest.raises(UsageError, match="unknown keyword 'ronds'; did you mean 'rounds'"):
@@ -233,7 +233,7 @@ def test_no_password_is_printed(written, url, shown):
     printed = CliRunner().invoke(command, ["--name", "n", "--url", url, "--print-config"])
     assert tomllib.loads(printed.output)["url"] == shown
     refused = invoke(written(f"name = 'n'\nurl = ['{url}']"))
-    assert f'url = ["{shown}"]: expected text in quotes' in str(refused.exception)
+    assert f'url = ["{shown}"] is not valid (expected text in quotes)' in str(refused.exception)
 
 
 def test_a_number_of_thousands_of_digits_is_an_error_in_the_file(written):

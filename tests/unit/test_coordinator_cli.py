@@ -38,7 +38,7 @@ def test_every_accepted_encoding_is_valid_in_a_plan(text, how):
     "text", ["", "int4", "bf16", "topk", "topk:", "topk:x", "topk:0", "topk:0.6", "topk:nan"]
 )
 def test_invalid_encodings_are_refused_with_the_valid_ones(text):
-    with pytest.raises(click.BadParameter, match="unknown compression .*; use int8, or topk"):
+    with pytest.raises(click.BadParameter, match="unknown compression .*; give int8, topk"):
         COMPRESS.convert(text, None, None)
 
 

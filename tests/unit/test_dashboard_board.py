@@ -131,7 +131,7 @@ class TestOpenRound:
         state = State(
             Rules(rounds=6, deadline_s=60.0, grace_s=5.0), RUN, 1, QUORUM, phase=Phase.OPEN, link=1,
             workers=Table({"north": here}), asked=Table({"north": Issued(1.0, 1, 1)}),
-            opened_at=4.0, heard_at=10.0, hearing_s=5.0,
+            opened_at=4.0, began_at=4.0, heard_at=10.0, hearing_s=5.0,
         )  # fmt: skip
         bring_up_to_date(board.view, state, epoch=100.0, now=10.0)
         shown = board.snapshot()
@@ -143,6 +143,8 @@ class TestOpenRound:
         assert board.snapshot()["open"]["deadline_at"] == 114.0
         bring_up_to_date(board.view, state, epoch=100.0, now=1013.0)  # nobody was heard for 1003 s
         assert board.snapshot()["open"]["deadline_at"] == 1167.0
+        bring_up_to_date(board.view, state.replace(began_at=-86350.0), epoch=100.0, now=10.0)
+        assert board.snapshot()["open"]["deadline_at"] == 150.0  # --max-round is a day
 
 
 class TestRun:
@@ -198,6 +200,14 @@ class TestRun:
         run = board.run()
         assert (run["phase"], run["round"], run["rounds"]) == ("waiting", 1, 3)
         assert run["words"].startswith("waiting for workers: 0 of 2 are connected")
+
+    def test_a_run_is_not_interrupted_while_its_end_is_sent(self) -> None:
+        board = board_after(STARTED, CONNECTED, opened(1, "north"))
+        state = start(Rules(rounds=3), RUN, now=5.0).replace(link=1, phase=Phase.ENDED)
+        bring_up_to_date(board.view, state, epoch=1000.0, now=6.0)
+        assert board.run()["words"] == "round 1 is open: 0 of 1 updates"
+        board.add(200.0, from_fields("stopped", {"reason": "no quorum"}))
+        assert board.run()["words"] == "stopped: no quorum"
 
 
 class TestRounds:
@@ -377,6 +387,8 @@ def test_what_json_cannot_say_becomes_null_or_text() -> None:
         "b": "x",
         "c": [1],
     }
+    not_unicode = {"file": "\udcff", "stall_s": [float("inf")]}  # as in a file name
+    assert as_json(not_unicode) == '{"file":"\\udcff","stall_s":[null]}'
 
 
 names = st.sampled_from(["north", "south", "east"])

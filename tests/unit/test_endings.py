@@ -63,20 +63,22 @@ def test_a_watcher_that_raises_is_reported_once_and_others_continue(capsys):
 def test_a_stop_names_the_command_that_continues():
     state = State(Rules(6), "r", 4, QUORUM, counted_before={3: frozenset([Ticket("a", 3)])})
     advice = endings.after_a_stop(state, FOLDER)
-    assert advice == ("once that is fixed, the same command (without --fresh) goes on with round 4")
+    assert advice == (
+        "fix the cause, and run the same command (without --fresh) to go on with round 4"
+    )
     for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
         advice = endings.after_a_stop(state.replace(**other), FOLDER)
         assert "if the model or the classes have changed" in advice
-        assert "--fresh begins a new run" in advice
-        assert advice.endswith("the same command (without --fresh) goes on with round 4")
+        assert "add --fresh to begin a new run" in advice
+        assert advice.endswith("run the same command (without --fresh) to go on with round 4")
     assert endings.after_a_stop(State(Rules(6), "r", 1, QUORUM), FOLDER).endswith("with round 1")
 
 
 def test_a_run_whose_strategy_allows_no_more_rounds_is_not_told_to_ask_for_more():
-    rules = Rules(6, rounds_limit="the strategy dp allows no more")
+    rules = Rules(6, rounds_limit="the strategy dp allows no more rounds")
     advice = endings.done_already(FOLDER, 6, rules)
-    assert "it has 6 rounds and the strategy dp allows no more; " in advice
-    assert advice.endswith("shows the rounds; the same command with --fresh begins a new run")
+    assert "it has 6 rounds and the strategy dp allows no more rounds. " in advice
+    assert advice.endswith("shows the rounds; run the same command with --fresh to begin a new run")
 
 
 @pytest.fixture
@@ -160,7 +162,7 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
         ("training", 4, "a training 3/8"),
         ("training", 3, "a training for round 3"),
         ("receiving", 3, "a receiving for round 3"),
-        ("idle", 3, "a idle (heard 2 s ago)"),
+        ("idle", 3, "a idle (last heartbeat 2 s ago)"),
     ],
 )
 def test_the_state_of_a_missing_worker_is_named(state, number, words):

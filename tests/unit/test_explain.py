@@ -89,7 +89,7 @@ def test_a_stuck_round_names_the_missing_workers_and_the_time_left():
     gone = f"it has been gone since {clock(at(40))} (no heartbeat for 5 s)"
     assert f"Still waiting for c: {gone}." in text
     assert f"8 min 30 s left until the deadline, at {clock(at(610))}" in text
-    assert "2 updates of 3: 1 more needed" in text
+    assert "Round 7 has 2 of 3 updates; 1 more needed" in text
     assert "The longest wait is for c: 1 min 25 s so far, since b answered." in text
 
 
@@ -100,7 +100,7 @@ def test_a_stuck_round_names_the_missing_workers_and_the_time_left():
         (
             "failure",
             {"worker": "c", "round": 7, "reason": "out of memory"},
-            "failed: out of memory",
+            "its task failed (out of memory)",
         ),
         (
             "joined",
@@ -124,7 +124,7 @@ def test_a_worker_whose_update_was_rejected_may_train_again(state, more):
     doing = {"worker": "b", "state": state, "step": 3, "steps": 40}
     story = rejected_b().add(20, "waiting", what="updates", round=7, missing=[doing], short=0)
     more = more and more + clock(at(20))
-    said = f"b: its update was rejected at {clock(at(12))}: it has a NaN{more}."
+    said = f"b: its update was rejected at {clock(at(12))} (it has a NaN){more}."
     assert said in story.explained(now=30)[1]
 
 
@@ -140,7 +140,7 @@ def test_a_later_event_says_more_of_a_worker_than_its_rejected_update():
 def test_a_rejected_update_is_named_after_the_commit_too():
     story = rejected_b().counted(13, "a", 1).counted(14, "c", 2)
     story.add(15, "committed", round=7, participants=["a", "c"], num_examples=160)
-    said = f"No update of b counted: its update was rejected at {clock(at(12))}: it has a NaN."
+    said = f"No update of b counted: its update was rejected at {clock(at(12))} (it has a NaN)."
     assert said in story.explained(now=30)[1]
 
 
@@ -156,10 +156,10 @@ def test_what_an_operator_should_look_at_is_explained():
         f"At {clock(at(11))}: the update of a claims 1000000000 examples, but is weighted as 80"
         in text
     )
-    assert "b has been training at step 3 of 40 for 120 s without advancing" in text
+    assert "b sends heartbeats, but has made no progress for 120 s (training, step 3 of 40)" in text
     assert "the norm of the update of a is 40, but the median is 1" in text
     assert "needs 2 updates now instead of 3 (c is gone)." in text
-    assert "the frozen tensors of b differ from those of a" in text
+    assert "the frozen tensors of b and a differ" in text
 
 
 def test_a_worker_that_came_back_is_no_longer_gone():
@@ -187,8 +187,9 @@ def test_a_committed_round_names_participants_longest_wait_and_metrics():
     explanation, text = story.explained(now=1000)
     assert not explanation.round.is_open
     assert explanation.left_s is None
-    assert f"Committed at {clock(at(34))}, 24 s after the opening, with a, c, 160 examples." in text
-    assert "adding up 2 ms, averaging 1 ms, the checkpoint 30 ms" in text
+    committed = f"Round 7 was committed at {clock(at(34))}, 24 s after the opening"
+    assert f"{committed}, with a, c, 160 examples." in text
+    assert "adding up 2 ms, averaging 1 ms, checkpoint 30 ms" in text
     assert "loss 0.5000, accuracy 0.9000 on 60 held-out examples" in text
     assert "update of b came late and was discarded." in text
     assert "b did not answer" not in text
@@ -219,7 +220,7 @@ def test_rejections_and_refusals_are_explained():
     story.add(15, "refused", worker="x", reason="other classes")
     story.add(16, "resend", worker="a", reason="its parts are gone")
     explanation, text = story.explained(now=20)
-    why = f"its update was rejected at {clock(at(12))}: tensor 'w': NaN or infinite"
+    why = f"its update was rejected at {clock(at(12))} (tensor 'w': NaN or infinite)"
     assert f"Still waiting for b: {why}." in text
     assert text.count("NaN") == 1
     assert {"worker": "b", "why": why} in as_dict(explanation)["missing"]
@@ -296,8 +297,8 @@ def test_the_journal_may_be_ahead_of_this_machines_clock():
         ("stopped", "The run has stopped: enough."),
         (
             "interrupted",
-            f"The coordinator was told to stop at {clock(at(20))}; the same command opens the "
-            "round again and counts the updates that wait in the queue.",
+            f"The coordinator was told to stop at {clock(at(20))}; the same coordinator "
+            "command opens the round again and counts the updates that wait in the queue.",
         ),
     ],
 )
@@ -328,7 +329,7 @@ def test_an_asynchronous_round_has_no_negative_wait():
     story.counted(17, "a", 3).add(17.1, "committed", round=7, participants=["a", "b"])
     _, text = story.explained(now=20)
     assert "answered 7.0 s after the opening, 3.0 s after b." in text
-    assert "The round has no update of c." in text
+    assert "Round 7 has no update of c." in text
     assert "did not answer" not in text
 
 
@@ -394,7 +395,7 @@ def test_without_a_coordinator_it_names_the_command(committed):
 def test_between_two_rounds_it_names_what_the_run_waits_for():
     story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
     story.add(20, "waiting", reason="waiting for workers: 0 of 2 are connected (nobody)")
-    assert story.explained(now=25)[1].endswith("0 of 2 are connected (nobody).")
+    assert story.explained(now=25)[1].endswith('0 of 2 are connected (nobody)".')
     assert "0 of 2" not in story.opened(30, number=8).explained(now=35)[1]
 
 
@@ -405,7 +406,7 @@ def test_before_the_first_round_it_names_connected_and_refused_workers():
     story.add(4, "waiting", reason="waiting for workers: 1 of 2 are connected (a)")
     explanation = explain(story.events, *_choose_round(story.events, None, None), at(10))
     text = "\n".join(sentences(explanation))
-    assert text.startswith("Run r has opened no round yet.\nConnected: a.\n")
+    assert text.startswith("Run r has opened no round yet.\nConnected workers: a.\n")
     assert f"At {clock(at(3))}: refused: it has other classes (b)." in text
     assert "waiting for workers: 1 of 2" in text
     assert as_dict(explanation)["round"] == 0
@@ -436,7 +437,8 @@ def test_the_chosen_round():
     assert _choose_round(story.events, "r", None) == ("r", 8)
     assert _choose_round(story.events, "r", 7) == ("r", 7)
     with pytest.raises(
-        UsageError, match="round 9 of run later is not .*; r has 7-8; later has 1-2"
+        UsageError,
+        match="round 9 of run later is not .* has rounds 7-8 of run r, rounds 1-2 of run later",
     ):
         _choose_round(story.events, None, 9)
     with pytest.raises(UsageError, match="run x is not in the journal; choose from r, later"):

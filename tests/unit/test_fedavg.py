@@ -430,5 +430,5 @@ def test_very_many_examples_are_counted_exactly_and_not_beyond():
     assert state.mean.num_examples == 1000 * (10**12 + 1)
     got, _ = fedavg.finish(state, base)
     assert (got["w"].tolist(), got["n"].tolist()) == ([1.0], [2**62])
-    with pytest.raises(ValueError, match="number that can be counted"):
+    with pytest.raises(ValueError, match="exceeds the limit"):
         fold(state, learnt, 2**63)

@@ -54,6 +54,17 @@ class Normed(nnx.Module):
         return self.head(self.norm(self.body(inputs)))[:, 0]
 
 
+class Scaled(nnx.Module):
+    """A line and a scale, as two layers."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.linear = nnx.Linear(FEATURES, 1, rngs=rngs)
+        self.head = nnx.Linear(1, 1, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self.head(self.linear(inputs))[:, 0]
+
+
 class Line(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.linear = nnx.Linear(FEATURES, 1, rngs=rngs)
@@ -167,7 +178,10 @@ def test_the_trained_model_is_scored_beside_the_received_one():
 @pytest.mark.parametrize(
     ("filters", "told"),
     [
-        ({"federated": False}, "leave no tensor of the model to send; the model has body/bias, "),
+        (
+            {"federated": False},
+            "leave no tensor of the model to send; .*of the model: body/bias, ",
+        ),
         ({"frozen": True}, "leave no tensor of the model to send"),
         ({"frozen": nnx.Param}, "leaves no parameter of the model to train"),
     ],
@@ -206,6 +220,41 @@ def test_personal_tensors_outlive_their_worker(tmp_path):
     again = task_of(Normed, **filters)
     again.keep_in(tmp_path)
     assert not moved(train(again, first, 2), train(alone, first, 2))
+
+
+def test_a_model_is_evaluated_with_the_personal_tensors_of_its_run():
+    filters = {"federated": nnx.PathContains("linear"), "valid_data": numbers(1)}
+    task = task_of(Scaled, **filters)
+    weights = task.init(0)
+    first = task.evaluate(weights)
+    train(task, weights, 5, run="earlier")
+    trained = task.evaluate(weights)
+    assert trained != first
+    task.local_rule.of_round("r", 1)
+    assert task.evaluate(weights) == first
+    task.local_rule.of_round("earlier", 6)
+    assert task.evaluate(weights) == trained
+
+
+def test_a_personal_layer_that_the_model_gains_begins_as_initialized(tmp_path):
+    class Headed(Scaled):
+        def __init__(self, rngs: nnx.Rngs) -> None:
+            super().__init__(rngs)
+            self.more = nnx.Linear(1, 1, rngs=rngs)
+
+        def __call__(self, inputs: Any) -> Any:
+            return super().__call__(inputs) + self.more(inputs[:, :1])[:, 0]
+
+    filters = {"federated": nnx.PathContains("linear"), "valid_data": numbers(1)}
+    before, after = task_of(Scaled, **filters), task_of(Headed, **filters)
+    for task in (before, after):
+        task.keep_in(tmp_path)
+    weights = before.init(0)
+    train(before, weights, 1)
+    assert np.isfinite(after.evaluate(weights).loss)
+    train(after, weights, 2)
+    kept = after._personal.latest()
+    assert sorted(kept) == ["head/bias", "head/kernel", "more/bias", "more/kernel"]
 
 
 # --- data --------------------------------------------------------------------------------------
@@ -378,6 +427,20 @@ def test_the_control_variate_of_a_compiled_training_is_its_mean_gradient():
     for name in weights:  # each step used g - c_k
         used = (weights[name] - corrected[name]) / (6 * rate)
         np.testing.assert_allclose(used, raw[name] - kept[name], rtol=1e-3, atol=1e-5)
+
+
+def test_a_personal_head_is_not_corrected_and_its_control_variate_stays_at_home():
+    filters = {"federated": nnx.PathContains("linear"), "optimizer": optax.sgd}
+    task, plain = task_of(Scaled, local_rule=Scaffold(), **filters), task_of(Scaled, **filters)
+    weights = task.init(0)
+    zeros = {name: np.zeros_like(one) for name, one in weights.items()}
+    for number in (1, 2):
+        task.local_rule.of_round("r", number, zeros)
+        for one in (task, plain):
+            train(one, weights, number, steps=1)
+        assert task.local_rule.sent.keys() == weights.keys()
+    # The first step of a round is at the same weights in both, apart from what travels.
+    assert not moved(task._personal.latest(), plain._personal.latest())
 
 
 def test_dp_sgd_without_noise_or_clipping_is_sgd_and_tells_no_loss():

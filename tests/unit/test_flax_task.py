@@ -334,6 +334,42 @@ def test_dropout_is_new_at_every_step_and_off_in_evaluation():
     )
 
 
+class Dropped(Line):
+    """A linear model of inputs of which a half is dropped."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        super().__init__(rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+
+    def __call__(self, inputs: Any) -> Any:
+        return super().__call__(self.dropout(inputs))
+
+
+def noise(key: Any, inputs: Any) -> Any:
+    return inputs + jax.random.normal(key, inputs.shape)
+
+
+@pytest.mark.parametrize("changes", [{"model": Dropped}, {"augment": noise}])
+def test_random_draws_differ_between_rounds_and_workers_but_not_in_a_repetition(changes):
+    # All examples are alike, so that their order makes no difference.
+    alike = np.ones((16, FEATURES), np.float32), np.ones(16, np.float32)
+    weights = line().init(0)
+
+    def trained(seed: int, sample_seed: int) -> Any:
+        task = line(train_data=alike, sample_seed=sample_seed, **changes)
+        return task.train(weights, Plan(seed=seed, steps=1, batch_size=16), ignore).weights
+
+    first = trained(1, 0)
+    assert same(trained(1, 0), first)
+    for seed, sample_seed in ((2, 0), (1, 8), (1, 2**32), (1 + 2**40, 0)):
+        assert not same(trained(seed, sample_seed), first)
+
+
+def test_initial_weights_depend_on_all_bits_of_the_seed():
+    task = line()
+    assert not same(task.init(5), task.init(2**32 + 5))
+
+
 def test_augmentation_changes_training_only_and_differs_from_step_to_step():
     def augment(key: Any, inputs: Any) -> Any:
         return inputs + jax.random.normal(key, inputs.shape)

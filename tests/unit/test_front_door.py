@@ -114,10 +114,10 @@ def test_a_module_of_another_form_is_left_as_it_was_and_the_differences_are_name
     with pytest.raises(fluffle.UsageError) as wrong:
         fluffle.load_into(module, weights)
     assert str(wrong.value) == (
-        "the model does not fit Model: the file lacks norm/var; the module lacks extra; "
-        "hidden/bias is float32[3] in the file, float32[4] in the module; "
-        "hidden/kernel is float32[2, 3] in the file, float32[2, 4] in the module; "
-        "norm/bias is float32[3] in the file, float32[4] in the module"
+        "the model does not fit the module Model: the file lacks norm/var; the module lacks extra; "
+        "hidden/bias is float32[3] in the file, but float32[4] in the module; "
+        "hidden/kernel is float32[2, 3] in the file, but float32[2, 4] in the module; "
+        "norm/bias is float32[3] in the file, but float32[4] in the module"
     )
     np.testing.assert_array_equal(module.hidden.kernel[...], before)
 
@@ -139,21 +139,22 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
 def test_an_argument_of_another_type_is_named(tmp_path):
     file, model = tmp_path / "m.safetensors", nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     for wrong in ({"w": np.zeros(1)}, None, nnx.Linear):
-        with pytest.raises(fluffle.UsageError, match="a module of Flax or PyTorch is expected"):
+        with pytest.raises(fluffle.UsageError, match="expected a module of Flax or PyTorch"):
             fluffle.save_model(file, wrong)
-        with pytest.raises(fluffle.UsageError, match="a module of Flax or PyTorch is expected"):
+        with pytest.raises(fluffle.UsageError, match="expected a module of Flax or PyTorch"):
             fluffle.load_into(wrong, {})
     for filters in ({"frozen": nnx.BatchStat}, {"federated": nnx.BatchStat}, {"frozen": True}):
-        with pytest.raises(fluffle.UsageError, match="no tensor of the Linear"):
+        with pytest.raises(fluffle.UsageError, match="no tensor of the module Linear"):
             fluffle.save_model(file, model, **filters)
     assert not file.exists()
     for source in (None, 3, object()):
         with pytest.raises(
-            fluffle.UsageError, match="a model file, or arrays by name such as run.weights"
+            fluffle.UsageError,
+            match="expected a model file, or arrays by name, such as run.weights",
         ):
             fluffle.load_into(model, source)
     with pytest.raises(
-        fluffle.UsageError, match=r"bias is float64\[1\] in the file, float32\[1\] in the"
+        fluffle.UsageError, match=r"bias is float64\[1\] in the file, but float32\[1\] in the"
     ):
         fluffle.load_into(model, {"kernel": model.kernel[...], "bias": [0.0]})
     with pytest.raises(fluffle.UsageError, match="a NoneType cannot be divided"):
@@ -166,7 +167,7 @@ def test_an_argument_of_another_type_is_named(tmp_path):
 )
 def test_a_device_of_impossible_speed_is_refused(wrong):
     ((name, value),) = wrong.items()
-    with pytest.raises(fluffle.UsageError, match=rf"Device\({name}={value}\): a number "):
+    with pytest.raises(fluffle.UsageError, match=rf"Device\({name}={value}\) is not valid; "):
         fluffle.Device(**wrong)
 
 

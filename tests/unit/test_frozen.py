@@ -165,7 +165,7 @@ def test_what_is_missing_damaged_or_another_is_named(tmp_path):
     save_frozen(tmp_path, other)
     frozen_file(tmp_path, other.digest).rename(path)
     with pytest.raises(
-        UsageError, match=f"digest {other.digest[:16]}…; expected the digest {frozen.digest[:16]}…"
+        UsageError, match=f"digest {other.digest[:16]}…, but the digest {frozen.digest[:16]}…"
     ):
         read_frozen(tmp_path, frozen.digest)
     path.write_bytes(path.read_bytes()[:-1])
@@ -249,10 +249,14 @@ def test_what_is_not_what_its_digest_says_is_refused_and_not_claimed():
     frozen = FrozenTensors(task)
     frozen.receive(Frozen("d" * 64, backbone(2.0)))
     assert "d" * 64 in frozen.digests
-    with pytest.raises(TaskError, match="have the digest .* dddddddddddddddd… was announced"):
+    with pytest.raises(
+        TaskError, match="have the digest .*; expected the digest dddddddddddddddd…"
+    ):
         frozen.use("d" * 64)
     assert "d" * 64 not in frozen.digests
-    with pytest.raises(TaskError, match="dddddddddddddddd… of this run were not received"):
+    with pytest.raises(
+        TaskError, match="not received the run's frozen tensors .digest dddddddddddddddd…"
+    ):
         frozen.use("d" * 64)
     assert task.tensors["b"][0] == 1.0
 
@@ -261,7 +265,7 @@ def test_what_does_not_fit_the_task_is_refused():
     task, sent = Backed(), frozen_of(backbone(width=4))
     frozen = FrozenTensors(task)
     frozen.receive(sent)
-    with pytest.raises(TaskError, match=r"tensor '.' is .* of shape \(4,\), but in this task"):
+    with pytest.raises(TaskError, match=r"tensor '.' is .* of shape \(4,\) in the federation"):
         frozen.use(sent.digest)
     assert task.tensors["b"].shape == (3,)
 
@@ -303,7 +307,7 @@ def test_a_full_disk_costs_no_more_than_sending_them_again(tmp_path, monkeypatch
     frozen.use(sent.digest)
     assert task.tensors["b"][0] == 2.0
     assert len(said) == 1
-    assert "must be sent again" in said[0]
+    assert "must receive the frozen tensors again" in said[0]
 
 
 def test_a_task_that_shares_none_only_says_which_it_has(tmp_path):

@@ -78,7 +78,9 @@ async def test_it_names_no_weights_where_it_was_asked_for_the_first():
 def test_a_task_with_more_to_say_of_itself_than_may_be_sent_is_an_error_of_the_task():
     task = Nothing()
     task.classes = ("c" * 90,) * 1000
-    with pytest.raises(TaskError, match=r"'t' cannot be sent: classes: .*90000 bytes"):
+    with pytest.raises(
+        TaskError, match=r"'t' cannot be sent, because the field 'classes' is .*90000 bytes"
+    ):
         presence_of(task)
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.protocol.events import (
     REGISTRY,
+    Disconnected,
     Doing,
     NoBroker,
     Other,
@@ -28,6 +29,7 @@ from fluffle_common.protocol.wire_format import decode, encode
 from fluffle_common.transport.base import Link, Properties, QueueFull, QueueInUse, Unroutable
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.reconnect import Backoff
+from fluffle_coordinator.observe.journal_file import JournalFile, read_journal_file
 from fluffle_coordinator.observe.journal_reader import read_journal
 from fluffle_coordinator.observe.journal_writer import Journal
 
@@ -374,6 +376,16 @@ def test_each_event_is_read_once_and_in_order_or_counted_as_dropped(steps, capac
 # --- reading -----------------------------------------------------------------------------------
 
 
+def test_a_torn_line_of_a_journal_file_does_not_swallow_the_next_one(tmp_path):
+    for event in (Disconnected(reason="first"), Disconnected(reason="second")):
+        journal = JournalFile(tmp_path, "f")
+        journal.record(event)
+        journal.write()
+        file = tmp_path / "journal.jsonl"
+        file.write_bytes(file.read_bytes() + b'{"torn')
+    assert [event.fields["reason"] for event in read_journal_file(tmp_path)] == ["first", "second"]
+
+
 def entry(number: int, time: datetime, session: str = "s", **fields: Any) -> bytes:
     event = Event(
         federation="f",
@@ -500,7 +512,7 @@ async def test_an_internal_error_ends_the_journal_and_not_the_run(broker, capsys
         assert not task.done()
     errors = capsys.readouterr().err
     assert errors.count("the journal cannot be published") == 1
-    assert "the run goes on without it" in errors
+    assert "the run goes on without a journal" in errors
 
 
 async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkeypatch):
@@ -510,7 +522,7 @@ async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkey
     monkeypatch.setattr(MemoryLink, "newest", refused)
     events = read_journal(broker, TOPOLOGY)
     with pytest.raises(
-        BrokerError, match=r"ACCESS_REFUSED; the user needs permission to read f\.journal"
+        BrokerError, match=r"ACCESS_REFUSED\); grant the user permission to read f\.journal"
     ):
         async for _ in events:
             pass

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from fluffle_worker.letters.task import halved
+from fluffle_worker.letters.task import halved, letters_task
 
 
 def test_halving_is_max_pooling_and_so_is_its_gradient():
@@ -20,3 +20,13 @@ def test_halving_is_max_pooling_and_so_is_its_gradient():
         jax.grad(lambda x, way=way: (way(x) * weights).sum())(images) for way in (halved, pooled)
     )
     assert jnp.array_equal(found, wanted)
+
+
+def test_any_number_of_held_out_letters_is_evaluated_in_batches(monkeypatch):
+    images, targets = np.zeros((300, 100, 100, 1), np.float32), np.zeros(300, np.int32)
+    task, sizes = letters_task(("a", "b"), (images, targets), (images, targets)), []
+    monkeypatch.setattr(
+        task, "outputs", lambda _, some: sizes.append(len(some)) or np.zeros((len(some), 2))
+    )
+    assert task.logits({}, images).shape == (300, 2)
+    assert sizes == [256, 44]

@@ -94,7 +94,9 @@ def _confusion(folder: Path, *words: object, data: str = "client-1") -> Result:
 def test_a_file_whose_classes_are_no_list_is_no_model_of_letters(tmp_path, classes):
     metadata = {"classes": classes, "task": "t"}
     save_checkpoint(tmp_path / "m.safetensors", {"w": np.zeros(1)}, metadata)
-    with pytest.raises(UsageError, match=r"not a model of letters: .* \(its task: t\)"):
+    with pytest.raises(
+        UsageError, match=r"not a model of the letters task, .* \(task of the model: t\)"
+    ):
         use.LettersModel(tmp_path / "m.safetensors")
 
 
@@ -112,6 +114,11 @@ def test_what_is_held_out_is_what_the_task_itself_holds_out(folder):
     assert len(held_out) == 2
     output = _confusion(folder, "--seed", 5).stdout
     assert output.startswith("accuracy 100.00 % of 2 ")  # others than those that are wrong
+
+
+def test_the_largest_seed_is_one(folder):
+    options = TaskOptions(str(folder / "client-1"), "client-1", seed=2**63 - 1)
+    assert task(options).classes == CLASSES
 
 
 def test_a_worker_says_what_is_odd_about_its_folder(folder, capsys):
@@ -242,7 +249,9 @@ def test_a_model_with_nan_is_no_model_of_letters(made, tmp_path):
     weights, metadata = read_checkpoint(made / "round-0001.safetensors")
     weights["dense/bias"] = np.full(2, np.nan, np.float32)
     save_checkpoint(tmp_path / "m.safetensors", weights, metadata)
-    with pytest.raises(UsageError, match=r"not a model of letters \(tensor 'dense/bias' .* NaN"):
+    with pytest.raises(
+        UsageError, match=r"not a model of the letters task \(tensor 'dense/bias' .* NaN"
+    ):
         use.LettersModel(tmp_path / "m.safetensors")
 
 

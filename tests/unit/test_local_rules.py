@@ -47,6 +47,14 @@ def test_a_gradient_is_no_longer_than_its_norm_and_keeps_its_direction(make, nor
     assert {one.dtype.name for one in clipped.values()} == {"float32"}
 
 
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+def test_a_gradient_of_16_bits_is_clipped_although_its_squares_overflow(make):
+    given = {"w": make(np.full(4, 300, np.float16)), "b": make(np.full(12, 300, np.float16))}
+    clipped, _ = Clip(4.0).gradient(given, given, None)
+    assert flat(clipped).tolist() == [1.0] * 16
+    assert {one.dtype.name for one in clipped.values()} == {"float16"}
+
+
 def test_a_gradient_of_zeros_stays_one():
     zeros = {"w": np.zeros(3, np.float32)}
     assert Clip(1.0).gradient(zeros, zeros, None)[0]["w"].tolist() == [0, 0, 0]
@@ -183,10 +191,13 @@ def test_rules_are_chained_with_a_plus(tmp_path):
     [
         ("proxmal:0.1", "unknown local rule 'proxmal' .* did you mean 'proximal'"),
         ("momentum", "choose from clip, dp_sgd, proximal, scaffold, or load .* path.py:name"),
-        ("proximal", "invalid settings '' for .*: missing argument 'mu'.*; expected proximal:MU"),
+        (
+            "proximal",
+            "invalid settings '' for .*: the argument 'mu' is missing.*; expected proximal:MU",
+        ),
         (
             "dp_sgd:1",
-            "invalid settings '1' for .*: missing argument 'noise'.*; expected dp_sgd:CLIP,NOISE",
+            "invalid settings '1' for .*: the argument 'noise' is missing.*; expected dp_sgd:CLIP",
         ),
         ("dp_sgd:1,2,3", "invalid settings '1,2,3' .*; expected dp_sgd:CLIP,NOISE"),
         ("dp_sgd:clip=1,niose=2", "did you mean 'noise'.*; expected dp_sgd:CLIP,NOISE"),

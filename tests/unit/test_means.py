@@ -136,6 +136,8 @@ def test_with_the_same_steps_fednova_is_fedavg_and_without_fairness_q_is_uniform
 
 def test_a_norm_whose_square_overflows_makes_a_q_fair_step_of_0():
     assert not mean_of("qfedavg", [[1e200, 0.0], [1.0, 2.0]], metrics=[{"loss": 1.0}] * 2).any()
+    losses = [{"loss": 1e10}, {"loss": 1.0}]
+    assert mean_of("qfedavg:q=2", [[1e308, 0.0], [1.0, 2.0]], metrics=losses).tolist() == [0, 0]
 
 
 def test_a_stale_update_counts_with_its_discount():
@@ -225,6 +227,7 @@ def test_the_mean_of_the_ends_of_a_dtype_is_finite():
     assert mean_of("median", [[end], [end], [end], [end]]).tolist() == [end]
     for name in ("trimmed:0.2", "multikrum:f=1,m=3", "rfa", "uniform"):
         np.testing.assert_allclose(mean_of(name, [[end]] * 5), [end])
+    assert np.isfinite(mean_of("rfa", [[1.0], [1e200], [1.1e200]])).all()
 
 
 @pytest.mark.parametrize(

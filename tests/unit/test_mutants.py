@@ -335,8 +335,8 @@ MUTANTS = [
     Mutant(
         "takes a worker for missing whose update is being folded",
         closing,
-        "    return latest if _is_folding(state) else min(",
-        "    return min(",
+        "    return latest if _is_folding(state) else deadline_at(state)",
+        "    return deadline_at(state)",
         "test_the_deadline_decides_once_a_late_fold_has_failed",
         random=False,
     ),

@@ -106,7 +106,7 @@ def test_a_reused_pid_is_not_the_node(info: NodeInfo, tmp_path: Path) -> None:
     ("state", "ports", "extra", "message"),
     [
         ("s", Ports(5, 7, 7), "", "port 7 is given twice"),
-        ("it's", Ports(0, 0, 0), "", "with ' in its path"),
+        ("it's", Ports(0, 0, 0), "", "the path contains '"),
         ("file", Ports(0, 0, 0), "", "cannot use the state folder"),
         ("x" * 300, Ports(0, 0, 0), "", "too long"),
     ],

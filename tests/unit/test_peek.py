@@ -101,8 +101,8 @@ async def test_updates_can_be_peeked_at_while_they_are_consumed(broker, link):
 @pytest.mark.parametrize(
     ("queue", "who"),
     [
-        ("inbox.w1", "worker w1 receives messages"),
-        ("presence", "the coordinator receives messages"),
+        ("inbox.w1", "being read by worker w1"),
+        ("presence", "being read by the coordinator"),
     ],
 )
 async def test_a_queue_with_a_consumer_is_refused(broker, link, queue, who):
@@ -118,14 +118,14 @@ async def test_the_inbox_of_an_absent_worker_is_shown(broker, link):
 
 
 async def test_an_outbox_is_refused(broker, link):
-    with pytest.raises(UsageError, match="would treat the part as lost"):
+    with pytest.raises(UsageError, match="would treat the parts .* as lost"):
         await peek(link, TOPOLOGY, "outbox.w1", 1)
 
 
 @pytest.mark.parametrize(
     ("queue", "why"),
     [
-        ("inbox.w9", "worker w9 has never connected"),
+        ("inbox.w9", "worker w9 has not connected"),
         ("updates", "no process of federation g has connected"),
     ],
 )

@@ -38,6 +38,12 @@ def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
     assert [one.name for one in folder.iterdir()] == ["local-rule-0006.safetensors"]
 
 
+def test_rounds_of_more_digits_come_after_those_of_fewer(tmp_path):
+    for number in (9999, 10000, 10001):
+        PersistentTensors(tmp_path).keep("r", number, {"c": np.array(float(number))})
+    assert PersistentTensors(tmp_path).before("r", 10001) == {"c": 10000.0}
+
+
 def test_a_rule_that_keeps_nothing_makes_no_folder(tmp_path):
     known = PersistentTensors(tmp_path / "a")
     assert known.before("r", 1) == {}

@@ -169,8 +169,8 @@ def test_queues_without_a_limit_share_one_hint():
         description("letters.inbox.w", {}),
     )
     assert lines == [
-        "no policy limits how much these 3 queues may hold (updates, presence, inbox.w): "
-        "fluffle broker apply-policy --federation letters"
+        "no policy limits how much these 3 queues may hold (updates, presence, inbox.w); "
+        "set limits with 'fluffle broker apply-policy --federation letters'"
     ]
 
 

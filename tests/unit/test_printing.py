@@ -167,7 +167,7 @@ def raising(monkeypatch):
 def test_an_unexpected_error_is_one_line_with_its_place(raising, capsys):
     assert raising(KeyError("x\x1b[2J\ny")) == 1
     message = capsys.readouterr().err
-    assert message.startswith("fluffle: unexpected error, a bug in fluffle (KeyError: ")
+    assert message.startswith("fluffle: unexpected error, caused by a bug in fluffle (KeyError: ")
     assert re.search(r", at app\.py:\d+\)", message)
     assert "FLUFFLE_DEBUG=1" in message
     assert len(message.splitlines()) == 1
@@ -185,7 +185,7 @@ def test_debug_shows_the_traceback(raising, capsys, monkeypatch):
     [
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
-        (OSError(errno.ENOSPC, "No space left on device"), "cannot write (No space left on"),
+        (OSError(errno.ENOSPC, "No space left on device"), "cannot write a file (No space left on"),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "'ulimit -n 4096'"),
         (OSError(errno.ENFILE, "Too many open files in system"), "files on this machine"),
         (ModuleNotFoundError("No module", name="rpds"), "the package 'rpds' is missing"),

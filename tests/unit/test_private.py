@@ -113,7 +113,7 @@ def test_the_budget_bounds_the_rounds():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dp:clip=1,noise=1", "dp: missing argument 'workers'"),
+        ("dp:clip=1,noise=1", "dp: the argument 'workers' is missing"),
         ("dp:clip=1,noise=0,workers=2", "noise=0 is out of range"),
         ("dp:clip=1,noise=1,workers=2,delta=1", "delta=1 is out of range"),
         (
@@ -180,7 +180,7 @@ def test_without_the_package_only_sampling_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "dp_accounting.pld", None)
     load_strategy("dp:clip=1,noise=4,workers=10,budget=3")
     with pytest.raises(
-        UsageError, match=r"need the package dp-accounting; pip install 'fluffle\[privacy\]'"
+        UsageError, match=r"need the package dp-accounting; run pip install 'fluffle\[privacy\]'"
     ):
         load_strategy(SAMPLED)
 
@@ -258,7 +258,7 @@ def test_a_run_keeps_its_own_secret(tmp_path):
     assert str(first) not in repr(Rules(rounds=1, secret=first))
     (tmp_path / "sampling.secret").write_text("")
     with pytest.raises(
-        RunError, match=r"sampling.secret cannot be used .*; this file determines which"
+        RunError, match=r"sampling.secret, which determines the selected workers, cannot be used"
     ):
         sampling_secret(tmp_path)
 

@@ -59,12 +59,12 @@ def test_what_a_stream_never_reports_is_not_called_unknown():
     known = queue("updates", out_rate=0.0)
     stream = queue("journal", ready=5, size_bytes=None, type="stream")
     overview = QueueOverview(TOPOLOGY, [known, stream], [])
-    assert legend(overview) == ["-  RabbitMQ does not report this for a stream"]
+    assert legend(overview) == ["-  RabbitMQ does not report this figure for a stream"]
     row = text(overview, 80)[-1].split()
     assert (row[0], row[4], row[-1]) == ("journal", "-", "-")
     new = queue("rejected", size_bytes=None)
     assert legend(QueueOverview(TOPOLOGY, [new], [])) == [
-        "?  unknown: RabbitMQ has not reported this, or not yet"
+        "?  unknown, because RabbitMQ has not reported this figure"
     ]
     assert not legend(QueueOverview(TOPOLOGY, [known], []))
 
@@ -93,7 +93,7 @@ def test_each_hint_is_a_line_and_absent_workers_share_one():
     overview.queues.append(queue("rejected", ready=1))
     lines = hints(overview)
     assert "inbox.far: worker far is not connected; 2 messages wait for it" in lines
-    assert "rejected: 1 message rejected: fluffle rejected --federation letters" in lines
+    assert "rejected: 1 message rejected; see 'fluffle rejected --federation letters'" in lines
     names = ", ".join(f"client-{number}" for number in range(8))
     assert f"12 workers are not connected: {names} and 4 more" in lines
     assert len(lines) == 3
@@ -134,7 +134,7 @@ def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, cap
     overview.queues[0] = queue("unrouted", ready=1)
     _show(overview)
     remedy = "fluffle peek unrouted --federation letters"
-    line = f"! unrouted: 1 message matched no queue: {remedy}"
+    line = f"! unrouted: 1 message matched no queue; see '{remedy}'"
     assert line in capsys.readouterr().out.splitlines()
     main, terminal = pty.openpty()
     monkeypatch.setenv("COLUMNS", "80")

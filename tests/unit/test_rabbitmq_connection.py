@@ -247,7 +247,9 @@ async def test_a_returned_message_is_unroutable_once_it_is_confirmed():
     assert outcomes(three) == [None, None, None]
     ends.splitter.data_received(frame.marshal(commands.Basic.Ack(3, multiple=True), 1))
     assert outcomes(three) == [Unroutable, Unroutable, True]
-    assert "NO_ROUTE at exchange 'letters.work' for 'w9'" in str(three[0].exception())
+    assert "NO_ROUTE at exchange 'letters.work' for the routing key 'w9'" in str(
+        three[0].exception()
+    )
     assert not ends.delivered
 
 

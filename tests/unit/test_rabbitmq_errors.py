@@ -141,7 +141,7 @@ def test_declaring_distinguishes_arguments_from_queue_types(text, error):
 @pytest.mark.parametrize(
     ("argument", "expected"),
     [
-        ("x-queue-type", "use the same --queue-type everywhere"),
+        ("x-queue-type", "use the same --queue-type for the"),
         (
             "x-max-length-bytes",
             "created by another version .* 'rabbitmqctl delete_queue f.updates'",

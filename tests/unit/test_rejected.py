@@ -148,7 +148,7 @@ async def test_a_dead_lettered_message_has_rabbitmqs_reason(link):
     sent = Properties(headers={"x-first-death-reason": "maxlen"})
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
     (message,) = await list_rejected(link, TOPOLOGY)
-    assert (message.reason, message.cause) == ("RabbitMQ dropped it (maxlen)", "unknown")
+    assert (message.reason, message.cause) == ("RabbitMQ dropped the message (maxlen)", "unknown")
 
 
 async def test_purge_deletes_all(link):

@@ -294,7 +294,9 @@ async def test_an_update_in_parts_is_kept_and_replayed(tmp_path):
     assert (archive.round_folder(tmp_path, 1) / "0001-c.payload").stat().st_size == 4 * LARGE
     assert replay.replay(tmp_path, 2).equal
     (archive.round_folder(tmp_path, 2) / "0001-a.payload").unlink()
-    with pytest.raises(UsageError, match=r"update of a is missing its tensors.*0001-a\.payload"):
+    with pytest.raises(
+        UsageError, match=r"the tensors of the update of a are missing .*0001-a\.payload"
+    ):
         replay.replay(tmp_path, 2)
 
 
@@ -313,8 +315,8 @@ def test_the_order_is_that_of_the_history(folder):
     [
         ("num_examples", "-1e999", "line 1 is damaged"),
         ("discount", "NaN", "line 1 is damaged"),
-        ("discount", "-0.5", r"the discount -0\.5, which is not in \(0, 1\]"),
-        ("discount", '"1"', r"the discount '1', which is not in \(0, 1\]"),
+        ("discount", "-0.5", r"the discount -0\.5; expected a number above 0"),
+        ("discount", '"1"', r"the discount '1'; expected a number above 0"),
     ],
 )
 def test_a_damaged_history_is_not_blamed_on_the_strategy(folder, field, value, says):
@@ -380,9 +382,7 @@ def test_an_equal_replay_in_words(folder):
 
 def test_a_missing_update_is_reported_with_its_worker(folder):
     archive.update_path(folder, 1, 3, "b.x-1").unlink()
-    with pytest.raises(
-        UsageError, match=r"the update of b\.x-1 is missing: .*0003-b\.x-1\.msgpack"
-    ):
+    with pytest.raises(UsageError, match=r"the update of b\.x-1 is missing .*0003-b\.x-1\.msgpack"):
         replay.replay(folder, 1)
 
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import io
 import json
+import math
 import os
 import re
 from html.parser import HTMLParser
@@ -363,7 +364,7 @@ def test_a_damaged_run_file_is_reported_in_one_line(folder, text):
     for read in (lambda: read_report(folder, NOW), lambda: strategy_of(folder, 1)):
         with pytest.raises(UsageError, match=r"run\.json cannot be read"):
             read()
-    with pytest.raises(RunError, match=r"run\.json cannot be read; --fresh"):
+    with pytest.raises(RunError, match=r"run\.json cannot be read; .* --fresh"):
         RunStore(folder).load("letters")
 
 
@@ -400,6 +401,40 @@ def test_a_configuration_is_noted_when_it_is_another(tmp_path):
     assert {"fluffle", "python", "numpy"} <= first["versions"].keys()
     assert second["rules"]["grace_s"] == 5.0
     assert store.load("letters").run == run  # it is still the same run
+
+
+def test_a_configuration_that_lacks_a_hook_is_another_one(tmp_path):
+    store = RunStore(tmp_path)
+    store.load("letters")
+    for hooks in ({"on_round": "plot"}, {}, {}):
+        store.note_configuration({"rules": {"rounds": 3}, **hooks}, 0)
+    assert ["on_round" in each for each in _configurations(tmp_path)] == [True, False]
+
+
+def test_a_configuration_holds_from_the_round_that_a_run_goes_back_to(tmp_path):
+    store = RunStore(tmp_path)
+    store.load("letters")
+    store.note_configuration({"strategy": "mean"}, 0)
+    store.note_configuration({"strategy": "median"}, 5)
+    store.note_configuration({"strategy": "median"}, 2)  # the checkpoints from 3 on are damaged
+    assert [each["from_round"] for each in _configurations(tmp_path)] == [1, 6, 3]
+
+
+def test_a_configuration_is_json_even_without_limits(tmp_path):
+    store = RunStore(tmp_path)
+    store.load("letters")
+    for _ in range(2):
+        store.note_configuration({"rules": {"stall_s": math.inf, "rounds": 3}}, 0)
+    (noted,) = _configurations(tmp_path)
+    assert noted["rules"] == {"stall_s": None, "rounds": 3}
+
+
+def _configurations(folder: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise ValueError(constant)
+
+    text = (folder / "run.json").read_text()
+    return list(json.loads(text, parse_constant=refuse)["configurations"])
 
 
 def test_counts_remember_the_first_of_each_and_count_all():

@@ -185,9 +185,9 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
         ({"new": {"k" * 300: Unarrayable()}}, f"tensor '{'k' * 60}' as a Unarrayable"),
         ({"trained": None}, "train() returned None; expected TrainResult"),
         ({"trained": ({}, 5)}, "train() returned ({}, 5); expected"),
-        ({"new": None}, "train() returned the weights None"),
+        ({"new": None}, "train() returned None as the weights"),
         ({"new": {"w": np.zeros(4, np.float32)}}, "missing b"),
-        ({"new": {"w": np.zeros(4), "b": np.zeros(())}}, "is float64, expected float32"),
+        ({"new": {"w": np.zeros(4), "b": np.zeros(())}}, "is float64; expected float32"),
     ],
 )
 def test_a_training_without_an_update_fails_with_its_reason(returned, named):
@@ -358,9 +358,9 @@ def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_
             form=signature_of_task(Wide()),
         )  # fmt: skip
     assert str(failed.value) == (
-        "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,), "
-        "but in this task float64 of shape (4,); with JAX, set JAX_ENABLE_X64 for all workers "
-        "or for none"
+        "the federation's model differs from this task's model: tensor 'w' is float32 of shape "
+        "(4,) in the federation, but float64 of shape (4,) in this task; with JAX, set "
+        "JAX_ENABLE_X64 for all workers or for no worker"
     )
 
 

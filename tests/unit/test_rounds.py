@@ -161,7 +161,7 @@ def late_event(worker: str) -> run_events.Late:
 
 def late_verdict(handle: Handle, worker: str, base: str = "b0") -> fx.Judge:
     late = update(handle, worker, base=base)
-    return fx.Judge(late, "late", "round 1 was committed without it")
+    return fx.Judge(late, "late", "round 1 was committed without this update")
 
 
 def only(effects: fx.Effects, kind: type[_E]) -> list[_E]:
@@ -294,7 +294,7 @@ def test_no_first_weights_stop_the_run_with_the_reason():
         run.seen(name, hello=True)
     run.failed("a", 0)
     run.failed("b", 0)
-    assert run.state.reason == "no first weights: b: out of memory"
+    assert run.state.reason == "no first weights; b reported: out of memory"
 
 
 def test_first_weights_that_never_come_stop_the_run_with_the_reason():
@@ -456,7 +456,7 @@ def test_no_round_waits_for_a_fold_beyond_its_maximum():
     run.arrived("b")
     run.sleep()
     assert run.state.outcome == "stopped"
-    assert run.state.reason.endswith("2 updates after 600 s, the others are still being added")
+    assert run.state.reason.endswith("2 updates after 600 s, other updates are still being added")
 
 
 class Never(QuorumRounds):
@@ -481,7 +481,7 @@ def test_the_deadline_closes_a_round_that_its_schedule_does_not_close(grace_s):
     assert only(effects, fx.Commit)
     (closed,) = only(effects, run_events.RunEvent)
     assert closed.reason == (
-        "round 1 has its quorum, but its schedule did not close it in 60 s (--deadline)"
+        "round 1 has its quorum, but the schedule did not close the round within 60 s (--deadline)"
     )
 
 
@@ -520,7 +520,9 @@ def test_reopenings_without_a_new_update_are_bounded():
         assert "reopened" in event_names(run.sleep())
     run.sleep()
     assert run.state.outcome == "stopped"
-    assert run.state.reason.endswith("missing: b; reopened 3 times without progress (--deadline)")
+    assert run.state.reason.endswith(
+        "missing: b; the round was reopened 3 times without progress (--deadline)"
+    )
 
 
 def test_an_update_between_reopenings_resets_their_count():
@@ -946,7 +948,31 @@ def test_if_every_worker_fails_the_run_stops_with_the_reason():
     run.failed("b", 1)
     run.failed("a", 1)
     assert run.state.outcome == "stopped"
-    assert run.state.reason == "every worker failed in round 1; b: out of memory"
+    assert run.state.reason == "every worker failed in round 1; b reported: out of memory"
+
+
+def test_if_all_that_a_sample_asked_fail_others_are_asked_at_once():
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=1))
+    (first,) = run.state.asked
+    run.now += 1
+    run.at_work(first)  # its last heartbeat before the failure
+    (second,) = asked(run.failed(first, 1))
+    assert second != first
+    run.update(second)
+    assert run.state.phase is Phase.COMMITTING
+
+
+def test_if_all_samples_fail_the_run_stops_with_the_reason():
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=1, max_reopenings=3))
+    for _ in range(4):
+        assert run.state.outcome is None
+        (name,) = run.state.asked
+        run.failed(name, 1)
+    assert run.state.reason.startswith("every worker failed in round 1; ")
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=1, on_deadline="stop"))
+    (name,) = run.state.asked
+    run.failed(name, 1)
+    assert run.state.outcome == "stopped"
 
 
 # --- evaluations and the end -------------------------------------------------------------------
@@ -1140,14 +1166,14 @@ def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
     assert run.state.outcome is None
     waiting = waiting_for(run.state, run.now)
     assert waiting is not None
-    assert waiting.reason == "the run is done; waiting to tell b"
+    assert waiting.reason == "the run is done; waiting to inform b"
     assert only(run.seen("b"), fx.End) == [fx.End("finished", "1 round is done", tuple("abcde"))]
 
 
 def test_a_run_that_is_done_says_at_once_whom_it_waits_for():
     run = Run(Rules(rounds=1), committed=1, participants="abc", evaluated=True)
     (waiting,) = only(run.connect(), run_events.Waiting)
-    assert waiting.reason == "the run is done; waiting up to 10 s to tell a, b, c"
+    assert waiting.reason == "the run is done; waiting up to 10 s to inform a, b, c"
 
 
 def test_time_before_the_first_link_does_not_count():

@@ -81,6 +81,51 @@ def test_work_that_is_given_after_a_standstill_is_not_postponed_by_it():
     assert run.state.asked["a"].at == run.now
 
 
+def reopened(run: Asynchronous) -> fx.Effects:
+    """Let the deadline of a run's open version pass; its workers were all heard."""
+    for name in run.state.workers:
+        run.seen(name, heartbeat_s=1e6)
+    effects = run.tick(run.state.rules.deadline_s)
+    assert "reopened" in event_names(effects)
+    return effects
+
+
+def test_a_reopened_version_sends_new_work_to_a_worker_that_it_has_counted_once():
+    run = running("a", "b", schedule=Buffered(buffer=3))
+    run.counts("a")  # and its next work is lost
+    assert asked(reopened(run)) == ["a", "b"]
+
+
+def test_a_reopened_version_asks_a_worker_that_failed():
+    run = running("a", "b", schedule=Buffered(buffer=3))
+    run.counts("b")
+    run.failed("a", 1)
+    assert asked(reopened(run)) == ["a", "b"]
+    assert not run.state.failed
+
+
+def test_an_idle_worker_takes_the_place_of_the_only_one_that_was_asked_and_failed():
+    run = running("a", "b", schedule=Buffered(buffer=1, concurrency=1))
+    assert [*run.state.asked] == ["a"]
+    run.failed("a", 1)
+    assert run.state.phase is Phase.OPEN
+    assert asked(run.seen("b")) == ["b"]
+    run.failed("b", 1)
+    assert run.state.reason == "every worker failed in round 1; b reported: out of memory"
+
+
+def test_the_last_model_is_evaluated_by_a_worker_whose_last_training_failed():
+    run = running("a", "b", schedule=Buffered(buffer=1), rounds=1)
+    run.failed("a", 1)
+    run.counts("b")
+    run.on_disk()
+    run.evaluation("b", 1)
+    assert run.state.phase is Phase.EVALUATING
+    (recorded,) = only(run.evaluation("a", 1), fx.RecordEvaluation)
+    assert {*recorded.evaluations} == {"a", "b"}
+    assert run.state.outcome == "finished"
+
+
 def test_each_piece_of_work_has_a_ticket_of_its_own():
     run = running("a", schedule=Buffered(buffer=4))
     seen = {run.tickets["a"][0]}

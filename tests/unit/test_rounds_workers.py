@@ -49,11 +49,60 @@ def test_a_stopped_coordinator_makes_no_worker_gone(stopped_s):
     assert len(run.state.workers) == 3
 
 
+def test_a_silence_that_ends_with_the_loss_of_the_link_does_not_count():
+    run = heard("a", "b", rules=Rules(rounds=2, deadline_s=30))
+    deadline_at = run.state.opened_at + 30
+    run.tick(20)  # the broker blocks, so that not even the coordinator's echo comes back
+    run.disconnect()
+    run.now += 15
+    assert event_names(run.connect()) == ["reconnected"]
+    assert run.state.opened_at + 30 == deadline_at + 35
+
+
+@pytest.mark.parametrize("timeout_s", [None, 120.0])
+@pytest.mark.parametrize("tenths", [10, 82, 137])
+def test_a_tick_when_a_stall_is_due_reports_it(timeout_s, tenths):
+    run = Run(Rules(rounds=2, min_workers=1, stall_s=120.0, stall_timeout_s=timeout_s))
+    run.now = tenths * 0.1
+    run.connect()
+    run.seen("a", hello=True, heartbeat_s=1e6)
+    run.seen("a", heartbeat_s=1e6, state="training", run=RUN, round=1, step=1, steps=10)
+    names = event_names(run.sleep())
+    assert "stalled" in names
+    assert ("failure" in names) == (timeout_s is not None)
+    assert rounds.wakeup(run.state) > run.now
+
+
 def test_what_a_round_waits_for_fits_a_narrow_terminal():
     run = heard("a", "b", "c", rules=Rules(rounds=1))
     run.update("a")
-    assert missing(run.state, run.now).startswith("b idle (heard ")
+    assert missing(run.state, run.now).startswith("b idle (last heartbeat ")
     assert in_brief(run.state, run.now) == "round 1: 2 idle"
+
+
+def test_a_worker_whose_training_stalled_is_replaced_when_the_round_is_reopened():
+    limits = {"deadline_s": 60, "stall_s": 5, "stall_timeout_s": 10}
+    run = Run(Rules(rounds=1, min_workers=3, sample=2, quorum=Quorum(number=2), **limits))
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True, heartbeat_s=1e6)
+    first, second = sorted(run.state.asked)
+    (third,) = {*"abc"} - {first, second}
+    run.update(first)
+    run.now += 1
+    run.seen(second, heartbeat_s=1e6, state="training", run=RUN, round=1, step=1, steps=9)
+    pass_time(run, 20)
+    assert second in run.state.failed
+    assert asked(pass_time(run, 45)) == [third]
+
+
+def test_a_round_waits_no_longer_than_it_may_stay_open():
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_round_s=90))
+    pass_time(run, 61, heard="ab")
+    assert run.state.opened_at > run.state.began_at
+    waiting = waiting_for(run.state, run.now)
+    assert waiting is not None
+    assert ", 29 s to the deadline;" in waiting.reason
 
 
 def test_all_texts_name_the_same_number_of_workers_once_a_resumed_run_opens_with_fewer():

@@ -367,9 +367,10 @@ def test_a_checkpoint_without_its_history_line_is_not_a_commit(three):
 def test_leftover_partial_files_are_removed(three):
     for name in ("round-0004.safetensors.partial", "run.json.partial"):
         (three.folder / name).write_bytes(b"half")
+    (three.folder / "film.mkv.partial").write_bytes(b"of a download")
     saved = three.load("letters")
     assert saved.committed == 3
-    assert not [name for name in names(three.folder) if name.endswith(".partial")]
+    assert [x for x in names(three.folder) if x.endswith(".partial")] == ["film.mkv.partial"]
 
 
 @pytest.mark.parametrize("keep", [1, 20, -1])
@@ -425,9 +426,8 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     assert_weights(saved.weights, last)
     assert saved.participants == ({"a", f"b{last}"} if last else set())
     assert saved.evaluated == (last == 0)
-    assert any(
-        f"newest intact checkpoint is that of round {last}" in repair for repair in saved.repairs
-    )
+    continuing = f"newest intact checkpoint, which belongs to round {last}"
+    assert any(continuing in repair for repair in saved.repairs)
     # The history agrees, the removed lines are archived, and the run continues.
     removed = (three.folder / "history.removed.jsonl").read_text()
     assert three.history.path.read_text() + removed == before
@@ -441,8 +441,8 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
 @pytest.mark.parametrize(
     ("held", "says"),
     [
-        ({"round": "1"}, "round 1 of run {run}, not 3 of {run}"),
-        ({"round": "3", "run": "other"}, "round 3 of run other, not 3 of {run}"),
+        ({"round": "1"}, "round 1 of run {run}, not round 3 of run {run}"),
+        ({"round": "3", "run": "other"}, "round 3 of run other, not round 3 of run {run}"),
         (
             {"round": "3", "base": "late"},
             "weights with the base late, but history.jsonl names the base base3 for round 3",
@@ -461,12 +461,15 @@ def test_a_copy_of_another_checkpoint_is_a_damaged_one(store, held, says):
     saved = store.load("letters")
     assert saved.committed == 2
     assert_weights(saved.weights, 2)
-    assert f"round-0003.safetensors holds {says.format(run=run)}; the newest" in saved.repairs[0]
+    assert (
+        f"round-0003.safetensors holds {says.format(run=run)}; continuing from the newest"
+        in saved.repairs[0]
+    )
 
 
 def test_the_history_of_another_run_is_refused(three):
     three.history.append({**committed(4, "a"), "run": "other"})
-    with pytest.raises(RunError, match=r"belongs to run other, but its run\.json to .*--fresh"):
+    with pytest.raises(RunError, match=r"belongs to run other, but run\.json to .*--fresh"):
         three.load("letters")
 
 
@@ -486,7 +489,7 @@ def test_a_run_without_a_readable_checkpoint_stops_and_says_so(three):
 
 @pytest.mark.parametrize(
     ("keep", "says"),
-    [(None, "has no committed round"), (0, "no committed"), (1, "ends at round 1")],
+    [(None, "has no committed round"), (0, "has no committed"), (1, "ends at round 1")],
 )
 def test_a_history_that_lost_its_lines_is_refused_and_nothing_is_overwritten(three, keep, says):
     if keep is None:
@@ -495,11 +498,23 @@ def test_a_history_that_lost_its_lines_is_refused_and_nothing_is_overwritten(thr
         lines = three.history.path.read_text().splitlines(keepends=True)
         three.history.path.write_text("".join(lines[:keep]))
     before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
-    with pytest.raises(RunError, match=rf"checkpoint of round 3, but its .* {says}.*--fresh"):
+    with pytest.raises(
+        RunError, match=rf"checkpoint of round 3, but history\.jsonl {says}.*--fresh"
+    ):
         three.load("letters")
     assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
     three.start_afresh()
     assert three.load("letters").committed == 0
+
+
+@pytest.mark.parametrize("missing", [1, 2])
+def test_a_history_that_lacks_a_round_in_its_middle_is_refused(three, missing):
+    lines = three.history.path.read_text().splitlines(keepends=True)
+    three.history.path.write_text("".join(x for x in lines if json.loads(x)["round"] != missing))
+    before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
+    with pytest.raises(RunError, match=f"no line for the commit of round {missing};.*--fresh"):
+        three.load("letters")
+    assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("also", ["history.jsonl", "round-000*"])
@@ -507,7 +522,7 @@ def test_a_run_without_its_run_file_is_refused(three, also):
     """A part of the run is enough: both the history and the checkpoints name another run."""
     for path in [three.folder / "run.json", *three.folder.glob(also)]:
         path.unlink()
-    with pytest.raises(RunError, match=r"its run\.json is missing; put the file back.*--fresh"):
+    with pytest.raises(RunError, match=r"run\.json is missing; restore run\.json.*--fresh"):
         three.load("letters")
     assert not (three.folder / "run.json").exists()
 

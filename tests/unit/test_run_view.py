@@ -93,8 +93,11 @@ def test_updates_counted_between_a_restart_and_the_opening_belong_to_the_round()
 def test_a_run_that_goes_back_a_round_counts_again():
     resumed = run_events.Resumed(run="r", rounds=3, round=1)
     view = view_of(*(e for n in (1, 2) for e in (opened(n, "a"), counted(n, "a"), committed(n))))
+    view.add(109.0, run_events.Evaluated(round=2, loss=0.5))
     view.add(110.0, resumed)
+    assert (view.committed, view.next, view.done) == (1, 2, [view.rounds[1]])
     view.add(111.0, opened(2, "a"))
+    assert view.rounds[2].loss is None
     assert [set(view.rounds[number].answers) for number in (1, 2)] == [{"a"}, set()]
     view.add(112.0, opened(2, "a"))  # without a restart in the journal
     assert view.open is view.rounds[2]

@@ -49,7 +49,7 @@ def test_too_few_open_files_are_refused_before_the_loop_runs():
     os.close(used)
     resource.setrlimit(resource.RLIMIT_NOFILE, (used + 10, limits[1]))
     try:
-        with pytest.raises(RunError, match=f"this process may open {used + 10}: .*ulimit -n"):
+        with pytest.raises(RunError, match=f"limit of {used + 10} open files .*ulimit -n"):
             run_until_signalled(main)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)

@@ -174,7 +174,7 @@ def test_a_worker_that_has_not_trained_counts_as_the_fastest():
 
 @pytest.mark.parametrize("text", ["best", "fastest:2", "fastest:x", ""])
 def test_an_unknown_rule_is_refused(text):
-    with pytest.raises(ValueError, match="unknown selection|needs a fraction"):
+    with pytest.raises(ValueError, match="unknown selection|give a fraction"):
         load_selection(text)
 
 
@@ -188,7 +188,7 @@ def test_a_rule_from_a_file(tmp_path):
     assert rule.name == "mine.py:alphabetical"
     rules = Rules(rounds=1, min_workers=4, sample=2, selection=rule)
     assert set(opened(*"dcba", rules=rules).state.asked) == {"a", "b"}
-    with pytest.raises(UsageError, match="must name a function"):
+    with pytest.raises(UsageError, match="does not name a function"):
         load_selection(f"{tmp_path}/mine.py:nothing")
 
 
@@ -215,6 +215,22 @@ def test_an_invalid_result_of_a_rule_from_a_file_is_refused(tmp_path, result, me
 
 
 # --- in the machine ----------------------------------------------------------------------------
+
+
+def test_a_rule_from_a_file_is_only_called_to_choose_somebody(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def largest(candidates, count, draw):\n    return [max(candidates).name]\n"
+    )
+    rule = load_selection(f"{tmp_path}/mine.py:largest")
+    present, draw = [Candidate("a"), Candidate("b")], Draw(0, 1)
+    assert select(rule, [], 0, draw) == ()
+    assert select(rule, present, 0, draw) == ()
+    assert select(rule, present, 2, draw, last="ab") == ("b",)
+    run = opened("a", "b", rules=Rules(rounds=1, min_workers=2, selection=rule, deadline_s=5))
+    for name in "ab":
+        run.seen(name, heartbeat_s=1e6)
+    assert asked(run.tick(6)) == ["a", "b"]
+    assert asked(run.tick(6)) == ["b"]  # both were asked before
 
 
 def test_a_number_of_workers_is_asked_in_place_of_a_fraction():

@@ -20,6 +20,9 @@ STATEFUL = [
     "fedyogi",
     "clip:3+median+fedadam:lr=0.1",
     "optax:adam,learning_rate=0.1",
+    "optax:adagrad,learning_rate=0.1",
+    "optax:noisy_sgd,learning_rate=0.1,key=7",  # its state has a random key
+    "optax:optimistic_adam_v2,learning_rate=0.1",  # its state has a bool
 ]
 ADAPTIVE = "lr={},beta1=0.9,beta2=0.99,tau=0.001"
 
@@ -128,7 +131,7 @@ def test_integer_tensors_take_the_mean_itself(name):
     assert not any("n" == name.rpartition("/")[2] for name in strategy.dump(state))
 
 
-@pytest.mark.parametrize("name", ["fedavgm", "fedadagrad", "fedadam", "fedyogi"])
+@pytest.mark.parametrize("name", ["fedavgm", "fedadagrad:lr=100", "fedadam", "fedyogi"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_the_largest_updates_make_a_finite_model_and_a_finite_state(name, dtype):
     strategy, end = named_strategy(name).strategy, np.finfo(dtype).max
@@ -139,6 +142,15 @@ def test_the_largest_updates_make_a_finite_model_and_a_finite_state(name, dtype)
         weights, state = round_of(strategy, state, weights, [(delta, 1)])
         for one in (*weights.values(), *strategy.dump(state).values()):
             assert np.isfinite(one).all()
+
+
+def test_a_delta_beyond_float32_makes_a_finite_step_of_optax():
+    strategy = named_strategy("optax:adam,learning_rate=0.1").strategy
+    weights = {"w": np.zeros(2)}
+    weights, _ = round_of(
+        strategy, strategy.init(weights), weights, [({"w": np.array([1e39, 1.0])}, 1)]
+    )
+    assert np.isfinite(weights["w"]).all()
 
 
 def test_the_state_is_float32_unless_the_tensor_is_float64():

@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from scipy.sparse import csr_matrix
+from scipy.sparse import coo_matrix, csr_matrix
 from sklearn.linear_model import LinearRegression, Perceptron, SGDClassifier, SGDRegressor
 from sklearn.metrics import roc_auc_score
 from sklearn.naive_bayes import GaussianNB
 
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
-from fluffle_common.tensors.weights import same_form
+from fluffle_common.tensors.weights import Weights, same_form
 from fluffle_worker.results import Results
 from fluffle_worker.task import RoundPlan
 from fluffle_worker.tasks.batches import index_batches
@@ -32,6 +32,12 @@ def ignore(*_: object) -> None:
 
 def classifier(**options: Any) -> SGDClassifier:
     return SGDClassifier(loss="log_loss", alpha=1e-4, **options)
+
+
+def trained_on(inputs: Any) -> Weights:
+    """Return the weights after a training on these inputs."""
+    task = sklearn_task(classifier(), (inputs, CLASSES))
+    return task.train(task.init(0), PLAN, ignore).weights
 
 
 def test_a_training_is_what_the_estimator_makes_of_the_same_batches():
@@ -132,9 +138,9 @@ def test_what_cannot_be_trained_in_rounds_is_refused(make, message):
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (INPUTS, "train_data is of type ndarray, but a pair"),
-        ((INPUTS, CLASSES, CLASSES), "train_data is a tuple of 3, but a pair"),
-        ((INPUTS.tolist(), CLASSES), "train_data has .* where an array is expected"),
+        (INPUTS, "train_data is of type ndarray; expected a pair"),
+        ((INPUTS, CLASSES, CLASSES), "train_data is a tuple with 3 entries; expected a pair"),
+        ((INPUTS.tolist(), CLASSES), "train_data contains .* but an array .* is expected"),
         ((INPUTS, 3), "60 inputs and 1 targets; expected one target for each"),
         ((INPUTS[:0], CLASSES[:0]), "train_data has no examples"),
     ],
@@ -142,6 +148,16 @@ def test_what_cannot_be_trained_in_rounds_is_refused(make, message):
 def test_data_that_are_no_pair_of_arrays_are_named(data, message):
     with pytest.raises(TaskError, match=message):
         sklearn_task(classifier(), data)
+
+
+def test_the_classes_are_in_the_order_of_the_estimator_s_outputs():
+    task = sklearn_task(classifier(), (INPUTS, CLASSES), classes=[2, 0, 1])
+    assert task.classes == ("0", "1", "2")
+
+
+def test_a_sparse_matrix_may_have_any_format():
+    rows, entries = (trained_on(matrix) for matrix in (csr_matrix(INPUTS), coo_matrix(INPUTS)))
+    assert np.array_equal(rows["coef_"], entries["coef_"])
 
 
 def test_targets_may_be_a_list_of_names():

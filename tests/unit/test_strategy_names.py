@@ -67,20 +67,23 @@ def test_fedavg_has_one_name_and_is_one_object():
         ("fedavgm:lr=1e6", "fedavgm: lr=1e\\+06 is out of range"),
         ("fedadam:lr=nan", "lr='nan' is not valid; expected a number"),
         ("fedadam:lr=inf", "lr='inf' is not valid"),
-        ("fedadam:beta2=1", "beta2=1 is out of range; expected a number from 0 and below 1"),
+        ("fedadam:beta2=1", "beta2=1 is out of range; expected a number of at least 0 and below 1"),
         ("fedadam:0.1,0.9", "unknown argument '0.9'"),
         ("fedadam:lr=1,lr=2", "'lr' is given twice"),
         ("fedadam:bias_correction=perhaps", "expected true or false"),
         ("trimmed:0.5", "fraction=0.5 is out of range; expected a number above 0 and below 0.5"),
         ("krum:f=1.5", "f='1.5' is not valid; expected a whole number"),
         ("krum:f=-1", "f=-1 is out of range"),
-        ("krum:f=99999999999", "f=1e\\+11 is out of range; expected a number from 0 to"),
+        (
+            "krum:f=99999999999",
+            "f=1e\\+11 is out of range; expected a number of at least 0 and at most",
+        ),
         ("multikrum:m=99999999999", "m=1e\\+11 is out of range"),
         ("krum:f=99999999999999999999", "f='9{20}' is not valid; expected a whole number"),
         (f"rfa:{'9' * 5000}", "iterations='9{60}' is not valid; expected a whole number"),
-        ("qfedavg:q=11", "q=11 is out of range; expected a number from 0 to 10"),
+        ("qfedavg:q=11", "q=11 is out of range; expected a number of at least 0 and at most 10"),
         ("median:3", "median: no arguments are accepted, but '3' is given"),
-        ("clip", "clip: missing argument 'norm' \\(norm="),
+        ("clip", "clip: the argument 'norm' is missing \\(write norm="),
         ("median+krum", "more than one mean: median and krum:f=1; give only one"),
         ("scaffold+median", "scaffold is a complete strategy and cannot be combined"),
         ("scaffold+scaffold:2", "more than one whole strategy: scaffold and scaffold:workers=2"),
@@ -138,6 +141,20 @@ def test_every_part_makes_a_finite_step_and_keeps_shapes_and_dtypes(name):
     assert np.isfinite(new["w"]).all()
 
 
+def test_a_control_variate_beyond_float32_is_saturated():
+    strategy, weights = named_strategy("scaffold").strategy, {"w": np.zeros(2, np.float32)}
+    extra = {"w": np.array([1e300, -1.7e308])}
+    state = strategy.init(weights)
+    for _ in range(2):
+        for worker in "ab":
+            delta = {"w": np.ones(2, np.float32)}
+            one = Contribution(worker=worker, num_examples=1, delta=delta, extra=extra)
+            state = strategy.fold(state, one)
+        _, state = strategy.finish(state, weights)
+    end = np.finfo(np.float32).max
+    assert strategy.broadcast(state)["w"].tolist() == [end, -end]
+
+
 def test_an_update_without_a_needed_metric_is_rejected():
     update = Update.model_construct(metrics={"loss": 1.0})
     check_metrics(update, named_strategy("qfedavg").strategy.needs)
@@ -159,7 +176,9 @@ def test_an_update_without_a_needed_metric_is_rejected():
 def test_an_update_with_a_needed_metric_out_of_range_is_rejected(name, metric, value, low):
     needs = named_strategy(name).strategy.needs
     check_metrics(Update.model_construct(metrics={metric: float(low)}), needs)
-    reason = f"{metric}={value:g} is out of range; expected a number from {low} to 1e+10"
+    reason = (
+        f"{metric}={value:g} is out of range; expected a number of at least {low} and at most 1e+10"
+    )
     with pytest.raises(MalformedMessage, match=re.escape(reason)):
         check_metrics(Update.model_construct(metrics={metric: value}), needs)
 

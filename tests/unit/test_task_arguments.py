@@ -62,17 +62,17 @@ def made(**changes: Any) -> FlaxTask:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (X, "of type ndarray, but a pair"),
-        ((X, Y, Y), "is a tuple of 3, but a pair"),
-        ({"x": X, "y": Y}, "of type dict, but a pair"),
-        (None, "of type NoneType, but a pair"),
-        (iter([(X, Y)]), "of type list_iterator, but a pair"),
-        ((X.tolist(), Y.tolist()), "where an array is expected.* convert lists with numpy.asarray"),
-        ((list(X), list(Y)), "has np.int32.* where an array is expected"),
-        ((1.0, 2), "has 1.0 where an array is expected"),
+        (X, "of type ndarray; expected a pair"),
+        ((X, Y, Y), "is a tuple with 3 entries; expected a pair"),
+        ({"x": X, "y": Y}, "of type dict; expected a pair"),
+        (None, "of type NoneType; expected a pair"),
+        (iter([(X, Y)]), "of type list_iterator; expected a pair"),
+        ((X.tolist(), Y.tolist()), "an array with one entry.* convert lists with numpy.asarray"),
+        ((list(X), list(Y)), "contains np.int32.* but an array .* is expected"),
+        ((1.0, 2), "contains 1.0, but an array with .* is expected"),
         ((X, np.array(["a", "b"] * 10)), "dtype <U1; convert this array to numbers"),
         ((X.astype(object), Y), "dtype object; convert this array to numbers"),
-        ((np.ma.masked_less(X, 0), Y), "a masked array; fill the array"),
+        ((np.ma.masked_less(X, 0), Y), "a masked array; fill it"),
         ((X, Y[:5]), "have different numbers of examples .5, 20"),
     ],
 )
@@ -86,13 +86,18 @@ def test_data_that_are_no_pair_of_arrays_are_named(data: Any, message: str):
 
 def test_a_target_that_is_no_class_is_named():
     for name in ("train_data", "valid_data"):
-        with pytest.raises(TaskError, match=f"{name} has the target 7, .* 3, with .* 0 to 2"):
+        message = f"{name} contains the target 7, .* 3 names, for .* 0 to 2"
+        with pytest.raises(TaskError, match=message):
             made(**{name: (X, Y + 6)}, classes=("a", "b", "c"))
+        with pytest.raises(
+            TaskError, match=f"{name} contains the target -1, .* 2 names, for .* 0 to 1"
+        ):
+            made(**{name: (X, Y - 1)}, classes=("a", "b"))
     assert made(train_data=(X, jnp.asarray(Y)), classes=("a", "b")).num_examples == 20
 
 
 def test_held_out_data_are_no_stream():
-    with pytest.raises(TaskError, match="valid_data is of type function, but a pair"):
+    with pytest.raises(TaskError, match="valid_data is of type function; expected a pair"):
         made(valid_data=lambda epoch, rng: [(X, Y)])
 
 
@@ -130,14 +135,26 @@ def test_whatever_numpy_converts_is_data():
             {"learning_rate": optax.constant_schedule(0.1)},
             "learning_rate= is invalid: the value is <function",
         ),
-        ({"metrics": [accuracy]}, "metrics= is .*, but functions by name are expected"),
-        ({"metrics": {"a": "accuracy"}}, "metrics= is .*, but functions by name are expected"),
-        ({"metrics": {"loss": accuracy}}, "metrics= has the name 'loss'"),
-        ({"model": Net(nnx.Rngs(0))}, "model= is Net; a function that makes a module"),
-        ({"model": lambda rngs: None}, "model= made NoneType; an nnx.Module is expected"),
-        ({"model": Bare}, "no tensor of the model to send; the model has none"),
+        (
+            {"metrics": [accuracy]},
+            "metrics= is .*, but a mapping of names to functions is expected",
+        ),
+        (
+            {"metrics": {"a": "accuracy"}},
+            "metrics= is .*, but a mapping of names to functions is expected",
+        ),
+        ({"metrics": {"loss": accuracy}}, "metrics= contains the name 'loss'"),
+        (
+            {"model": Net(nnx.Rngs(0))},
+            "model= is of type Net; expected a function that makes a module",
+        ),
+        ({"model": lambda rngs: None}, "model= made a NoneType; expected an nnx.Module"),
+        ({"model": Bare}, "no tensor of the model to send; .*tensors of the model: none"),
         ({"model": Counting}, "parameter 'calls' is int32, which cannot be trained"),
-        ({"frozen": nnx.PathContains("body")}, "frozen= selects no tensor of .* has out/bias, out"),
+        (
+            {"frozen": nnx.PathContains("body")},
+            "frozen= selects no tensor; .* of the model: out/bias, out",
+        ),
     ],
 )
 def test_another_argument_is_named(changes: dict[str, Any], message: str):
@@ -162,14 +179,17 @@ def endless(epoch: int, rng: Any) -> Iterator[Any]:
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
-        ([(X[:5], Y[:5], Y[:5])], "a batch of train_data is a tuple of 3"),
+        ([(X[:5], Y[:5], Y[:5])], "a batch of train_data is a tuple with 3 entries"),
         ([X[:5]], "a batch of train_data is of type ndarray"),
         (
             [(X[:5], Y[:4])],
             "the arrays of a batch of train_data have different numbers of examples",
         ),
-        ([(X[:5].tolist(), Y[:5])], "a batch of train_data has .* where an array is expected"),
-        ([(X[:0], Y[:0])], "train_data yields no batch in epoch 0"),
+        (
+            [(X[:5].tolist(), Y[:5])],
+            "a batch of train_data contains .* but an array .* is expected",
+        ),
+        ([(X[:0], Y[:0])], "train_data yielded no batch in epoch 0"),
     ],
 )
 def test_a_batch_of_a_stream_is_checked(batches: Any, message: str):
@@ -178,7 +198,7 @@ def test_a_batch_of_a_stream_is_checked(batches: Any, message: str):
 
 
 def test_an_endless_epoch_is_an_error_but_not_if_the_plan_counts_steps():
-    with pytest.raises(TaskError, match="205 examples in epoch 0, although num_examples is 20"):
+    with pytest.raises(TaskError, match="205 examples in epoch 0, but num_examples is 20"):
         trained(endless)
     assert trained(endless, steps=60).metrics["steps"] == 60
 
@@ -204,11 +224,11 @@ def fails(outputs: Any, targets: Any) -> Any:
         (lambda outputs, targets: "high", "TypeError: .*"),
         (
             lambda outputs, targets: targets[:2],
-            r"the function returned the shape \(2,\) for 20 examples; .*",
+            r"the loss or a metric has the shape \(2,\) for 20 examples; .*",
         ),
         (
             lambda outputs, targets: roc_auc_score(targets, outputs[:, 1]),
-            "JAX compiles this function, .*",
+            "JAX compiles the task's loss and metrics, .*",
         ),
     ],
 )
@@ -246,7 +266,7 @@ def test_a_task_with_several_targets_is_divided(targets: Any):
 def test_a_stream_is_not_divided():
     whole = made(train_data=endless, num_examples=20)
     with pytest.raises(
-        TaskError, match="train_data is a function, whose batches cannot be divided"
+        TaskError, match="train_data is a function, so its batches cannot be divided"
     ):
         fluffle.simulate(whole, clients=4, progress=False)
 

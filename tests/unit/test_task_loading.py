@@ -123,7 +123,10 @@ def test_a_task_has_no_relative_name(here, name):
 @pytest.mark.parametrize(
     ("module", "remedy"),
     [
-        ("cnn_of_mine", "pip install cnn_of_mine, or put cnn_of_mine.py beside"),
+        (
+            "cnn_of_mine",
+            "pip install cnn_of_mine or, if the module is your own, put cnn_of_mine.py",
+        ),
         ("skimage.io", "pip install scikit-image"),
         ("optax.nothing", "fluffle[worker]"),
         ("torch.nothing", "fluffle[torch]"),
@@ -238,8 +241,8 @@ def test_counts_and_classes_of_any_kind_will_do():
         ({"classes": ("x" * 101,)}, "101 characters"),
         ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
         ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
-        ({"classes": 10}, "has classes 10; expected the names"),
-        ({"classes": iter("ab")}, "has classes <str.*; expected the names"),
+        ({"classes": 10}, "has classes 10; expected a sequence of class names"),
+        ({"classes": iter("ab")}, "has classes <str.*; expected a sequence of class names"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
@@ -313,7 +316,7 @@ def test_what_does_not_travel_is_refused_with_its_remedy(tensor, named):
         ({"": np.zeros(1)}, "empty name"),
         ({3: np.zeros(1)}, "has a name of type int"),
         ({"\udc80": np.zeros(1)}, r"tensor '\\udc80' has a name that is not valid Unicode"),
-        ({"__metadata__": np.zeros(1)}, "the name '__metadata__', .* rename it"),
+        ({"__metadata__": np.zeros(1)}, "the name '__metadata__', .* rename this tensor"),
         ({"strategy/m": np.zeros(1)}, "'strategy/m' begins with 'strategy/', .* rename this"),
         ({}, "no tensors"),
     ],
@@ -325,7 +328,9 @@ def test_names_that_cannot_travel_are_refused(tensors, named):
 
 def test_nested_weights_are_refused_with_a_flat_name():
     task = making(body={"w": np.zeros(2)})
-    with pytest.raises(TaskError, match=r"a mapping under 'body'; a flat .* such as 'body/w'"):
+    with pytest.raises(
+        TaskError, match=r"a nested mapping under 'body'; expected a flat .* such as 'body/w'"
+    ):
         signature_of_task(task)
 
 
@@ -376,7 +381,8 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
         (3, r"model_form\(\) returned 3; expected a mapping of names"),
         (
             {"w": 3},
-            r"model_form\(\) returned tensor 'w' as 3; expected an object with dtype and shape",
+            r"model_form\(\) returned tensor 'w' as 3; expected an object with the attributes"
+            " dtype and shape",
         ),
         ({"w": SimpleNamespace(dtype="no", shape=())}, r"tensor 'w' as namespace\("),
         ({"w": SimpleNamespace(dtype="f4", shape="a")}, r"tensor 'w' as namespace\("),
@@ -394,7 +400,7 @@ def test_a_form_that_is_none_is_refused(form, named):
         ({"a": np.zeros(1)}, "tensor 'b' is only in this task's model"),
         (
             {"a": np.zeros(1), "b": np.zeros(2), "d": np.zeros(1), "c": np.zeros(1)},
-            "tensor 'c', and 1 more is not in this task's model",
+            "tensor 'c' and 1 more are not in this task's model",
         ),
         (
             {"a": np.zeros(1), "b": np.zeros(2), "x" * 300: np.zeros(1)},
@@ -402,23 +408,27 @@ def test_a_form_that_is_none_is_refused(form, named):
         ),
         (
             {"a": np.zeros(1), "b": np.zeros(3)},
-            "tensor 'b' is float64 of shape (3,), but in this task float64 of shape (2,)",
+            "tensor 'b' is float64 of shape (3,) in the federation, but float64 of shape (2,) in "
+            "this task",
         ),
         (
             {"a": np.zeros(1, np.float32), "b": np.zeros(2, np.int32)},
-            "tensor 'a' is float32 of shape (1,), but in this task float64 of shape (1,)",
+            "tensor 'a' is float32 of shape (1,) in the federation, but float64 of shape (1,) in "
+            "this task",
         ),
         (
             {"a": np.zeros(1), "b": np.zeros(2, np.float32)},
-            "tensor 'b' is float32 of shape (2,), but in this task float64 of shape (2,); with "
-            "JAX, set JAX_ENABLE_X64 for all workers or for none",
+            "tensor 'b' is float32 of shape (2,) in the federation, but float64 of shape (2,) in "
+            "this task; with JAX, set JAX_ENABLE_X64 for all workers or for no worker",
         ),
     ],
 )
 def test_a_difference_names_the_first_tensor(theirs, message):
     ours = signature_of_task(making(a=np.zeros(1), b=np.zeros(2)))
     found = difference(signature_of_task(making(**theirs)), ours)
-    assert found == (message and f"the federation's model differs from this task's: {message}")
+    assert found == (
+        message and f"the federation's model differs from this task's model: {message}"
+    )
 
 
 class Net(nnx.Module):

@@ -183,3 +183,40 @@ async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatc
     worker.link.confirmation("update 2").set_result(None)
     await asyncio.to_thread(worker.answers.residual)
     assert (worker.confirmed, worker.events) == ([2], ["unsent", "unsent"])
+
+
+async def test_what_an_update_left_goes_into_no_other_than_the_next_although_that_may_be_lost(
+    worker, monkeypatch
+):
+    monkeypatch.setattr(answers, "_RETRY_S", 0.0)
+    jobs = {number: job(number) for number in (1, 2)}
+    for number, one in jobs.items():
+        one.residual = Residual(one.work, {"w": np.full(3, float(number))})
+    worker.answers.put(jobs[1])
+    await worker.link.until("update 1")
+    worker.link.confirmation("update 1").set_result(None)
+    left = await asyncio.to_thread(worker.answers.residual)
+    assert left.before(jobs[2].work)["w"].tolist() == [1, 1, 1]  # update 2 is made with these
+    worker.answers.put(jobs[2])
+    await worker.link.until("update 1", "update 2")
+    worker.unwanted.add(2)  # there is newer work, perhaps because update 2 arrived
+    worker.link.confirmation("update 2").set_exception(LinkLost("the link was lost"))
+    await asyncio.sleep(0)
+    left = await asyncio.to_thread(worker.answers.residual)
+    assert not left.before(job(3).work)
+
+
+async def test_what_an_update_left_remains_if_the_next_was_not_sent_to_its_end(worker):
+    first, large = job(1), job(2, 6 * PART_BYTES // 4)
+    first.residual = Residual(first.work, {"w": np.ones(3)})
+    worker.answers.put(first)
+    await worker.link.until("update 1")
+    worker.link.confirmation("update 1").set_result(None)
+    await asyncio.to_thread(worker.answers.residual)
+    worker.answers.put(large)
+    await worker.link.until("update 1", *(f"part {number}" for number in range(4)))
+    worker.unwanted.add(2)
+    for number in range(4):
+        worker.link.confirmation(f"part {number}").set_result(None)
+    left = await asyncio.to_thread(worker.answers.residual)
+    assert left.before(job(3).work)["w"].tolist() == [1, 1, 1]

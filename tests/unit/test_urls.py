@@ -35,11 +35,11 @@ def test_one_url_is_one():
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ("", "no scheme"),
-        ("amqp://", "no host"),
+        ("", "it has no scheme"),
+        ("amqp://", "it has no host"),
         (f"http://x,{ONE}", "it starts with 'http://'"),
         (f"{ONE},amqp://node:port/v", "is not the URL"),
-        ("amqp://node-1,node-2/", "a comma in the host"),
+        ("amqp://node-1,node-2/", "its host contains a comma"),
         (f"{ONE},amqp://node-2:5672/other", "the same /vhost"),
     ],
 )
@@ -90,7 +90,7 @@ def test_tls_options_without_tls_are_an_error():
 
 @pytest.mark.parametrize("query", ["heartbeat=x", "cafil=/ca.pem", "foo=1", "foo"])
 def test_an_unknown_option_of_a_url_is_an_error(query):
-    with pytest.raises(UsageError, match=f"{query.partition('=')[0]}= is not one of its options"):
+    with pytest.raises(UsageError, match=rf"unknown option \?{query.partition('=')[0]}="):
         parse_urls(f"amqps://me:open-sesame@host/?{query}")
 
 

@@ -118,16 +118,16 @@ def test_the_unspoilt_example_is_a_delta():
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"w": np.ones((3, 2), np.float32)}, r"'w' has shape \(3, 2\), the model has \(2, 3\)"),
+        ({"w": np.ones((3, 2), np.float32)}, r"'w' has shape \(3, 2\); the model has \(2, 3\)"),
         ({"w": np.ones((1, 3), np.float32)}, "'w' has shape"),  # would broadcast
         ({"w": np.ones((), np.float32)}, "'w' has shape"),
         ({"w": np.ones(6, np.float32)}, "'w' has shape"),
         ({"w": np.ones((1, 2, 3), np.float32)}, "'w' has shape"),
-        ({"s": np.ones(1, np.float32)}, r"'s' has shape \(1,\), the model has \(\)"),
-        ({"w": np.ones((2, 3), np.float64)}, "'w' is float64, expected float32"),
-        ({"w": np.ones((2, 3), np.int64)}, "'w' is int64, expected float32"),
-        ({"n": np.uint8([1])}, "'n' is uint8, expected int64"),
-        ({"n": np.float32([1])}, "'n' is float32, expected int64"),
+        ({"s": np.ones(1, np.float32)}, r"'s' has shape \(1,\); the model has \(\)"),
+        ({"w": np.ones((2, 3), np.float64)}, "'w' is float64; expected float32"),
+        ({"w": np.ones((2, 3), np.int64)}, "'w' is int64; expected float32"),
+        ({"n": np.uint8([1])}, "'n' is uint8; expected int64"),
+        ({"n": np.float32([1])}, "'n' is float32; expected int64"),
         ({"more": np.float32([1])}, "unknown more"),
         ({"w": None}, "missing w"),
         ({"w": None, "v": np.ones((2, 3), np.float32)}, "missing w; unknown v"),
@@ -159,7 +159,7 @@ def test_weights_of_different_forms_have_no_delta(other):
     for trained, received in ((weights, {"w": other}), ({"w": other}, weights)):
         with pytest.raises(ValueError, match="'w'"):
             delta(trained, received)
-    with pytest.raises(ValueError, match="'w' is complex64, expected float32"):
+    with pytest.raises(ValueError, match="'w' is complex64; expected float32"):
         delta({"w": np.zeros(2, np.complex64)}, weights)
     with pytest.raises(ValueError, match="missing w"):
         delta({}, weights)

@@ -208,7 +208,7 @@ async def test_what_a_task_makes_of_being_told_to_stop_is_no_failure():
     ("instead", "outcome", "verdict", "code", "named"),
     [
         ([None], "finished", None, 0, ""),
-        ([None], "stopped", RunError, 4, "the run stopped before its end: so it is"),
+        ([None], "stopped", RunError, 4, "the run stopped before its end (so it is)"),
         ([exits], "finished", TaskError, 5, "failed in every round: SystemEx"),
         ([exits], "stopped", TaskError, 5, "failed in every round"),
     ],
@@ -263,8 +263,8 @@ async def test_a_model_of_another_form_is_a_failure_that_says_in_what():
     async with federation(Other()) as made:
         await made.ask(1)
         assert (await made.sign(Failure)).reason == (
-            "the federation's model differs from this task's: tensor 'w' is float32 of shape (4,), "
-            "but in this task float32 of shape (5,)"
+            "the federation's model differs from this task's model: tensor 'w' is float32 of shape "
+            "(4,) in the federation, but float32 of shape (5,) in this task"
         )
 
 

@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     metavar="DIR",
-    help="Data of this worker; for the letters task, a folder that contains <class>/<image>.",
+    help="Data of this worker. For the letters task: a folder of images, laid out as "
+    "<class>/<image>.",
 )
 @click.option(
     "--task",
@@ -44,15 +45,16 @@ if TYPE_CHECKING:
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="Codec to load from your own file, as path.py:name, so that the coordinator can "
-    "select it; may be given several times. Installed codecs need no option.",
+    help="Codec to load from your own file, given as path.py:name. The coordinator can then "
+    "select the codec. May be given several times. Installed codecs need no option.",
 )
 @click.option(
     "--local-rule",
     metavar="NAME",
     help=(
         "Rule that changes each gradient during training: proximal:MU, clip:NORM, "
-        "dp_sgd:CLIP,NOISE, scaffold, path.py:name, or several joined by + (docs/tasks.md).  "
+        "dp_sgd:CLIP,NOISE, scaffold, path.py:name, or several rules joined by + "
+        "(docs/tasks.md).  "
         "[default: none]"
     ),
     show_default=False,
@@ -67,8 +69,8 @@ if TYPE_CHECKING:
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Names of all classes in the federation; required if this worker's data lacks some "
-    "of these classes.  [default: the classes in the data]",
+    help="Names of all classes in the federation; required if this worker's data lacks a "
+    "class.  [default: the classes in the data]",
     show_default=False,
 )
 @click.option(
@@ -87,9 +89,8 @@ if TYPE_CHECKING:
     "--wait-id",
     type=seconds(),
     default=45.0,
-    help="How long, in seconds, this worker waits for another worker with the same ID to "
-    "disconnect. After a crash, this may be the worker's own old connection, which the broker "
-    "keeps open for a while.",
+    help="How long, in seconds, to wait until another worker with the same ID disconnects. "
+    "After a crash, the broker may keep this worker's own old connection open for a while.",
 )
 @click.option(
     "--state-dir",
@@ -101,13 +102,13 @@ if TYPE_CHECKING:
     show_default=False,
 )
 @click.option(
-    "--stay", is_flag=True, help="When a run has ended, wait for the next run instead of exiting."
+    "--stay", is_flag=True, help="Wait for the next run when a run has ended, instead of exiting."
 )
 @click.option(
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Time limit for reaching the broker, in seconds.",
+    help="How long, in seconds, to try to reach the broker before the worker gives up.",
 )
 @queue_type_option
 @log_format_option
@@ -116,8 +117,8 @@ def worker(**options: Any) -> None:
 
     The data never leaves this machine. The worker sends only the change that its training made to
     the weights, its number of examples, and its metrics. You can start the worker before or after
-    the broker and the coordinator. The worker waits for both, joins the open round or the next
-    round, and reconnects after any outage.
+    the broker and the coordinator. The worker waits for the broker and the coordinator, joins the
+    open round or the next round, and reconnects after any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1
@@ -125,7 +126,7 @@ def worker(**options: Any) -> None:
       fluffle worker worker.toml --id hospital-7
 
     You can also set every option in a TOML file, as a key with the same name. An option on the
-    command line overrides the key in the file.
+    command line overrides the same key in the TOML file.
     """
     from fluffle_common.cli.settings import check_federation, check_worker
 

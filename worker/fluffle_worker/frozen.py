@@ -88,13 +88,15 @@ class FrozenTensors:
         if digest in (None, self._in_use):
             return
         if digest != received.digest:
-            raise TaskError(f"the frozen tensors {digest:.16}… of this run were not received")
+            raise TaskError(
+                f"this worker has not received the run's frozen tensors (digest {digest:.16}…)"
+            )
         found = frozen_of(received.tensors).digest
         if found != digest:
             self._forget(received)
             raise TaskError(
-                f"the received frozen tensors have the digest {found:.16}…, but {digest:.16}… "
-                "was announced"
+                f"the received frozen tensors have the digest {found:.16}…; expected the digest "
+                f"{digest:.16}…"
             )
         if mismatch := difference(signature_of(received.tensors), self.form):
             raise TaskError(mismatch)
@@ -147,8 +149,8 @@ class FrozenTensors:
                     other.unlink(missing_ok=True)
         except OSError as why:
             warn(
-                f"cannot write {path} ({why.strerror}); after a restart, the frozen tensors must "
-                "be sent again"
+                f"cannot write {path} ({why.strerror}); after a restart, this worker must receive "
+                "the frozen tensors again"
             )
 
     def _files(self) -> list[Path]:

@@ -74,13 +74,17 @@ class Presence:
             first = wrong.errors(include_url=False, include_context=False)[0]
             where = ".".join(map(str, first["loc"]))
             raise TaskError(
-                f"the description of task '{settings.task}' cannot be sent: {where}: "
-                f"{first['msg']}; change that value in the task"
+                f"the description of task '{settings.task}' cannot be sent, because the field "
+                f"'{where}' is invalid ({first['msg']}); change this value in the task"
             ) from None
-        self._doing: dict[str, Any] = {"state": "idle", "loss": None}
+        self.rest()
         self._beat_now = asyncio.Event()
         # The event loop holds only weak references to tasks.
         self._being_sent: set[asyncio.Task[None]] = set()
+
+    def rest(self) -> None:
+        """Set the current activity to none, of no run."""
+        self._doing: dict[str, Any] = {"state": "idle", "loss": None}
 
     def now(self, state: str, work: Work | Fit | Evaluate, *, steps: int = 0) -> None:
         """Set the current activity and its number of steps."""

@@ -130,6 +130,9 @@ def execute(
     if frozen is not None:
         frozen.use(message.frozen)
     ids["base"] = message.base
+    rule = getattr(task, "local_rule", None)
+    if isinstance(rule, BoundRule):
+        rule.of_round(job.work.run, job.work.sequence, job.broadcast)
     job.evaluation = _evaluate(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):
         return
@@ -194,8 +197,6 @@ def _train(
 ) -> tuple[Update, Weights]:
     """Train; return the update's header and the delta."""
     rule = getattr(task, "local_rule", None)
-    if isinstance(rule, BoundRule):
-        rule.of_round(job.work.run, fit.sequence or fit.round, job.broadcast)
     began = time.monotonic()
     trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), progress))
     seconds = time.monotonic() - began
@@ -203,7 +204,7 @@ def _train(
         change = delta(trained.weights, job.weights)
     except ValueError as wrong:
         raise TaskError(
-            f"train() returned weights that do not match the received ones: {wrong}"
+            f"train() returned weights that do not match the received weights: {wrong}"
         ) from None
     change = _planned(change, fit.plan)
     of_rule = rule.sent if isinstance(rule, BoundRule) else {}
@@ -229,8 +230,8 @@ def _planned(change: Weights, plan: Plan) -> Weights:
     if not planned:
         names = ", ".join(plan.train or ())
         raise TaskError(
-            f"the federation trains the tensors {names[:200]}, but this task's model has none of "
-            "them; 'fluffle peek' and every checkpoint show the names of the model's tensors"
+            f"the coordinator's --train selects the tensors {names[:200]}, but this task's model "
+            "has none of these tensors; correct --train ('fluffle peek' shows the names)"
         )
     return planned
 
@@ -246,14 +247,14 @@ def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
     if not extra:
         raise TaskError(
             "the federation's strategy requires extra tensors, but this worker's training returns "
-            "none; use --local-rule to add the local rule that belongs to the strategy"
+            "no extra tensors; add the strategy's local rule with --local-rule"
         )
     try:
         check_extra(extra, wanted, model)
         check_finite(extra)
     except ValueError as wrong:
         raise TaskError(
-            f"the extra tensors do not match those that the federation's strategy requires: {wrong}"
+            f"this worker's extra tensors do not match the strategy's requirements: {wrong}"
         ) from None
     return extra
 
@@ -274,11 +275,14 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     except UnknownCodec:
         raise TaskError(
             f"the federation encodes its updates with the codec '{name}', which this worker does "
-            "not have; install the package with this codec, or get the codec's file from the "
-            "coordinator's operator and add --codec path.py:name"
+            "not have; install the codec's package, or add the codec's file with --codec "
+            "path.py:name"
         ) from None
     except Exception as why:
-        raise TaskError(f"the codec '{name}' rejects '{plan.compress}': {one_line(why)}") from why
+        raise TaskError(
+            f"the codec '{name}' rejects the coordinator's --compress {plan.compress}: "
+            f"{one_line(why)}"
+        ) from why
 
 
 def _encode(
@@ -293,7 +297,7 @@ def _encode(
     try:
         tensors, left_out = compress(change, codec, before, rng)
     except CodecError as wrong:
-        raise TaskError(f"{wrong}; no update is sent") from wrong.__cause__
+        raise TaskError(f"{wrong}; this worker sends no update in this round") from wrong.__cause__
     return (update.model_copy(update={"encoding": codec.name}), tensors), left_out
 
 

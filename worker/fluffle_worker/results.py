@@ -116,7 +116,7 @@ class Results:
                 loss = number(loss)
             except ValueError as wrong:
                 self._once(
-                    f"the loss of a training step is invalid: {wrong}; such losses are not shown"
+                    f"the loss of a training step is invalid: {wrong}; invalid losses are not shown"
                 )
                 loss = None
         return _whole(number_), _whole(steps), loss
@@ -153,8 +153,8 @@ class Results:
                 valid[name] = number(value)
             except ValueError as wrong:
                 self._once(
-                    f"the metric '{name}' of {method}() is invalid: {wrong}; such values are "
-                    "omitted",
+                    f"the metric '{name}' of {method}() is invalid: {wrong}; invalid values "
+                    "are omitted",
                     key=f"{method} {name}",
                 )
         if len(valid) > MAX_METRICS:
@@ -188,16 +188,16 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
     """
     if not isinstance(given, Mapping):
         raise TaskError(
-            f"{method} returned {what} {shown(given)}; expected a mapping of names to arrays"
+            f"{method} returned {shown(given)} as {what}; expected a mapping of names to arrays"
         )
     converted = {}
     for name, value in given.items():
         if isinstance(value, Mapping):
             inner = "/".join(map(str, [name, *list(value)[:1]]))
             raise TaskError(
-                f"{method} returned {what} with a mapping under '{sendable(str(name), 60)}'; a "
-                "flat mapping of names to arrays is expected, with names such as "
-                f"'{sendable(inner, 60)}'"
+                f"{method} returned {what} with a nested mapping under "
+                f"'{sendable(str(name), 60)}'; expected a flat mapping of names to arrays, with "
+                f"names such as '{sendable(inner, 60)}'"
             )
         try:
             converted[name] = np.asarray(value)

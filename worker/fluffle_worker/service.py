@@ -176,8 +176,8 @@ class WorkerService:
         if self._outcome == "stopped":
             reason = self._ended.result() if self._ended.done() else "unknown"
             return RunError(
-                f"the run stopped before its end: {reason}; once the coordinator is started again, "
-                "the same command joins again"
+                f"the run stopped before its end ({reason}); when the coordinator runs again, "
+                "start this worker again with the same command"
             )
         return None
 
@@ -321,6 +321,8 @@ class WorkerService:
             job.wanted = False
         self._jobs.clear()
         self._state = machine.State()
+        # Otherwise, the run would not ask this worker again once it is continued.
+        self._presence.rest()
 
     # --- the training thread ---------------------------------------------------------------------
 
@@ -332,8 +334,9 @@ class WorkerService:
         self._record(Begun(round=job.work.round, kind=job.work.kind))
 
         def evaluated() -> None:
-            self._uploader.put(job)
-            self._presence.now("training", job.work)
+            if self._state.doing == job.work:
+                self._uploader.put(job)
+                self._presence.now("training", job.work)
 
         self._trainer.begin(job, evaluated)
 
@@ -385,7 +388,8 @@ class WorkerService:
         linked = self._connection.current is not None
         if linked and self._state.answered == work and self._state.over is None:
             reason = (
-                f"round {work.round}: update sent {_WAITING_AFTER_S:.0f} s ago, no new work yet: "
-                "the coordinator may be waiting for other workers, or may have been stopped"
+                f"round {work.round}: no new work since the update was sent "
+                f"{_WAITING_AFTER_S:.0f} s ago; the coordinator may be waiting for "
+                "other workers, or may have stopped"
             )
             self._record(Waiting(reason=reason, what="coordinator"))

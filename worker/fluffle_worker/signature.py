@@ -26,7 +26,7 @@ from fluffle_worker.user_code import warn_in_full
 
 UNKNOWN: Signature = ()
 """The signature of a task whose ``init`` fails; no model has an empty one."""
-_DIFFERS = "the federation's model differs from this task's"
+_DIFFERS = "the federation's model differs from this task's model"
 
 
 def signature_of_task(task: Task) -> Signature:
@@ -48,7 +48,7 @@ def signature_of_task(task: Task) -> Signature:
             raise
         fails = "init() fails, so this worker cannot make first weights"
         if callable(ask):
-            fails = "model_form() fails, so nobody can check that it has the federation's model"
+            fails = "model_form() fails, so nobody can check that the federation has the same model"
         warn(f"the task's {fails}: {one_line(why)}")
         warn_in_full(why)
         return UNKNOWN
@@ -63,7 +63,7 @@ def check_signature(form: Signature) -> None:
         TaskError: if one cannot; it names the tensor, the problem and the remedy.
     """
     if not form:
-        raise TaskError("the model has no tensors")
+        raise TaskError("the task's model has no tensors; expected at least one tensor")
     try:
         layout_of_signature(form)
         check_names(name for name, _, _ in form)
@@ -83,25 +83,25 @@ def difference(federation: Signature, own: Signature) -> str | None:
     theirs, ours = _by_name(federation), _by_name(own)
     if theirs == ours:
         return None
-    for names, what in (
-        (theirs.keys() - ours.keys(), "is not in this task's model"),
-        (ours.keys() - theirs.keys(), "is only in this task's model"),
+    for names, where in (
+        (theirs.keys() - ours.keys(), "not in this task's model"),
+        (ours.keys() - theirs.keys(), "only in this task's model"),
     ):
         if names:
-            more = f", and {len(names) - 1} more" if len(names) > 1 else ""
-            return f"{_DIFFERS}: tensor '{min(names):.100}'{more} {what}"
+            are = f"and {len(names) - 1} more are" if len(names) > 1 else "is"
+            return f"{_DIFFERS}: tensor '{min(names):.100}' {are} {where}"
     differ = [name for name in theirs if theirs[name] != ours[name]]
     (dtype, shape), (own_dtype, own_shape) = theirs[differ[0]], ours[differ[0]]
     message = (
-        f"{_DIFFERS}: tensor '{differ[0]:.100}' is {dtype.name} of shape {shape}, but in "
-        f"this task {own_dtype.name} of shape {own_shape}"
+        f"{_DIFFERS}: tensor '{differ[0]:.100}' is {dtype.name} of shape {shape} in the "
+        f"federation, but {own_dtype.name} of shape {own_shape} in this task"
     )
     if all(
         theirs[name][1] == ours[name][1]
         and {theirs[name][0].name, ours[name][0].name} == {"float32", "float64"}
         for name in differ
     ):
-        message += "; with JAX, set JAX_ENABLE_X64 for all workers or for none"
+        message += "; with JAX, set JAX_ENABLE_X64 for all workers or for no worker"
     return message
 
 
@@ -118,7 +118,7 @@ def _form(given: Any) -> Signature:
     if not isinstance(given, Mapping):
         raise TaskError(
             f"model_form() returned {shown(given)}; expected a mapping of names to objects with "
-            "dtype and shape"
+            "the attributes dtype and shape"
         )
     form = []
     for name, like in given.items():
@@ -128,6 +128,6 @@ def _form(given: Any) -> Signature:
         except Exception:
             raise TaskError(
                 f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; "
-                "expected an object with dtype and shape"
+                "expected an object with the attributes dtype and shape"
             ) from None
     return tuple(form)

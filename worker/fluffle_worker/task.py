@@ -165,7 +165,8 @@ def check_task(name: str, task: Any) -> Task:
         value = call_task(name, attribute, getattr, task, attribute, None)
         if attribute in _METHODS and not callable(value):
             raise UsageError(
-                f"the object that {name} returns is not a task: it has no method '{attribute}'"
+                f"the object that {name} returns is not a task, because it has no method "
+                f"'{attribute}'; add the method"
             )
         if inspect.iscoroutinefunction(value):
             raise UsageError(
@@ -200,7 +201,7 @@ def _check_classes(name: str, task: Any) -> None:
         classes = classes_of(task)
     except Exception:
         raise TaskError(
-            f"the task {name} has classes {shown(given)}; expected the names of its classes"
+            f"the task {name} has classes {shown(given)}; expected a sequence of class names"
         ) from None
     for class_name in classes:
         if len(class_name) > MAX_CLASS_NAME:

@@ -20,7 +20,7 @@ def load_task(name: str, options: TaskOptions) -> Task:
     factory = place.load(CALLERS)
     if not callable(factory):
         raise UsageError(
-            f"{place.where} has no function '{place.attribute}' that makes a task (--task)"
+            f"{place.where} has no function '{place.attribute}' that makes a task; correct --task"
         )
     try:
         task = factory(options)

@@ -22,7 +22,7 @@ from fluffle_worker.job import Job, NotWanted
 
 _RETRY_S = 1.0
 # How long an encoder waits for the previous update's confirmation, whose residual it needs. If that
-# takes longer, as on a slow line, it uses the residual of the last confirmed update.
+# takes longer, as on a slow line, it uses none.
 _SETTLE_S = 60.0
 
 
@@ -59,7 +59,7 @@ class Uploader:
         self._refusals = Refusals(topology, worker, record)
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._in_parts = asyncio.Lock()  # one answer at a time
-        self._residual = Residual()  # of the last confirmed update
+        self._residual = Residual()  # of the last update that was sent
         self._under_way = 0
         self._settled = threading.Event()  # set while nothing is being sent
         self._settled.set()
@@ -69,9 +69,10 @@ class Uploader:
         self._unsent.put_nowait(job)
 
     def residual(self) -> Residual:
-        """Return the residual of the last confirmed update; called in the training thread.
+        """Return the residual of the last update; called in the training thread.
 
-        Blocks while an update is being sent, but at most 60 seconds.
+        Blocks while an update is being sent, but at most 60 seconds. It is empty if the update was
+        sent but not confirmed.
         """
         self._settled.wait(_SETTLE_S)
         return self._residual
@@ -107,6 +108,10 @@ class Uploader:
             sends.append(send(link, job.evaluation, Route(self._topology.results, [key])))
         if due and job.answer is not None:
             sends.append(self._send_answer(link, job, *job.answer))
+        before = self._residual
+        sent = Residual(job.work) if due and job.work.kind == "fit" else None
+        if sent is not None and before.work != job.work:
+            self._residual = sent  # the last one is in this update, and must not go into another
         self._under_way += 1
         self._settled.clear()
         try:
@@ -114,8 +119,12 @@ class Uploader:
                 await sends[0]
             else:  # the evaluation first, so that it arrives before the update closes the round
                 await run_all(*sends)
-            if due and job.work.kind == "fit":
+            if sent is not None:
                 self._residual = job.residual
+        except (NotWanted, QueueFull, Unroutable):  # it did not arrive
+            if self._residual is sent:
+                self._residual = before
+            raise
         finally:
             self._under_way -= 1
             if not self._under_way:

@@ -53,15 +53,15 @@ def broker() -> None:
     """Run a private RabbitMQ on this machine.
 
     The broker listens on 127.0.0.1 only, keeps all its files in one folder and needs no root
-    permissions. If rabbitmq-server is installed, the broker uses it. Otherwise, fluffle unpacks
-    Debian's packages into ~/.cache/fluffle without installing them or, on a system without apt,
-    runs RabbitMQ in Docker. A coordinator and workers that start in the same folder find the broker
-    on their own.
+    permissions. If rabbitmq-server is installed, fluffle starts the installed server. If
+    rabbitmq-server is missing, fluffle unpacks Debian's packages into ~/.cache/fluffle without
+    installing them. Without rabbitmq-server and apt, fluffle runs RabbitMQ in Docker. A coordinator
+    or worker that starts in the broker's folder finds the broker on its own.
 
     \b
-      fluffle broker up            start it, or show where it runs
-      fluffle broker status        show whether it is up, its uptime and memory
-      fluffle broker down          stop it; its data stays for the next 'up'
+      fluffle broker up            start the broker, or show where it runs
+      fluffle broker status        show whether the broker is up
+      fluffle broker down          stop the broker, and keep its data
       fluffle broker permissions   show the permissions that a user needs
       fluffle broker apply-policy  limit the queues on another broker
     """
@@ -69,7 +69,7 @@ def broker() -> None:
 
 @broker.command()
 @_state_option
-@_port_option("--port", "AMQP", 5673, zero="a free port for each port option that is not given")
+@_port_option("--port", "AMQP", 5673, zero="free ports for AMQP and all port options not given")
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
 @click.option(
@@ -77,7 +77,7 @@ def broker() -> None:
     default="fluffle",
     show_default=True,
     metavar="NAME",
-    help="Erlang name of the node; the node's data is stored under this name.",
+    help="Erlang name of the RabbitMQ node; the node's data is stored under this name.",
 )
 def up(
     state: Path,
@@ -93,7 +93,7 @@ def up(
 
     \b
       fluffle broker up
-      fluffle broker up --state /tmp/second --port 0   a second one, on free ports
+      fluffle broker up --state /tmp/second --port 0   a second broker
     """
     from fluffle_broker.node import node
 
@@ -101,7 +101,7 @@ def up(
     if running is not None:
         echo(f"RabbitMQ {running.version} is up already")
         if port not in (None, 0, running.ports.amqp):
-            echo(f"  to move it to port {port}, run 'fluffle broker down' first")
+            echo(f"  to move the broker to port {port}, run 'fluffle broker down' first")
         _show(running, state)
         return
     ports = chosen_ports(port, management_port, prometheus_port)
@@ -141,7 +141,7 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     if as_json:
         echo_json(_as_dict(info, figures))
     elif info is None:
-        echo(f"no broker is running in {state}; 'fluffle broker up' starts one")
+        echo(f"no broker is running in {state}; start one with 'fluffle broker up'")
     else:
         echo(f"RabbitMQ {info.version} is up")
         if figures is not None:
@@ -183,16 +183,16 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     "standard output.",
 )
 @click.option(
-    "--ask-password", is_flag=True, help="Prompt for the password of each user (with --apply)."
+    "--ask-password", is_flag=True, help="With --apply, prompt for the password of each user."
 )
 @_state_option
 def permissions(**options: Any) -> None:
     """Print the minimal permissions of a RabbitMQ user.
 
-    The command prints rabbitmqctl commands for any broker. With --apply, it grants the permissions
-    on the private broker instead. The new permissions replace the user's earlier permissions in the
-    vhost. Start the coordinator with --verify-users, so that no worker can impersonate another
-    worker. docs/permissions.md explains each permission.
+    The command prints rabbitmqctl commands for any broker. With --apply, the command grants the
+    permissions on the private broker of this folder, and prints no commands. The new permissions
+    replace the user's earlier permissions in the vhost. Start the coordinator with --verify-users,
+    so that no worker can impersonate another worker. docs/permissions.md explains each permission.
 
     \b
       fluffle broker permissions --federation letters --coordinator
@@ -234,7 +234,7 @@ def permissions(**options: Any) -> None:
     "--print",
     "prints",
     is_flag=True,
-    help="Print rabbitmqctl commands that set the policies, instead of setting them.",
+    help="Print rabbitmqctl commands that set the policies, instead of setting the policies.",
 )
 def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
     """Limit the length of a federation's queues.
@@ -244,7 +244,7 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
     federation. The command sets the policies through the management API, which requires a user with
     the tag policymaker. With --print, the command prints rabbitmqctl commands instead.
 
-    To change a limit later, set the policy again with another number. The new limit applies at
+    To change a limit later, set the policy again with another number. A changed limit applies at
     once, without a restart. docs/brokers.md lists the limits.
 
     \b
@@ -279,7 +279,7 @@ def _rabbitmqctl(state: Path) -> str:
 
     info = node.running_node(state)
     if info is None:
-        raise BrokerError(f"no broker is running in {state}; 'fluffle broker up' starts one")
+        raise BrokerError(f"no broker is running in {state}; start one with 'fluffle broker up'")
     if info.started_as == "docker":
         raise BrokerError(
             "--apply does not work with a broker in a container; remove --apply and run the "

@@ -29,9 +29,10 @@ _WIDE = 100  # columns
 @click.argument("queue")
 @click.option(
     "-n", "--count", default=5, show_default=True, type=counts(1, 10_000),
-    help="Maximum number of messages to show: the oldest in a queue, or the newest in the journal.",
+    help="Maximum number of messages to show. From a queue, the command shows the oldest messages; "
+    "from the journal, the newest messages.",
 )  # fmt: skip
-@inspection_options("Print a list of objects, with every tensor.")
+@inspection_options("Print the messages as a list of JSON objects, with every tensor.")
 @management_option
 def peek(queue: str, count: int, **options: Any) -> None:
     """Decode messages of a QUEUE without removing them.
@@ -39,13 +40,14 @@ def peek(queue: str, count: int, **options: Any) -> None:
     QUEUE is updates, presence, rejected, unrouted, journal or inbox.WORKER, with or without the
     federation's name as a prefix.
 
-    Each message is taken and returned to its position at once, so the length, the order and the
-    bodies stay the same. Two traces remain: the messages are marked 'redelivered', and a queue that
-    nobody uses expires 30 minutes later. For some milliseconds, RabbitMQ treats the messages as
-    unacknowledged and withholds them from the queue's consumer. Therefore, the command refuses
-    queues that a worker or the coordinator is reading. It also refuses quorum queues, because
-    returning a message to a quorum queue has side effects. The command cannot show updates that the
-    coordinator holds unacknowledged; 'fluffle journal' shows the events of these updates.
+    The command takes each message and returns it to its position at once. The queue's length, the
+    order and the message bodies stay the same. The command leaves two traces in a queue: the
+    messages are marked 'redelivered', and an unused queue expires 30 minutes after the command.
+
+    The command refuses queues that a worker or the coordinator is reading, because RabbitMQ
+    would withhold messages from the reader for some milliseconds. The command also refuses quorum
+    queues, because returning a message to a quorum queue has side effects. The command cannot show
+    updates that the coordinator holds unacknowledged; 'fluffle journal' shows their events.
 
     \b
       fluffle peek updates --federation letters
@@ -80,19 +82,19 @@ def _held(peeked: Peeked, topology: Topology, address: str, base: str) -> str | 
     """Return a note about the updates that the coordinator holds, which peek cannot see."""
     if peeked.queue != topology.updates or not peeked.counts.consumers:
         return None
-    journal = f"'fluffle journal --federation {topology.federation}' shows them"
+    journal = f"see their events with 'fluffle journal --federation {topology.federation}'"
     figures = available_figures(address, base, topology).get(peeked.queue)
     held = figures.unacknowledged if figures else None
     if held is None:
         return (
-            "messages that the coordinator holds until its commit are invisible, and their "
+            "the messages that the coordinator holds until its commit are not shown, and their "
             f"number is unknown without the management API; {journal}"
         )
     if not held:
         return None
     return (
-        f"{held} more {('is' if held == 1 else 'are')} held by the coordinator until its "
-        f"commit (RabbitMQ's statistics, up to 5 s old); {journal}"
+        f"the coordinator holds {held} more message{'s'[: held != 1]} until its commit (according "
+        f"to RabbitMQ's statistics, up to 5 s old); {journal}"
     )
 
 
@@ -143,7 +145,7 @@ def _tensors(decoded: DecodedMessage, *, wide: bool) -> Table:
 
     shown = decoded.tensors[:MOST_ROWS]
     left = len(decoded.tensors) - len(shown)
-    more = f"   … and {left} more tensors; --json has them all" if left else None
+    more = f"   … and {left} more tensors; --json shows all tensors" if left else None
     rows = table(caption=more, pad_edge=False, padding=(0, 1))
     rows.add_column("   tensor", overflow="fold", min_width=12)
     values = ("norm", "min", "mean", "max") if wide else ("norm",)

@@ -21,7 +21,7 @@ _EVERY_S = 2.0
 
 
 @click.command()
-@inspection_options("Print a list of objects; with --watch, one list per line.")
+@inspection_options("Print a list of JSON objects; with --watch, print one list per line.")
 @management_option
 @click.option("--watch", is_flag=True, help="Repeat the table every 2 seconds, until Ctrl-C.")
 def queues(
@@ -68,8 +68,8 @@ def queues(
         _show(overview)
     else:
         echo(
-            f"federation {federation} has no queues on this broker yet; its coordinator and "
-            "workers create them when they start"
+            f"federation {federation} has no queues on this broker yet; start the coordinator and "
+            "the workers, which create the queues"
         )
     _warn(overview)
 
@@ -86,7 +86,7 @@ def _show(overview: QueueOverview) -> None:
         shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)
     if overview.at_rest:
         at = f"--federation {overview.topology.federation}"
-        shown.print(f"nobody is connected; 'fluffle explain {at}' summarizes the last run")
+        shown.print(f"nobody is connected; see the last run with 'fluffle explain {at}'")
 
 
 def _warn(overview: QueueOverview) -> None:
@@ -97,7 +97,7 @@ def _warn(overview: QueueOverview) -> None:
 def _notes(overview: QueueOverview) -> Iterator[str]:
     if overview.alarms:
         yield (
-            f"the broker has run out of {' and '.join(overview.alarms)}: it accepts no messages "
+            f"the broker has run out of {' and '.join(overview.alarms)}, and accepts no messages "
             "until there is room again"
         )
     if overview.note:

@@ -34,21 +34,21 @@ _common_options = inspection_options("Print the result as JSON.", required=False
 @management_option
 @click.option(
     "-n", "--count", default=20, show_default=True, type=counts(), metavar="N",
-    help="Maximum number of messages to list; if there are more, only the newest are listed.",
+    help="Maximum number of messages to list; the command lists the newest messages.",
 )  # fmt: skip
 @click.pass_context
 def rejected(ctx: click.Context, /, **options: Any) -> None:
-    """List rejected messages and why; show, requeue or purge them.
+    """List, show, requeue or purge rejected messages.
 
     An invalid message (damaged, from another run, with NaN in it …) is moved to the federation's
     queue 'rejected', together with the reason. The queue keeps the latest 1,000 messages or 256 MB,
     and drops older messages. The oldest message that is kept has number 1, so the numbers shift
     when a message is dropped.
 
-    RabbitMQ does not report how many messages it dropped. fluffle computes the number from
-    RabbitMQ's statistics since the broker started: published minus removed minus present. The
-    statistics are up to 5 seconds old; until they are up to date, the command reports the number as
-    unknown.
+    RabbitMQ does not report how many messages the queue dropped. fluffle computes the number of
+    dropped messages from RabbitMQ's statistics since the broker started: published minus removed
+    minus present. The statistics are up to 5 seconds old. While the statistics are out of date, the
+    command reports the number of dropped messages as unknown.
 
     \b
       fluffle rejected --federation letters
@@ -116,15 +116,15 @@ def _how_many(kept: int, gone: int | None) -> str:
 
     if gone is None:
         return (
-            f"{messages(kept)} kept; whether the limit (1,000 messages, 256 MB) has dropped "
-            "older ones is unknown (the management API is unreachable or has no figures yet, "
-            "or the broker was restarted)"
+            f"{messages(kept)} kept; the number of messages that the limit (1,000 messages, "
+            "256 MB) has dropped is unknown, because RabbitMQ's statistics are missing or out of "
+            "date"
         )
     if not gone:
         return f"{messages(kept)} kept, none dropped"
     return (
-        f"{kept:,} of {messages(kept + gone)} are kept, {gone:,} were dropped by the limit "
-        "(1,000 messages, 256 MB) since RabbitMQ started"
+        f"{kept:,} of {messages(kept + gone)} are kept; the limit (1,000 messages, 256 MB) has "
+        f"dropped {gone:,} since RabbitMQ started"
     )
 
 
@@ -177,7 +177,7 @@ def _table(rejects: list[Rejected], now: float) -> None:
 def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
     """Show message NUMBER in full and leave it in the queue.
 
-    The command prints what 'fluffle peek' prints.
+    The command prints the same details as 'fluffle peek'.
     """
     from fluffle_broker.cli.peek import show_message
     from fluffle_broker.inspect.rejected import read_rejected
@@ -195,7 +195,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
 @click.option(
-    "--all", "everything", is_flag=True, help="Send again all messages that are in the queue now."
+    "--all", "everything", is_flag=True, help="Requeue all messages that are in the queue now."
 )
 @_common_options
 @click.pass_obj
@@ -204,18 +204,18 @@ def requeue(
 ) -> None:
     """Send messages back to the queue that they were rejected from.
 
-    Use this command after you have fixed the cause. The command publishes each message again with
-    its original properties, and removes it from 'rejected' when the broker has confirmed the new
-    copy. The coordinator validates the message again, so a message that is still invalid comes back
-    with its reason. The user in --url becomes the sender of the message. Therefore, a coordinator
-    with --verify-users rejects the message unless that user is the worker's own user.
+    Use this command after you have fixed the cause of the rejection. The command publishes each
+    message again with its original properties. When the broker has confirmed the new copy, the
+    command removes the message from 'rejected'. The coordinator validates each new copy, so a
+    message that is still invalid is rejected again. The user in --url becomes the sender of the new
+    copy. With --verify-users, the coordinator accepts a copy only from the worker's own user.
     """
     from fluffle_broker.inspect import rejected as rejected_queue
 
     if bool(numbers) == everything:
         raise UsageError(
-            "no message is chosen; choose messages by number, such as 'requeue 3 4', or choose "
-            "all with --all"
+            f"{'numbers and --all are both given' if numbers else 'no message is chosen'}; choose "
+            "messages by number, such as 'requeue 3 4', or choose all with --all"
         )
     topology, address, as_json = _target(options, group)
     chosen = None if everything else set(numbers)
@@ -244,7 +244,7 @@ def _print_result(each: Requeued) -> None:
     decoded = each.message.decoded
     sender = f" of {decoded.worker}" if decoded.worker else ""
     sent_to = f"{each.exchange} as {each.key}" if each.exchange else each.key
-    outcome = f"stays: {each.left}" if each.left else f"sent again to {sent_to}"
+    outcome = f"not sent again, because {each.left}" if each.left else f"sent again to {sent_to}"
     echo(f"{each.message.number}  {decoded.kind}{sender}: {outcome}")
 
 
@@ -253,7 +253,7 @@ def _print_result(each: Requeued) -> None:
 @_common_options
 @click.pass_obj
 def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
-    """Delete all messages that are in the queue now."""
+    """Delete all messages that are in the queue 'rejected' now."""
     from fluffle_broker.inspect import rejected as rejected_queue
 
     topology, address, as_json = _target(options, group)

@@ -52,23 +52,24 @@ _MOST_TRANSFERS = 256
 @inspection_options("Print one JSON object per line.")
 @management_option
 def tap(**options: Any) -> None:
-    """Follow the messages of a federation live, one per message.
+    """Print a federation's messages live, one line each.
 
     \b
       fluffle tap --federation letters
       fluffle tap --federation letters --kind update --worker w1 --save kept/
 
-    "→ w1,w2" goes from the coordinator to these workers; "← w1" comes from w1.
+    A line with "→ w1,w2" shows a message from the coordinator to the workers w1 and w2. A line with
+    "← w1" shows a message from the worker w1.
 
     The command reads copies of the messages from its own temporary queue, so no message is lost or
-    delayed for its receiver. If the command is too slow for the traffic, it loses the oldest
-    copies. It also adds load to the broker, which sends the model of each round, with all its
-    parts, once more. To exclude models, use '--kind update'. The parts of updates are copied only
-    with --save.
+    delayed for its receiver. If the command is too slow for the traffic, the queue drops the oldest
+    copies. The command adds load to the broker, because the broker sends the model of each round
+    once more. To exclude models, use '--kind update'. The parts of updates are copied only with
+    --save or '--kind part'.
 
-    The command copies messages only for queues that exist, because otherwise RabbitMQ would report
-    a message as delivered although only this command received it. The command looks for new queues
-    every 10 seconds, so it may miss the first messages to a new worker.
+    The command copies only messages for queues that exist. A copy of any other message would make
+    RabbitMQ report the message as delivered. The command looks for new queues every 10 seconds, so
+    it may miss the first messages to a new worker.
     """
     from fluffle_broker.inspect.tap import KINDS, Wanted
     from fluffle_common.cli.settings import check_worker, management_of
@@ -137,8 +138,8 @@ def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str
                     await run
                 except LinkLost as gone:
                     warn(
-                        f"lost the broker ({gone}); messages that pass until it is back are "
-                        "not shown"
+                        f"lost the connection to the broker ({gone}); messages are not shown until "
+                        "the connection is back"
                     )
                 finally:
                     run.cancel()
@@ -149,7 +150,7 @@ def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str
         run_until_signalled(follow())
     except QueueInUse as no:
         raise BrokerError(
-            f"another process uses the queue of this tap: {no}; run the command again"
+            f"another process uses the queue of this command ({no}); run the command again"
         ) from None
     except Interrupted as signalled:
         sys.exit(signalled.exit_code)
@@ -211,7 +212,7 @@ class TapPrinter:
             archive.save(decoded, now)
         except OSError as no:
             raise UsageError(
-                f"cannot save a message: {no}; choose another folder with --save"
+                f"cannot save a message ({no}); choose another folder with --save"
             ) from None
 
     def _line(self, text: str) -> None:

@@ -145,7 +145,7 @@ def decode_message(delivery: Delivery, federation: str, *, values: bool = True) 
     try:
         message, payload = decode(delivery.body)
         if message.federation != federation:
-            wrong = f"it belongs to federation {message.federation}"
+            wrong = f"the message belongs to federation {message.federation}, not to {federation}"
         table = getattr(message, "tensors", ())
         tensors = _facts(
             table, payload if values and getattr(message, "transfer", 0) is None else None

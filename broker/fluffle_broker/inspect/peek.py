@@ -65,7 +65,7 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     full = full_name(topology, name)
     counts = await link.counts(full)
     if counts is None:
-        raise UsageError(f"{full} does not exist{_why_not(topology, full)}")
+        raise UsageError(f"queue {full} does not exist, because {_why_not(topology, full)}")
     if full == topology.journal:
         return Peeked(full, counts, await _end_of_stream(link, topology, count))
     refusal = _refusal(topology, full, counts)
@@ -75,9 +75,8 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"cannot peek at {full}, because it is not a classic queue: RabbitMQ would record "
-            "each reading as a failed delivery and change the order of the messages; "
-            f"{_instead(topology)}"
+            f"cannot peek at {full}, because it is not a classic queue and reading would change "
+            f"the order of the messages; {_instead(topology)}"
         )
     async with borrowed(link, full, count=count, most_bytes=MOST_BYTES) as messages:
         deliveries = [delivery async for delivery in messages]
@@ -104,17 +103,16 @@ def _refusal(topology: Topology, full: str, counts: Counts) -> str | None:
     instead = _instead(topology)
     if full.startswith(topology.outbox("")):
         return (
-            f"{full} ({counts.ready} ready) holds parts of an update, which the coordinator "
-            "counts before it fetches them: if 'peek' took out a part, however briefly, the "
-            f"coordinator would treat the part as lost; {instead}"
+            f"cannot peek at {full} ({counts.ready} ready), because the coordinator would treat "
+            f"the parts that 'peek' takes out as lost; {instead}"
         )
     if not counts.consumers or full == topology.updates:
         return None
     inbox = topology.inbox("")
     who = f"worker {full.removeprefix(inbox)}" if full.startswith(inbox) else "the coordinator"
     return (
-        f"{full} ({counts.ready} ready) is being read: {who} receives messages at once, and "
-        f"withholding one would change their order; {instead}"
+        f"cannot peek at {full} ({counts.ready} ready) while it is being read by {who}, because "
+        f"'peek' would change the order of the messages; {instead}"
     )
 
 
@@ -123,12 +121,12 @@ def _why_not(topology: Topology, full: str) -> str:
         if full.startswith(prefix):
             worker = full.removeprefix(prefix)
             return (
-                f": worker {worker} has never connected, or not in the last 30 minutes; "
-                f"'fluffle queues --federation {topology.federation}' shows the connected workers"
+                f"worker {worker} has not connected in the last 30 minutes; list the connected "
+                f"workers with 'fluffle queues --federation {topology.federation}'"
             )
-    return f": no process of federation {topology.federation} has connected to this broker yet"
+    return f"no process of federation {topology.federation} has connected to this broker yet"
 
 
 def _instead(topology: Topology) -> str:
     at = f"--federation {topology.federation}"
-    return f"'fluffle tap {at}' shows new messages, 'fluffle journal {at}' past events"
+    return f"use 'fluffle tap {at}' for new messages, or 'fluffle journal {at}' for past events"

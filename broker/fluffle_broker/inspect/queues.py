@@ -81,7 +81,7 @@ def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
     except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why
         note = (
-            f"the management API at {base} does not answer ({reason}): unacknowledged messages, "
+            f"the management API at {base} does not answer ({reason}), so unacknowledged messages, "
             "bytes, rates, ages and the workers' queues are unknown; give the right address with "
             "--management"
         )

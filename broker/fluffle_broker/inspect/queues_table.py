@@ -55,11 +55,11 @@ def legend(overview: QueueOverview) -> list[str]:
     """Return a line for each sign that stands for a figure."""
     lines, read = [], overview.queues
     if any(one.size_bytes is None and one.type == "stream" for one in read):
-        lines.append(f"{_UNREPORTED}  RabbitMQ does not report this for a stream")
+        lines.append(f"{_UNREPORTED}  RabbitMQ does not report this figure for a stream")
     if any(
         one.in_rate is None or (one.size_bytes is None and one.type != "stream") for one in read
     ):
-        lines.append("?  unknown: RabbitMQ has not reported this, or not yet")
+        lines.append("?  unknown, because RabbitMQ has not reported this figure")
     return lines
 
 
@@ -85,7 +85,7 @@ def _combined(kind: str, queues: Sequence[QueueFigures]) -> QueueFigures:
         size_bytes=_sum(queue.size_bytes for queue in queues),
         in_rate=_sum(queue.in_rate for queue in queues),
         out_rate=_sum(queue.out_rate for queue in queues),
-        purpose=f"the {kind} queues with nothing in them",
+        purpose=f"all empty {kind} queues",
     )
 
 
@@ -120,8 +120,8 @@ def _unbounded(names: Sequence[str], federation: str) -> str:
     which = f"queue {names[0]}" if len(names) == 1 else f"these {len(names)} queues"
     listed = "" if len(names) == 1 else f" ({_listed(names)})"
     return (
-        f"no policy limits how much {which} may hold{listed}: "
-        f"fluffle broker apply-policy --federation {federation}"
+        f"no policy limits how much {which} may hold{listed}; set limits with "
+        f"'fluffle broker apply-policy --federation {federation}'"
     )
 
 

@@ -31,7 +31,7 @@ class Rejected:
         """Why it was rejected, in words."""
         reason = self.decoded.header("reason")
         if reason is None and self.decoded.header("x-first-death-reason") is not None:
-            reason = f"RabbitMQ dropped it ({self.decoded.header('x-first-death-reason')})"
+            reason = f"RabbitMQ dropped the message ({self.decoded.header('x-first-death-reason')})"
         return str(reason or "unknown")
 
     @property
@@ -233,7 +233,8 @@ async def _send_again(link: Link, topology: Topology, message: Rejected) -> Requ
     exchange, key = target
     delivery = message.decoded.delivery
     if CUT in delivery.properties.headers:
-        return Requeued(message, left=f"only the first {len(delivery.body)} bytes of it were kept")
+        kept = len(delivery.body)
+        return Requeued(message, left=f"only the first {kept} bytes of the message were kept")
     headers = {
         name: value
         for name, value in delivery.properties.headers.items()
@@ -253,7 +254,7 @@ async def _count(link: Link, topology: Topology) -> int:
     counts = await link.counts(topology.rejected)
     if counts is None:
         raise UsageError(
-            f"there is no queue {topology.rejected}: no process of federation "
+            f"there is no queue {topology.rejected}, because no process of federation "
             f"{topology.federation} has connected to this broker yet"
         )
     return counts.ready
@@ -264,13 +265,12 @@ async def _must_be_classic(link: Link, topology: Topology) -> None:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"cannot read {queue.name}, because it is not a classic queue: RabbitMQ would record "
-            "each reading as a failed delivery; 'fluffle journal --federation "
-            f"{topology.federation}' shows what was rejected, and 'fluffle rejected requeue "
-            "--all' and 'fluffle rejected purge' still work"
+            f"cannot list {queue.name}, because it is not a classic queue; list the rejections "
+            f"with 'fluffle journal --federation {topology.federation}', or use 'fluffle rejected "
+            "requeue --all' or 'fluffle rejected purge'"
         )
 
 
 def _no_such(topology: Topology, number: int, count: int) -> UsageError:
-    remedy = f"choose 1 to {count}" if count else "it is empty"
+    remedy = f"choose 1 to {count}" if count else "the queue is empty"
     return UsageError(f"there is no message {number} in {topology.rejected}; {remedy}")

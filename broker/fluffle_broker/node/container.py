@@ -61,6 +61,6 @@ def _compose(info: NodeInfo, *arguments: str) -> None:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
         raise BrokerError(
-            f"docker compose {arguments[0]} failed: {lines[-1]}; see 'docker compose "
+            f"docker compose {arguments[0]} failed: {lines[-1]}; see the log with 'docker compose "
             f"--project-name {project} logs'"
         )

@@ -34,11 +34,11 @@ _LONGEST_REASON = 240
 _SYSTEM_ERRORS = {
     "enospc": "there is no space left on the disk; make room or choose another --state",
     "eaddrinuse": "another program uses one of RabbitMQ's ports; choose other ports, or --port 0",
-    "eacces": "RabbitMQ is not allowed to use its own files; check who owns the state folder",
+    "eacces": "RabbitMQ has no access to the state folder; check who owns the folder",
     "erofs": "the state folder is on a read-only disk; choose another --state",
-    "emfile": "too many files are open; raise 'ulimit -n'",
+    "emfile": "too many files are open; raise the limit with 'ulimit -n'",
     "duplicate_node_name": (
-        "a node of this name is already registered with this epmd; choose another --node-name"
+        "another Erlang node on this machine has the same name; choose another --node-name"
     ),
 }
 
@@ -181,7 +181,7 @@ def boot_failure(info: NodeInfo) -> str:
         reason = failure_reason(log.read_text(errors="replace"))
     except OSError as unreadable:
         reason = str(unreadable)
-    return f"RabbitMQ did not start: {reason}; the full output is in {log}"
+    return f"RabbitMQ did not start: {reason} (the full output is in {log})"
 
 
 def failure_reason(log: str) -> str:

@@ -39,7 +39,7 @@ def require_free(port: int, what: str, option: str) -> None:
             probe.bind((LOOPBACK, port))
         except PermissionError:
             raise BrokerError(
-                f"{what} port {port} needs root; give a port above 1023 with {option}"
+                f"{what} port {port} needs root permissions; give a port above 1023 with {option}"
             ) from None
         except OSError:
             holder = processes.listener(port)

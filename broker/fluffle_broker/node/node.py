@@ -149,7 +149,7 @@ def _start_container(info: NodeInfo, extra_conf: str, report: Report) -> NodeInf
             _limit_queues(ready, report)
             return ready
         raise BrokerError(
-            "the container with RabbitMQ ended at once; 'docker ps --all' shows its exit code"
+            "the container with RabbitMQ ended at once; see its exit code with 'docker ps --all'"
         )
     except BaseException:
         with contextlib.suppress(BrokerError):  # the first error is the one to report
@@ -185,8 +185,8 @@ def _await_ready(info: NodeInfo) -> NodeInfo | None:
         if time.monotonic() > end:
             raise BrokerError(
                 f"RabbitMQ (pid {info.pid}) does not answer on port {info.ports.amqp} after "
-                f"{_BOOT_TIMEOUT_S:.0f} s; see {info.logs}; to stop RabbitMQ, run 'fluffle "
-                "broker down'"
+                f"{_BOOT_TIMEOUT_S:.0f} s; read the logs in {info.logs}, and stop RabbitMQ with "
+                "'fluffle broker down'"
             )
         time.sleep(_POLL_S)
     return None
@@ -247,8 +247,8 @@ def _require_plain_path(folder: Path) -> None:
     """Refuse a path with quotes: RabbitMQ passes it to a shell for ``df``, and then hangs."""
     if quotes := _UNQUOTABLE.intersection(str(folder)):
         raise BrokerError(
-            f"RabbitMQ cannot boot in a folder with {' or '.join(sorted(quotes))} in its path "
-            f"({folder}); choose another folder with --state"
+            f"RabbitMQ cannot start in {folder}, because the path contains "
+            f"{' and '.join(sorted(quotes))}; choose another folder with --state"
         )
 
 
@@ -266,9 +266,9 @@ def _require_space(folder: Path, extra_conf: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < launch.DISK_FREE_LIMIT_BYTES and "disk_free_limit" not in extra_conf:
         raise BrokerError(
-            f"only {free / 1e6:.0f} MB are free in {folder}, but RabbitMQ stops accepting "
-            f"messages below {launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB of free space; free some "
-            "space, or choose another folder with --state"
+            f"only {free / 1e6:.0f} MB are free in {folder}, but RabbitMQ needs at least "
+            f"{launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB to accept messages; free some space, or "
+            "choose another folder with --state"
         )
 
 
@@ -321,6 +321,6 @@ def _readable_errors(folder: Path) -> Iterator[None]:
         if len(where) > 120:
             where = f"{where[:60]}…{where[-59:]}"
         raise BrokerError(
-            f"cannot use the state folder: {where}: {refused.strerror or refused}; choose "
+            f"cannot use the state folder ({where}: {refused.strerror or refused}); choose "
             "another folder with --state (FLUFFLE_STATE)"
         ) from refused

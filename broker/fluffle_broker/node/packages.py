@@ -26,7 +26,8 @@ _SYSTEM_LIB = Path("/usr/lib/rabbitmq/lib")
 _SERVER = "rabbitmq-server"
 
 REMEDIES = (
-    "install rabbitmq-server, or start Docker, or point --url (FLUFFLE_URL) at a RabbitMQ you run"
+    "install rabbitmq-server, start Docker, or give the URL of another RabbitMQ with --url "
+    "(FLUFFLE_URL)"
 )
 
 Report = Callable[[str], None]
@@ -93,13 +94,13 @@ def unpack(report: Report, cache: Path | None = None) -> Installation:
                     raise
     except OSError as failed:
         raise BrokerError(
-            f"cannot unpack RabbitMQ into {root.parent}: {failed.strerror or failed}; "
-            "make room there, or set XDG_CACHE_HOME to another folder"
+            f"cannot unpack RabbitMQ into {root.parent} ({failed.strerror or failed}); free some "
+            "space, or set XDG_CACHE_HOME to another folder"
         ) from failed
     installation = find_unpacked(root)
     if installation is None:
         raise BrokerError(
-            f"the packages in {root} contain no {_SERVER}; delete that folder, and run the "
+            f"the packages in {root} contain no {_SERVER}; delete this folder, and run the "
             "command again"
         )
     return installation

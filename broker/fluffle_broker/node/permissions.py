@@ -89,7 +89,7 @@ def coordinator_permissions(topology: Topology, user: str) -> Permissions:
 
 def shell_lines(permissions: Permissions, vhost: str) -> list[str]:
     """Return the commands to run on the broker's machine, in lines that fit a terminal."""
-    lines = [f"# if user {permissions.user} does not exist yet; asks for a password"]
+    lines = [f"# add_user asks for a password; omit add_user if {permissions.user} already exists"]
     for command in (["add_user", permissions.user], *permissions.commands(vhost)):
         lines.append("rabbitmqctl")
         for word in map(shlex.quote, command):

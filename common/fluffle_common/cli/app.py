@@ -65,7 +65,7 @@ class FiniteFloat(click.FloatRange):
         if not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
         if self.max in _SILENT_LIMITS and number > self.max:
-            self.fail(f"{value} is too large, the maximum is {self.max:,.0f}", param, ctx)
+            self.fail(f"{value} is too large; the maximum is {self.max:,.0f}", param, ctx)
         return float(super().convert(value, param, ctx))
 
     def _describe_range(self) -> str:
@@ -93,7 +93,7 @@ class WholeNumber(click.IntRange):
         """Parse and validate a value."""
         number = click.INT.convert(value, param, ctx)
         if self.max in _SILENT_LIMITS and number > self.max:
-            self.fail(f"{value} is too large, the maximum is {self.max:,}", param, ctx)
+            self.fail(f"{value} is too large; the maximum is {self.max:,}", param, ctx)
         return int(super().convert(value, param, ctx))
 
     def _describe_range(self) -> str:
@@ -139,7 +139,8 @@ class Commands(click.Group):
         for before, text in itertools.pairwise(["fluffle", *args]):
             if text == "" or re.fullmatch("--[a-z-]+=", text):
                 raise click.UsageError(
-                    f"the argument after '{text or before}' is empty; is a shell variable unset?"
+                    f"the argument after '{text or before}' is empty; check whether a shell "
+                    "variable in the command is unset"
                 )
         return super().parse_args(ctx, args)
 
@@ -180,7 +181,7 @@ class Commands(click.Group):
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
             near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
-            hint = f"did you mean '{near[0]}'?" if near else "'fluffle --help' lists the commands"
+            hint = f"did you mean '{near[0]}'?" if near else "see 'fluffle --help'"
             raise click.UsageError(f"unknown command '{name}'; {hint}", ctx)
         return super().resolve_command(ctx, args)
 
@@ -197,8 +198,8 @@ def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None
     is_flag=True,
     expose_value=False,
     callback=_remember_debug,
-    help="Show the traceback of an unexpected error, and log each event with its effects. "
-    "FLUFFLE_DEBUG=1 in the environment does the same.",
+    help="Show the traceback of an unexpected error, and log each event with the actions that "
+    "follow from it. The environment variable FLUFFLE_DEBUG=1 also turns this option on.",
 )
 def fluffle() -> None:
     """Federated learning over a message broker.
@@ -239,10 +240,10 @@ def url_option(command: Any) -> Any:
         envvar="FLUFFLE_URL",
         callback=_check_environment,
         metavar="URL",
-        help="URL of the broker: amqp://user:password@host:port/vhost or amqps://…. For a "
-        "cluster, give the URLs of several nodes, separated by commas; the command uses any "
-        "node that it can reach.  [default: $FLUFFLE_URL, else the broker started by "
-        "'fluffle broker up' here, else amqp://guest:guest@127.0.0.1:5672/]",
+        help="URL of the broker: amqp://user:password@host:port/vhost or, with TLS, amqps://…. "
+        "For a cluster, give the URLs of several nodes, separated by commas; the command uses any "
+        "node that it can reach.  [default: $FLUFFLE_URL, else the broker that 'fluffle broker "
+        "up' started in this folder, else amqp://guest:guest@127.0.0.1:5672/]",
     )(command)
 
 
@@ -264,7 +265,8 @@ def management_option(command: Any) -> Any:
         envvar="FLUFFLE_MANAGEMENT_URL",
         metavar="URL",
         help="URL of RabbitMQ's management API, which provides queue statistics.  [default: the "
-        "API of the private broker, else the usual port on the host of --url]",
+        "API of the broker that 'fluffle broker up' started in this folder, else port 15672 (with "
+        "TLS, 15671) on the host of --url]",
         show_default=False,
     )(command)
 
@@ -278,8 +280,8 @@ def queue_type_option(command: Any) -> Any:
         default="classic",
         show_default=True,
         help=(
-            "Type of the federation's queues: 'quorum' replicates them over a cluster of brokers. "
-            "The coordinator and all workers must use the same type."
+            "Type of the federation's queues. A cluster of brokers replicates queues of type "
+            "'quorum'. The coordinator and all workers must use the same type."
         ),
     )(command)
 
@@ -350,22 +352,22 @@ def unexpected(wrong: BaseException) -> str:
     if isinstance(wrong, FluffleError):
         return str(wrong)
     if isinstance(wrong, MemoryError):
-        return "out of memory"
+        return "out of memory; end other programs, or use a machine with more memory"
     if isinstance(wrong, OSError) and (text := too_many_files(wrong)):
         return text
     if isinstance(wrong, OSError) and wrong.filename is not None:
         return f"cannot use {os.fsdecode(wrong.filename)} ({wrong.strerror})"
     if isinstance(wrong, OSError) and wrong.errno in _NO_ROOM:
-        return f"cannot write ({wrong.strerror})"
+        return f"cannot write a file ({wrong.strerror}); check the disk and its free space"
     if isinstance(wrong, ModuleNotFoundError) and not (wrong.name or "").startswith("fluffle"):
         return (
-            f"the package '{wrong.name}' is missing; install it with 'make install' in a "
-            "clone, else with pip install 'fluffle[all]'"
+            f"the package '{wrong.name}' is missing; run pip install 'fluffle[all]' or, in a clone "
+            "of the repository, 'make install'"
         )
     frames = traceback.extract_tb(wrong.__traceback__)
     ours = [frame for frame in frames if "fluffle_" in frame.filename] or list(frames)
     where = f", at {Path(ours[-1].filename).name}:{ours[-1].lineno}" if ours else ""
     return (
-        f"unexpected error, a bug in fluffle ({what}{where}); please report it with the "
-        "traceback that FLUFFLE_DEBUG=1 shows"
+        f"unexpected error, caused by a bug in fluffle ({what}{where}); set FLUFFLE_DEBUG=1, run "
+        "the command again and report the bug with the traceback"
     )

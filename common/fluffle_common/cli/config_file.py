@@ -130,7 +130,9 @@ def _keys_for(command: click.Command, given: dict[str, Any], path: Path) -> dict
     keys = {name: value for name, value in given.items() if name not in TABLES}
     own = given.get(table, {}) if table else {}
     if not isinstance(own, Mapping):
-        raise UsageError(f"{path}: {table} must be a table; write it as [{table}]")
+        raise UsageError(
+            f"{path}: '{table}' must be a table; begin the table with the line [{table}]"
+        )
     return {**keys, **own}
 
 
@@ -141,7 +143,7 @@ def _read_text(path: Path) -> str:
     except FileNotFoundError:
         raise UsageError(f"there is no file {path}") from None
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not UTF-8 text") from None
+        raise UsageError(f"{path} is not UTF-8 text; save the file as UTF-8") from None
     except OSError as why:
         raise UsageError(f"cannot read {path} ({why.strerror})") from None
     if len(text) > _MOST_CHARACTERS:  # perhaps a model, or a device without an end
@@ -172,7 +174,7 @@ def options_from(command: click.Command, given: Mapping[str, Any], caller: str) 
         if not isinstance(value, _PRINTABLE):  # None, or click's sentinel for it
             if option.required:
                 key = _key_of(option, "keyword")
-                raise UsageError(f"{caller}(): {key} = None: a value is required")
+                raise UsageError(f"{caller}(): {key} = None, but a value is required")
             value = () if option.multiple else None
         options[name] = option.type_cast_value(ctx, value)
     return options
@@ -218,23 +220,23 @@ def _validated(
         if option is None:
             if style == "key" and isinstance(value, Mapping):
                 raise UsageError(
-                    f"{place(name)}: unknown table [{name}]; options are keys at the top of the "
-                    "file, in no table"
+                    f"{place(name)}: unknown table [{name}]; write options as keys at the top of "
+                    "the file, above all tables"
                 )
             raise UsageError(f"{place(name)}: unknown {style} '{name}'; {nearest(name, known)}")
         if style == "key" and isinstance(option.type, KeyValue) and isinstance(value, Mapping):
             for hidden in sorted(value.keys() & known.keys()):
                 warn(
                     f"{place(hidden)}: '{hidden}' is in the table [{name}], so the option is not "
-                    f"set; if you meant the option, move its line above [{name}]"
+                    f"set; to set the option '{hidden}', move its line above [{name}]"
                 )
         try:
             values[str(option.name)] = raw = _raw(option, value)
             option.type_cast_value(ctx, raw)
         except (click.BadParameter, _WrongType) as why:
-            text = why.message if isinstance(why, click.BadParameter) else str(why)
+            text = why.message.rstrip(".") if isinstance(why, click.BadParameter) else str(why)
             shown = _without_password(_toml(value))
-            raise UsageError(f"{place(name)}: {name} = {shown}: {text}") from None
+            raise UsageError(f"{place(name)}: {name} = {shown} is not valid ({text})") from None
         except UsageError as why:
             raise UsageError(f"{place(name)}: {why}") from None
     return values

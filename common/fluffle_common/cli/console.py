@@ -156,8 +156,8 @@ def log_format_option(command: Any) -> Any:
         default="auto",
         show_default=True,
         help=(
-            "Format of the log. auto: progress bars on a terminal, plain lines elsewhere; json: "
-            "one object per line."
+            "Format of the log. 'auto' shows progress bars on a terminal and plain lines "
+            "elsewhere; 'plain' always shows plain lines; 'json' shows one JSON object per line."
         ),
     )(command)
 

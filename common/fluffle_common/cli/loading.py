@@ -21,10 +21,10 @@ from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
 
 # What an extra of fluffle brings, for the import names of its packages.
-_OF_THE_WORKER = "'fluffle[worker]' brings JAX, Flax, optax and pillow"
+_OF_THE_WORKER = "'fluffle[worker]', which includes JAX, Flax, optax and pillow"
 _OF_AN_EXTRA = {
     **dict.fromkeys(("jax", "jaxlib", "flax", "optax", "PIL"), _OF_THE_WORKER),
-    "torch": "'fluffle[torch]' brings PyTorch",
+    "torch": "'fluffle[torch]', which includes PyTorch",
 }
 # Import names that differ from the name of the package to install.
 _INSTALLED_AS = {
@@ -95,7 +95,9 @@ class Place:
         """
         loaded = self.load(callers)
         if loaded is None:
-            raise UsageError(f"{self.where} has no '{self.attribute}' (--{self.what})")
+            raise UsageError(
+                f"{self.where} has no '{self.attribute}'; correct the name in --{self.what}"
+            )
         return loaded
 
     @property
@@ -107,17 +109,17 @@ class Place:
         """Return an error that names the missing module and how to install it."""
         package = (why.name or "").partition(".")[0]
         text = one_line(why)
-        place = text[text.rindex("(") :] if text.endswith(")") else ""
+        place = f" {text[text.rindex('(') :]}" if text.endswith(")") else ""
         if package in _OF_AN_EXTRA:
-            remedy = f"pip install {_OF_AN_EXTRA[package]}"
+            remedy = f"run pip install {_OF_AN_EXTRA[package]}"
         else:
             beside = f"beside {self.where}" if self.is_file else "in this folder"
             remedy = (
-                f"pip install {_INSTALLED_AS.get(package, package)}, or put {package}.py {beside} "
-                "if it is a module of your own"
+                f"run pip install {_INSTALLED_AS.get(package, package)} or, if the module is your "
+                f"own, put {package}.py {beside}"
             )
         return UsageError(
-            f"the {self.what} {self.where} needs the module '{why.name}', which is not installed "
+            f"the {self.what} {self.where} needs the module '{why.name}', which is not installed"
             f"{place}; {remedy}"
         )
 
@@ -129,7 +131,9 @@ class Place:
                 return importlib.import_module(self.where)
         except ModuleNotFoundError as why:
             if why.name and (self.where == why.name or self.where.startswith(f"{why.name}.")):
-                raise UsageError(f"there is no module {self.where} (--{self.what})") from None
+                raise UsageError(
+                    f"there is no module {self.where}; correct the module in --{self.what}"
+                ) from None
             raise self.missing(why) from None
         except (UsageError, TaskError):
             raise
@@ -144,7 +148,7 @@ class Place:
     def _from_file(self) -> object:
         path = Path(self.where)
         if not path.is_file():
-            raise UsageError(f"there is no file {self.where} (--{self.what})")
+            raise UsageError(f"there is no file {self.where}; correct the path in --{self.what}")
         path = path.resolve()
         status = path.stat()
         version = (status.st_mtime_ns, status.st_size)
@@ -188,7 +192,7 @@ def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) 
             raise
         warn_in_full(why, what, {*callers, __file__})
         raise TaskError(
-            f"the {what} {point.name} of {point.value} fails to load: {one_line(why)}"
+            f"the {what} '{point.name}' (entry point {point.value}) fails to load: {one_line(why)}"
         ) from why
 
 

@@ -18,8 +18,8 @@ def too_many_files(why: OSError) -> str:
         return ""
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return (
-        f"too many open files; this process may open {limit}: raise the limit, for example with "
-        "'ulimit -n 4096'"
+        f"too many open files; raise the limit of {limit} open files per process, for example "
+        "with 'ulimit -n 4096'"
     )
 
 

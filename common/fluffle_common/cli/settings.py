@@ -12,7 +12,6 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from fluffle_common.errors import UsageError
 
@@ -37,8 +36,8 @@ def cache_folder() -> Path:
         return Path.home() / ".cache"
     except RuntimeError:
         raise UsageError(
-            "there is no folder for the cache, because this user has no home folder; name a "
-            "folder with XDG_CACHE_HOME"
+            "there is no folder for the cache, because this user has no home folder; set the "
+            "environment variable XDG_CACHE_HOME to a folder"
         ) from None
 
 
@@ -79,22 +78,8 @@ def management_of(url: str, given: str | None) -> str:
         UsageError: if ``given`` has a user, because the API gets that of ``url``.
     """
     from fluffle_common.transport.rabbitmq.management import management_base
-    from fluffle_common.transport.rabbitmq.urls import without_credentials
 
-    if given and (shown := without_credentials(given)) != given:
-        raise UsageError(
-            f"the URL of the management API {shown} has a user; leave out the user, because the "
-            "management API gets the user and the password of --url"
-        )
-    record = node_record(state_folder())
-    own = str(record.get("url"))
-    return management_base(own if _address(url) == _address(own) else url, given, record)
-
-
-def _address(url: str) -> tuple[str | None, int]:
-    """Return the host and port of a broker, which a URL may spell in several ways."""
-    parts = urlsplit(url)
-    return "127.0.0.1" if parts.hostname == "localhost" else parts.hostname, parts.port or 5672
+    return management_base(url, given, node_record(state_folder()))
 
 
 def check_federation(name: str) -> str:
@@ -122,8 +107,8 @@ def check_worker(name: str) -> str:
 
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid worker id: use at most 64 letters, digits, '-', "
-            "'_' and '.'; choose another --id"
+            f"'{name}' is not a valid worker ID; choose another --id with at most 64 letters, "
+            "digits, '-', '_' and '.'"
         )
     return name
 
@@ -142,8 +127,8 @@ def parse_classes(text: str | None) -> tuple[str, ...] | None:
     classes = tuple(text.split(","))
     if "" in classes or len(set(classes)) < len(classes):
         raise UsageError(
-            "--classes expects names that are all different, with commas between them, such as "
-            f"a,b,c, not '{text}'"
+            f"--classes '{text}' is not valid; give different names, separated by commas, such as "
+            "a,b,c"
         )
     return classes
 
@@ -173,6 +158,6 @@ def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--config {pair}: {text} is not a finite number")
         if type(value) is int and not -(2**63) <= value < 2**63:
-            raise UsageError(f"--config {key} does not fit into 64 bits: {text}")
+            raise UsageError(f"--config {pair}: {text} does not fit into 64 bits")
         config[key] = value if isinstance(value, bool | int | float | str) else text
     return config

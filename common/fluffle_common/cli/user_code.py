@@ -62,7 +62,7 @@ def warn_in_full(why: BaseException, what: str, callers: Collection[str]) -> Non
         what: what the user's code is, such as ``task``.
         callers: see ``full_trace``.
     """
-    warn(f"the error in the {what}'s code:")
+    warn(f"traceback of the error in the {what}'s code:")
     echo(*full_trace(why, callers).splitlines(), err=True)
 
 

@@ -35,8 +35,8 @@ class Sent(NamedTuple):
         size_bytes = sum(map(len, pieces))
         if size_bytes > PART_BYTES:
             raise ValueError(
-                f"the tensors of a message of kind exchange have {size_bytes} bytes; the limit "
-                f"is {PART_BYTES}"
+                f"the tensors of an exchange message have {size_bytes} bytes; the limit is "
+                f"{PART_BYTES} bytes"
             )
         return encode(self.message, pieces, table)
 

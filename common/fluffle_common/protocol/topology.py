@@ -155,7 +155,7 @@ class Topology:
             Exchange(self.results, "topic", alternate=self.unrouted),
             self._queue(
                 self.unrouted,
-                "results that no binding matched; should be empty",
+                "messages from workers that matched no queue; should be empty",
                 limits={"max-length": _REJECTED_MESSAGES, "overflow": "drop-head"},
             ),
             self._queue(
@@ -196,7 +196,7 @@ class Topology:
         """Return the journal, the only entity in ``shared`` that some brokers do not support."""
         return Queue(
             self.journal,
-            "every event of the federation; reading it removes nothing",
+            "every event of the federation; reading removes nothing",
             {
                 "x-queue-type": "stream",
                 # RabbitMQ deletes whole segments, and no policy can change their size later.
@@ -221,7 +221,7 @@ class Topology:
         return [
             self._queue(
                 self.inbox(worker),
-                f"messages for worker {worker}: the work of a round",
+                f"messages for worker {worker}, such as the work of a round",
                 {"x-expires": _UNUSED_MS},  # for workers that never return
                 {"max-length-bytes": _INBOX_BYTES, "overflow": "drop-head"},
             ),
@@ -307,8 +307,8 @@ def lock_of(queue: str) -> str:
     return f"{federation}.lock.{rest}"
 
 
-_LOCK_PURPOSE = "always empty; a lock, held by the only consumer of the queue it is named after"
-_TAP_PURPOSE = "copies of the traffic for 'fluffle tap'; deleted when it ends"
+_LOCK_PURPOSE = "lock that gives one process at a time the queue of the same name; always empty"
+_TAP_PURPOSE = "copies of messages for 'fluffle tap'; deleted when the command ends"
 UPDATE_KINDS = ("update", "evaluation", "first_weights", "exchange")
 PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")
 _REJECTING = "rejected"

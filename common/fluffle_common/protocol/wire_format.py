@@ -107,7 +107,9 @@ def decode(
         raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
     message = parse(header)
     if federation is not None and message.federation != federation:
-        raise MalformedMessage(f"the message belongs to federation {message.federation}")
+        raise MalformedMessage(
+            f"the message belongs to federation {message.federation}, not to {federation}"
+        )
     return message, _payload_from(view, 1 + end)
 
 

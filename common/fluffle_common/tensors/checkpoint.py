@@ -78,8 +78,8 @@ def check_names(names: Iterable[str]) -> None:
     for name in names:
         if name == _METADATA:
             raise ValueError(
-                f"a tensor has the name '{name}', under which checkpoints have something else; "
-                "rename it"
+                f"a tensor has the name '{name}', which checkpoints reserve for other data; rename "
+                "this tensor"
             )
         if name.startswith(_STRATEGY_PREFIX):
             raise ValueError(
@@ -196,7 +196,9 @@ def read_metadata(path: Path) -> dict[str, str]:
     except FileNotFoundError:
         raise UsageError(f"there is no model file {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a complete model file ({error})") from None
+        raise UsageError(
+            f"{path} is not a complete model file ({error}); use another file"
+        ) from None
 
 
 def read_whole(path: Path) -> Checkpoint:
@@ -217,7 +219,9 @@ def read_whole(path: Path) -> Checkpoint:
     except FileNotFoundError:
         raise UsageError(f"there is no model file {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a complete model file ({error})") from None
+        raise UsageError(
+            f"{path} is not a complete model file ({error}); use another file"
+        ) from None
     metadata.pop(_DIGEST_KEY, None)
     names: list[str] = []
     if metadata.pop(_HAS_STRATEGY_STATE, None):  # else the prefix has no meaning

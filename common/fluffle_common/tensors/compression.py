@@ -104,7 +104,7 @@ def _check_residual(codec: Codec, name: str, residual: Array) -> None:
     if codec.name not in OWN_NAMES and not np.isfinite(residual).all():
         raise CodecError(
             f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values are "
-            "finite, but they decode to NaN or infinite values"
+            "finite before encoding, but NaN or infinite after decoding"
         )
 
 
@@ -249,7 +249,7 @@ def _check_parts(name: str, parts: tuple[Part, ...], encoded: Iterable[Array | P
             fits = shape == expected
         if tensor.dtype != np.dtype(part.dtype) or not fits:
             raise ValueError(
-                f"tensor '{name}{part.suffix}' is {tensor.dtype} {shape}, "
+                f"tensor '{name}{part.suffix}' is {tensor.dtype} {shape}; "
                 f"expected {bound}{part.dtype} {expected}"
             )
 

@@ -83,7 +83,7 @@ def read_frozen(folder: Path, digest: str) -> Frozen:
     found = frozen_of(map_tensors(path))
     if found.digest != digest:
         raise UsageError(
-            f"the frozen tensors in {path} have the digest {found.digest[:16]}…; expected the "
-            f"digest {digest[:16]}…"
+            f"the frozen tensors in {path} have the digest {found.digest[:16]}…, but the digest "
+            f"{digest[:16]}… was expected; restore this file"
         )
     return found

@@ -214,7 +214,7 @@ def check_signature(weights: Weights) -> None:
         ValueError: naming the first unsuitable tensor, and the remedy.
     """
     if not weights:
-        raise ValueError("the weights contain no tensors")
+        raise ValueError("the weights contain no tensors; expected at least one tensor")
     for name, tensor in weights.items():
         # A tensor of PyTorch has dtypes of its own.
         if not isinstance(getattr(tensor, "dtype", None), np.dtype) or not hasattr(tensor, "shape"):
@@ -321,7 +321,7 @@ def _check_name(name: object) -> None:
         name.encode()
     except UnicodeEncodeError:
         raise ValueError(
-            f"{_label(ascii(name)[1:-1])} has a name that is not valid Unicode"
+            f"{_label(ascii(name)[1:-1])} has a name that is not valid Unicode; rename this tensor"
         ) from None
 
 

@@ -321,6 +321,6 @@ def _check_tensor(
     name: str, tensor: Array | Place, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> None:
     if tensor.shape != shape:
-        raise ValueError(f"tensor '{name}' has shape {tensor.shape}, the model has {shape}")
+        raise ValueError(f"tensor '{name}' has shape {tensor.shape}; the model has {shape}")
     if tensor.dtype != dtype and tensor.dtype.newbyteorder("=") != dtype:
-        raise ValueError(f"tensor '{name}' is {tensor.dtype}, expected {dtype}")
+        raise ValueError(f"tensor '{name}' is {tensor.dtype}; expected {dtype}")

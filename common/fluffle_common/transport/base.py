@@ -179,7 +179,8 @@ class Link(Protocol):
         """Bind existing queues to existing exchanges; a binding that exists is left as it is.
 
         Returns:
-            False if a queue or an exchange is missing. Unlike ``declare``, this keeps the link.
+            False if a queue or an exchange is missing, or a queue is exclusive to another link.
+            Unlike ``declare``, this keeps the link.
         """
 
     async def publish(
@@ -244,7 +245,11 @@ class Link(Protocol):
         """Remove a binding if it exists."""
 
     async def counts(self, queue: str) -> Counts | None:
-        """Return the counts of a queue without changing it; None if it does not exist."""
+        """Return the counts of a queue without changing it.
+
+        Returns:
+            None if it does not exist, or is exclusive to another link.
+        """
 
     async def purge(self, queue: str) -> int:
         """Delete the ready messages of a queue and return how many there were."""

@@ -11,7 +11,7 @@ from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import Part
 from fluffle_common.protocol.transfer import Incoming
 from fluffle_common.protocol.wire_format import SMALL_HEADER_BYTES, decode
-from fluffle_common.transport.base import Body, Delivery, Link
+from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import check_user, reject
 
 _WINDOW = 4  # the most parts in flight to us
@@ -79,7 +79,10 @@ async def _store(
         part, payload = read_part(delivery.body)
         await asyncio.to_thread(into.add, part, payload)
     except MalformedMessage as error:
-        await reject(link, delivery, error, rejected)
+        try:
+            await reject(link, delivery, error, rejected)
+        except (QueueFull, Unroutable):  # the broker cannot keep it, and nobody else needs it
+            delivery.ack()
     else:
         delivery.ack()
 
@@ -102,4 +105,6 @@ async def _get(link: Link, queue: str, count: int) -> AsyncGenerator[Delivery]:
     finally:
         for request in requests:
             request.cancel()  # returns the message to its queue
-        await asyncio.gather(*requests, return_exceptions=True)
+        for unread in await asyncio.gather(*requests, return_exceptions=True):
+            if unread is not None and not isinstance(unread, BaseException):
+                unread.release()  # it arrived before the request was cancelled

@@ -307,7 +307,8 @@ class MemoryBroker(Transport):
         """Put a message once into every queue that one of the keys routes to."""
         targets = {name for key in keys for name in self._targets(exchange, key)}
         if not targets:
-            raise Unroutable(f"no queue is bound to '{exchange}' for {', '.join(keys)}")
+            listed = ", ".join(keys)
+            raise Unroutable(f"no queue is bound to '{exchange}' for the routing key {listed}")
         error: QueueFull | None = None
         for name in sorted(targets):
             try:
@@ -334,7 +335,7 @@ def _conflict(wanted: Queue, existing: Queue) -> str:
     )
     if wanted_type != existing_type:
         return (
-            f"'{wanted.name}' already exists on the broker with different arguments; use the "
-            "same --queue-type everywhere, or delete the old queue"
+            f"queue '{wanted.name}' already exists on the broker with different arguments; use the "
+            "same --queue-type for the coordinator and all workers, or delete the old queue"
         )
     return f"queue '{wanted.name}' was created by another version of fluffle; delete the queue"

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -142,6 +143,7 @@ async def _send_parts(
 ) -> None:
     """Publish parts; concurrent publishers share one iterator, so that some are in flight."""
     remaining = enumerate(outgoing.bodies(first, until), first)
+    confirmed = itertools.count(first + 1)
 
     async def publish_remaining() -> None:
         for number, body in remaining:
@@ -154,7 +156,7 @@ async def _send_parts(
             )
             await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
             if progress is not None:
-                progress(number + 1, outgoing.parts)
+                progress(next(confirmed), outgoing.parts)
 
     await run_all(*(publish_remaining() for _ in range(_WINDOW)))
 

@@ -30,9 +30,8 @@ def _compression(text: str) -> str:
         fraction = 0.0
     if not _MIN_FRACTION <= fraction <= _MAX_FRACTION:
         raise ValueError(
-            f"unknown compression '{text}'; use int8, or topk with the fraction of values to "
-            f"send ({_MIN_FRACTION:f} to {_MAX_FRACTION:g}), such as topk:0.01, or your own "
-            "codec as path.py:name"
+            f"unknown compression '{text}'; give int8, topk:FRACTION with a fraction from "
+            f"{_MIN_FRACTION:f} to {_MAX_FRACTION:g}, or path.py:name for your own codec"
         )
     return str(Compression(kind="topk", fraction=fraction))
 

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 @click.option(
     "--twice",
     is_flag=True,
-    help="At the end, wait until you restart the worker, then refuse the new process and "
-    "check how it reacts.",
+    help="At the end, wait for you to restart the worker, then refuse the restarted worker and "
+    "check its reaction.",
 )
 @click.option(
     "--wait",
@@ -54,31 +54,31 @@ if TYPE_CHECKING:
     "patience_s",
     type=seconds(min_open=True),
     default=60.0,
-    help="Time limit, in seconds, for each reply from the worker; must be longer than one "
-    "training run takes.",
+    help="Time limit for each reply from the worker, in seconds. Give more time than the worker "
+    "needs to train once.",
 )
 @click.option(
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object at the end instead of one line per demand.",
+    help="Print one JSON object at the end instead of one line for each demand.",
 )
 @queue_type_option
 @click.pass_context
 def conformance(ctx: click.Context, /, **options: Any) -> None:
     """Check whether a worker does what docs/protocol.md demands.
 
-    The command plays a coordinator, waits for a worker, and confronts the worker with what can
-    happen in a real run: repeated, newer or older work, other weights, a lost part, a rejected
-    update, unusual messages, and the end. The command prints one line per demand, and exits with
-    code 1 if a demand is not met. The worker trains about thirty times, so give the worker a quick
-    task.
+    The command plays a coordinator and waits for a worker. The worker then gets what can occur in a
+    real run: repeated, newer and older work, other weights, a lost part, a rejected update, unusual
+    messages, and the end of the run. The command prints one line for each demand of the protocol,
+    and exits with code 1 if a demand is not met. The worker trains about thirty times, so give the
+    worker a quick task.
 
     \b
       fluffle conformance --url amqp://localhost &
       node worker.js --url amqp://localhost --federation conformance --id mine
 
-    To see every message, run 'fluffle tap --federation conformance' at the same time.
+    To see every message, run 'fluffle tap --federation conformance' beside 'fluffle conformance'.
     """
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
 

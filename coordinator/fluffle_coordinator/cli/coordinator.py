@@ -39,7 +39,7 @@ def run_option(command: Any) -> Any:
         required=True,
         type=click.Path(file_okay=False, path_type=Path),
         metavar="DIR",
-        help="The run folder, such as runs/letters.",
+        help="Run folder, such as runs/letters.",
     )(command)
 
 
@@ -50,23 +50,23 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--min-workers",
     type=count(),
-    help="Number of workers that must be connected before the first round starts. If --quorum "
-    "is a fraction, no round needs fewer updates than that fraction of this number.  "
-    "[default: --quorum if that is a number, else 2]",
+    help="Number of workers that must be connected before the first round starts. With a "
+    "fractional --quorum, no round needs fewer updates than a round with exactly --min-workers "
+    "workers.  [default: --quorum if given as a number, else 2]",
 )
 @click.option(
     "--quorum",
     type=QUORUM,
     default="all",
     metavar="N|FRACTION|all",
-    help="How many updates must arrive before a round closes: a number, a fraction of the "
-    "workers selected for the round, or all, which means one from each of these workers.",
+    help="Number of updates that a round needs to close: a number such as 2, a fraction of the "
+    "selected workers such as 0.5 or 50%, or 'all' for one update from every selected worker.",
 )
 @click.option(
     "--grace",
     type=seconds(),
     default=0.0,
-    help="Time that a round waits for more updates after reaching its quorum, in seconds.",
+    help="Time for which a round waits for more updates after its quorum, in seconds.",
 )
 @click.option(
     "--deadline",
@@ -78,36 +78,36 @@ def run_option(command: Any) -> Any:
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
-    help="What to do when the deadline passes: reopen the round with the workers that are "
-    "connected, close it with the updates that have arrived (at least --min-updates), or "
-    "stop the run.",
+    help="Action when the deadline of a round passes: 'reopen' asks the connected workers again, "
+    "'close' closes the round with the updates that have arrived (at least --min-updates), and "
+    "'stop' ends the run.",
 )
 @click.option(
     "--min-updates",
     type=count(),
     default=1,
-    help="Minimum number of updates with which '--on-deadline close' closes a round.",
+    help="Minimum number of updates that '--on-deadline close' needs to close a round.",
 )
 @schedule_options
 @click.option(
     "--strategy",
     default="fedavg",
     metavar="NAME[:ARGUMENTS]|path.py:name",
-    help="Strategy that turns updates into the next model, such as fedadam:lr=0.03, median or "
-    "clip:10+trimmed:0.2 ('fluffle strategies' lists all), or a strategy object in your own file.",
+    help="Strategy that turns updates into the next model, such as fedadam:lr=0.03 or "
+    "clip:10+trimmed:0.2. 'fluffle strategies' lists the built-in strategies. For your own "
+    "strategy, give path.py:name.",
 )
 @click.option(
     "--evaluate",
     metavar="path.py:name",
-    help="Your function to evaluate the model after every round. The function takes a dict of "
-    "weights by name and returns a dict of metrics by name. The next round starts when "
-    "the function returns.",
+    help="Your function to evaluate the model after every round: takes a dict of weights by name "
+    "and returns a dict of metrics by name. The next round starts after your function returns.",
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help="A function of yours that is called after every commit. If it returns a string, the run "
-    "ends, and the string is shown as the reason.",
+    help="Your function to call after every commit. If your function returns a string, the run "
+    "ends with that string as the reason.",
 )
 @stopping_options
 @plan_options
@@ -136,31 +136,31 @@ def run_option(command: Any) -> Any:
     type=seconds(min_open=True),
     default=86400.0,
     metavar="SECONDS",
-    help="Hard limit on how long a round may stay open. Workers that make progress keep a round "
-    "open past its deadline, but never beyond this limit.",
+    help="Maximum time for which a round stays open, in seconds. Workers that make progress keep "
+    "a round open after its --deadline, but never longer than --max-round.",
 )
 @click.option(
     "--stall-timeout",
     type=seconds(min_open=True),
     metavar="SECONDS",
-    help="Time without progress after which a worker's training counts as failed. The option "
-    "works only with tasks that call 'progress' while they train.  [default: no limit, "
-    "but the coordinator reports such a worker after 2 minutes]",
+    help="Time without progress after which a worker's training counts as failed, in seconds. "
+    "--stall-timeout works only with tasks that call 'progress' while they train.  [default: "
+    "no limit; after 2 minutes without progress, the coordinator prints a warning]",
 )
 @click.option(
     "--max-examples",
     type=count(),
     metavar="N",
     help="Maximum weight of an update in the average, in examples.  [default: the number of "
-    "examples that the update's worker announced]",
+    "examples that the worker announced when it connected]",
 )
 @click.option(
     "--max-norm-ratio",
     type=FiniteFloat(1),
     metavar="R",
     help="Maximum norm of an update, as a multiple of the median norm in the last five "
-    "rounds; larger updates are rejected.  [default: no limit, but updates above 10 "
-    "times the median are reported]",
+    "rounds; larger updates are rejected.  [default: no limit, but a warning for updates above "
+    "10 times the median]",
 )
 @click.option(
     "--fresh",
@@ -182,14 +182,14 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Require each worker's broker user name to equal its worker ID; messages sent under "
-    "that ID by any other user are rejected.",
+    help="Reject every message whose sender has a broker user name other than the worker ID in "
+    "the message.",
 )
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help="Keep every counted update in the run folder, for 'fluffle replay'. Every round then "
-    "needs disk space for its updates.",
+    help="Keep every counted update in the run folder, for 'fluffle replay'. The kept updates "
+    "need disk space.",
 )
 @click.option(
     "--dashboard",
@@ -204,9 +204,9 @@ def coordinator(**options: Any) -> None:
     """Run a federation: open rounds, average updates, keep models.
 
     The coordinator waits for workers and sends them the global weights. When a quorum of updates
-    has arrived, the coordinator averages them, weighting each by its number of examples, and opens
-    the next round. The coordinator keeps every round's model in the run folder, and acknowledges a
-    round's updates when the round's model is on disk.
+    has arrived, the coordinator averages the updates, weighted by their numbers of examples, and
+    opens the next round. The coordinator keeps every round's model in the run folder. A round's
+    updates are acknowledged when the round's model is on disk.
 
     After Ctrl-C or a crash, the same command continues after the last committed round. A second
     coordinator on the same run folder waits, and takes over when the first coordinator is gone.
@@ -217,7 +217,7 @@ def coordinator(**options: Any) -> None:
       fluffle coordinator federation.toml --rounds 12
 
     You can also set every option in a TOML file, as a key with the same name, such as 'rounds = 6'.
-    An option on the command line overrides the key in the file.
+    An option on the command line overrides the key in the TOML file.
     """
     from fluffle_coordinator.service.app import run_coordinator
 
@@ -235,9 +235,10 @@ def coordinator(**options: Any) -> None:
 def history(folder: Path, as_json: bool) -> None:
     """Show the history of a run, one row per round.
 
-    The loss and the metrics are those of the round's model on the workers' held-out data. The
-    letters task has a metric 'temperature': 'fluffle predict' divides the model's outputs by this
-    number, so that the model's confidence matches its accuracy. A temperature of 1 changes nothing.
+    The loss and the metrics show how well a round's model performs on the workers' held-out data.
+    The letters task has a metric 'temperature'. 'fluffle predict' divides the model's outputs by
+    the temperature, so that the model's confidence matches its accuracy. A temperature of 1 changes
+    nothing.
     """
     from fluffle_coordinator.cli.history_table import history_table
     from fluffle_coordinator.storage.history import read_history

@@ -25,9 +25,7 @@ if TYPE_CHECKING:
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
-_run_id_option = click.option(
-    "--run-id", metavar="ID", help="Show only this run of the federation."
-)
+_run_id_option = click.option("--run-id", metavar="ID", help="Show only the run with this ID.")
 
 
 def moment(text: str, now: datetime) -> datetime:
@@ -55,8 +53,8 @@ def _source_options(command: Any) -> Any:
         "folder",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Run folder of a simulation. The command reads the journal in this folder instead of "
-        "a journal on a broker.",
+        help="Read the journal in this run folder of a simulation, instead of the journal on a "
+        "broker.",
     )
     return federation_option(url_option(run_option(command)), required=False)
 
@@ -98,7 +96,7 @@ def journal(**options: Any) -> None:
     """Print what happened in a federation, one event per line.
 
     The coordinator keeps its journal on the broker. Anyone who can reach the broker can read the
-    journal as often as they like; reading removes nothing. Times are in local time. A heading marks
+    journal, and reading removes nothing from the journal. Times are in local time. A heading marks
     each change of the day or the run.
 
     \b
@@ -125,7 +123,7 @@ def journal(**options: Any) -> None:
     number = options["number"]
     if number is not None and number not in rounds:
         have = f"rounds {_spans(rounds)}" if rounds else "no round"
-        what = "the journal" if options["since"] is None else "this part of the journal"
+        what = "the journal" if options["since"] is None else "the journal after --since"
         raise UsageError(f"round {number} is not in {what}, which has {have}")
 
 
@@ -137,8 +135,8 @@ def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
         return _events(options["federation"], options["url"], start, live=follow)
     if follow:
         raise UsageError(
-            "--follow conflicts with --run, which reads a file; only a journal on a broker "
-            "can be followed"
+            "--follow conflicts with --run, because only a journal on a broker can be followed; "
+            "remove --follow"
         )
     return _events_in_file(folder, since)
 
@@ -183,13 +181,13 @@ def explain(
 ) -> None:
     """Explain what happened in a round, or what it is waiting for.
 
-    The command reads the journal, so you can use it while the round is open or long afterwards. It
-    shows which workers were asked, which answered and when, which are missing and why, what was
-    late or rejected, how much time is left, and which worker answered last. Without ROUND, the
-    command explains the newest round of the newest run.
+    The command reads the journal, so you can explain a round while it is open or long afterwards.
+    The explanation shows which workers were asked, which workers answered, and why workers are
+    missing. The explanation also shows late and rejected updates, the time left, and the longest
+    wait. Without ROUND, the command explains the newest round of the newest run.
 
     \b
-      fluffle explain --federation letters            what is it waiting for?
+      fluffle explain --federation letters            what is the run waiting for?
       fluffle explain --federation letters 7
       fluffle explain --run runs/simulation 7
     """
@@ -234,8 +232,12 @@ def _choose_round(events: Iterable[Event], run: str | None, number: int | None) 
             "the run is waiting for"
         )
     if number is not None and number not in rounds:
-        others = "; ".join(f"{other} has {_spans(have)}" for other, have in runs.items() if have)
-        raise UsageError(f"round {number} of run {run} is not in the journal; {others}")
+        others = ", ".join(
+            f"rounds {_spans(have)} of run {other}" for other, have in runs.items() if have
+        )
+        raise UsageError(
+            f"round {number} of run {run} is not in the journal; the journal has {others}"
+        )
     return run, rounds[-1] if number is None else number
 
 

@@ -26,7 +26,7 @@ plan_options = option_group(
         "--learning-rate-schedule",
         default="constant",
         metavar="NAME",
-        help="How --learning-rate changes over the rounds: constant, cosine, exponential:FACTOR, "
+        help="Change of --learning-rate over the rounds: constant, cosine, exponential:FACTOR, "
         "or step:ROUNDS,FACTOR.",
     ),
     click.option(
@@ -34,14 +34,14 @@ plan_options = option_group(
         type=KeyValue(),
         multiple=True,
         metavar="KEY=VALUE",
-        help="Extra setting that is passed to the tasks; may be given several times.",
+        help="Extra setting for the workers' tasks; may be given several times.",
     ),
     click.option(
         "--upload-dtype",
         type=click.Choice(["float32", "bf16", "f16"]),
         default="float32",
-        help="Data type for the float values in updates: bf16 and f16 round the values and halve "
-        "the bytes; float32 sends them unchanged.",
+        help="Data type of the float values in updates: bf16 and f16 round the values to half the "
+        "bytes; float32 sends the values unchanged.",
     ),
     click.option(
         "--compress",
@@ -49,15 +49,15 @@ plan_options = option_group(
         metavar="int8|topk:FRACTION|PATH.PY:NAME",
         help="Codec for updates: int8 sends 8-bit integers with scales (about a quarter of the "
         "bytes), topk:0.01 sends only the largest 1 % of the values, and path.py:name is "
-        "your own codec (docs/codecs.md). With int8 and topk, the worker makes up for the "
-        "difference in its next update.  [default: no compression]",
+        "your own codec (docs/codecs.md). With int8 and topk, a worker adds the compression "
+        "error of an update to its next update.  [default: no compression]",
     ),
     click.option(
         "--train",
         multiple=True,
         metavar="TENSOR",
         help="Name of a tensor to train, or a prefix such as 'head/*'; may be given several times. "
-        "All other tensors stay unchanged and are not sent back.  [default: every tensor is "
-        "trained]",
+        "Tensors without a matching --train stay unchanged and are not sent back.  [default: "
+        "every tensor is trained]",
     ),
 )

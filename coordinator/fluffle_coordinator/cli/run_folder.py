@@ -34,12 +34,12 @@ _run_argument = click.argument(
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="Your own codec: the same one that the coordinator was given with --compress.",
+    help="Your own codec; needed only if the coordinator ran with your codec in --compress.",
 )
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="Where to find the run's strategy, if the strategy file has been moved since.  "
+    help="Strategy of the run; needed only if the strategy's file was moved after the run.  "
     "[default: the location in run.json]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")
@@ -49,13 +49,14 @@ def replay(
     """Average a round's kept updates again, and compare the result.
 
     RUN is the run folder, such as runs/letters, of a coordinator that ran with --keep-updates.
-    Starting from the model of the round before, the round's updates go through the coordinator's
-    checks and the run's strategy again, in the order in which they were counted. The result is
-    compared bit by bit with the committed model. For federated averaging, the command also computes
-    the average independently with plain NumPy. The NumPy average may differ in the last bit,
-    because NumPy sums in another order.
+    Replay starts from the model of the previous round. The round's updates go through the
+    coordinator's checks and the run's strategy again, in their original order. The resulting model
+    is compared bit by bit with the committed model. For federated averaging, the command also
+    computes the average independently with plain NumPy. The NumPy average may differ in the last
+    bit, because NumPy sums in another order.
 
-    Exit code 0: equal; 1: different; 2: something is missing or damaged.
+    The exit code is 0 if the models are equal, 1 if they differ, and 2 if a file is missing or
+    damaged.
 
     \b
       fluffle coordinator --federation letters --keep-updates
@@ -95,8 +96,8 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
         )
     if not named.strategy.needs.repeatable:
         raise UsageError(
-            f"round {number} of {folder} cannot be replayed: its strategy, {name}, adds random "
-            "noise that is not kept"
+            f"round {number} of {folder} cannot be replayed, because the strategy {name} adds "
+            "random noise that is not kept"
         )
     return GuardedStrategy(named, number)
 
@@ -116,7 +117,7 @@ def _print(comparison: Replay) -> None:
     screen().print(rows)
     workers = ", ".join(f"{worker} ({count})" for worker, count in comparison.participants)
     echo_sentences(
-        f"round {comparison.round} of run {comparison.run}, averaged again from the kept updates "
+        f"round {comparison.round} of run {comparison.run} was averaged again from the updates "
         f"of {workers} and compared with {comparison.checkpoint}"
     )
     wrong = [tensor.name for tensor in tensors if not tensor.replayed.equal]
@@ -157,10 +158,10 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a report of a run: one HTML file, to keep or to send.
 
     The report is the live page at the end of the run, in one file that works without a network. The
-    report shows the curves, which workers took part in which round, where the time went, what was
-    late or rejected and why, the configuration, the versions of the software, and the checkpoints
-    with their SHA-256. RUN is the run folder, such as runs/letters. You can also write a report
-    while the run continues.
+    report shows the curves, the participants and times of each round, late and rejected updates
+    with the reasons, the configuration, the software versions, and the checkpoints with their
+    SHA-256. RUN is the run folder, such as runs/letters. You can also write a report while the run
+    continues.
 
     \b
       fluffle report runs/letters --out report.html
@@ -169,7 +170,7 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     from fluffle_coordinator.dashboard.report import page, read_report
 
     if as_json and out is not None:
-        raise UsageError("--out conflicts with --json, which prints data and writes no page")
+        raise UsageError("--out conflicts with --json, which writes no page; remove one of them")
     data = read_report(folder, time.time())
     if as_json:
         echo_json(data)

@@ -34,7 +34,7 @@ def _quorum(text: str) -> Quorum:
             return Quorum(fraction=fraction)
     raise ValueError(
         f"invalid quorum '{text}'; give a number of updates such as 2, a fraction of the "
-        "selected workers such as 0.5 or 50%, or 'all'"
+        "selected workers such as 0.5 or 50%, or all"
     )
 
 
@@ -70,51 +70,49 @@ schedule_options = option_group(
         type=FiniteFloat(1, 100),
         default=1.0,
         metavar="P",
-        help="Over-selection factor: with 1.3, 130 % of the workers that --fraction or --sample "
-        "asks for are selected. A fractional --quorum is taken of the number of workers "
-        "before this factor is applied, so a round can close without waiting for the slowest.",
+        help="Over-selection factor: 1.3 selects 130 % of the workers that --fraction or --sample "
+        "asks for. A fractional --quorum is computed from the number without over-selection, so "
+        "that stragglers do not delay a round.",
     ),
     click.option(
         "--select",
         type=Parsed("selection", _selection),
         default="uniform",
         metavar="NAME|PATH.PY:NAME",
-        help="How to select workers: uniform (at random), poisson (each independently at random), "
-        "weighted (at random, in proportion to their examples), round-robin (in turn), or "
-        "fastest:0.2 (the fastest workers, except that 20 % of the places go to all workers "
-        "in turn).",
+        help="Rule that selects workers: uniform (at random), poisson (each worker independently "
+        "at random), weighted (at random, in proportion to examples), round-robin (in turn), "
+        "fastest:0.2 (the fastest workers for 80 % of the places, 20 % in turn), or your own "
+        "function.",
     ),
     click.option(
         "--schedule",
         default="quorum",
         metavar="quorum|buffered|PATH.PY:NAME",
-        help="When to make the next model. With 'quorum', training proceeds in synchronous "
-        "rounds, and each round closes when its quorum is reached. With 'buffered', training "
-        "is asynchronous: an idle worker starts to train the newest model at once, and the "
-        "coordinator makes a new model whenever as many updates as --buffer says have arrived "
-        "(see docs/schedules.md).",
+        help="Rule that decides when to make the next model (docs/schedules.md). With 'quorum', "
+        "training proceeds in synchronous rounds; a round closes when its quorum is reached. With "
+        "'buffered', training is asynchronous: every K updates (--buffer K) make a new model, and "
+        "an idle worker trains the newest model at once.",
     ),
     click.option(
         "--buffer",
         type=count(),
         metavar="K",
-        help="Number of updates from which the next model is made, with --schedule buffered.  "
-        "[default: 10]",
+        help="Number of updates that make one new model, with --schedule buffered.  [default: 10]",
     ),
     click.option(
         "--concurrency",
         type=count(),
         metavar="C",
         help="Maximum number of workers that train at the same time, with --schedule buffered.  "
-        "[default: all]",
+        "[default: all workers]",
     ),
     click.option(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help="Maximum staleness of an update: the number of models that were made after the one "
-        "that the update was trained from. Staler updates are discarded.  [default: 20 with "
-        "'buffered', 2 with '--late discount']",
+        help="Maximum staleness of an update: the number of versions made since the version that "
+        "the update started from. Staler updates are discarded.  [default: 20 with '--schedule "
+        "buffered', 2 with '--late discount']",
     ),
     click.option(
         "--staleness",
@@ -127,8 +125,9 @@ schedule_options = option_group(
         "--late",
         type=click.Choice(["discard", "discount"]),
         default="discard",
-        help="What to do with an update that arrives after its synchronous round has closed: "
-        "discard it, or add it to the open round with a weight that --staleness reduces.",
+        help="Treatment of an update that arrives after its synchronous round has closed: "
+        "'discard' ignores the update; 'discount' adds the update to the open round, with a weight "
+        "reduced by --staleness.",
     ),
 )
 

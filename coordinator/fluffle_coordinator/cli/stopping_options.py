@@ -11,29 +11,28 @@ stopping_options = option_group(
     click.option(
         "--monitor",
         metavar="METRIC",
-        help="Metric for choosing the best model, which is kept as best.safetensors. The metric "
-        "is a federated metric such as accuracy, or test/NAME for a metric that --evaluate "
-        "returns. For a loss or an error, lower is better.",
+        help="Metric that chooses the best model, which is kept as best.safetensors. Give a "
+        "federated metric such as accuracy, or test/NAME for a metric of your --evaluate "
+        "function. For a loss or an error, lower is better.",
     ),
     click.option(
         "--target",
         type=FiniteFloat(),
         metavar="VALUE",
-        help="End the run when the --monitor metric (without --monitor, the loss) reaches this "
-        "value.",
+        help="End the run when the --monitor metric (by default, the loss) reaches this value.",
     ),
     click.option(
         "--patience",
         type=count(),
         metavar="ROUNDS",
-        help="End the run when the --monitor metric (without --monitor, the loss) has not "
-        "improved for this number of rounds.",
+        help="End the run when the --monitor metric (by default, the loss) has not improved for "
+        "this number of rounds.",
     ),
     click.option(
         "--time-budget",
         type=seconds(min_open=True),
         metavar="SECONDS",
-        help="Time limit for all rounds together, in seconds. The run ends after the round in "
-        "which the limit is reached.",
+        help="Time limit for all rounds together, in seconds. The run ends after the round that "
+        "exceeds the time limit.",
     ),
 )

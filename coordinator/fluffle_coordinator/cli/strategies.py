@@ -16,9 +16,9 @@ def strategies() -> None:
     """List the built-in strategies with their arguments.
 
     A strategy consists of parts that you join with '+': transforms of an update, at most one mean,
-    and at most one server step. If you leave out the mean, updates are averaged by their numbers of
-    examples. If you leave out the server step, the average is added to the model. Give the
-    arguments of a part by name; you may leave out the name of the first argument.
+    and at most one server step. Without a mean, updates are averaged with their numbers of examples
+    as weights. Without a server step, the average is added to the model. Give the arguments of a
+    part by name; you may leave out the name of the first argument.
 
     \b
       fluffle coordinator --federation letters --strategy fedadam:lr=0.03
@@ -32,7 +32,7 @@ def strategies() -> None:
     for name, part in PARTS.items():
         rows.add_row(name, part.kind, part.about, _arguments(part.make))
     screen(width_in_a_pipe=140).print(rows)
-    echo("or path.py:name, an object in your own file: docs/strategies.md")
+    echo("for your own strategy, give --strategy path.py:name (docs/strategies.md)")
 
 
 def _arguments(make: Callable[..., Any]) -> str:

@@ -19,13 +19,14 @@ async def heartbeats(probe: Probe) -> str:
     return check_rhythm(probe.messages, asyncio.get_running_loop().time())
 
 
-@demands(Section.HELLO, "the session changes only when the process restarts")
+@demands(Section.HELLO, "a worker's session changes only when its process restarts")
 async def one_session(probe: Probe) -> str:
     """Check the session of all presence messages."""
     sessions = _sessions(probe)
     if len(sessions) > 1:
         raise Unmet(
-            f"the worker used {len(sessions)} sessions, so it restarted or changed its session"
+            f"the worker used {len(sessions)} sessions; expected one session until the worker is "
+            "restarted"
         )
     return "one session"
 
@@ -39,14 +40,12 @@ async def well_formed(probe: Probe) -> str:
     """Report the faults of all messages."""
     faults = list(dict.fromkeys(probe.faults))
     if faults:
-        more = f"; and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
-        raise Unmet("; ".join(faults[:_FAULTS_SHOWN]) + more)
-    return f"{len(probe.messages)} messages"
+        more = f", and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
+        raise Unmet(", ".join(faults[:_FAULTS_SHOWN]) + more)
+    return f"all {len(probe.messages)} messages are well-formed"
 
 
-@demands(
-    Section.LEAVING, "after a stop of its run, a worker leaves with a bye or waits for another run"
-)
+@demands(Section.LEAVING, "after a stop of its run, a worker sends a bye or waits for another run")
 async def stop(probe: Probe) -> str:
     """End the run."""
     since = len(probe.messages)
@@ -62,21 +61,21 @@ async def stop(probe: Probe) -> str:
 
     def find() -> str | None:
         if any(probe.received(Bye, since)):
-            return "it left, with a bye"
+            return "the worker sent a bye"
         # The first heartbeat may have been sent before the stop arrived.
         beats = [beat for beat in probe.received(Heartbeat, since) if beat.state == "idle"]
-        return "it stays, idle" if len(beats) > 1 else None
+        return "the worker stays connected and idle" if len(beats) > 1 else None
 
     return await probe.until(find, "bye")
 
 
-@demands(Section.HELLO, "after a refusal of its session, a worker leaves")
+@demands(Section.HELLO, "a worker leaves when its session is refused")
 async def refusal(probe: Probe) -> str:
     """Refuse the worker after it has been restarted."""
     if not probe.options.twice:
-        raise Skipped("this check needs a second start of the worker; add --twice to wait for it")
+        raise Skipped("this check needs a restart of the worker; add --twice to wait for a restart")
     earlier = _sessions(probe)
-    probe.options.tell(f"start worker {probe.worker} once more, to be refused")
+    probe.options.tell(f"start worker {probe.worker} once more; the new session will be refused")
     again = await probe.next(
         Hello,
         0,
@@ -100,7 +99,7 @@ async def refusal(probe: Probe) -> str:
         raise Unmet(
             f"the worker still consumes its inbox {probe.options.patience_s:g} s after the refusal"
         ) from None
-    return "it left"
+    return "the worker left"
 
 
 def _sessions(probe: Probe) -> set[str]:

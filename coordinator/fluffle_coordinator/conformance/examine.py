@@ -104,9 +104,9 @@ async def _first_sign(probe: Probe) -> None:
     try:
         await probe.until(lambda: probe.messages or None, "hello", within_s=wait_s)
     except Unmet:
-        fault = f"; malformed message {probe.faults[0]}" if probe.faults else ""
+        fault = f" ({probe.faults[0]})" if probe.faults else ""
         raise RunError(
-            f"no worker was heard in federation {probe.topology.federation} within {wait_s:g} "
+            f"no worker connected to federation {probe.topology.federation} within {wait_s:g} "
             f"s{fault}; start a worker, or raise the time limit with --wait"
         ) from None
 
@@ -114,7 +114,7 @@ async def _first_sign(probe: Probe) -> None:
 async def _abort_reason(scenario: Scenario, probe: Probe) -> str | None:
     """Return why the scenarios after a failed one cannot run; None if they can."""
     if scenario.needed:
-        return f"not tried: {scenario.name} failed"
+        return f"not tried, because '{scenario.name}' failed"
     if scenario is not ending.stop and await probe.gone():
-        return "not tried: the worker is gone"
+        return "not tried, because the worker is gone"
     return None

@@ -26,13 +26,16 @@ async def hello(probe: Probe) -> str:
         greeting = await probe.next(Hello, 0, "hello", within_s=_HELLO_AGAIN_S)
     except Unmet:
         if probe.faults:
-            raise Unmet(f"malformed: {probe.faults[0]}") from None
+            raise Unmet(probe.faults[0]) from None
         raise Skipped(
             f"worker {probe.worker} was started before this command; stop the worker, and start "
             "it again while this command waits"
         ) from None
     if PROTOCOL not in greeting.protocols:
-        raise Unmet(f"protocols are {list(greeting.protocols)}")
+        raise Unmet(
+            f"the hello offers the protocols {list(greeting.protocols)}; expected {PROTOCOL} in "
+            "this list"
+        )
     return (
         f"worker {greeting.worker}, {greeting.num_examples:,} examples, task '{greeting.task}', "
         f"a heartbeat every {greeting.heartbeat_s:g} s"
@@ -43,13 +46,13 @@ async def hello(probe: Probe) -> str:
 async def welcome(probe: Probe) -> str:
     """Send another welcome, and wait for a heartbeat."""
     beat = await probe.heartbeat()
-    return f"a heartbeat, {beat.state}"
+    return f"a heartbeat in state {beat.state}"
 
 
 @demands(
     Section.FIRST_WEIGHTS,
-    "an init_request is answered with first weights: named, finite tensors of the model that the "
-    "hello announces",
+    "an init_request is answered with first weights; the first weights are named, finite tensors "
+    "of the model that the hello announces",
     needed=True,
 )
 async def first_weights(probe: Probe) -> str:

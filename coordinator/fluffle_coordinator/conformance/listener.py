@@ -111,7 +111,7 @@ class Listener(ABC):
         try:
             message, payload = decode(delivery.body, self.topology.federation)
         except MalformedMessage as why:
-            self.faults.append(f"in {delivery.queue}: {why}")
+            self.faults.append(f"a message in {delivery.queue} is malformed ({why})")
             delivery.ack()
             self._news.set()
             return
@@ -171,13 +171,14 @@ class Listener(ABC):
                     await self._news.wait()
                 continue
             if within_s is None and await self.gone() and find() is None:
-                raise Unmet(f"the worker sent no {what}, and is gone: its inbox has no consumer")
+                raise Unmet(f"the worker sent no {what} and no longer consumes its inbox")
 
     def _last_heartbeat(self) -> str:
         if not (signs := signs_of_life(self.messages)):
-            return "no heartbeat came"
+            return "the worker sent no heartbeat"
         at, message = signs[-1]
-        return f"{self._now() - at:.1f} s ago the worker was {at_work_on(message)}"
+        ago_s = self._now() - at
+        return f"the worker's last heartbeat, {ago_s:.1f} s ago, says {at_work_on(message)}"
 
     def received(self, kind: type[_T], since: int = 0) -> Iterator[_T]:
         """Yield the messages of one kind, ignoring the first ``since`` messages."""

@@ -21,19 +21,19 @@ from fluffle_coordinator.conformance.scenario import Section, demands
 _UNKNOWN = "conformance_later"
 
 
-@demands(Section.MESSAGES, "keys that a worker does not know are ignored, and so are ext and pad")
+@demands(Section.MESSAGES, "a worker ignores unknown keys and the keys ext and pad")
 async def unknown_keys(probe: Probe) -> str:
     """Send work with keys of a future minor version."""
     fit = probe.next_fit()
     plan = {**fit.plan.model_dump(exclude_none=True), _UNKNOWN: {"a": [1, None]}}
     changes = {_UNKNOWN: [1, {"b": 2.5}], "ext": {"mine": "yours"}, "plan": plan}
     await probe.update(await probe.ask(fit, changes=changes))
-    return "the update"
+    return "an update"
 
 
 @demands(
     Section.MESSAGES,
-    "a message whose critical lists a key that the worker does not know is refused",
+    "a worker refuses a message with an unknown key in the list critical",
 )
 async def unknown_critical_key(probe: Probe) -> str:
     """Send work whose meaning an unknown key may change."""
@@ -41,13 +41,12 @@ async def unknown_critical_key(probe: Probe) -> str:
     refused = await probe.ask(probe.next_fit(), changes=changes)
     await _check_not_accepted(probe, refused)
     failure = probe.failure_of(refused)
-    return f"a failure: {failure.reason}" if failure else "ignored"
+    return f"a failure ({failure.reason})" if failure else "the message was ignored"
 
 
 @demands(
     Section.REFUSED,
-    "a message that is malformed, of another federation or of an unknown kind is ignored; the "
-    "worker goes on",
+    "a worker ignores messages that are malformed, of another federation or of an unknown kind",
 )
 async def mail_for_nobody(probe: Probe) -> str:
     """Send such messages, then work."""
@@ -69,11 +68,11 @@ async def mail_for_nobody(probe: Probe) -> str:
     for each in odd:
         await probe.deliver(each, "fit")
     await _check_not_accepted(probe, elsewhere)
-    return f"{len(odd)} odd messages ignored, then the update"
+    return f"{len(odd)} odd messages ignored, then an update"
 
 
 @demands(
-    Section.REFUSED, "a fit whose tensors do not match its header, or are not finite, is refused"
+    Section.REFUSED, "a worker refuses tensors that are not finite or do not match their header"
 )
 async def unsound_weights(probe: Probe) -> str:
     """Send such work, then sound work."""
@@ -83,7 +82,7 @@ async def unsound_weights(probe: Probe) -> str:
         await probe.deliver(body, "fit")
         await probe.read_by_now()
     await _check_not_accepted(probe, *refused)
-    return f"{len(refused)} refused"
+    return f"{len(refused)} messages refused, then an update"
 
 
 async def _check_not_accepted(probe: Probe, *refused: SentFit) -> None:
@@ -104,7 +103,9 @@ async def _check_not_accepted(probe: Probe, *refused: SentFit) -> None:
 def _check_no_evidence(probe: Probe, refused: Iterable[SentFit]) -> None:
     for sent in refused:
         if evidence := probe.accepted(sent):
-            raise Unmet(f"the worker accepted the work for round {sent.fit.round}: {evidence}")
+            raise Unmet(
+                f"the worker had to refuse the work for round {sent.fit.round}, but sent {evidence}"
+            )
 
 
 def unsound_fits(probe: Probe) -> Iterator[tuple[bytes, Fit]]:
@@ -144,8 +145,8 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
 
 @demands(
     Section.PARTS,
-    "while a part of the model is missing, the worker waits in state receiving; it takes the model "
-    "when all of it is sent again as a new transfer",
+    "a worker waits in state receiving while a part of the model is missing, and accepts the model "
+    "when all parts are sent again as a new transfer",
 )
 async def lost_part(probe: Probe) -> str:
     """Send a model in parts without the last one, then all of it."""
@@ -154,11 +155,12 @@ async def lost_part(probe: Probe) -> str:
     beat = await probe.heartbeat("receiving", "heartbeat in state receiving")
     if (beat.run, beat.round) != (probe.run, sent.fit.round):
         raise Unmet(
-            f"the worker reports that it is receiving round {beat.round}, not {sent.fit.round}"
+            f"the worker reports that it is receiving round {beat.round}; expected round "
+            f"{sent.fit.round}"
         )
     await _send_strange_parts(probe)
     await probe.update(await probe.ask(sent.fit))
-    return f"receiving, {beat.step} of {beat.steps} parts; then the update"
+    return f"state receiving with {beat.step} of {beat.steps} parts, then an update"
 
 
 async def _send_strange_parts(probe: Probe) -> None:
@@ -170,8 +172,8 @@ async def _send_strange_parts(probe: Probe) -> None:
 
 @demands(
     Section.PARTS,
-    "a payload of more than 4 MiB is sent in parts before its update, and once more when the fit "
-    "comes again; a digest, if there is one, is that of the parts",
+    "a payload of more than 4 MiB is sent in parts before its update, and sent again for a "
+    "repeated fit; a digest of the transfer, if present, matches the parts",
 )
 async def update_in_parts(probe: Probe) -> str:
     """Fetch the same update twice."""
@@ -179,15 +181,17 @@ async def update_in_parts(probe: Probe) -> str:
     sent = await probe.ask(probe.next_fit())
     first, payload = await probe.update(sent)
     if len(payload) <= PART_BYTES:
-        return f"{len(payload):,} bytes, in one piece"
-    assert first.transfer is not None
+        return f"an update of {len(payload):,} bytes in one message"
     await probe.idle()
     again, _ = await probe.update(await probe.ask(sent.fit))
-    assert again.transfer is not None
+    if first.transfer is None or again.transfer is None:
+        raise Unmet(
+            f"the worker sent a payload of {len(payload):,} bytes in one message; expected parts"
+        )
     if first.transfer.id == again.transfer.id:
         raise Unmet("the second transfer of the update has the same id as the first one")
     digest = "with" if first.transfer.digest else "without"
-    return f"{first.transfer.parts} parts, twice, {digest} a digest"
+    return f"an update of {first.transfer.parts} parts, sent twice, {digest} a digest"
 
 
 def _in_parts(probe: Probe) -> int:
@@ -205,7 +209,7 @@ def _in_parts(probe: Probe) -> int:
     return transfer.parts
 
 
-@demands(Section.LEAVING, "a stop of another run, and a refusal of another session, are ignored")
+@demands(Section.LEAVING, "a worker ignores a stop of another run and a refusal of another session")
 async def end_of_others(probe: Probe) -> str:
     """Send both, then work."""
     federation, since = probe.topology.federation, len(probe.messages)
@@ -217,5 +221,5 @@ async def end_of_others(probe: Probe) -> str:
     await probe.send(Refusal(federation=federation, session=session, code="model", reason=reason))
     await probe.update(await probe.ask(probe.next_fit()))
     if any(probe.received(Bye, since)):
-        raise Unmet("it left")
-    return "ignored, then the update"
+        raise Unmet("the worker left; expected that both messages are ignored")
+    return "both messages ignored, then an update"

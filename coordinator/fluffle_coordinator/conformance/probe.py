@@ -106,7 +106,9 @@ class Probe(Listener):
                 body, properties, exchange=self.topology.work, keys=[self.worker]
             )
         except Unroutable:
-            raise Unmet(f"{self.topology.inbox(self.worker)} is gone") from None
+            raise Unmet(
+                f"the worker's inbox, the queue {self.topology.inbox(self.worker)}, is gone"
+            ) from None
 
     async def welcome(self) -> None:
         """Send a welcome, which the worker answers with a heartbeat."""

@@ -45,13 +45,13 @@ def envelope_faults(message: FromWorker, delivery: Delivery) -> list[str]:
     key = f"{kind}.{message.worker}"
     faults = []
     if key not in delivery.keys:
-        faults.append(f"{kind} came under the routing key {delivery.keys[0]}, not {key}")
+        faults.append(f"the {kind} message has the routing key {delivery.keys[0]}, not {key}")
     if properties.type != kind:
-        faults.append(f"{kind} has the AMQP type '{properties.type}'")
+        faults.append(f"the {kind} message has the AMQP type '{properties.type}', not '{kind}'")
     if not properties.message_id:
-        faults.append(f"{kind} has no message_id")
+        faults.append(f"the {kind} message has no message_id")
     if kind in _DURABLE and not properties.durable:
-        faults.append(f"{kind} is not persistent (delivery_mode 2)")
+        faults.append(f"the {kind} message is not persistent; set delivery_mode to 2")
     return faults
 
 
@@ -71,14 +71,14 @@ def check_rhythm(messages: Sequence[Received], now: float) -> str:
     """
     signs = signs_of_life(messages)
     if not signs:
-        raise Unmet("no heartbeat came")
+        raise Unmet("the worker sent no heartbeat")
     every_s = max(sign.heartbeat_s for _, sign in signs)
     times = [*(at for at, _ in signs), now]
     longest_s = max(later - earlier for earlier, later in pairwise(times))
-    summary = f"{len(signs)} heartbeats, one every {every_s:g} s announced"
+    summary = f"{len(signs)} heartbeats (announced: one every {every_s:g} s)"
     if longest_s > Rules.patience * every_s:
         raise Unmet(f"the worker sent {summary}, but none for {longest_s:.1f} s")
-    return f"{summary}, the longest silence {longest_s:.1f} s"
+    return f"{summary}, with a longest pause of {longest_s:.1f} s"
 
 
 def same_answer(one: ReceivedUpdate, other: ReceivedUpdate) -> bool:

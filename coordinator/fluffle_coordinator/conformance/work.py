@@ -19,8 +19,8 @@ from fluffle_coordinator.conformance.scenario import Section, demands
 
 @demands(
     Section.WORK,
-    "a fit is answered with an update of its run, round and base; its tensors are trained - "
-    "received, with the names, shapes and dtypes of the fit, and finite",
+    "a fit is answered with an update of the same run, round and base; the update's deltas "
+    "(trained - received) are finite and have the names, shapes and dtypes of the fit",
     needed=True,
 )
 async def fit(probe: Probe) -> str:
@@ -31,8 +31,8 @@ async def fit(probe: Probe) -> str:
 
 @demands(
     Section.WORK,
-    "if evaluate is true, an evaluation of round - 1 and the fit's base comes before the update; "
-    "a worker without held-out data sends none",
+    "if a fit sets evaluate, a worker with held-out data sends an evaluation of round - 1 and the "
+    "fit's base before the update",
 )
 async def evaluation_before_the_update(probe: Probe) -> str:
     """Ask for both, and check their order."""
@@ -46,7 +46,7 @@ async def evaluation_before_the_update(probe: Probe) -> str:
     ]
     evaluation = next((each for each in answers if isinstance(each, Evaluation)), None)
     if evaluation is None:
-        return "an update without an evaluation: there is no held-out data"
+        return "an update without an evaluation, as if the worker had no held-out data"
     if evaluation.round != sent.fit.round - 1:
         raise Unmet(
             f"the worker sent an evaluation of round {evaluation.round}; expected round "
@@ -77,7 +77,7 @@ async def last_work(probe: Probe) -> str:
     return f"idle after round {beat.round}"
 
 
-@demands(Section.WORK, "if a fit comes again after its answer, the same update is sent again")
+@demands(Section.WORK, "if a fit is repeated after its update, the worker sends that update again")
 async def same_fit_again(probe: Probe) -> str:
     """Send the same fit twice, the second time after the answer."""
     sent = await probe.ask(probe.next_fit())
@@ -85,11 +85,11 @@ async def same_fit_again(probe: Probe) -> str:
     await probe.idle()
     again = await probe.update(await probe.ask(sent.fit))
     if not same_answer(first, again):
-        raise Unmet(f"the worker trained again: {_difference(first, again)}")
-    return "the same update"
+        raise Unmet(f"the worker trained again ({_difference(first, again)})")
+    return "the same update again"
 
 
-@demands(Section.WORK, "a repeated fit is ignored while the worker is at work on its round")
+@demands(Section.WORK, "a worker ignores a repeated fit while it trains for that fit")
 async def same_fit_while_at_work(probe: Probe) -> str:
     """Send the same fit twice in a row."""
     sent = await probe.ask(probe.next_fit())
@@ -99,32 +99,30 @@ async def same_fit_while_at_work(probe: Probe) -> str:
     updates = probe.updates_of(sent)
     for other in updates[1:]:
         if not same_answer(updates[0], other):
-            raise Unmet(f"the worker trained twice: {_difference(updates[0], other)}")
-    return f"{len(updates)} update{'s, the same' if len(updates) > 1 else ''}"
+            raise Unmet(f"the worker trained twice ({_difference(updates[0], other)})")
+    return "one update" if len(updates) == 1 else f"the same update {len(updates)} times"
 
 
-@demands(
-    Section.WORK, "the next fit is answered even if it comes before the last update is confirmed"
-)
+@demands(Section.WORK, "a worker answers a fit that arrives before its last update is confirmed")
 async def next_fit_at_once(probe: Probe) -> str:
     """Play rounds without a pause between them."""
     for _ in range(3):
         await probe.update(await probe.ask(probe.next_fit()))
-    return "3 rounds without a pause"
+    return "updates of 3 rounds without a pause"
 
 
-@demands(Section.WORK, "a fit for a newer round replaces the older work, and is answered")
+@demands(Section.WORK, "a fit for a newer round replaces older work and is answered")
 async def newer_fit(probe: Probe) -> str:
     """Send the next round while the worker trains."""
     older = await probe.ask(probe.next_fit())
     newer = await probe.ask(probe.next_fit())
     await probe.update(newer)
-    return "the newer round" + _and_also(probe, older, "the older one")
+    return "an update of the newer round" + _and_also(probe, older, "of the older round")
 
 
 @demands(
     Section.WORK,
-    "an older fit is accepted or ignored; if it is ignored, the newer one is still answered",
+    "a worker accepts or ignores a fit for an older round, but always answers the newer fit",
 )
 async def older_fit(probe: Probe) -> str:
     """Send an older round while the worker trains."""
@@ -136,24 +134,24 @@ async def older_fit(probe: Probe) -> str:
     )
     if probe.updates_of(newer):
         await probe.update(newer, crossed=True)
-        return "the newer round" + _and_also(probe, older, "the older one")
+        return "an update of the newer round" + _and_also(probe, older, "of the older round")
     await probe.update(older, crossed=True)
     await probe.update(await probe.ask(newer.fit))
-    return "the older round, and the newer one when it came again"
+    return "an update of the older round; an update of the newer round after a repeated fit"
 
 
-@demands(Section.WORK, "the same round with another base is different work, and trained again")
+@demands(Section.WORK, "a fit for the same round with another base is new work and is trained")
 async def another_base(probe: Probe) -> str:
     """Send the round under another base while the worker trains."""
     first = await probe.ask(probe.next_fit())
     other = await probe.ask(first.fit.model_copy(update={"base": fresh_name()}))
     await probe.update(other)
-    return "the round from its new base" + _and_also(probe, first, "from the old one")
+    return "an update from the new base" + _and_also(probe, first, "from the old base")
 
 
 @demands(
     Section.OUTCOME,
-    "after a verdict with train_again and a fit of the next attempt, the round is trained again",
+    "after a verdict with train_again and a fit with the next attempt, the worker trains again",
 )
 async def rejected_update(probe: Probe) -> str:
     """Reject an update, and send the round again."""
@@ -172,12 +170,14 @@ async def rejected_update(probe: Probe) -> str:
     await probe.send(verdict)
     second = await probe.update(await probe.ask(sent.fit.model_copy(update={"attempt": 1})))
     if same_answer(rejected, second):
-        raise Unmet("the worker sent the rejected update again, byte for byte")
+        raise Unmet("the worker sent the rejected update again; expected newly trained tensors")
     return f"another update, after {second.update.seconds:.2f} s of training"
 
 
 @demands(
-    Section.WORK, "an evaluate is answered with its round and base, even without held-out data"
+    Section.WORK,
+    "an evaluate is answered with an evaluation of the same round and base, even without held-out "
+    "data",
 )
 async def evaluate(probe: Probe) -> str:
     """Send an evaluate."""
@@ -188,26 +188,23 @@ async def evaluate(probe: Probe) -> str:
             f"the worker sent an evaluation of round {evaluation.round}; expected round {number}"
         )
     if not evaluation.num_examples:
-        return "no held-out data"
+        return "an evaluation without held-out data"
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples"
 
 
-@demands(
-    Section.WORK, "an evaluate is newer than the fit of its round: it is answered during training"
-)
+@demands(Section.WORK, "a worker answers an evaluate while it trains for a fit of the same round")
 async def evaluate_during_training(probe: Probe) -> str:
     """Send an evaluate while the worker trains, then the next round."""
     await probe.ask(probe.next_fit())
     await probe.evaluation()
     await probe.update(await probe.ask(probe.next_fit()))
-    return "an evaluation, then the next round"
+    return "an evaluation, then an update of the next round"
 
 
 @demands(
     Section.FROZEN,
-    "a worker with the feature frozen does not train a fit whose frozen tensors it lacks, and "
-    "reports the state receiving; it keeps the frozen tensors that come with a fit, lists their "
-    "digest, and then trains without being sent them again",
+    "a worker with the feature frozen waits in state receiving until it has a fit's frozen "
+    "tensors; the worker keeps received frozen tensors, lists their digest, and uses them again",
 )
 async def frozen_tensors(probe: Probe) -> str:
     """Send work that needs other frozen tensors: without them, with them, and without them."""
@@ -251,4 +248,4 @@ def _difference(one: ReceivedUpdate, other: ReceivedUpdate) -> str:
 
 
 def _and_also(probe: Probe, sent: SentFit, what: str) -> str:
-    return f"; {what} too" if probe.updates_of(sent) else ""
+    return f", and one {what}" if probe.updates_of(sent) else ""

@@ -99,7 +99,7 @@ class Board:
         """Return the section ``run``: the state of the run, in figures and as a sentence."""
         current, view, words = self._current, self.view, self._phase_sentence()
         if self._abandoned and view.phase != "ended":
-            words = f"no coordinator is connected; its last state: {words}"
+            words = f"no coordinator is connected (last known state: {words})"
         return {
             "federation": self.federation,
             "source": self.source,

@@ -70,9 +70,9 @@ class BrokerSource:
                     self._set_link(False, f"lost the broker ({why}); reconnecting")
                 except QueueInUse as why:
                     raise BrokerError(
-                        "this user has too few permissions on the broker to serve the page "
-                        f"({why}); grant configure, write and read on "
-                        f"{self._topology.federation}.tap.* and read on {self._topology.results}"
+                        f"this broker user may not serve the page ({why}); grant the user the "
+                        f"permissions configure, write and read on "
+                        f"{self._topology.federation}.tap.*, and read on {self._topology.results}"
                     ) from None
 
     def _no_broker(self, reason: str, _: float) -> None:

@@ -12,6 +12,7 @@ from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed, Figures
 from fluffle_coordinator.dashboard.server import served, url_of
 from fluffle_coordinator.machine.clock import standstill_s
+from fluffle_coordinator.machine.closing import deadline_at
 from fluffle_coordinator.machine.state import Phase, State
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.waiting import waiting_for
@@ -78,7 +79,8 @@ def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> N
     ``now`` is the time by the machine's clock; with ``epoch`` added, it is in seconds since 1970.
     """
     view.planned = state.rules.rounds
-    if view.ended is None:
+    # Between the machine's end and the event that says how the run ended, the rest is still sent.
+    if view.ended is None and state.phase is not Phase.ENDED:
         view.phase = str(state.phase)
     if state.phase is Phase.WAITING:
         waiting = waiting_for(state, now)
@@ -87,7 +89,7 @@ def bring_up_to_date(view: RunView, state: State, epoch: float, now: float) -> N
     if opened is not None and opened.number == state.round:
         opened.asked, opened.needed = tuple(sorted(state.asked)), state.needed
         opened.failures = dict(state.failed)
-        ends_at = state.opened_at + state.rules.deadline_s
+        ends_at = deadline_at(state)
         if state.quorum_at is not None:
             ends_at = state.quorum_at + state.rules.grace_s
         opened.deadline_at = round(ends_at + standstill_s(state, now) + epoch, 3)

@@ -19,6 +19,7 @@ from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, queue_figures
 from fluffle_coordinator.dashboard.board import Board
+from fluffle_coordinator.storage.history import finite
 
 Figures = Iterable[Mapping[str, Any]]
 _AFTER_A_FAILURE_S = 10.0
@@ -122,4 +123,4 @@ def as_json(value: Any) -> str:
     try:
         return to_json(value, ensure_ascii=True, inf_nan_mode="null", fallback=str).decode()
     except ValueError:  # a file name may not be valid Unicode
-        return json.dumps(value, default=str, separators=(",", ":"))
+        return json.dumps(finite(value), default=str, separators=(",", ":"))

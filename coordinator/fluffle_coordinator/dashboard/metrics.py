@@ -62,7 +62,7 @@ class BoardCollector(Collector):
         yield from _run(board)
         yield from _counters(board.view.counters)
         states = board.view.workers.by_state()
-        yield _labelled("fluffle_workers", "Workers by what they are doing.", "state", states)
+        yield _labelled("fluffle_workers", "Number of workers in each state.", "state", states)
         yield from _queues(board)
 
 
@@ -73,10 +73,16 @@ def _run(board: Board) -> Iterator[Metric]:
     phases = {phase: int(phase == run["phase"]) for phase in PHASES}
     words = "Phase of the run: 1 for the current phase, 0 for the others."
     yield _labelled("fluffle_phase", words, "phase", phases)
-    yield _gauge("fluffle_round", "The round that is open, or opens next.", run["round"])
+    yield _gauge(
+        "fluffle_round",
+        "Number of the open round, or of the next round if none is open.",
+        run["round"],
+    )
     if run["rounds"] is not None:
         yield _gauge("fluffle_rounds_planned", "Number of rounds of the run.", run["rounds"])
-    yield _gauge("fluffle_quorum_received_updates", "Updates counted in the open round.", updates)
+    yield _gauge(
+        "fluffle_quorum_received_updates", "Number of updates counted in the open round.", updates
+    )
     words = "Number of updates that the open round needs to close."
     yield _gauge("fluffle_quorum_needed_updates", words, needed)
     if (loss := latest(board.view, "loss")) is not None:
@@ -89,7 +95,7 @@ def _run(board: Board) -> Iterator[Metric]:
 
 def _counters(counters: Counters) -> Iterator[Metric]:
     for name, words, value in (
-        ("fluffle_rounds_committed", "Rounds committed.", counters.rounds),
+        ("fluffle_rounds_committed", "Number of committed rounds.", counters.rounds),
         (
             "fluffle_worker_failures",
             "Number of times that a worker's task failed.",
@@ -98,16 +104,22 @@ def _counters(counters: Counters) -> Iterator[Metric]:
         ("fluffle_broker_outages", "Number of times that the broker was lost.", counters.outages),
         (
             "fluffle_received_update_bytes",
-            "Bytes of the counted updates, as received.",
+            "Number of bytes of all counted updates, as received.",
             counters.update_bytes,
         ),
     ):
         yield CounterMetricFamily(name, words, value)
     for name, words, label, values, counts in (
-        ("fluffle_updates", "Updates, by outcome.", "outcome", OUTCOMES, counters.outcomes),
+        (
+            "fluffle_updates",
+            "Number of updates, by outcome.",
+            "outcome",
+            OUTCOMES,
+            counters.outcomes,
+        ),
         (
             "fluffle_rejected_messages",
-            "Rejected messages, by cause.",
+            "Number of rejected messages, by cause.",
             "cause",
             CAUSES,
             counters.causes,
@@ -123,7 +135,7 @@ def _counters(counters: Counters) -> Iterator[Metric]:
         steps.add_metric([step], counters.step_rounds[step], counters.step_seconds[step])
     yield steps
     if counters.committed_at is not None:
-        words = "When the last round was committed, in seconds since 1970."
+        words = "Time of the last commit, in seconds since 1970."
         yield _gauge("fluffle_last_commit_timestamp_seconds", words, counters.committed_at)
 
 

@@ -73,7 +73,7 @@ def snapshot(
     configurations = list(identity.get("configurations", ()))
     planned = configurations[-1].get("rules", {}).get("rounds") if configurations else None
     done = f"{view.committed} of {planned}" if planned else str(view.committed)
-    words = f"{done} rounds are committed; the run had not ended when this was written"
+    words = f"{done} rounds are committed; the run had not ended when this report was written"
     if end is not None:
         words = ending(from_fields(str(end.get("outcome")), end))
     run = {

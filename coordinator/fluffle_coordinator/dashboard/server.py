@@ -156,7 +156,7 @@ async def _guarded(server: _Server, listening: socket.socket) -> None:
     try:
         await server.serve(sockets=[listening])
     except Exception as why:  # a fault of the page must not stop the run
-        warn(f"the page failed ({why!r}); the run goes on without it")
+        warn(f"the page failed ({why!r}); the run goes on without the page")
 
 
 # --- the responses -----------------------------------------------------------------------------
@@ -180,7 +180,7 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         if request.method == "HEAD":
             return Response(media_type="text/event-stream")
         if viewers >= _MAX_VIEWERS:
-            reason = f"this page already has {_MAX_VIEWERS} viewers, the maximum that it serves\n"
+            reason = f"this page already has {_MAX_VIEWERS} viewers, which is the maximum\n"
             return PlainTextResponse(reason, 503)
 
         async def stream() -> AsyncIterator[str]:

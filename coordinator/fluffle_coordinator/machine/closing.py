@@ -28,8 +28,7 @@ def try_to_close(state: State, now: float, out: Effects) -> State:
     if state.quorum_at is not None:
         return _close_after_quorum(state, now, out)
     if _all_failed(state):
-        reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
-        return end(state, "stopped", reason, out)
+        return _after_failures(state, now, out)
     # ``due_at`` may look at every update, so most events must not call it.
     if now >= state.opened_at + state.rules.deadline_s and now >= due_at(state):
         return _at_the_deadline(state, now, out)
@@ -49,7 +48,13 @@ def due_at(state: State) -> float:
         planned = state.schedule.wakeup(state)
         deadline = state.quorum_at + rules.deadline_s
         return min(latest, deadline if math.isinf(planned) else max(deadline, planned))
-    return latest if _is_folding(state) else min(latest, state.opened_at + rules.deadline_s)
+    return latest if _is_folding(state) else deadline_at(state)
+
+
+def deadline_at(state: State) -> float:
+    """Return the deadline of a round without a quorum."""
+    rules = state.rules
+    return min(state.opened_at + rules.deadline_s, state.began_at + rules.max_round_s)
 
 
 def _is_folding(state: State) -> bool:
@@ -69,7 +74,7 @@ def _close_after_quorum(state: State, now: float, out: Effects) -> State:
             return state
         option = "--max-round" if _expired(state, now) else "--deadline"
         reason = (
-            f"round {state.round} has its quorum, but its schedule did not close it in "
+            f"round {state.round} has its quorum, but the schedule did not close the round within "
             f"{now - state.quorum_at:.0f} s ({option})"
         )
         out.append(run_events.Closed(round=state.round, reason=reason))
@@ -80,7 +85,21 @@ def _all_failed(state: State) -> bool:
     # The sizes are compared first, since the names are looked up one by one.
     if state.received or not 0 < len(state.asked) <= len(state.failed):
         return False
-    return all(name in state.failed for name in state.asked)
+    # If work outlives its round, an idle worker gets the place of one that failed.
+    others = state.workers if state.schedule.continuous else ()
+    return all(name in state.failed for name in (*state.asked, *others))
+
+
+def _after_failures(state: State, now: float, out: Effects) -> State:
+    """Ask others at once if all that were asked have failed; stop if there are none."""
+    rules, reopened = state.rules, state.reopenings + 1
+    others = any(name not in state.asked for name in state.workers)
+    if not others or rules.on_deadline == "stop" or reopened > rules.max_reopenings:
+        reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
+        return end(state, "stopped", reason, out)
+    reason = f"all workers that round {state.round} asked have failed; {last_failure(state.failed)}"
+    state = state.replace(reopenings=reopened, reopened_with=state.folded)
+    return reopen(state, reason, now, out)
 
 
 def _commit(state: State, out: Effects) -> State:
@@ -131,7 +150,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
         fruitless = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if fruitless > rules.max_reopenings:
         times = "once" if rules.max_reopenings == 1 else f"{rules.max_reopenings} times"
-        reason = f"{reason}; reopened {times} without progress (--deadline)"
+        reason = f"{reason}; the round was reopened {times} without progress (--deadline)"
         return end(state, "stopped", reason, out)
     state = state.replace(reopenings=fruitless, reopened_with=state.folded)
     return reopen(state, reason, now, out)
@@ -139,7 +158,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 def _too_long(state: State) -> str:
     progress = _progress_after(state, state.rules.max_round_s)
-    return f"{progress}; no round may stay open longer (--max-round)"
+    return f"{progress}; a round may not stay open longer (--max-round)"
 
 
 def _progress_after(state: State, seconds: float) -> str:
@@ -147,7 +166,7 @@ def _progress_after(state: State, seconds: float) -> str:
     if names:
         missing = f"missing: {names}"
     elif _is_folding(state):
-        missing = "the others are still being added"
+        missing = "other updates are still being added"
     else:
         missing = "no other worker is connected"
     return (

@@ -51,13 +51,18 @@ def evaluate_last_model(state: State, now: float, out: Effects) -> State:
     present = tuple(sorted(state.workers))
     asked = Table(dict.fromkeys(present, Issued(now, state.sequence, state.round - 1)))
     state = state.replace_and_recount(
-        phase=Phase.EVALUATING, opened_at=now, began_at=now, due_at=-math.inf, asked=asked
+        phase=Phase.EVALUATING,
+        opened_at=now,
+        began_at=now,
+        due_at=-math.inf,
+        asked=asked,
+        failed=Table(),  # a failed training says nothing about this work
     )
     if state.evaluate_pending and present:
         state = send_work(state, present, now, out)
     elif not state.evaluate_pending and state.unheard and now < state.gate_until < math.inf:
         limit, names = f"{state.gate_until - now:.0f} s", ", ".join(state.unheard)
-        reason = f"the run is done; waiting up to {limit} to tell {names}"
+        reason = f"the run is done; waiting up to {limit} to inform {names}"
         out.append(run_events.Waiting(reason=reason, what="workers"))
     return try_to_finish(state, now, out)
 
@@ -90,6 +95,6 @@ def end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
 
 
 def last_failure(failed: Mapping[str, str]) -> str:
-    """Return one of the failures, as ``worker: reason``: the last by name."""
+    """Return one of the failures, with its worker: the last by name."""
     worker, reason = max(failed.items())
-    return f"{worker}: {reason}"
+    return f"{worker} reported: {reason}"

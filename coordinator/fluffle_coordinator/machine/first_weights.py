@@ -37,7 +37,7 @@ def ask_for_weights(state: State, now: float, out: Effects) -> State:
         return state.replace(init_asked=first, init_asked_at=now)
     if not enough:
         return state
-    return end(state, "stopped", f"no first weights: {last_failure(state.failed)}", out)
+    return end(state, "stopped", f"no first weights; {last_failure(state.failed)}", out)
 
 
 def _declares_nothing(worker: Worker) -> bool:

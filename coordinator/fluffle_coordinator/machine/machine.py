@@ -164,7 +164,10 @@ def _connected(state: State, event: ev.Connected, out: Effects) -> State:
 
 
 def _disconnected(state: State, event: ev.Disconnected, _: Effects) -> State:
-    return state.replace(link=0, unlinked_since=event.now) if state.link else state
+    if not state.link:
+        return state
+    # A silence before the loss belongs to the outage: nobody could be heard since it began.
+    return state.replace(link=0, unlinked_since=clock_time(state, event.now))
 
 
 def _echoed(state: State, event: ev.Echoed, _: Effects) -> State:

@@ -169,7 +169,8 @@ def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> 
     if all(now < at for at in stall_times(state, worker)):
         return state
     still_s, name = now - worker.moved_at, worker.name
-    if not worker.stalled and still_s >= state.rules.stall_s:
+    # The sums are those of ``stall_times``: a difference may be rounded to less than the limit.
+    if not worker.stalled and now >= worker.moved_at + state.rules.stall_s:
         stalled = run_events.Stalled(
             worker=name,
             round=worker.round,
@@ -181,8 +182,8 @@ def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> 
         out.append(stalled)
         state = state.replace(workers=state.workers.insert(name, replace(worker, stalled=True)))
     limit_s = state.rules.stall_timeout_s
-    if limit_s is None or still_s < limit_s or not state.busy(name):
+    if limit_s is None or now < worker.moved_at + limit_s or not state.busy(name):
         return state
-    reason = f"no step for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
+    reason = f"no progress for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
     out.append(run_events.Failure(worker=name, round=worker.round, reason=reason))
     return state.replace_for(name, failed=state.failed.insert(name, reason))

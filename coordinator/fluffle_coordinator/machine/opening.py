@@ -88,11 +88,12 @@ def _answered(state: State) -> dict[str, Issued]:
 
 def reopen(state: State, reason: str, now: float, out: Effects) -> State:
     """Open the round again after its deadline, with the workers that are present now."""
-    continuous, answered = state.schedule.continuous, _answered(state)
+    continuous = state.schedule.continuous
+    answered = {} if continuous else _answered(state)
     asked_before = state.asked_before.union(state.asked)
     if continuous:  # a worker that is not at work has lost its work
         busy = {name: issued for name, issued in state.asked.items() if state.busy(name)}
-        state = state.replace_and_recount(asked=Table(busy))
+        state = state.replace_and_recount(asked=Table(busy), failed=Table())
     state = next_sequence(state)
     cohort = state.schedule.again(state)
     issued = Issued(now, state.sequence, state.round)

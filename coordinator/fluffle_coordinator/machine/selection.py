@@ -112,10 +112,11 @@ def select(
     if selection.fixed and count >= len(by_name):
         return tuple(candidate.name for candidate in by_name)
     first = [candidate for candidate in by_name if candidate.name not in last]
-    selected = set(selection.choose(first, max(0, min(count, len(first))), draw))
-    if len(first) < count and len(first) < len(by_name):
-        others = [candidate for candidate in by_name if candidate.name in last]
-        selected |= set(selection.choose(others, min(count - len(first), len(others)), draw))
+    others = [candidate for candidate in by_name if candidate.name in last]
+    selected: set[str] = set()
+    for some, places in ((first, count), (others, count - len(first))):
+        if some and places > 0:  # a user's function must choose at least one
+            selected |= set(selection.choose(some, min(places, len(some)), draw))
     least = min(least, count)
     if selection == POISSON and len(selected) < least:
         rest = [candidate for candidate in by_name if candidate.name not in selected]
@@ -214,5 +215,8 @@ def parse_selection(text: str) -> Selection:
     except ValueError:
         floor = math.nan
     if not 0 <= floor <= 1:
-        raise ValueError(f"'{text[:60]}' needs a fraction from 0 to 1, as in fastest:{_FLOOR:g}")
+        raise ValueError(
+            f"invalid selection '{text[:60]}'; give a fraction from 0 to 1, as in "
+            f"fastest:{_FLOOR:g}"
+        )
     return Selection(f"fastest:{floor:g}", _FastestFirst(floor))

@@ -55,8 +55,8 @@ class Discount:
             args = (math.nan,)
         if len(args) != len(default) or not all(0 <= arg < math.inf for arg in args):
             raise ValueError(
-                f"invalid discount '{text[:60]}'; write it like {cls(kind, default)}, with "
-                "numbers of at least 0"
+                f"invalid discount '{text[:60]}'; write a discount like {cls(kind, default)}, "
+                "with numbers of at least 0"
             )
         return cls(kind, args)
 

@@ -297,7 +297,9 @@ class State:
 
     def advancing(self, worker: str) -> bool:
         """Whether a worker is busy and has advanced since the round was last opened."""
-        return self.busy(worker) and self.workers[worker].moved_at > self.opened_at
+        if worker in self.failed or not self.busy(worker):
+            return False
+        return self.workers[worker].moved_at > self.opened_at
 
     def issued_before(self, worker: Worker, now: float) -> Issued | None:
         """Return the work that an earlier coordinator gave to a worker that still does it."""

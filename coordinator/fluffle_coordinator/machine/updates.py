@@ -47,7 +47,7 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
         trained = f"the update was trained from the weights {event.base}"
         return _reject(state, event, f"{trained}; round {number} began with {base}", out)
     if ticket.sequence > max(state.sequence, number) + SEQUENCE_GAP:
-        reason = f"ticket {ticket.sequence} of {ticket.worker} was not issued"
+        reason = f"the ticket {ticket.sequence} was not issued to {ticket.worker}"
         return _reject(state, event, reason, out)
     if state.schedule.continuous:  # an earlier coordinator may have issued higher ones
         state = state.replace(sequence=max(state.sequence, ticket.sequence))
@@ -148,7 +148,7 @@ def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> Stat
 def _late(update: Arrived) -> Effects:
     worker, number = update.ticket.worker, update.round
     late = run_events.Late(worker=worker, round=number, num_examples=update.num_examples)
-    return [late, Judge(update, "late", f"round {number} was committed without it")]
+    return [late, Judge(update, "late", f"round {number} was committed without this update")]
 
 
 def _hold_copy(state: State, copy: Arrived, out: Effects) -> State:

@@ -12,7 +12,7 @@ from fluffle_coordinator.observe.explain import Explanation, longest_wait
 from fluffle_coordinator.observe.round_view import Note
 from fluffle_coordinator.observe.worker_view import Departure
 
-_CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "the checkpoint"}
+_CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "checkpoint"}
 _REOPENS = "opens the round again and counts the updates that wait in the queue"
 _SHORTEST_WAIT_S = 0.001  # shorter waits get no sentence
 
@@ -42,13 +42,13 @@ def why_missing(explanation: Explanation, worker: str) -> str:
     """Return what is known about a worker that has not answered, as a part of a sentence."""
     this = explanation.round
     if worker in this.failures:
-        return f"it failed: {this.failures[worker]}"
+        return f"its task failed ({this.failures[worker]})"
     if (departed := explanation.departed(worker)) is not None:
         return f"it {_absence(*departed)}"
     if (rejection := _rejection(explanation, worker)) is not None:
         doing = _doing(explanation, worker)
         since = "" if doing.startswith("failed") else doing
-        rejected = f"its update was rejected at {clock(rejection.at)}: {rejection.reason}"
+        rejected = f"its update was rejected at {clock(rejection.at)} ({rejection.reason})"
         return f"{rejected}; {since}" if since else rejected
     joined_at = this.joined.get(worker)
     joined = "" if joined_at is None else f", joined at {clock(joined_at)}"
@@ -87,7 +87,7 @@ def _before_the_first(explanation: Explanation) -> Iterator[str]:
     workers = explanation.view.workers
     yield f"Run {explanation.run} has opened no round yet."
     if workers.present:
-        yield f"Connected: {_names(sorted(workers.present))}."
+        yield f"Connected workers: {_names(sorted(workers.present))}."
     for worker, how in workers.departed.items():
         yield f"{worker} {_absence(*how)}."
     yield from _notes(explanation)
@@ -102,7 +102,7 @@ def _waiting(explanation: Explanation) -> Iterator[str]:
     """Yield what the coordinator waits for, apart from the missing workers."""
     if explanation.waiting is not None and explanation.waiting[1].reason:
         at, event = explanation.waiting
-        yield f"At {clock(at)} the coordinator reported: {event.reason}."
+        yield f'At {clock(at)} the coordinator reported "{event.reason}".'
 
 
 def as_dict(explanation: Explanation) -> dict[str, Any]:
@@ -192,7 +192,7 @@ def _opening(explanation: Explanation) -> Iterator[str]:
 def _answers(explanation: Explanation) -> Iterator[str]:
     this = explanation.round
     if not this.answers:
-        yield "No update has been counted."
+        yield f"No update of round {this.number} has been counted."
     for at, update in this.answers.values():
         after = ""
         if this.opened_at is not None and at >= this.opened_at:
@@ -221,7 +221,7 @@ def _missing(explanation: Explanation) -> Iterator[str]:
         elif worker not in this.came_late:
             # In an asynchronous run, the worker may have answered in an earlier round.
             yield (
-                f"The round has no update of {worker}."
+                f"Round {this.number} has no update of {worker}."
                 if this.is_asynchronous
                 else f"{worker} {_did_not_answer(explanation)}."
             )
@@ -267,12 +267,12 @@ def _progress(explanation: Explanation) -> Iterator[str]:
         return
     if this.needed is not None:
         lacking = this.needed - len(this.answers)
-        more = f"{lacking} more needed" if lacking > 0 else "enough to close it"
-        yield f"{_number(len(this.answers), 'update')} of {this.needed}: {more}."
+        more = f"; {lacking} more needed" if lacking > 0 else ", enough to close the round"
+        yield f"Round {this.number} has {len(this.answers)} of {this.needed} updates{more}."
     if unlinked_since is not None:
         yield (
-            f"The coordinator lost the broker at {clock(unlinked_since)}; the time until the "
-            "broker is back does not count towards the deadline."
+            f"The coordinator lost the broker at {clock(unlinked_since)}; the time without the "
+            "broker does not count towards the deadline."
         )
     yield _deadline(explanation)
     yield from _waiting(explanation)
@@ -290,11 +290,11 @@ def _deadline(explanation: Explanation) -> str:
     this = explanation.round
     left_s = explanation.left_s
     if left_s is None or this.deadline_at is None:
-        return "The deadline of the round is not in the journal."
+        return f"The deadline of round {this.number} is not in the journal."
     if left_s > 0:
         return f"{duration(left_s)} left until the deadline, at {clock(this.deadline_at)}."
     return (
-        f"The deadline passed at {clock(this.deadline_at)} and the journal has nothing after it: "
+        f"The deadline passed at {clock(this.deadline_at)}, but the journal has no later event; "
         "the coordinator is not running, or cannot reach the broker."
     )
 
@@ -309,18 +309,19 @@ def _closing(explanation: Explanation) -> Iterator[str]:
         after = f", {duration(max(0.0, seconds))} after the opening"
     examples = "" if this.num_examples is None else f", {_number(this.num_examples, 'example')}"
     at, names = clock(this.committed_at), _names(this.participants)
-    yield f"Committed at {at}{after}, with {names}{examples}."
+    yield f"Round {this.number} was committed at {at}{after}, with {names}{examples}."
     steps = [
         f"{words} {duration(this.timings[name])}"
         for name, words in _CLOSING.items()
         if this.timings.get(name, -1.0) >= 0
     ]
     if steps:
-        yield f"Of that, {', '.join(steps)}."
+        yield f"Time spent in the coordinator: {', '.join(steps)}."
     if this.loss is not None:
         metrics = "".join(f", {name} {decimal(value)}" for name, value in this.metrics.items())
         on = "" if this.evaluated_on is None else f" on {this.evaluated_on:.0f} held-out examples"
-        yield f"Its model was evaluated: loss {decimal(this.loss)}{metrics}{on}."
+        model = f"The model of round {this.number}"
+        yield f"{model} was evaluated: loss {decimal(this.loss)}{metrics}{on}."
 
 
 def _longest(explanation: Explanation) -> Iterator[str]:
@@ -365,10 +366,10 @@ def _ending(explanation: Explanation, at: float, event: RunEvent) -> str:
             return f"The run has finished: {reason or 'no reason is given'}."
         case run_events.Stopped(reason=reason):
             return f"The run has stopped: {reason or 'no reason is given'}."
-    told = f"The coordinator was told to stop at {clock(at)}; the same command"
+    told = f"The coordinator was told to stop at {clock(at)}; the same coordinator command"
     if explanation.round.is_open:
         return f"{told} {_REOPENS}."
-    return f"{told} goes on from there."
+    return f"{told} continues the run."
 
 
 def _names(names: tuple[str, ...] | list[str]) -> str:

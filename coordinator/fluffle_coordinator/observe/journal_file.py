@@ -8,6 +8,7 @@ skip.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,8 +58,12 @@ class JournalFile(Watcher):
         """
         lines, self._unwritten = self._unwritten, []
         # By its name each time: a fresh run moves the file of an earlier one aside.
-        with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
+        with self._path.open("ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a torn line must not swallow the next one
+                    file.write(b"\n")
+            file.write("".join(f"{line}\n" for line in lines).encode())
 
 
 def read_journal_file(folder: Path) -> Iterator[Event]:
@@ -72,8 +77,8 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
         file = path.open(encoding="utf-8", errors="replace")
     except OSError:
         raise UsageError(
-            f"{folder} has no journal, because only a simulation keeps its journal in the run "
-            "folder; for any other run, read the journal on the broker with --federation NAME"
+            f"{folder} has no journal; only a simulation keeps its journal in the run folder, so "
+            "read the journal of any other run on the broker, with --federation NAME"
         ) from None
     with file:
         for line in file:

@@ -70,7 +70,7 @@ async def read_journal(
                 waiting(str(why), 0.0)
             except QueueInUse as why:
                 raise BrokerError(
-                    f"the broker does not let this user read the journal: {why}; the user needs "
+                    f"the broker does not let this user read the journal ({why}); grant the user "
                     f"permission to read {topology.journal}"
                 ) from None
 

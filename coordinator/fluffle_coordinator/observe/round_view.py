@@ -170,6 +170,12 @@ class RoundView:
         """
         self.restarted_at, self.deadline_at, self.answers = at, None, {}
 
+    def take_back(self) -> None:
+        """Forget the result: the run has gone back to an earlier checkpoint."""
+        self.committed_at, self.participants, self.num_examples = None, (), None
+        self.timings, self.metrics, self.epsilon = {}, {}, None
+        self.evaluated, self.loss, self.evaluated_on = False, None, None
+
     def reject(self, at: float, event: run_events.Rejected) -> None:
         """Keep the rejection of a worker's update; other messages change nothing."""
         # A message that cannot be decoded has no kind, and may be an update.

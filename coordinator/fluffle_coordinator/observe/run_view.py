@@ -196,7 +196,10 @@ class RunView:
         self.planned = event.rounds or self.planned
         committed = event.round if isinstance(event, run_events.Resumed) else 0
         for number, view in self.rounds.items():
-            if view.is_open or (committed is not None and number > committed):
+            is_lost = committed is not None and number > committed
+            if is_lost:
+                view.take_back()
+            if is_lost or view.is_open:
                 view.restart(at)
         self.workers.begin_coordinator()
         self.waiting = self.ended = self.unlinked_since = self._blocked_since = None

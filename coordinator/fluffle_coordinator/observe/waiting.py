@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from fluffle_common.protocol.events import Doing, Waiting
 from fluffle_coordinator.machine.clock import standstill_s
+from fluffle_coordinator.machine.closing import deadline_at
 from fluffle_coordinator.machine.state import Phase, State
 
 
@@ -53,8 +54,7 @@ def waiting_for(state: State, now: float) -> Waiting | None:
     if state.phase is Phase.WAITING:
         return _before_a_round(state)
     if state.phase is Phase.OPEN:
-        deadline_at = state.opened_at + state.rules.deadline_s + standstill_s(state, now)
-        left_s = max(0.0, deadline_at - now)
+        left_s = max(0.0, deadline_at(state) + standstill_s(state, now) - now)
         return Waiting(
             reason=f"round {state.round}: {state.folded} of {state.needed} updates, "
             f"{left_s:.0f} s to the deadline; {missing(state, now)}",
@@ -64,11 +64,11 @@ def waiting_for(state: State, now: float) -> Waiting | None:
             short=_short(state),
         )
     if state.phase is Phase.EVALUATING and not state.evaluate_pending:
-        reason = f"the run is done; waiting to tell {', '.join(state.unheard)}"
+        reason = f"the run is done; waiting to inform {', '.join(state.unheard)}"
         return Waiting(reason=reason, what="workers")
     if state.phase is Phase.EVALUATING:
         names = ", ".join(sorted(n for n in state.asked if n not in state.evaluations))
-        reason = f"waiting for the evaluation by {names or 'workers: none is connected'}"
+        reason = f"waiting for the evaluation by {names or 'a worker, but no worker is connected'}"
         return Waiting(reason=reason, what="evaluations")
     return None
 
@@ -89,7 +89,7 @@ def in_brief(state: State, now: float) -> str:
             parts = [f"{count} {doing}" for doing, count in counts.items()]
             return f"round {state.round}: {', '.join(parts + _more_needed(state))}"
         case Phase.EVALUATING if not state.evaluate_pending:
-            return f"workers to tell: {len(state.unheard)}"
+            return f"workers to inform: {len(state.unheard)}"
         case Phase.EVALUATING:
             return f"evaluations: {len(state.evaluations)} of {len(state.asked)}"
         case _:

@@ -45,7 +45,8 @@ from fluffle_coordinator.service.strategy_loading import (
 )
 from fluffle_coordinator.service.user_calls import leave
 from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.run_store import RunStore, Saved
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.saved_run import Saved
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
@@ -54,7 +55,7 @@ if TYPE_CHECKING:
 _LIMITS = {  # what a plan cannot contain, by pydantic's types of errors
     "string_too_long": "{value} is longer than {max_length} characters; shorten this value",
     "string_unicode": "{value} is not valid UTF-8; write other characters",
-    "too_long": "no more than {max_length} can be given; leave some out",
+    "too_long": "at most {max_length} values can be given; remove some",
 }
 
 
@@ -97,8 +98,8 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
     rules, strategy = _rules_of(options), as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
-            f"--keep-updates conflicts with the strategy {strategy.name}, which keeps updates "
-            "private and adds random noise that replay cannot reproduce; remove --keep-updates"
+            f"--keep-updates conflicts with the strategy {strategy.name}, which protects updates "
+            "with random noise that replay cannot reproduce; remove --keep-updates"
         )
     schedule_name, schedule = load_schedule(
         options["schedule"],
@@ -191,8 +192,8 @@ def _rules_of(options: dict[str, Any]) -> Rules:
         least = quorum.of(cohort)
     if quorum.number is not None and options["min_updates"] > quorum.number:
         raise UsageError(
-            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, at "
-            "which a round closes anyway; lower --min-updates"
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, which "
+            f"already closes a round; lower --min-updates to {quorum.number} or less"
         )
     return Rules(
         rounds=options["rounds"],
@@ -283,9 +284,7 @@ def _beginning(
     else:
         yield run_events.Started(run=saved.run, rounds=rounds, folder=str(folder))
     if rounds == strategy.strategy.needs.max_rounds:
-        what = (
-            f"the strategy {strategy.name} allows no more than {rounds} round{'s'[: rounds != 1]}"
-        )
+        what = f"the strategy {strategy.name} allows at most {rounds} round{'s'[: rounds != 1]}"
         yield run_events.Note(what=what)
     if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)

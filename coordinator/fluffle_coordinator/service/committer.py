@@ -89,8 +89,8 @@ class NoRoom(RunError):
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(
-            f"cannot write to {folder} ({reason}); make room there and run the same command "
-            "again: no update is lost"
+            f"cannot write to {folder} ({reason}); free disk space there and run the same command "
+            "again (no update is lost)"
         )
         self.reason = reason
 
@@ -270,7 +270,8 @@ class Committer:
             self._record(run_events.Note(what=missing))
         best = self._standing.best
         if self._stopping.monitor and best and best != self._best:
-            await self._on_disk(lambda: keep_best(self._store.folder, best))
+            if (self._store.folder / checkpoint_name(best)).exists():  # else the user deleted it
+                await self._on_disk(lambda: keep_best(self._store.folder, best))
             self._best = best
 
     def _take_counts(self) -> dict[str, Any]:
@@ -300,8 +301,10 @@ class Committer:
         extra = {
             k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
         }
-        self._evaluated = number, {"loss": averages["loss"], **extra}
-        await self._monitor(number, self._evaluated[1])
+        metrics = {"loss": averages["loss"], **extra}
+        if number >= self._evaluated[0]:  # workers may evaluate an older version later
+            self._evaluated = number, metrics
+        await self._monitor(number, metrics)
         self._record(
             run_events.Evaluated(
                 round=number,
@@ -346,8 +349,8 @@ class Committer:
             folder = self._store.shown
             if not self._store.folder.is_dir():
                 raise RunError(
-                    f"the run folder {folder} was removed during the run; put it back and run "
-                    "the same command again: no update is lost"
+                    f"the run folder {folder} was removed during the run; restore the folder and "
+                    "run the same command again (no update is lost)"
                 ) from None
             raise NoRoom(folder, why.strerror or str(why)) from None
 

@@ -49,8 +49,9 @@ from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import standby_of
-from fluffle_coordinator.storage.run_store import RunStore, Saved
+from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
+from fluffle_coordinator.storage.saved_run import Saved
 
 _LOG = logger("coordinator.machine")
 _JOURNAL_DRAIN_S = 2.0  # how long the end of a run waits for the broker to take the journal

@@ -19,28 +19,29 @@ def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool =
         by_rule: whether a rule of early stopping ended the run, and would end it again.
 
     >>> after_the_end(Path("runs/letters"), 6, Rules(6))
-    "'fluffle history --run runs/letters' shows the rounds; the same command with --rounds 12 \
-(without --fresh) adds more, and with --fresh it begins a new run"
+    "'fluffle history --run runs/letters' shows the rounds; run the same command with --rounds 12 \
+(without --fresh) to add rounds, or with --fresh to begin a new run"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6))
-    "'fluffle history --run runs/letters' shows the rounds; the same command (without --fresh) \
-goes on with round 4"
+    "'fluffle history --run runs/letters' shows the rounds; run the same command (without --fresh) \
+to go on with round 4"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6), by_rule=True)
-    "'fluffle history --run runs/letters' shows the rounds; to go on with round 4, change the \
-option that ended the run, or leave it out (without --fresh)"
+    "'fluffle history --run runs/letters' shows the rounds; to go on with round 4, change or \
+remove the option that ended the run, and run the command again (without --fresh)"
     """
     shows = f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds"
     if by_rule:
         return (
-            f"{shows}; to go on with round {committed + 1}, change the option that ended the run, "
-            "or leave it out (without --fresh)"
+            f"{shows}; to go on with round {committed + 1}, change or remove the option that ended "
+            "the run, and run the command again (without --fresh)"
         )
     if committed < rules.rounds:
-        return f"{shows}; the same command (without --fresh) goes on with round {committed + 1}"
+        again = "run the same command (without --fresh) to go on with round"
+        return f"{shows}; {again} {committed + 1}"
     if rules.rounds_limit:
-        return f"{shows}; the same command with --fresh begins a new run"
+        return f"{shows}; run the same command with --fresh to begin a new run"
     return (
-        f"{shows}; the same command with --rounds {2 * committed} (without --fresh) adds more, and "
-        "with --fresh it begins a new run"
+        f"{shows}; run the same command with --rounds {2 * committed} (without --fresh) to add "
+        "rounds, or with --fresh to begin a new run"
     )
 
 
@@ -48,12 +49,12 @@ def done_already(folder: Path, committed: int, rules: Rules) -> str:
     """Return the message for a run that is started again with no rounds left.
 
     >>> done_already(Path("runs/letters"), 6, Rules(6))[:68]
-    'the run in runs/letters is done: it has 6 rounds and --rounds is 6; '
+    'the run in runs/letters is done: it has 6 rounds and --rounds is 6. '
     """
     why = rules.rounds_limit or f"--rounds is {rules.rounds}"
     return (
         f"the run in {folder} is done: it has {committed} round{'s'[: committed != 1]} and "
-        f"{why}; {after_the_end(folder, committed, rules)}"
+        f"{why}. {after_the_end(folder, committed, rules)}"
     )
 
 
@@ -63,11 +64,10 @@ def after_a_stop(state: State, folder: Path) -> str:
     If workers failed or their updates were rejected, their model may no longer be the run's model.
     No command can continue the run with another model, so the advice then names ``--fresh`` first.
     """
-    same = f"the same command (without --fresh) goes on with round {state.committed + 1}"
+    same = f"run the same command (without --fresh) to go on with round {state.committed + 1}"
     if state.failed or state.doubted:
         return (
-            "if the model or the classes have changed since this run began, --fresh begins a "
-            f"new run and moves the one in {folder} aside; otherwise, once the workers are "
-            f"fixed, {same}"
+            "if the model or the classes have changed since this run began, add --fresh to begin a "
+            f"new run (the run in {folder} is moved aside). Otherwise, fix the workers, and {same}"
         )
-    return f"once that is fixed, {same}"
+    return f"fix the cause, and {same}"

@@ -31,7 +31,7 @@ class GuardedSchedule:
         """Return ``Schedule.discount``, checked to be from 0 to 1, and above 0 if not stale."""
         discount = self._number("discount", staleness)
         if not staleness and not discount:
-            raise self._failed("discount", "it returned 0 for the staleness 0, so nothing counts")
+            raise self._failed("discount", "it returned 0 for the staleness 0, so no update counts")
         if not 0 <= discount <= 1:
             raise self._failed("discount", f"it returned {discount:g}, not a number from 0 to 1")
         return discount

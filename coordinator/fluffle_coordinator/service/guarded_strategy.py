@@ -115,7 +115,7 @@ class GuardedStrategy:
         try:
             yield
         except ValueError as why:
-            raise self._failed(where, f"it returned {wrong}: {why}") from None
+            raise self._failed(where, f"it returned {wrong} ({why})") from None
 
     def _failed(self, where: str, why: str) -> TaskError:
         return failed(*self._where(where), why)

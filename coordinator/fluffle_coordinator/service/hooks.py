@@ -122,8 +122,8 @@ def _function(given: Any, option: str, argument: str) -> Any:
         signature.bind(argument)
     except TypeError:
         raise UsageError(
-            f"{option} must be a function that can be called with one argument, {argument}; its "
-            f"parameters are {signature}"
+            f"{option} must be a function that accepts one argument, {argument}, but the "
+            f"function's parameters are {signature}"
         ) from None
     return function
 
@@ -151,8 +151,8 @@ class HookCalls:
         for name, value in metrics.items():
             if not math.isfinite(value):
                 fault = (
-                    f"is {value} in round {number}; the metric is recorded as missing, and is "
-                    "never the best"
+                    f"is {value} in round {number}; this value is recorded as missing, and never "
+                    "counts as the best"
                 )
                 faults[name, str(value)] = fault
         for (name, kind), fault in faults.items():

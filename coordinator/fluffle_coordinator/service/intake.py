@@ -33,7 +33,7 @@ from fluffle_common.protocol.messages import (
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import SMALL_HEADER_BYTES, decode, describe, minimal_hello
-from fluffle_common.transport.base import Delivery, Link, QueueFull
+from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, check_user, send
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
@@ -45,10 +45,13 @@ from fluffle_coordinator.service.settings import CoordinatorSettings
 
 # How often the coordinator sends itself an echo, which proves that it would hear a worker.
 _ECHO_EVERY_S = 1.0
-# The fields of a heartbeat that the machine keeps, apart from the model, which is no plain value.
+# The machine's clock stops after a silence of a few heartbeats (``machine.clock``). If they were
+# shorter, every echo would come too late, and no deadline would ever pass.
+_LEAST_HEARTBEAT_S = 0.2
+# The fields of a heartbeat that the machine keeps as they are.
 _WORKER_FIELDS = {
     field.name for field in dataclasses.fields(rs.Worker)
-} & Heartbeat.model_fields.keys() - {"model"}
+} & Heartbeat.model_fields.keys() - {"model", "heartbeat_s"}
 
 
 class Intake:
@@ -125,7 +128,7 @@ class Intake:
         echo = Echo(federation=self._settings.federation, session=self._session, number=number)
         route = Route("", [self._topology.presence], durable=False, urgent=True)
         while True:
-            with contextlib.suppress(QueueFull):
+            with contextlib.suppress(QueueFull, Unroutable):  # a deleted queue ends the link
                 await send(link, echo, route)
             await asyncio.sleep(min(_ECHO_EVERY_S, self._state().hearing_s / 2))
 
@@ -169,7 +172,7 @@ class Intake:
                 return
         if hello.protocol == PROTOCOL:
             code = "malformed"
-            reason = f"the hello of worker {hello.worker} is malformed: {wrong}"
+            reason = f"the hello message of worker {hello.worker} is malformed: {wrong}"
         else:
             code = "protocol"
             reason = (
@@ -189,6 +192,7 @@ class Intake:
                     name=message.worker,
                     last_seen=now,
                     model=message.model,
+                    heartbeat_s=max(message.heartbeat_s, _LEAST_HEARTBEAT_S),
                     **message.model_dump(include=_WORKER_FIELDS),
                 )
                 self._post(ev.Seen(now, worker, isinstance(message, Hello)))
@@ -244,7 +248,7 @@ class Intake:
                 self._post(ev.EvaluationArrived(now, *of, evaluated, message.base))
                 delivery.ack()
             case FirstWeights() if message.run == self._state().run:
-                self._first_weights(Held(delivery, message, payload, self._room), message.worker)
+                self._first_weights(message, payload, delivery)
             case Exchange(worker=str()) if message.run == self._state().run:
                 for sent, body in handle_exchange(self._exchanges, message, payload):
                     self._outbox.exchange(sent, body)
@@ -261,16 +265,18 @@ class Intake:
                     "kind",
                 )
 
-    def _first_weights(self, held: Held, worker: str) -> None:
+    def _first_weights(
+        self, message: FirstWeights, payload: memoryview, delivery: Delivery
+    ) -> None:
         """Accept first weights only from the worker that was asked for them."""
-        if self._state().has_weights or self._state().init_asked is None:
-            held.delivery.ack()  # not needed now; if they are later, the worker sends them again
-        elif worker == self._state().init_asked:
-            self._aggregator.take_first(held)
+        asked = self._state().init_asked
+        if self._state().has_weights or asked is None:
+            delivery.ack()  # not needed now; if they are later, the worker sends them again
+        elif message.worker == asked:
+            self._aggregator.take_first(Held(delivery, message, payload, self._room))
         else:
             raise MalformedMessage(
-                f"first weights were requested from {self._state().init_asked}, not from {worker}",
-                "sender",
+                f"first weights were requested from {asked}, not from {message.worker}", "sender"
             )
 
     def _reject(

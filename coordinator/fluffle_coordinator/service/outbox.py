@@ -110,7 +110,9 @@ class Outbox:
         except Unroutable:
             pass  # the inbox expired with its worker; the machine notices the missing heartbeats
         except QueueFull as why:
-            self._record(Waiting(reason=f"the broker has no room: {why}", what="room"))
+            self._record(
+                Waiting(reason=f"the broker has no room for a message ({why})", what="room")
+            )
 
     def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Put a delivery into the rejected queue with the error, then acknowledge it."""

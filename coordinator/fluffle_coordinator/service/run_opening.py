@@ -18,7 +18,8 @@ from fluffle_common.tensors.weights import Weights, check_finite, check_signatur
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.service.strategy_loading import check_same
-from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
+from fluffle_coordinator.storage.run_store import RunStore, new_base
+from fluffle_coordinator.storage.saved_run import Saved
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
@@ -90,8 +91,8 @@ def _usable(folder: Path) -> Iterator[None]:
             raise RunError(text) from None
         what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
         raise RunError(
-            f"cannot use the run folder {folder} ({what}); choose another folder with --run, "
-            "which must be writable and on a file system that supports locks"
+            f"cannot use the run folder {folder} ({what}); choose a writable folder with --run, on "
+            "a file system that supports locks"
         ) from None
 
 
@@ -135,13 +136,13 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
         (ours, about), (theirs, said) = read_checkpoint(first), read_checkpoint(file)
         same = same_weights(ours, theirs) and about.get(IN_METADATA) == said.get(IN_METADATA)
     except UsageError as why:  # unreadable, but the run has its own copy
-        watcher.record(run_events.Note(what=f"--init is no longer needed and is ignored: {why}"))
+        watcher.record(run_events.Note(what=f"--init is no longer needed and is ignored ({why})"))
         return
     if not same:
         raise UsageError(
             f"--init {file} conflicts with the existing run, which began with other weights; "
-            "give --fresh to begin a new run with the weights in that file (the existing run is "
-            "moved aside), or remove --init to continue the existing run"
+            "remove --init to continue the existing run, or add --fresh to begin a new run (the "
+            "existing run is moved aside)"
         )
 
 

@@ -68,10 +68,10 @@ def load_schedule(
     )
     stale = {"--max-staleness": max_staleness, "--staleness": staleness}
     if name != "quorum":
-        _refuse(stale, "does not apply to your own schedule, which decides this itself; remove")
+        _refuse(stale, "has no effect with your own schedule; remove")
         return _from_file(name)
     if late == "discard":
-        _refuse(stale, "needs --schedule buffered or --late discount; add one of these, or remove")
+        _refuse(stale, "needs --schedule buffered or --late discount; add one of them, or remove")
         return name, QUORUM
     oldest = _LATE_ROUNDS if max_staleness is None else max_staleness
     settings = {"late": late, "max_staleness": oldest, "staleness": phi}
@@ -99,8 +99,8 @@ def load_selection(text: str) -> Selection:
     function = place.load(_CALLERS)
     if not callable(function) or isinstance(function, type):
         raise UsageError(
-            f"--select {text} must name a function that takes the candidates, the number to "
-            "choose and a random draw, and returns the names chosen (docs/schedules.md)"
+            f"--select {text} does not name a function; name a function that takes (candidates, "
+            "count, draw) and returns names of workers (docs/schedules.md)"
         )
     choose = guarded_choice(place.called, cast("Choose", function))
     return Selection(place.called, choose, fixed=False)
@@ -133,8 +133,8 @@ def _from_file(name: str) -> tuple[str, Schedule[State]]:
     max_staleness = fields["max_staleness"]
     if max_staleness < 0:
         raise UsageError(
-            f"--schedule {name} has max_staleness = {max_staleness}, but max_staleness must be "
-            "at least 0 (0 counts only updates of the open version)"
+            f"--schedule {name} has max_staleness = {max_staleness}; set max_staleness to at "
+            "least 0 (0 counts only updates of the open version)"
         )
     return place.called, GuardedSchedule(
         place.called, schedule, max_staleness, fields["continuous"]

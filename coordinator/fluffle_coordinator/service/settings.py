@@ -32,7 +32,8 @@ class CoordinatorSettings:
         classes: the classes that workers must have; None takes those of the first worker.
         init: a checkpoint to begin with; None requests first weights from a worker.
         max_workers: the approximate limit of unacknowledged updates. If more workers answer, the
-            broker delivers the rest once a round is on disk.
+            broker delivers the rest once a round is on disk, so a round that needs more updates
+            never reaches its quorum. AMQP allows no more than 65,535.
         max_held_bytes: the limit of the updates in memory that wait to be folded; see
             ``held_updates``.
         max_model_bytes: the limit of a model or an update.
@@ -53,7 +54,7 @@ class CoordinatorSettings:
     schedule_name: str = "quorum"
     classes: tuple[str, ...] | None = None
     init: Path | None = None
-    max_workers: int = 1024
+    max_workers: int = 65_000
     max_held_bytes: int = 2**30
     max_model_bytes: int = 8 * 2**30
     verify_users: bool = False

@@ -55,7 +55,7 @@ class Standing:
         >>> for number, accuracy in enumerate([0.5, 0.75, 0.75, 0.7], start=1):
         ...     standing.note(number, {"accuracy": accuracy})
         >>> standing.best, standing.enough()
-        (2, 'accuracy has not improved for 2 rounds, since 0.7500 in round 2 (--patience)')
+        (2, 'accuracy has not improved for 2 rounds; the best is 0.7500 in round 2 (--patience)')
     """
 
     def __init__(self, stopping: Stopping, lines: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -107,7 +107,7 @@ class Standing:
                 return f"{name} reached {of} (--target {rules.target:g})"
             if rules.patience is not None and self._latest - self._since >= rules.patience:
                 rounds = "1 round" if rules.patience == 1 else f"{rules.patience} rounds"
-                return f"{name} has not improved for {rounds}, since {of} (--patience)"
+                return f"{name} has not improved for {rounds}; the best is {of} (--patience)"
         if rules.time_budget_s is not None and self._seconds >= rules.time_budget_s:
             return (
                 f"all rounds together took {self._seconds:.0f} s (--time-budget "

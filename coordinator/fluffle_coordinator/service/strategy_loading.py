@@ -17,7 +17,7 @@ from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.user_calls import call_guarded
-from fluffle_coordinator.storage.run_store import Saved
+from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
@@ -59,7 +59,7 @@ def _by_name(name: str) -> Any:
     known = {*PARTS, *entry_points}
     raise UsageError(
         f"unknown strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
-        "('fluffle strategies' explains each; path.py:name loads your own)"
+        "('fluffle strategies' explains every strategy; path.py:name loads your own strategy)"
     )
 
 
@@ -85,12 +85,10 @@ def _checked(name: str, value: Any) -> Any:
         missing.append("needs (a Needs object)")
     if missing:
         kind = type(value).__name__
-        hint = "; if the function makes a strategy, call it in the file and name the result" * (
-            kind == "function"
-        )
+        hint = ", or call the function in the file and name its result" * (kind == "function")
         raise UsageError(
-            f"--strategy {name} is not a strategy: this {kind} lacks {', '.join(missing)}; "
-            f"pipeline() makes a complete strategy{hint}"
+            f"--strategy {name} is not a strategy, because this {kind} lacks "
+            f"{', '.join(missing)}; make a strategy with pipeline(){hint}"
         )
     return value
 
@@ -145,7 +143,7 @@ def rules_for(
     if needs.rate is not None:
         rules = _sampled(named, rules, needs.rate)
     if needs.max_rounds is not None and needs.max_rounds < rules.rounds:
-        limit = f"the strategy {named.name} allows no more"
+        limit = f"the strategy {named.name} allows no more rounds"
         rules = replace(rules, rounds=needs.max_rounds, rounds_limit=limit)
     return replace(
         rules,

@@ -29,7 +29,7 @@ def failed(what: str, where: str, why: str) -> TaskError:
     """Return the error that ends a run because a user's code failed; see ``call_guarded``."""
     return TaskError(
         f"the {what} failed in {where}: {why}; fix the error and run the same command "
-        "again: no update is lost"
+        "again (no update is lost)"
     )
 
 

@@ -103,17 +103,17 @@ class History:
 def _line(fields: dict[str, Any]) -> str:
     text = json_line(fields)
     if "NaN" in text or "Infinity" in text:  # not JSON, and many parsers reject them
-        text = json_line(_finite(fields))
+        text = json_line(finite(fields))
     return f"{text}\n"
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """Return a value in which None replaces each number that is not finite, at any depth."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

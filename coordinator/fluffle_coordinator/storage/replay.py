@@ -131,8 +131,8 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     participants = line["participants"]
     if not round_folder(run, number).is_dir():
         raise UsageError(
-            f"no updates of round {number} are in {run}: the coordinator ran without "
-            "--keep-updates, or the updates were removed"
+            f"{run} has no updates of round {number}, because the coordinator ran without "
+            "--keep-updates or the updates were removed"
         )
     before = read_whole(run / checkpoint_name(number - 1))
     base = before.weights
@@ -185,12 +185,12 @@ def _archived(
     if not isinstance(discount, int | float) or not 0 < discount <= 1:
         raise UsageError(
             f"the history is damaged: in round {line['round']}, the update of {worker} has the "
-            f"discount {discount!r}, which is not in (0, 1]"
+            f"discount {discount!r}; expected a number above 0 and at most 1"
         )
     try:
         body, payload = read_update(path)
     except FileNotFoundError:
-        raise UsageError(f"the update of {worker} is missing: there is no {path}") from None
+        raise UsageError(f"the update of {worker} is missing ({path})") from None
     except OSError as error:
         raise UsageError(
             f"the update of {worker} cannot be read: {path} ({error.strerror})"
@@ -214,9 +214,7 @@ def _archived(
             )
         if message.transfer is not None and payload is None:
             missing = path.with_suffix(".payload")
-            raise UsageError(
-                f"the update of {worker} is missing its tensors: there is no {missing}"
-            )
+            raise UsageError(f"the tensors of the update of {worker} are missing ({missing})")
         payload = inline if payload is None else payload
         delta, _ = decode_contribution(message, payload, base, plan)
         extra = decode_extra(message, payload, base, plan)

@@ -56,7 +56,9 @@ def _check_place(
     """
     of_round, of_run = metadata.get("round", str(number)), metadata.get("run", run)
     if (of_round, of_run) != (str(number), run):
-        raise UsageError(f"{path} holds round {of_round} of run {of_run}, not {number} of {run}")
+        raise UsageError(
+            f"{path} holds round {of_round} of run {of_run}, not round {number} of run {run}"
+        )
     if base is not None and metadata.get("base", base) != base:
         raise UsageError(
             f"{path} holds weights with the base {metadata['base']}, but history.jsonl names the "

@@ -25,7 +25,7 @@ import fcntl
 import json
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,13 +45,14 @@ from fluffle_common.tensors.frozen import (
     read_frozen,
     save_frozen,
 )
-from fluffle_common.tensors.weights import Array, Weights
+from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
-from fluffle_coordinator.storage.history import History
+from fluffle_coordinator.storage.history import History, finite
 from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
 from fluffle_coordinator.storage.run_file import RUN_FILE, read_run_file
+from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -65,57 +66,8 @@ _RUN_FILES = (
     "updates",
     "journal.jsonl",
     "sampling.secret",
-    "*.partial",
 )
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The state of a run on disk; the defaults are those of a new run.
-
-    Args:
-        run: the run's id.
-        committed: the last committed round; 0 for none.
-        announced: the largest number of examples that each worker was counted with.
-        counted: the tickets of each round.
-        sequence: the highest sequence in these tickets.
-        earlier: the name of the weights that each round began with.
-        asked_in: the last round that each worker was asked in.
-        train_s: the seconds that each worker's last training took.
-        evaluated: whether the last model's evaluation is in the history.
-        weights: the last model; None if there are no weights yet.
-        metadata: of its checkpoint.
-        repairs: descriptions of what was repaired.
-        strategy: the name of the strategy that made the last model.
-        kept: the state that this strategy saved with it.
-        frozen: the frozen tensors of the model.
-    """
-
-    run: str
-    committed: int = 0
-    announced: Mapping[str, int] = field(default_factory=dict)
-    counted: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)
-    sequence: int = 0
-    earlier: Mapping[int, str] = field(default_factory=dict)
-    asked_in: Mapping[str, int] = field(default_factory=dict)
-    train_s: Mapping[str, float] = field(default_factory=dict)
-    evaluated: bool = True
-    weights: dict[str, Array] | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-    repairs: tuple[str, ...] = ()
-    strategy: str = FEDAVG.name
-    kept: Mapping[str, Array] = field(default_factory=dict)
-    frozen: Frozen = NO_FROZEN
-
-    @property
-    def participants(self) -> frozenset[str]:
-        """The participants of the last committed round."""
-        return frozenset(ticket.worker for ticket in self.counted.get(self.committed, ()))
-
-    @property
-    def base(self) -> str:
-        """The name of the weights; checkpoints of early versions of fluffle have none."""
-        return self.metadata.get("base", "unnamed")
+_UNFINISHED = tuple(f"{name}.partial" for name in _RUN_FILES)  # left by a crash
 
 
 def new_base() -> str:
@@ -190,7 +142,7 @@ class RunStore:
 
         Other files in the folder stay there: it may be somebody's working directory.
         """
-        earlier = sorted({path for name in _RUN_FILES for path in self.folder.glob(name)})
+        earlier = self._files((*_RUN_FILES, *_UNFINISHED))
         if not earlier:
             return None
         number = 1
@@ -203,6 +155,9 @@ class RunStore:
             sync_folder(folder)
         return aside
 
+    def _files(self, patterns: Iterable[str]) -> list[Path]:
+        return sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
+
     def load(self, federation: str) -> Saved:
         """Read the state of the run, and repair what a crash has damaged.
 
@@ -210,7 +165,7 @@ class RunStore:
             RunError: if the folder holds another federation's run, or no readable checkpoint, or
                 if ``run.json`` or lines of the history were removed.
         """
-        for leftover in self.folder.glob("*.partial"):
+        for leftover in self._files(_UNFINISHED):
             leftover.unlink()
         identity = self._identity(federation)
         sync_folder(self.folder)  # a crash may have left renamed files that are not on disk
@@ -222,13 +177,13 @@ class RunStore:
         last, checkpoint, damage = last_intact(self.folder, newest, identity, bases)
         if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
             raise RunError(
-                f"no checkpoint in {self.shown} is intact ({damage}); --fresh starts a new run"
+                f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
             )
         if last < newest:
             self.history.forget_after(last, lines)
             repairs.append(
-                f"{damage}; the newest intact checkpoint is that of round {last}; continuing from "
-                "there"
+                f"{damage}; continuing from the newest intact checkpoint, which belongs to round "
+                f"{last}"
             )
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
@@ -333,9 +288,13 @@ class RunStore:
         """
         path, run = self.folder / RUN_FILE, read_run_file(self.folder)
         configurations = run.setdefault("configurations", [])
-        new = json.loads(json.dumps(configuration))
-        if configurations and {**configurations[-1], **new} == configurations[-1]:
-            return
+        new = json.loads(json.dumps(finite(configuration)))
+        if configurations:
+            last = configurations[-1]
+            when = {"from_round": last["from_round"], "since": last.get("since")}
+            # One that begins later is of rounds that were taken back.
+            if last == {**when, **new} and last["from_round"] <= committed + 1:
+                return
         configurations.append({"from_round": committed + 1, "since": timestamp(), **new})
         try:
             with replacing(path) as file:
@@ -350,7 +309,9 @@ class RunStore:
                 identity = read_run_file(self.folder)
                 known, run = str(identity["federation"]), str(identity["run"])
             except (UsageError, KeyError):
-                raise RunError(f"{path} cannot be read; --fresh starts a new run") from None
+                raise RunError(
+                    f"{path} cannot be read; restore this file, or start a new run with --fresh"
+                ) from None
             if known != federation:
                 raise RunError(
                     f"{self.shown} holds a run of federation {known}, not {federation}; choose "
@@ -359,8 +320,8 @@ class RunStore:
             return run
         if newest_checkpoint(self.folder) is not None or self.history.path.exists():
             raise RunError(
-                f"{self.shown} holds a run, but its run.json is missing; put the file back, or "
-                "move the run aside with --fresh"
+                f"{self.shown} holds a run, but run.json is missing; restore run.json, or move the "
+                "run aside with --fresh"
             )
         run = secrets.token_hex(6)
         with replacing(path) as file:
@@ -375,13 +336,18 @@ class RunStore:
         for line in committed.values():
             if line.get("run", run) != run:
                 raise RunError(
-                    f"the history.jsonl in {self.shown} belongs to run {line['run']}, but its "
-                    f"run.json to run {run}; put the files back, or move the run aside with --fresh"
+                    f"in {self.shown}, history.jsonl belongs to run {line['run']}, but run.json to "
+                    f"run {run}; restore these files, or move the run aside with --fresh"
                 )
         last, newest = max(committed, default=0), newest_checkpoint(self.folder) or 0
+        if (missing := next(n for n in count(1) if n not in committed)) < last:
+            raise RunError(
+                f"the history.jsonl in {self.shown} has no line for the commit of round {missing}; "
+                "put the file back, or move the run aside with --fresh"
+            )
         if newest > last + 1 and last_intact(self.folder, newest, run, {})[0] > last + 1:
             known = f"ends at round {last}" if last else "has no committed round"
             raise RunError(
-                f"{self.shown} holds the checkpoint of round {newest}, but its history.jsonl "
-                f"{known}; put the file back, or move the run aside with --fresh"
+                f"{self.shown} holds the checkpoint of round {newest}, but history.jsonl {known}; "
+                "restore history.jsonl, or move the run aside with --fresh"
             )

@@ -29,6 +29,6 @@ def sampling_secret(folder: Path) -> int:
         return int(path.read_text(), 16)
     except (OSError, ValueError) as error:
         raise RunError(
-            f"{path} cannot be used ({error}); this file determines which workers are selected: "
-            "restore the file, or start a new run with --fresh"
+            f"{path}, which determines the selected workers, cannot be used ({error}); restore "
+            "this file, or start a new run with --fresh"
         ) from None

@@ -157,7 +157,7 @@ def _library(part: str) -> ModuleType:
         return importlib.import_module(f"dp_accounting.{part}")
     except ModuleNotFoundError:
         raise ValueError(
-            "rate= and accountant= need the package dp-accounting; pip install "
+            "rate= and accountant= need the package dp-accounting; run pip install "
             "'fluffle[privacy]', or remove rate= and accountant="
         ) from None
 

@@ -78,8 +78,8 @@ def check_metrics(message: Update, needs: Needs) -> None:
     for name in (*needs.metrics, *needs.ranges):
         if name not in message.metrics:
             raise MalformedMessage(
-                f"the update has no metric '{name}', which the strategy of this run needs; the "
-                "task must report this metric"
+                f"the update has no metric '{name}', which the strategy of this run needs; make "
+                "the task report this metric"
             )
     for name, (low, high) in needs.ranges.items():
         try:

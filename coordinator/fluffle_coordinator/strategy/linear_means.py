@@ -64,7 +64,7 @@ class Linear:
     def fold(self, state: LinearSum, one: Contribution) -> LinearSum:
         """Add an update to the sum, in place."""
         factor, *terms = self.factor(one)
-        with np.errstate(under="ignore"):
+        with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             for total, values in in_blocks(state.total, one.delta):
                 scaled = values.astype(_FLOAT)
                 scaled *= factor * _SCALE
@@ -86,7 +86,8 @@ class Linear:
         delta = layout_for(weights).empty_as(_FLOAT)
         with np.errstate(over="ignore", under="ignore"):
             for total, result in in_blocks(state.total, delta):
-                np.multiply(total, scale, out=result)
+                # If the scale is 0, the sum may have overflowed.
+                np.multiply(total if scale else 0.0, scale, out=result)
                 np.clip(result, -_END, _END, out=result)
         return delta, LinearSum(state.total, _NO_TERMS)
 

@@ -45,10 +45,10 @@ class Part:
 
 
 PARTS = {
-    "clip": Part("transform", clipping.clip, "scale larger updates down to a norm"),
-    FEDAVG.name: Part("mean", weighted, "the mean by numbers of examples"),
+    "clip": Part("transform", clipping.clip, "scales updates down to a maximum norm"),
+    FEDAVG.name: Part("mean", weighted, "the mean, weighted by numbers of examples"),
     "uniform": Part("mean", linear_means.uniform, "the mean with equal weights"),
-    "qfedavg": Part("mean", linear_means.q_fair, "more weight for workers with a larger loss"),
+    "qfedavg": Part("mean", linear_means.q_fair, "the mean with more weight for larger losses"),
     "fednova": Part("mean", linear_means.normalised, "the mean progress per local step"),
     "median": Part("mean", robust_means.median, "the median of each coordinate"),
     "trimmed": Part(

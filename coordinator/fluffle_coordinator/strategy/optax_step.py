@@ -15,7 +15,7 @@ import numpy as np
 
 from fluffle_common.arguments import write_arguments
 from fluffle_common.tensors.layout import layout_for
-from fluffle_common.tensors.weights import Weights, is_float
+from fluffle_common.tensors.weights import Weights, is_float, largest
 from fluffle_coordinator.strategy.pipeline import Server
 from fluffle_coordinator.strategy.weighted import apply_delta
 
@@ -31,8 +31,10 @@ class _OptaxStep(Server[Any]):
 
     def step(self, state: Any, weights: Weights, delta: Weights) -> tuple[Weights, Any]:
         parameters = _floats(weights)
-        gradient = {name: -_float32(delta[name]) for name in parameters}
-        update, state = self.transformation.update(gradient, state, parameters)
+        # An array again, because NumPy negates an array of shape () to a number.
+        gradient = {name: np.asarray(-_float32(delta[name])) for name in parameters}
+        with np.errstate(over="ignore", under="ignore"):  # optax squares NumPy arrays
+            update, state = self.transformation.update(gradient, state, parameters)
         change = layout_for(weights).empty_as(np.dtype(np.float64))
         for name, into in change.items():
             into[...] = update[name] if name in update else delta[name]
@@ -40,12 +42,13 @@ class _OptaxStep(Server[Any]):
 
     def dump(self, state: Any) -> Weights:
         leaves = importlib.import_module("jax").tree_util.tree_leaves(state)
-        return {f"leaf-{number:05d}": np.asarray(leaf) for number, leaf in enumerate(leaves)}
+        return {f"leaf-{number:05d}": _saved(leaf) for number, leaf in enumerate(leaves)}
 
     def load(self, saved: Weights, weights: Weights) -> Any:
         jax = importlib.import_module("jax")
-        structure = jax.tree_util.tree_structure(self.init(weights))
-        leaves = [jax.numpy.asarray(saved[name]) for name in sorted(saved)]
+        like, structure = jax.tree_util.tree_flatten(self.init(weights))
+        tensors = [saved[name] for name in sorted(saved)]
+        leaves = [_restored(tensor, leaf) for tensor, leaf in zip(tensors, like, strict=True)]
         return jax.tree_util.tree_unflatten(structure, leaves)
 
 
@@ -67,7 +70,7 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
     make = getattr(optax, optimizer, None)
     if make is None:
         near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else ""
+        hint = f"; did you mean '{near[0]}'?" if near else "; name an optimizer, such as adamw"
         raise ValueError(f"unknown optax optimizer '{optimizer}'{hint}")
     try:
         made = make(**arguments)
@@ -92,9 +95,32 @@ def _try_out(transformation: Any) -> None:
     importlib.import_module("jax").eval_shape(step, form)
 
 
+def _is_key(leaf: Any) -> bool:
+    jax = importlib.import_module("jax")
+    return bool(jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key))
+
+
+def _saved(leaf: Any) -> Any:
+    """Return a leaf of a state as an array that a checkpoint can hold; ``_restored`` undoes it."""
+    jax = importlib.import_module("jax")
+    array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
+    return array.astype(np.uint8) if array.dtype == np.bool_ else array
+
+
+def _restored(saved: Any, like: Any) -> Any:
+    """Return a leaf of the kind of ``like`` from what ``_saved`` returned."""
+    jax = importlib.import_module("jax")
+    array = jax.numpy.asarray(saved)
+    if _is_key(like):
+        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
+    return array.astype(bool) if jax.numpy.result_type(like) == np.bool_ else array
+
+
 def _floats(weights: Weights) -> dict[str, Any]:
     return {name: _float32(tensor) for name, tensor in weights.items() if is_float(tensor.dtype)}
 
 
 def _float32(tensor: Any) -> Any:
-    return np.asarray(tensor, np.float32)
+    """Return a tensor in float32; float64 values saturate."""
+    end = largest(np.dtype(np.float32))
+    return np.asarray(tensor if tensor.dtype.itemsize <= 4 else tensor.clip(-end, end), np.float32)

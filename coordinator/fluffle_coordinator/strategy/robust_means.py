@@ -182,7 +182,8 @@ def rfa(iterations: int = 100, nu: float = 1e-6) -> Mean[Updates]:
     def rule(updates: Sequence[Weights], delta: Tensors) -> None:
         products, norms = _geometry(updates, delta)
         shares = np.zeros(len(updates))
-        (near,) = np.isfinite(norms).nonzero()  # the distances of the others overflow
+        # The distances of the others overflow, from the received weights or from the median.
+        (near,) = np.isfinite(norms + np.diag(products)).nonzero()
         if near.size:
             near_products = products[np.ix_(near, near)]
             shares[near] = _geometric_median(near_products, norms[near], iterations, nu)

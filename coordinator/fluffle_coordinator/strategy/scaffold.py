@@ -12,7 +12,7 @@ import numpy as np
 
 from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import is_float
-from fluffle_common.tensors.weights import Array, Weights
+from fluffle_common.tensors.weights import Array, Weights, largest
 from fluffle_coordinator.strategy.base import Contribution, Needs, Strategy
 from fluffle_coordinator.strategy.pipeline import (
     pipeline,
@@ -23,6 +23,7 @@ from fluffle_coordinator.strategy.pipeline import (
 from fluffle_coordinator.strategy.weighted import weighted
 
 _MODEL, _CONTROL = "model/", "control/"  # prefixes in a checkpoint
+_END = largest(np.dtype(np.float32))
 
 
 class _State(NamedTuple):
@@ -51,7 +52,8 @@ class _Scaffold(Strategy[_State]):
     def fold(self, state: _State, one: Contribution) -> _State:
         changes = dict(state.changes)
         for name, change in one.extra.items():
-            changes[name] = changes.get(name, 0.0) + change.astype(np.float64)
+            with np.errstate(over="ignore"):
+                changes[name] = changes.get(name, 0.0) + change.astype(np.float64)
         return state._replace(
             inner=self.model.fold(state.inner, one), changes=changes, updates=state.updates + 1
         )
@@ -60,7 +62,10 @@ class _Scaffold(Strategy[_State]):
         new, inner = self.model.finish(state.inner, weights)
         workers = max(self.workers or 0, state.updates)
         control = {
-            name: old + state.changes[name] / workers if name in state.changes else old
+            # Saturated, because a value beyond float32 could not be broadcast.
+            name: np.clip(old + state.changes[name] / workers, -_END, _END)
+            if name in state.changes
+            else old
             for name, old in state.control.items()
         }
         return new, _State(inner, control)

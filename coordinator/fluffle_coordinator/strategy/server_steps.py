@@ -127,7 +127,7 @@ class _Adaptive(Server[_Moments]):
             for old_m, old_v, mean, new_m, new_v, step in blocks:
                 m = self.beta1 * old_m.astype(_FLOAT) + (1 - self.beta1) * mean
                 squared = np.minimum(np.square(mean, dtype=_FLOAT), largest(_FLOAT))
-                v = self.second(old_v.astype(_FLOAT), squared)
+                v = np.minimum(self.second(old_v.astype(_FLOAT), squared), largest(_FLOAT))
                 new_m[...], new_v[...] = _saturated(m, new_m), _saturated(v, new_v)
                 step[...] = _saturated(rate * m / (np.sqrt(v) + self.tau), step)
         return apply_delta(weights, change), _Moments(first, second, steps)

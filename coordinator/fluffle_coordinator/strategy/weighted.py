@@ -106,8 +106,8 @@ class Weighted:
         num_so_far, num_examples = state.num_examples, one.num_examples
         if num_so_far + num_examples > integer_sum.MOST:
             raise ValueError(
-                f"too many examples: {num_so_far} and {num_examples} more exceed the largest "
-                "number that can be counted"
+                f"too many examples: the sum of {num_so_far} and {num_examples} exceeds the limit "
+                f"of {integer_sum.MOST}"
             )
         add = _add_scaled if num_so_far else _set_scaled
         with np.errstate(over="ignore", invalid="ignore"):  # for the gaps between tensors

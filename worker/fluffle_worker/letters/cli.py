@@ -30,23 +30,25 @@ _NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]
 
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
-@click.option("--clients", type=count(), default=3, help="Number of clients.")
+@click.option(
+    "--clients", type=count(), default=3, help="Number of clients; each client is a writer."
+)
 @click.option("--per-client", type=count(10), default=250, help="Number of letters per writer.")
 @click.option(
     "--unseen",
     type=count(0),
     default=1,
-    help="Number of additional writers whose letters are only for scoring; no worker should "
-    "train on them.",
+    help="Number of additional writers for scoring only; no worker should train on the letters "
+    "of these writers.",
 )
 @click.option("--seed", type=SEED, default=1, help="Seed for drawing the letters.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
-    """Draw handwritten letters A to J, as different people would.
+    """Draw letters A to J in the handwriting of different writers.
 
     The command writes the letters of client N to OUT/client-N/<letter>/. Each client is a writer
     with a personal slant, size, pen and tremor, who prefers some of the shapes of each letter.
-    OUT/writer-N/<letter>/ has the letters of writers who are not clients. To score a model on these
-    letters, use 'fluffle confusion --unseen'.
+    OUT/writer-N/<letter>/ has the letters of writers who are not clients. To score a model on the
+    letters of these writers, use 'fluffle confusion --unseen'.
     """
     try:
         from fluffle_worker.letters.handwriting.drawing import draw_letters
@@ -74,16 +76,16 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     required=True,
     multiple=True,
     metavar="PNG",
-    help="Image of any size and mode, white on black; may be given several times.",
+    help="Image of a white letter on black, of any size and mode; may be given several times.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
     """Classify the letter in an image, with the model's confidence.
 
-    The confidence is calibrated, so that a model with a confidence of 90 % is right in about 90 %
-    of the cases. For this, the command divides the model's outputs by the model's temperature, a
-    number that the workers fit on held-out letters.
+    The confidence is calibrated, so that predictions with a confidence of 90 % are right in about
+    90 % of the cases. To calibrate the confidence, the command divides the model's outputs by the
+    model's temperature. The workers determine the temperature on held-out letters.
 
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png
@@ -104,7 +106,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
             unreadable.append(str(why))
             continue
         if picture.frames > 1:
-            warn(f"{path} has {picture.frames} frames; the first is read")
+            warn(f"{path} has {picture.frames} frames; only the first frame is read")
         pictures.append(picture)
         prediction = loaded.predict(picture.pixels)
         predictions.append(
@@ -141,26 +143,27 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     "--all",
     "everything",
     is_flag=True,
-    help="Score both the held-out and the training letters, and show the two scores.",
+    help="Score the held-out letters and the training letters, and show a score for each part.",
 )
 @click.option(
     "--unseen",
     is_flag=True,
-    help="Score all letters in the folder. Use this option if no worker trained on any of them.",
+    help="Score all letters in the folder. Use this option only if no worker trained on them.",
 )
 @click.option(
     "--seed",
     type=SEED,
     default=0,
-    help="The --seed of the worker that trained on this folder. The seed determines which "
-    "letters are held out.",
+    help="Seed (--seed) of the worker that trained on this folder. The seed determines the "
+    "held-out letters.",
 )
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.
 
-    A model recognizes the letters that it was trained on better than other letters. Therefore, the
-    command by default scores only the letters that the folder's worker held out. The folder must
-    not have changed since the training. If no worker trained on the folder, use --unseen.
+    A model recognizes the letters that it was trained on better than other letters. Therefore, by
+    default, the command scores only the held-out letters of the worker that trained on the folder.
+    The folder must not have changed since the training. If no worker trained on the folder, use
+    --unseen.
     """
     try:
         from fluffle_worker.letters.images import read_images
@@ -182,7 +185,9 @@ def confusion(**options: Any) -> None:
     except ImportError:
         raise UsageError("charts need matplotlib: pip install 'fluffle[plot]'") from None
     except OSError as why:
-        raise TaskError(f"cannot write {out} ({why.strerror})") from None
+        raise TaskError(
+            f"cannot write {out} ({why.strerror}); choose another file with --out"
+        ) from None
     for line in lines:
         echo(line)
     echo(f"matrix written to {out}")
@@ -201,7 +206,7 @@ def _scored(
     train, held_out = held_out_split(images, options["seed"])
     if options["everything"]:
         score = model.score(images)
-        of_what = f"all {score.total} letters, {len(train)} of them trained on"
+        of_what = f"all {score.total} letters, including {len(train)} training letters"
         parts = {"held-out": model.score(images, held_out), "training": model.score(images, train)}
         figures = [
             f"{part.accuracy:.2f} % of {part.total} {name} letters"
@@ -222,7 +227,7 @@ def _scored(
         [
             f"accuracy {score.accuracy:.2f} % of {of_what}",
             f"not scored: the {len(train)} letters that a worker with --seed {options['seed']} "
-            "trains on (--all shows both)",
+            "trains on; use --all to score them too",
         ],
     )
 
@@ -233,9 +238,12 @@ def _warn_of_participant(data: Path, participants: frozenset[str], unseen: bool)
 
     trained = id_from(str(data)) in participants
     if unseen and trained:
-        warn(f"{data.name} took part in this run; if it trained on {data}, remove --unseen")
+        warn(
+            f"the worker {data.name} took part in this run; if this worker trained on {data}, "
+            "remove --unseen"
+        )
     elif participants and not (unseen or trained):
         warn(
-            f"no participant of this run is named {data.name}; if no worker trained on {data}, "
-            "use --unseen to score all its letters"
+            f"this run has no participant with the name {data.name}; if no worker trained on "
+            f"{data}, use --unseen to score all its letters"
         )

@@ -57,7 +57,7 @@ def find_classes(folder: Path) -> ClassFolders:
     """
     if not folder.is_dir():
         raise TaskError(
-            f"there is no folder {folder}; give --data a folder that contains <class>/<image>"
+            f"there is no folder {folder}; set --data to a folder that contains <class>/<image>"
         )
     spellings: dict[str, list[Path]] = defaultdict(list)
     ignored: Counter[str] = Counter()
@@ -101,7 +101,7 @@ def class_name(name: str) -> str:
     try:
         name.encode()
     except UnicodeEncodeError:
-        raise TaskError(f"the name of the class {name!r} is not UTF-8; rename this class") from None
+        raise TaskError(f"the folder name {name!r} is not valid UTF-8; rename the folder") from None
     return unicodedata.normalize("NFC", name)
 
 
@@ -152,7 +152,10 @@ def _kind(path: Path) -> str:
 def _spelling_notes(spellings: dict[str, list[Path]]) -> Iterable[str]:
     for name, paths in spellings.items():
         if len(paths) > 1:
-            yield f"{len(paths)} folders are '{name}' in different Unicode forms; read as one class"
+            yield (
+                f"{len(paths)} folders have the name '{name}' in different Unicode forms; they are "
+                "read as one class"
+            )
 
 
 def _case_notes(names: Iterable[str]) -> Iterable[str]:
@@ -161,7 +164,7 @@ def _case_notes(names: Iterable[str]) -> Iterable[str]:
         alike[name.casefold()].append(name)
     pairs = [" and ".join(names) for names in alike.values() if len(names) > 1]
     if pairs:
-        yield f"names that differ only in case are separate classes: {some(pairs)}"
+        yield f"class names that differ only in case are separate classes: {some(pairs)}"
 
 
 def _ignored_note(ignored: Counter[str]) -> str:

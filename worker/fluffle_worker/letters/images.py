@@ -55,17 +55,19 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     """
     class_folders = find_classes(folder)
     if not class_folders.files:
-        missing = f"{folder} has no images; put them into {folder}/<class>/<image>.png"
+        missing = f"{folder} has no images; put images into {folder}/<class>/<image>.png"
         raise TaskError("; ".join([missing, *class_folders.notes]))
     names = tuple(map(class_name, class_folders.files if classes is None else classes))
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UsageError(f"--classes lists a class twice: {some(twice)}")
+        raise UsageError(
+            f"--classes lists the same class more than once ({some(twice)}); list each class once"
+        )
     unexpected = [name for name in class_folders.files if name not in names]
     if unexpected:
         raise TaskError(
-            f"{folder} has the classes {', '.join(unexpected)}, which are not among the classes "
-            f"{', '.join(names)}"
+            f"{folder} has images of the classes {', '.join(unexpected)}; expected only the "
+            f"classes {', '.join(names)}; rename or remove the folders of other classes"
         )
     pictures: list[Picture] = []
     targets, paths, skipped = [], [], []
@@ -83,7 +85,9 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     notes = [*class_folders.notes, *_skipped_notes(skipped, len(pictures))]
     layered = sum(picture.frames > 1 for picture in pictures)
     if layered:
-        notes.append(f"images with several frames: {layered}; only the first frame of each is read")
+        notes.append(
+            f"images with several frames: {layered}; only the first frame of each image is read"
+        )
     notes += inverted_note(pictures)
     return Images(
         np.stack([picture.pixels for picture in pictures]),
@@ -100,8 +104,8 @@ def inverted_note(pictures: Sequence[Picture]) -> Iterable[str]:
     bright = sum(picture.bright_border for picture in pictures)
     if bright > len(pictures) / 2:
         yield (
-            f"{bright} of {len(pictures)} images have a bright border: these look like black on "
-            "white, but letters are read as white on black; invert these images"
+            f"{bright} of {len(pictures)} images have a bright border, like black letters on "
+            "white; expected white letters on black, so invert these images"
         )
 
 
@@ -121,7 +125,7 @@ def split(count: int, part: float, seed: int) -> tuple[Array, Array]:
 def _skipped_notes(skipped: Sequence[str], read: int) -> Iterable[str]:
     """Yield lines that count the unreadable images and name the first few."""
     if skipped:
-        yield f"left out {len(skipped)} of {len(skipped) + read} images that cannot be read:"
+        yield f"cannot read {len(skipped)} of {len(skipped) + read} images, so they are left out:"
         yield from (f"  {reason}" for reason in skipped[:_NAMED])
         if len(skipped) > _NAMED:
             yield f"  and {len(skipped) - _NAMED} more"

@@ -20,8 +20,6 @@ from fluffle_worker.letters.images import Images
 from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.letters.task import letters_task
 
-_BATCH = 256
-
 
 @dataclass(frozen=True)
 class Prediction:
@@ -72,8 +70,8 @@ class LettersModel:
             classes = []
         if not (isinstance(classes, list) and classes):
             raise UsageError(
-                f"{path} is not a model of letters: it has no classes "
-                f"(its task: {metadata.get('task') or 'unknown'})"
+                f"{path} is not a model of the letters task, because the file names no classes "
+                f"(task of the model: {metadata.get('task') or 'unknown'})"
             )
         self.classes: tuple[str, ...] = tuple(map(str, classes))
         dummy_data = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
@@ -87,18 +85,13 @@ class LettersModel:
             check_finite(weights)
         except ValueError as why:
             raise UsageError(
-                f"{path} is not a model of letters ({why}; "
-                f"its task: {metadata.get('task') or 'unknown'})"
+                f"{path} is not a model of the letters task ({why}; "
+                f"task of the model: {metadata.get('task') or 'unknown'})"
             ) from None
 
     def probabilities(self, images: Array) -> Array:
         """Return calibrated probabilities, float64 [n, classes], of images [n, 100, 100, 1]."""
-        logits = np.concatenate(
-            [
-                self._task.outputs(self._weights, images[start : start + _BATCH])
-                for start in range(0, len(images), _BATCH)
-            ]
-        ).astype(np.float64)
+        logits = self._task.logits(self._weights, images).astype(np.float64)
         logits /= self.temperature
         exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
         probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)

@@ -66,7 +66,7 @@ def read_picture(path: Path) -> Picture:
 
     try:
         if not stat.S_ISREG(path.stat().st_mode):  # reading a pipe may block for ever
-            raise UsageError(f"{path} is not a regular file")
+            raise UsageError(f"{path} is not a regular file; choose an image file")
         if path.stat().st_size == 0:
             raise UsageError(f"{path} cannot be read as an image (the file is empty)")
         with warnings.catch_warnings():
@@ -114,9 +114,9 @@ def _grey(opened: Image.Image) -> Image.Image:
 
 def _scale_transparent_grey(opened: Image.Image) -> None:
     """Scale the transparent grey of a PNG of 2 or 4 bits to 8 bits, as Pillow scales the pixels."""
-    clear, tile = opened.info.get("transparency"), getattr(opened, "tile", None)
-    raw_mode = str(tile[0][3]) if tile else ""
-    levels = {"L;2": 4, "L;4": 16}.get(raw_mode, 0)
+    clear, tiles = opened.info.get("transparency"), getattr(opened, "tile", ())
+    raw_mode = tiles[0][3] if tiles else None
+    levels = {"L;2": 4, "L;4": 16}.get(raw_mode, 0) if isinstance(raw_mode, str) else 0
     if isinstance(clear, int) and clear < levels:
         opened.info["transparency"] = clear * 255 // (levels - 1)
 
@@ -135,7 +135,7 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     values = values.astype(np.float64 if floats else np.float32)
     finite = values[np.isfinite(values)]
     if not finite.size:
-        raise ValueError("the image has no finite pixel")
+        raise ValueError("no pixel has a finite value")
     low, high = float(finite.min()), float(finite.max())
     slack = _OVERSHOOT if floats else 0.0
     white = next((white for white in _WHITES if high <= white * (1 + slack)), 0)

@@ -36,13 +36,14 @@ class BoundRule:
         self.name = name or type(self._rule).__name__
         if isinstance(rule, type):
             raise UsageError(
-                f"the local rule {self.name} is a class, but must be an object; name an instance "
-                "of the class (docs/tasks.md)"
+                f"the local rule {self.name} is a class, but an object is expected; create an "
+                "object of the class, and name the object (docs/tasks.md)"
             )
         for method in ("begin", "gradient", "end"):
             if not callable(getattr(self._rule, method, None)):
                 raise UsageError(
-                    f"the local rule {self.name} has no method '{method}' (docs/tasks.md)"
+                    f"the local rule {self.name} has no method '{method}'; add the method "
+                    "(docs/tasks.md)"
                 )
         self._round = ("", 0)
         self._broadcast: Named = {}
@@ -79,6 +80,11 @@ class BoundRule:
         """Identifies the wrapped rule, for caches; wrappers made by ``anew`` share it."""
         return id(self._rule)
 
+    @property
+    def run(self) -> str:
+        """The id of the run of the current work; empty if it is not known."""
+        return self._round[0]
+
     def anew(self) -> BoundRule:
         """Return a wrapper of the same rule with no kept arrays, for another worker."""
         return BoundRule(self._rule, self.name)
@@ -88,7 +94,7 @@ class BoundRule:
         self._kept = PersistentTensors(folder)
 
     def of_round(self, run: str, number: int, broadcast: Named = MappingProxyType({})) -> None:
-        """Set the round of the next training, and the extra tensors that the strategy sent.
+        """Set the round of the next work, and the extra tensors that the strategy sent.
 
         After the training, ``sent`` holds the extra tensors that the rule returned.
         """
@@ -106,22 +112,22 @@ class BoundRule:
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
             raise TaskError(
                 f"gradient() of the local rule {self.name} returned a {type(result).__name__}; "
-                "expected (gradient, state)"
+                "expected a pair (gradient, state)"
             )
         changed, state = result
         if changed.keys() != gradient.keys():
             differ = min(changed.keys() ^ gradient.keys(), key=str)
             side = "input" if differ in gradient else "output"
             raise TaskError(
-                f"gradient() of the local rule {self.name} must return the tensors that it "
-                f"received, but '{differ!s:.60}' is only in its {side}"
+                f"gradient() of the local rule {self.name} must return the same tensors as it "
+                f"receives, but the tensor '{differ!s:.60}' is only in its {side}"
             )
         for name, old in gradient.items():
             shape = np.shape(old)[1:] if self.per_example else np.shape(old)
             if np.shape(changed[name]) != shape:
                 raise TaskError(
-                    f"gradient() of the local rule {self.name} returned '{name}' of shape "
-                    f"{np.shape(changed[name])}; expected the shape {shape}"
+                    f"gradient() of the local rule {self.name} returned the tensor '{name}' with "
+                    f"the shape {np.shape(changed[name])}; expected the shape {shape}"
                 )
         return dict(changed), state
 
@@ -132,7 +138,7 @@ class BoundRule:
         if not isinstance(kept, Mapping) or not isinstance(extra, Mapping):
             raise TaskError(
                 f"end() of the local rule {self.name} returned a {type(result).__name__}; "
-                "expected a mapping of names to arrays, which may be empty, or (kept, extra)"
+                "expected a mapping of names to arrays, or a pair (kept, extra) of two mappings"
             )
         try:
             self._kept.keep(*self._round, kept)

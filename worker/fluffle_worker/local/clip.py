@@ -34,7 +34,9 @@ class Clip:
 
     def gradient(self, gradient: Named, weights: Named, state: None) -> tuple[Named, None]:
         """Return the clipped gradient."""
-        length = sum((one * one).sum() for one in gradient.values()) ** 0.5
+        # The squares of 16-bit values would overflow.
+        wide = [one.astype("float32") if one.itemsize < 4 else one for one in gradient.values()]
+        length = sum((one * one).sum() for one in wide) ** 0.5
         factor = (self.norm / (length + _TINY)).clip(max=1)
         return {name: (one * factor).astype(one.dtype) for name, one in gradient.items()}, None
 

@@ -57,7 +57,7 @@ class DpSgd:
             import jax.numpy as jnp
         except ModuleNotFoundError:
             raise TaskError(
-                "the local rule 'dp_sgd' draws its noise with JAX, which is not installed; "
+                "the local rule 'dp_sgd' needs JAX for its noise, but JAX is not installed; run "
                 "pip install 'fluffle[worker]'"
             ) from None
 

@@ -40,8 +40,9 @@ def use_local_rule(task: Any, name: str) -> None:
     """
     if not isinstance(getattr(task, "local_rule", None), BoundRule):
         raise UsageError(
-            f"{_OPTION} {name} has no effect: this task applies no local rules; make the task "
-            "with flax_task or torch_task, or call self.local_rule in its train() (docs/tasks.md)"
+            f"{_OPTION} {name} has no effect, because this task applies no local rules; make the "
+            "task with flax_task or torch_task, or call self.local_rule in the task's train() "
+            "(docs/tasks.md)"
         )
     task.local_rule = BoundRule(find_rule(name), name)
 
@@ -81,12 +82,14 @@ def _find_one(name: str) -> Any:
         hint = f"did you mean '{near[0]}'? " if near else ""
         raise UsageError(
             f"unknown local rule '{kind}' ({_OPTION}); {hint}choose from {', '.join(known)}, "
-            "or load your own with path.py:name"
+            "or load your own rule with path.py:name"
         )
     if callable(rule):
         return _call_factory(kind, rule, settings)
     if colon:
-        raise UsageError(f"the local rule '{kind}' takes no settings, but got '{settings}'")
+        raise UsageError(
+            f"the local rule '{kind}' takes no settings; remove the settings '{settings}'"
+        )
     return rule
 
 

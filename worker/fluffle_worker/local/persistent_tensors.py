@@ -52,9 +52,13 @@ class PersistentTensors:
         earlier = [kept for kept in self._all() if kept.run == run and kept.round < number]
         return max(earlier, key=lambda kept: kept.round).arrays if earlier else {}
 
-    def latest(self) -> Weights:
-        """Return the tensors of the last round; empty if there are none."""
-        return max(self._all(), key=lambda kept: kept.round).arrays if self._all() else {}
+    def latest(self, run: str = "") -> Weights:
+        """Return the tensors of the last round of ``run``, or of any run if it is empty.
+
+        Empty if there are none.
+        """
+        ours = [kept for kept in self._all() if run in ("", kept.run)]
+        return max(ours, key=lambda kept: kept.round).arrays if ours else {}
 
     def keep(self, run: str, number: int, arrays: Named) -> None:
         """Keep copies of a round's tensors; an empty mapping keeps nothing.
@@ -75,7 +79,8 @@ class PersistentTensors:
     def _all(self) -> list[_Kept]:
         if self._rounds is None:
             assert self._folder is not None
-            self._rounds = [_read(path) for path in self._files(self._folder)]
+            kept = [_read(path) for path in self._files(self._folder)]
+            self._rounds = sorted(kept, key=lambda one: one.round)  # 9999 is before 10000
         return self._rounds
 
     def _write(self, folder: Path, run: str, number: int, arrays: Weights) -> None:
@@ -92,8 +97,8 @@ class PersistentTensors:
                     other.unlink(missing_ok=True)
         except OSError as why:
             raise TaskError(
-                f"the worker's state cannot be written to {path} ({why.strerror}); make room "
-                "there, or choose another folder with --state-dir"
+                f"the worker's state cannot be written to {path} ({why.strerror}); free disk "
+                "space, or choose another folder with --state-dir"
             ) from None
 
     def _name(self, number: int) -> str:

@@ -9,7 +9,7 @@ from fluffle_worker.local.base import Named
 
 
 class ControlVariates(NamedTuple):
-    """The state of a training; arrays with the names and shapes of the model's tensors.
+    """The state of a training; arrays with the names and shapes of the tensors that travel.
 
     Args:
         server: ``c``, the mean of all workers' control variates, as broadcast.
@@ -25,7 +25,7 @@ class ControlVariates(NamedTuple):
 
 
 class Scaffold:
-    """Replaces each gradient ``g`` by ``g + c - c_k``.
+    """Replaces each gradient ``g`` by ``g + c - c_k``, but not those of personal tensors.
 
     Source: Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning",
     ICML 2020. Option II of the paper sets the new ``c_k`` to ``c_k - c + (x - y) / (K η)``, where
@@ -46,8 +46,8 @@ class Scaffold:
                 "the local rule 'scaffold' received no control variates from the coordinator; "
                 "start the coordinator with --strategy scaffold, or train without this rule"
             )
-        zeros = {name: one * 0 for name, one in received.items()}
-        server = {name: broadcast.get(name, zero) for name, zero in zeros.items()}
+        zeros = {name: one * 0 for name, one in received.items() if name in broadcast}
+        server = {name: broadcast[name] for name in zeros}
         own = {name: kept.get(name, zero) for name, zero in zeros.items()}
         return ControlVariates(server, own, zeros, 0)
 
@@ -58,9 +58,9 @@ class Scaffold:
         steps = state.steps + 1
         mean = {name: old + (gradient[name] - old) / steps for name, old in state.mean.items()}
         corrected = {
-            name: one + (state.server[name] - state.own[name]) for name, one in gradient.items()
+            name: gradient[name] + (c - state.own[name]) for name, c in state.server.items()
         }
-        return corrected, state._replace(mean=mean, steps=steps)
+        return {**gradient, **corrected}, state._replace(mean=mean, steps=steps)
 
     def end(self, trained: Named, state: ControlVariates) -> tuple[Named, Named]:
         """Keep the new ``c_k`` and send its change."""

@@ -22,10 +22,10 @@ def check_pair(data: Any, what: str) -> None:
     """
     given = type(data).__name__
     if not isinstance(data, tuple | list):
-        raise TaskError(f"{what} is of type {given}, but a pair (inputs, targets) is expected")
+        raise TaskError(f"{what} is of type {given}; expected a pair (inputs, targets)")
     if len(data) != 2:
         raise TaskError(
-            f"{what} is a {given} of {len(data)}, but a pair (inputs, targets) is expected"
+            f"{what} is a {given} with {len(data)} entries; expected a pair (inputs, targets)"
         )
 
 
@@ -36,19 +36,19 @@ def checked_array(value: Any, what: str) -> Any:
         TaskError: if it is not an array of numbers with a first axis; ``what`` names the data.
     """
     if isinstance(value, np.ma.MaskedArray):
-        raise TaskError(f"{what} has a masked array; fill the array, for example with filled(0)")
+        raise TaskError(f"{what} contains a masked array; fill it, for example with filled(0)")
     if not hasattr(value, "dtype") and hasattr(value, "__array__"):  # such as a pandas.DataFrame
         value = np.asarray(value)
     if not getattr(value, "shape", ()):
         raise TaskError(
-            f"{what} has {shown(value)} where an array is expected, with one entry per example; "
+            f"{what} contains {shown(value)}, but an array with one entry per example is expected; "
             "convert lists with numpy.asarray"
         )
     dtype = value.dtype
     if isinstance(dtype, np.dtype) and (dtype.kind not in _NUMBERS or dtype.names):
         raise TaskError(
-            f"{what} has an array of dtype {dtype}; convert this array to numbers, for example "
-            "with astype('float32')"
+            f"{what} contains an array of dtype {dtype}; convert this array to numbers, for "
+            "example with astype('float32')"
         )
     return value
 
@@ -100,11 +100,13 @@ def as_metrics(given: Any) -> dict[str, Callable[..., Any]]:
         return {}
     if not isinstance(given, Mapping) or not all(map(callable, given.values())):
         raise TaskError(
-            f"metrics= is {shown(given)}, but functions by name are expected, such as "
+            f"metrics= is {shown(given)}, but a mapping of names to functions is expected, such as "
             "{'accuracy': accuracy}"
         )
     if "loss" in given:
-        raise TaskError("metrics= has the name 'loss', which is that of loss=; choose another name")
+        raise TaskError(
+            "metrics= contains the name 'loss', which is reserved for loss=; choose another name"
+        )
     return dict(given)
 
 

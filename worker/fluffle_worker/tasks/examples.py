@@ -19,7 +19,7 @@ Examples = tuple[Any, Any]
 Stream = Callable[[int, np.random.Generator], Iterator[Examples]]
 """``(epoch, rng) -> batches``: called once per epoch, counted from 0."""
 _UNDIVIDED = (
-    "train_data is a function, whose batches cannot be divided among clients; give arrays, or a "
+    "train_data is a function, so its batches cannot be divided among clients; give arrays, or one "
     "task for each client"
 )
 _MUCH = 10  # An epoch of so many times num_examples is one that never ends.
@@ -91,8 +91,8 @@ class Streamed:
     ) -> None:
         if not num_examples:
             raise TaskError(
-                "train_data is a callable, so its number of examples is unknown; give "
-                "num_examples= as well"
+                "train_data is a function, so the number of its examples is unknown; also give "
+                "num_examples="
             )
         check_seed(sample_seed)
         self.num_examples = num_examples
@@ -130,16 +130,18 @@ class Streamed:
                 seen += count
                 if not plan.steps and seen > _MUCH * self.num_examples:
                     raise TaskError(
-                        f"train_data has yielded {seen} examples in epoch {epoch}, although "
-                        f"num_examples is {self.num_examples}; end each epoch, or let the "
-                        "coordinator set a number of --steps"
+                        f"train_data yielded {seen} examples in epoch {epoch}, but num_examples is "
+                        f"{self.num_examples}; end each epoch in train_data, or set --steps for "
+                        "the coordinator"
                     )
                 yield batch
                 done += 1
                 if done == plan.steps:
                     return
             if done == before:
-                raise TaskError(f"train_data yields no batch in epoch {epoch}")
+                raise TaskError(
+                    f"train_data yielded no batch in epoch {epoch}; expected at least one"
+                )
             epoch += 1
 
 
@@ -152,7 +154,7 @@ def count_of(arrays: Sequence[Any], what: str) -> int:
     counts: set[int] = {checked_array(array, what).shape[0] for array in arrays}
     if len(counts) != 1:
         if not counts:
-            raise TaskError(f"{what} has no arrays")
+            raise TaskError(f"{what} contains no arrays; expected at least one array")
         raise TaskError(
             f"the arrays of {what} have different numbers of examples "
             f"({', '.join(map(str, sorted(counts)))}); give all arrays the same length along the "

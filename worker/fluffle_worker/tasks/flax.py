@@ -41,7 +41,7 @@ from fluffle_worker.tasks.examples import (
     joined,
 )
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
-from fluffle_worker.tasks.jax_examples import on_device, picked, scored, summed
+from fluffle_worker.tasks.jax_examples import key_of, on_device, picked, scored, summed
 from fluffle_worker.tasks.model_parts import ModelParts
 from fluffle_worker.tasks.step_losses import StepLosses
 from fluffle_worker.user_code import FailedMetric
@@ -139,7 +139,7 @@ class FlaxTask:
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         if share_frozen and not self.frozen():
-            raise TaskError("share_frozen= has no effect, because frozen= selects no tensor")
+            raise TaskError("frozen= selects no tensor; remove share_frozen=, which has no effect")
         self.share_frozen = share_frozen
         self._personal = PersistentTensors()
         self._steps: dict[tuple[int, Any], FlatStep] = {}
@@ -185,7 +185,7 @@ class FlaxTask:
 
     def init(self, seed: int) -> Weights:
         """Return initial weights, determined by ``seed``."""
-        return self._parts.init(jax.random.key(seed))
+        return self._parts.init(key_of(seed))
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
         """Train from ``weights`` and return the result; see ``task.Task.train``.
@@ -202,12 +202,12 @@ class FlaxTask:
         learnt = parts.learnt(weights, self._personal.before(run, number))
         trained = _trained(plan)
         params = nnx.filter_state(learnt, trained)
-        _, frozen, rest = parts.at_home
+        key = key_of(plan.seed ^ self._sample_seed)
+        frozen, rest = parts.at_home.frozen, parts.seeded(key)
         learning_rate = plan.learning_rate or self._learning_rate
         optimizer_state = self._transform(learning_rate).init(params)
         step, steps = self._step(plan, params), data.steps(plan)
         losses = StepLosses(progress, steps, private=rule.per_example)
-        key = jax.random.key(plan.seed ^ self._sample_seed)
         state, still = Flat.of((learnt, rest, optimizer_state)), Flat.of(frozen)
         calls = step.run(learning_rate, state, still, data.source, data.batches(plan), key)
         for after, found in calls:
@@ -260,7 +260,8 @@ class FlaxTask:
     def _states(self, weights: Weights) -> tuple[Any, Any, Any]:
         self.check(weights)
         _, frozen, rest = self._parts.at_home
-        return self._parts.learnt(weights, self._personal.latest()), frozen, rest
+        personal = self._personal.latest(self.local_rule.run)
+        return self._parts.learnt(weights, personal), frozen, rest
 
     def _transform(self, learning_rate: Any) -> optax.GradientTransformation:
         optimizer = self._optimizer

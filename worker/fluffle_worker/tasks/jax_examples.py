@@ -1,4 +1,4 @@
-"""Examples on a JAX device, and how a model scores on them."""
+"""Examples on a JAX device, how a model scores on them, and random keys."""
 
 from __future__ import annotations
 
@@ -14,22 +14,30 @@ from fluffle_worker.tasks.checks import check_pair, checked_array
 from fluffle_worker.tasks.examples import Examples
 
 
+def key_of(seed: int) -> Any:
+    """Return a random key that depends on all bits of a seed; JAX ignores those above 32."""
+    key = jax.random.key(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
 def on_device(data: Examples, what: str, classes: Sequence[Any] = ()) -> Any:
     """Return (inputs, targets) on the device.
 
     Raises:
         TaskError: if they are not a pair of arrays of numbers, or a target is the index of no
-            class, for which JAX would compute a loss of NaN; ``what`` names the data.
+            class, for which JAX would compute a loss of NaN, or that of another class if the index
+            is negative; ``what`` names the data.
     """
     check_pair(data, what)
     inputs, targets = jax.tree.map(lambda part: checked_array(part, what), tuple(data))
     count = len(classes) if hasattr(classes, "__len__") else 0
     if count and getattr(targets, "ndim", 0) == 1 and jnp.issubdtype(targets.dtype, jnp.integer):
-        most = int(targets.max(initial=0))
-        if most >= count:
+        least, most = int(targets.min(initial=0)), int(targets.max(initial=0))
+        if least < 0 or most >= count:
+            found = least if least < 0 else most
             raise TaskError(
-                f"{what} has the target {most}, but classes= names {count}, with the targets 0 to "
-                f"{count - 1}"
+                f"{what} contains the target {found}, but classes= has {count} names, for the "
+                f"targets 0 to {count - 1}; name all classes"
             )
     return jax.device_put((inputs, targets))
 
@@ -44,12 +52,12 @@ def scored(function: Any, outputs: Any, targets: Any, count: int) -> Any:
         values = jnp.asarray(function(outputs, targets))
     except jax.errors.JAXTypeError as why:
         raise TaskError(
-            "JAX compiles this function, so the function may use jax.numpy, but not NumPy or "
-            "scikit-learn"
+            "JAX compiles the task's loss and metrics, so they cannot use NumPy or scikit-learn; "
+            "use jax.numpy instead"
         ) from why
     if values.shape and values.shape[0] != count:
         raise TaskError(
-            f"the function returned the shape {values.shape} for {count} examples; expected one "
+            f"the loss or a metric has the shape {values.shape} for {count} examples; expected one "
             "number for each example, or one number for all examples"
         )
     return values

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ class AtHome(NamedTuple):
         personal: trained here and kept between rounds.
         frozen: never trained; replaced by ``use_frozen`` alone.
         rest: neither parameters nor running statistics, such as dropout's random state; reset at
-            the start of each round.
+            the start of each training, for which ``seeded`` changes the random state.
     """
 
     personal: Any
@@ -52,8 +53,8 @@ class ModelParts:
     ) -> None:
         if isinstance(model, nnx.Module) or not callable(model):
             raise TaskError(
-                f"model= is {type(model).__name__}; a function that makes a module from rngs is "
-                "expected, such as the module's class, or lambda rngs: Module(rngs=rngs)"
+                f"model= is of type {type(model).__name__}; expected a function that makes a "
+                "module from rngs, such as the module's class, or lambda rngs: Module(rngs=rngs)"
             )
         self._frozen = nnx.All(AVERAGED, frozen)
         self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
@@ -65,7 +66,7 @@ class ModelParts:
         except jax.errors.JAXTypeError:  # the initializer branches on values: run eagerly
             like, compiled = model(nnx.Rngs(0)), lambda make: make
         if not isinstance(like, nnx.Module):
-            raise TaskError(f"model= made {type(like).__name__}; an nnx.Module is expected")
+            raise TaskError(f"model= made a {type(like).__name__}; expected an nnx.Module")
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
@@ -79,6 +80,7 @@ class ModelParts:
         self.at_home: AtHome = compiled(lambda: self._split(model(nnx.Rngs(0)))[2])()
         self._first_personal = named(self.at_home.personal)
         self._init = compiled(lambda key: self._split(model(nnx.Rngs(key)))[1])
+        self._seeded = jax.jit(_with_keys_from) if _has_keys(self.at_home.rest) else None
 
     @property
     def has_statistics(self) -> bool:
@@ -93,10 +95,19 @@ class ModelParts:
     def learnt(self, weights: Mapping[str, Array], personal: Mapping[str, Array]) -> Any:
         """Return the state that trains here, from received weights and kept personal tensors.
 
-        Its leaves are the given arrays; a compiled function moves them to its device.
+        Its leaves are the given arrays; a compiled function moves them to its device. Personal
+        tensors that were not kept are as initialized; kept ones that the model lacks are ignored.
         """
-        arrays = {**(personal or self._first_personal), **weights}
+        arrays = {**self._first_personal, **personal, **weights}
         return jax.tree.unflatten(self._tree, [arrays[name] for name in self._names])
+
+    def seeded(self, key: Any) -> Any:
+        """Return the rest for a training, with random states that depend on the training's key.
+
+        Otherwise all workers would draw the same dropout masks, in every round.
+        """
+        rest = self.at_home.rest
+        return rest if self._seeded is None else self._seeded(rest, key)
 
     def travelling(self, learnt: Any) -> dict[str, Array]:
         """Return the tensors of a trained state that travel, by name."""
@@ -142,22 +153,25 @@ class ModelParts:
         trained, names = [*self.form, *self._personal_form], listed(all_named)
         if not self.form:
             raise TaskError(
-                "federated= and frozen= leave no tensor of the model to send; the model has "
-                f"{names}"
+                "federated= and frozen= leave no tensor of the model to send; change the filters "
+                f"(tensors of the model: {names})"
             )
         if frozen is not False and not self._frozen_form:
-            raise TaskError(f"frozen= selects no tensor of the model; the model has {names}")
+            raise TaskError(
+                f"frozen= selects no tensor; change the filter (tensors of the model: {names})"
+            )
         params = [(path, leaf) for path, leaf in trained if isinstance(leaf, nnx.Param)]
         if not params:
             raise TaskError(
-                f"frozen= leaves no parameter of the model to train; the model has {names}"
+                "frozen= leaves no parameter of the model to train; change the filter (tensors of "
+                f"the model: {names})"
             )
         for path, leaf in params:
             dtype = leaf.get_value().dtype
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise TaskError(
-                    f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; make it "
-                    "an nnx.Variable that is not an nnx.Param, or select it with frozen="
+                    f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; make "
+                    "the parameter an nnx.Variable other than nnx.Param, or select it with frozen="
                 )
         _check_names(_names(trained))
 
@@ -179,6 +193,27 @@ def fill(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
     nnx.update(module, nnx.from_flat_state(filled))
 
 
+def _is_key(leaf: Any) -> bool:
+    return bool(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key))
+
+
+def _has_keys(state: Any) -> bool:
+    return any(map(_is_key, jax.tree.leaves(state)))
+
+
+def _with_keys_from(state: Any, key: Any) -> Any:
+    """Return a state with random bits of a key folded into each key in it."""
+    bits = jax.random.bits(key)
+
+    def folded(leaf: Any) -> Any:
+        if not _is_key(leaf):
+            return leaf
+        fold = jax.vmap(functools.partial(jax.random.fold_in, data=bits))
+        return fold(leaf.reshape(-1)).reshape(leaf.shape)
+
+    return jax.tree.map(folded, state)
+
+
 def _labelled(form: Any) -> Any:
     """Return the Flax state of this form with tensor names as its leaves."""
     return nnx.from_flat_state([(path, leaf.replace(tensor_name(path))) for path, leaf in form])
@@ -197,6 +232,6 @@ def _check_names(names: list[str]) -> None:
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:
         raise TaskError(
-            f"two tensors of the model have the name '{twice[0]}', which happens if the name of "
-            "a variable contains '/'; rename one of the two variables"
+            f"two tensors of the model have the name '{twice[0]}', because the name of a variable "
+            "contains '/'; rename one of the two variables"
         )

@@ -70,17 +70,17 @@ class SklearnTask:
         self.num_examples, self._sample_seed = len(targets), sample_seed
         check_seed(sample_seed)
         if not self.num_examples:
-            raise TaskError("train_data has no examples")
+            raise TaskError("train_data has no examples; expected at least one example")
         classifies = is_classifier(estimator)
         self._loss = loss or (_log_loss_or_error if classifies else _squared_error)
         own = {"accuracy": _accuracy} if metrics is None and classifies else metrics
         self._metrics = as_metrics(own)
         first: dict[str, Any] = {}
         if classifies:
-            known = np.unique(targets) if classes is None else np.asarray(classes)
-            self.classes = tuple(map(str, known))
-            first = {"classes": known}
+            first = {"classes": np.unique(targets) if classes is None else np.asarray(classes)}
         self._fresh = copy.deepcopy(estimator).partial_fit(inputs[:1], targets[:1], **first)
+        if classifies:
+            self.classes = tuple(map(str, self._fresh.classes_))
         if not all(isinstance(getattr(self._fresh, name, None), np.ndarray) for name in _TENSORS):
             raise TaskError(
                 f"{kind} has no coef_ and intercept_ after it is fitted; expected a linear "
@@ -148,6 +148,8 @@ def _checked(data: Any, what: str) -> tuple[Any, Any]:
     """
     check_pair(data, what)
     inputs, targets = checked_array(data[0], what), np.asarray(data[1])
+    if hasattr(inputs, "tocsr"):  # a sparse matrix, of whose formats not all can be indexed
+        inputs = inputs.tocsr()
     if not targets.shape or inputs.shape[0] != len(targets):
         raise TaskError(
             f"{what} has {inputs.shape[0]} inputs and {targets.size} targets; expected one "

@@ -159,7 +159,7 @@ class TorchTask:
         self._module = copy.deepcopy(self._made(0)).to(self._device)
         self._travel, self._frozen = self._split(federated, frozen)
         if share_frozen and not self._frozen:
-            raise TaskError("share_frozen= has no effect, because frozen= selects no tensor")
+            raise TaskError("frozen= selects no tensor; remove share_frozen=, which has no effect")
         self.share_frozen = share_frozen
         self._personal = PersistentTensors()
 
@@ -251,7 +251,8 @@ class TorchTask:
         """Evaluate ``weights``, with the latest personal tensors; None without held-out data."""
         if not self._held_out:
             return None
-        scores = self._scores(self._filled(weights, self._personal.latest()))
+        personal = self._personal.latest(self.local_rule.run)
+        scores = self._scores(self._filled(weights, personal))
         return EvalResult(scores.pop("loss"), self._held_out, scores)
 
     def _scores(self, module: nn.Module) -> dict[str, float]:
@@ -285,7 +286,7 @@ class TorchTask:
         else:
             losses = self._loss(call(module, inputs), targets)
             if not isinstance(losses, Tensor):
-                raise TaskError(f"loss= returned {shown(losses)}, but a tensor is expected")
+                raise TaskError(f"loss= returned {shown(losses)}; expected a tensor")
             value = losses.mean()
             value.backward()
             loss, gradients = value.detach(), {name: one.grad for name, one in params.items()}
@@ -362,14 +363,17 @@ class TorchTask:
         names = listed(tensors)
         if not travel:
             raise TaskError(
-                "federated= and frozen= leave no tensor of the model to send; the model has "
-                f"{names}"
+                "federated= and frozen= leave no tensor of the model to send; change the filters "
+                f"(tensors of the model: {names})"
             )
         if frozen is not False and not any(selected(frozen, name) for name in tensors):
-            raise TaskError(f"frozen= selects no tensor of the model; the model has {names}")
+            raise TaskError(
+                f"frozen= selects no tensor; change the filter (tensors of the model: {names})"
+            )
         if still >= params.keys():
             raise TaskError(
-                f"frozen= leaves no parameter of the model to train; the model has {names}"
+                "frozen= leaves no parameter of the model to train; change the filter (tensors of "
+                f"the model: {names})"
             )
         for name in still & params.keys():
             params[name].requires_grad_(False)

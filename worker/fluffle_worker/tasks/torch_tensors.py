@@ -43,8 +43,8 @@ def check_choice(tensors: Mapping[str, Any], **filters: Any) -> None:
     for name, one in tensors.items():
         if is_lazy(one):
             raise TaskError(
-                f"tensor '{name}' of the model has no shape before the first batch (a lazy module);"
-                " let model= call the module once with a batch"
+                f"tensor '{name}' of the model has no shape yet, because its module is lazy; let "
+                "model= call the module once with a batch"
             )
 
 
@@ -80,8 +80,8 @@ def trained_by(plan: Plan, module: nn.Module) -> dict[str, Any]:
     params: dict[str, Any] = dict(select_tensors(able, plan.train))
     if not params:
         raise TaskError(
-            f"the federation trains the tensors {', '.join(plan.train or ())[:200]}, but this "
-            "task's model trains none of them"
+            f"the coordinator's --train selects the tensors {', '.join(plan.train or ())[:200]}, "
+            "but this task's model trains none of these tensors; correct --train"
         )
     for name in able.keys() - params.keys():
         able[name].requires_grad_(False)

@@ -137,7 +137,7 @@ class Doing:
         if self.state == "gone":
             return "is gone"
         if self.heard_s is not None:
-            return f"{self.state} (heard {self.heard_s:.0f} s ago)"
+            return f"{self.state} (last heartbeat {self.heard_s:.0f} s ago)"
         if self.round is not None:
             return f"{self.state} for round {self.round}"
         return f"{self.state} {self.step}/{self.steps}" if self.steps else self.state

@@ -126,8 +126,8 @@ class Failure(RunEvent):
 
 @event(
     "stalled",
-    "round {round}: {worker} has been {state} at step {step} of {steps} for "
-    "{still_s:.0f} s without advancing; its heartbeats arrive (--stall-timeout)",
+    "round {round}: {worker} sends heartbeats, but has made no progress for {still_s:.0f} s "
+    "({state}, step {step} of {steps}); see --stall-timeout",
 )
 class Stalled(RunEvent):
     worker: Text = None
@@ -141,7 +141,7 @@ class Stalled(RunEvent):
 @event(
     "overweight",
     "round {round}: the update of {worker} claims {num_examples:example}, but is weighted as "
-    "{limit}, the most that {worker} announced or --max-examples allows",
+    "{limit:example}, the maximum that {worker} announced or that --max-examples sets",
 )
 class Overweight(RunEvent):
     worker: Text = None
@@ -172,7 +172,7 @@ class Committed(RunEvent):
     timings: Numbers = None
 
 
-@event("privacy", "round {round}: privacy spent so far: epsilon {epsilon:.4g} at delta {delta:g}")
+@event("privacy", "round {round}: privacy spent so far is epsilon {epsilon:.4g} at delta {delta:g}")
 class Privacy(RunEvent):
     round: Integer = None
     epsilon: Number = None

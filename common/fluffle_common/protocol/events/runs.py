@@ -69,7 +69,7 @@ class NoBroker(BrokerEvent):
 
     def _derived(self) -> dict[str, str]:
         local = (urlsplit(self.address or "").hostname or "") in _THIS_MACHINE
-        return {"remedy": " ('fluffle broker up' starts one here)" if local else ""}
+        return {"remedy": " (start a broker with 'fluffle broker up')" if local else ""}
 
 
 @event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
@@ -111,7 +111,7 @@ class Unblocked(RunEvent):
 
 @event(
     "no_journal",
-    "this run has no journal ({reason}); 'fluffle explain' and 'fluffle journal' cannot show "
+    "this run has no journal ({reason}), so 'fluffle explain' and 'fluffle journal' cannot show "
     "this run; everything else works",
 )
 class NoJournal(RunEvent):
@@ -133,7 +133,7 @@ class Disk(RunEvent):
     pause_s: Number = None
 
 
-@event("gap", "{dropped} earlier events are missing here: they could not be published")
+@event("gap", "{dropped} earlier events are missing here, because they could not be published")
 class Gap(RunEvent):
     dropped: Integer = None
 
@@ -165,8 +165,8 @@ class Waiting(RunEvent):
 
 @event(
     "untold",
-    "could not tell the workers that the run has ended: no broker for {waited_s:.0f} s; stop "
-    "the workers by hand",
+    "could not tell the workers that the run has ended, because no broker answered for "
+    "{waited_s:.0f} s; stop the workers by hand",
 )
 class Untold(RunEvent):
     waited_s: Number = None
@@ -188,7 +188,7 @@ class Stopped(RunEvent):
 
 @event(
     "interrupted",
-    "stopped; everything is in {folder}; the same command (without --fresh) goes on from there",
+    "stopped; run the same command (without --fresh) to go on with the run in {folder}",
     "odd",
 )
 class Interrupted(RunEvent):
@@ -241,7 +241,7 @@ class FirstWeights(RunEvent):
     parameters: Integer = None
 
 
-@event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}, once each")
+@event("frozen_sent", "sending the frozen tensors {digest:.12} once to each of {workers}")
 class FrozenSent(RunEvent):
     workers: Names = None
     digest: Text = None
@@ -249,8 +249,8 @@ class FrozenSent(RunEvent):
 
 @event(
     "frozen_differs",
-    "the frozen tensors of {worker} differ from those of {other}: give both workers the same ones, "
-    "or share them with share_frozen=True",
+    "the frozen tensors of {worker} and {other} differ; give both workers the same frozen tensors, "
+    "or share the frozen tensors with share_frozen=True",
     "odd",
 )
 class FrozenDiffers(RunEvent):

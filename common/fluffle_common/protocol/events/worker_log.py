@@ -55,8 +55,8 @@ class Alone(WorkerEvent):
 
 @event(
     "occupied",
-    "another worker has this id; waiting up to {pause_s:.0f} s, in case the other is an earlier "
-    "connection of this worker that the broker has not closed yet",
+    "another connection already uses this worker's ID; waiting up to {pause_s:.0f} s, in case the "
+    "broker has not closed an earlier connection of this worker yet",
     "odd",
 )
 class Occupied(WorkerEvent):
@@ -116,7 +116,7 @@ class Sent(WorkerEvent):
         }
 
 
-@event("unsent", "round {round}: not sent yet ({reason}); trying again", "odd")
+@event("unsent", "round {round}: the result is not sent yet ({reason}); trying again", "odd")
 class Unsent(WorkerEvent):
     round: Integer = None
     reason: Text = None
@@ -124,8 +124,8 @@ class Unsent(WorkerEvent):
 
 @event(
     "not_counted",
-    "round {round}: the update was rejected: {reason}; the worker trains again if the "
-    "coordinator sends the round's work again",
+    "round {round}: the update was rejected ({reason}); the worker trains again if the "
+    "coordinator asks again",
     "bad",
 )
 class NotCounted(WorkerEvent):
@@ -155,6 +155,6 @@ class Ended(WorkerEvent):
     reason: Text = None
 
 
-@event("leaving", "left; the same command joins again", "odd")
+@event("leaving", "left the federation; run the same command to join again", "odd")
 class Leaving(WorkerEvent):
     """The worker was asked to stop."""

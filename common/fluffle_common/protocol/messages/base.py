@@ -113,7 +113,7 @@ class TensorHeader(Header):
     tensors: Annotated[
         tuple[TensorEntry, ...],
         Strict(False),
-        Field(max_length=MAX_TENSORS),
+        Field(max_length=MAX_TENSORS, fail_fast=True),
         WrapValidator(_validate_table),
     ] = ()
 

@@ -63,7 +63,7 @@ Config = Annotated[dict[Annotated[str, Field(max_length=100)], Value], Field(max
 Critical = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=64)], ...],
     Strict(False),
-    Field(max_length=32),
+    Field(max_length=32, fail_fast=True),
 ]
 
 
@@ -80,6 +80,6 @@ def _check_size(classes: tuple[str, ...]) -> tuple[str, ...]:
 Classes = Annotated[
     tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
     Strict(False),
-    Field(max_length=MAX_CLASSES),
+    Field(max_length=MAX_CLASSES, fail_fast=True),
     AfterValidator(_check_size),
 ]

@@ -61,7 +61,7 @@ def parse(header: Any) -> Message:
         raise MalformedMessage(f"{path}: {first['msg']}"[:500]) from None
     if message.sealed is not None:
         raise MalformedMessage(
-            f"the payload is encrypted with '{message.sealed}', which cannot be decrypted here",
+            f"the payload is encrypted with '{message.sealed}', which this receiver cannot decrypt",
             "sealed",
         )
     if message.critical is not None:

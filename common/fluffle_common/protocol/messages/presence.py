@@ -57,9 +57,11 @@ class _Presence(Header):
     steps: Annotated[int, Field(ge=0)] = 0
     loss: Metric | None = None
     features: Annotated[
-        tuple[Annotated[str, Field(max_length=64)], ...], Strict(False), Field(max_length=32)
+        tuple[Annotated[str, Field(max_length=64)], ...],
+        Strict(False),
+        Field(max_length=32, fail_fast=True),
     ] = ()
-    frozen: Annotated[tuple[Digest, ...], Strict(False), Field(max_length=16)] = ()
+    frozen: Annotated[tuple[Digest, ...], Strict(False), Field(max_length=16, fail_fast=True)] = ()
 
 
 class Hello(_Presence):
@@ -70,9 +72,9 @@ class Hello(_Presence):
     """
 
     kind: Literal["hello"] = "hello"
-    protocols: Annotated[tuple[int, ...], Strict(False), Field(min_length=1, max_length=16)] = (
-        PROTOCOL,
-    )
+    protocols: Annotated[
+        tuple[int, ...], Strict(False), Field(min_length=1, max_length=16, fail_fast=True)
+    ] = (PROTOCOL,)
 
 
 class Heartbeat(_Presence):

@@ -57,8 +57,8 @@ class Registry:
         checked = check_codec(codec, where)
         if checked.name in OWN_NAMES:
             raise UsageError(
-                f"{where} has the name of one of fluffle's own codecs, '{checked.name}'; "
-                "choose another name"
+                f"the codec {where} has the name of a built-in codec, '{checked.name}'; choose "
+                "another name"
             )
         self._codecs[checked.name] = checked
         return checked
@@ -79,8 +79,8 @@ class Registry:
             if entry_point is None:
                 known = ", ".join(sorted({*self._codecs, *installed(GROUP)}))
                 raise UnknownCodec(
-                    f"unknown encoding '{name[:40]}'; choose from {known}, or load your own from a "
-                    "file with 'fluffle coordinator --compress' or 'fluffle replay --codec'"
+                    f"unknown codec '{name[:40]}'; choose from {known}, or load your own codec "
+                    "with 'fluffle coordinator --compress' or 'fluffle replay --codec'"
                 )
             self._load(entry_point)
         return self._codecs[name]
@@ -97,8 +97,8 @@ class Registry:
             ) from error
         if codec.name != entry_point.name:
             raise BrokenCodec(
-                f"{where} has the name '{codec.name}', but its entry point has the name "
-                f"'{entry_point.name}'"
+                f"the codec {where} has the name '{codec.name}', but its entry point has the name "
+                f"'{entry_point.name}'; use the same name for both"
             )
 
     def parse(self, spec: str) -> Codec:
@@ -144,29 +144,30 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
     """
     if not isinstance(codec, type):
         raise UsageError(
-            f"{where} is a {type(codec).__name__}, but a codec must be a class (docs/codecs.md)"
+            f"the object {where} is a {type(codec).__name__}, but a codec must be a class; see "
+            "docs/codecs.md"
         )
     name = getattr(codec, "name", None)
     if not isinstance(name, str) or not re.fullmatch(ENCODING_PATTERN, name):
         raise UsageError(
-            f"{where} has the name {name!r:.60}; use a name of 1 to 32 characters from a-z, 0-9, "
-            "'_' and '-'"
+            f"the codec {where} has the name {name!r:.60}; use a name of 1 to 32 characters from "
+            "a-z, 0-9, '_' and '-'"
         )
     for method in ("parse", "encode"):
         if not callable(getattr(codec, method, None)):
-            raise UsageError(f"{where} has no method '{method}' (docs/codecs.md)")
+            raise UsageError(f"the codec {where} has no method '{method}'; see docs/codecs.md")
     for method in ("parts", "decode"):
         attribute = inspect.getattr_static(codec, method, None)
         if not isinstance(attribute, staticmethod | classmethod):
             raise UsageError(
-                f"{where} has no static method '{method}'; mark the method @staticmethod, "
-                "because settings are not sent with an update"
+                f"the codec {where} has no static method '{method}'; mark the method "
+                "@staticmethod, because settings are not sent with an update"
             )
     dtypes = getattr(codec, "dtypes", None)
     if not isinstance(dtypes, tuple) or not isinstance(getattr(codec, "feeds_back", None), bool):
         raise UsageError(
-            f"{where} must set 'dtypes', such as ('float32', 'float64'), and must set "
-            "'feeds_back' to True or False (docs/codecs.md)"
+            f"the codec {where} must set 'dtypes' to a tuple, such as ('float32', 'float64'), and "
+            "'feeds_back' to True or False; see docs/codecs.md"
         )
     _check_parts(codec, where)
     return codec
@@ -178,23 +179,25 @@ def _check_parts(codec: Any, where: str) -> None:
         parts = codec.parts((4, 300))
     except (Exception, SystemExit) as error:
         raise UsageError(
-            f"{where} fails in parts((4, 300)): {type(error).__name__}: {error}"
+            f"the codec {where} fails in parts((4, 300)) with {type(error).__name__}: {error}"
         ) from error
     valid = isinstance(parts, tuple) and 1 <= len(parts) <= _MAX_PARTS
     if not valid or not all(isinstance(part, Part) for part in parts):
         raise UsageError(
-            f"{where} has parts {parts!r:.80}; expected a tuple of one or two Part objects"
+            f"the codec {where} has parts {parts!r:.80}; expected a tuple of one or two Part "
+            "objects"
         )
     for part in parts:
         if not _SUFFIX.fullmatch(part.suffix):
             raise UsageError(
-                f"{where} has a part with the suffix '{part.suffix[:40]}'; expected '' or '#' "
-                f"and 1 to {MAX_SUFFIX - 1} letters or digits"
+                f"the codec {where} has a part with the suffix '{part.suffix[:40]}'; expected '' "
+                f"or '#' and 1 to {MAX_SUFFIX - 1} letters or digits"
             )
         if part.dtype not in DTYPES:
             supported = ", ".join(sorted(DTYPES))
             raise UsageError(
-                f"{where} has a part of dtype '{part.dtype!s:.40}'; use one of {supported}"
+                f"the codec {where} has a part of dtype '{part.dtype!s:.40}'; use one of "
+                f"{supported}"
             )
         if not part.suffix and part.dtype in codec.dtypes:
             raise UsageError(
@@ -203,7 +206,7 @@ def _check_parts(codec: Any, where: str) -> None:
             )
     if len({part.suffix for part in parts}) < len(parts):
         raise UsageError(
-            f"{where} has two parts with the same suffix; give each part its own suffix"
+            f"the codec {where} has two parts with the same suffix; give each part its own suffix"
         )
 
 

@@ -96,7 +96,8 @@ class ContentChannel:
         prefetch: int = 0,
     ) -> None:
         self.number = number
-        self._socket, self._frame_max, self._on_delivery = socket, frame_max, on_delivery
+        self.frame_max = frame_max  # the most bytes of a frame
+        self._socket, self._on_delivery = socket, on_delivery
         self._publish_seq = 0  # the broker numbers messages the same way
         self._unconfirmed: dict[int, _Unconfirmed] = {}
         self._pending_gets: deque[asyncio.Future[Content | None]] = deque()
@@ -129,7 +130,7 @@ class ContentChannel:
         confirmation: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._publish_seq += 1
         self._unconfirmed[self._publish_seq] = _Unconfirmed(message_id, confirmation)
-        pieces: list[Body] = [head, *frames.bodies(self.number, body, self._frame_max)]
+        pieces: list[Body] = [head, *frames.bodies(self.number, body, self.frame_max)]
         if len(body) < LARGE_BYTES:
             self._socket.write(b"".join(pieces))
         else:
@@ -242,7 +243,7 @@ class ContentChannel:
             if message is None or message.confirmation.done():
                 continue
             if nacked:
-                message.confirmation.set_exception(QueueFull("the broker refused it"))
+                message.confirmation.set_exception(QueueFull("the broker refused the message"))
             elif message.return_reason is not None:
                 unroutable = Unroutable(f"no queue is bound: {message.return_reason}")
                 message.confirmation.set_exception(unroutable)

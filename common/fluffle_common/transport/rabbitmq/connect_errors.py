@@ -59,10 +59,11 @@ def handshake_error(
     """
     where, user, vhost = display_url(url), url.user or "guest", url.path[1:] or "/"
     if code == _ACCESS_REFUSED:
-        guest_note = ", and accepts 'guest' only from its own machine" if user == "guest" else ""
+        guest_note = " ('guest' may connect only from the broker's machine)"
         return BrokerError(
-            f"the broker at {where} rejects user '{user}' or the password{guest_note}; "
-            "correct them in --url amqp://user:password@host"
+            f"the broker at {where} rejects user '{user}' or the password"
+            f"{guest_note if user == 'guest' else ''}; correct the user and the password in --url "
+            "amqp://user:password@host"
         )
     if code != _NOT_ALLOWED:  # for example, it is starting or stopping
         return LinkLost(text)
@@ -70,18 +71,18 @@ def handshake_error(
         if was_connected:
             return LinkLost(text)
         return BrokerError(
-            f"the broker at {where} rejects a connection of user '{user}': {text}; raise the "
-            "limit with 'rabbitmqctl set_vhost_limits' or 'set_user_limits' (a fluffle process "
-            "has 2 connections)"
+            f"the broker at {where} rejects a connection of user '{user}' ({text}); raise the "
+            "limit with 'rabbitmqctl set_vhost_limits' or 'set_user_limits', because each fluffle "
+            "process has 2 connections"
         )
     if "not found" in text:
         return BrokerError(
-            f"the broker at {where} has no vhost '{vhost}'; create it with "
-            "'rabbitmqctl add_vhost', or correct the end of --url"
+            f"the broker at {where} has no vhost '{vhost}'; create the vhost with "
+            "'rabbitmqctl add_vhost', or correct the vhost at the end of --url"
         )
     return BrokerError(
-        f"the broker at {where} denies user '{user}' access to vhost '{vhost}' ({text}); check "
-        "the vhost in --url; 'fluffle broker permissions' prints the permissions that a user needs"
+        f"the broker at {where} denies user '{user}' access to vhost '{vhost}' ({text}); correct "
+        "the vhost in --url, or grant the permissions that 'fluffle broker permissions' prints"
     )
 
 
@@ -95,7 +96,7 @@ def tls_error(error: BaseException, url: URL) -> WrongNode | None:
         message = cause.verify_message.rstrip(".")
         match cause.verify_code:  # OpenSSL's X509_V_ERR_…
             case 10:
-                why, remedy = "has expired", "renew it on the broker"
+                why, remedy = "has expired", "renew the certificate on the broker"
             case 9:
                 why, remedy = "is not valid yet", "check the clocks of both machines"
             case 62 | 64:
@@ -103,18 +104,19 @@ def tls_error(error: BaseException, url: URL) -> WrongNode | None:
                 remedy = "use a host name from the certificate in --url, or renew the certificate"
             case _:
                 why = f"is not signed by a CA that this machine trusts ({message})"
-                remedy = "name the CA's file in --url: amqps://…?cafile=/path/ca.pem"
+                remedy = "name the CA's file in --url, as in amqps://…?cafile=/path/ca.pem"
         return WrongNode(f"the certificate of the broker at {where} {why}; {remedy}")
     reason = (cause.reason or str(cause)).upper().replace(" ", "_")
     if any(word in reason for word in _CERTIFICATE_ALERTS):
         return WrongNode(
-            f"the broker at {where} does not accept our certificate ({reason}); name one that it "
-            "trusts in --url: amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem"
+            f"the broker at {where} does not accept this client's certificate ({reason}); name a "
+            "certificate that the broker trusts in --url, as in "
+            "amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem"
         )
     if any(word in reason for word in _NOT_TLS_REASONS):
         return WrongNode(
-            f"the port at {where} does not use TLS ({reason}); write amqp://… into --url, "
-            "or the port of the broker's TLS listener (usually 5671)"
+            f"the port at {where} does not use TLS ({reason}); use amqp://… in --url, or give the "
+            "port of the broker's TLS listener (usually 5671)"
         )
     if any(word in reason for word in _VERSION_ALERTS):
         return WrongNode(
@@ -141,7 +143,7 @@ def probe_tls_error(url: URL, context: ssl.SSLContext | None) -> WrongNode | Non
         probe_context.check_hostname, probe_context.verify_mode = False, ssl.CERT_NONE
     host, port = url.host or "", url.port or (5671 if url.scheme == "amqps" else 5672)
     only_tls = WrongNode(
-        f"the broker at {display_url(url)} accepts only TLS connections; write amqps://… into --url"
+        f"the broker at {display_url(url)} accepts only TLS connections; use amqps://… in --url"
     )
     try:
         with (

@@ -59,14 +59,16 @@ class Consumer:
                 self._content_channel = await self._connection.content_channel(
                     self._channel, self._received.put_nowait, prefetch
                 )
+                underlay.on_consumer_cancel_callbacks.add(self._on_queue_deleted)
                 consume_ok = await underlay.basic_consume(
                     self._queue_name, _unused_callback, exclusive=exclusive, arguments=arguments
                 )
             except BaseException:  # else it would hold messages that nobody reads
-                await self._close_channel()
+                await asyncio.shield(self._close_channel())
                 raise
         self._channel.close_callbacks.add(self._lifetime.lose)
-        underlay.on_consumer_cancel_callbacks.add(self._on_queue_deleted)
+        if self._channel.is_closed:  # since the answer to our request
+            self._lifetime.give_up("the broker closed the channel of a consumer")
         self._tag = str(consume_ok.consumer_tag)
         self._lifetime.end_callbacks.add(self._on_link_end)
         return self
@@ -140,14 +142,14 @@ class Consumer:
         self._content_channel.close(self._lifetime.error())
 
     def _on_queue_deleted(self, *_: Any) -> None:
-        self._lifetime.give_up("a queue we read from was deleted")
+        self._lifetime.give_up("a queue that this process reads was deleted")
 
     async def _end(self) -> None:
         self._lifetime.end_callbacks.discard(self._on_link_end)
         self._content_channel.close(LinkLost("the consumer was closed"))
         if not self._lifetime.ended.is_set():
             self._channel.close_callbacks.discard(self._lifetime.lose)
-            await self._close_channel()
+            await asyncio.shield(self._close_channel())
 
     async def _close_channel(self) -> None:
         with contextlib.suppress(LinkLost, TimeoutError), map_exceptions():

@@ -56,9 +56,7 @@ _QUEUE_TYPE = re.compile(
     r"invalid arg 'x-queue-type'|queue.type|of type 'rabbit_\w+_queue'|NOT_IMPLEMENTED"
 )
 
-RIGHTS_REMEDY = (
-    "'fluffle broker permissions' prints the permissions that a worker or a coordinator needs"
-)
+RIGHTS_REMEDY = "grant the permissions that 'fluffle broker permissions' prints"
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -127,7 +125,7 @@ def _conflict(text: str) -> str:
     if match is None or match["argument"] in ("x-queue-type", "type"):
         return (
             f"a queue already exists on the broker with different arguments ({text}); use the same "
-            "--queue-type everywhere, or delete the old queue"
+            "--queue-type for the coordinator and all workers, or delete the old queue"
         )
     return (
         f"queue '{match['name']}' was created by another version of fluffle ({text}); stop "
@@ -152,19 +150,18 @@ def error_for_reply(text: str, user: str = "", right: Right | None = None) -> Tr
         return BrokerError(f"{_missing_permission(text, who, right)}; {RIGHTS_REMEDY}")
     if match := _TOO_LARGE.search(text):
         return BrokerError(
-            f"a message of {int(match['size']):,} bytes is above the broker's limit of "
-            f"{int(match[2]):,} (max_message_size); raise this limit in rabbitmq.conf "
-            "to 8388608 or more"
+            f"a message of {int(match['size']):,} bytes exceeds the broker's limit of "
+            f"{int(match[2]):,} bytes; raise max_message_size in rabbitmq.conf to 8388608 or more"
         )
     if match := _OTHER_USER.search(text):
         return BrokerError(
-            f"messages are sent as {who}, but this connection belongs to user "
-            f"'{match['user']}'; log in as {who} with --url amqp://user:password@host"
+            f"this process sends messages as {who}, but is logged in as user '{match['user']}'; "
+            f"log in as {who} with --url amqp://user:password@host"
         )
     if _LIMIT.search(text):
         return BrokerError(
-            f"the broker has reached a limit for {who} ({text}); raise or clear this limit with "
-            "'rabbitmqctl set_vhost_limits', 'set_user_limits' or in rabbitmq.conf"
+            f"the broker has reached a limit for {who} ({text}); raise or clear this limit in "
+            "rabbitmq.conf, or with 'rabbitmqctl set_vhost_limits' or 'set_user_limits'"
         )
     return LinkLost(text)
 
@@ -174,7 +171,7 @@ def _missing_permission(text: str, who: str, right: Right | None) -> str:
     if match := _TOPIC.search(text):
         return (
             f"the broker does not let {who} {right or 'write'} the routing key '{match['key']}' in "
-            f"exchange '{match['name']}' (a topic permission)"
+            f"exchange '{match['name']}' (a missing topic permission)"
         )
     if match := _ACCESS.search(text):
         name, entity = match["name"], match["what"]

@@ -211,7 +211,7 @@ def return_reason(payload: bytes) -> str:
     reason, after = _read_short(payload, _KIND_SIZE + 2)
     exchange, after = _read_short(payload, after)
     key, _ = _read_short(payload, after)
-    return f"{reason} at exchange '{exchange}' for '{key}'"
+    return f"{reason} at exchange '{exchange}' for the routing key '{key}'"
 
 
 def close_reason(payload: bytes) -> tuple[int, str]:
@@ -224,7 +224,7 @@ def blocked_reason(payload: bytes) -> str | None:
     """Return the reason in a ``BLOCKED`` method; None for ``UNBLOCKED``."""
     if kind_of(payload) == UNBLOCKED:
         return None
-    return _read_short(payload, _KIND_SIZE)[0] or "it gives no reason"
+    return _read_short(payload, _KIND_SIZE)[0] or "the broker gives no reason"
 
 
 def properties(payload: bytes) -> commands.Basic.Properties:

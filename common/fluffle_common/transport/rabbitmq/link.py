@@ -32,6 +32,7 @@ from fluffle_common.transport.base import (
     Properties,
     QueueFull,
     Since,
+    Unroutable,
 )
 from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
@@ -47,6 +48,8 @@ _CLOSE_TIMEOUT_S = 2.0
 _LITTLE_BYTES = 16 * 2**10
 # How many copies a tap prefetches; each may be a part of 4 MiB.
 _TAP_PREFETCH = 16
+# There is no such entity, or it is a queue that only the connection that declared it may use.
+_OUT_OF_REACH = (aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelLockedResource)
 
 _LOG = logger("transport.link")
 _T = TypeVar("_T")
@@ -135,24 +138,30 @@ class AmqpLink(Link):
         ask: Callable[[UnderlayChannel], Awaitable[_T]],
         right: Right | None = None,
     ) -> _T | None:
-        """Send a request that names an entity; return None if the entity does not exist.
+        """Send a request that names an entity; return None if the entity is out of reach.
 
-        The broker then closes the channel, so these requests have a channel of their own.
+        The broker then closes the channel, so these requests have a channel of their own. They go
+        on when the caller is cancelled: aiormq would close the channel, and if the broker closes it
+        at this moment, a second time, which ends the connection.
         """
         self._lifetime.check()
+        return await asyncio.shield(self._probe(ask, right))
+
+    async def _probe(
+        self, ask: Callable[[UnderlayChannel], Awaitable[_T]], right: Right | None
+    ) -> _T | None:
         async with self._probe_lock:
             with self._lifetime.requesting(right):
-                if self._probe_channel is None:
-                    self._probe_channel = self._connections[1].channel(publisher_confirms=False)
-                    await self._probe_channel.initialize()
-                underlay = await self._probe_channel.get_underlay_channel()
+                channel, self._probe_channel = self._probe_channel, None
+                if channel is None:
+                    channel = self._connections[1].channel(publisher_confirms=False)
+                    await channel.initialize()
                 try:
-                    return await ask(underlay)
-                except BaseException as error:
-                    self._probe_channel = None
-                    if isinstance(error, aiormq.exceptions.ChannelNotFoundEntity):
-                        return None
-                    raise
+                    answer = await ask(await channel.get_underlay_channel())
+                except _OUT_OF_REACH:
+                    return None
+                self._probe_channel = channel
+                return answer
 
     async def publish(
         self,
@@ -181,17 +190,41 @@ class AmqpLink(Link):
             headers=headers,
             durable=properties.durable,
         )
+        if len(head) > channel.frame_max and rest:
+            await self._publish_in_halves(body, properties, exchange, keys, urgent=urgent)
+            return
         unconfirmed = watch.add(len(head) + len(body))
         try:
             await channel.publish(head, properties.message_id, body)
         except QueueFull:
             if not self._quorum:
                 raise
-            why = "the broker refused a message: a queue is full, or is electing a new leader"
+            why = "the broker refused a message, because a queue is full or elects a new leader"
             self._lifetime.give_up(why)  # for the reason in _on_overdue
             raise self._lifetime.error() from None
         finally:
             watch.discard(unconfirmed)
+
+    async def _publish_in_halves(
+        self,
+        body: Body,
+        properties: Properties,
+        exchange: str,
+        keys: Sequence[str],
+        *,
+        urgent: bool,
+    ) -> None:
+        """Publish a message twice, because its keys do not fit into one frame."""
+        refusals: list[Unroutable | QueueFull] = []
+        middle = len(keys) // 2
+        for half in (keys[:middle], keys[middle:]):
+            try:
+                await self.publish(body, properties, exchange=exchange, keys=half, urgent=urgent)
+            except (Unroutable, QueueFull) as refusal:
+                refusals.append(refusal)
+        full = [refusal for refusal in refusals if isinstance(refusal, QueueFull)]
+        if full or len(refusals) == 2:  # else some queue has it
+            raise (full or refusals)[0]
 
     def _choose_channel(self, *, urgent: bool) -> tuple[ContentChannel, ConfirmWatch]:
         """Choose the channel to publish on.
@@ -223,7 +256,18 @@ class AmqpLink(Link):
 
     async def get(self, queue: str) -> Delivery | None:
         self._lifetime.check()
-        content = await self._get_channel.get(queue)
+        response = self._get_channel.get(queue)
+        try:
+            content = await response
+        except asyncio.CancelledError:
+            # The channel returns what is still to come, but not what came just before.
+            if (
+                not response.cancelled()
+                and not response.exception()
+                and (late := response.result())
+            ):
+                self._get_channel.requeue(late.tag)
+            raise
         return None if content is None else AmqpDelivery(content, queue)
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:

@@ -22,7 +22,7 @@ def hint(queue: QueueFigures, topology: Topology, alarms: Sequence[str] = ()) ->
         'worker w3 is not connected; 2 messages wait for it'
     """
     if not queue.known:
-        return f"foreign: fluffle has no such queue in federation {topology.federation}"
+        return f"foreign: fluffle uses no queue of this name in federation {topology.federation}"
     if queue.state in _STOPPED:
         return f"RabbitMQ reports this queue as {queue.state}"
     hints = (_blocked(queue, topology, alarms), _misuse(queue, topology), _growing(queue))
@@ -44,9 +44,9 @@ def _misuse(queue: QueueFigures, topology: Topology) -> str | None:
         return f"no coordinator is connected{_waiting(queue, 'one')}"
     at = f"--federation {topology.federation}"
     if queue.name == topology.rejected and queue.ready:
-        return f"{messages(queue.ready)} rejected: fluffle rejected {at}"
+        return f"{messages(queue.ready)} rejected; see 'fluffle rejected {at}'"
     if queue.name == topology.unrouted and queue.ready:
-        return f"{messages(queue.ready)} matched no queue: fluffle peek unrouted {at}"
+        return f"{messages(queue.ready)} matched no queue; see 'fluffle peek unrouted {at}'"
     return None
 
 

@@ -25,10 +25,10 @@ _AUTHORITY_END = re.compile(r"[/?#]")
 _TLS_OPTIONS = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ssl")
 _OPTIONS = (*_TLS_OPTIONS, "auth")
 _QUOTED = "#/?@:%[] "
-_QUOTE = "in the user, the password and the vhost, write " + ", ".join(
+_FORM = "write amqp://user:password@host:port/vhost or amqps://…"
+_QUOTE = f"{_FORM}, and in the user, the password and the vhost, write " + ", ".join(
     f"'{char}' as %{ord(char):02X}" for char in _QUOTED
 )
-_FORM = "write amqp://user:password@host:port/vhost or amqps://…"
 
 
 def split_urls(text: str) -> list[str]:
@@ -49,8 +49,8 @@ def parse_urls(text: str) -> list[URL]:
     urls = [_parse(url) for url in split_urls(text)]
     if len({url.path for url in urls}) > 1:
         raise UsageError(
-            "the nodes of a cluster share their vhosts: every URL in --url must end in the "
-            "same /vhost"
+            "the URLs in --url name different vhosts; end every URL in the same /vhost, because "
+            "the nodes of a cluster share their vhosts"
         )
     return urls
 
@@ -122,7 +122,7 @@ def _parse(url: str) -> URL:
         except (ValueError, TypeError):
             fault = f"it cannot be parsed; {_QUOTE}"
     if parsed is None:
-        raise UsageError(f"{_redacted(url)} is not the URL of a broker: {fault}; {_FORM}")
+        raise UsageError(f"{_redacted(url)} is not the URL of a broker: {fault}")
     return parsed
 
 
@@ -131,7 +131,7 @@ def _redacted(url: str) -> str:
     before, at, after = url.rpartition("@")
     scheme = re.match(r"[a-z]{1,10}://", before, re.IGNORECASE)
     if not at or _CONTROL.search(after):
-        return "what --url says"
+        return "the value of --url"
     return f"'{scheme[0] if scheme else ''}…@{after.partition('?')[0]}'"
 
 
@@ -139,34 +139,34 @@ def _fault(url: str) -> str | None:
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in ("amqp", "amqps"):
         known = re.fullmatch(r"[a-z]{1,10}", scheme) and colon
-        return f"it starts with '{scheme}://'" if known else "no scheme"
+        return (f"it starts with '{scheme}://'" if known else "it has no scheme") + f"; {_FORM}"
     if _CONTROL.search(url):
-        return f"a control character in it; {_QUOTE}"
+        return f"it contains a control character; {_QUOTE}"
     end = _AUTHORITY_END.search(rest)
     if end and "@" in rest[end.start() :]:
-        return f"'{end[0]}' before an '@': {_QUOTE}"
+        return f"it contains '{end[0]}' before an '@'; {_QUOTE}"
     if "#" in rest:
-        return f"'#' in it: {_QUOTE}"
+        return f"it contains '#'; {_QUOTE}"
     try:
         split = urlsplit(url)
         hostname = split.hostname
     except ValueError:
         return f"its host cannot be parsed; {_QUOTE}"
     if not hostname:
-        return "no host"
+        return f"it has no host; {_FORM}"
     if "," in hostname:
-        return "a comma in the host; for several nodes, write a whole URL for each"
+        return "its host contains a comma; for several nodes, write a whole URL for each node"
     try:
         _ = split.port
     except ValueError:
-        return f"its port is not a number up to 65535; if that was a password, {_QUOTE}"
+        return f"its port is not a number up to 65535; {_QUOTE}"
     return _wrong_option(split)
 
 
 def _wrong_option(split: SplitResult) -> str | None:
     for name in parse_qs(split.query, keep_blank_values=True):
         if name not in _OPTIONS:
-            return f"?{name:.40}= is not one of its options, which are {', '.join(_OPTIONS)}"
+            return f"it has the unknown option ?{name:.40}=; choose from {', '.join(_OPTIONS)}"
         if split.scheme == "amqp" and name in _TLS_OPTIONS:
-            return f"?{name}= needs TLS, which amqp:// does not use"
+            return f"its option ?{name}= needs TLS; write amqps://… instead of amqp://…"
     return None

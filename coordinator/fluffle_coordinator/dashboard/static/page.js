@@ -58,7 +58,7 @@ function link() {
     const ended = board.run?.phase === "ended" && board.run.source === "coordinator";
     state = ended ? "wait" : "bad";
     words = ended
-      ? "the run has ended and its coordinator is gone; waiting for another"
+      ? "the run has ended and its coordinator is gone; waiting for another coordinator"
       : `connection lost, retrying (${span(Math.round((Date.now() - lostAt) / 1000))})`;
   } else if (!board.run) {
     state = "wait";

@@ -150,7 +150,7 @@ def draw_letters(
     given = {"clients": clients, "per_client": per_client, "unseen": unseen, "seed": seed}
     for name, value in given.items():
         if value < least[name]:
-            raise UsageError(f"cannot draw: {name} is {value}, but must be at least {least[name]}")
+            raise UsageError(f"{name} is {value}; expected a number of at least {least[name]}")
     # Inside `out`, which may be a mount point, so that renaming stays on one file system.
     unfinished = out / ".unfinished"
     if out.exists() and not (out.is_dir() and set(out.iterdir()) <= {unfinished}):

@@ -1,0 +1,122 @@
+"""The intake of the coordinator: what it holds, and what reaches the machine."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fluffle_common.protocol.messages import FirstWeights, Hello, Message, Update
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, decode, encode
+from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.intake import Intake
+from fluffle_coordinator.service.settings import CoordinatorSettings
+
+TOPOLOGY = Topology("f")
+
+
+class Coordinator:
+    """The parts of a coordinator around an intake."""
+
+    def __init__(self, link: MemoryLink, **settings: Any) -> None:
+        self.link = link
+        self.state = SimpleNamespace(
+            run="r", has_weights=False, init_asked=None, hearing_s=0.0, link=1
+        )
+        self.events = asyncio.Queue[ev.Event]()
+        self.rejected = asyncio.Queue[str]()
+        self.intake = Intake(
+            CoordinatorSettings("f", rs.Rules(rounds=1), **settings),
+            TOPOLOGY,
+            task="t",
+            exchanges={},
+            aggregator=SimpleNamespace(max_header=MAX_HEADER_BYTES),  # type: ignore[arg-type]
+            outbox=self,  # type: ignore[arg-type]
+            state=lambda: self.state,  # type: ignore[arg-type, return-value]
+            post=self.events.put_nowait,
+            record=lambda _: None,
+        )
+
+    def bind(self, worker: str, session: str, *, again: bool) -> None:
+        pass
+
+    def reject(self, delivery: Any, wrong: Exception) -> None:
+        self.rejected.put_nowait(str(wrong))
+        delivery.ack()
+
+    async def send(self, message: Message, queue: str, payload: bytes = b"") -> None:
+        await self.link.publish(encode(message, payload), Properties(), exchange="", keys=[queue])
+
+    async def event(self) -> Any:
+        async with asyncio.timeout(10):
+            return await self.events.get()
+
+
+@pytest.fixture
+async def coordinator() -> Coordinator:
+    link = await MemoryBroker().open()
+    await link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w")])
+    return Coordinator(link, max_held_bytes=1000)
+
+
+@pytest.mark.parametrize("asked", [None, "other"])
+async def test_first_weights_that_nobody_wants_occupy_no_room(coordinator, asked):
+    coordinator.state.init_asked = asked
+    coordinator.intake._caught_up.set()
+    reading = asyncio.ensure_future(coordinator.intake.consume_updates(coordinator.link, 1))
+    unwanted = FirstWeights(federation="f", run="r", worker="w")
+    for _ in range(10):  # together larger than the room
+        await coordinator.send(unwanted, TOPOLOGY.updates, bytes(400))
+    async with asyncio.timeout(5):
+        while (await coordinator.link.counts(TOPOLOGY.updates)).ready or coordinator.link.unacked:
+            assert not reading.done()
+            await asyncio.sleep(0)
+    assert coordinator.intake._room.used_bytes == 0
+    assert coordinator.rejected.qsize() == (0 if asked is None else 10)
+    reading.cancel()
+
+
+async def test_a_round_can_have_thousands_of_updates():
+    link = await MemoryBroker().open()
+    await link.declare(TOPOLOGY.shared())
+    coordinator = Coordinator(link)
+    coordinator.intake._caught_up.set()
+    reading = asyncio.ensure_future(coordinator.intake.consume_updates(link, 1))
+    of = {"federation": "f", "run": "r", "round": 1, "base": "b", "num_examples": 1}
+    for number in range(3000):  # none is acknowledged until the round is on disk
+        update = Update(**of, worker=f"w{number}", seconds=0.0)
+        await coordinator.send(update, TOPOLOGY.updates)
+    names = {(await coordinator.event()).ticket.worker for _ in range(3000)}
+    assert len(names) == 3000
+    reading.cancel()
+
+
+async def test_a_missing_presence_queue_does_not_end_the_run(coordinator):
+    link = await MemoryBroker().open()  # the queue was deleted, and its consumer is told soon
+    sending = asyncio.ensure_future(coordinator.intake.send_echoes(link, 1))
+    for _ in range(10):
+        await asyncio.sleep(0)
+    assert not sending.done()
+    await link.declare(TOPOLOGY.shared())
+    async with asyncio.timeout(5):
+        while not (echo := await link.get(TOPOLOGY.presence)):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    assert decode(echo.body)[0].kind == "echo"
+    sending.cancel()
+
+
+async def test_tiny_heartbeats_cannot_stop_the_clock(coordinator):
+    presence = await coordinator.link.consume(TOPOLOGY.presence, prefetch=10)
+    reading = asyncio.ensure_future(coordinator.intake.read_presence(presence))
+    about = {"federation": "f", "worker": "w", "session": "s", "num_examples": 1, "task": "t"}
+    for heartbeat_s in (1e-9, 2.0):
+        await coordinator.send(Hello(**about, heartbeat_s=heartbeat_s), TOPOLOGY.presence)
+    first, second = await coordinator.event(), await coordinator.event()
+    assert (first.worker.heartbeat_s, second.worker.heartbeat_s) == (0.2, 2.0)
+    reading.cancel()
