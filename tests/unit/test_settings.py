@@ -33,6 +33,18 @@ def test_the_address_of_a_private_broker_stays_known_while_the_broker_is_down(
     assert broker_url_finder("amqp://elsewhere/")() == "amqp://elsewhere/"
 
 
+def test_a_private_broker_that_starts_late_is_found_after_a_change_of_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("FLUFFLE_STATE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    find = broker_url_finder(None)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # as the file of a task may
+    record = tmp_path / ".fluffle" / "broker" / "node.json"
+    record.parent.mkdir(parents=True)
+    record.write_text(json.dumps({"url": "amqp://127.0.0.1:5673/"}))
+    assert find() == "amqp://127.0.0.1:5673/"
+
+
 @pytest.mark.parametrize(
     ("url", "expected"),
     [
