@@ -21,7 +21,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
-from fluffle_common.tensors.groups import FROZEN, untrained
+from fluffle_common.tensors.groups import FROZEN, restore_untrained
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
@@ -319,9 +319,10 @@ class Aggregator:
         """Return the average, and the strategy's next state with the tensors that it broadcasts."""
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
+        restore_untrained(weights, self._base, self._plan.train)
         average = Average(
             number,
-            self._restored(weights),
+            weights,
             new_base(),
             asked,
             self._participants,
@@ -330,15 +331,6 @@ class Aggregator:
             strategy.spent(number),
         )
         return average, state, strategy.broadcast(state)
-
-    def _restored(self, weights: Weights) -> Weights:
-        """Undo what a strategy did to tensors that are not trained.
-
-        Noise, weight decay and the momentum of rounds that trained them move these tensors too.
-        """
-        for name, old in untrained(self._base, self._plan.train).items():
-            weights[name][...] = old
-        return weights
 
     def _close(self, average: Average, state: Any, broadcast: Weights) -> None:
         """Commit the average and begin the next sum."""

@@ -140,14 +140,6 @@ def examples_by_worker(participants: Iterable[Mapping[str, Any]]) -> dict[str, i
     return dict(examples)
 
 
-def most_examples(commits: Iterable[Mapping[str, Any]]) -> dict[str, int]:
-    """Return the largest number of examples that each worker was counted with."""
-    most: dict[str, int] = {}
-    for who in (who for line in commits for who in line["participants"]):
-        most[who["worker"]] = max(who["num_examples"], most.get(who["worker"], 0))
-    return most
-
-
 def median_norms(commits: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
     """Return the medians of the updates' norms that the machine remembered after these commits."""
     medians: tuple[float, ...] = ()
