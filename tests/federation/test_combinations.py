@@ -9,6 +9,7 @@ import pytest
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.schedules.buffered import Buffered
+from fluffle_coordinator.machine.selection import parse_selection
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.strategy_loading import load_strategy
@@ -191,5 +192,22 @@ def test_work_from_before_a_restart_with_other_settings_is_asked_for_again(
         body = [federation.weights(number)["body"][0] for number in range(4)]
         for number, plan in trained.items():
             assert body[number] - body[number - 1] == (plan.train is None)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("rule", ["uniform", "weighted", "round-robin", "fastest:0"])
+def test_a_restart_asks_no_more_workers_than_the_sample(federated, rule):
+    async def scenario(federation):
+        for steps, worker in enumerate("abcdef", start=2):
+            federation.worker(worker, Adder(federation.loop, steps=2 * steps))
+        rules = {"sample": 3, "min_workers": 6, "selection": parse_selection(rule)}
+        coordinator = federation.coordinator(2, **rules)
+        asked = (await coordinator.log.until("opened"))["asked"]
+        await coordinator.log.until("counted", 2)
+        await coordinator.kill()
+        assert (await federation.coordinator(2, **rules).end()).outcome == "finished"
+        assert federation.participants()[0] == sorted(asked)
+        assert [len(names) for names in federation.participants()] == [3, 3]
 
     federated(scenario)
