@@ -93,6 +93,10 @@ def test_what_the_buffered_schedule_would_ignore_is_refused(command, flags):
             "--over-provision 1.3 has no effect, .*; add --sample or --fraction",
         ),
         (
+            ("--select", "weighted", "--schedule", "buffered"),
+            "--select weighted has no effect with --schedule buffered, .*; add --concurrency",
+        ),
+        (
             ("--monitor", "test/accuracy", "--target", "0.9"),
             "--monitor test/accuracy is .*; add --evaluate, or monitor .* such as accuracy$",
         ),

@@ -27,7 +27,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
-from fluffle_coordinator.machine.selection import sample_size
+from fluffle_coordinator.machine.selection import UNIFORM, sample_size
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
@@ -116,6 +116,12 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         staleness=options["staleness"],
         late=options["late"],
     )
+    select = options["select"]
+    if options["schedule"] == "buffered" and options["concurrency"] is None and select != UNIFORM:
+        raise UsageError(
+            f"--select {select.name} has no effect with --schedule buffered, which gives work to "
+            "every idle worker; add --concurrency, or remove --select"
+        )
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
         rules=rules_for(strategy, rules, schedule_name, schedule),
