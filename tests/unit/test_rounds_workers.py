@@ -76,7 +76,7 @@ def test_a_tick_when_a_stall_is_due_reports_it(timeout_s, tenths):
 def test_what_a_round_waits_for_fits_a_narrow_terminal():
     run = heard("a", "b", "c", rules=Rules(rounds=1))
     run.update("a")
-    assert missing(run.state, run.now).startswith("b idle (heard ")
+    assert missing(run.state, run.now).startswith("b idle (last heartbeat ")
     assert in_brief(run.state, run.now) == "round 1: 2 idle"
 
 
