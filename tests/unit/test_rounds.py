@@ -995,6 +995,16 @@ def test_the_first_work_asks_for_no_evaluation_and_the_second_does():
     assert [fit.evaluate for fit in only(run.log, fx.SendFit)] == [False, True]
 
 
+def test_an_evaluation_that_comes_while_a_round_is_committed_is_recorded():
+    run = opened("a", "b", "c", rules=Rules(rounds=3, min_workers=3, quorum=Quorum(number=1)))
+    run.update("a")
+    run.committed("a")
+    assert not recorded(run.update("a"))  # it has no held-out data
+    assert not recorded(run.evaluation("b", 1))  # that of c may still come
+    assert recorded(run.committed("a")) == [(1, ["b"])]
+    assert run.state.evaluate_pending
+
+
 def test_an_evaluation_is_recorded_once_all_have_sent_theirs():
     run = second_round("a", "b")
     assert not recorded(run.evaluation("a", 1))
