@@ -124,7 +124,7 @@ def _max_norm(state: State) -> float:
         return math.inf
     middle = state.usual_norm
     if not middle:  # no earlier round is known, as after a restart
-        norms = list(state.norms.values())
+        norms = [norm for norm in state.norms.values() if norm > 0]
         middle = median_low(norms) if len(norms) >= 2 else math.inf
     return ratio * middle
 
