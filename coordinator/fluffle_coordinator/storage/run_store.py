@@ -228,6 +228,11 @@ class RunStore:
                 f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
             )
         if last < newest:
+            if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
+                raise RunError(
+                    f"{damage}; restore the file, or start a new run with --fresh: workers have the "
+                    "models of lost rounds, and epsilon would not count the repeated rounds twice"
+                )
             self.history.forget_after(last, lines)
             repairs.append(
                 f"{damage}; continuing from the newest intact checkpoint, which belongs to round "
