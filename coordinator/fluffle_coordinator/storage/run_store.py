@@ -230,8 +230,8 @@ class RunStore:
         if last < newest:
             if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
                 raise RunError(
-                    f"{damage}; restore the file, or start a new run with --fresh: workers have the "
-                    "models of lost rounds, and epsilon would not count the repeated rounds twice"
+                    f"{damage}; restore the file, or start a new run with --fresh, because workers "
+                    "received the model and epsilon does not count the repetition of a round"
                 )
             self.history.forget_after(last, lines)
             repairs.append(
