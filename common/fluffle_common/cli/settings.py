@@ -78,13 +78,7 @@ def management_of(url: str, given: str | None) -> str:
         UsageError: if ``given`` has a user, because the API gets that of ``url``.
     """
     from fluffle_common.transport.rabbitmq.management import management_base
-    from fluffle_common.transport.rabbitmq.urls import without_credentials
 
-    if given and (shown := without_credentials(given)) != given:
-        raise UsageError(
-            f"the URL of the management API {shown} has a user; leave out the user, because the "
-            "management API gets the user and the password of --url"
-        )
     return management_base(url, given, node_record(state_folder()))
 
 

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, without_credentials
 
@@ -115,8 +116,16 @@ def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> s
 
     ``given`` is the URL from the command line, if any, and ``record`` the record of the private
     node (``fluffle_broker.node.record``).
+
+    Raises:
+        UsageError: if ``given`` has a user, because the API gets that of ``url``.
     """
     if given:
+        if (shown := without_credentials(given)) != given:
+            raise UsageError(
+                f"the URL of the management API {shown} has a user; leave out the user, because "
+                "the management API gets the user and the password of --url"
+            )
         return given.rstrip("/")
     own = without_credentials(str(record.get("url"))) == without_credentials(url)
     if own and record.get("management_url"):
