@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="PATH.PY:NAME",
     help="Codec to load from your own file, given as path.py:name. The coordinator can then "
-    "select the codec. May be given several times. Installed codecs are found without this option.",
+    "select it. May be given several times. Installed codecs are found without this option.",
 )
 @click.option(
     "--local-rule",

@@ -69,7 +69,7 @@ def queues(
     else:
         echo(
             f"federation {federation} has no queues on this broker yet; start the coordinator and "
-            "the workers, which create the queues"
+            "the workers, which create them"
         )
     _warn(overview)
 

@@ -101,13 +101,13 @@ def run_option(command: Any) -> Any:
     "--evaluate",
     metavar="path.py:name",
     help="Your function to evaluate the model after every round: takes a dict of weights by name "
-    "and returns a dict of metrics by name. The next round starts after your function returns.",
+    "and returns a dict of metrics by name. The next round starts after it returns.",
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help="Your function to call after every commit. If your function returns a string, the run "
-    "ends with that string as the reason.",
+    help="Your function to call after every commit. If it returns a string, the run ends with "
+    "that string as the reason.",
 )
 @stopping_options
 @plan_options
@@ -203,12 +203,12 @@ def coordinator(**options: Any) -> None:
     """Run a federation: open rounds, average updates, keep models.
 
     The coordinator waits for workers and sends them the global weights. When a quorum of updates
-    has arrived, the coordinator averages the updates, weighted by their numbers of examples, and
-    opens the next round. The coordinator keeps every round's model in the run folder. A round's
-    updates are acknowledged when the round's model is on disk.
+    has arrived, it averages them, weighted by their numbers of examples, and opens the next round.
+    It keeps every round's model in the run folder, and acknowledges a round's updates when the
+    model is on disk.
 
     After Ctrl-C or a crash, the same command continues after the last committed round. A second
-    coordinator on the same run folder waits, and takes over when the first coordinator is gone.
+    coordinator on the same run folder waits, and takes over when the first one is gone.
 
     \b
       fluffle coordinator --federation letters --quorum 3

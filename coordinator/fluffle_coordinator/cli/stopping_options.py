@@ -33,6 +33,6 @@ stopping_options = option_group(
         type=seconds(min_open=True),
         metavar="SECONDS",
         help="Time limit for all rounds together, in seconds. The run ends after the round that "
-        "exceeds the time limit.",
+        "exceeds it.",
     ),
 )

@@ -104,7 +104,8 @@ def _check_no_evidence(probe: Probe, refused: Iterable[SentFit]) -> None:
     for sent in refused:
         if evidence := probe.accepted(sent):
             raise Unmet(
-                f"the worker had to refuse the work for round {sent.fit.round}, but sent {evidence}"
+                f"the worker did not refuse the work for round {sent.fit.round}, but sent "
+                f"{evidence}"
             )
 
 

@@ -85,8 +85,8 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     """Classify the letter in an image, with the model's confidence.
 
     The confidence is calibrated, so that predictions with a confidence of 90 % are right in about
-    90 % of the cases. To calibrate the confidence, the command divides the model's outputs by the
-    model's temperature. The workers determine the temperature on held-out letters.
+    90 % of the cases. To calibrate it, the command divides the model's outputs by a temperature
+    that the workers determine on held-out letters.
 
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png
