@@ -30,6 +30,8 @@ class Run:
         UsageError: if it is not a path, has no run, or the run has not committed a round yet.
     """
 
+    _kept: object = None  # keeps a temporary folder alive, as do the rounds
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder_path(folder)
         self._lines = read_history_lines(self.folder)
@@ -37,7 +39,7 @@ class Run:
     @cached_property
     def history(self) -> History:
         """The rounds, as rows (``run.history[-1]``) and columns (``run.history["loss"]``)."""
-        return History.read(self.folder)
+        return History.read(self.folder, self._kept)
 
     @property
     def weights(self) -> dict[str, Array]:

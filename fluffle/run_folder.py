@@ -18,12 +18,16 @@ from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_store import RunStore
 
 
+class _Kept:
+    """An object whose life is that of a temporary folder."""
+
+
 class RunFolder:
     """The folder of a run, locked while the context is open.
 
-    A temporary folder is deleted together with the ``Run`` that is returned to the user. If the run
-    fails, the folder is kept if a round was committed, and the user is told how to continue; after
-    Ctrl-C, so is the user of any other folder.
+    A temporary folder is deleted together with the ``Run`` that is returned to the user and the
+    rounds of its history. If the run fails, the folder is kept if a round was committed, and the
+    user is told how to continue; after Ctrl-C, so is the user of any other folder.
 
     Args:
         folder: the user's folder; None makes a temporary one.
@@ -81,7 +85,8 @@ class RunFolder:
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
         if self._temporary:
-            weakref.finalize(run, shutil.rmtree, self.store.folder, ignore_errors=True)
+            run._kept = _Kept()
+            weakref.finalize(run._kept, shutil.rmtree, self.store.folder, ignore_errors=True)
         return run
 
     def _how_to_continue(self) -> str:

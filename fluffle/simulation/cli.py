@@ -164,7 +164,7 @@ def simulate(**options: Any) -> None:
     settings = settings_of({**options, "min_workers": number})
     store = RunStore(options["folder"] or Path("runs") / settings.federation)
     done = 0 if options["fresh"] else committed(store.folder)
-    settings = tested_every(settings, whole, options["test_every"] or 1, done)
+    settings = tested_every(settings, whole, options["test_every"] or 1, store.folder)
     owned = devices(
         number,
         step_s=options["step_time"],

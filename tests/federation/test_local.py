@@ -192,6 +192,14 @@ def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
         run.plot()
 
 
+def test_a_temporary_folder_stays_as_long_as_a_round_of_its_run():
+    best = fluffle.run([Adder()], rounds=2).best
+    assert best.weights
+    checkpoint = best.checkpoint
+    del best
+    assert not checkpoint.exists()
+
+
 def test_a_temporary_folder_goes_with_its_run(tmp_path):
     run = fluffle.run([Adder()], rounds=1)
     folder = run.folder
