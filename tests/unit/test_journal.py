@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -29,6 +31,7 @@ from fluffle_common.protocol.wire_format import decode, encode
 from fluffle_common.transport.base import Link, Properties, QueueFull, QueueInUse, Unroutable
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.reconnect import Backoff
+from fluffle_coordinator.cli.journal import journal
 from fluffle_coordinator.observe.journal_file import JournalFile, read_journal_file
 from fluffle_coordinator.observe.journal_reader import read_journal
 from fluffle_coordinator.observe.journal_writer import Journal
@@ -526,3 +529,31 @@ async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkey
     ):
         async for _ in events:
             pass
+
+
+def test_the_command_shows_every_event_that_names_a_worker(tmp_path):
+    missing = (Doing("ada", "training", 3, 40), Doing("bob", "gone"))
+    told = [
+        ("opened", {"round": 1, "asked": ["ada", "bob"], "needed": 2}),
+        ("counted", {"round": 1, "worker": "ada", "num_examples": 1}),
+        (
+            "waiting",
+            Waiting(reason="still waiting", what="updates", round=1, missing=missing).fields(),
+        ),
+        ("frozen_sent", {"workers": ["ada"], "digest": "d" * 64}),
+        ("committed", {"round": 1, "participants": ["ada"]}),
+        ("joined", {"worker": "adam"}),
+        ("finished", {"reason": "ada"}),
+    ]
+    file = JournalFile(tmp_path, "f")
+    for name, fields in told:
+        file.record(from_fields(name, fields))
+    file.write()
+
+    def shown(worker: str) -> list[str]:
+        flags = ["--run", str(tmp_path), "--worker", worker, "--json"]
+        lines = CliRunner().invoke(journal, flags, catch_exceptions=False).output.splitlines()
+        return [json.loads(line)["event"] for line in lines]
+
+    assert shown("ada") == ["opened", "counted", "waiting", "frozen_sent", "committed"]
+    assert shown("bob") == ["opened", "waiting"]

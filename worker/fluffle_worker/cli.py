@@ -163,9 +163,11 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     transport = AmqpTransport(
         broker_url_finder(options["url"]), f"fluffle worker {name} of {federation}"
     )
-    task = _task(name, options)
+    # The code of the task may change the current folder.
+    state_dir = (options["state_dir"] or Path("runs/workers", federation, name)).absolute()
     for codec in options["codecs"]:
         load_codec(codec, "--codec")
+    task = _task(name, options)
     form = signature_of_task(task)
     settings = WorkerSettings(
         federation=federation,
@@ -173,7 +175,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         task=options["task"],
         heartbeat_s=options["heartbeat"],
         occupied_s=options["wait_id"],
-        state_dir=options["state_dir"] or Path("runs/workers", federation, name),
+        state_dir=state_dir,
         stay=options["stay"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )

@@ -310,10 +310,10 @@ def _events(
 
 def _concerns(event: Event, worker: str) -> bool:
     fields = event.fields
-    lists = (fields.get(key) for key in ("asked", "participants"))
-    return fields.get("worker") == worker or any(
-        worker in names for names in lists if isinstance(names, list)
-    )
+    lists = [fields.get(key) for key in ("asked", "participants", "workers", "missing")]
+    named = [one for many in lists if isinstance(many, list) for one in many]
+    names = [one.get("worker") if isinstance(one, Mapping) else one for one in [fields, *named]]
+    return worker in names
 
 
 def _print_json(event: Event) -> None:

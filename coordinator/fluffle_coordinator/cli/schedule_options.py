@@ -118,7 +118,7 @@ schedule_options = option_group(
         type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
         help="Function that reduces the weight of a stale update: constant, polynomial:a, "
-        "hinge:a,b or threshold:s (docs/schedules.md).  [default: polynomial:0.5]",
+        "hinge:a,b or threshold:b (docs/schedules.md).  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",
