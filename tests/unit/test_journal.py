@@ -528,7 +528,7 @@ async def test_an_internal_error_ends_the_journal_and_not_the_run(broker, capsys
         assert not task.done()
     errors = capsys.readouterr().err
     assert errors.count("the journal cannot be published") == 1
-    assert "the run goes on without a journal" in errors
+    assert "the run continues without a journal" in errors
 
 
 async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkeypatch):
