@@ -39,6 +39,7 @@ class Round:
         seconds: wall-clock time since the previous commit, or since the coordinator started.
         late: the number of updates that arrived too late.
         rejected: the number of messages that were rejected.
+        owner: keeps the folder of the model, if it is temporary, as long as this round exists.
     """
 
     number: int
@@ -53,6 +54,7 @@ class Round:
     seconds: float = 0.0
     late: int = 0
     rejected: int = 0
+    owner: object = field(default=None, repr=False, compare=False)
 
     @property
     def num_examples(self) -> int:
@@ -94,14 +96,18 @@ class History(Sequence[Round]):
     rounds: tuple[Round, ...]
 
     @classmethod
-    def read(cls, folder: Path) -> History:
+    def read(cls, folder: Path, owner: object = None) -> History:
         """Read the history in a run folder; the run may still be going on.
+
+        Args:
+            folder: the run folder.
+            owner: an object that keeps the folder, which the rounds refer to.
 
         Raises:
             UsageError: if the folder has no history, or it cannot be read.
         """
         rows = read_history(folder)
-        return cls(tuple(_round(row, folder) for row in rows if "checkpoint" in row))
+        return cls(tuple(_round(row, folder, owner) for row in rows if "checkpoint" in row))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -171,7 +177,7 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
     return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
 
 
-def _round(row: Mapping[str, Any], folder: Path) -> Round:
+def _round(row: Mapping[str, Any], folder: Path, owner: object) -> Round:
     participants = row["participants"]
     metrics = metrics_of(row)
     return Round(
@@ -196,4 +202,5 @@ def _round(row: Mapping[str, Any], folder: Path) -> Round:
         seconds=seconds_of(row["timings"]),
         late=row.get("late", 0),
         rejected=row.get("rejected", 0),
+        owner=owner,
     )

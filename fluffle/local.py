@@ -70,7 +70,7 @@ def run(
         on_round: called with each ``Commit``; ends the run if it returns a reason or raises
             ``StopRun``.
         folder: the run folder; an earlier run in it is continued. None means a temporary folder,
-            deleted together with the returned object.
+            deleted once nothing refers to the returned object or its rounds.
         federation: the name of the federation.
         url: the URL of a broker, ``amqp://…``, to use instead of the one in this process. Workers
             elsewhere can then join.

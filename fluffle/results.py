@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import html
 import os
+import shutil
+import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +22,19 @@ if TYPE_CHECKING:
     from fluffle_common.tensors.weights import Array
 
 
+class TemporaryFolder:
+    """A folder that is deleted once no object refers to this one, or at the end of the process."""
+
+    def __init__(self, folder: Path) -> None:
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+
+    def __deepcopy__(self, _: dict[int, Any]) -> TemporaryFolder:
+        return self
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()  # an unpickled run does not keep the folder
+
+
 class Run:
     """A run, read from its folder; ``fluffle.run`` returns one.
 
@@ -30,6 +45,8 @@ class Run:
         UsageError: if it is not a path, has no run, or the run has not committed a round yet.
     """
 
+    _owner: TemporaryFolder | None = None
+
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder_path(folder)
         self._lines = read_history_lines(self.folder)
@@ -37,7 +54,11 @@ class Run:
     @cached_property
     def history(self) -> History:
         """The rounds, as rows (``run.history[-1]``) and columns (``run.history["loss"]``)."""
-        return History.read(self.folder)
+        return History.read(self.folder, self._owner)
+
+    def own_folder(self) -> None:
+        """Delete the folder once nothing refers to this run, its rounds or a copy of them."""
+        self._owner = TemporaryFolder(self.folder)
 
     @property
     def weights(self) -> dict[str, Array]:
@@ -96,7 +117,8 @@ class Run:
                 axes.plot(numbers, _without_none(self.history[name]), "o-", label=name)
             axes.set_xlabel("round")
             axes.grid(alpha=0.3)
-            axes.legend(frameon=False)
+            for text in axes.legend(axes.lines, panel, frameon=False).get_texts():
+                text.set_parse_math(False)  # the name of a metric may be any text
             axes.xaxis.get_major_locator().set_params(integer=True)
         if file is not None:
             figure.savefig(file, dpi=150)

@@ -6,7 +6,6 @@ import asyncio
 import os
 import shutil
 import tempfile
-import weakref
 from pathlib import Path
 from typing import Self
 
@@ -21,9 +20,9 @@ from fluffle_coordinator.storage.run_store import RunStore
 class RunFolder:
     """The folder of a run, locked while the context is open.
 
-    A temporary folder is deleted together with the ``Run`` that is returned to the user. If the run
-    fails, the folder is kept if a round was committed, and the user is told how to continue; after
-    Ctrl-C, so is the user of any other folder.
+    A temporary folder is deleted once the user has neither the ``Run`` nor its rounds any more. If
+    the run fails, the folder is kept if a round was committed, and the user is told how to
+    continue; after Ctrl-C, so is the user of any other folder.
 
     Args:
         folder: the user's folder; None makes a temporary one.
@@ -81,7 +80,7 @@ class RunFolder:
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
         if self._temporary:
-            weakref.finalize(run, shutil.rmtree, self.store.folder, ignore_errors=True)
+            run.own_folder()
         return run
 
     def _how_to_continue(self) -> str:
