@@ -163,7 +163,14 @@ def test_an_argument_of_another_type_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"step_s": -1}, {"step_s": math.nan}, {"round_s": math.inf}, {"bytes_per_s": 0}],
+    [
+        {"step_s": -1},
+        {"step_s": math.nan},
+        {"step_s": "1"},
+        {"round_s": math.inf},
+        {"bytes_per_s": 0},
+        {"bytes_per_s": None},
+    ],
 )
 def test_a_device_of_impossible_speed_is_refused(wrong):
     ((name, value),) = wrong.items()
