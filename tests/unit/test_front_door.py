@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
@@ -134,6 +135,22 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
         fluffle.load_model(str(file))
     with pytest.raises(fluffle.UsageError, match="there is no model file"):
         fluffle.load_model(tmp_path / "absent")
+
+
+def test_arrays_of_any_framework_fill_a_module():
+    class Tensor:
+        shape, dtype = (1,), "torch.float32"
+
+        def __array__(self, dtype=None, copy=None):
+            return np.ones(1, np.float32)
+
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    fluffle.load_into(model, {"kernel": model.kernel[...], "bias": Tensor()})
+    assert model.bias[...].tolist() == [1.0]
+
+
+def test_the_parameters_of_both_ways_to_run_are_shown():
+    assert inspect.signature(fluffle.arun) == inspect.signature(fluffle.run)
 
 
 def test_an_argument_of_another_type_is_named(tmp_path):
