@@ -39,7 +39,6 @@ class Round:
         seconds: wall-clock time since the previous commit, or since the coordinator started.
         late: the number of updates that arrived too late.
         rejected: the number of messages that were rejected.
-        owner: keeps the folder of the model, if it is temporary, as long as this round exists.
     """
 
     number: int
@@ -54,7 +53,6 @@ class Round:
     seconds: float = 0.0
     late: int = 0
     rejected: int = 0
-    owner: object = field(default=None, repr=False, compare=False)
 
     @property
     def num_examples(self) -> int:
@@ -101,7 +99,7 @@ class History(Sequence[Round]):
 
         Args:
             folder: the run folder.
-            owner: an object that keeps the folder, which the rounds refer to.
+            owner: an object that keeps a temporary folder; the rounds refer to it.
 
         Raises:
             UsageError: if the folder has no history, or it cannot be read.
@@ -180,7 +178,7 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
 def _round(row: Mapping[str, Any], folder: Path, owner: object) -> Round:
     participants = row["participants"]
     metrics = metrics_of(row)
-    return Round(
+    made = Round(
         number=row["round"],
         participants=examples_by_worker(participants),
         checkpoint=folder / row["checkpoint"],
@@ -202,5 +200,6 @@ def _round(row: Mapping[str, Any], folder: Path, owner: object) -> Round:
         seconds=seconds_of(row["timings"]),
         late=row.get("late", 0),
         rejected=row.get("rejected", 0),
-        owner=owner,
     )
+    vars(made)["_owner"] = owner  # not a field, so that it is in no table of the rounds
+    return made
