@@ -425,6 +425,13 @@ def test_a_reason_is_said_once():
     assert str(stopped.value).count("mine") == 1
 
 
+def test_a_task_without_examples_is_told_to_check_its_data():
+    empty = Adder()
+    empty.num_examples = 0
+    with pytest.raises(fluffle.TaskError, match="no examples to train on; check the task's data$"):
+        fluffle.run([empty], rounds=1)
+
+
 def test_errors_name_keywords_and_leave_command_lines_as_they_are():
     text = "--max-round, --run and --elsewhere; 'fluffle history --run x' (--deadline)"
     with pytest.raises(fluffle.RunError) as named, as_keywords():
