@@ -16,6 +16,7 @@ import numpy as np
 
 from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
+from fluffle.simulation.loop import hidden_loop
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.events import Traceback, Unfit
@@ -157,7 +158,8 @@ class Fleet:
         """Return the signature and the frozen tensors of a task's model."""
         whole = getattr(task, "whole", task)
         if id(whole) not in self._models:
-            self._models[id(whole)] = signature_of_task(task), FrozenTensors(whole)
+            with hidden_loop():
+                self._models[id(whole)] = signature_of_task(task), FrozenTensors(whole)
         return self._models[id(whole)]
 
     # --- messages received ---------------------------------------------------------------------
@@ -227,17 +229,18 @@ class Fleet:
                 await asyncio.sleep(0)
             self._acting = client.name
             try:
-                execute(
-                    job,
-                    client.task,
-                    {"federation": self._topology.federation, "worker": client.name},
-                    evaluated=lambda: None,
-                    progress=progress,
-                    residual=lambda: client.residual,
-                    results=self._results,
-                    form=form,
-                    frozen=frozen,
-                )
+                with hidden_loop():
+                    execute(
+                        job,
+                        client.task,
+                        {"federation": self._topology.federation, "worker": client.name},
+                        evaluated=lambda: None,
+                        progress=progress,
+                        residual=lambda: client.residual,
+                        results=self._results,
+                        form=form,
+                        frozen=frozen,
+                    )
             except BaseException as why:  # as in Trainer, even SystemExit
                 trace = why.__traceback__  # begins with this function
                 self._results.failed(why.with_traceback(trace and trace.tb_next))
