@@ -94,18 +94,16 @@ class History(Sequence[Round]):
     rounds: tuple[Round, ...]
 
     @classmethod
-    def read(cls, folder: Path, owner: object = None) -> History:
+    def read(cls, folder: Path, kept: object = None) -> History:
         """Read the history in a run folder; the run may still be going on.
 
-        Args:
-            folder: the run folder.
-            owner: an object that keeps a temporary folder; the rounds refer to it.
+        Each round refers to ``kept``, which keeps a temporary folder alive.
 
         Raises:
             UsageError: if the folder has no history, or it cannot be read.
         """
         rows = read_history(folder)
-        return cls(tuple(_round(row, folder, owner) for row in rows if "checkpoint" in row))
+        return cls(tuple(_round(row, folder, kept) for row in rows if "checkpoint" in row))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -175,7 +173,7 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
     return "".join(f"<{tag}>{html.escape(text)}</{tag}>" for text in texts)
 
 
-def _round(row: Mapping[str, Any], folder: Path, owner: object) -> Round:
+def _round(row: Mapping[str, Any], folder: Path, kept: object) -> Round:
     participants = row["participants"]
     metrics = metrics_of(row)
     made = Round(
@@ -201,5 +199,5 @@ def _round(row: Mapping[str, Any], folder: Path, owner: object) -> Round:
         late=row.get("late", 0),
         rejected=row.get("rejected", 0),
     )
-    vars(made)["_owner"] = owner  # not a field, so that it is in no table of the rounds
+    vars(made)["_kept"] = kept  # not a field, so that it is in no table of the rounds
     return made

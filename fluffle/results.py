@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import html
 import os
-import shutil
-import weakref
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,19 +20,6 @@ if TYPE_CHECKING:
     from fluffle_common.tensors.weights import Array
 
 
-class TemporaryFolder:
-    """A folder that is deleted once no object refers to this one, or at the end of the process."""
-
-    def __init__(self, folder: Path) -> None:
-        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
-
-    def __deepcopy__(self, _: dict[int, Any]) -> TemporaryFolder:
-        return self
-
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()  # an unpickled run does not keep the folder
-
-
 class Run:
     """A run, read from its folder; ``fluffle.run`` returns one.
 
@@ -45,7 +30,7 @@ class Run:
         UsageError: if it is not a path, has no run, or the run has not committed a round yet.
     """
 
-    _owner: TemporaryFolder | None = None
+    _kept: object = None  # keeps a temporary folder alive, as do the rounds
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = folder_path(folder)
@@ -54,11 +39,7 @@ class Run:
     @cached_property
     def history(self) -> History:
         """The rounds, as rows (``run.history[-1]``) and columns (``run.history["loss"]``)."""
-        return History.read(self.folder, self._owner)
-
-    def own_folder(self) -> None:
-        """Delete the folder once nothing refers to this run, its rounds or a copy of them."""
-        self._owner = TemporaryFolder(self.folder)
+        return History.read(self.folder, self._kept)
 
     @property
     def weights(self) -> dict[str, Array]:

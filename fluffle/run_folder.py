@@ -6,6 +6,7 @@ import asyncio
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Self
 
@@ -17,12 +18,19 @@ from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_store import RunStore
 
 
+class _Kept:
+    """An object whose life is that of a temporary folder."""
+
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
+
 class RunFolder:
     """The folder of a run, locked while the context is open.
 
-    A temporary folder is deleted once the user has neither the ``Run`` nor its rounds any more. If
-    the run fails, the folder is kept if a round was committed, and the user is told how to
-    continue; after Ctrl-C, so is the user of any other folder.
+    A temporary folder is deleted together with the ``Run`` that is returned to the user and the
+    rounds of its history. If the run fails, the folder is kept if a round was committed, and the
+    user is told how to continue; after Ctrl-C, so is the user of any other folder.
 
     Args:
         folder: the user's folder; None makes a temporary one.
@@ -80,15 +88,14 @@ class RunFolder:
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
         if self._temporary:
-            run.own_folder()
+            run._kept = _Kept()
+            weakref.finalize(run._kept, shutil.rmtree, self.store.folder, ignore_errors=True)
         return run
 
     def _how_to_continue(self) -> str:
         done = committed(self.store.folder)
-        call = (
-            f"repeat the call with folder={str(self.store.shown)!r} to go on with round {done + 1}"
-        )
-        return f"; {call}" if done else ""
+        call = f"repeat the call with folder={str(self.store.shown)!r}"
+        return f"; {call} to continue with round {done + 1}" if done else ""
 
 
 def committed(folder: Path) -> int:

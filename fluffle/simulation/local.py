@@ -11,7 +11,7 @@ from fluffle.federation import Tasks, by_name, make_task
 from fluffle.keywords import as_keywords, settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
-from fluffle.run_folder import RunFolder, committed
+from fluffle.run_folder import RunFolder
 from fluffle.simulation.availability import parse_availability
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
@@ -131,8 +131,7 @@ def simulate(
     def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         fresh = values["fresh"]
         with RunFolder(folder) as run_folder, Progress(progress, settings.rules.rounds) as shown:
-            done = 0 if fresh else committed(run_folder.store.folder)
-            tested = tested_every(settings, whole, test_every, done)
+            tested = tested_every(settings, whole, test_every, run_folder.store.folder)
             simulation = simulate_run(
                 tested, everybody, run_folder.store, shown, record=_show, fresh=fresh
             )

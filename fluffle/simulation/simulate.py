@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fluffle.run_folder import committed
 from fluffle.simulation.availability import ALWAYS, Availability
 from fluffle.simulation.devices import Device
 from fluffle.simulation.fleet import Client, Fleet
@@ -156,20 +158,21 @@ def clients_of(
 
 
 def tested_every(
-    settings: CoordinatorSettings, whole: Task | None, every: int, done: int
+    settings: CoordinatorSettings, whole: Task | None, every: int, folder: Path
 ) -> CoordinatorSettings:
     """Return settings that test models on the held-out data of the task that was divided.
 
-    They test every so many rounds' model, and the last one; ``done`` rounds are already committed.
-    They are unchanged if they already have an ``evaluate`` hook, or no task was divided.
+    They test every so many rounds' model, and the last one, of the run in ``folder``. They are
+    unchanged if they already have an ``evaluate`` hook, or no task was divided.
     """
     if settings.hooks.evaluate is not None or whole is None:
         return settings
-    number, results = done, Results(warn)
+    number, results = 0, Results(warn)
 
     def evaluate(weights: Weights) -> Mapping[str, float]:
         nonlocal number
-        number += 1
+        # Read now, because the coordinator may have gone back to an earlier round first.
+        number = number + 1 if number else committed(folder)
         if number % every and number != settings.rules.rounds:
             return {}
         returned = whole.evaluate(weights)  # a failure is one of the hook

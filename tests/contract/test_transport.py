@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.concurrency import run_all
-from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage
+from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
 from fluffle_common.protocol.transfer import Assembly
@@ -1170,6 +1170,17 @@ async def test_wrong_credentials_are_an_error_at_once(rabbit_url, old, new, mess
 async def test_an_unknown_vhost_is_an_error_at_once(rabbit_url):
     with pytest.raises(BrokerError, match="vhost"):
         await soon(AmqpTransport(f"{rabbit_url}no-such-vhost", "test").open())
+
+
+async def test_a_certificate_that_is_being_replaced_is_waited_for(tmp_path):
+    ca = tmp_path / "ca.pem"
+    transport = AmqpTransport(f"amqps://localhost:1/?cafile={ca}", "contract test")
+    with pytest.raises(UsageError, match="ca.pem"):
+        await transport.open()
+    transport._was_connected = True
+    ca.write_text("half a cert")
+    with pytest.raises(LinkLost, match="ca.pem"):
+        await transport.open()
 
 
 async def test_a_port_without_a_listener_is_a_lost_link(unused_tcp_port):

@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from fluffle_common.protocol.events import Resumed, from_fields
+from fluffle_common.transport.base import Properties
 from fluffle_coordinator.observe.run_view import RunView
 from tests.federation.harness import Adder
 
@@ -229,5 +230,22 @@ def test_a_round_reports_what_it_waits_for_after_ten_seconds(federated, step_s, 
             if name == "waiting" and f["what"] == "updates"
         ]
         assert waited == pytest.approx(expected, abs=0.3)
+
+    federated(scenario)
+
+
+def test_rejections_that_wait_behind_a_large_model_do_not_delay_heartbeats(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(min_workers=2)
+        await coordinator.log.until("connected")
+        sent = asyncio.Event()
+        coordinator.service._outbox._jobs.put(sent.wait)  # a model on a slow line
+        link = await federation.broker.open()
+        presence = [federation.topology.presence]
+        for _ in range(500):  # the heartbeats of a few workers of another version
+            await link.publish(b"garbage", Properties(), exchange="", keys=presence)
+        federation.worker("a")
+        await coordinator.log.until("joined", within_s=60)
+        sent.set()
 
     federated(scenario)

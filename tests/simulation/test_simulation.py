@@ -410,3 +410,11 @@ def test_every_nth_model_is_tested_after_a_resumption_too(tmp_path):
     for rounds in (3, 7):
         run = fluffle.simulate(Whole(0.0), clients=2, rounds=rounds, test_every=2, folder=tmp_path)
     assert [bool(one.test) for one in run.history] == [False, True, True, True, False, True, True]
+
+
+def test_the_last_model_is_tested_although_the_run_went_back_to_an_earlier_one(tmp_path):
+    fluffle.simulate(Whole(0.0), clients=2, rounds=4, test_every=3, folder=tmp_path)
+    last = tmp_path / "round-0004.safetensors"
+    last.write_bytes(last.read_bytes()[:-1])
+    run = fluffle.simulate(Whole(0.0), clients=2, rounds=7, test_every=3, folder=tmp_path)
+    assert [bool(one.test) for one in run.history] == [False, False, True, False, False, True, True]

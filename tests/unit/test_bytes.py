@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import deque
 from types import SimpleNamespace
 from typing import Any
@@ -281,6 +282,30 @@ async def test_a_part_that_cannot_even_be_rejected_does_not_end_the_run(link):
     assert await link.get(TOPOLOGY.outbox("w")) is None
 
 
+@pytest.mark.usefixtures("small_parts")
+async def test_a_cancelled_fetch_keeps_no_part(link):
+    transfer = (await send_as(link, "w")).transfer
+    (announcement,) = link.unacked
+    entered, leave = threading.Event(), threading.Event()
+
+    class Slow(Assembly):
+        def add(self, part: Part, payload: memoryview) -> None:
+            entered.set()
+            leave.wait()
+            super().add(part, payload)
+
+    fetching = asyncio.ensure_future(
+        fetch(link, TOPOLOGY.outbox("w"), Slow(transfer, 1000), TOPOLOGY.rejected)
+    )
+    await asyncio.to_thread(entered.wait)
+    fetching.cancel()
+    leave.set()
+    with pytest.raises(asyncio.CancelledError):
+        await fetching
+    assert link.unacked == [announcement]
+    assert (await link.counts(TOPOLOGY.outbox("w"))).ready == transfer.parts - 1
+
+
 async def test_progress_counts_the_parts_that_are_confirmed():
     confirms = deque[asyncio.Future[None]]()
 
@@ -465,6 +490,34 @@ async def test_a_refusal_is_sent_once_per_session_and_again_if_sending_failed(li
     assert [one.session for one in sent] == ["s", "t"]
     assert all(len(one.reason) == 1000 for one in sent)
     assert await link.get(TOPOLOGY.inbox("w")) is None
+
+
+async def test_messages_that_cannot_be_rejected_do_not_use_up_the_prefetch():
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare(TOPOLOGY.shared())
+    broker.delete(TOPOLOGY.rejected)
+
+    async def a_link() -> MemoryLink:
+        return link
+
+    outgoing = Outbox(
+        TOPOLOGY,
+        "r",
+        CoordinatorSettings("f", rs.Rules(rounds=1)),
+        link=lambda: link,
+        a_link=a_link,
+        record=lambda _: None,
+    )
+    running = asyncio.ensure_future(outgoing.run())
+    deliveries = await link.consume(TOPOLOGY.presence, prefetch=2)
+    for _ in range(5):
+        await link.publish(b"garbage", Properties(), exchange="", keys=[TOPOLOGY.presence])
+        async with asyncio.timeout(5):
+            outgoing.reject(await anext(deliveries), MalformedMessage("it is garbage"))
+            await outgoing.drained()
+    assert link.unacked == []
+    running.cancel()
 
 
 # --- headers -------------------------------------------------------------------------------------

@@ -233,7 +233,7 @@ def test_no_password_is_printed(written, url, shown):
     printed = CliRunner().invoke(command, ["--name", "n", "--url", url, "--print-config"])
     assert tomllib.loads(printed.output)["url"] == shown
     refused = invoke(written(f"name = 'n'\nurl = ['{url}']"))
-    assert f'url = ["{shown}"]: expected text in quotes' in str(refused.exception)
+    assert f'url = ["{shown}"] is not valid (expected text in quotes)' in str(refused.exception)
 
 
 def test_a_number_of_thousands_of_digits_is_an_error_in_the_file(written):

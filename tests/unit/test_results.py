@@ -187,7 +187,7 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
         ({"trained": ({}, 5)}, "train() returned ({}, 5); expected"),
         ({"new": None}, "train() returned None as the weights"),
         ({"new": {"w": np.zeros(4, np.float32)}}, "missing b"),
-        ({"new": {"w": np.zeros(4), "b": np.zeros(())}}, "is float64, expected float32"),
+        ({"new": {"w": np.zeros(4), "b": np.zeros(())}}, "is float64; expected float32"),
     ],
 )
 def test_a_training_without_an_update_fails_with_its_reason(returned, named):

@@ -76,7 +76,7 @@ def test_a_tick_when_a_stall_is_due_reports_it(timeout_s, tenths):
 def test_what_a_round_waits_for_fits_a_narrow_terminal():
     run = heard("a", "b", "c", rules=Rules(rounds=1))
     run.update("a")
-    assert missing(run.state, run.now).startswith("b idle (heard ")
+    assert missing(run.state, run.now).startswith("b idle (last heartbeat ")
     assert in_brief(run.state, run.now) == "round 1: 2 idle"
 
 
@@ -340,6 +340,14 @@ def test_an_outlier_is_rejected_with_the_option():
     assert (
         only(arrives(run, "c", 10), fx.Fold)[0].max_norm == 5.0
     )  # 5 times the lower median of 1 and 3
+
+
+def test_updates_that_change_nothing_set_no_limit_to_the_others():
+    run = heard("a", "b", "c", rules=Rules(rounds=2, max_norm_ratio=5.0))
+    for name in "ab":
+        arrives(run, name, 10)
+        folded(run, name, 0.0)
+    assert only(arrives(run, "c", 10), fx.Fold)[0].max_norm == math.inf
 
 
 # --- stalled and long work ---------------------------------------------------------------------

@@ -50,9 +50,9 @@ def node_record(state: Path) -> dict[str, str | int]:
     return record if isinstance(record, dict) else {}
 
 
-def broker_url(given: str | None, otherwise: str = DEFAULT_URL) -> str:
-    """Return the broker's URL: the given one, else the private node's, else ``otherwise``."""
-    return given or str(node_record(state_folder()).get("url") or otherwise)
+def broker_url(given: str | None) -> str:
+    """Return the broker's URL: the given one, else the private node's, else the default."""
+    return broker_url_finder(given)()
 
 
 def broker_url_finder(given: str | None) -> Callable[[], str]:
@@ -61,11 +61,11 @@ def broker_url_finder(given: str | None) -> Callable[[], str]:
     The private node may start later than this process, on another port. While the node is down, its
     last URL stays valid.
     """
-    latest = DEFAULT_URL
+    state, latest = state_folder().absolute(), DEFAULT_URL  # a task may change the current folder
 
     def find() -> str:
         nonlocal latest
-        latest = broker_url(given, latest)
+        latest = given or str(node_record(state).get("url") or latest)
         return latest
 
     return find
@@ -78,13 +78,7 @@ def management_of(url: str, given: str | None) -> str:
         UsageError: if ``given`` has a user, because the API gets that of ``url``.
     """
     from fluffle_common.transport.rabbitmq.management import management_base
-    from fluffle_common.transport.rabbitmq.urls import without_credentials
 
-    if given and (shown := without_credentials(given)) != given:
-        raise UsageError(
-            f"the URL of the management API {shown} has a user; leave out the user, because the "
-            "management API gets the user and the password of --url"
-        )
     return management_base(url, given, node_record(state_folder()))
 
 

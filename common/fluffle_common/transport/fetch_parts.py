@@ -54,7 +54,11 @@ async def fetch(
         async with contextlib.aclosing(_get(link, queue, counts.ready)) as deliveries:
             async for delivery in deliveries:
                 if storing is not None:
-                    await asyncio.shield(storing)
+                    try:
+                        await asyncio.shield(storing)
+                    except BaseException:
+                        delivery.release()  # else it would stay unacknowledged
+                        raise
                 storing = asyncio.create_task(_store(link, delivery, into, rejected, user))
                 if into.done_parts >= parts - 1:  # it may be the last one
                     await asyncio.shield(storing)
@@ -98,7 +102,8 @@ async def _get(link: Link, queue: str, count: int) -> AsyncGenerator[Delivery]:
         for left in range(count, 0, -1):
             while len(requests) < min(_WINDOW, left):
                 requests.append(asyncio.ensure_future(link.get(queue)))
-            delivery = await requests.popleft()
+            delivery = await requests[0]
+            requests.popleft()  # not earlier: if this is cancelled, its message is to be returned
             if delivery is None:
                 return
             yield delivery

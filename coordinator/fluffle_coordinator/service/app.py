@@ -45,7 +45,8 @@ from fluffle_coordinator.service.strategy_loading import (
 )
 from fluffle_coordinator.service.user_calls import leave
 from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.run_store import RunStore, Saved
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.saved_run import Saved
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource

@@ -49,11 +49,14 @@ from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import standby_of
-from fluffle_coordinator.storage.run_store import RunStore, Saved
+from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
+from fluffle_coordinator.storage.saved_run import Saved
 
 _LOG = logger("coordinator.machine")
 _JOURNAL_DRAIN_S = 2.0  # how long the end of a run waits for the broker to take the journal
+# Malformed ones stay unacknowledged while their rejection waits behind a model that is being sent.
+_PREFETCH = 1000
 _TICK_EVERY_S = 0.1  # minimum interval between timer checks under load
 
 
@@ -339,7 +342,7 @@ class Coordinator:
         await link.declare([entity for entity in self._topology.shared() if entity != journal])
         await self._declare_journal(journal, link)
         # Exclusive: the consumer of this queue is the federation's only active coordinator.
-        presence = await link.consume(self._topology.presence, prefetch=100, exclusive=True)
+        presence = await link.consume(self._topology.presence, prefetch=_PREFETCH, exclusive=True)
         self._standby.takes_over()
         self._link = link
         self._linked.set()

@@ -115,8 +115,19 @@ class Outbox:
             )
 
     def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
-        """Put a delivery into the rejected queue with the error, then acknowledge it."""
-        self._put(lambda link: reject(link, delivery, wrong, self._topology.rejected))
+        """Put a delivery into the rejected queue with the error, then acknowledge it.
+
+        It is dropped if there is no such queue, or no room in it.
+        """
+
+        async def job(link: Link) -> None:
+            try:
+                await reject(link, delivery, wrong, self._topology.rejected)
+            except (QueueFull, Unroutable):
+                delivery.ack()  # else such messages would use up the prefetch of their queue
+                raise
+
+        self._put(job)
 
     def prepare(self, weights: Weights, extra: Weights) -> asyncio.Future[str] | None:
         """Start to compute the digest of the weights and broadcast tensors, once per version.

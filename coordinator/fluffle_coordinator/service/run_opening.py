@@ -18,7 +18,8 @@ from fluffle_common.tensors.weights import Weights, check_finite, check_signatur
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.service.strategy_loading import check_same
-from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base
+from fluffle_coordinator.storage.run_store import RunStore, new_base
+from fluffle_coordinator.storage.saved_run import Saved
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology

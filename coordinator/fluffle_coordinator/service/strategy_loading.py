@@ -17,7 +17,7 @@ from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.user_calls import call_guarded
-from fluffle_coordinator.storage.run_store import Saved
+from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy

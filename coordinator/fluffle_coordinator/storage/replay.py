@@ -20,6 +20,7 @@ from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
+from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
@@ -146,6 +147,8 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     for contribution in contributions:
         state = strategy.fold(state, contribution)
     replayed, _ = strategy.finish(state, base)
+    trained = select_tensors(base, plan.train)
+    replayed = {n: t if n in trained else base.get(n, t) for n, t in replayed.items()}
     averages = _strategy_name(line) == FEDAVG.name
     opinion = _second_opinion(base, contributions) if averages else None
     return Replay(

@@ -25,12 +25,10 @@ import fcntl
 import json
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from fluffle_common.clock import timestamp
 from fluffle_common.durable_files import make_folder, replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
@@ -46,13 +44,14 @@ from fluffle_common.tensors.frozen import (
     read_frozen,
     save_frozen,
 )
-from fluffle_common.tensors.weights import Array, Weights
+from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
 from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
-from fluffle_coordinator.storage.run_file import RUN_FILE, read_run_file
+from fluffle_coordinator.storage.run_file import RUN_FILE, add_configuration, read_run_file
+from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -68,55 +67,6 @@ _RUN_FILES = (
     "sampling.secret",
 )
 _UNFINISHED = tuple(f"{name}.partial" for name in _RUN_FILES)  # left by a crash
-
-
-@dataclass(frozen=True)
-class Saved:
-    """The state of a run on disk; the defaults are those of a new run.
-
-    Args:
-        run: the run's id.
-        committed: the last committed round; 0 for none.
-        announced: the largest number of examples that each worker was counted with.
-        counted: the tickets of each round.
-        sequence: the highest sequence in these tickets.
-        earlier: the name of the weights that each round began with.
-        asked_in: the last round that each worker was asked in.
-        train_s: the seconds that each worker's last training took.
-        evaluated: whether the last model's evaluation is in the history.
-        weights: the last model; None if there are no weights yet.
-        metadata: of its checkpoint.
-        repairs: descriptions of what was repaired.
-        strategy: the name of the strategy that made the last model.
-        kept: the state that this strategy saved with it.
-        frozen: the frozen tensors of the model.
-    """
-
-    run: str
-    committed: int = 0
-    announced: Mapping[str, int] = field(default_factory=dict)
-    counted: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)
-    sequence: int = 0
-    earlier: Mapping[int, str] = field(default_factory=dict)
-    asked_in: Mapping[str, int] = field(default_factory=dict)
-    train_s: Mapping[str, float] = field(default_factory=dict)
-    evaluated: bool = True
-    weights: dict[str, Array] | None = None
-    metadata: dict[str, str] = field(default_factory=dict)
-    repairs: tuple[str, ...] = ()
-    strategy: str = FEDAVG.name
-    kept: Mapping[str, Array] = field(default_factory=dict)
-    frozen: Frozen = NO_FROZEN
-
-    @property
-    def participants(self) -> frozenset[str]:
-        """The participants of the last committed round."""
-        return frozenset(ticket.worker for ticket in self.counted.get(self.committed, ()))
-
-    @property
-    def base(self) -> str:
-        """The name of the weights; checkpoints of early versions of fluffle have none."""
-        return self.metadata.get("base", "unnamed")
 
 
 def new_base() -> str:
@@ -229,6 +179,11 @@ class RunStore:
                 f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
             )
         if last < newest:
+            if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
+                raise RunError(
+                    f"{damage}; restore the file, or start a new run with --fresh, because workers "
+                    "received the model and epsilon does not count the repetition of a round"
+                )
             self.history.forget_after(last, lines)
             repairs.append(
                 f"{damage}; continuing from the newest intact checkpoint, which belongs to round "
@@ -335,16 +290,10 @@ class RunStore:
         Raises:
             RunError: if run.json cannot be written.
         """
-        path, run = self.folder / RUN_FILE, read_run_file(self.folder)
-        configurations = run.setdefault("configurations", [])
-        new = json.loads(json.dumps(finite(configuration)))
-        if configurations:
-            last = configurations[-1]
-            when = {"from_round": last["from_round"], "since": last.get("since")}
-            # One that begins later is of rounds that were taken back.
-            if last == {**when, **new} and last["from_round"] <= committed + 1:
-                return
-        configurations.append({"from_round": committed + 1, "since": timestamp(), **new})
+        run = read_run_file(self.folder)
+        if not add_configuration(run, finite(configuration), committed):
+            return
+        path = self.folder / RUN_FILE
         try:
             with replacing(path) as file:
                 file.write(json.dumps(run, indent=1).encode() + b"\n")
@@ -391,8 +340,8 @@ class RunStore:
         last, newest = max(committed, default=0), newest_checkpoint(self.folder) or 0
         if (missing := next(n for n in count(1) if n not in committed)) < last:
             raise RunError(
-                f"the history.jsonl in {self.shown} has no line for the commit of round {missing}; "
-                "put the file back, or move the run aside with --fresh"
+                f"in {self.shown}, history.jsonl has no line for the commit of round {missing}; "
+                "restore history.jsonl, or move the run aside with --fresh"
             )
         if newest > last + 1 and last_intact(self.folder, newest, run, {})[0] > last + 1:
             known = f"ends at round {last}" if last else "has no committed round"

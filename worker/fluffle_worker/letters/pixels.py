@@ -114,7 +114,8 @@ def _grey(opened: Image.Image) -> Image.Image:
 
 def _scale_transparent_grey(opened: Image.Image) -> None:
     """Scale the transparent grey of a PNG of 2 or 4 bits to 8 bits, as Pillow scales the pixels."""
-    clear, raw_mode = opened.info.get("transparency"), opened.tile[0][3] if opened.tile else None
+    clear, tiles = opened.info.get("transparency"), getattr(opened, "tile", ())
+    raw_mode = tiles[0][3] if tiles else None
     levels = {"L;2": 4, "L;4": 16}.get(raw_mode, 0) if isinstance(raw_mode, str) else 0
     if isinstance(clear, int) and clear < levels:
         opened.info["transparency"] = clear * 255 // (levels - 1)

@@ -203,7 +203,7 @@ def _has_keys(state: Any) -> bool:
 
 def _with_keys_from(state: Any, key: Any) -> Any:
     """Return a state with random bits of a key folded into each key in it."""
-    bits = jax.random.bits(key)
+    bits = jax.random.bits(key, dtype=jnp.uint32)
 
     def folded(leaf: Any) -> Any:
         if not _is_key(leaf):

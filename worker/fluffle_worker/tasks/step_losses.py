@@ -31,9 +31,11 @@ class StepLosses:
 
     def add(self, loss: Any) -> None:
         """Add the loss of the step that was just begun, a number of the framework."""
+        previous: float | None = None
+        if self._losses:  # keeps only the last one on the device
+            previous = self._losses[-1] = float(self._losses[-1])
         self._losses.append(loss)
         done = len(self._losses)
-        previous = float(self._losses[-2]) if done > 1 else None
         self._progress(done, max(done, self._steps), None if self._private else previous)
 
     def metrics(self) -> dict[str, float]:

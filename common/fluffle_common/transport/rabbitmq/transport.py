@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fluffle_common.concurrency import cancelled
-from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
@@ -90,7 +90,12 @@ class AmqpTransport(Transport):
 async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
     """Open a connection; ``was_connected`` says that this process was connected before."""
     with_heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
-    context = tls_context(str(url))
+    try:
+        context = tls_context(str(url))
+    except UsageError as error:
+        if was_connected:  # the files are being replaced, as when a certificate is renewed
+            raise LinkLost(str(error)) from None
+        raise
     connection = Connection(with_heartbeat, name, context)
     try:
         await connection.connect(_CONNECT_TIMEOUT_S)
