@@ -6,12 +6,29 @@ import asyncio
 
 import pytest
 
-from fluffle_common.errors import LinkLost
+from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.events import Blocked, RunEvent, Unblocked
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Blocking, Properties, report_blocking
 from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.messaging import check_user
 from fluffle_common.transport.reconnect import Backoff, reconnecting
+
+
+@pytest.mark.parametrize(
+    ("sender", "fact"), [("guest", "the user guest sent it"), (None, "it has no user_id")]
+)
+async def test_a_delivery_of_another_or_an_unknown_user_is_rejected(sender, fact):
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare([Queue("q", "of a test")])
+    await link.publish(b"x", Properties(user=sender), exchange="", keys=["q"])
+    delivery = await link.get("q")
+    check_user(sender, delivery)
+    with pytest.raises(MalformedMessage) as error:
+        check_user("w", delivery)
+    assert str(error.value) == f"the message names w as its sender, but {fact}"
+    assert error.value.cause == "sender"
 
 
 async def test_changes_begin_with_the_current_state():
