@@ -116,6 +116,11 @@ def test_a_count_of_one_is_singular():
     one = from_fields("opened", {"round": 1, "asked": ["a"], "needed": 1})
     assert one.sentence() == "round 1: opened for a, 1 update needed"
     assert from_fields("opened", {"needed": 3}).sentence().endswith("3 updates needed")
+
+
+def test_an_empty_list_of_workers_is_nobody():
+    event = from_fields("reopened", {"reason": "0 of 3 updates", "asked": []})
+    assert event.sentence() == "0 of 3 updates; reopened for nobody"
     assert from_fields("opened", {}).sentence() == "round ?: opened for ?, ? updates needed"
     assert (
         from_fields("joined", {"worker": "a", "num_examples": 1}).sentence().endswith("1 example")

@@ -49,6 +49,7 @@ from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import standby_of
+from fluffle_coordinator.service.topology_watch import keep_bound
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
 from fluffle_coordinator.storage.saved_run import Saved
@@ -128,22 +129,19 @@ class Coordinator:
             averaged=self._send_ahead,
             folder=store.folder,
         )
-        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
-        self.enough = self._committer.enough
-        self.state = _begin(settings, saved, store, self.enough())
-
-    def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
-        return Intake(
-            self._settings,
-            self._topology,
-            task=task,
-            exchanges=exchanges,
+        self._intake = Intake(
+            settings,
+            topology,
+            task=saved.metadata.get("task", ""),
+            exchanges=exchanges or {},
             aggregator=self._aggregator,
             outbox=self._outbox,
             state=lambda: self.state,
             post=self._post,
             record=self._record,
         )
+        self.enough = self._committer.enough
+        self.state = _begin(settings, saved, store, self.enough())
 
     async def run(self) -> rs.State:
         """Run to the end and return the final state; cancelling loses nothing a restart needs.
@@ -258,6 +256,8 @@ class Coordinator:
     def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
+                if isinstance(effect, run_events.Reopened):
+                    self._outbox.bind_again(effect.asked or ())
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
@@ -275,12 +275,9 @@ class Coordinator:
                 self._committer.record_end(self.state.committed, outcome, reason)
                 self._outbox.perform(effect, self.state, None)
             case _:
+                model = self._aggregator
                 self._outbox.perform(
-                    effect,
-                    self.state,
-                    self._aggregator.weights,
-                    self._aggregator.broadcast,
-                    self._aggregator.frozen,
+                    effect, self.state, model.weights, model.broadcast, model.frozen
                 )
 
     def _send_ahead(self, number: int, base: str) -> None:
@@ -353,6 +350,7 @@ class Coordinator:
             self._intake.send_echoes(link, number),
             self._intake.consume_updates(link, number),
             report_blocking(link, self._record),
+            keep_bound(link, self._topology, journaled=self._journal is not None),
         ]
         await run_all(*tasks, *([self._journal.publish(link)] if self._journal else []))
 
