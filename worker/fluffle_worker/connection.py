@@ -132,7 +132,7 @@ class Connection:
             self._read(link, messages),
             self._send_heartbeats(link),
             _until_lost(link),
-            self._report_waiting(),
+            self._report_waiting(link),
             self._keep_queues(link),
             report_blocking(link, self._record),
         )
@@ -170,11 +170,12 @@ class Connection:
             await asyncio.sleep(_RENEW_EVERY_S)
             await self.renew_queues(link)
 
-    async def _report_waiting(self) -> None:
+    async def _report_waiting(self, link: Link) -> None:
+        """Report that no coordinator answers, unless the broker, which is reported, is why."""
         began = time.monotonic()
         while not self._joined():
             await asyncio.sleep(_WAITING_EVERY_S)
-            if not self._joined():
+            if not self._joined() and link.blocking.reason is None:
                 reason = (
                     "no coordinator of this federation has answered for "
                     f"{time.monotonic() - began:.0f} s; you can start the coordinator at any time"
