@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from fluffle_common.errors import BrokerError
@@ -85,5 +87,26 @@ def test_a_permission_that_only_binding_needs_may_be_taken_away(federated, monke
         coordinator = await in_round_1(federation)
         monkeypatch.setattr(MemoryLink, "bind", refuse)
         await check(federation, coordinator)
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("in_parts", [True], indirect=True)
+@pytest.mark.parametrize("after_s", [1.0, 4.5, 5.0, 6.0])
+def test_after_a_move_to_an_empty_broker_no_part_of_an_update_misses_its_outbox(
+    federated, after_s, in_parts
+):
+    async def scenario(federation):
+        coordinator, broker = await in_round_1(federation), federation.broker
+        await asyncio.sleep(after_s)
+        broker.stop()
+        for exchange in list(broker.exchanges):
+            broker.delete_exchange(exchange)
+        broker.queues.clear()
+        await asyncio.sleep(20.0)
+        broker.start()
+        await check(federation, coordinator)
+        assert not broker.queues[federation.topology.unrouted].ready
+        assert not coordinator.log.of("resend")
 
     federated(scenario)
