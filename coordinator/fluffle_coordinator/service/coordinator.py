@@ -129,19 +129,22 @@ class Coordinator:
             averaged=self._send_ahead,
             folder=store.folder,
         )
-        self._intake = Intake(
-            settings,
-            topology,
-            task=saved.metadata.get("task", ""),
-            exchanges=exchanges or {},
+        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
+        self.enough = self._committer.enough
+        self.state = _begin(settings, saved, store, self.enough())
+
+    def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
+        return Intake(
+            self._settings,
+            self._topology,
+            task=task,
+            exchanges=exchanges,
             aggregator=self._aggregator,
             outbox=self._outbox,
             state=lambda: self.state,
             post=self._post,
             record=self._record,
         )
-        self.enough = self._committer.enough
-        self.state = _begin(settings, saved, store, self.enough())
 
     async def run(self) -> rs.State:
         """Run to the end and return the final state; cancelling loses nothing a restart needs.
@@ -188,8 +191,7 @@ class Coordinator:
         await self._aggregator.drained()
         await self._committer.drained()
         await self._outbox.drained()
-        finished = self.state.outcome == "finished"
-        kind = run_events.Finished if finished else run_events.Stopped
+        kind = run_events.Finished if self.state.outcome == "finished" else run_events.Stopped
         self._record(kind(reason=self.state.reason))
 
     def exchange(self, sent: Sent) -> None:
@@ -386,6 +388,7 @@ def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore, enough:
         earlier=saved.earlier,
         asked_in=saved.asked_in,
         train_s=saved.train_s,
+        median_norms=saved.median_norms,
         announced=saved.announced,
         evaluated=saved.evaluated,
         enough=enough,
