@@ -277,10 +277,8 @@ class Coordinator:
                 self._committer.record_end(self.state.committed, outcome, reason)
                 self._outbox.perform(effect, self.state, None)
             case _:
-                model = self._aggregator
-                self._outbox.perform(
-                    effect, self.state, model.weights, model.broadcast, model.frozen
-                )
+                last = self._aggregator  # which has the last model
+                self._outbox.perform(effect, self.state, last.weights, last.broadcast, last.frozen)
 
     def _send_ahead(self, number: int, base: str) -> None:
         """Begin to send the work of the next round while its weights are being written to disk.
