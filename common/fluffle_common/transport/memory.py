@@ -344,4 +344,4 @@ def _conflict(wanted: Queue, existing: Queue) -> str:
             f"queue '{wanted.name}' already exists on the broker with different arguments; use the "
             "same --queue-type for the coordinator and all workers, or delete the old queue"
         )
-    return f"queue '{wanted.name}' was created by another version of fluffle; delete the queue"
+    return f"queue '{wanted.name}' already exists with different arguments; delete the queue"
