@@ -329,6 +329,23 @@ def test_a_layer_that_vmap_lacks_is_an_error_that_names_the_reason(
         train(task_of(**options, local_rule=DpSgd(1.0, 1.0)))
 
 
+def test_dp_sgd_accepts_batch_normalization_that_uses_the_statistics_it_received():
+    pytest.importorskip("jax")
+
+    class Still(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1), nn.Flatten(0))
+
+        def train(self, mode: bool = True) -> Any:
+            super().train(mode)
+            self[1].eval()
+            return self
+
+    expected = train(task_of(Still))
+    for name, one in train(task_of(Still, local_rule=DpSgd(1e9, 0.0))).items():
+        np.testing.assert_allclose(one, expected[name], rtol=1e-4, atol=1e-6, err_msg=name)
+
+
 def test_a_loss_that_is_no_tensor_is_named_with_dp_sgd_too():
     pytest.importorskip("jax")
     data = INPUTS, TARGETS

@@ -26,7 +26,6 @@ except ModuleNotFoundError:
         "torch_task needs PyTorch: pip install 'fluffle[torch]'", name="torch"
     ) from None
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
@@ -49,7 +48,11 @@ from fluffle_worker.tasks.examples import (
     mapped,
 )
 from fluffle_worker.tasks.step_losses import StepLosses
-from fluffle_worker.tasks.torch_gradients import gradients_of_examples, mean_loss
+from fluffle_worker.tasks.torch_gradients import (
+    gradients_of_examples,
+    mean_loss,
+    mixes_examples,
+)
 from fluffle_worker.tasks.torch_tensors import (
     Filter,
     arrays_of,
@@ -223,7 +226,7 @@ class TorchTask:
         run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)
         module = self._filled(weights, self._personal.before(run, number)).train()
         params = trained_by(plan, module)
-        rule.check_batches(mixed=any(isinstance(layer, _BatchNorm) for layer in module.modules()))
+        rule.check_batches(mixed=any(map(mixes_examples, module.modules())))
         optimizer = self._optimizer(
             list(params.values()), lr=plan.learning_rate or self._learning_rate
         )

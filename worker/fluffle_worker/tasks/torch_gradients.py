@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.cli.user_values import shown
@@ -25,6 +26,11 @@ def mean_loss(loss: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> An
     if not isinstance(losses, Tensor):
         raise TaskError(f"loss= returned {shown(losses)}; expected a tensor")
     return losses.mean()
+
+
+def mixes_examples(layer: nn.Module) -> bool:
+    """Return whether a layer normalizes each example with the statistics of its batch."""
+    return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
 
 
 def gradients_of_examples(
