@@ -83,6 +83,20 @@ def remembering() -> nn.Module:
     return module
 
 
+class ByFunctions(nn.Module):
+    """A module with attributes that are functions, which refer to it and to its layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = self.layer = nn.Linear(3, 4)
+        weight = self.weight = nn.Parameter(torch.ones(4))
+        self.body = lambda inputs, *, scale=2.0: torch.tanh(scale * layer(inputs))
+        self.outputs = lambda inputs: self.body(inputs) @ weight
+
+    def forward(self, inputs: Any) -> Any:
+        return self.outputs(inputs)
+
+
 def old_weight_norm() -> nn.Module:
     return first_column(nn.utils.weight_norm(nn.Linear(3, 4)), nn.Tanh(), nn.Linear(4, 1))
 
@@ -169,6 +183,7 @@ def by_torch(module: nn.Module, weights: Weights, optimizer: Any, inputs: Any) -
         ),
         (pruned, INPUTS, torch.optim.SGD),
         (remembering, INPUTS, torch.optim.SGD),
+        (ByFunctions, INPUTS, torch.optim.SGD),
     ],
 )
 def test_a_training_is_what_plain_pytorch_makes_of_it(
