@@ -998,6 +998,34 @@ async def test_using_a_missing_queue_loses_the_link(bench, what):
         await soon(asked())
 
 
+async def test_a_missing_queue_of_someone_else_is_empty(bench):
+    link = await bench.open()
+    assert await soon(link.get(f"{bench.names.federation}.missing", apart=True)) is None
+    queue = await bench.queue(link)
+    await put(link, queue, b"x")
+    assert (await soon(link.get(queue, apart=True))).body == b"x"
+
+
+@pytest.mark.rabbit
+@pytest.mark.parametrize("how", ["stream", "exclusive"])
+async def test_a_queue_that_its_owner_changes_does_not_lose_the_link(real, how):
+    owner, link = await real.open(), await real.open()
+    name = real.names.outbox("w")
+    arguments = {"x-queue-type": "stream"} if how == "stream" else {}
+    await owner.declare([Queue(name, "of a test", arguments)])
+    await put(owner, name, b"x")
+    if how == "exclusive":
+        await owner.consume(name, prefetch=1, exclusive=True)
+    gets = [asyncio.ensure_future(link.get(name, apart=True)) for _ in range(4)]
+    assert await soon(asyncio.gather(*gets)) == [None] * 4
+    sound = await real.queue(link)
+    await put(link, sound, b"y")
+    got = await soon(link.get(sound, apart=True))
+    got.ack()
+    await link.close()
+    assert await drain(owner, sound) == []
+
+
 # --- the broker itself -------------------------------------------------------------------------
 
 

@@ -343,11 +343,11 @@ class Cut:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link, name)
 
-    async def get(self, queue: str) -> Any:
+    async def get(self, queue: str, *, apart: bool) -> Any:
         if not self._left:
             raise LinkLost("cut")
         self._left -= 1
-        return await self._link.get(queue)
+        return await self._link.get(queue, apart=apart)
 
 
 async def test_a_link_lost_during_a_transfer_does_not_change_the_sum(summing):

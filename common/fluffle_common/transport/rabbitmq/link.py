@@ -12,7 +12,6 @@ the layers above must know about a reconnection, since all unacknowledged messag
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -20,7 +19,6 @@ import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as UnderlayChannel
 
-from fluffle_common.errors import LinkLost
 from fluffle_common.logs import logger
 from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
@@ -37,13 +35,13 @@ from fluffle_common.transport.base import (
 from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
-from fluffle_common.transport.rabbitmq.connection import Connection
+from fluffle_common.transport.rabbitmq.connection import Connection, close
 from fluffle_common.transport.rabbitmq.consumer import STREAM_PREFETCH, Consumer
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
 from fluffle_common.transport.rabbitmq.errors import Right, map_declare_errors, map_exceptions
+from fluffle_common.transport.rabbitmq.getter import Getter
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 
-_CLOSE_TIMEOUT_S = 2.0
 # Urgent messages use the other connection while more bytes than this are unconfirmed.
 _LITTLE_BYTES = 16 * 2**10
 # How many copies a tap prefetches; each may be a part of 4 MiB.
@@ -56,13 +54,23 @@ _T = TypeVar("_T")
 
 
 class AmqpLink(Link):
-    """A link over two open connections; call ``start`` before anything else."""
+    """A link over two open connections; call ``start`` before anything else.
 
-    def __init__(self, publishing: Connection, consuming: Connection, user: str) -> None:
+    ``connect`` opens a third connection, for messages that are taken from the queues of others.
+    """
+
+    def __init__(
+        self,
+        publishing: Connection,
+        consuming: Connection,
+        user: str,
+        connect: Callable[[], Awaitable[Connection]],
+    ) -> None:
         self.blocking = publishing.blocking
         self._connections = (publishing, consuming)
         self._user = user
         self._lifetime = Lifetime(user, lambda: consuming.close_reason)
+        self._getter = Getter(connect, self._lifetime)
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
         self._request_channel: AbstractChannel
         self._publish_channel: ContentChannel
@@ -254,20 +262,11 @@ class AmqpLink(Link):
         )
         return consumer.deliveries()
 
-    async def get(self, queue: str) -> Delivery | None:
+    async def get(self, queue: str, *, apart: bool = False) -> Delivery | None:
+        if apart:
+            return await self._getter.get(queue)
         self._lifetime.check()
-        response = self._get_channel.get(queue)
-        try:
-            content = await response
-        except asyncio.CancelledError:
-            # The channel returns what is still to come, but not what came just before.
-            if (
-                not response.cancelled()
-                and not response.exception()
-                and (late := response.result())
-            ):
-                self._get_channel.requeue(late.tag)
-            raise
+        content = await self._get_channel.take(queue)
         return None if content is None else AmqpDelivery(content, queue)
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
@@ -316,11 +315,5 @@ class AmqpLink(Link):
     async def close(self) -> None:
         self._lifetime.end()
         # Concurrently: each may run into its timeout, and reconnecting waits for both.
-        await asyncio.gather(*(close(connection) for connection in self._connections))
-
-
-async def close(connection: Connection) -> None:
-    """Close a connection within a short timeout; this never raises."""
-    with contextlib.suppress(LinkLost), map_exceptions():
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await connection.close()
+        connections = filter(None, (*self._connections, self._getter.connection))
+        await asyncio.gather(*map(close, connections))
