@@ -20,7 +20,7 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, digest_of
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import (
     MAX_LISTED_KEYS,
@@ -35,7 +35,7 @@ from fluffle_common.transport.base import (
 )
 from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
-from fluffle_common.transport.messaging import Route, reject, send_tensors
+from fluffle_common.transport.messaging import Route, reject, send_ahead, send_tensors
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
@@ -426,6 +426,33 @@ async def test_a_full_queue_does_not_affect_other_queues(bench):
     assert await drain(link, roomy) == [b"x"]
     for name in full:
         assert await drain(link, name) == [b"in the way"]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_a_receiver_that_refuses_does_not_keep_a_model_from_the_others(
+    bench, monkeypatch, ahead
+):
+    """Regression: a worker that declared its inbox like this kept the whole run from its work."""
+    monkeypatch.setattr("fluffle_common.protocol.wire_format.PART_BYTES", 64)
+    link = await bench.open()
+    exchange, sound = f"{bench.names.federation}.e", await bench.queue(link, "a")
+    refusing = await bench.queue(link, "b", x_overflow="reject-publish", x_max_length=0)
+    bindings = [Binding(sound, exchange, "a"), Binding(refusing, exchange, "b")]
+    await link.declare([Exchange(exchange, "direct"), *bindings])
+    of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
+    message = Update(**of, num_examples=1, seconds=0.0)
+    weights, route = {"w": np.arange(80.0)}, Route(exchange, ["a", "b"])
+    if ahead:
+        digest = asyncio.to_thread(digest_of, weights)
+        sending = (await soon(send_ahead(link, message, weights, route, digest=digest)))()
+    else:
+        sending = send_tensors(link, message, weights, route)
+    with pytest.raises(QueueFull):
+        await soon(sending)
+    announced, _ = decode((await soon(link.get(sound))).body)
+    into = Assembly(announced.transfer, 10_000)
+    await soon(fetch(link, sound, into, "rejected"))
+    assert into.payload() == weights["w"].tobytes()
 
 
 @pytest.mark.parametrize("bound", [{"x_max_length": 3}, {"x_max_length_bytes": 6}])

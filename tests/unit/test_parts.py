@@ -435,9 +435,9 @@ async def test_the_next_update_is_fetched_while_one_is_folded(summing, monkeypat
 async def test_updates_are_fetched_one_at_a_time(summing, monkeypatch):
     asked, get = [], MemoryLink.get
 
-    def noted(link: MemoryLink, queue: str) -> Any:
+    def noted(link: MemoryLink, queue: str, *, apart: bool) -> Any:
         asked.append(queue)
-        return get(link, queue)
+        return get(link, queue, apart=apart)
 
     monkeypatch.setattr(MemoryLink, "get", noted)
     for held in [await summing.send(worker, values(1)) for worker in "abc"]:

@@ -110,9 +110,10 @@ class Outbox:
         except Unroutable:
             pass  # the inbox expired with its worker; the machine notices the missing heartbeats
         except QueueFull as why:
-            self._record(
-                Waiting(reason=f"the broker has no room for a message ({why})", what="room")
-            )
+            self._record_refusal(why)
+
+    def _record_refusal(self, why: QueueFull) -> None:
+        self._record(Waiting(reason=f"the broker has no room for a message ({why})", what="room"))
 
     def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
         """Put a delivery into the rejected queue with the error, then acknowledge it.
@@ -352,8 +353,10 @@ class Outbox:
                         await asyncio.sleep(_STOP_PAUSE_S)  # until the coordinator drops the link
                     else:
                         return
-        except (TimeoutError, QueueFull):
+        except TimeoutError:
             self._record(Untold(waited_s=_STOP_PATIENCE_S))
+        except QueueFull as why:  # the queue of one worker; the others have it
+            self._record_refusal(why)
         except Unroutable:
             pass  # all inboxes have expired
 
