@@ -207,14 +207,37 @@ async def _send_parts(
     refusals.raise_first()
 
 
+def cut(delivery: Delivery, error: MalformedMessage, *, whole: bool = True) -> int:
+    """Cut the body of a delivery that is to be rejected, unless it is a valid message.
+
+    Args:
+        delivery: the delivery.
+        error: the reason of its rejection.
+        whole: False cuts a valid message, too.
+
+    Returns:
+        The size of the body before.
+    """
+    size_bytes = len(delivery.body)
+    if size_bytes > _KEPT_BYTES and (error.cause == "malformed" or not whole):
+        delivery.body = bytes(delivery.body[:_KEPT_BYTES])  # a copy, so that the rest is freed
+    return size_bytes
+
+
 async def reject(
-    link: Link, delivery: Delivery, error: MalformedMessage, rejected: str | Route
+    link: Link,
+    delivery: Delivery,
+    error: MalformedMessage,
+    rejected: str | Route,
+    *,
+    size_bytes: int | None = None,
 ) -> None:
     """Publish a delivery to the queue of rejected messages with the reason, then acknowledge it.
 
     ``rejected`` is the name of the queue, or a route to it for users who may not publish to the
-    default exchange.
+    default exchange. ``size_bytes`` is the size of its body before ``cut``, if that was called.
     """
+    size_bytes = cut(delivery, error) if size_bytes is None else size_bytes
     headers: dict[str, HeaderValue] = {
         **_bounded_headers(delivery.properties.headers),
         "reason": str(error),
@@ -222,17 +245,15 @@ async def reject(
         "rejected_at": timestamp(),
         "from": delivery.queue,
     }
-    body = delivery.body
-    if error.cause == "malformed" and len(body) > _KEPT_BYTES:
-        headers[CUT] = len(body)
-        body = bytes(body[:_KEPT_BYTES])
+    if len(delivery.body) < size_bytes:
+        headers[CUT] = size_bytes
     properties = Properties(
         type=delivery.properties.type,
         message_id=delivery.properties.message_id,
         headers=headers,
     )
     route = Route("", [rejected]) if isinstance(rejected, str) else rejected
-    await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
+    await link.publish(delivery.body, properties, exchange=route.exchange, keys=route.keys)
     delivery.ack()
 
 
