@@ -12,6 +12,8 @@ the layers above must know about a reconnection, since all unacknowledged messag
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -19,6 +21,7 @@ import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as UnderlayChannel
 
+from fluffle_common.errors import LinkLost
 from fluffle_common.logs import logger
 from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
@@ -187,9 +190,9 @@ class AmqpLink(Link):
             header = "CC" if len(keys) <= MAX_LISTED_KEYS else "BCC"  # the broker removes BCC
             headers[header] = rest
         channel, watch = self._choose_channel(urgent=urgent)
-        head = frames.publish(
-            channel.number,
-            len(body),
+        head_on = functools.partial(
+            frames.publish,
+            size=len(body),
             exchange=exchange,
             key=first,
             kind=properties.type,
@@ -198,6 +201,7 @@ class AmqpLink(Link):
             headers=headers,
             durable=properties.durable,
         )
+        head = head_on(channel.number)
         if len(head) > channel.frame_max and rest:
             await self._publish_in_halves(body, properties, exchange, keys, urgent=urgent)
             return
@@ -205,13 +209,39 @@ class AmqpLink(Link):
         try:
             await channel.publish(head, properties.message_id, body)
         except QueueFull:
-            if not self._quorum:
+            if not self._quorum or not await self._takes(head_on, properties.message_id, body):
                 raise
-            why = "the broker refused a message, because a queue is full or elects a new leader"
+            why = "the broker refused a message on one channel, but not on another"
             self._lifetime.give_up(why)  # for the reason in _on_overdue
             raise self._lifetime.error() from None
         finally:
             watch.discard(unconfirmed)
+
+    async def _takes(self, head_on: Callable[[int], bytes], message_id: str, body: Body) -> bool:
+        """Return whether a new channel takes a message that another one refused.
+
+        If it does not, the queue is full, or has no leader yet, or its owner wants it to refuse.
+        """
+        channel = self._connections[0].channel(publisher_confirms=True)
+        with self._lifetime.requesting():
+            try:
+                await channel.initialize()
+                fresh = await self._connections[0].content_channel(channel)
+                self._lifetime.end_callbacks.add(
+                    on_end := lambda: fresh.close(self._lifetime.error())
+                )
+                unconfirmed = self._watch.add(len(body))
+                try:
+                    await fresh.publish(head_on(fresh.number), message_id, body)
+                except (QueueFull, Unroutable):
+                    return False
+                finally:
+                    self._watch.discard(unconfirmed)
+                    self._lifetime.end_callbacks.discard(on_end)
+                return True
+            finally:
+                with contextlib.suppress(LinkLost), map_exceptions():
+                    await channel.close()
 
     async def _publish_in_halves(
         self,
