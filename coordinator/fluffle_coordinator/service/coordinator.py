@@ -190,8 +190,7 @@ class Coordinator:
         await self._aggregator.drained()
         await self._committer.drained()
         await self._outbox.drained()
-        finished = self.state.outcome == "finished"
-        kind = run_events.Finished if finished else run_events.Stopped
+        kind = run_events.Finished if self.state.outcome == "finished" else run_events.Stopped
         self._record(kind(reason=self.state.reason))
 
     def exchange(self, sent: Sent) -> None:
@@ -388,6 +387,7 @@ def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore, enough:
         earlier=saved.earlier,
         asked_in=saved.asked_in,
         train_s=saved.train_s,
+        median_norms=saved.median_norms,
         announced=saved.announced,
         evaluated=saved.evaluated,
         enough=enough,
