@@ -151,8 +151,10 @@ class MemoryLink(Link):
         source = self._find(stream, reads=True)
         return self._copy(source, source.ready[-1]) if source.ready else None
 
-    async def get(self, queue: str) -> Delivery | None:
+    async def get(self, queue: str, *, apart: bool = False) -> Delivery | None:
         self._check()
+        if apart and queue not in self._broker.queues:
+            return None
         source = self._find(queue)
         if not source.ready:
             return None
