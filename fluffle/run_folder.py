@@ -91,10 +91,8 @@ class RunFolder:
 
     def _how_to_continue(self) -> str:
         done = committed(self.store.folder)
-        call = (
-            f"repeat the call with folder={str(self.store.shown)!r} to go on with round {done + 1}"
-        )
-        return f"; {call}" if done else ""
+        call = f"repeat the call with folder={str(self.store.shown)!r}"
+        return f"; {call} to continue with round {done + 1}" if done else ""
 
 
 def committed(folder: Path) -> int:

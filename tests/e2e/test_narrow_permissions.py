@@ -98,7 +98,7 @@ def test_with_minimal_permissions_killed_programs_recover(run: Run) -> None:
     chief.send(signal.SIGKILL)
     assert chief.end() == -signal.SIGKILL
     second = run.chief(*rounds)
-    second.wait_for("going on with run")
+    second.wait_for("continuing run")
     assert [program.end() for program in (second, again, bob)] == [0, 0, 0]
     assert committed(run) == [["a.lice", "bob"]] * 200
 

@@ -307,7 +307,8 @@ def test_ctrl_c_ends_a_run_cleanly_and_names_how_to_continue(tmp_path, with_fold
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
     assert (
-        f"repeat the call with folder={str(folder)!r} to go on with round {committed + 1}" in stderr
+        f"repeat the call with folder={str(folder)!r} to continue with round {committed + 1}"
+        in stderr
     )
     assert "command" not in stderr
     run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
@@ -386,7 +387,7 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
                 time.sleep(0.01)
             return super().train(weights, plan, progress)
 
-    with pytest.raises(fluffle.RunError, match=r"the run stopped: .*to go on with round 2$"):
+    with pytest.raises(fluffle.RunError, match=r"the run stopped: .*to continue with round 2$"):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
 
 

@@ -129,7 +129,7 @@ def changed(**changes: Any) -> type:
         (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "with the same suffix"),
         (
             changed(parts=staticmethod(lambda shape: (Part("", "float32", shape),))),
-            "cannot be told from a tensor that is not encoded",
+            "looks like a tensor that is not encoded",
         ),
     ],
 )

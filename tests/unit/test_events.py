@@ -69,7 +69,7 @@ def test_the_metrics_of_an_evaluation_are_fields_too():
         ("joined", {"worker": "north", "num_examples": "many"}, "north joined with ? examples"),
         ("joined", {"worker": "north", "num_examples": True}, "north joined with ? examples"),
         ("joined", {"worker": ["north"], "mood": "good"}, "? joined with ? examples"),
-        ("opened", {"round": 1.0, "asked": "north"}, "round ?: opened for ?, ? updates needed"),
+        ("opened", {"round": 1.0, "asked": "north"}, "round ?: opened for ?; ? updates needed"),
         ("evaluated", {"loss": float("nan")}, "round ?: loss ? on ? held-out examples"),
         (
             "evaluated",
@@ -114,9 +114,9 @@ def test_events_of_a_worker_in_words(event, sentence):
 
 def test_a_count_of_one_is_singular():
     one = from_fields("opened", {"round": 1, "asked": ["a"], "needed": 1})
-    assert one.sentence() == "round 1: opened for a, 1 update needed"
+    assert one.sentence() == "round 1: opened for a; 1 update needed"
     assert from_fields("opened", {"needed": 3}).sentence().endswith("3 updates needed")
-    assert from_fields("opened", {}).sentence() == "round ?: opened for ?, ? updates needed"
+    assert from_fields("opened", {}).sentence() == "round ?: opened for ?; ? updates needed"
     assert (
         from_fields("joined", {"worker": "a", "num_examples": 1}).sentence().endswith("1 example")
     )

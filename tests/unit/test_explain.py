@@ -83,7 +83,7 @@ def test_a_stuck_round_names_the_missing_workers_and_the_time_left():
     assert explanation.missing == ["c"]
     assert explanation.left_s == pytest.approx(510)
     assert "is open" in text
-    assert "for a, b, c, 3 updates needed" in text
+    assert "for a, b, c; 3 updates needed" in text
     assert "a answered at" in text
     assert "3.0 s after the opening: 80 examples, 1.5 s of training" in text
     gone = f"it has been gone since {clock(at(40))} (no heartbeat for 5 s)"
@@ -140,7 +140,7 @@ def test_a_later_event_says_more_of_a_worker_than_its_rejected_update():
 def test_a_rejected_update_is_named_after_the_commit_too():
     story = rejected_b().counted(13, "a", 1).counted(14, "c", 2)
     story.add(15, "committed", round=7, participants=["a", "c"], num_examples=160)
-    said = f"No update of b counted: its update was rejected at {clock(at(12))} (it has a NaN)."
+    said = f"No update of b was counted: its update was rejected at {clock(at(12))} (it has a NaN)."
     assert said in story.explained(now=30)[1]
 
 
@@ -158,7 +158,7 @@ def test_what_an_operator_should_look_at_is_explained():
     )
     assert "b sends heartbeats, but has made no progress for 120 s (training, step 3 of 40)" in text
     assert "the norm of the update of a is 40, but the median is 1" in text
-    assert "needs 2 updates now instead of 3 (c is gone)." in text
+    assert "now needs 2 updates instead of 3 (c is gone)." in text
     assert "the frozen tensors of b and a differ" in text
 
 
@@ -244,7 +244,7 @@ def test_an_outage_postpones_the_deadline():
     story = begun().add(100, "disconnected", reason="reset")
     explanation, text = story.explained(now=300)
     assert explanation.left_s == pytest.approx(510)  # as when the broker was lost
-    assert "lost the broker" in text
+    assert "lost the connection to the broker" in text
     explanation, _ = story.add(160, "reconnected").explained(now=300)
     assert explanation.left_s == pytest.approx(370)
 

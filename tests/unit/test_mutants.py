@@ -375,7 +375,7 @@ MUTANTS = [
     Mutant(
         "asks silent workers again",
         quorum,
-        "room, draw, last=state.asked, least=least)\n",
+        "room, draw, last=last, least=least)\n",
         "room, Draw(rules.seed, state.round), least=least)\n",
         "test_a_reopened_round_prefers_other_workers",
         random=False,

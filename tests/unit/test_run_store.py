@@ -473,6 +473,17 @@ def test_the_history_of_another_run_is_refused(three):
         three.load("letters")
 
 
+def test_a_private_run_does_not_repeat_rounds_whose_models_were_sent(three):
+    three.save_weights(4, weights(4), {"round": "4"})
+    three.history.append({**committed(4, "a"), "epsilon": 0.5, "delta": 1e-5})
+    assert three.load("letters").committed == 4
+    (three.folder / checkpoint_name(4)).write_bytes(b"rubbish")
+    before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
+    with pytest.raises(RunError, match=r"round-0004\.safetensors .*; restore the file.*--fresh"):
+        three.load("letters")
+    assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
+
+
 def test_an_older_damaged_checkpoint_does_not_matter(three):
     (three.folder / checkpoint_name(1)).write_bytes(b"")
     assert three.load("letters").committed == 3

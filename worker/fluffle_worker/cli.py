@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="PATH.PY:NAME",
     help="Codec to load from your own file, given as path.py:name. The coordinator can then "
-    "select the codec. May be given several times. Installed codecs need no option.",
+    "select it. May be given several times. Installed codecs are found without this option.",
 )
 @click.option(
     "--local-rule",
@@ -116,10 +116,10 @@ if TYPE_CHECKING:
 def worker(**options: Any) -> None:
     """Take part in a federation with your own data.
 
-    The data never leaves this machine. The worker sends only the change that its training made to
-    the weights, its number of examples, and its metrics. You can start the worker before or after
-    the broker and the coordinator. The worker waits for the broker and the coordinator, joins the
-    open round or the next round, and reconnects after any outage.
+    The data never leaves this machine. The worker sends only weight changes, metrics, and facts
+    such as its number of examples and its class names. You can start it before or after the broker
+    and the coordinator. It waits for them, joins the open round or the next round, and reconnects
+    after any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1

@@ -41,15 +41,14 @@ _common_options = inspection_options("Print the result as JSON.", required=False
 def rejected(ctx: click.Context, /, **options: Any) -> None:
     """List, show, requeue or purge rejected messages.
 
-    An invalid message (damaged, from another run, with NaN in it …) is moved to the federation's
+    An invalid message (damaged, from another run, with NaN values …) is moved to the federation's
     queue 'rejected', together with the reason. The queue keeps the latest 1,000 messages or 256 MB,
     and drops older messages. The oldest message that is kept has number 1, so the numbers shift
     when a message is dropped.
 
-    RabbitMQ does not report how many messages the queue dropped. fluffle computes the number of
-    dropped messages from RabbitMQ's statistics since the broker started: published minus removed
-    minus present. The statistics are up to 5 seconds old. While the statistics are out of date, the
-    command reports the number of dropped messages as unknown.
+    RabbitMQ does not report how many messages the queue dropped. fluffle computes this number from
+    RabbitMQ's statistics since the broker started: published minus removed minus present. If the
+    statistics are missing or out of date, the number is shown as unknown.
 
     \b
       fluffle rejected --federation letters
@@ -181,7 +180,7 @@ def _table(rejects: list[Rejected], now: float) -> None:
 @_common_options
 @click.pass_obj
 def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
-    """Show message NUMBER in full and leave it in the queue.
+    """Show message N in full and leave it in the queue.
 
     The command prints the same details as 'fluffle peek'.
     """

@@ -97,7 +97,7 @@ def _after_failures(state: State, now: float, out: Effects) -> State:
     if not others or rules.on_deadline == "stop" or reopened > rules.max_reopenings:
         reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
         return end(state, "stopped", reason, out)
-    reason = f"all workers that round {state.round} asked have failed; {last_failure(state.failed)}"
+    reason = f"all workers asked in round {state.round} have failed; {last_failure(state.failed)}"
     state = state.replace(reopenings=reopened, reopened_with=state.folded)
     return reopen(state, reason, now, out)
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Reject
+from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
 from fluffle_coordinator.machine.records import Handle, Ticket
@@ -123,7 +124,7 @@ def _max_norm(state: State) -> float:
         return math.inf
     middle = state.usual_norm
     if not middle:  # no earlier round is known, as after a restart
-        norms = list(state.norms.values())
+        norms = [norm for norm in state.norms.values() if norm > 0]
         middle = median_low(norms) if len(norms) >= 2 else math.inf
     return ratio * middle
 
@@ -264,6 +265,7 @@ def committed(state: State, event: Committed, out: Effects) -> State:
     out.append(report)
     for update in late:
         state = _finish_work(state, update.ticket, event.now, out)
+    state = record_evaluation(state, out, partial=True)  # what came during the commit
     state = _next_round(state, event, frozenset(counted), carried)
     by_arrival = sorted(carried, key=lambda update: update.handle)
     out += [_fold(state, update) for update in by_arrival]

@@ -176,7 +176,7 @@ def _opening(explanation: Explanation) -> Iterator[str]:
             "journal."
         )
         return
-    needed = "" if this.needed is None else f", {_number(this.needed, 'update')} needed"
+    needed = "" if this.needed is None else f"; {_number(this.needed, 'update')} needed"
     day = _local(this.opened_at, "%Y-%m-%d")
     yield (
         f"Round {this.number} of run {explanation.run} {state}: opened on {day} at "
@@ -217,7 +217,7 @@ def _missing(explanation: Explanation) -> Iterator[str]:
         elif worker in this.failures or explanation.departed(worker) is not None:
             yield f"{worker} did not answer: {why}."
         elif _rejection(explanation, worker) is not None:
-            yield f"No update of {worker} counted: {why}."
+            yield f"No update of {worker} was counted: {why}."
         elif worker not in this.came_late:
             # In an asynchronous run, the worker may have answered in an earlier round.
             yield (
@@ -271,8 +271,8 @@ def _progress(explanation: Explanation) -> Iterator[str]:
         yield f"Round {this.number} has {len(this.answers)} of {this.needed} updates{more}."
     if unlinked_since is not None:
         yield (
-            f"The coordinator lost the broker at {clock(unlinked_since)}; the time without the "
-            "broker does not count towards the deadline."
+            f"The coordinator lost the connection to the broker at {clock(unlinked_since)}; the "
+            "time without a connection does not count towards the deadline."
         )
     yield _deadline(explanation)
     yield from _waiting(explanation)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fluffle_common.clock import timestamp
 from fluffle_common.errors import UsageError
 
 RUN_FILE = "run.json"
@@ -27,6 +28,24 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or not _are_configurations(content.get("configurations", [])):
         raise UsageError(f"{path} cannot be read (the file does not describe a run)")
     return content
+
+
+def add_configuration(run: dict[str, Any], configuration: dict[str, Any], committed: int) -> bool:
+    """Add a configuration to the content of a ``run.json``, unless it equals the last one.
+
+    Returns:
+        Whether it was added; it then holds from the round after ``committed`` on.
+    """
+    configurations = run.setdefault("configurations", [])
+    new = json.loads(json.dumps(configuration))
+    if configurations:
+        last = configurations[-1]
+        when = {"from_round": last["from_round"], "since": last.get("since")}
+        # The last one may hold only from a later round on: the run then lost that round's model.
+        if last == {**when, **new} and last["from_round"] <= committed + 1:
+            return False
+    configurations.append({"from_round": committed + 1, "since": timestamp(), **new})
+    return True
 
 
 def _are_configurations(value: Any) -> bool:

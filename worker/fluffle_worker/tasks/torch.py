@@ -23,7 +23,7 @@ try:
     import torch
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
-        "torch_task needs PyTorch: pip install 'fluffle[torch]'", name="torch"
+        "torch_task needs PyTorch; run pip install 'fluffle[torch]'", name="torch"
     ) from None
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm

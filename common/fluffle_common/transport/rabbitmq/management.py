@@ -124,7 +124,7 @@ def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> s
         if (shown := without_credentials(given)) != given:
             raise UsageError(
                 f"the URL of the management API {shown} has a user; leave out the user, because "
-                "the management API gets the user and the password of --url"
+                "fluffle logs in to the management API with the user and the password in --url"
             )
         return given.rstrip("/")
     split = urllib.parse.urlsplit(split_urls(url)[0])

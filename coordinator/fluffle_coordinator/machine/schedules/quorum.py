@@ -63,7 +63,8 @@ class QuorumRounds(Schedule[State]):
         others = [name for name in present if name not in staying]
         room, candidates = size - len(staying), state.candidates(others)
         least = rules.least - len(staying)
-        drawn = select(rules.selection, candidates, room, draw, last=state.asked, least=least)
+        last = state.asked_before.union(state.asked)
+        drawn = select(rules.selection, candidates, room, draw, last=last, least=least)
         return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
