@@ -114,8 +114,10 @@ class Outbox:
                 Waiting(reason=f"the broker has no room for a message ({why})", what="room")
             )
 
-    def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
-        """Put a delivery into the rejected queue with the error, then acknowledge it.
+    def reject(
+        self, delivery: Delivery, wrong: MalformedMessage, done: Callable[[], object]
+    ) -> None:
+        """Put a delivery into the rejected queue with the error, acknowledge it, call ``done``.
 
         It is dropped if there is no such queue, or no room in it.
         """
@@ -127,7 +129,11 @@ class Outbox:
                 delivery.ack()  # else such messages would use up the prefetch of their queue
                 raise
 
-        self._put(job)
+        async def job_and_done() -> None:
+            await self._do(job)
+            done()
+
+        self._jobs.put(job_and_done)
 
     def prepare(self, weights: Weights, extra: Weights) -> asyncio.Future[str] | None:
         """Start to compute the digest of the weights and broadcast tensors, once per version.
