@@ -246,7 +246,7 @@ class Federation(RuleBasedStateMachine):
 
 
 PROFILE = settings(
-    max_examples=300,
+    max_examples=5 * settings.default.max_examples,  # 300 by default, 25,000 in a search
     stateful_step_count=60,
     deadline=None,
     derandomize="CI" in os.environ,
