@@ -21,6 +21,9 @@ from fluffle_coordinator.storage.run_store import RunStore
 class _Kept:
     """An object whose life is that of a temporary folder."""
 
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
 
 class RunFolder:
     """The folder of a run, locked while the context is open.

@@ -125,6 +125,8 @@ class State:
     train_s: Table[str, float] = field(default_factory=Table)  # each one's last training time
 
     # The open round: its work.
+    # Until this round, an earlier coordinator may have asked for updates with other settings.
+    resumed_at: int = 0
     sequence: int = 0  # the last one issued; used if work outlives its round
     asked: Table[str, Issued] = field(default_factory=Table)
     asked_before: frozenset[str] = frozenset()  # who was asked in the round's earlier cohorts

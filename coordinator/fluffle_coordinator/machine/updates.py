@@ -25,6 +25,10 @@ _T = TypeVar("_T")
 # For so many rounds, a copy of a counted update is recognised as such, not taken for a late one.
 _ROUNDS_REMEMBERED = 3
 
+# Why an update is rejected that was sound for an earlier coordinator with other settings, such as
+# another ``--train``. Its worker has not failed, and is asked again.
+_CAUSES_OF_SETTINGS = ("tensors", "malformed")
+
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
     """Accept an update and fold it, hold it as a copy, or say why it does not count."""
@@ -123,7 +127,7 @@ def _max_norm(state: State) -> float:
     if ratio is None:
         return math.inf
     middle = state.usual_norm
-    if not middle:  # no earlier round is known, as after a restart
+    if not middle:  # no earlier round is known
         norms = [norm for norm in state.norms.values() if norm > 0]
         middle = median_low(norms) if len(norms) >= 2 else math.inf
     return ratio * middle
@@ -225,12 +229,12 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     )
     if not event.again:  # the worker would send the same bytes again, if they are its own at all
         out.append(Judge(failed, "rejected", event.reason, event.cause))
-        state = state.replace(
-            doubted=state.doubted.insert(worker, event.reason),
-            # A later request is another attempt, which the same bytes do not answer.
-            attempts=state.attempts.insert(worker, state.attempts.get(worker, 0) + 1),
-        )
-        return settle_doubt(state, worker)
+        earlier = state.attempts.get(worker, 0)
+        # A later request is another attempt, which the same bytes do not answer.
+        state = state.replace(attempts=state.attempts.insert(worker, earlier + 1))
+        if earlier or failed.round > state.resumed_at or event.cause not in _CAUSES_OF_SETTINGS:
+            state = state.replace(doubted=state.doubted.insert(worker, event.reason))
+            return settle_doubt(state, worker)
     if was_asked and worker in state.workers and state.phase is Phase.OPEN:
         return resend_work(state, worker, event.now, out)
     return state

@@ -189,8 +189,7 @@ class Coordinator:
         await self._aggregator.drained()
         await self._committer.drained()
         await self._outbox.drained()
-        finished = self.state.outcome == "finished"
-        kind = run_events.Finished if finished else run_events.Stopped
+        kind = run_events.Finished if self.state.outcome == "finished" else run_events.Stopped
         self._record(kind(reason=self.state.reason))
 
     def exchange(self, sent: Sent) -> None:

@@ -34,6 +34,7 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         earlier=saved.earlier,
         asked_in=saved.asked_in,
         train_s=saved.train_s,
+        median_norms=saved.median_norms,
         announced=saved.announced,
         evaluated=saved.evaluated,
         enough=enough,

@@ -146,11 +146,11 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     state = strategy.init(base) if number == 1 else strategy.load(before.strategy_state, base)
     for contribution in contributions:
         state = strategy.fold(state, contribution)
-    replayed, _ = strategy.finish(state, base)
     trained = select_tensors(base, plan.train)
-    replayed = {n: t if n in trained else base.get(n, t) for n, t in replayed.items()}
+    unchanged = {name: tensor for name, tensor in base.items() if name not in trained}
+    replayed = {**strategy.finish(state, base)[0], **unchanged}
     averages = _strategy_name(line) == FEDAVG.name
-    opinion = _second_opinion(base, contributions) if averages else None
+    opinion = _second_opinion(base, contributions, unchanged) if averages else None
     return Replay(
         run=str(line.get("run", "")),
         round=number,
@@ -234,13 +234,20 @@ def _archived(
     )
 
 
-def _second_opinion(base: Weights, contributions: Sequence[Contribution]) -> Callable[[str], Array]:
-    """Return a function that averages one tensor, by its name, without the code of ``fedavg``."""
+def _second_opinion(
+    base: Weights, contributions: Sequence[Contribution], unchanged: Weights
+) -> Callable[[str], Array]:
+    """Return a function that averages one tensor, by its name, without the code of ``fedavg``.
+
+    The tensors in ``unchanged`` were not trained.
+    """
     deltas = [contribution.delta for contribution in contributions]
     examples = [contribution.num_examples for contribution in contributions]
     weights = [contribution.weight for contribution in contributions]
 
     def average(name: str) -> Array:
+        if name in unchanged:
+            return unchanged[name]
         dtype = base[name].dtype
         if dtype.kind in "iu":
             return _exactly(base[name], [delta[name] for delta in deltas], examples)

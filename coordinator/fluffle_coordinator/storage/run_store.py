@@ -49,6 +49,7 @@ from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
+from fluffle_coordinator.storage.round_stats import median_norms
 from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
 from fluffle_coordinator.storage.run_file import (
     RUN_FILE,
@@ -213,6 +214,7 @@ class RunStore:
                 for who in line["participants"]
                 if who.get("seconds") is not None
             },
+            median_norms=median_norms(commits),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
             weights=checkpoint.weights if checkpoint else None,

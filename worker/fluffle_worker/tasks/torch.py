@@ -36,7 +36,7 @@ from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.persistent_tensors import PersistentTensors
-from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
+from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function, listed
 from fluffle_worker.tasks.examples import (
     Examples,
@@ -219,8 +219,8 @@ class TorchTask:
             ValueError: if ``weights`` do not fit this model.
         """
         rule, data = self.local_rule, self._data
-        run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)
-        module = self._filled(weights, self._personal.before(run, number)).train()
+        run, number, sequence = work_of(plan)
+        module = self._filled(weights, self._personal.before(run, number, sequence)).train()
         params = trained_by(plan, module)
         rule.check_batches(mixed=any(isinstance(layer, _BatchNorm) for layer in module.modules()))
         optimizer = self._optimizer(
@@ -240,7 +240,7 @@ class TorchTask:
             losses.add(loss)
         if not rule.changes_nothing:
             rule.end(copies_of(params), state)
-        self._personal.keep(run, number, arrays_of(module, self._is_personal))
+        self._personal.keep(run, number, arrays_of(module, self._is_personal), sequence)
         metrics = losses.metrics()
         if self._score_trained and self._held_out:
             scores = self._scores(module)
