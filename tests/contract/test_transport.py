@@ -235,7 +235,7 @@ async def test_declaring_again_changes_nothing(bench):
 async def test_declaring_a_queue_with_different_arguments_names_the_remedy(bench):
     link = await bench.open()
     await bench.queue(link, "q", x_max_length=5)
-    with pytest.raises(OtherArguments, match="another version of fluffle.*delete"):
+    with pytest.raises(OtherArguments, match="already exists with different arguments.*delete"):
         await bench.queue(link, "q", x_max_length=6)
     link = await bench.open()
     with pytest.raises(OtherArguments, match="the same --queue-type for the"):

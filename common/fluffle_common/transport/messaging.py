@@ -273,7 +273,5 @@ def check_user(user: str | None, delivery: Delivery) -> None:
         return
     sender = delivery.properties.user
     if sender != user:
-        raise MalformedMessage(
-            f"the message names {user} as its sender, but the user {sender or 'unknown'} sent it",
-            "sender",
-        )
+        fact = f"the user {sender} sent it" if sender else "it has no user_id"
+        raise MalformedMessage(f"the message names {user} as its sender, but {fact}", "sender")

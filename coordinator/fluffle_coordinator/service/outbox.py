@@ -160,6 +160,15 @@ class Outbox:
         if bound and link is self._bound_over:  # otherwise the next sign of life tries again
             self._bound[worker] = session
 
+    def bind_again(self, workers: Sequence[str]) -> None:
+        """Bind the queues of workers that do not answer, in case a binding was deleted."""
+
+        async def bind_all(link: Link) -> None:
+            for worker in workers:
+                await link.bind(self._topology.bindings_of(worker))
+
+        self._put(bind_all)
+
     def perform(
         self,
         effect: fx.Effect,

@@ -156,7 +156,10 @@ class AmqpLink(Link):
         at this moment, a second time, which ends the connection.
         """
         self._lifetime.check()
-        return await asyncio.shield(self._probe(ask, right))
+        probe = asyncio.ensure_future(self._probe(ask, right))
+        # If the caller is cancelled, nobody else retrieves the error of a link that is lost.
+        probe.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(probe)
 
     async def _probe(
         self, ask: Callable[[UnderlayChannel], Awaitable[_T]], right: Right | None
