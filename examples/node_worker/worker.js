@@ -203,6 +203,9 @@ class Worker {
       if (plan.extra) throw new Error('this worker makes no extra tensors');
       const weights = tensors(header.tensors, payload);
       this.task.check(weights);
+      if (!weights.some(({ name }) => trains(plan, name))) {
+        throw new Error(`this model has none of the tensors ${plan.train}`);
+      }
       // The evaluation is sent while we train.
       const evaluated = header.evaluate
         ? this.evaluate({ ...header, round: round - 1 }, payload, report, signal) : undefined;

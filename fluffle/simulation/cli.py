@@ -148,7 +148,7 @@ def simulate(**options: Any) -> None:
     from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
-    from fluffle_coordinator.observe.explain_sentences import duration
+    from fluffle_coordinator.observe.times import duration
     from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of

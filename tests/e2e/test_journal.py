@@ -76,7 +76,7 @@ def test_a_run_is_read_back_as_often_as_one_likes(federation: Federation) -> Non
     assert "loss" in told
     wrong = look(federation, "explain", 9)
     assert wrong.end() == 2
-    assert "has 1-3" in wrong.lines[-1]
+    assert "has rounds 1-3" in wrong.lines[-1]
 
 
 def test_whoever_follows_sees_it_as_it_happens_even_from_before_the_beginning(

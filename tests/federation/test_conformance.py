@@ -14,6 +14,7 @@ import pytest
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Bye, Evaluate, Heartbeat, Hello, Stop
+from fluffle_common.protocol.transfer import Incoming
 from fluffle_common.protocol.wire_format import read_tensors
 from fluffle_common.tensors.frozen import NO_FROZEN
 from fluffle_common.transport import messaging
@@ -65,7 +66,8 @@ def test_our_worker_passes(federated):
         assert failed(findings) == [], [
             finding for finding in findings.values() if finding.outcome == "failed"
         ]
-        assert skipped(findings) == ["frozen tensors", "lost part", "update in parts", "refusal"]
+        in_parts = ["lost part", "update in parts", "another digest"]
+        assert skipped(findings) == ["frozen tensors", *in_parts, "refusal"]
         await worker.end(60)
 
     federated(scenario)
@@ -349,6 +351,38 @@ def sends_everything_in_one_piece(patch):
     patch(messaging, "fits", lambda pieces: True)
 
 
+def leaves_out_the_sequence(patch):
+    real = uploader.send_tensors
+
+    async def send_tensors(link, message, weights, route, **how):
+        await real(link, message.model_copy(update={"sequence": None}), weights, route, **how)
+
+    patch(uploader, "send_tensors", send_tensors)
+
+
+def trains_everything(patch):
+    patch(job, "select_tensors", lambda weights, train: weights)
+
+
+def has_no_extra_tensors_and_does_not_say_so(patch):
+    patch(job, "_extra", lambda *_: {})
+
+
+def reads_sealed_payloads(patch):
+    def lenient(body, federation):
+        with contextlib.suppress(ValueError, TypeError, AttributeError):
+            header, payload = msgpack.unpackb(body)
+            header.pop("sealed", None)
+            body = msgpack.packb([header, payload])
+        return wire_format.decode(body, federation)
+
+    patch(connection, "decode", lenient)
+
+
+def does_not_compare_digests(patch):
+    patch(Incoming, "check_digest", lambda self: None)
+
+
 MISTAKES = {
     trains_again: {"same fit again"},
     answers_any_attempt: {"rejected update"},
@@ -365,7 +399,15 @@ MISTAKES = {
     is_silent_at_work: {"heartbeats"},
     hides_its_frozen_tensors: {"frozen tensors"},
     sends_everything_in_one_piece: {"update in parts"},
+    leaves_out_the_sequence: {"ticket"},
+    trains_everything: {"part of the model"},
+    has_no_extra_tensors_and_does_not_say_so: {"extra tensors"},
+    reads_sealed_payloads: {"mail for nobody"},
+    does_not_compare_digests: {"another digest"},
 }
+
+
+IN_PARTS = (hides_that_it_receives, sends_everything_in_one_piece, does_not_compare_digests)
 
 
 @pytest.mark.parametrize("mistake", MISTAKES, ids=lambda mistake: mistake.__name__)
@@ -373,8 +415,7 @@ def test_each_mistake_is_found_by_its_scenario(federated, monkeypatch, mistake):
     mistake(monkeypatch.setattr)
 
     async def scenario(federation):
-        large = mistake in (hides_that_it_receives, sends_everything_in_one_piece)
-        size = LARGE if large else 4
+        size = LARGE if mistake in IN_PARTS else 4
         step_s = 5.0 if mistake is is_silent_at_work else 0.25
         task = Slowing(federation.loop, size=size, step_s=step_s)
         if mistake is hides_its_frozen_tensors:

@@ -514,7 +514,7 @@ async def test_messages_that_cannot_be_rejected_do_not_use_up_the_prefetch():
     for _ in range(5):
         await link.publish(b"garbage", Properties(), exchange="", keys=[TOPOLOGY.presence])
         async with asyncio.timeout(5):
-            outgoing.reject(await anext(deliveries), MalformedMessage("it is garbage"), int)
+            outgoing.reject(await anext(deliveries), MalformedMessage("it is garbage"))
             await outgoing.drained()
     assert link.unacked == []
     running.cancel()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from typing import ClassVar
 
 import msgpack
+import numpy as np
 import pytest
 
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello, Stop, Update
-from fluffle_common.protocol.wire_format import decode, encode
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import PART_BYTES, decode, encode
 from fluffle_coordinator.conformance.examine import SCENARIOS
-from fluffle_coordinator.conformance.probe import altered
+from fluffle_coordinator.conformance.listener import ExamOptions
+from fluffle_coordinator.conformance.probe import Probe, altered
 from fluffle_coordinator.conformance.received import (
     Received,
     ReceivedUpdate,
@@ -61,6 +65,25 @@ def test_an_altered_body_is_the_same_message_but_for_what_was_altered():
     assert message == stop.model_copy(update={"run": "another"})
     header, _ = msgpack.unpackb(altered(encode(stop), {"later": 1}))
     assert header["later"] == 1
+
+
+async def test_what_it_sends_has_the_amqp_headers_of_a_coordinator():
+    class Recorder:
+        sent: ClassVar = []
+
+        async def publish(self, body, properties, **_):
+            self.sent.append((properties.type, properties.headers, len(body)))
+
+    probe = Probe(Recorder(), Topology("f"), ExamOptions(worker="w"))
+    probe.begin_with({"w": np.zeros(3, np.float32)}, {})
+    await probe.send(probe.next_fit(round=7))
+    probe.begin_with({"w": np.zeros(PART_BYTES // 4 + 1, np.float32)}, {})
+    await probe.send(probe.next_fit(round=8))
+    rounds = [("fit", {"round": 7}), ("fit", {"round": 8})]
+    parts = [("part", {"part": 0, "parts": 2}), ("part", {"part": 1, "parts": 2})]
+    wanted = [(kind, {**headers, "bytes": ...}) for kind, headers in (*rounds, *parts)]
+    assert [(kind, {**headers, "bytes": ...}) for kind, headers, _ in Recorder.sent] == wanted
+    assert all(headers["bytes"] == size for _, headers, size in Recorder.sent)
 
 
 def test_every_scenario_has_a_name_of_its_own_and_a_demand_in_a_sentence():

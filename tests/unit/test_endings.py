@@ -124,6 +124,7 @@ FOLDER = "cannot use the run folder .* --run"
     ("number", "message"),
     [
         *((number, FOLDER) for number in (errno.ENOLCK, errno.ENOTSUP, errno.EACCES, errno.EROFS)),
+        (errno.ENOSPC, "cannot use the run folder .*; free disk space and run the same command"),
         (errno.EMFILE, "^too many open files; .*'ulimit -n 4096'"),
     ],
 )

@@ -122,6 +122,11 @@ def test_a_count_of_one_is_singular():
     )
 
 
+def test_an_empty_list_of_workers_is_nobody():
+    event = from_fields("reopened", {"reason": "0 of 3 updates", "asked": []})
+    assert event.sentence() == "0 of 3 updates; reopened for nobody"
+
+
 def test_a_one_letter_format_is_no_noun():
     slow = from_fields("slow", {"what": "a hook", "running_s": 30})
     assert slow.sentence() == "a hook has been running for 30 s; the run waits for it"

@@ -62,8 +62,10 @@ class Story:
         fields = {"round": 7, "worker": worker, "num_examples": 80, "updates": updates, "needed": 3}
         return self.add(seconds, "counted", **{**fields, "train_s": 1.5, **more})
 
-    def explained(self, now: float, number: int = 7) -> tuple[Explanation, str]:
-        explanation = explain(self.events, self.run, number, at(now))
+    def explained(
+        self, now: float, number: int = 7, coordinated: bool | None = None
+    ) -> tuple[Explanation, str]:
+        explanation = explain(self.events, self.run, number, at(now), coordinated=coordinated)
         return explanation, "\n".join(sentences(explanation))
 
 
@@ -253,6 +255,32 @@ def test_a_deadline_that_passed_in_silence_suggests_a_missing_coordinator():
     _, text = begun().explained(now=700)
     assert "The deadline passed" in text
     assert "the coordinator is not running, or cannot reach the broker" in text
+
+
+def test_a_connected_coordinator_is_not_said_to_be_missing_after_the_deadline():
+    _, text = begun().explained(now=700, coordinated=True)
+    assert "The deadline passed" in text
+    assert "not running" not in text
+
+
+def test_a_round_that_stays_open_after_its_deadline():
+    doing = {"worker": "b", "state": "training", "step": 3, "steps": 40}
+    story = begun().add(690, "waiting", what="updates", round=7, missing=[doing], short=0)
+    _, text = story.explained(now=700)
+    assert "the round stays open while workers advance" in text
+    assert "not running" not in text
+
+
+def test_a_full_disk_is_named_until_the_update_that_waited_for_it_is_counted():
+    story = begun().counted(13, "a", 1)
+    story.add(20, "disk", folder="runs/f", reason="No space left on device", pause_s=5.0)
+    story.add(690, "waiting", what="updates", round=7, missing=[], short=0)
+    _, text = story.explained(now=700)
+    assert f"At {clock(at(20))}: cannot write to runs/f (No space left on device)" in text
+    assert "Still waiting for b: its update has arrived and is being added." in text
+    assert "passed" not in text
+    _, text = story.counted(701, "b", 2).explained(now=702)
+    assert "cannot write" not in text
 
 
 def test_a_round_that_was_open_when_the_coordinator_was_lost():

@@ -209,6 +209,15 @@ def test_published_frames_are_valid_amqp(size, most, durable):
     assert all(len(one.value) + 8 <= most for one in bodies)
 
 
+def test_integers_have_the_type_that_every_client_reads_if_it_holds_them():
+    fields = {"exchange": "", "key": "", "kind": "", "message_id": "", "user": ""}
+    headers = {"least": -(2**31), "most": 2**31 - 1, "more": 2**31}
+    table = frames.publish(1, 0, headers=headers, durable=False, **fields)
+    assert b"\x05leastI\x80\0\0\0" in table
+    assert b"\x04mostI\x7f\xff\xff\xff" in table
+    assert b"\x04morel\0\0\0\0\x80\0\0\0" in table
+
+
 def test_a_name_too_long_for_amqp_is_refused():
     fields = {"exchange": "", "kind": "", "message_id": "", "user": "", "headers": {}}
     with pytest.raises(ValueError, match="range"):

@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from types import SimpleNamespace
 
 import pytest
 
-from fluffle_common.errors import LinkLost
+from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.events import Blocked, RunEvent, Unblocked
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Blocking, Properties, report_blocking
 from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.transport.messaging import check_user
+from fluffle_common.transport.rabbitmq.link import AmqpLink
 from fluffle_common.transport.reconnect import Backoff, reconnecting
+
+
+@pytest.mark.parametrize(
+    ("sender", "fact"), [("guest", "the user guest sent it"), (None, "it has no user_id")]
+)
+async def test_a_delivery_of_another_or_an_unknown_user_is_rejected(sender, fact):
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare([Queue("q", "of a test")])
+    await link.publish(b"x", Properties(user=sender), exchange="", keys=["q"])
+    delivery = await link.get("q")
+    check_user(sender, delivery)
+    with pytest.raises(MalformedMessage) as error:
+        check_user("w", delivery)
+    assert str(error.value) == f"the message names w as its sender, but {fact}"
+    assert error.value.cause == "sender"
 
 
 async def test_changes_begin_with_the_current_state():
@@ -102,3 +122,28 @@ async def test_blocking_and_unblocking_are_events():
     broker.block(None)
     assert await events.get() == Unblocked()
     task.cancel()
+
+
+async def test_the_error_of_a_cancelled_request_is_retrieved(monkeypatch):
+    """Regression: asyncio printed a traceback when the link was lost just afterwards."""
+    asked, is_lost, unseen = asyncio.Event(), asyncio.Event(), list[object]()
+
+    async def probe(*_):
+        asked.set()
+        await is_lost.wait()
+        raise LinkLost("the broker was stopped")
+
+    connection = SimpleNamespace(blocking=Blocking(), close_reason=None)
+    link = AmqpLink(connection, connection, "guest")  # type: ignore[arg-type]
+    monkeypatch.setattr(link, "_probe", probe)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+    request = asyncio.create_task(link.exists("f.work"))
+    await asked.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    is_lost.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert not unseen

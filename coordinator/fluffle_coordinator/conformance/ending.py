@@ -42,7 +42,9 @@ async def well_formed(probe: Probe) -> str:
     if faults:
         more = f", and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
         raise Unmet(", ".join(faults[:_FAULTS_SHOWN]) + more)
-    return f"all {len(probe.messages)} messages are well-formed"
+    without = f"; {probe.without_user_id} lack the user_id that --verify-users requires"
+    all_are = f"all {len(probe.messages)} messages are well-formed"
+    return all_are + (without if probe.without_user_id else "")
 
 
 @demands(Section.LEAVING, "after a stop of its run, a worker sends a bye or waits for another run")

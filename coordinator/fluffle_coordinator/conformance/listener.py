@@ -76,6 +76,7 @@ class Listener(ABC):
         self.worker = options.worker
         self.messages: list[Received] = []
         self.faults: list[str] = []  # of any message; the scenario "well formed" reports them
+        self.without_user_id = 0  # messages
         self._reading: asyncio.Future[None]
         self._news = asyncio.Event()
         self._now = asyncio.get_running_loop().time
@@ -130,6 +131,7 @@ class Listener(ABC):
             await self.greet()
         if message.worker == self.worker and (present or self.messages):
             self.faults += envelope_faults(message, delivery)
+            self.without_user_id += delivery.properties.user is None
             self.messages.append(Received(self._now(), message, payload))
             self._news.set()
 
@@ -229,7 +231,8 @@ class Listener(ABC):
             return None
         work = sent.fit.run, sent.fit.round
         for message in self.received(Heartbeat, sent.since):
-            if message.state != "idle" and (message.run, message.round) == work:
+            at_work = message.state not in ("idle", "receiving")
+            if at_work and (message.run, message.round) == work:
                 return f"a heartbeat, {at_work_on(message)}"
         return None
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from fluffle_common.protocol.messages import Bye, Fit, Part, Refusal, Stop
+from fluffle_common.protocol.messages import Bye, Exchange, Fit, Part, Refusal, Stop, Update
 from fluffle_common.protocol.transfer import pack
 from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
 from fluffle_common.tensors.layout import as_maps
@@ -46,7 +46,8 @@ async def unknown_critical_key(probe: Probe) -> str:
 
 @demands(
     Section.REFUSED,
-    "a worker ignores messages that are malformed, of another federation or of an unknown kind",
+    "a worker ignores messages that are malformed, sealed, of another federation or of an unknown "
+    "kind, and exchanges that it does not know",
 )
 async def mail_for_nobody(probe: Probe) -> str:
     """Send such messages, then work."""
@@ -64,6 +65,8 @@ async def mail_for_nobody(probe: Probe) -> str:
         altered(body, {"protocol": 1}),
         altered(body, {"round": True}),
         altered(body, {"federation": "another"}),
+        altered(body, {"sealed": "conformance"}),
+        encode(Exchange(**probe.of_run(), round=probe.round, name=_UNKNOWN, phase="first")),
     ]
     for each in odd:
         await probe.deliver(each, "fit")
@@ -193,6 +196,27 @@ async def update_in_parts(probe: Probe) -> str:
         raise Unmet("the second transfer of the update has the same id as the first one")
     digest = "with" if first.transfer.digest else "without"
     return f"an update of {first.transfer.parts} parts, sent twice, {digest} a digest"
+
+
+@demands(
+    Section.PARTS,
+    "a worker that sends digests refuses a model in parts whose digest is not the announced one",
+)
+async def another_digest(probe: Probe) -> str:
+    """Change the last part of a model on its way, then send another round."""
+    _in_parts(probe)
+    transfers = [each.transfer for each in probe.received(Update) if each.transfer]
+    if not any(transfer.digest for transfer in transfers):
+        raise Skipped("the worker sends no digests")
+    refused = probe.mark_sent(probe.next_fit())
+    _, announcement, parts = pack(refused.fit, probe.weights)
+    await probe.deliver(announcement, "fit")
+    *others, last = parts
+    for part in others:
+        await probe.deliver(part, "part")
+    await probe.deliver(last[:-1] + bytes([last[-1] ^ 0x80]), "part")
+    await _check_not_accepted(probe, refused)
+    return "the model was refused"
 
 
 def _in_parts(probe: Probe) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Container, Iterable, Mapping
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import msgpack
@@ -23,20 +24,25 @@ from fluffle_common.protocol.messages import (
     InitRequest,
     Message,
     Plan,
+    Transfer,
     Update,
     Welcome,
     WithTensors,
 )
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly, pack
-from fluffle_common.protocol.wire_format import encode, read_groups
+from fluffle_common.protocol.wire_format import describe, encode, read_groups
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Link, Properties, Unroutable
+from fluffle_common.transport.base import HeaderValue, Link, Properties, Unroutable
 from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_coordinator.conformance.listener import RUNS, ExamOptions, Listener, SentFit
 from fluffle_coordinator.conformance.received import ReceivedUpdate, Unmet
-from fluffle_coordinator.strategy.decoding import check_announced, decode_contribution
+from fluffle_coordinator.strategy.decoding import (
+    EVERYTHING,
+    check_announced,
+    decode_contribution,
+)
 
 _T = TypeVar("_T")
 _MAX_MODEL_BYTES = 8 * 2**30
@@ -83,24 +89,34 @@ class Probe(Listener):
             changes: header keys to add or replace, valid or not.
             lose: the numbers of the parts to leave out.
         """
+        transfer: Transfer | None = None
         parts: Iterable[bytes] = ()
         if isinstance(message, WithTensors):
-            _, body, parts = pack(message, self.weights, beside)
+            transfer, body, parts = pack(message, self.weights, beside)
         else:
             body = encode(message)
-        await self.deliver(altered(body, changes) if changes else body, message.kind)
+        headers = describe(message)
+        await self.deliver(altered(body, changes) if changes else body, message.kind, headers)
         for number, part in enumerate(parts):
             if number not in lose:
-                await self.deliver(part, "part")
+                assert transfer is not None
+                await self.deliver(part, "part", {"part": number, "parts": transfer.parts})
 
-    async def deliver(self, body: bytes, kind: str) -> None:
-        """Publish any bytes to the worker's inbox.
+    async def deliver(
+        self, body: bytes, kind: str, headers: Mapping[str, HeaderValue] = MappingProxyType({})
+    ) -> None:
+        """Publish any bytes to the worker's inbox, with AMQP headers as a coordinator sends them.
 
         Raises:
             Unmet: if the worker's inbox no longer exists.
         """
         assert self.worker is not None
-        properties = Properties(type=kind, message_id=f"{kind}/{fresh_name()}", durable=False)
+        properties = Properties(
+            type=kind,
+            message_id=f"{kind}/{fresh_name()}",
+            headers={**headers, "bytes": len(body)},
+            durable=False,
+        )
         try:
             await self.link.publish(
                 body, properties, exchange=self.topology.work, keys=[self.worker]
@@ -112,14 +128,22 @@ class Probe(Listener):
 
     async def welcome(self) -> None:
         """Send a welcome, which the worker answers with a heartbeat."""
-        await self.send(Welcome(**self._of_run(), round=max(self.round, 1), rounds=1000))
+        await self.send(Welcome(**self.of_run(), round=max(self.round, 1), rounds=1000))
 
     def next_fit(self, **fields: Any) -> Fit:
-        """Return the work of the next round; ``fields`` override the defaults."""
+        """Return the work of the next round; ``fields`` override the defaults.
+
+        As in synchronous rounds, the sequence is the round.
+        """
         number = fields.pop("round", self.round + 1)
         self.round = max(self.round, number)
-        defaults: dict[str, Any] = {"base": fresh_name(), "evaluate": False, "plan": Plan(epochs=1)}
-        return Fit(**self._of_run(), round=number, **defaults | fields)
+        defaults: dict[str, Any] = {
+            "base": fresh_name(),
+            "sequence": number,
+            "evaluate": False,
+            "plan": Plan(epochs=1),
+        }
+        return Fit(**self.of_run(), round=number, **defaults | fields)
 
     async def ask(self, fit: Fit, **options: Any) -> SentFit:
         """Send work; ``options`` are those of ``send``."""
@@ -131,7 +155,8 @@ class Probe(Listener):
         """Return a record of ``fit``, which is sent next."""
         return SentFit(fit, len(self.messages))
 
-    def _of_run(self) -> dict[str, Any]:
+    def of_run(self) -> dict[str, Any]:
+        """Return the keys that name the federation and the run."""
         return {"federation": self.topology.federation, "run": self.run}
 
     def begin_with(self, weights: Weights, frozen: Weights) -> None:
@@ -160,21 +185,23 @@ class Probe(Listener):
 
         (update, inline), *_ = await self.until(find, f"update of round {sent.fit.round}")
         try:
-            payload = await self._payload(update, inline)
+            payload = await self._payload(update, inline, sent.fit.plan)
         except PartsGone as why:
             if crossed:
                 await self.idle()  # by then, everything else in transit has arrived
                 return await self.update(await self.ask(sent.fit))
             raise Unmet(f"the worker sent an update without its parts: {why}") from None
         try:
-            decode_contribution(update, payload, self.weights)
+            decode_contribution(update, payload, self.weights, sent.fit.plan)
         except MalformedMessage as why:
             raise Unmet(
                 f"the worker sent an update that a coordinator rejects ({why.cause}): {why}"
             ) from None
         return ReceivedUpdate(update, payload)
 
-    async def _payload(self, message: Update | FirstWeights, inline: memoryview) -> memoryview:
+    async def _payload(
+        self, message: Update | FirstWeights, inline: memoryview, plan: Plan = EVERYTHING
+    ) -> memoryview:
         """Return the payload of a message: the inline one, or the parts of its transfer.
 
         Raises:
@@ -184,7 +211,7 @@ class Probe(Listener):
         if message.transfer is None:
             return inline
         try:
-            check_announced(message, self.weights or None)
+            check_announced(message, self.weights or None, plan)
             assembly = Assembly(message.transfer, _MAX_MODEL_BYTES)
             outbox = self.topology.outbox(message.worker)
             await fetch(self.link, outbox, assembly, self.topology.rejected)
@@ -197,7 +224,7 @@ class Probe(Listener):
     async def first_weights(self) -> Groups:
         """Request first weights, and decode all their groups."""
         since = len(self.messages)
-        await self.send(InitRequest(**self._of_run(), seed=7))
+        await self.send(InitRequest(**self.of_run(), seed=7))
 
         def find() -> tuple[FirstWeights, memoryview] | None:
             for _, message, inline in self.messages[since:]:
@@ -217,7 +244,7 @@ class Probe(Listener):
         A worker reads its inbox in order, so by then it has read everything sent before.
         """
         base, since = fresh_name(), len(self.messages)
-        await self.send(Evaluate(**self._of_run(), round=self.round, base=base))
+        await self.send(Evaluate(**self.of_run(), round=self.round, base=base))
         return await self.next(Evaluation, since, "evaluation", lambda each: each.base == base)
 
     async def heartbeat(self, state: str | None = None, what: str = "heartbeat") -> Heartbeat:

@@ -27,6 +27,7 @@ class Section(StrEnum):
     PARTS = "Large payloads"
     OUTCOME = "What becomes of an update"
     LEAVING = "Leaving"
+    EXTRA = "Extra tensors"
     FROZEN = "Frozen tensors"
 
 

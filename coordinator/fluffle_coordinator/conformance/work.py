@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
-from fluffle_common.protocol.messages import Evaluation, Heartbeat, Hello, Update, Verdict
+from fluffle_common.errors import MalformedMessage
+from fluffle_common.protocol.messages import (
+    Evaluation,
+    Failure,
+    Heartbeat,
+    Hello,
+    Plan,
+    Update,
+    Verdict,
+)
 from fluffle_common.tensors.frozen import frozen_of
-from fluffle_common.tensors.groups import FROZEN
+from fluffle_common.tensors.groups import FROZEN, select_tensors
 from fluffle_coordinator.conformance.listener import SentFit
 from fluffle_coordinator.conformance.probe import Probe, fresh_name
 from fluffle_coordinator.conformance.received import (
@@ -15,6 +24,10 @@ from fluffle_coordinator.conformance.received import (
     signs_of_life,
 )
 from fluffle_coordinator.conformance.scenario import Section, demands
+from fluffle_coordinator.strategy.decoding import decode_extra
+
+_SEQUENCES_AHEAD = 1000
+"""How far the sequence is ahead of the round, as in an asynchronous run."""
 
 
 @demands(
@@ -147,6 +160,83 @@ async def another_base(probe: Probe) -> str:
     other = await probe.ask(first.fit.model_copy(update={"base": fresh_name()}))
     await probe.update(other)
     return "an update from the new base" + _and_also(probe, first, "from the old base")
+
+
+@demands(
+    Section.WORK,
+    "an update has the sequence of its fit, or none if the fit has none; a fit for the same round "
+    "and base with a higher sequence is new work and is trained",
+)
+async def ticket(probe: Probe) -> str:
+    """Send a fit without a sequence, one with another number than the round, and the next one."""
+    without = await probe.ask(probe.next_fit(sequence=None))
+    _check_sequence(without, await probe.update(without))
+    first = await probe.ask(probe.next_fit(sequence=probe.round + _SEQUENCES_AHEAD))
+    _check_sequence(first, await probe.update(first))
+    assert first.fit.sequence is not None
+    second = await probe.ask(first.fit.model_copy(update={"sequence": first.fit.sequence + 1}))
+    _check_sequence(second, await probe.update(second))
+    return "an update without a sequence, and two of the same round with theirs"
+
+
+def _check_sequence(sent: SentFit, received: ReceivedUpdate) -> None:
+    has, wanted = received.update.sequence, sent.fit.sequence
+    if has != wanted:
+        raise Unmet(
+            f"the worker sent an update with {_sequence(has)} for a fit with {_sequence(wanted)}"
+        )
+
+
+def _sequence(number: int | None) -> str:
+    return "no sequence" if number is None else f"the sequence {number}"
+
+
+@demands(
+    Section.WORK,
+    "an update has only the tensors that match the plan's train; if no tensor of the model does, "
+    "the worker sends a failure",
+)
+async def part_of_the_model(probe: Probe) -> str:
+    """Ask for a part of the model, and for a tensor that it does not have."""
+    nothing = await probe.ask(probe.next_fit(plan=Plan(train=("conformance/none",))))
+    await _failure_or_update(probe, nothing)
+    if probe.updates_of(nothing):
+        raise Unmet("the worker sent an update although no tensor matches the plan's train")
+    patterns = [f"{name}*" for name in probe.weights]
+    parts = {each: select_tensors(probe.weights, [each]) for each in patterns}
+    pattern = min(parts, key=lambda each: len(parts[each]))
+    if len(parts[pattern]) == len(probe.weights):
+        return "a failure; the model cannot be divided"
+    await probe.update(await probe.ask(probe.next_fit(plan=Plan(train=(pattern,)))))
+    return f"a failure, and an update with {len(parts[pattern])} of {len(probe.weights)} tensors"
+
+
+@demands(
+    Section.EXTRA,
+    "if the plan asks for extra tensors, the update has them, or the worker sends a failure",
+)
+async def extra_tensors(probe: Probe) -> str:
+    """Ask for an extra tensor that no worker is likely to have."""
+    sent = await probe.ask(probe.next_fit(plan=Plan(extra={"conformance": ()})))
+    if failure := await _failure_or_update(probe, sent):
+        return f"a failure ({failure.reason})"
+    update, payload = await probe.update(sent)
+    try:
+        decode_extra(update, payload, probe.weights, sent.fit.plan)
+    except MalformedMessage as why:
+        raise Unmet(
+            f"the worker sent an update that a coordinator rejects ({why.cause}): {why}"
+        ) from None
+    return "an update with the extra tensor"
+
+
+async def _failure_or_update(probe: Probe, sent: SentFit) -> Failure | None:
+    """Wait for the answer to a fit; return the failure, or None if an update came."""
+    await probe.until(
+        lambda: probe.failure_of(sent) or probe.updates_of(sent) or None,
+        f"failure or update of round {sent.fit.round}",
+    )
+    return probe.failure_of(sent)
 
 
 @demands(

@@ -49,6 +49,7 @@ from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import standby_of
+from fluffle_coordinator.service.topology_watch import keep_bound
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.saved_run import Saved
 
@@ -256,6 +257,8 @@ class Coordinator:
     def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
+                if isinstance(effect, run_events.Reopened):
+                    self._outbox.bind_again(effect.asked or ())
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
@@ -273,13 +276,8 @@ class Coordinator:
                 self._committer.record_end(self.state.committed, outcome, reason)
                 self._outbox.perform(effect, self.state, None)
             case _:
-                self._outbox.perform(
-                    effect,
-                    self.state,
-                    self._aggregator.weights,
-                    self._aggregator.broadcast,
-                    self._aggregator.frozen,
-                )
+                last = self._aggregator  # which has the last model
+                self._outbox.perform(effect, self.state, last.weights, last.broadcast, last.frozen)
 
     def _send_ahead(self, number: int, base: str) -> None:
         """Begin to send the work of the next round while its weights are being written to disk.
@@ -351,6 +349,7 @@ class Coordinator:
             self._intake.send_echoes(link, number),
             self._intake.consume_updates(link, number),
             report_blocking(link, self._record),
+            keep_bound(link, self._topology, journaled=self._journal is not None),
         ]
         await run_all(*tasks, *([self._journal.publish(link)] if self._journal else []))
 

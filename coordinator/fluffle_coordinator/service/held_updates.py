@@ -72,7 +72,7 @@ class Held:
 
 
 class Room:
-    """A budget of bytes for the bodies of held updates, and of those on their way to ``rejected``.
+    """A budget of bytes for the bodies of held updates.
 
     Args:
         most_bytes: the budget; a single larger message is admitted while nothing else is held.

@@ -285,6 +285,4 @@ class Intake:
         about = {"kind": message.kind, **describe(message)} if message else {}
         details = {"reason": str(wrong), "cause": wrong.cause, **about}
         self._record(run_events.from_fields("rejected", details))
-        size_bytes = len(delivery.body)
-        self._room.used_bytes += size_bytes  # it may wait behind a model that is being sent
-        self._outbox.reject(delivery, wrong, lambda: self._room.freed(size_bytes))
+        self._outbox.reject(delivery, wrong)

@@ -45,7 +45,8 @@ _CONTENT_TYPE, _HEADERS, _DELIVERY_MODE = 1 << 15, 1 << 13, 1 << 12
 _MESSAGE_ID, _TIMESTAMP, _TYPE, _USER_ID = 1 << 7, 1 << 6, 1 << 5, 1 << 4
 _ALWAYS = _CONTENT_TYPE | _HEADERS | _DELIVERY_MODE | _TIMESTAMP | _TYPE | _USER_ID
 _TRANSIENT, _PERSISTENT = b"\x01", b"\x02"
-_LONG, _INTEGER, _FLOAT = struct.Struct(">I"), struct.Struct(">cq"), struct.Struct(">cd")
+_LONG, _FLOAT = struct.Struct(">I"), struct.Struct(">cd")
+_SMALL_INTEGER, _INTEGER = struct.Struct(">ci"), struct.Struct(">cq")
 
 Value = str | int | float | bool | Sequence[str]
 
@@ -171,6 +172,8 @@ def _value(value: Value) -> bytes:
     if isinstance(value, bool):
         return b"t\1" if value else b"t\0"
     if isinstance(value, int):
+        if -(2**31) <= value < 2**31:  # some AMQP clients, such as Perl's Net::AMQP, know no other
+            return _SMALL_INTEGER.pack(b"I", value)
         return _INTEGER.pack(b"l", value)
     if isinstance(value, float):
         return _FLOAT.pack(b"d", value)
