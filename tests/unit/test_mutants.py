@@ -383,8 +383,8 @@ MUTANTS = [
     Mutant(
         "asks for the same update again after a rejection",
         updates,
-        "state.attempts.insert(worker, earlier + 1))\n",
-        "state.attempts.insert(worker, earlier))\n",
+        "attempts=state.attempts.insert(worker, earlier + 1))\n",
+        "attempts=state.attempts.insert(worker, earlier))\n",
         "test_a_round_asked_again_after_a_rejection_is_another_attempt",
         random=False,
     ),
