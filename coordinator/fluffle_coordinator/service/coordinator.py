@@ -257,8 +257,9 @@ class Coordinator:
     def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
-                if isinstance(effect, run_events.Reopened):
-                    self._outbox.bind_again(effect.asked or ())
+                if isinstance(effect, run_events.Reopened):  # bindings may have been deleted
+                    for name in effect.asked or ():
+                        self._outbox.bind(name, self.state.workers[name].session, again=True)
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
