@@ -259,7 +259,8 @@ class Coordinator:
             case run_events.RunEvent():
                 if isinstance(effect, run_events.Reopened):  # bindings may have been deleted
                     for name in effect.asked or ():
-                        self._outbox.bind(name, self.state.workers[name].session, again=True)
+                        if (worker := self.state.workers.get(name)) is not None:
+                            self._outbox.bind(name, worker.session, again=True)
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
