@@ -106,7 +106,7 @@ def named_tasks(tasks: Tasks) -> list[LocalTask]:
         TaskError: if a task cannot be made, or cannot make first weights.
     """
     named = by_name(tasks, "worker")
-    return [LocalTask(name, _make_task(name, task)) for name, task in named.items()]
+    return [LocalTask(name, make_task(name, task)) for name, task in named.items()]
 
 
 def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
@@ -142,7 +142,13 @@ def numbered(what: str, count: int) -> list[str]:
     return [f"{what}-{number:0{width}}" for number in range(count)]
 
 
-def _make_task(name: str, task: Task | MakesTask) -> Task:
+def make_task(name: str, task: Task | MakesTask) -> Task:
+    """Return a task, or the task that a function makes.
+
+    Raises:
+        UsageError: if it is not a task.
+        TaskError: if it cannot be made.
+    """
     if isinstance(task, type) or (callable(task) and not hasattr(task, "train")):
         try:
             task = task()

@@ -39,7 +39,6 @@ class Round:
         seconds: wall-clock time since the previous commit, or since the coordinator started.
         late: the number of updates that arrived too late.
         rejected: the number of messages that were rejected.
-        kept: keeps a temporary run folder, which has the checkpoint, alive.
     """
 
     number: int
@@ -54,7 +53,6 @@ class Round:
     seconds: float = 0.0
     late: int = 0
     rejected: int = 0
-    kept: object = field(default=None, repr=False, compare=False)
 
     @property
     def num_examples(self) -> int:
@@ -178,7 +176,7 @@ def _cells(tag: str, texts: Iterable[str]) -> str:
 def _round(row: Mapping[str, Any], folder: Path, kept: object) -> Round:
     participants = row["participants"]
     metrics = metrics_of(row)
-    return Round(
+    made = Round(
         number=row["round"],
         participants=examples_by_worker(participants),
         checkpoint=folder / row["checkpoint"],
@@ -200,5 +198,6 @@ def _round(row: Mapping[str, Any], folder: Path, kept: object) -> Round:
         seconds=seconds_of(row["timings"]),
         late=row.get("late", 0),
         rejected=row.get("rejected", 0),
-        kept=kept,
     )
+    vars(made)["_kept"] = kept  # not a field, so that it is in no table of the rounds
+    return made

@@ -28,9 +28,11 @@ _KEYWORDS = {
         for option in coordinator.params
         for flag in option.opts
     },
+    "--data": "the task's data",
     "--id": "key in tasks",
     "--local-rule": "local_rule=",  # of flax_task
     "--run": "folder=",
+    "--state-dir": "folder=",
 }
 
 

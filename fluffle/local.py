@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
@@ -70,7 +71,7 @@ def run(
         on_round: called with each ``Commit``; ends the run if it returns a reason or raises
             ``StopRun``.
         folder: the run folder; an earlier run in it is continued. None means a temporary folder,
-            deleted together with the returned object.
+            deleted once nothing refers to the returned object or its rounds.
         federation: the name of the federation.
         url: the URL of a broker, ``amqp://…``, to use instead of the one in this process. Workers
             elsewhere can then join.
@@ -89,7 +90,7 @@ def run(
         TaskError: if a task fails, with the exception of its own code as the cause, or if its
             update is rejected, such as one with NaN.
         RunError: if the run stopped before its end.
-        BrokerError: if the broker stays unreachable for too long.
+        BrokerError: if the broker stays unreachable for 10 minutes.
     """
     background = _start(
         tasks,
@@ -113,9 +114,14 @@ def run(
     return background.wait()
 
 
-def _with_parameters_of(_: Callable[P, Run]) -> Callable[[Callable[..., T]], Callable[P, T]]:
-    """Return a decorator that gives a function the parameters of another, for type checkers."""
-    return lambda function: function
+def _with_parameters_of(other: Callable[P, Run]) -> Callable[[Callable[..., T]], Callable[P, T]]:
+    """Return a decorator that gives a function the parameters of another, in ``help()`` too."""
+
+    def decorate(function: Callable[..., T]) -> Callable[P, T]:
+        vars(function)["__signature__"] = inspect.signature(other)
+        return function
+
+    return decorate
 
 
 @_with_parameters_of(run)

@@ -82,8 +82,9 @@ def load_into(
     weights: Weights
     frozen: Weights = {}
     if isinstance(source, Mapping):
-        weights = {
-            n: one if hasattr(one, "shape") else np.asarray(one) for n, one in source.items()
+        weights = {  # tensors of PyTorch and lists become NumPy arrays
+            n: one if isinstance(getattr(one, "dtype", None), np.dtype) else np.asarray(one)
+            for n, one in source.items()
         }
     elif isinstance(source, str | os.PathLike):
         weights, frozen = _with_frozen(Path(source))

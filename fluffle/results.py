@@ -98,7 +98,8 @@ class Run:
                 axes.plot(numbers, _without_none(self.history[name]), "o-", label=name)
             axes.set_xlabel("round")
             axes.grid(alpha=0.3)
-            axes.legend(frameon=False)
+            for text in axes.legend(axes.lines, panel, frameon=False).get_texts():
+                text.set_parse_math(False)  # the name of a metric may be any text
             axes.xaxis.get_major_locator().set_params(integer=True)
         if file is not None:
             figure.savefig(file, dpi=150)

@@ -21,6 +21,9 @@ from fluffle_coordinator.storage.run_store import RunStore
 class _Kept:
     """An object whose life is that of a temporary folder."""
 
+    def __deepcopy__(self, _: object) -> Self:
+        return self
+
 
 class RunFolder:
     """The folder of a run, locked while the context is open.
@@ -91,10 +94,8 @@ class RunFolder:
 
     def _how_to_continue(self) -> str:
         done = committed(self.store.folder)
-        call = (
-            f"repeat the call with folder={str(self.store.shown)!r} to go on with round {done + 1}"
-        )
-        return f"; {call}" if done else ""
+        call = f"repeat the call with folder={str(self.store.shown)!r}"
+        return f"; {call} to continue with round {done + 1}" if done else ""
 
 
 def committed(folder: Path) -> int:

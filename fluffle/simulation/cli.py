@@ -74,7 +74,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="iid",
     metavar="iid|dirichlet:A|shards:N|by:COLUMN",
     help="How to split the examples among the clients. 'iid' splits the examples at random. "
-    "'dirichlet:A' gives each client other shares of the labels; a smaller A makes the shares "
+    "'dirichlet:A' gives each client different shares of the labels; a smaller A makes the shares "
     "more uneven. 'shards:N' sorts the examples by label, and gives each client N shards. "
     "'by:COLUMN' makes one client per value of the column.",
 )
@@ -98,8 +98,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Time that each training of a client takes in addition to the training steps, in "
-    "seconds; same format as --step-time.",
+    help="Extra time for each training on a client, in addition to its steps, in seconds; same "
+    "format as --step-time.",
 )
 @click.option(
     "--bandwidth",
@@ -128,16 +128,17 @@ def simulate(**options: Any) -> None:
     """Run a federation of many simulated clients in this process.
 
     The coordinator, the rounds, the strategies and the files are the same as in a real run. Only
-    the broker and the clock differ: the broker is in memory, and time is simulated. An hour of
-    training on slow devices takes only as long as the computation on this machine. The same seeds
-    give the same run.
+    the broker and the clock differ: the broker is in memory, and time is simulated. A simulated
+    hour takes only as long as this machine needs for the computation. The same seeds give the same
+    run.
 
     \b
       fluffle simulate --task digits.py:task --clients 100 --fraction 0.1
       fluffle simulate federation.toml --partition dirichlet:0.5
       fluffle simulate --task digits.py:task --step-time classes:1,2,4
 
-    In a coordinator's TOML file, put the options of this command into a table [simulation].
+    You can use a coordinator's TOML file. Put the options that only this command has into a table
+    [simulation].
     """
     from fluffle.run_folder import committed
     from fluffle.simulation.availability import parse_availability
@@ -147,7 +148,7 @@ def simulate(**options: Any) -> None:
     from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
-    from fluffle_coordinator.observe.explain_sentences import duration
+    from fluffle_coordinator.observe.times import duration
     from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of

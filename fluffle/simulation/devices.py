@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 import numpy as np
 
@@ -28,15 +29,15 @@ class Device:
         """Check the numbers.
 
         Raises:
-            UsageError: if one is below 0 or is not finite, or the bandwidth is 0.
+            UsageError: if one is not a number, below 0 or not finite, or the bandwidth is 0.
         """
         for name in ("step_s", "round_s"):
-            if not 0 <= getattr(self, name) < float("inf"):
+            if not (_is_number(getattr(self, name)) and getattr(self, name) < float("inf")):
                 raise UsageError(
                     f"Device({name}={getattr(self, name)}) is not valid; expected a number of at "
                     "least 0"
                 )
-        if not self.bytes_per_s > 0:
+        if not (_is_number(self.bytes_per_s) and self.bytes_per_s > 0):
             raise UsageError(
                 f"Device(bytes_per_s={self.bytes_per_s}) is not valid; expected a number above 0"
             )
@@ -48,6 +49,10 @@ class Device:
     def training_s(self, steps: int) -> float:
         """Return the seconds that a training of ``steps`` steps takes."""
         return self.round_s + steps * self.step_s
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and float(value) >= 0
 
 
 def draw(distribution: float | str, rng: np.random.Generator, clients: int) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 
 from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
+from fluffle.simulation.loop import hidden_loop
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.events import Traceback, Unfit
@@ -50,6 +51,8 @@ from fluffle_worker.task import Task
 _HEARTBEAT_S = 60.0
 _MAX_MODEL_BYTES = 8 * 2**30
 _PREFETCH = 100
+# The passes of the event loop in which Ctrl-C, or another cancellation, reaches all clients.
+_PASSES = 5
 
 
 @dataclass(eq=False)
@@ -87,6 +90,7 @@ class Fleet:
         self._clients, self._topology = clients, topology
         self._transport, self._task = transport, task
         self._acting = ""  # the client whose task is running
+        self._turn = asyncio.Lock()
         self._results = Results(
             report=lambda reason: record(Unfit(reason=f"at {self._acting}, {reason}")),
             trace=lambda text: record(Traceback(text=text)),
@@ -154,7 +158,8 @@ class Fleet:
         """Return the signature and the frozen tensors of a task's model."""
         whole = getattr(task, "whole", task)
         if id(whole) not in self._models:
-            self._models[id(whole)] = signature_of_task(task), FrozenTensors(whole)
+            with hidden_loop():
+                self._models[id(whole)] = signature_of_task(task), FrozenTensors(whole)
         return self._models[id(whole)]
 
     # --- messages received ---------------------------------------------------------------------
@@ -219,25 +224,29 @@ class Fleet:
 
         moved = size_bytes(job.weights) + size_bytes(job.broadcast)
         form, frozen = self._model(client.task)
-        self._acting = client.name
-        try:
-            execute(
-                job,
-                client.task,
-                {"federation": self._topology.federation, "worker": client.name},
-                evaluated=lambda: None,
-                progress=progress,
-                residual=lambda: client.residual,
-                results=self._results,
-                form=form,
-                frozen=frozen,
-            )
-        except BaseException as why:  # as in Trainer, even SystemExit
-            trace = why.__traceback__  # begins with this function
-            self._results.failed(why.with_traceback(trace and trace.tb_next))
-            client.at_work = None
-            client.presence.failed(self._link, job.work, one_line(why))
-            return
+        async with self._turn:  # otherwise, all clients of a round would train in a single pass
+            for _ in range(_PASSES):
+                await asyncio.sleep(0)
+            self._acting = client.name
+            try:
+                with hidden_loop():
+                    execute(
+                        job,
+                        client.task,
+                        {"federation": self._topology.federation, "worker": client.name},
+                        evaluated=lambda: None,
+                        progress=progress,
+                        residual=lambda: client.residual,
+                        results=self._results,
+                        form=form,
+                        frozen=frozen,
+                    )
+            except BaseException as why:  # as in Trainer, even SystemExit
+                trace = why.__traceback__  # begins with this function
+                self._results.failed(why.with_traceback(trace and trace.tb_next))
+                client.at_work = None
+                client.presence.failed(self._link, job.work, one_line(why))
+                return
         if job.answer is not None:
             moved += size_bytes(job.answer[1]) + sum(map(size_bytes, job.others.values()))
         seconds = client.device.moving_s(moved)

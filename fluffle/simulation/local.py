@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from fluffle.background import Background
-from fluffle.federation import by_name
+from fluffle.federation import Tasks, by_name, make_task
 from fluffle.keywords import as_keywords, settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
@@ -23,7 +23,7 @@ from fluffle_common.cli.printing import echo
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import RunEvent, Traceback
 from fluffle_coordinator.machine.state import State
-from fluffle_worker.task import Task, check_task
+from fluffle_worker.task import Task
 
 if TYPE_CHECKING:
     from fluffle_coordinator.service.hooks import Evaluate, OnRound
@@ -35,7 +35,7 @@ _CLIENTS = 100
 
 @as_keywords()
 def simulate(
-    tasks: Task | Iterable[Task] | Mapping[str, Task],
+    tasks: Task | Tasks,
     *,
     clients: int | None = None,
     partition: str | Partition | None = None,
@@ -49,7 +49,7 @@ def simulate(
     step_s: float | str = 0.01,
     fit_s: float | str = 0,
     bytes_per_s: float | str | None = None,
-    owned: Sequence[Device] | None = None,
+    owned: Iterable[Device] | None = None,
     availability: str = "always",
     test_every: int = 1,
     evaluate: Evaluate | str | None = None,
@@ -64,8 +64,9 @@ def simulate(
     memory, and time advances whenever nothing is left to compute. The same seeds give the same run.
 
     Args:
-        tasks: one task per client, in a list or by name; or one task that can be divided, such as
-            a ``flax_task``, whose training examples are split among the clients.
+        tasks: one task per client, in a list or by name, where a function without arguments that
+            makes a task can take a task's place; or one task that can be divided, such as a
+            ``flax_task``, whose training examples are split among the clients.
         clients: the number of clients that a task is divided among; 100 by default.
         partition: how to split it: ``iid`` (the default), ``dirichlet:0.5``, ``shards:2``,
             ``by:COLUMN``, or an object.
@@ -91,7 +92,7 @@ def simulate(
         on_round: called with each ``Commit``; ends the run if it returns a reason or raises
             ``StopRun``.
         folder: the run folder; an earlier run in it is continued. None means a temporary folder,
-            deleted together with the returned object.
+            deleted once nothing refers to the returned object or its rounds.
         progress: whether to show progress; None shows it on a terminal and in a notebook.
         **options: any other option of ``fluffle coordinator``, with underscores.
 
@@ -104,6 +105,7 @@ def simulate(
         RunError: if the run stopped before its end.
     """
     _check(options, clients=clients, test_every=test_every)
+    check_whole(f"{_CALLER}(): seed", seed, 0)
     whole, named = _tasks(tasks, clients, partition, seed)
     settings, values = settings_from(
         _CALLER,
@@ -124,7 +126,7 @@ def simulate(
     )
     drawn = devices(len(named), step_s=step_s, round_s=fit_s, bytes_per_s=bytes_per_s, seed=seed)
     presence = parse_availability(str(availability))
-    everybody = clients_of(named, drawn if owned is None else owned, presence, seed)
+    everybody = clients_of(named, drawn if owned is None else _devices(owned), presence, seed)
 
     def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         fresh = values["fresh"]
@@ -162,8 +164,23 @@ def _check(options: Mapping[str, Any], **counts: int | None) -> None:
             check_whole(f"{_CALLER}(): {name}", number, 1)
 
 
+def _devices(owned: Iterable[Device]) -> list[Device]:
+    """Return the devices in a list.
+
+    Raises:
+        UsageError: if ``owned`` is not a list of devices.
+    """
+    given = list(owned) if isinstance(owned, Iterable) else []
+    if not given or not all(isinstance(one, Device) for one in given):
+        raise UsageError(
+            f"{_CALLER}(): owned = {owned!r:.60} is not valid; expected a list with one Device for "
+            "each client"
+        )
+    return given
+
+
 def _tasks(
-    tasks: Task | Iterable[Task] | Mapping[str, Task],
+    tasks: Task | Tasks,
     clients: int | None,
     partition: str | Partition | None,
     seed: int,
@@ -171,7 +188,7 @@ def _tasks(
     """Return the task that is divided, or None, and the clients' tasks by name."""
     if isinstance(tasks, Iterable):
         named = by_name(tasks, "client")
-        given = {name: check_task(f"'{name}'", task) for name, task in named.items()}
+        given = {name: make_task(name, task) for name, task in named.items()}
     elif isinstance(tasks, Divisible):
         rule = parse_partition("iid" if partition is None else partition)
         return tasks, dealt(tasks, rule, clients or _CLIENTS, seed)

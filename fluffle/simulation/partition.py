@@ -65,8 +65,8 @@ class Dirichlet(Partition):
         _check_enough(len(labels), clients)
         rng = np.random.default_rng(seed)
         held: list[list[int]] = [[] for _ in range(clients)]
-        for label in np.unique(labels):
-            of_label = rng.permutation(np.flatnonzero(labels == label))
+        for rows in _by_value(labels):
+            of_label = rng.permutation(rows)
             shares = rng.dirichlet(np.full(clients, self.alpha))
             ends = np.round(np.cumsum(shares) * len(of_label)).astype(int)[:-1]
             for client, part in zip(held, np.split(of_label, ends), strict=True):
@@ -101,13 +101,13 @@ class By(Partition):
 
     def deal(self, labels: Array, clients: int, seed: int) -> Parts:
         """See ``Partition``; ``labels`` are the values of the column."""
-        values = np.unique(labels)
+        values = _by_value(labels)
         if clients != len(values):
             raise UsageError(
                 f"column '{self.column}' has {len(values)} values, but {clients} clients were "
                 f"requested; use --clients {len(values)}, because each value makes one client"
             )
-        return [np.flatnonzero(labels == value) for value in values]
+        return values
 
 
 def parse_partition(text: str | Partition) -> Partition:
@@ -179,6 +179,12 @@ def _check_enough(examples: int, needed: int, by: str | None = None) -> None:
             f"{examples} examples are too few for {by or f'{needed} clients'}; simulate fewer "
             "clients, or give more data"
         )
+
+
+def _by_value(labels: Array) -> Parts:
+    """Return the indices of the examples of each value, in ascending order; NaN is one value."""
+    values, numbers = np.unique(labels, return_inverse=True)
+    return [np.flatnonzero(numbers == number) for number in range(len(values))]
 
 
 def _without_empty(held: list[list[int]]) -> Parts:

@@ -56,7 +56,7 @@ def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0
         columns = getattr(whole, "columns", {})
         if partition.column != "label" and partition.column not in columns:
             there = ", ".join(["label", *columns])
-            raise UsageError(f"the data have no column '{partition.column}'; choose from {there}")
+            raise UsageError(f"the data has no column '{partition.column}'; choose from {there}")
         labels = _single(np.asarray(columns.get(partition.column, labels)))
     return partition.deal(labels, clients, seed)
 

@@ -20,7 +20,7 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer import Assembly, digest_of
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import (
     MAX_LISTED_KEYS,
@@ -35,7 +35,7 @@ from fluffle_common.transport.base import (
 )
 from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
-from fluffle_common.transport.messaging import Route, reject, send_tensors
+from fluffle_common.transport.messaging import Route, reject, send_ahead, send_tensors
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
@@ -235,7 +235,7 @@ async def test_declaring_again_changes_nothing(bench):
 async def test_declaring_a_queue_with_different_arguments_names_the_remedy(bench):
     link = await bench.open()
     await bench.queue(link, "q", x_max_length=5)
-    with pytest.raises(OtherArguments, match="another version of fluffle.*delete"):
+    with pytest.raises(OtherArguments, match="already exists with different arguments.*delete"):
         await bench.queue(link, "q", x_max_length=6)
     link = await bench.open()
     with pytest.raises(OtherArguments, match="the same --queue-type for the"):
@@ -426,6 +426,33 @@ async def test_a_full_queue_does_not_affect_other_queues(bench):
     assert await drain(link, roomy) == [b"x"]
     for name in full:
         assert await drain(link, name) == [b"in the way"]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+async def test_a_receiver_that_refuses_does_not_keep_a_model_from_the_others(
+    bench, monkeypatch, ahead
+):
+    """Regression: a worker that declared its inbox like this kept the whole run from its work."""
+    monkeypatch.setattr("fluffle_common.protocol.wire_format.PART_BYTES", 64)
+    link = await bench.open()
+    exchange, sound = f"{bench.names.federation}.e", await bench.queue(link, "a")
+    refusing = await bench.queue(link, "b", x_overflow="reject-publish", x_max_length=0)
+    bindings = [Binding(sound, exchange, "a"), Binding(refusing, exchange, "b")]
+    await link.declare([Exchange(exchange, "direct"), *bindings])
+    of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
+    message = Update(**of, num_examples=1, seconds=0.0)
+    weights, route = {"w": np.arange(80.0)}, Route(exchange, ["a", "b"])
+    if ahead:
+        digest = asyncio.to_thread(digest_of, weights)
+        sending = (await soon(send_ahead(link, message, weights, route, digest=digest)))()
+    else:
+        sending = send_tensors(link, message, weights, route)
+    with pytest.raises(QueueFull):
+        await soon(sending)
+    announced, _ = decode((await soon(link.get(sound))).body)
+    into = Assembly(announced.transfer, 10_000)
+    await soon(fetch(link, sound, into, "rejected"))
+    assert into.payload() == weights["w"].tobytes()
 
 
 @pytest.mark.parametrize("bound", [{"x_max_length": 3}, {"x_max_length_bytes": 6}])
@@ -998,6 +1025,34 @@ async def test_using_a_missing_queue_loses_the_link(bench, what):
         await soon(asked())
 
 
+async def test_a_missing_queue_of_someone_else_is_empty(bench):
+    link = await bench.open()
+    assert await soon(link.get(f"{bench.names.federation}.missing", apart=True)) is None
+    queue = await bench.queue(link)
+    await put(link, queue, b"x")
+    assert (await soon(link.get(queue, apart=True))).body == b"x"
+
+
+@pytest.mark.rabbit
+@pytest.mark.parametrize("how", ["stream", "exclusive"])
+async def test_a_queue_that_its_owner_changes_does_not_lose_the_link(real, how):
+    owner, link = await real.open(), await real.open()
+    name = real.names.outbox("w")
+    arguments = {"x-queue-type": "stream"} if how == "stream" else {}
+    await owner.declare([Queue(name, "of a test", arguments)])
+    await put(owner, name, b"x")
+    if how == "exclusive":
+        await owner.consume(name, prefetch=1, exclusive=True)
+    gets = [asyncio.ensure_future(link.get(name, apart=True)) for _ in range(4)]
+    assert await soon(asyncio.gather(*gets)) == [None] * 4
+    sound = await real.queue(link)
+    await put(link, sound, b"y")
+    got = await soon(link.get(sound, apart=True))
+    got.ack()
+    await link.close()
+    assert await drain(owner, sound) == []
+
+
 # --- the broker itself -------------------------------------------------------------------------
 
 
@@ -1393,16 +1448,44 @@ async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch
 
 
 @pytest.mark.rabbit
-async def test_a_message_that_a_quorum_queue_refuses_ends_the_link(real):
-    # The queue may be full, or the channel may be broken for good.
+async def test_a_quorum_queue_that_is_full_keeps_the_link(real):
+    """Regression: a worker whose inbox refused everything ended the link again and again."""
     link = await real.open()
     settings = {"x_queue_type": "quorum", "x_max_length": 1, "x_overflow": "reject-publish"}
     queue = await real.queue(link, **settings)
-    with pytest.raises(LinkLost, match="full"):
+    with pytest.raises(QueueFull):
         await soon(put(link, queue, *numbered(100)))
+    while (delivery := await soon(link.get(queue))) is not None:
+        delivery.ack()
+    await put_when_there_is_room(link, queue)
+
+
+async def put_when_there_is_room(link: Link, queue: str) -> None:
+    """Put a message into a queue; a quorum queue takes a moment to notice that it has room."""
+    async with asyncio.timeout(PATIENCE_S):
+        while True:
+            with contextlib.suppress(QueueFull):
+                return await put(link, queue, b"x")
+
+
+@pytest.mark.rabbit
+async def test_a_channel_that_refuses_what_another_takes_ends_the_link(real, monkeypatch):
+    # While a quorum queue elects a new leader, a channel can break for good.
+    link = await real.open()
+    queue = await real.queue(link, x_queue_type="quorum")
+    original = ContentChannel.publish
+
+    def publish(channel: ContentChannel, *message: Any) -> Any:
+        confirmation = original(channel, *message)
+        if channel is link._publish_channel:
+            confirmation = asyncio.get_running_loop().create_future()
+            confirmation.set_exception(QueueFull("the broker refused the message"))
+        return confirmation
+
+    monkeypatch.setattr(ContentChannel, "publish", publish)
+    with pytest.raises(LinkLost, match="on one channel, but not on another"):
+        await soon(put(link, queue, b"x"))
     await soon(link.lost())
-    again = await real.open()
-    assert await soon(again.get(queue)) is not None
 
 
 @pytest.mark.rabbit

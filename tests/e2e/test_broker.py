@@ -106,7 +106,7 @@ def test_up_status_down(state: Path) -> None:
 
     again = fluffle("broker", "up", state=state)
     assert again.returncode == 0
-    assert "is up already" in again.stdout
+    assert "is already up" in again.stdout
     assert node.running_node(state) == info
 
     shown = json.loads(fluffle("broker", "status", "--json", state=state).stdout)

@@ -214,7 +214,7 @@ def test_beside_a_federation(
             proxy.aim(broker_node.ports.amqp)
             seen.wait("#link", "live")
             coordinator = federation.coordinator(*flags)
-            seen.wait("#journal li", "going on with run")
+            seen.wait("#journal li", "continuing run")
             gate.touch()
             seen.wait("#phase", "finished: 3 rounds are done")
             rounds = seen.page.locator("#history tr th").all_inner_texts()

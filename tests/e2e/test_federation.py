@@ -129,7 +129,7 @@ def test_ctrl_c_stops_cleanly_and_the_same_command_goes_on(
     ]
     workers[0].wait_for("round 1: training")
     first.send(signal.SIGINT)
-    first.wait_for("the same command .* to go on")
+    first.wait_for("the same command .* to continue")
     assert first.end() == 130
     second = federation.coordinator("--quorum", 2, "--rounds", 3)
     gate.touch()

@@ -76,7 +76,7 @@ def test_a_run_is_read_back_as_often_as_one_likes(federation: Federation) -> Non
     assert "loss" in told
     wrong = look(federation, "explain", 9)
     assert wrong.end() == 2
-    assert "has 1-3" in wrong.lines[-1]
+    assert "has rounds 1-3" in wrong.lines[-1]
 
 
 def test_whoever_follows_sees_it_as_it_happens_even_from_before_the_beginning(
@@ -147,11 +147,11 @@ def test_a_coordinator_that_was_killed_or_stopped_appears_as_resumed(
     first.send(signal.SIGKILL)
     assert first.end() == -signal.SIGKILL
     second = federation.coordinator(*flags)
-    follower.wait_for("going on with run .* after round 1")
+    follower.wait_for("continuing run .* after round 1")
     follower.wait_for("round 2: opened")
     second.send(signal.SIGINT)
     assert second.end() == 128 + signal.SIGINT
-    follower.wait_for("stopped; run the same command .* to go on")
+    follower.wait_for("stopped; run the same command .* to continue")
     told = "\n".join(lines(federation, "explain"))
     assert "The coordinator was told to stop" in told
     assert "the round was opened again" in told

@@ -98,7 +98,7 @@ def test_with_minimal_permissions_killed_programs_recover(run: Run) -> None:
     chief.send(signal.SIGKILL)
     assert chief.end() == -signal.SIGKILL
     second = run.chief(*rounds)
-    second.wait_for("going on with run")
+    second.wait_for("continuing run")
     assert [program.end() for program in (second, again, bob)] == [0, 0, 0]
     assert committed(run) == [["a.lice", "bob"]] * 200
 
@@ -167,6 +167,14 @@ ATTEMPTS: dict[str, Callable[[BlockingChannel], object]] = {
     "copies of its mail": bind(INBOX + ME, f"{F}.work", VICTIM),
     "copies of all updates": bind(OUTBOX + ME, f"{F}.results", "update.#"),
     "copies of all signs of life": bind(OUTBOX + ME, f"{F}.results", "heartbeat.#"),
+    "copies of all updates, by an exchange with the name of its inbox": lambda on: (
+        on.exchange_declare(INBOX + ME, "fanout"),
+        on.exchange_bind(INBOX + ME, f"{F}.results", "update.#"),
+    ),
+    "a binding of its outbox to an exchange of its own": lambda on: (
+        on.exchange_declare(INBOX + ME, "fanout"),
+        on.queue_bind(OUTBOX + ME, INBOX + ME, ""),
+    ),
     # messages in the name of others
     "work for another": publish(f"{F}.work", VICTIM),
     "mail for another": publish("", INBOX + VICTIM),
@@ -179,6 +187,14 @@ ATTEMPTS: dict[str, Callable[[BlockingChannel], object]] = {
         on.queue_delete(INBOX + ME),
         on.queue_declare(
             INBOX + ME, durable=True, arguments={"x-dead-letter-exchange": f"{F}.work"}
+        ),
+    ),
+    "what its queue gives up, by the name of another queue": lambda on: (
+        on.queue_delete(INBOX + ME),
+        on.queue_declare(
+            INBOX + ME,
+            durable=True,
+            arguments={"x-dead-letter-exchange": "", "x-dead-letter-routing-key": INBOX + VICTIM},
         ),
     ),
     # shared entities

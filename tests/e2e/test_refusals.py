@@ -71,7 +71,7 @@ def test_a_run_without_streams_has_no_journal(picky, tmp_path: Path):
 async def test_a_message_above_the_brokers_limit_names_the_limit(picky):
     link = await AmqpTransport(picky.url, "test").open()
     await link.declare([Queue("q", "of a test")])
-    with pytest.raises(BrokerError, match=r"2,000,000 .*1,000,000 \(max_message_size\)"):
+    with pytest.raises(BrokerError, match=r"2,000,000 .*1,000,000 .*max_message_size"):
         await asyncio.wait_for(
             link.publish(bytes(2_000_000), Properties(), exchange="", keys=["q"]), PATIENCE_S
         )

@@ -10,6 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
+from unittest.mock import AsyncMock
 
 import pytest
 from yarl import URL
@@ -173,4 +174,4 @@ async def test_a_connection_lost_before_its_channels_open_is_a_lost_link(
         await connection.connect(PATIENCE_S)
         await connection.close()
     with pytest.raises(LinkLost):
-        await AmqpLink(first, second, "guest").start()
+        await AmqpLink(first, second, "guest", connect=AsyncMock()).start()

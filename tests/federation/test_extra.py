@@ -265,6 +265,38 @@ def test_tensors_that_the_plan_does_not_train_stay_unchanged_and_do_not_travel(
     federated(scenario)
 
 
+@pytest.mark.parametrize("name", ["optax:adamw,learning_rate=0.1,weight_decay=0.5", "fedavgm"])
+def test_no_step_of_the_server_changes_a_tensor_that_is_not_trained(federated, name):
+    class Two(Adder):
+        def init(self, seed: int) -> Any:
+            return {"body": np.ones(3, np.float32), "head": np.ones(3, np.float32)}
+
+    async def scenario(federation):
+        strategy = load_strategy(name)
+        for rounds, plan in ((2, Plan()), (4, Plan(train=("head",)))):  # body keeps its momentum
+            coordinator = federation.coordinator(
+                rounds=rounds,
+                min_workers=1,
+                strategy=strategy,
+                plan=plan,
+                keep_updates=True,
+            )
+            worker = federation.worker("a", Two(federation.loop))
+            assert (await coordinator.end()).outcome == "finished"
+            await worker.kill()
+        before, after = federation.weights(2), federation.weights(4)
+        assert (after["body"] == before["body"]).all()
+        assert (after["head"] != before["head"]).all()
+        noted = configuration(coordinator.service._settings, federation.topology)
+        run = json.dumps({"configurations": [{"from_round": 1, **noted}]})
+        (federation.folder / "run.json").write_text(run)
+        for number in ("3", "4"):
+            words = [str(federation.folder), "--round", number]
+            assert "equal: all 2" in CliRunner().invoke(replay, words).output
+
+    federated(scenario)
+
+
 def test_a_plan_that_trains_no_tensor_of_the_model_is_reported(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(

@@ -276,5 +276,10 @@ def test_an_async_hook_is_refused():
     async def hook(_):
         return None
 
-    with pytest.raises(UsageError, match="--evaluate must be a plain function; remove its 'async'"):
-        Hooks.load(evaluate=hook)
+    class Called:
+        async def __call__(self, _):
+            return None
+
+    for given in (hook, Called()):
+        with pytest.raises(UsageError, match="--evaluate must be a plain .*; remove its 'async'"):
+            Hooks.load(evaluate=given)

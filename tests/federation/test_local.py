@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -175,6 +177,16 @@ def test_a_figure_has_every_column(tmp_path):
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("name", [r"$\bad{$", "_private"])
+def test_a_figure_shows_the_name_of_any_metric(name, tmp_path):
+    class Odd(Adder):
+        def evaluate(self, weights):
+            return fluffle.EvalResult(1.0, 5, {name: 0.5})
+
+    figure = fluffle.run([Odd()], rounds=1).plot(tmp_path / "run.png")
+    assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [name]
+
+
 def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
     class Silent(Adder):
         def train(self, weights, plan, progress):
@@ -192,19 +204,32 @@ def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
         run.plot()
 
 
-def test_a_temporary_folder_stays_as_long_as_a_round_of_its_run():
-    best = fluffle.run([Adder()], rounds=2).best
-    assert best.weights
-    checkpoint = best.checkpoint
-    del best
-    assert not checkpoint.exists()
-
-
 def test_a_temporary_folder_goes_with_its_run(tmp_path):
     run = fluffle.run([Adder()], rounds=1)
     folder = run.folder
     assert (folder / "round-0001.safetensors").exists()
     del run
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        lambda run: run.history[-1],
+        lambda run: run.history[1:][0],
+        lambda run: run.history.best("loss"),
+        lambda run: run.best,
+        copy.copy,
+        copy.deepcopy,
+    ],
+)
+def test_a_temporary_folder_stays_as_long_as_a_part_or_a_copy_of_its_run(part):
+    kept = part(fluffle.run([Adder()], rounds=2))
+    folder = kept.folder if isinstance(kept, fluffle.Run) else kept.checkpoint.parent
+    assert kept.weights["w"][0] in {1.0, 2.0}
+    assert pickle.loads(pickle.dumps(kept)).weights["w"][0] == kept.weights["w"][0]
+    assert folder.exists()  # the unpickled one did not take it along
+    del kept
     assert not folder.exists()
 
 
@@ -307,7 +332,8 @@ def test_ctrl_c_ends_a_run_cleanly_and_names_how_to_continue(tmp_path, with_fold
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
     assert (
-        f"repeat the call with folder={str(folder)!r} to go on with round {committed + 1}" in stderr
+        f"repeat the call with folder={str(folder)!r} to continue with round {committed + 1}"
+        in stderr
     )
     assert "command" not in stderr
     run = fluffle.run([Adder()], rounds=committed + 1, folder=folder)
@@ -386,7 +412,7 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
                 time.sleep(0.01)
             return super().train(weights, plan, progress)
 
-    with pytest.raises(fluffle.RunError, match=r"the run stopped: .*to go on with round 2$"):
+    with pytest.raises(fluffle.RunError, match=r"the run stopped: .*to continue with round 2$"):
         fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
 
 
@@ -398,6 +424,13 @@ def test_a_reason_is_said_once():
     with pytest.raises(fluffle.RunError) as stopped:
         fluffle.simulate([Failing()], rounds=1)
     assert str(stopped.value).count("mine") == 1
+
+
+def test_a_task_without_examples_is_told_to_check_its_data():
+    empty = Adder()
+    empty.num_examples = 0
+    with pytest.raises(fluffle.TaskError, match="no examples to train on; check the task's data$"):
+        fluffle.run([empty], rounds=1)
 
 
 def test_errors_name_keywords_and_leave_command_lines_as_they_are():

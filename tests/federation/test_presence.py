@@ -75,6 +75,19 @@ def test_a_worker_reports_that_it_waits_for_a_coordinator_that_was_stopped(feder
     federated(scenario)
 
 
+def test_a_worker_does_not_suspect_the_coordinator_while_the_broker_accepts_nothing(federated):
+    async def scenario(federation):
+        federation.broker.block("low on disk")
+        worker = federation.worker("a")
+        coordinator = federation.coordinator(rounds=1, min_workers=1)
+        await asyncio.sleep(100.0)
+        assert not worker.log.of("waiting")
+        federation.broker.block(None)
+        assert (await coordinator.end()).outcome == "finished"
+
+    federated(scenario)
+
+
 def test_a_worker_that_has_lost_the_broker_does_not_suspect_the_coordinator(federated):
     async def scenario(federation):
         worker = await one_of_three_left_alone(federation, rounds=1)

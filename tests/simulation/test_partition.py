@@ -64,6 +64,13 @@ def test_by_a_column_each_value_is_a_client():
         By("writer").deal(writers, 4, 0)
 
 
+@pytest.mark.parametrize(("partition", "clients"), [(Dirichlet(0.5), 2), (By("writer"), 3)])
+def test_examples_whose_label_is_missing_are_dealt_too(partition, clients):
+    parts = partition.deal(np.array([np.nan, 1.0, 2.0, np.nan, 1.0]), clients, 0)
+    assert all(len(part) for part in parts)
+    assert sorted(np.concatenate(parts).tolist()) == [0, 1, 2, 3, 4]
+
+
 def test_too_few_examples_are_refused():
     with pytest.raises(UsageError, match="9 examples are too few for 5 clients with 2 shards each"):
         Shards(2).deal(np.zeros(9), 5, 0)

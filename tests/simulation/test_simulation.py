@@ -6,7 +6,9 @@ import asyncio
 import functools
 import json
 import math
+import os
 import re
+import signal
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,6 +295,9 @@ class TestDevices:
         ({"federation": None}, "fluffle.simulate(): federation = None, but a value is required"),
         ({"folder": 3}, "folder = 3 is not a path"),
         ({"clients": 3}, "clients = 3, but the number of tasks is 2"),
+        ({"seed": None}, "seed = None is not valid; expected a whole number of at least 0"),
+        ({"owned": Device()}, "owned = Device(step_s=0.0, "),
+        ({"owned": [1.0, 2.0]}, "owned = [1.0, 2.0] is not valid; expected a list with one Device"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "invalid availability 'often'"),
         ({"step_s": "uniform:2,1"}, "LOW is above HIGH; use uniform:1,2"),
@@ -302,6 +307,11 @@ class TestDevices:
 def test_what_a_simulation_cannot_do_is_told_at_once(options, said):
     with pytest.raises(UsageError, match=re.escape(said)):
         fluffle.simulate([Adder(1.0), Adder(2.0)], rounds=1, **options)
+
+
+class Half(Adder):
+    def __init__(self) -> None:
+        super().__init__(0.5)
 
 
 class Whole(Adder):
@@ -330,6 +340,65 @@ def test_a_seed_that_is_none_is_refused_before_the_data_are_divided(seed):
         UsageError, match="clients = 0 is not valid; expected a whole number of at least 1"
     ):
         fluffle.plot_partition(Whole(0.0), clients=0)
+
+
+def test_functions_can_make_the_tasks():
+    run = fluffle.simulate({"a": Half, "b": lambda: Adder(1.5)}, rounds=1)
+    assert run.weights["w"].tolist() == [1.0, 1.0, 1.0]
+
+
+def test_tasks_and_hooks_may_run_event_loops_of_their_own():
+    def elsewhere(value: Any) -> Any:
+        return asyncio.run(asyncio.sleep(0, value))
+
+    class Asynchronous(Adder):
+        def init(self, seed):
+            return elsewhere(super().init(seed))
+
+        def train(self, weights, plan, progress):
+            return elsewhere(super().train(weights, plan, progress))
+
+        def evaluate(self, weights):
+            return elsewhere(super().evaluate(weights))
+
+    run = fluffle.simulate(
+        [Asynchronous(1.0)], rounds=2, evaluate=lambda weights: elsewhere({"a": 3})
+    )
+    assert (run.history["loss"], run.history["test/a"]) == ([1.0, 2.0], [3.0, 3.0])
+
+
+def test_devices_may_come_from_a_generator():
+    owned = (Device(round_s=seconds) for seconds in (1.0, 7.0))
+    run = fluffle.simulate([Adder(1.0), Adder(1.0)], rounds=1, owned=owned)
+    assert math.isclose(run.history[0].seconds, 7.0, rel_tol=0.05)
+
+
+def test_no_further_client_trains_after_ctrl_c(tmp_path):
+    trained = []
+
+    class Interrupting(Adder):
+        def train(self, weights, plan, progress):
+            trained.append(self.value)
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().train(weights, plan, progress)
+
+    store = RunStore(tmp_path)
+
+    async def until_ctrl_c() -> State:
+        rules = Rules(min_workers=9, rounds=3)
+        tasks = {name: Interrupting(float(number)) for number, name in enumerate(names(9))}
+        settings = CoordinatorSettings("sim", rules)
+        run = asyncio.ensure_future(simulate_run(settings, clients_of(tasks), store, Told()))
+        asyncio.get_running_loop().add_signal_handler(signal.SIGINT, run.cancel)
+        return await run
+
+    with (
+        pytest.raises(asyncio.CancelledError),
+        asyncio.Runner(loop_factory=SimulatedLoop) as runner,
+    ):
+        runner.run(until_ctrl_c())
+    store.unlock()
+    assert trained == [0.0]
 
 
 def test_two_tasks_of_one_name_are_refused():

@@ -83,3 +83,25 @@ def test_what_the_buffered_schedule_would_ignore_is_refused(command, flags):
         words += ["--data", "shard:{client}/{clients}", "--clients", "2"]
     with pytest.raises(UsageError, match=f"{flags[0]} has no effect with --schedule buffered"):
         CliRunner().invoke(command, words, catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (
+            ("--over-provision", "1.3"),
+            "--over-provision 1.3 has no effect, .*; add --sample or --fraction",
+        ),
+        (
+            ("--select", "weighted", "--schedule", "buffered"),
+            "--select weighted has no effect with --schedule buffered, .*; add --concurrency",
+        ),
+        (
+            ("--monitor", "test/accuracy", "--target", "0.9"),
+            "--monitor test/accuracy is .*; add --evaluate, or monitor .* such as accuracy$",
+        ),
+    ],
+)
+def test_an_option_that_lacks_its_other_half_is_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
+        CliRunner().invoke(coordinator, ["--federation", "f", *flags], catch_exceptions=False)

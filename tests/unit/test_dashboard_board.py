@@ -115,6 +115,13 @@ class TestOpenRound:
         (missing,) = board.snapshot()["open"]["missing"]
         assert (missing["doing"], missing["hopeless"]) == ("training 3/8", False)
 
+    def test_the_journal_does_not_say_when_a_round_with_a_quorum_closes(self) -> None:
+        events = [STARTED, *JOINED, opened(1, "north", "south", needed=1)]
+        board = board_after(*events, source="journal")
+        assert board.snapshot()["open"]["deadline_at"] == 163.0
+        board = board_after(*events, counted("north", 1, 1, needed=1), source="journal")
+        assert board.snapshot()["open"]["deadline_at"] is None
+
     def test_committed_closes_it(self) -> None:
         board = board_after(STARTED, *JOINED, opened(1, "north"), counted("north", 1, 1), COMMITTED)
         assert board.snapshot()["open"] is None

@@ -129,7 +129,7 @@ async def test_facts_of_a_journal_event():
     fields = {"round": 2, "asked": ["a", "b"], "needed": 3, "timings": {"open_s": 1.0}}
     event = Event(federation="f", event="opened", time="t", session="s", number=1, fields=fields)
     (delivery,) = await through(encode(event))
-    sentences = ["round 2: opened for a, b, 3 updates needed"]
+    sentences = ["round 2: opened for a, b; 3 updates needed"]
     assert facts(decode_message(delivery, "f")) == sentences
 
 

@@ -53,7 +53,7 @@ def test_a_watcher_that_raises_is_reported_once_and_others_continue(capsys):
     assert len(before.events) == len(after.events) == after.shown == 3
     errors = capsys.readouterr().err
     assert errors.count("fluffle: Broken cannot show the event 'committed'") == 1
-    assert "the run goes on" in errors
+    assert "the run continues" in errors
     assert len(errors.splitlines()) == 1
 
 
@@ -64,13 +64,13 @@ def test_a_stop_names_the_command_that_continues():
     state = State(Rules(6), "r", 4, QUORUM, counted_before={3: frozenset([Ticket("a", 3)])})
     advice = endings.after_a_stop(state, FOLDER)
     assert advice == (
-        "fix the cause, and run the same command (without --fresh) to go on with round 4"
+        "fix the cause, and run the same command (without --fresh) to continue with round 4"
     )
     for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
         advice = endings.after_a_stop(state.replace(**other), FOLDER)
         assert "if the model or the classes have changed" in advice
         assert "add --fresh to begin a new run" in advice
-        assert advice.endswith("run the same command (without --fresh) to go on with round 4")
+        assert advice.endswith("run the same command (without --fresh) to continue with round 4")
     assert endings.after_a_stop(State(Rules(6), "r", 1, QUORUM), FOLDER).endswith("with round 1")
 
 
@@ -124,6 +124,7 @@ FOLDER = "cannot use the run folder .* --run"
     ("number", "message"),
     [
         *((number, FOLDER) for number in (errno.ENOLCK, errno.ENOTSUP, errno.EACCES, errno.EROFS)),
+        (errno.ENOSPC, "cannot use the run folder .*; free disk space and run the same command"),
         (errno.EMFILE, "^too many open files; .*'ulimit -n 4096'"),
     ],
 )

@@ -69,7 +69,7 @@ def test_the_metrics_of_an_evaluation_are_fields_too():
         ("joined", {"worker": "north", "num_examples": "many"}, "north joined with ? examples"),
         ("joined", {"worker": "north", "num_examples": True}, "north joined with ? examples"),
         ("joined", {"worker": ["north"], "mood": "good"}, "? joined with ? examples"),
-        ("opened", {"round": 1.0, "asked": "north"}, "round ?: opened for ?, ? updates needed"),
+        ("opened", {"round": 1.0, "asked": "north"}, "round ?: opened for ?; ? updates needed"),
         ("evaluated", {"loss": float("nan")}, "round ?: loss ? on ? held-out examples"),
         (
             "evaluated",
@@ -114,12 +114,17 @@ def test_events_of_a_worker_in_words(event, sentence):
 
 def test_a_count_of_one_is_singular():
     one = from_fields("opened", {"round": 1, "asked": ["a"], "needed": 1})
-    assert one.sentence() == "round 1: opened for a, 1 update needed"
+    assert one.sentence() == "round 1: opened for a; 1 update needed"
     assert from_fields("opened", {"needed": 3}).sentence().endswith("3 updates needed")
-    assert from_fields("opened", {}).sentence() == "round ?: opened for ?, ? updates needed"
+    assert from_fields("opened", {}).sentence() == "round ?: opened for ?; ? updates needed"
     assert (
         from_fields("joined", {"worker": "a", "num_examples": 1}).sentence().endswith("1 example")
     )
+
+
+def test_an_empty_list_of_workers_is_nobody():
+    event = from_fields("reopened", {"reason": "0 of 3 updates", "asked": []})
+    assert event.sentence() == "0 of 3 updates; reopened for nobody"
 
 
 def test_a_one_letter_format_is_no_noun():

@@ -62,8 +62,10 @@ class Story:
         fields = {"round": 7, "worker": worker, "num_examples": 80, "updates": updates, "needed": 3}
         return self.add(seconds, "counted", **{**fields, "train_s": 1.5, **more})
 
-    def explained(self, now: float, number: int = 7) -> tuple[Explanation, str]:
-        explanation = explain(self.events, self.run, number, at(now))
+    def explained(
+        self, now: float, number: int = 7, coordinated: bool | None = None
+    ) -> tuple[Explanation, str]:
+        explanation = explain(self.events, self.run, number, at(now), coordinated=coordinated)
         return explanation, "\n".join(sentences(explanation))
 
 
@@ -83,7 +85,7 @@ def test_a_stuck_round_names_the_missing_workers_and_the_time_left():
     assert explanation.missing == ["c"]
     assert explanation.left_s == pytest.approx(510)
     assert "is open" in text
-    assert "for a, b, c, 3 updates needed" in text
+    assert "for a, b, c; 3 updates needed" in text
     assert "a answered at" in text
     assert "3.0 s after the opening: 80 examples, 1.5 s of training" in text
     gone = f"it has been gone since {clock(at(40))} (no heartbeat for 5 s)"
@@ -140,7 +142,7 @@ def test_a_later_event_says_more_of_a_worker_than_its_rejected_update():
 def test_a_rejected_update_is_named_after_the_commit_too():
     story = rejected_b().counted(13, "a", 1).counted(14, "c", 2)
     story.add(15, "committed", round=7, participants=["a", "c"], num_examples=160)
-    said = f"No update of b counted: its update was rejected at {clock(at(12))} (it has a NaN)."
+    said = f"No update of b was counted: its update was rejected at {clock(at(12))} (it has a NaN)."
     assert said in story.explained(now=30)[1]
 
 
@@ -158,7 +160,7 @@ def test_what_an_operator_should_look_at_is_explained():
     )
     assert "b sends heartbeats, but has made no progress for 120 s (training, step 3 of 40)" in text
     assert "the norm of the update of a is 40, but the median is 1" in text
-    assert "needs 2 updates now instead of 3 (c is gone)." in text
+    assert "now needs 2 updates instead of 3 (c is gone)." in text
     assert "the frozen tensors of b and a differ" in text
 
 
@@ -244,7 +246,7 @@ def test_an_outage_postpones_the_deadline():
     story = begun().add(100, "disconnected", reason="reset")
     explanation, text = story.explained(now=300)
     assert explanation.left_s == pytest.approx(510)  # as when the broker was lost
-    assert "lost the broker" in text
+    assert "lost the connection to the broker" in text
     explanation, _ = story.add(160, "reconnected").explained(now=300)
     assert explanation.left_s == pytest.approx(370)
 
@@ -253,6 +255,32 @@ def test_a_deadline_that_passed_in_silence_suggests_a_missing_coordinator():
     _, text = begun().explained(now=700)
     assert "The deadline passed" in text
     assert "the coordinator is not running, or cannot reach the broker" in text
+
+
+def test_a_connected_coordinator_is_not_said_to_be_missing_after_the_deadline():
+    _, text = begun().explained(now=700, coordinated=True)
+    assert "The deadline passed" in text
+    assert "not running" not in text
+
+
+def test_a_round_that_stays_open_after_its_deadline():
+    doing = {"worker": "b", "state": "training", "step": 3, "steps": 40}
+    story = begun().add(690, "waiting", what="updates", round=7, missing=[doing], short=0)
+    _, text = story.explained(now=700)
+    assert "the round stays open while workers advance" in text
+    assert "not running" not in text
+
+
+def test_a_full_disk_is_named_until_the_update_that_waited_for_it_is_counted():
+    story = begun().counted(13, "a", 1)
+    story.add(20, "disk", folder="runs/f", reason="No space left on device", pause_s=5.0)
+    story.add(690, "waiting", what="updates", round=7, missing=[], short=0)
+    _, text = story.explained(now=700)
+    assert f"At {clock(at(20))}: cannot write to runs/f (No space left on device)" in text
+    assert "Still waiting for b: its update has arrived and is being added." in text
+    assert "passed" not in text
+    _, text = story.counted(701, "b", 2).explained(now=702)
+    assert "cannot write" not in text
 
 
 def test_a_round_that_was_open_when_the_coordinator_was_lost():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import subprocess
@@ -136,6 +137,22 @@ def test_a_damaged_or_missing_file_is_named(tmp_path):
         fluffle.load_model(tmp_path / "absent")
 
 
+def test_arrays_of_any_framework_fill_a_module():
+    class Tensor:
+        shape, dtype = (1,), "torch.float32"
+
+        def __array__(self, dtype=None, copy=None):
+            return np.ones(1, np.float32)
+
+    model = nnx.Linear(1, 1, rngs=nnx.Rngs(0))
+    fluffle.load_into(model, {"kernel": model.kernel[...], "bias": Tensor()})
+    assert model.bias[...].tolist() == [1.0]
+
+
+def test_the_parameters_of_both_ways_to_run_are_shown():
+    assert inspect.signature(fluffle.arun) == inspect.signature(fluffle.run)
+
+
 def test_an_argument_of_another_type_is_named(tmp_path):
     file, model = tmp_path / "m.safetensors", nnx.Linear(2, 1, rngs=nnx.Rngs(0))
     for wrong in ({"w": np.zeros(1)}, None, nnx.Linear):
@@ -163,7 +180,14 @@ def test_an_argument_of_another_type_is_named(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"step_s": -1}, {"step_s": math.nan}, {"round_s": math.inf}, {"bytes_per_s": 0}],
+    [
+        {"step_s": -1},
+        {"step_s": math.nan},
+        {"step_s": "1"},
+        {"round_s": math.inf},
+        {"bytes_per_s": 0},
+        {"bytes_per_s": None},
+    ],
 )
 def test_a_device_of_impossible_speed_is_refused(wrong):
     ((name, value),) = wrong.items()

@@ -35,3 +35,13 @@ def test_the_chart_shows_losses_below_zero(tmp_path, monkeypatch, losses, bottom
     plt.close(figure)
     assert low == pytest.approx(bottom)
     assert high > max(losses)
+
+
+def test_a_worker_cannot_prevent_the_drawing_with_an_extreme_loss(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    losses = (1.7e308, -1.7e308, 0.5)
+    rounds = [
+        {"round": number, "loss": loss, "accuracy": loss} for number, loss in enumerate(losses)
+    ]
+    draw_history(rounds, tmp_path / "history.png")
+    assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")

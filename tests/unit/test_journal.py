@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.protocol.events import (
     REGISTRY,
+    Committed,
     Disconnected,
     Doing,
     NoBroker,
+    Opened,
     Other,
     Standby,
     Waiting,
@@ -29,9 +33,12 @@ from fluffle_common.protocol.wire_format import decode, encode
 from fluffle_common.transport.base import Link, Properties, QueueFull, QueueInUse, Unroutable
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.reconnect import Backoff
+from fluffle_coordinator.cli.journal import journal
+from fluffle_coordinator.observe.journal_entries import Entries
 from fluffle_coordinator.observe.journal_file import JournalFile, read_journal_file
 from fluffle_coordinator.observe.journal_reader import read_journal
 from fluffle_coordinator.observe.journal_writer import Journal
+from fluffle_coordinator.observe.run_view import RunView
 
 TOPOLOGY = Topology("f")
 PATIENCE_S = 20.0
@@ -376,6 +383,15 @@ def test_each_event_is_read_once_and_in_order_or_counted_as_dropped(steps, capac
 # --- reading -----------------------------------------------------------------------------------
 
 
+def test_a_reader_knows_what_a_run_waits_for_again_after_a_round():
+    entries, view = Entries(), RunView()
+    waits = Waiting(reason="waiting for workers: 1 of 2 are connected (a)", what="workers")
+    for at, event in enumerate((waits, waits, Opened(round=1), Committed(round=1), waits, waits)):
+        if entries.entry_of(event) is not None:
+            view.add(float(at), event)
+    assert view.waiting == (4.0, waits)
+
+
 def test_a_torn_line_of_a_journal_file_does_not_swallow_the_next_one(tmp_path):
     for event in (Disconnected(reason="first"), Disconnected(reason="second")):
         journal = JournalFile(tmp_path, "f")
@@ -512,7 +528,7 @@ async def test_an_internal_error_ends_the_journal_and_not_the_run(broker, capsys
         assert not task.done()
     errors = capsys.readouterr().err
     assert errors.count("the journal cannot be published") == 1
-    assert "the run goes on without a journal" in errors
+    assert "the run continues without a journal" in errors
 
 
 async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkeypatch):
@@ -526,3 +542,31 @@ async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkey
     ):
         async for _ in events:
             pass
+
+
+def test_the_command_shows_every_event_that_names_a_worker(tmp_path):
+    missing = (Doing("ada", "training", 3, 40), Doing("bob", "gone"))
+    told = [
+        ("opened", {"round": 1, "asked": ["ada", "bob"], "needed": 2}),
+        ("counted", {"round": 1, "worker": "ada", "num_examples": 1}),
+        (
+            "waiting",
+            Waiting(reason="still waiting", what="updates", round=1, missing=missing).fields(),
+        ),
+        ("frozen_sent", {"workers": ["ada"], "digest": "d" * 64}),
+        ("committed", {"round": 1, "participants": ["ada"]}),
+        ("joined", {"worker": "adam"}),
+        ("finished", {"reason": "ada"}),
+    ]
+    file = JournalFile(tmp_path, "f")
+    for name, fields in told:
+        file.record(from_fields(name, fields))
+    file.write()
+
+    def shown(worker: str) -> list[str]:
+        flags = ["--run", str(tmp_path), "--worker", worker, "--json"]
+        lines = CliRunner().invoke(journal, flags, catch_exceptions=False).output.splitlines()
+        return [json.loads(line)["event"] for line in lines]
+
+    assert shown("ada") == ["opened", "counted", "waiting", "frozen_sent", "committed"]
+    assert shown("bob") == ["opened", "waiting"]

@@ -253,3 +253,16 @@ def test_the_norm_excludes_the_gaps(between):
     weights = {"a": np.full(3, 2, np.float32), "b": np.full((2, 2), -1, np.float32)}
     assert finite_norm(in_one_piece(weights, between)) == 4.0
     assert check_delta(in_one_piece(weights, between), in_one_piece(weights)) == 4.0
+
+
+def test_gaps_of_tensors_in_another_dtype_are_not_measured():
+    layout = layout_for({"a": np.zeros(1, np.float32), "b": np.zeros(1, np.float32)})
+    wide = layout.empty_as(np.dtype(np.float64))
+    wide.flat[:] = 7.0
+    wide["a"][...], wide["b"][...] = 0.0, 3.0
+    wide.flat[:8] = 0.0  # the other half of the gap holds 7
+    assert finite_norm(wide) == 3.0
+    tensors = layout.empty()
+    tensors["a"][...] = 4.0
+    assert layout.has_zero_gaps(tensors.flat)
+    assert layout.has_zero_gaps(tensors.flat[1:], 1)

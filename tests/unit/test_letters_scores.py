@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from PIL import Image
 
+from fluffle_common.cli.app import MOST_SEED
 from fluffle_common.errors import FluffleError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_worker.letters import inference as use
@@ -252,3 +253,10 @@ def test_a_model_with_nan_is_no_model_of_letters(made, tmp_path):
         UsageError, match=r"not a model of the letters task \(tensor 'dense/bias' .* NaN"
     ):
         use.LettersModel(tmp_path / "m.safetensors")
+
+
+def test_the_largest_seed_is_accepted(tmp_path):
+    (tmp_path / "a").mkdir()
+    for number in range(2):
+        Image.new("L", (100, 100), 100 * number).save(tmp_path / "a" / f"{number}.png")
+    assert task(TaskOptions(data=str(tmp_path), worker="w", seed=MOST_SEED)).num_examples == 1

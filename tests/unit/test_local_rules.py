@@ -96,6 +96,20 @@ def test_scaffold_is_the_papers_option_two():
         np.testing.assert_allclose(broadcast["w"], c, rtol=1e-10)
 
 
+@pytest.mark.parametrize("make", [np.asarray, jnp.asarray])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_control_variate_of_16_bit_weights_is_the_mean_of_many_gradients(make, dtype):
+    model = {"w": make(np.zeros(8), jnp.dtype(dtype))}
+    given = np.random.default_rng(0).normal(0.5, 1, (300, 8)).astype(jnp.dtype(dtype))
+    rule = Scaffold()
+    state = rule.begin(model, {"w": make(np.zeros(8, np.float32))}, {})
+    for one in given:
+        _, state = rule.gradient({"w": make(one)}, model, state)
+    kept, extra = rule.end(model, state)
+    for found in (kept["w"], extra["w"]):
+        np.testing.assert_allclose(found, given.astype(np.float64).mean(axis=0), rtol=1e-4)
+
+
 def test_scaffold_without_a_server_that_takes_part_is_refused():
     with pytest.raises(TaskError, match="--strategy scaffold"):
         BoundRule(Scaffold(), "scaffold").begin({"w": np.zeros(1)})

@@ -85,6 +85,21 @@ def test_a_new_users_password_is_not_on_the_command_line():
     assert not any(password in word for words in ctl.ran for word in words)
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_new_user_without_permissions_is_deleted(exists):
+    class WithoutVhost(Ctl):
+        def __call__(self, arguments, text):
+            done = super().__call__(arguments, text)
+            if arguments[0] == "set_permissions":
+                raise BrokerError("no such vhost")
+            return done
+
+    ctl = WithoutVhost("w\t[]\n" if exists else "")
+    with pytest.raises(BrokerError, match="no such vhost"):
+        permissions.apply(permissions.worker_permissions(Topology("f"), "w"), "v", ctl)
+    assert (["delete_user", "w"] in ctl.ran) == (not exists)
+
+
 def test_an_existing_user_keeps_its_password():
     ctl = Ctl("w\t[]\n")
     mine = permissions.worker_permissions(Topology("f"), "w")

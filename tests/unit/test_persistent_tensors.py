@@ -100,3 +100,27 @@ def test_a_task_that_cannot_keep_its_state_is_named_with_the_place(tmp_path):
     message = r"^keep_in\(\) of the task t fails: OSError: full \(test_persistent_tensors.py:"
     with pytest.raises(TaskError, match=message):
         keep_in(tmp_path, "t", SimpleNamespace(keep_in=fails))
+
+
+@pytest.mark.parametrize("restarts", [False, True])
+def test_an_asynchronous_run_that_becomes_synchronous_goes_on_with_what_was_kept(
+    tmp_path, restarts
+):
+    known = PersistentTensors(tmp_path)
+
+    def keep(number: int, sequence: int) -> float | None:
+        nonlocal known
+        if restarts:
+            known = PersistentTensors(tmp_path)
+        before = known.before("r", number, sequence)
+        known.keep("r", number, {"c": np.array(float(sequence))}, sequence)
+        assert known.latest("r") == {"c": float(sequence)}
+        return float(before["c"]) if before else None
+
+    assert keep(3, 10_005) is None
+    assert keep(3, 10_006) == 10_005
+    assert keep(4, 4) == 10_006
+    assert keep(4, 4) == 10_006  # trained again
+    assert keep(5, 20_001) == 4  # asynchronous again
+    assert keep(5, 20_002) == 20_001
+    assert keep(4, 30_001) == 20_002  # the run went back a round

@@ -13,10 +13,12 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
+from fluffle_broker.inspect import queues
 from fluffle_broker.inspect.queues import QueueOverview
 from fluffle_broker.inspect.queues_table import build_table, group_quiet, hints, legend
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.management import QueueFigures
+from fluffle_common.transport.base import Counts
+from fluffle_common.transport.rabbitmq.management import QueueFigures, read_queue
 
 TOPOLOGY = Topology("letters")
 SHARED = ("journal", "presence", "rejected", "unrouted", "updates")
@@ -150,7 +152,7 @@ def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, cap
 
 @pytest.mark.parametrize("kind", ["terminal", "pipe", "json"])
 def test_watching_an_idle_federation_shows_an_alarm(monkeypatch, capsys, kind):
-    from fluffle_broker.cli import queues
+    from fluffle_broker.cli import queues as command
 
     def once() -> QueueOverview:
         return QueueOverview(TOPOLOGY, [queue("updates")], ["disk"])
@@ -158,10 +160,24 @@ def test_watching_an_idle_federation_shows_an_alarm(monkeypatch, capsys, kind):
     def stop(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(queues, "is_terminal", lambda _: kind == "terminal")
+    monkeypatch.setattr(command, "is_terminal", lambda _: kind == "terminal")
     monkeypatch.setattr("time.sleep", stop)
     with pytest.raises(KeyboardInterrupt):
-        queues._watch(once, as_json=kind == "json")
+        command._watch(once, as_json=kind == "json")
     printed = capsys.readouterr()
     shown = printed.out if kind == "terminal" else printed.err
     assert "the broker has run out of disk" in shown
+
+
+def test_a_queue_without_statistics_yet_is_counted_and_the_rest_is_unknown(monkeypatch):
+    entry = {"name": "letters.updates", "type": "classic", "durable": True}
+
+    async def counts(names: object, url: str) -> dict[str, Counts | None]:
+        return {"letters.updates": Counts(ready=3, consumers=1)}
+
+    monkeypatch.setattr(queues, "queue_figures", lambda *_: [read_queue(entry, TOPOLOGY, 0.0)])
+    monkeypatch.setattr(queues, "alarms", lambda *_: [])
+    monkeypatch.setattr(queues, "_counts", counts)
+    (updates,) = queues.read_overview("amqp://h/", "http://h", TOPOLOGY).queues
+    assert (updates.ready, updates.consumers) == (3, 1)
+    assert (updates.unacknowledged, updates.size_bytes) == (None, None)

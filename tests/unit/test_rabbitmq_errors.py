@@ -144,7 +144,7 @@ def test_declaring_distinguishes_arguments_from_queue_types(text, error):
         ("x-queue-type", "use the same --queue-type for the"),
         (
             "x-max-length-bytes",
-            "created by another version .* 'rabbitmqctl delete_queue f.updates'",
+            "already exists with different arguments.* 'rabbitmqctl delete_queue f.updates'",
         ),
     ],
 )

@@ -132,6 +132,8 @@ async def test_a_message_without_a_destination_stays_with_the_reason(link):
         ({"from": "f.outbox.w1"}, "part", ("f.results", "part.w1")),
         ({"from": "other.updates"}, "update", None),
         ({"x-first-death-queue": "f.updates"}, "", ("", "f.updates")),
+        ({"x-first-death-queue": "f.updates", "from": "f.inbox.w1"}, "stop", ("", "f.updates")),
+        ({"x-first-death-queue": "f.inbox.w1"}, "stop", None),
         ({"worker": "w1"}, "update", ("f.results", "update.w1")),
         ({"worker": "w1"}, "fit", None),
         ({}, "update", None),
@@ -140,6 +142,17 @@ async def test_a_message_without_a_destination_stays_with_the_reason(link):
 async def test_destination(link, headers, kind, expected):
     sent = Properties(type=kind, headers=headers)
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
+    (message,) = await list_rejected(link, TOPOLOGY)
+    assert destination(message, TOPOLOGY) == expected
+
+
+@pytest.mark.parametrize(
+    ("headers", "expected"), [({}, ("f.work", "w1")), ({"x-first-death-queue": "f.inbox.w1"}, None)]
+)
+async def test_a_worker_cannot_have_mail_requeued_for_another(link, headers, expected):
+    """Regression: a queue of its own that dead-letters to ``results`` can use any key."""
+    sent = Properties(type="stop", headers={"from": "f.inbox.w1", **headers})
+    await link.publish(b"junk", sent, exchange=TOPOLOGY.results, keys=["rejected.w1"])
     (message,) = await list_rejected(link, TOPOLOGY)
     assert destination(message, TOPOLOGY) == expected
 

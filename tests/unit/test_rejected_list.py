@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from click.testing import CliRunner
 from rich.cells import cell_len
@@ -65,6 +67,17 @@ async def test_no_sender_can_hide_the_other_columns(monkeypatch, capsys, columns
     assert any(line.startswith("1") and "not_fini" in line for line in lines)
     assert any(line.startswith("2") and "unknown" in line for line in lines)
     assert max(map(cell_len, lines)) <= columns
+
+
+@pytest.mark.parametrize(("flags", "numbers"), [(["-n", "1"], [2]), ([], [1, 2])])
+async def test_json_lists_the_newest_messages_if_a_number_is_given(monkeypatch, flags, numbers):
+    rejects = await some_rejected()
+    monkeypatch.setattr(cli, "_with_link", lambda *_: rejects)
+    monkeypatch.setattr(cli, "available_figures", lambda *_: {})
+    command = ["--federation", "f", "--url", "amqp://h", "--json", *flags]
+    printed = json.loads(CliRunner().invoke(cli.rejected, command).output)
+    assert printed["kept"] == 2
+    assert [message["number"] for message in printed["messages"]] == numbers
 
 
 async def test_a_pipe_gets_the_reason_in_the_row(capsys):

@@ -957,9 +957,19 @@ def test_if_all_that_a_sample_asked_fail_others_are_asked_at_once():
     run.now += 1
     run.at_work(first)  # its last heartbeat before the failure
     (second,) = asked(run.failed(first, 1))
-    assert second != first
-    run.update(second)
+    (third,) = asked(run.failed(second, 1))
+    assert {first, second, third} == {"a", "b", "c"}
+    run.update(third)
     assert run.state.phase is Phase.COMMITTING
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_who_did_not_answer_comes_last_at_every_reopening(seed):
+    run = opened(*"abcde", rules=Rules(rounds=1, sample=1, seed=seed, deadline_s=30))
+    for name in "abcde":
+        run.seen(name, heartbeat_s=1e6)
+    order = [*run.state.asked, *(name for _ in range(3) for name in asked(run.tick(30)))]
+    assert len({*order}) == 4
 
 
 def test_if_all_samples_fail_the_run_stops_with_the_reason():
@@ -993,6 +1003,16 @@ def recorded(effects: fx.Effects) -> list[tuple[int, list[str]]]:
 def test_the_first_work_asks_for_no_evaluation_and_the_second_does():
     run = second_round("a", "b")
     assert [fit.evaluate for fit in only(run.log, fx.SendFit)] == [False, True]
+
+
+def test_an_evaluation_that_comes_while_a_round_is_committed_is_recorded():
+    run = opened("a", "b", "c", rules=Rules(rounds=3, min_workers=3, quorum=Quorum(number=1)))
+    run.update("a")
+    run.committed("a")
+    assert not recorded(run.update("a"))  # it has no held-out data
+    assert not recorded(run.evaluation("b", 1))  # that of c may still come
+    assert recorded(run.committed("a")) == [(1, ["b"])]
+    assert run.state.evaluate_pending
 
 
 def test_an_evaluation_is_recorded_once_all_have_sent_theirs():

@@ -342,6 +342,14 @@ def test_an_outlier_is_rejected_with_the_option():
     )  # 5 times the lower median of 1 and 3
 
 
+def test_updates_that_change_nothing_set_no_limit_to_the_others():
+    run = heard("a", "b", "c", rules=Rules(rounds=2, max_norm_ratio=5.0))
+    for name in "ab":
+        arrives(run, name, 10)
+        folded(run, name, 0.0)
+    assert only(arrives(run, "c", 10), fx.Fold)[0].max_norm == math.inf
+
+
 # --- stalled and long work ---------------------------------------------------------------------
 
 

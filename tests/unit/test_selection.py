@@ -264,6 +264,17 @@ def test_over_provisioning_outlasts_the_loss_of_as_many():
     assert run.state.needed == 9
 
 
+@pytest.mark.parametrize("number", [9, 10, 11, 12, 13, 20])
+@pytest.mark.parametrize("sample", [{"sample": 10}, {"fraction": 0.8}])
+def test_over_provisioning_asks_all_if_there_are_too_few_and_waits_for_as_many(number, sample):
+    names = [f"w{number:02}" for number in range(number)]
+    rules = Rules(rounds=1, min_workers=number, over_provision=1.3, **sample)
+    run = opened(*names, rules=rules)
+    wanted = min(10, number) if "sample" in sample else math.ceil(0.8 * number - 1e-9)
+    assert len(run.state.asked) == min(math.ceil(1.3 * wanted), number)
+    assert run.state.needed == wanted
+
+
 @given(st.integers(1, 200), st.floats(1, 5))
 def test_as_many_are_waited_for_as_were_wanted(clients, over):
     rules = Rules(rounds=1, sample=clients, over_provision=over)

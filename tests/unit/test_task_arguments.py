@@ -106,7 +106,14 @@ def test_whatever_numpy_converts_is_data():
         def __array__(self, dtype: Any = None, copy: Any = None) -> Any:
             return X
 
+    class Series:
+        dtype = "category"  # of pandas, not of NumPy
+
+        def to_numpy(self) -> Any:
+            return Y
+
     assert made(train_data=(Frame(), jnp.asarray(Y))).num_examples == 20
+    assert made(train_data=(Frame(), Series())).num_examples == 20
 
 
 @pytest.mark.parametrize(

@@ -14,12 +14,14 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
+from click.testing import CliRunner
 from flax import nnx
 
 from fluffle_common.cli.loading import load_object
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.layout import DTYPES
+from fluffle_worker.cli import worker
 from fluffle_worker.signature import UNKNOWN, described, difference, signature_of_task
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
 from fluffle_worker.task_loading import load_task
@@ -81,6 +83,30 @@ def test_a_file_that_two_options_name_is_loaded_once_until_it_changes(here):
     del sys.modules["shared_file"]
     assert load_object(f"{file}:seen_by", "--on-round")() == "another"
     assert "shared_file" in sys.modules
+
+
+def test_a_task_that_changes_the_folder_moves_no_state_and_hides_no_local_rule(here, monkeypatch):
+    (here / "elsewhere").mkdir()
+    leaves = f"import os; os.chdir({str(here / 'elsewhere')!r}); import numpy\n"
+    one_tensor = TASK.replace("return {}", "return {'w': numpy.zeros(1)}")
+    with_rule = one_tensor.replace(
+        "return Task()", "t = Task(); t.local_rule = BoundRule(); return t"
+    )
+    write(
+        here, "leaves.py", f"{leaves}from fluffle_worker.local.bound import BoundRule\n{with_rule}"
+    )
+    write(here, "rules.py", "from fluffle_worker.local.clip import Clip\nclipped = Clip(1)\n")
+    settings: dict[str, Any] = {}
+
+    def stop(**given: Any) -> None:
+        settings.update(given)
+        raise UsageError("stop here")
+
+    monkeypatch.setattr("fluffle_worker.settings.WorkerSettings", stop)
+    command = ["--federation", "f", "--id", "w", "--data", "d", "--task", "leaves.py:task"]
+    command += ["--local-rule", "rules.py:clipped"]
+    assert str(CliRunner().invoke(worker, command).exception) == "stop here"
+    assert settings["state_dir"] == here / "runs/workers/f/w"
 
 
 def test_a_task_file_replaces_no_module_of_its_name(here):

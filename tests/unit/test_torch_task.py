@@ -209,7 +209,7 @@ def test_what_was_received_is_left_as_it_was():
     [
         (lambda w: w | {"other": np.zeros(1)}, "unknown other"),
         (lambda w: w | {"linear.bias": np.zeros(2, np.float32)}, r"has shape \(2,\)"),
-        (lambda w: w | {"linear.bias": np.zeros(1)}, "is float64, expected float32"),
+        (lambda w: w | {"linear.bias": np.zeros(1)}, "is float64; expected float32"),
     ],
 )
 def test_weights_of_another_form_are_refused(spoil, told):
@@ -645,7 +645,9 @@ def test_a_model_file_fills_a_module_of_torch(tmp_path):
     assert torch.equal(module.norm.running_var, torch.tensor(weights["norm.running_var"]))
     assert module.norm.num_batches_tracked == 6
     del loaded["norm.running_var"]
-    with pytest.raises(fluffle.UsageError, match=r"fit Normed: the file lacks norm\.running_var"):
+    with pytest.raises(
+        fluffle.UsageError, match=r"fit the module Normed: the file lacks norm\.running_var"
+    ):
         fluffle.load_into(module, loaded)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +14,7 @@ from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Blocking, Properties, report_blocking
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import check_user
+from fluffle_common.transport.rabbitmq.link import AmqpLink
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 
@@ -119,3 +122,28 @@ async def test_blocking_and_unblocking_are_events():
     broker.block(None)
     assert await events.get() == Unblocked()
     task.cancel()
+
+
+async def test_the_error_of_a_cancelled_request_is_retrieved(monkeypatch):
+    """Regression: asyncio printed a traceback when the link was lost just afterwards."""
+    asked, is_lost, unseen = asyncio.Event(), asyncio.Event(), list[object]()
+
+    async def probe(*_):
+        asked.set()
+        await is_lost.wait()
+        raise LinkLost("the broker was stopped")
+
+    connection = SimpleNamespace(blocking=Blocking(), close_reason=None)
+    link = AmqpLink(connection, connection, "guest", probe)  # type: ignore[arg-type]
+    monkeypatch.setattr(link, "_probe", probe)
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
+    request = asyncio.create_task(link.exists("f.work"))
+    await asked.wait()
+    request.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await request
+    is_lost.set()
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    gc.collect()
+    assert not unseen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import traceback
@@ -46,7 +47,7 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="PATH.PY:NAME",
     help="Codec to load from your own file, given as path.py:name. The coordinator can then "
-    "select the codec. May be given several times. Installed codecs need no option.",
+    "select it. May be given several times. Installed codecs are found without this option.",
 )
 @click.option(
     "--local-rule",
@@ -115,10 +116,10 @@ if TYPE_CHECKING:
 def worker(**options: Any) -> None:
     """Take part in a federation with your own data.
 
-    The data never leaves this machine. The worker sends only the change that its training made to
-    the weights, its number of examples, and its metrics. You can start the worker before or after
-    the broker and the coordinator. The worker waits for the broker and the coordinator, joins the
-    open round or the next round, and reconnects after any outage.
+    The data never leaves this machine. The worker sends only weight changes, metrics, and facts
+    such as its number of examples and its class names. You can start it before or after the broker
+    and the coordinator. It waits for them, joins the open round or the next round, and reconnects
+    after any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1
@@ -163,9 +164,11 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     transport = AmqpTransport(
         broker_url_finder(options["url"]), f"fluffle worker {name} of {federation}"
     )
-    task = _task(name, options)
+    # The code of the task may change the current folder.
+    state_dir = (options["state_dir"] or Path("runs/workers", federation, name)).absolute()
     for codec in options["codecs"]:
         load_codec(codec, "--codec")
+    task = _task(name, options)
     form = signature_of_task(task)
     settings = WorkerSettings(
         federation=federation,
@@ -173,7 +176,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         task=options["task"],
         heartbeat_s=options["heartbeat"],
         occupied_s=options["wait_id"],
-        state_dir=options["state_dir"] or Path("runs/workers", federation, name),
+        state_dir=state_dir,
         stay=options["stay"],
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
@@ -211,6 +214,7 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
     from fluffle_worker.task import TaskOptions
     from fluffle_worker.task_loading import load_task
 
+    here = Path.cwd()
     task = load_task(
         options["task"],
         TaskOptions(
@@ -221,7 +225,8 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
         ),
     )
     if options["local_rule"]:
-        use_local_rule(task, options["local_rule"])
+        with contextlib.chdir(here):  # which the code of the task may have left
+            use_local_rule(task, options["local_rule"])
     return task
 
 

@@ -30,6 +30,8 @@ _INBOX_PREFETCH = 8
 _WAITING_EVERY_S = 15.0
 # The worker's queues expire after half an hour without use.
 _RENEW_EVERY_S = 600.0
+# How long the parts of an update wait for the coordinator to bind a new outbox.
+_BOUND_WITHIN_S = 10.0
 # Interval between checks for the shared exchanges, which the coordinator declares.
 _LOOK_AGAIN_S = 0.5
 
@@ -60,6 +62,8 @@ class Connection:
         self._receive, self._joined = receive, joined
         self._refusals = Refusals(topology, settings.worker, record)
         self._linked = asyncio.Event()
+        self._outbox_bound = asyncio.Event()  # cleared while our outbox is newer than its binding
+        self._outbox_bound.set()
         self.current: Link | None = None
 
     async def link(self) -> Link:
@@ -110,17 +114,36 @@ class Connection:
 
         The inbox never expires, because it has a consumer.
         """
-        worker = self._settings.worker
-        gone = await link.counts(self._topology.outbox(worker)) is None
-        await link.declare(self._topology.queues_of(worker))
-        if gone:
+        if await self._declare_queues(link):
             await self._presence.greet(link)
 
-    async def _serve(self, link: Link, *, first: bool) -> None:
+    async def ready_outbox(self, link: Link) -> None:
+        """Like ``renew_queues``, and wait until a new outbox is bound, else it would get nothing.
+
+        The wait is limited, since a coordinator asks again for an update whose parts are missing.
+        """
+        await self.renew_queues(link)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_BOUND_WITHIN_S):
+                await self._outbox_bound.wait()
+
+    def welcomed(self) -> None:
+        """Note that a coordinator has answered, which binds our queues before it does."""
+        self._outbox_bound.set()
+
+    async def _declare_queues(self, link: Link) -> bool:
+        """Declare our queues; return whether the outbox was missing."""
         worker = self._settings.worker
-        inbox = self._topology.inbox(worker)
-        self._refusals.forget()
+        missing = await link.counts(self._topology.outbox(worker)) is None
+        if missing:
+            self._outbox_bound.clear()
         await link.declare(self._topology.queues_of(worker))
+        return missing
+
+    async def _serve(self, link: Link, *, first: bool) -> None:
+        inbox = self._topology.inbox(self._settings.worker)
+        self._refusals.forget()
+        await self._declare_queues(link)
         if first:
             await self._empty_inbox(link, inbox)
         messages = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
@@ -132,7 +155,7 @@ class Connection:
             self._read(link, messages),
             self._send_heartbeats(link),
             _until_lost(link),
-            self._report_waiting(),
+            self._report_waiting(link),
             self._keep_queues(link),
             report_blocking(link, self._record),
         )
@@ -170,11 +193,12 @@ class Connection:
             await asyncio.sleep(_RENEW_EVERY_S)
             await self.renew_queues(link)
 
-    async def _report_waiting(self) -> None:
+    async def _report_waiting(self, link: Link) -> None:
+        """Report that no coordinator answers, unless the broker, which is reported, is why."""
         began = time.monotonic()
         while not self._joined():
             await asyncio.sleep(_WAITING_EVERY_S)
-            if not self._joined():
+            if not self._joined() and link.blocking.reason is None:
                 reason = (
                     "no coordinator of this federation has answered for "
                     f"{time.monotonic() - began:.0f} s; you can start the coordinator at any time"

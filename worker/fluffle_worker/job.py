@@ -132,7 +132,8 @@ def execute(
     ids["base"] = message.base
     rule = getattr(task, "local_rule", None)
     if isinstance(rule, BoundRule):
-        rule.of_round(job.work.run, job.work.sequence, job.broadcast)
+        work = job.work
+        rule.of_round(work.run, work.round, job.broadcast, work.sequence)
     job.evaluation = _evaluate(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):
         return

@@ -124,7 +124,7 @@ class WorkerService:
             confirmed=self._sent,
             record=record,
             sent=self._sent_parts,
-            renew=self._connection.renew_queues,
+            renew=self._connection.ready_outbox,
         )
         self._trainer = Trainer(
             task,
@@ -204,6 +204,7 @@ class WorkerService:
                 if run != self._run:
                     self._failed_with, self._trained = None, set()
                 self._run = run
+                self._connection.welcomed()
                 self._presence.speak_up()
                 if self._welcomed != (run, number, rounds):  # not shown yet
                     self._welcomed = (run, number, rounds)

@@ -70,12 +70,17 @@ class RoundPlan(Plan):
         run: the id of the run.
         round: the number of the round, from 1.
         sequence: the number of this worker's ticket. In synchronous rounds it is the round; in
-            asynchronous runs it grows by one with each piece of work.
+            asynchronous runs it grows with each piece of work.
     """
 
     run: str = ""
     round: int = 0
     sequence: int = 0
+
+
+def work_of(plan: Plan) -> tuple[str, int, int]:
+    """Return the run, the round and the sequence of a plan; ``("", 0, 0)`` outside of a run."""
+    return (plan.run, plan.round, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0, 0)
 
 
 class Task(Protocol):

@@ -37,7 +37,7 @@ class Uploader:
     job is still wanted, and ``due`` whether its answer is to be sent; if not, only its evaluation
     is. ``confirmed`` is called with each job whose answer the broker has confirmed, and ``sent``
     with the numbers of parts sent and of all parts of a large answer. ``renew`` declares the
-    worker's queues again, in case they have expired.
+    worker's queues again, in case they have expired, and waits until the outbox is bound.
     """
 
     def __init__(

@@ -53,10 +53,10 @@ def broker() -> None:
     """Run a private RabbitMQ on this machine.
 
     The broker listens on 127.0.0.1 only, keeps all its files in one folder and needs no root
-    permissions. If rabbitmq-server is installed, fluffle starts the installed server. If
-    rabbitmq-server is missing, fluffle unpacks Debian's packages into ~/.cache/fluffle without
-    installing them. Without rabbitmq-server and apt, fluffle runs RabbitMQ in Docker. A coordinator
-    or worker that starts in the broker's folder finds the broker on its own.
+    permissions. If rabbitmq-server is installed, fluffle starts it. Otherwise, fluffle unpacks
+    Debian's packages into ~/.cache/fluffle without installing them. If apt cannot provide the
+    packages, fluffle runs RabbitMQ in Docker. A coordinator or worker that you start in the same
+    folder as the broker finds it automatically.
 
     \b
       fluffle broker up            start the broker, or show where it runs
@@ -69,7 +69,7 @@ def broker() -> None:
 
 @broker.command()
 @_state_option
-@_port_option("--port", "AMQP", 5673, zero="free ports for AMQP and all port options not given")
+@_port_option("--port", "AMQP", 5673, zero="a free port, also for each port option that you omit")
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
 @click.option(
@@ -88,8 +88,8 @@ def up(
 ) -> None:
     """Start the broker of this folder and wait until it is ready.
 
-    The broker keeps running when this terminal is closed. If the broker is already up, the command
-    shows where the broker runs. Durable queues survive a stop or a crash of the broker.
+    The broker keeps running when this terminal is closed. If it is already up, the command shows
+    where it runs. Durable queues survive a stop or a crash of the broker.
 
     \b
       fluffle broker up
@@ -99,7 +99,7 @@ def up(
 
     running = node.running_node(state)
     if running is not None:
-        echo(f"RabbitMQ {running.version} is up already")
+        echo(f"RabbitMQ {running.version} is already up")
         if port not in (None, 0, running.ports.amqp):
             echo(f"  to move the broker to port {port}, run 'fluffle broker down' first")
         _show(running, state)
@@ -132,7 +132,7 @@ def down(state: Path) -> None:
 def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     """Show whether the broker of this folder is up.
 
-    The exit code is 0 if the broker is up, and 3 if the broker is not up.
+    The exit code is 0 if the broker is up, and 3 if it is not.
     """
     from fluffle_broker.node import health, node
 
@@ -189,10 +189,10 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
 def permissions(**options: Any) -> None:
     """Print the minimal permissions of a RabbitMQ user.
 
-    The command prints rabbitmqctl commands for any broker. With --apply, the command grants the
-    permissions on the private broker of this folder, and prints no commands. The new permissions
-    replace the user's earlier permissions in the vhost. Start the coordinator with --verify-users,
-    so that no worker can impersonate another worker. docs/permissions.md explains each permission.
+    The command prints rabbitmqctl commands for any broker. With --apply, it grants the permissions
+    on the private broker of this folder instead. The new permissions replace all earlier
+    permissions of the user in the vhost. Start the coordinator with --verify-users, so that no
+    worker can impersonate another worker. docs/permissions.md explains each permission.
 
     \b
       fluffle broker permissions --federation letters --coordinator
@@ -234,15 +234,15 @@ def permissions(**options: Any) -> None:
     "--print",
     "prints",
     is_flag=True,
-    help="Print rabbitmqctl commands that set the policies, instead of setting the policies.",
+    help="Print rabbitmqctl commands that set the policies, instead of setting them.",
 )
 def apply_policy(federation: str, url: str | None, management: str | None, prints: bool) -> None:
     """Limit the length of a federation's queues.
 
-    Use this command on a broker of your own, once for each federation, before or after the
-    federation's queues exist. A broker from 'fluffle broker up' already has the policies for every
-    federation. The command sets the policies through the management API, which requires a user with
-    the tag policymaker. With --print, the command prints rabbitmqctl commands instead.
+    A broker from 'fluffle broker up' already has the policies for every federation. For any other
+    broker, run this command once for each federation, before or after its queues exist. The command
+    sets the policies through the management API, which requires a user with the tag policymaker.
+    With --print, it prints rabbitmqctl commands instead.
 
     To change a limit later, set the policy again with another number. A changed limit applies at
     once, without a restart. docs/brokers.md lists the limits.

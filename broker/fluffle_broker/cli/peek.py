@@ -42,12 +42,13 @@ def peek(queue: str, count: int, **options: Any) -> None:
 
     The command takes each message and returns it to its position at once. The queue's length, the
     order and the message bodies stay the same. The command leaves two traces in a queue: the
-    messages are marked 'redelivered', and an unused queue expires 30 minutes after the command.
+    messages are marked 'redelivered', and the time after which an unused queue expires (30 minutes)
+    starts again.
 
-    The command refuses queues that a worker or the coordinator is reading, because RabbitMQ
-    would withhold messages from the reader for some milliseconds. The command also refuses quorum
-    queues, because returning a message to a quorum queue has side effects. The command cannot show
-    updates that the coordinator holds unacknowledged; 'fluffle journal' shows their events.
+    The command refuses a queue other than 'updates' while a process reads it, because the reader
+    could get the messages in another order. It also refuses quorum queues, because they cannot take
+    a message back without side effects. It cannot show updates that the coordinator holds
+    unacknowledged; 'fluffle journal' shows their events.
 
     \b
       fluffle peek updates --federation letters

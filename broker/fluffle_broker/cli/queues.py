@@ -42,8 +42,8 @@ def queues(
     one kind share a row. A wide terminal also shows the purpose of each queue; --json prints
     every queue with all figures.
 
-    The figures are RabbitMQ's statistics, which are up to 5 seconds old. If the management API
-    is unreachable, AMQP still provides the number of ready messages in the shared queues.
+    The figures are RabbitMQ's statistics, which are up to 5 seconds old. If the management API is
+    unreachable, the command shows only the ready messages and the consumers of the shared queues.
 
     \b
       fluffle queues --federation letters --watch
@@ -69,7 +69,7 @@ def queues(
     else:
         echo(
             f"federation {federation} has no queues on this broker yet; start the coordinator and "
-            "the workers, which create the queues"
+            "the workers, which create them"
         )
     _warn(overview)
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
 from fluffle_common.cli.app import count as counts
@@ -40,15 +41,14 @@ _common_options = inspection_options("Print the result as JSON.", required=False
 def rejected(ctx: click.Context, /, **options: Any) -> None:
     """List, show, requeue or purge rejected messages.
 
-    An invalid message (damaged, from another run, with NaN in it …) is moved to the federation's
+    An invalid message (damaged, from another run, with NaN values …) is moved to the federation's
     queue 'rejected', together with the reason. The queue keeps the latest 1,000 messages or 256 MB,
     and drops older messages. The oldest message that is kept has number 1, so the numbers shift
     when a message is dropped.
 
-    RabbitMQ does not report how many messages the queue dropped. fluffle computes the number of
-    dropped messages from RabbitMQ's statistics since the broker started: published minus removed
-    minus present. The statistics are up to 5 seconds old. While the statistics are out of date, the
-    command reports the number of dropped messages as unknown.
+    RabbitMQ does not report how many messages the queue dropped. fluffle computes this number from
+    RabbitMQ's statistics since the broker started: published minus removed minus present. If the
+    statistics are missing or out of date, the number is shown as unknown.
 
     \b
       fluffle rejected --federation letters
@@ -59,7 +59,11 @@ def rejected(ctx: click.Context, /, **options: Any) -> None:
     """
     ctx.obj = options
     if ctx.invoked_subcommand is None:
-        _list(_target(options), options["count"], options["management"])
+        at = _target(options)
+        given = ctx.get_parameter_source("count") is not ParameterSource.DEFAULT
+        # JSON has all messages unless --count is given.
+        most = options["count"] if given or not at.as_json else None
+        _list(at, most, options["management"])
 
 
 class _Target(NamedTuple):
@@ -91,7 +95,7 @@ def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
     return asyncio.run(visit())
 
 
-def _list(at: _Target, most: int, management: str | None) -> None:
+def _list(at: _Target, most: int | None, management: str | None) -> None:
     from fluffle_broker.inspect.rejected import dropped, list_rejected
     from fluffle_common.cli.settings import management_of
 
@@ -100,15 +104,16 @@ def _list(at: _Target, most: int, management: str | None) -> None:
     figures = available_figures(address, management_of(address, management), topology)
     gone = dropped(figures.get(topology.rejected), len(rejects))
     now = time.time()
+    listed = rejects if most is None else rejects[-most:]
     if as_json:
-        entries = [message.as_dict(now) for message in rejects]
+        entries = [message.as_dict(now) for message in listed]
         echo_json({"kept": len(rejects), "dropped": gone, "messages": entries})
         return
     echo_sentences(f"{topology.rejected}: {_how_many(len(rejects), gone)}")
     if rejects:
         causes = Counter(message.cause for message in rejects).most_common()
         echo_sentences("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
-        _table(rejects[-most:], now)
+        _table(listed, now)
 
 
 def _how_many(kept: int, gone: int | None) -> str:
@@ -175,7 +180,7 @@ def _table(rejects: list[Rejected], now: float) -> None:
 @_common_options
 @click.pass_obj
 def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
-    """Show message NUMBER in full and leave it in the queue.
+    """Show message N in full and leave it in the queue.
 
     The command prints the same details as 'fluffle peek'.
     """

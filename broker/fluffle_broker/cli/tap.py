@@ -67,9 +67,9 @@ def tap(**options: Any) -> None:
     once more. To exclude models, use '--kind update'. The parts of updates are copied only with
     --save or '--kind part'.
 
-    The command copies only messages for queues that exist. A copy of any other message would make
-    RabbitMQ report the message as delivered. The command looks for new queues every 10 seconds, so
-    it may miss the first messages to a new worker.
+    The command copies only messages for queues that exist. A copy of an undeliverable message would
+    make the message look delivered. The command looks for new queues every 10 seconds, so it may
+    miss the first messages to a new worker.
     """
     from fluffle_broker.inspect.tap import KINDS, Wanted
     from fluffle_common.cli.settings import check_worker, management_of

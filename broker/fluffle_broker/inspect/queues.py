@@ -96,7 +96,13 @@ def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
     new = [queue.name for queue in figures if queue.known and queue.published is None]
     counted = asyncio.run(_counts(new, url)) if new else {}
     return [
-        replace(queue, ready=counts.ready, consumers=counts.consumers)
+        replace(
+            queue,
+            ready=counts.ready,
+            unacknowledged=None,
+            consumers=counts.consumers,
+            size_bytes=None,
+        )
         if (counts := counted.get(queue.name)) is not None
         else queue
         for queue in figures

@@ -17,6 +17,7 @@ from fluffle_common.transport.rabbitmq.management import QueueFigures
 # The headers that `messaging.reject` adds, and the prefix of those that dead-lettering adds.
 _ADDED = ("reason", "cause", "rejected_at", "from")
 _BY_BROKER = "x-"
+_DIED_IN = "x-first-death-queue"
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class Rejected:
     @property
     def queue(self) -> str | None:
         """The queue that it was rejected from; None if unknown."""
-        queue = self.decoded.header("from") or self.decoded.header("x-first-death-queue")
+        # RabbitMQ's header first: the sender of a dead-lettered message may have set the other one.
+        queue = self.decoded.header(_DIED_IN) or self.decoded.header("from")
         return str(queue) if queue is not None else None
 
     def as_dict(self, now: float) -> dict[str, Any]:
@@ -185,6 +187,8 @@ def destination(message: Rejected, topology: Topology) -> tuple[str, str] | None
     sender = _rejected_by(decoded.delivery, topology)
     if sender is not None and queue not in (topology.inbox(sender), topology.outbox(sender)):
         return None  # a worker rejects messages only from its own queues
+    if decoded.header(_DIED_IN) is not None and (sender or queue != topology.updates):
+        return None  # a worker's own queue may dead-letter a message in any worker's name
     by_key = {topology.updates: UPDATE_KINDS, topology.presence: PRESENCE_KINDS}
     if queue is None:
         known = worker is not None and kind in (*UPDATE_KINDS, *PRESENCE_KINDS)

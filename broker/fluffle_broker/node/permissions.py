@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import secrets
 import shlex
@@ -120,14 +121,21 @@ def apply(
     """
     listed = run(["list_users", "--silent"], None).splitlines()
     generated = None
-    if permissions.user not in (line.partition("\t")[0] for line in listed):
+    exists = permissions.user in (line.partition("\t")[0] for line in listed)
+    if not exists:
         generated = None if password else secrets.token_urlsafe(24)
         # By standard input, because all users of the machine can see command lines.
         run(["add_user", permissions.user], f"{password or generated}\n")
     elif password:
         run(["change_password", permissions.user], f"{password}\n")
-    for command in permissions.commands(vhost):
-        run(command, None)
+    try:
+        for command in permissions.commands(vhost):
+            run(command, None)
+    except BaseException:
+        if not exists:  # nobody would learn its password
+            with contextlib.suppress(BrokerError):
+                run(["delete_user", permissions.user], None)
+        raise
     return generated
 
 

@@ -254,7 +254,7 @@ def federation_option(command: Any, *, required: bool = True) -> Any:
         envvar="FLUFFLE_FEDERATION",
         required=required,
         metavar="NAME",
-        help="Name of the federation. The names of the federation's queues begin with this name.",
+        help="Name of the federation. The names of its queues begin with this name.",
     )(command)
 
 

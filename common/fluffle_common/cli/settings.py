@@ -50,9 +50,9 @@ def node_record(state: Path) -> dict[str, str | int]:
     return record if isinstance(record, dict) else {}
 
 
-def broker_url(given: str | None, otherwise: str = DEFAULT_URL) -> str:
-    """Return the broker's URL: the given one, else the private node's, else ``otherwise``."""
-    return given or str(node_record(state_folder()).get("url") or otherwise)
+def broker_url(given: str | None) -> str:
+    """Return the broker's URL: the given one, else the private node's, else the default."""
+    return broker_url_finder(given)()
 
 
 def broker_url_finder(given: str | None) -> Callable[[], str]:
@@ -61,11 +61,11 @@ def broker_url_finder(given: str | None) -> Callable[[], str]:
     The private node may start later than this process, on another port. While the node is down, its
     last URL stays valid.
     """
-    latest = DEFAULT_URL
+    state, latest = state_folder().absolute(), DEFAULT_URL  # a task may change the current folder
 
     def find() -> str:
         nonlocal latest
-        latest = broker_url(given, latest)
+        latest = given or str(node_record(state).get("url") or latest)
         return latest
 
     return find

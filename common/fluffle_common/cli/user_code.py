@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import sysconfig
 import threading
@@ -30,7 +31,7 @@ def one_line(why: BaseException, callers: Collection[str] = ()) -> str:
         callers: see ``full_trace``; they are never the place of an error.
     """
     try:
-        text = " ".join(str(why).split())
+        text = " ".join(_without_trace(str(why)).split())
     except Exception:  # its own __str__ fails
         text = ""
     if not isinstance(why, TaskError):
@@ -82,6 +83,19 @@ def is_ctrl_c(why: BaseException) -> bool:
 def sendable(text: str, longest: int | None = None) -> str:
     """Return a text of at most ``longest`` characters that can be encoded as UTF-8."""
     return text[:longest].encode(errors="backslashreplace").decode()[:longest]
+
+
+def _without_trace(text: str) -> str:
+    """Return the text of an error without the traceback that it quotes, but with its last lines.
+
+    PyTorch's ``DataLoader`` quotes the whole traceback of an error in one of its processes.
+    """
+    found = re.search(r"^(Original )?Traceback \(most recent call last\):\n", text, re.M)
+    if found is None:
+        return text
+    lines = text[found.end() :].splitlines()
+    last = max((n for n, line in enumerate(lines) if line.startswith("  ")), default=-1)
+    return "\n".join([text[: found.start()], *lines[last + 1 :]])
 
 
 def _is_before_user_code(trace: TracebackType, callers: Collection[str]) -> bool:

@@ -116,17 +116,16 @@ def _add_residual(tensor: Array, residual: Array | None, codec: Codec) -> Array:
 
 def _is_encodable(name: str, tensor: Array, codec: Codec, delta: Weights) -> bool:
     if (
-        tensor.dtype.name not in codec.dtypes
+        delta[name].dtype.name not in codec.dtypes
         or not is_float(tensor.dtype)
         or not SMALLEST <= tensor.size <= _LARGEST
         or len(name) > _MAX_NAME
     ):
         return False
-    for part in _parts(type(codec), name, tensor.shape):
-        # A tensor of the model itself may have the name of a part. A part without a suffix has the
-        # name of the encoded tensor, so only another dtype tells it from the tensor.
-        if name + part.suffix in delta and (part.suffix or part.dtype == delta[name].dtype.name):
-            return False
+    # A tensor of the model itself may have the name of a part.
+    names = _names(name, _parts(type(codec), name, tensor.shape))
+    if any(other != name and other in delta for other in names):
+        return False
     return bool(np.isfinite(tensor).all())
 
 

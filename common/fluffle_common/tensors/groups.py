@@ -115,6 +115,17 @@ def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
     return {n: w for n, w in weights.items() if n in names or n.startswith(prefixes)}
 
 
+def restore_untrained(new: Weights, old: Weights, train: Sequence[str] | None) -> None:
+    """Write the tensors that ``train`` does not select back into the next model, in place.
+
+    A strategy may have changed them, although no update did: by noise, momentum or weight decay.
+    """
+    trained = select_tensors(old, train)
+    for name, tensor in old.items():
+        if name not in trained:
+            new[name][...] = tensor
+
+
 def check_extra(forms: Forms, wanted: ExtraForm | None, model: Weights) -> None:
     """Check that extra tensors of these dtypes and shapes are those that were required.
 

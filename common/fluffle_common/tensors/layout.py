@@ -167,12 +167,13 @@ class Layout:
         """
         if not self._gaps_are_small:
             return False
+        assert self.dtype is not None
+        size = self.dtype.itemsize  # not that of ``flat``, which ``empty_as`` may have changed
         if self._gap_elements is None:
-            size = flat.dtype.itemsize
             gaps = [np.arange(start // size, end // size) for start, end in self._gaps]
             self._gap_elements = np.concatenate(gaps) if gaps else np.empty(0, np.intp)
         elements = self._gap_elements
-        if flat.nbytes < self.nbytes:
+        if flat.size < self.nbytes // size:
             first, end = np.searchsorted(elements, (start, start + flat.size))
             elements = elements[first:end] - start
         return not flat[elements].any()

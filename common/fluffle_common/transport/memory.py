@@ -151,8 +151,10 @@ class MemoryLink(Link):
         source = self._find(stream, reads=True)
         return self._copy(source, source.ready[-1]) if source.ready else None
 
-    async def get(self, queue: str) -> Delivery | None:
+    async def get(self, queue: str, *, apart: bool = False) -> Delivery | None:
         self._check()
+        if apart and queue not in self._broker.queues:
+            return None
         source = self._find(queue)
         if not source.ready:
             return None
@@ -303,6 +305,12 @@ class MemoryBroker(Transport):
         self.queues.pop(queue, None)
         self.bindings.forget(queue)
 
+    def delete_exchange(self, name: str) -> None:
+        """Delete an exchange and its bindings."""
+        self.exchanges.pop(name, None)
+        for binding in [one for one in self.bindings if one.exchange == name]:
+            self.bindings.discard(binding)
+
     def route(self, message: StoredMessage, exchange: str, keys: Sequence[str]) -> None:
         """Put a message once into every queue that one of the keys routes to."""
         targets = {name for key in keys for name in self._targets(exchange, key)}
@@ -338,4 +346,4 @@ def _conflict(wanted: Queue, existing: Queue) -> str:
             f"queue '{wanted.name}' already exists on the broker with different arguments; use the "
             "same --queue-type for the coordinator and all workers, or delete the old queue"
         )
-    return f"queue '{wanted.name}' was created by another version of fluffle; delete the queue"
+    return f"queue '{wanted.name}' already exists with different arguments; delete the queue"

@@ -6,8 +6,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from fluffle_common.clock import timestamp
@@ -18,7 +19,14 @@ from fluffle_common.protocol.transfer import Outgoing, fits
 from fluffle_common.protocol.wire_format import describe, encode, lay_out
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import MAX_LISTED_KEYS, Delivery, HeaderValue, Link, Properties
+from fluffle_common.transport.base import (
+    MAX_LISTED_KEYS,
+    Delivery,
+    HeaderValue,
+    Link,
+    Properties,
+    QueueFull,
+)
 
 # The number of unconfirmed parts in flight: enough to keep the broker busy.
 _WINDOW = 4
@@ -43,6 +51,33 @@ class Route:
     keys: Sequence[str]
     durable: bool = True
     urgent: bool = False
+
+
+class _Refusals:
+    """Lets a transfer to several receivers go on although the queue of one of them is full.
+
+    RabbitMQ refuses a message if one of its queues does, but the other queues have it. The owner of
+    a queue may even have declared it such that it refuses everything.
+    """
+
+    def __init__(self, route: Route) -> None:
+        self._several = len(route.keys) > 1
+        self._first: QueueFull | None = None
+
+    @contextlib.contextmanager
+    def collected(self) -> Iterator[None]:
+        """Keep a refusal for later; with a single receiver, raise it."""
+        try:
+            yield
+        except QueueFull as refusal:
+            if not self._several:
+                raise
+            self._first = self._first or refusal
+
+    def raise_first(self) -> None:
+        """Raise the first refusal that was kept."""
+        if self._first is not None:
+            raise self._first
 
 
 async def send(link: Link, message: Message, route: Route, body: bytes | None = None) -> None:
@@ -89,8 +124,12 @@ async def send_tensors(
         await _send_parts(link, outgoing, parts, progress)
         await _publish(link, message, outgoing.body(await digest_task), route)
     else:
-        await _publish(link, message, outgoing.body(await hashing), route)
-        await _send_parts(link, outgoing, route, progress)
+        refusals = _Refusals(route)
+        with refusals.collected():
+            await _publish(link, message, outgoing.body(await hashing), route)
+        with refusals.collected():
+            await _send_parts(link, outgoing, route, progress)
+        refusals.raise_first()
 
 
 async def send_ahead(
@@ -112,8 +151,11 @@ async def send_ahead(
     """
     outgoing = Outgoing(message, *lay_out(weights, others))
     last = outgoing.parts - 1
-    await _publish(link, message, outgoing.body(await digest), route)
-    await _send_parts(link, outgoing, route, until=last)
+    refusals = _Refusals(route)  # whoever refuses these parts refuses the last one, too
+    with refusals.collected():
+        await _publish(link, message, outgoing.body(await digest), route)
+    with refusals.collected():
+        await _send_parts(link, outgoing, route, until=last)
     return lambda: _send_parts(link, outgoing, route, first=last)
 
 
@@ -145,6 +187,8 @@ async def _send_parts(
     remaining = enumerate(outgoing.bodies(first, until), first)
     confirmed = itertools.count(first + 1)
 
+    refusals = _Refusals(route)
+
     async def publish_remaining() -> None:
         for number, body in remaining:
             headers = {"part": number, "parts": outgoing.parts, "bytes": len(body)}
@@ -154,21 +198,46 @@ async def _send_parts(
                 headers=headers,
                 durable=route.durable,
             )
-            await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
+            with refusals.collected():
+                await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
             if progress is not None:
                 progress(next(confirmed), outgoing.parts)
 
     await run_all(*(publish_remaining() for _ in range(_WINDOW)))
+    refusals.raise_first()
+
+
+def cut(delivery: Delivery, error: MalformedMessage, *, whole: bool = True) -> int:
+    """Cut the body of a delivery that is to be rejected, unless it is a valid message.
+
+    Args:
+        delivery: the delivery.
+        error: the reason of its rejection.
+        whole: False cuts a valid message, too.
+
+    Returns:
+        The size of the body before.
+    """
+    size_bytes = len(delivery.body)
+    if size_bytes > _KEPT_BYTES and (error.cause == "malformed" or not whole):
+        delivery.body = bytes(delivery.body[:_KEPT_BYTES])  # a copy, so that the rest is freed
+    return size_bytes
 
 
 async def reject(
-    link: Link, delivery: Delivery, error: MalformedMessage, rejected: str | Route
+    link: Link,
+    delivery: Delivery,
+    error: MalformedMessage,
+    rejected: str | Route,
+    *,
+    size_bytes: int | None = None,
 ) -> None:
     """Publish a delivery to the queue of rejected messages with the reason, then acknowledge it.
 
     ``rejected`` is the name of the queue, or a route to it for users who may not publish to the
-    default exchange.
+    default exchange. ``size_bytes`` is the size of its body before ``cut``, if that was called.
     """
+    size_bytes = cut(delivery, error) if size_bytes is None else size_bytes
     headers: dict[str, HeaderValue] = {
         **_bounded_headers(delivery.properties.headers),
         "reason": str(error),
@@ -176,17 +245,15 @@ async def reject(
         "rejected_at": timestamp(),
         "from": delivery.queue,
     }
-    body = delivery.body
-    if error.cause == "malformed" and len(body) > _KEPT_BYTES:
-        headers[CUT] = len(body)
-        body = bytes(body[:_KEPT_BYTES])
+    if len(delivery.body) < size_bytes:
+        headers[CUT] = size_bytes
     properties = Properties(
         type=delivery.properties.type,
         message_id=delivery.properties.message_id,
         headers=headers,
     )
     route = Route("", [rejected]) if isinstance(rejected, str) else rejected
-    await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
+    await link.publish(delivery.body, properties, exchange=route.exchange, keys=route.keys)
     delivery.ack()
 
 

@@ -71,14 +71,14 @@ def conformance(ctx: click.Context, /, **options: Any) -> None:
     The command plays a coordinator and waits for a worker. The worker then gets what can occur in a
     real run: repeated, newer and older work, other weights, a lost part, a rejected update, unusual
     messages, and the end of the run. The command prints one line for each demand of the protocol,
-    and exits with code 1 if a demand is not met. The worker trains about thirty times, so give the
-    worker a quick task.
+    and exits with code 1 if a demand is not met. The worker trains about thirty times, so give it a
+    quick task.
 
     \b
       fluffle conformance --url amqp://localhost &
       node worker.js --url amqp://localhost --federation conformance --id mine
 
-    To see every message, run 'fluffle tap --federation conformance' beside 'fluffle conformance'.
+    To see every message, run 'fluffle tap --federation conformance' at the same time.
     """
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
 

@@ -50,9 +50,9 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--min-workers",
     type=count(),
-    help="Number of workers that must be connected before the first round starts. With a "
-    "fractional --quorum, no round needs fewer updates than a round with exactly --min-workers "
-    "workers.  [default: --quorum if given as a number, else 2]",
+    help="Number of workers that must be connected before the first round starts. If you "
+    "set it, no round needs fewer updates than it would need with exactly N connected workers.  "
+    "[default: --quorum if given as a number, else 2]",
 )
 @click.option(
     "--quorum",
@@ -66,7 +66,7 @@ def run_option(command: Any) -> Any:
     "--grace",
     type=seconds(),
     default=0.0,
-    help="Time for which a round waits for more updates after its quorum, in seconds.",
+    help="How long a round waits for more updates after it has reached its quorum, in seconds.",
 )
 @click.option(
     "--deadline",
@@ -86,7 +86,7 @@ def run_option(command: Any) -> Any:
     "--min-updates",
     type=count(),
     default=1,
-    help="Minimum number of updates that '--on-deadline close' needs to close a round.",
+    help="Minimum number of updates with which '--on-deadline close' closes a round.",
 )
 @schedule_options
 @click.option(
@@ -101,13 +101,13 @@ def run_option(command: Any) -> Any:
     "--evaluate",
     metavar="path.py:name",
     help="Your function to evaluate the model after every round: takes a dict of weights by name "
-    "and returns a dict of metrics by name. The next round starts after your function returns.",
+    "and returns a dict of metrics by name. The next round starts after it returns.",
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help="Your function to call after every commit. If your function returns a string, the run "
-    "ends with that string as the reason.",
+    help="Your function to call after every commit. If it returns a string, the run ends with "
+    "that string as the reason.",
 )
 @stopping_options
 @plan_options
@@ -136,15 +136,15 @@ def run_option(command: Any) -> Any:
     type=seconds(min_open=True),
     default=86400.0,
     metavar="SECONDS",
-    help="Maximum time for which a round stays open, in seconds. Workers that make progress keep "
-    "a round open after its --deadline, but never longer than --max-round.",
+    help="Maximum time that a round stays open, in seconds. Workers that make progress keep a "
+    "round open after its --deadline, but never longer than --max-round.",
 )
 @click.option(
     "--stall-timeout",
     type=seconds(min_open=True),
     metavar="SECONDS",
     help="Time without progress after which a worker's training counts as failed, in seconds. "
-    "--stall-timeout works only with tasks that call 'progress' while they train.  [default: "
+    "This option works only with tasks that call 'progress' while they train.  [default: "
     "no limit; after 2 minutes without progress, the coordinator prints a warning]",
 )
 @click.option(
@@ -182,14 +182,13 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Reject every message whose sender has a broker user name other than the worker ID in "
-    "the message.",
+    help="Reject a message if the broker user that sent it is not named like the worker in the "
+    "message.",
 )
 @click.option(
     "--keep-updates",
     is_flag=True,
-    help="Keep every counted update in the run folder, for 'fluffle replay'. The kept updates "
-    "need disk space.",
+    help="Keep every counted update in the run folder, for 'fluffle replay'.",
 )
 @click.option(
     "--dashboard",
@@ -204,12 +203,12 @@ def coordinator(**options: Any) -> None:
     """Run a federation: open rounds, average updates, keep models.
 
     The coordinator waits for workers and sends them the global weights. When a quorum of updates
-    has arrived, the coordinator averages the updates, weighted by their numbers of examples, and
-    opens the next round. The coordinator keeps every round's model in the run folder. A round's
-    updates are acknowledged when the round's model is on disk.
+    has arrived, it averages them, weighted by their numbers of examples, and opens the next round.
+    It keeps every round's model in the run folder, and acknowledges a round's updates when the
+    model is on disk.
 
     After Ctrl-C or a crash, the same command continues after the last committed round. A second
-    coordinator on the same run folder waits, and takes over when the first coordinator is gone.
+    coordinator on the same run folder waits, and takes over when the first one is gone.
 
     \b
       fluffle coordinator --federation letters --quorum 3
@@ -272,7 +271,7 @@ def plot(folder: Path, out: Path) -> None:
     try:
         draw_history(rounds, out)
     except ImportError:
-        raise UsageError("charts need matplotlib: pip install 'fluffle[plot]'") from None
+        raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     echo(f"chart written to {out}")

@@ -24,10 +24,10 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     """Show a federation on a live page.
 
     The page shows rounds, workers, queues and rejected messages. The command runs on any machine
-    that can reach the broker, and changes nothing. The command reads the journal, copies of the
-    workers' heartbeats, and RabbitMQ's management API. You can start and stop the command at any
-    time. Outages of the broker or the coordinator do not end the command. The page's server also
-    provides /metrics for Prometheus, /healthz, /readyz and /api/board.
+    that can reach the broker, and changes nothing. It reads the journal, copies of the workers'
+    heartbeats, and RabbitMQ's management API. You can start and stop it at any time, and it keeps
+    running during outages of the broker or the coordinator. The page's server also provides
+    /metrics for Prometheus, /healthz, /readyz and /api/board.
 
     'fluffle coordinator --dashboard' serves the same page from the coordinator itself.
 

@@ -15,6 +15,7 @@ from fluffle_coordinator.dashboard.snapshot import train_loss
 from fluffle_coordinator.observe.round_view import RoundView, metrics_of, remembered
 
 _BLUE, _RUST = "#1f5fa8", "#c1502e"
+_MOST_DRAWN = 1e300  # matplotlib computes with differences of the values, which may overflow
 
 
 def history_table(rounds: list[dict[str, Any]], width: int) -> Table:
@@ -101,7 +102,8 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
             color=_BLUE,
         )
         losses = left.twinx()
-    lines += losses.plot(numbers, [row["loss"] for row in rounds], "s--", color=_RUST, label="loss")
+    values = [max(-_MOST_DRAWN, min(row["loss"], _MOST_DRAWN)) for row in rounds]
+    lines += losses.plot(numbers, values, "s--", color=_RUST, label="loss")
     losses.set_ylabel("federated loss (held-out)", color=_RUST)
     if losses.dataLim.ymin >= 0:  # a log-likelihood may be negative
         losses.set_ylim(bottom=0)

@@ -95,9 +95,9 @@ def _since(text: str | None, now: datetime) -> datetime | None:
 def journal(**options: Any) -> None:
     """Print what happened in a federation, one event per line.
 
-    The coordinator keeps its journal on the broker. Anyone who can reach the broker can read the
-    journal, and reading removes nothing from the journal. Times are in local time. A heading marks
-    each change of the day or the run.
+    The coordinator keeps its journal on the broker. Any user with permission can read the journal
+    from any machine, and reading removes nothing. Times are in local time. A heading marks each
+    change of the day or the run.
 
     \b
       fluffle journal --federation letters --since 10m
@@ -182,9 +182,9 @@ def explain(
     """Explain what happened in a round, or what it is waiting for.
 
     The command reads the journal, so you can explain a round while it is open or long afterwards.
-    The explanation shows which workers were asked, which workers answered, and why workers are
-    missing. The explanation also shows late and rejected updates, the time left, and the longest
-    wait. Without ROUND, the command explains the newest round of the newest run.
+    The explanation shows which workers were asked, which answered, and why others are missing. It
+    also shows late and rejected updates, the time left, and the longest wait. Without ROUND, the
+    command explains the newest round of the newest run.
 
     \b
       fluffle explain --federation letters            what is the run waiting for?
@@ -310,10 +310,10 @@ def _events(
 
 def _concerns(event: Event, worker: str) -> bool:
     fields = event.fields
-    lists = (fields.get(key) for key in ("asked", "participants"))
-    return fields.get("worker") == worker or any(
-        worker in names for names in lists if isinstance(names, list)
-    )
+    lists = [fields.get(key) for key in ("asked", "participants", "workers", "missing")]
+    named = [one for many in lists if isinstance(many, list) for one in many]
+    names = [one.get("worker") if isinstance(one, Mapping) else one for one in [fields, *named]]
+    return worker in names
 
 
 def _print_json(event: Event) -> None:

@@ -40,8 +40,8 @@ plan_options = option_group(
         "--upload-dtype",
         type=click.Choice(["float32", "bf16", "f16"]),
         default="float32",
-        help="Data type of the float values in updates: bf16 and f16 round the values to half the "
-        "bytes; float32 sends the values unchanged.",
+        help="Data type of the float values in updates: bf16 and f16 halve the bytes by rounding "
+        "the values; float32 sends the values unchanged.",
     ),
     click.option(
         "--compress",

@@ -71,8 +71,8 @@ schedule_options = option_group(
         default=1.0,
         metavar="P",
         help="Over-selection factor: 1.3 selects 130 % of the workers that --fraction or --sample "
-        "asks for. A fractional --quorum is computed from the number without over-selection, so "
-        "that stragglers do not delay a round.",
+        "asks for. A fractional --quorum is still a fraction of the original number, so that "
+        "stragglers do not delay a round.",
     ),
     click.option(
         "--select",
@@ -81,8 +81,7 @@ schedule_options = option_group(
         metavar="NAME|PATH.PY:NAME",
         help="Rule that selects workers: uniform (at random), poisson (each worker independently "
         "at random), weighted (at random, in proportion to examples), round-robin (in turn), "
-        "fastest:0.2 (the fastest workers for 80 % of the places, 20 % in turn), or your own "
-        "function.",
+        "fastest:0.2 (80 % are the fastest workers, 20 % are taken in turn), or your own function.",
     ),
     click.option(
         "--schedule",
@@ -119,7 +118,7 @@ schedule_options = option_group(
         type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
         help="Function that reduces the weight of a stale update: constant, polynomial:a, "
-        "hinge:a,b or threshold:s (docs/schedules.md).  [default: polynomial:0.5]",
+        "hinge:a,b or threshold:b (docs/schedules.md).  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",

@@ -11,8 +11,8 @@ stopping_options = option_group(
     click.option(
         "--monitor",
         metavar="METRIC",
-        help="Metric that chooses the best model, which is kept as best.safetensors. Give a "
-        "federated metric such as accuracy, or test/NAME for a metric of your --evaluate "
+        help="Metric that decides which model is kept as best.safetensors. Give a federated "
+        "metric such as accuracy, or test/NAME for a metric of your --evaluate "
         "function. For a loss or an error, lower is better.",
     ),
     click.option(
@@ -33,6 +33,6 @@ stopping_options = option_group(
         type=seconds(min_open=True),
         metavar="SECONDS",
         help="Time limit for all rounds together, in seconds. The run ends after the round that "
-        "exceeds the time limit.",
+        "exceeds it.",
     ),
 )

@@ -107,7 +107,8 @@ def _check_no_evidence(probe: Probe, refused: Iterable[SentFit]) -> None:
     for sent in refused:
         if evidence := probe.accepted(sent):
             raise Unmet(
-                f"the worker had to refuse the work for round {sent.fit.round}, but sent {evidence}"
+                f"the worker did not refuse the work for round {sent.fit.round}, but sent "
+                f"{evidence}"
             )
 
 
@@ -245,5 +246,5 @@ async def end_of_others(probe: Probe) -> str:
     await probe.send(Refusal(federation=federation, session=session, code="model", reason=reason))
     await probe.update(await probe.ask(probe.next_fit()))
     if any(probe.received(Bye, since)):
-        raise Unmet("the worker left; expected that both messages are ignored")
+        raise Unmet("the worker left; expected it to ignore both messages")
     return "both messages ignored, then an update"

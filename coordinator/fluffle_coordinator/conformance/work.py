@@ -44,8 +44,8 @@ async def fit(probe: Probe) -> str:
 
 @demands(
     Section.WORK,
-    "if a fit sets evaluate, a worker with held-out data sends an evaluation of round - 1 and the "
-    "fit's base before the update",
+    "if a fit sets evaluate, a worker with held-out data first sends an evaluation (with round - 1 "
+    "and the fit's base), then the update",
 )
 async def evaluation_before_the_update(probe: Probe) -> str:
     """Ask for both, and check their order."""

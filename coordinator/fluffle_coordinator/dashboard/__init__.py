@@ -30,6 +30,6 @@ def needs() -> Iterator[None]:
         yield
     except ImportError:
         raise UsageError(
-            "the page needs starlette, uvicorn and prometheus-client: "
-            "pip install 'fluffle[dashboard]'"
+            "the page needs starlette, uvicorn and prometheus-client; "
+            "run pip install 'fluffle[dashboard]'"
         ) from None

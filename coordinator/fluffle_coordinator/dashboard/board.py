@@ -149,12 +149,14 @@ class Board:
         if opened is None or self.view.phase not in ("open", "committing"):
             return None
         updates, needed = self.filling
+        # The journal has the deadline for the quorum, but not how long a quorum waits for more.
+        is_known = self.source == "coordinator" or updates < needed
         return {
             "round": opened.number,
             "updates": updates,
             "needed": needed,
             "opened_at": opened.asked_at,
-            "deadline_at": opened.deadline_at,
+            "deadline_at": opened.deadline_at if is_known else None,
             "answered": [_answer(key, opened) for key in opened.answers],
             "missing": [
                 self._missing(name, opened) for name in opened.asked if name not in opened.answers

@@ -67,7 +67,9 @@ class BrokerSource:
                 try:
                     await self._tap(link)
                 except LinkLost as why:
-                    self._set_link(False, f"lost the broker ({why}); reconnecting")
+                    self._set_link(
+                        False, f"lost the connection to the broker ({why}); reconnecting"
+                    )
                 except QueueInUse as why:
                     raise BrokerError(
                         f"this broker user may not serve the page ({why}); grant the user the "

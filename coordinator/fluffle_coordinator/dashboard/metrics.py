@@ -101,7 +101,11 @@ def _counters(counters: Counters) -> Iterator[Metric]:
             "Number of times that a worker's task failed.",
             counters.failures,
         ),
-        ("fluffle_broker_outages", "Number of times that the broker was lost.", counters.outages),
+        (
+            "fluffle_broker_outages",
+            "Number of times that the connection to the broker was lost.",
+            counters.outages,
+        ),
         (
             "fluffle_received_update_bytes",
             "Number of bytes of all counted updates, as received.",

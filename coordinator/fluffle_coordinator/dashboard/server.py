@@ -156,7 +156,7 @@ async def _guarded(server: _Server, listening: socket.socket) -> None:
     try:
         await server.serve(sockets=[listening])
     except Exception as why:  # a fault of the page must not stop the run
-        warn(f"the page failed ({why!r}); the run goes on without the page")
+        warn(f"the page failed ({why!r}); the run continues without the page")
 
 
 # --- the responses -----------------------------------------------------------------------------

@@ -9,6 +9,7 @@ overruled after ``Rules.deadline_s``.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from statistics import median_low
 
 from fluffle_common.protocol import events as run_events
@@ -93,11 +94,12 @@ def _all_failed(state: State) -> bool:
 def _after_failures(state: State, now: float, out: Effects) -> State:
     """Ask others at once if all that were asked have failed; stop if there are none."""
     rules, reopened = state.rules, state.reopenings + 1
-    others = any(name not in state.asked for name in state.workers)
+    # A Poisson sample remains the same.
+    others = rules.secret is None and any(name not in state.asked for name in state.workers)
     if not others or rules.on_deadline == "stop" or reopened > rules.max_reopenings:
         reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
         return end(state, "stopped", reason, out)
-    reason = f"all workers that round {state.round} asked have failed; {last_failure(state.failed)}"
+    reason = f"all workers asked in round {state.round} have failed; {last_failure(state.failed)}"
     state = state.replace(reopenings=reopened, reopened_with=state.folded)
     return reopen(state, reason, now, out)
 
@@ -110,20 +112,27 @@ def _commit(state: State, out: Effects) -> State:
     return state.replace(phase=Phase.COMMITTING)
 
 
+def with_median(medians: tuple[float, ...], norms: Iterable[float]) -> tuple[float, ...]:
+    """Return the medians of the last rounds' norms, with that of one more round.
+
+    Each median is the lower one, so that one outlier among two norms does not raise it. Norms of 0
+    do not count.
+    """
+    positive = [norm for norm in norms if norm > 0]
+    return (*medians, median_low(positive))[-_ROUNDS_REMEMBERED:] if positive else medians
+
+
 def _report_outliers(state: State, out: Effects) -> State:
     """Report updates whose norm is many times the median of the round's norms.
 
     The median of one or two norms exposes no outlier, so these are compared with
     ``State.usual_norm``. An outlier enters it too, but as a minority it does not change a median.
-    Each median is the lower one, so that one outlier among two norms does not raise it.
     """
     norms = {ticket: norm for ticket, norm in state.norms.items() if norm > 0}
     if not norms:
         return state
-    middle = median_low(norms.values())
-    state = state.replace(median_norms=(*state.median_norms, middle)[-_ROUNDS_REMEMBERED:])
-    if len(norms) <= 2:
-        middle = state.usual_norm
+    state = state.replace(median_norms=with_median(state.median_norms, norms.values()))
+    middle = state.usual_norm if len(norms) <= 2 else state.median_norms[-1]
     for (worker, _), norm in sorted(norms.items()):
         if norm > state.rules.outlier_ratio * middle:
             outlier = run_events.Outlier(round=state.round, worker=worker, norm=norm, median=middle)

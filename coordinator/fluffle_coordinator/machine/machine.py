@@ -71,6 +71,7 @@ def start(
     committed: int = 0,
     counted: Mapping[int, frozenset[Ticket]] = MappingProxyType({}),
     sequence: int = 0,
+    earlier_starts: int = 0,
     announced: Mapping[str, int] = MappingProxyType({}),
     evaluated: bool = True,
     enough: str = "",
@@ -79,6 +80,7 @@ def start(
     earlier: Mapping[int, str] = MappingProxyType({}),
     asked_in: Mapping[str, int] = MappingProxyType({}),
     train_s: Mapping[str, float] = MappingProxyType({}),
+    median_norms: tuple[float, ...] = (),
     classes: tuple[str, ...] | None = None,
     model: ModelForm | None = None,
     frozen: str = "",
@@ -88,9 +90,10 @@ def start(
 
     Most arguments are fields of ``State``; the workers decide on ``classes`` and ``model`` if these
     are None. ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets
-    that recent rounds counted, ``sequence`` is the highest one that any round counted, and
-    ``earlier`` has the names of the weights that rounds began with. ``evaluated`` says whether the
-    evaluation of the last model is on disk.
+    that recent rounds counted, ``sequence`` is the highest one that any round counted,
+    ``earlier_starts`` is the number of coordinators that ran before, and ``earlier`` has the names
+    of the weights that rounds began with. ``evaluated`` says whether the evaluation of the last
+    model is on disk.
     """
     resumed = has_weights and committed > 0
     # A connected worker sends a heartbeat within this time (every 2 s by default).
@@ -101,7 +104,8 @@ def start(
         round=committed + 1,
         schedule=schedule,
         base=base,
-        sequence=sequence + SEQUENCE_GAP,
+        sequence=sequence + (1 + earlier_starts) * SEQUENCE_GAP,
+        resumed_at=committed + 1 if has_weights else 0,
         evaluate_pending=not evaluated,
         enough=enough,
         has_weights=has_weights,
@@ -109,6 +113,7 @@ def start(
         announced=Table(announced),
         asked_in=Table(asked_in),
         train_s=Table(train_s),
+        median_norms=median_norms,
         classes=classes,
         model=model,
         frozen=frozen,

@@ -114,10 +114,14 @@ def _include(state: State, worker: Worker, at_work: bool, now: float, out: Effec
 def settle_doubt(state: State, worker: str) -> State:
     """Mark a worker as failed if an unsound update came in its name and it reports it as sent.
 
-    While the worker is still at work, that update was forged, and its own is still to come.
+    While the worker is still at work, that update was forged, and its own is still to come. So it
+    is if the worker was asked for another attempt, and has not been heard since.
     """
-    reason = state.doubted.get(worker)
+    reason, issued = state.doubted.get(worker), state.asked.get(worker)
     if reason is None or not state.done(worker):
+        return state
+    again = state.attempts.get(worker, 0) > 1
+    if again and issued is not None and state.workers[worker].last_seen <= issued.at:
         return state
     return state.replace_for(
         worker,

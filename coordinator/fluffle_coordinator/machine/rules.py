@@ -129,4 +129,7 @@ class Rules:
 
     def waited_for(self, asked: int) -> int:
         """Return how many updates the quorum is a fraction of, given how many workers are asked."""
-        return max(1, math.floor(asked / self.over_provision + 1e-9))
+        wanted = math.floor(asked / self.over_provision + 1e-9)
+        if self.selection.fixed:  # if fewer were present than ``ask`` says, all of them were asked
+            wanted = max(wanted, min(asked, self.sample_of(asked)))
+        return max(1, wanted)

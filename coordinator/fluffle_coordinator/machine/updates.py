@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Reject
+from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
 from fluffle_coordinator.machine.records import Handle, Ticket
@@ -23,6 +24,10 @@ from fluffle_coordinator.machine.work import assign_work, resend_work
 _T = TypeVar("_T")
 # For so many rounds, a copy of a counted update is recognised as such, not taken for a late one.
 _ROUNDS_REMEMBERED = 3
+
+# Why an update is rejected that was sound for an earlier coordinator with other settings, such as
+# another ``--train``. Its worker has not failed, and is asked again.
+_CAUSES_OF_SETTINGS = ("tensors", "malformed")
 
 
 def arrived(state: State, event: Arrived, out: Effects) -> State:
@@ -122,8 +127,8 @@ def _max_norm(state: State) -> float:
     if ratio is None:
         return math.inf
     middle = state.usual_norm
-    if not middle:  # no earlier round is known, as after a restart
-        norms = list(state.norms.values())
+    if not middle:  # no earlier round is known
+        norms = [norm for norm in state.norms.values() if norm > 0]
         middle = median_low(norms) if len(norms) >= 2 else math.inf
     return ratio * middle
 
@@ -224,12 +229,12 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     )
     if not event.again:  # the worker would send the same bytes again, if they are its own at all
         out.append(Judge(failed, "rejected", event.reason, event.cause))
-        state = state.replace(
-            doubted=state.doubted.insert(worker, event.reason),
-            # A later request is another attempt, which the same bytes do not answer.
-            attempts=state.attempts.insert(worker, state.attempts.get(worker, 0) + 1),
-        )
-        return settle_doubt(state, worker)
+        earlier = state.attempts.get(worker, 0)
+        # A later request is another attempt, which the same bytes do not answer.
+        state = state.replace(attempts=state.attempts.insert(worker, earlier + 1))
+        if earlier or failed.round > state.resumed_at or event.cause not in _CAUSES_OF_SETTINGS:
+            state = state.replace(doubted=state.doubted.insert(worker, event.reason))
+            return settle_doubt(state, worker)
     if was_asked and worker in state.workers and state.phase is Phase.OPEN:
         return resend_work(state, worker, event.now, out)
     return state
@@ -264,6 +269,7 @@ def committed(state: State, event: Committed, out: Effects) -> State:
     out.append(report)
     for update in late:
         state = _finish_work(state, update.ticket, event.now, out)
+    state = record_evaluation(state, out, partial=True)  # what came during the commit
     state = _next_round(state, event, frozenset(counted), carried)
     by_arrival = sorted(carried, key=lambda update: update.handle)
     out += [_fold(state, update) for update in by_arrival]

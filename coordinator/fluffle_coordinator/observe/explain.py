@@ -87,6 +87,14 @@ class Explanation:
         at, waiting = self.view.waiting
         return {doing.worker: (at, doing) for doing in waiting.missing or ()}
 
+    def has_sent(self, worker: str) -> bool:
+        """Whether the coordinator last reported that a worker's update is here, if not counted."""
+        if self.view.waiting is None or not self.waits or worker not in self.round.asked:
+            return False
+        at, waiting = self.view.waiting
+        is_newer = waiting.round == self.round.number and at >= (self.round.asked_at or 0.0)
+        return is_newer and waiting.missing is not None and worker not in self.doings
+
     @property
     def short(self) -> int:
         """How many more workers must join for the quorum, as the coordinator last reported."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import Failure, Left, RunEvent, decimal
 from fluffle_coordinator.observe.explain import Explanation, longest_wait
 from fluffle_coordinator.observe.round_view import Note
+from fluffle_coordinator.observe.times import clock, duration, iso, local
 from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "checkpoint"}
@@ -54,6 +54,8 @@ def why_missing(explanation: Explanation, worker: str) -> str:
     joined = "" if joined_at is None else f", joined at {clock(joined_at)}"
     if not explanation.waits:
         return f"it was connected{joined}"
+    if explanation.has_sent(worker):
+        return "its update has arrived and is being added"
     doing = _doing(explanation, worker)
     return f"connected{joined}{f', {doing}' if doing else ', no update yet'}"
 
@@ -113,28 +115,28 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
         "run": explanation.run,
         "round": this.number,
         "open": this.is_open,
-        "opened_at": _iso(this.opened_at),
+        "opened_at": iso(this.opened_at),
         "asked": list(this.asked),
         "needed": this.needed,
         "answers": [
             {
                 "worker": update.worker,
-                "at": _iso(at),
+                "at": iso(at),
                 "num_examples": update.num_examples,
                 "train_s": update.train_s,
             }
             for at, update in this.answers.values()
         ],
         "missing": [{"worker": w, "why": why_missing(explanation, w)} for w in explanation.missing],
-        "deadline_at": _iso(this.deadline_at) if this.is_open else None,
+        "deadline_at": iso(this.deadline_at) if this.is_open else None,
         "left_s": explanation.left_s,
         "notes": [
-            {"event": n.event.name, "at": _iso(n.at), "worker": n.worker, "reason": n.reason}
+            {"event": n.event.name, "at": iso(n.at), "worker": n.worker, "reason": n.reason}
             for n in this.notes
         ],
         "longest_wait": wait
         and {"seconds": wait.seconds, "until": wait.until, "after": wait.after},
-        "committed_at": _iso(this.committed_at),
+        "committed_at": iso(this.committed_at),
         "participants": list(this.participants),
         "timings": dict(this.timings),
         "loss": this.loss,
@@ -142,29 +144,6 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
         "ended": explanation.view.ended[1].name if explanation.view.ended else None,
         "says": sentences(explanation),
     }
-
-
-def _iso(at: float | None) -> str | None:
-    time = None if at is None else _utc(at)
-    return time.isoformat(timespec="milliseconds") if time else None
-
-
-def clock(at: float) -> str:
-    """Return the local time of day."""
-    return _local(at, "%H:%M:%S")
-
-
-def _local(at: float, form: str) -> str:
-    time = _utc(at)
-    return time.astimezone().strftime(form) if time else "?"
-
-
-def _utc(at: float) -> datetime | None:
-    """Return a time in UTC; None if no calendar date can represent it."""
-    try:
-        return datetime.fromtimestamp(at, UTC)
-    except (OverflowError, OSError, ValueError):
-        return None
 
 
 def _opening(explanation: Explanation) -> Iterator[str]:
@@ -176,8 +155,8 @@ def _opening(explanation: Explanation) -> Iterator[str]:
             "journal."
         )
         return
-    needed = "" if this.needed is None else f", {_number(this.needed, 'update')} needed"
-    day = _local(this.opened_at, "%Y-%m-%d")
+    needed = "" if this.needed is None else f"; {_number(this.needed, 'update')} needed"
+    day = local(this.opened_at, "%Y-%m-%d")
     yield (
         f"Round {this.number} of run {explanation.run} {state}: opened on {day} at "
         f"{clock(this.opened_at)} for {_names(this.asked)}{needed}."
@@ -217,7 +196,7 @@ def _missing(explanation: Explanation) -> Iterator[str]:
         elif worker in this.failures or explanation.departed(worker) is not None:
             yield f"{worker} did not answer: {why}."
         elif _rejection(explanation, worker) is not None:
-            yield f"No update of {worker} counted: {why}."
+            yield f"No update of {worker} was counted: {why}."
         elif worker not in this.came_late:
             # In an asynchronous run, the worker may have answered in an earlier round.
             yield (
@@ -271,10 +250,14 @@ def _progress(explanation: Explanation) -> Iterator[str]:
         yield f"Round {this.number} has {len(this.answers)} of {this.needed} updates{more}."
     if unlinked_since is not None:
         yield (
-            f"The coordinator lost the broker at {clock(unlinked_since)}; the time without the "
-            "broker does not count towards the deadline."
+            f"The coordinator lost the connection to the broker at {clock(unlinked_since)}; the "
+            "time without a connection does not count towards the deadline."
         )
-    yield _deadline(explanation)
+    if explanation.view.full_disk is not None:
+        at, disk = explanation.view.full_disk
+        yield f"At {clock(at)}: {disk.sentence()}. The deadline does not apply meanwhile."
+    else:
+        yield _deadline(explanation)
     yield from _waiting(explanation)
 
 
@@ -293,9 +276,14 @@ def _deadline(explanation: Explanation) -> str:
         return f"The deadline of round {this.number} is not in the journal."
     if left_s > 0:
         return f"{duration(left_s)} left until the deadline, at {clock(this.deadline_at)}."
+    passed = f"The deadline passed at {clock(this.deadline_at)}"
+    if explanation.view.waiting is not None and explanation.view.waiting[0] > this.deadline_at:
+        return f"{passed}; the round stays open while workers advance or an update is being added."
+    if explanation.coordinated:
+        return f"{passed}; the coordinator is connected, and has not reported what follows yet."
     return (
-        f"The deadline passed at {clock(this.deadline_at)}, but the journal has no later event; "
-        "the coordinator is not running, or cannot reach the broker."
+        f"{passed}, but the journal has no later event; the coordinator is not running, or cannot "
+        "reach the broker."
     )
 
 
@@ -378,21 +366,3 @@ def _names(names: tuple[str, ...] | list[str]) -> str:
 
 def _number(count: float, thing: str) -> str:
     return f"{count:.0f} {thing}{'' if count == 1 else 's'}"
-
-
-def duration(value: float) -> str:
-    """Format a duration in seconds, in suitable units.
-
-    >>> duration(0.0123), duration(3.21), duration(125), duration(7260), duration(0)
-    ('12 ms', '3.2 s', '2 min 5 s', '2 h 1 min', '0 s')
-    """
-    if value == 0:
-        return "0 s"
-    if value < 1:
-        return f"{value * 1000:.2g} ms" if value < 0.01 else f"{value * 1000:.0f} ms"
-    if value < 60:
-        return f"{value:.3g} s" if value >= 10 else f"{value:.1f} s"
-    minutes, seconds = divmod(round(value), 60)
-    if minutes < 60:
-        return f"{minutes} min {seconds} s" if seconds else f"{minutes} min"
-    return f"{minutes // 60} h {minutes % 60} min" if minutes % 60 else f"{minutes // 60} h"

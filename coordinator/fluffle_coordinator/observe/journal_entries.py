@@ -5,7 +5,15 @@ from __future__ import annotations
 import uuid
 
 from fluffle_common.clock import timestamp
-from fluffle_common.protocol.events import Resumed, RunEvent, Standby, Started, Waiting
+from fluffle_common.protocol.events import (
+    Committed,
+    Opened,
+    Resumed,
+    RunEvent,
+    Standby,
+    Started,
+    Waiting,
+)
 from fluffle_common.protocol.messages import EventRecord
 
 _OMITTED_FIELD = "address"  # of the broker: its readers know it
@@ -23,6 +31,8 @@ class Entries:
         """Return the entry of an event; None for one that is not journalled, or a repetition."""
         if isinstance(event, Started | Resumed) and event.run:
             self._run = event.run
+        if isinstance(event, Opened | Committed):  # readers forget what the run waited for
+            self._gists.pop(Waiting.name, None)
         if not event.journalled or self._is_repetition(event):
             return None
         fields = event.fields()

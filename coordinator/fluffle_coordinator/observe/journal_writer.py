@@ -101,7 +101,9 @@ class Journal(Watcher):
             self._broken = True
             self._unsent.clear()
             self._window = []
-            warn(f"the journal cannot be published ({wrong!r}); the run goes on without a journal")
+            warn(
+                f"the journal cannot be published ({wrong!r}); the run continues without a journal"
+            )
             await _forever()
 
     async def _publish(self, link: Link) -> None:

@@ -60,6 +60,7 @@ class RunView:
         rejections: the latest rejected messages, as (time, open round or 0, event).
         causes: the number of rejected messages by cause; ``counters`` counts across runs.
         waiting: what the coordinator last reported to wait for, and when.
+        full_disk: since when and why the coordinator cannot write; None if it can.
         ended: when and how the run ended.
         unlinked_since: when the coordinator lost the broker; None while it is connected.
     """
@@ -78,6 +79,7 @@ class RunView:
             maxlen=None if whole else _MAX_REJECTIONS
         )
         self.waiting: tuple[float, run_events.Waiting] | None = None
+        self.full_disk: tuple[float, run_events.Disk] | None = None
         self.ended: tuple[float, RunEvent] | None = None
         self.unlinked_since: float | None = None
         self._blocked_since: float | None = None
@@ -92,6 +94,10 @@ class RunView:
         self.workers.add(at, event)
         self.counters.add(at, event)
         self._add_to_run(at, event)
+        if isinstance(event, run_events.Disk):
+            self.full_disk = (at, event)
+        elif isinstance(event, run_events.Counted | run_events.Committed):
+            self.full_disk = None  # this is what had waited for the disk
         if isinstance(event, _RoundResult):
             self._add_to_round(self._round(event.round), at, event)
         elif isinstance(event, _RoundNote):
@@ -202,7 +208,8 @@ class RunView:
             if is_lost or view.is_open:
                 view.restart(at)
         self.workers.begin_coordinator()
-        self.waiting = self.ended = self.unlinked_since = self._blocked_since = None
+        self.waiting = self.full_disk = self.ended = None
+        self.unlinked_since = self._blocked_since = None
 
     def _unblock(self, at: float) -> None:
         self._postpone_deadlines(self._blocked_since, at)

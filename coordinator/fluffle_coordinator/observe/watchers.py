@@ -51,7 +51,7 @@ class Watchers(Watcher):
     def _report(self, watcher: Watcher, what: str, wrong: Exception) -> None:
         if watcher not in self._reported:
             self._reported.add(watcher)
-            warn(f"{type(watcher).__name__} cannot show {what} ({wrong!r}); the run goes on")
+            warn(f"{type(watcher).__name__} cannot show {what} ({wrong!r}); the run continues")
 
 
 class View(Watcher):

@@ -21,7 +21,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
-from fluffle_common.tensors.groups import FROZEN, select_tensors
+from fluffle_common.tensors.groups import FROZEN, restore_untrained
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
@@ -319,9 +319,10 @@ class Aggregator:
         """Return the average, and the strategy's next state with the tensors that it broadcasts."""
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
+        restore_untrained(weights, self._base, self._plan.train)
         average = Average(
             number,
-            self._restored(weights),
+            weights,
             new_base(),
             asked,
             self._participants,
@@ -330,16 +331,6 @@ class Aggregator:
             strategy.spent(number),
         )
         return average, state, strategy.broadcast(state)
-
-    def _restored(self, weights: Weights) -> Weights:
-        """Undo the noise that a private strategy added to tensors that are not trained."""
-        if self._plan.train is None or self._strategy.strategy.needs.repeatable:
-            return weights
-        trained = select_tensors(self._base, self._plan.train)
-        for name, old in self._base.items():
-            if name not in trained:
-                weights[name][...] = old
-        return weights
 
     def _close(self, average: Average, state: Any, broadcast: Weights) -> None:
         """Commit the average and begin the next sum."""

@@ -22,11 +22,12 @@ from fluffle_common.cli.settings import (
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
+from fluffle_common.protocol.metric_names import TEST_PREFIX
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff
-from fluffle_coordinator.machine.selection import sample_size
+from fluffle_coordinator.machine.selection import UNIFORM, sample_size
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
@@ -101,6 +102,12 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
             f"--keep-updates conflicts with the strategy {strategy.name}, which protects updates "
             "with random noise that replay cannot reproduce; remove --keep-updates"
         )
+    monitor, evaluate = options["monitor"], options["evaluate"]
+    if monitor and monitor.startswith(TEST_PREFIX) and evaluate is None:
+        raise UsageError(
+            f"--monitor {monitor} is a metric of the --evaluate function, but there is none; add "
+            f"--evaluate, or monitor a federated metric such as {monitor[len(TEST_PREFIX) :]}"
+        )
     schedule_name, schedule = load_schedule(
         options["schedule"],
         buffer=options["buffer"],
@@ -109,6 +116,12 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         staleness=options["staleness"],
         late=options["late"],
     )
+    select = options["select"]
+    if options["schedule"] == "buffered" and options["concurrency"] is None and select != UNIFORM:
+        raise UsageError(
+            f"--select {select.name} has no effect with --schedule buffered, which gives work to "
+            "every idle worker; add --concurrency, or remove --select"
+        )
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
         rules=rules_for(strategy, rules, schedule_name, schedule),
@@ -123,9 +136,9 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         init=options["init"],
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],
-        hooks=Hooks.load(options["evaluate"], options["on_round"]),
+        hooks=Hooks.load(evaluate, options["on_round"]),
         stopping=Stopping(
-            monitor=options["monitor"],
+            monitor=monitor,
             target=options["target"],
             patience=options["patience"],
             time_budget_s=options["time_budget"],
@@ -181,6 +194,11 @@ def _rules_of(options: dict[str, Any]) -> Rules:
     sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
         raise UsageError("--fraction conflicts with --sample; use only one of them")
+    if options["over_provision"] > 1 and sample is None and fraction == 1:
+        raise UsageError(
+            f"--over-provision {options['over_provision']:g} has no effect, because each round "
+            "asks all workers; add --sample or --fraction, or remove --over-provision"
+        )
     if sample is not None and (quorum.number or 1) > sample:
         raise UsageError(
             f"--quorum {quorum.number} needs more updates than --sample {sample} asks for; lower "

@@ -9,6 +9,7 @@ therefore loses no update: the broker delivers them again.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -125,11 +126,15 @@ class Committer:
         self._store, self._metadata = store, metadata
         self._record, self._post, self._strategy = record, post, strategy
         self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
+        self._stopping, self._best, self._warned = stopping, 0, False
+        resumes = (hooks or stopping != NO_STOPPING) and store.history.path.exists()
+        lines = read_history_lines(store.folder) if resumes else []
+        self._standing = Standing(stopping, lines)
         # The last evaluated round and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
-        self._stopping, self._best, self._warned = stopping, 0, False
-        resumes = stopping != NO_STOPPING and store.history.path.exists()
-        self._standing = Standing(stopping, read_history_lines(store.folder) if resumes else ())
+        for line in lines:
+            if line["event"] == "evaluated" and line["round"] >= self._evaluated[0]:
+                self._evaluated = line["round"], _metrics_of(line)
         self._jobs = SerialQueue()
         self.run, self.drained = self._jobs.run, self._jobs.drained
         self._committed_at = monotonic()
@@ -353,6 +358,12 @@ class Committer:
                     "run the same command again (no update is lost)"
                 ) from None
             raise NoRoom(folder, why.strerror or str(why)) from None
+
+
+def _metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the loss and the metrics of an evaluation's line in the history."""
+    metrics = {"loss": line["loss"], **{n: v for n, v in line.items() if n not in _FIELDS}}
+    return {name: math.nan if value is None else value for name, value in metrics.items()}
 
 
 def average_evaluations(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:

@@ -25,7 +25,6 @@ from fluffle_common.errors import LinkLost, TaskError
 from fluffle_common.logs import log_step, logger
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.exchanges import Handlers, Sent
-from fluffle_common.protocol.model_form import model_form
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.tensors.frozen import IN_METADATA
 from fluffle_common.transport.base import (
@@ -45,12 +44,13 @@ from fluffle_coordinator.observe.waiting import WaitingReport
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.first_state import first_state
 from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import standby_of
+from fluffle_coordinator.service.topology_watch import keep_bound
 from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.sampling_secret import sampling_secret
 from fluffle_coordinator.storage.saved_run import Saved
 
 _LOG = logger("coordinator.machine")
@@ -130,7 +130,7 @@ class Coordinator:
         )
         self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
         self.enough = self._committer.enough
-        self.state = _begin(settings, saved, store, self.enough())
+        self.state = first_state(settings, saved, store.folder, self.enough())
 
     def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
         return Intake(
@@ -190,8 +190,7 @@ class Coordinator:
         await self._aggregator.drained()
         await self._committer.drained()
         await self._outbox.drained()
-        finished = self.state.outcome == "finished"
-        kind = run_events.Finished if finished else run_events.Stopped
+        kind = run_events.Finished if self.state.outcome == "finished" else run_events.Stopped
         self._record(kind(reason=self.state.reason))
 
     def exchange(self, sent: Sent) -> None:
@@ -258,6 +257,8 @@ class Coordinator:
     def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
+                if isinstance(effect, run_events.Reopened):
+                    self._outbox.bind_again(effect.asked or ())
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
@@ -275,13 +276,8 @@ class Coordinator:
                 self._committer.record_end(self.state.committed, outcome, reason)
                 self._outbox.perform(effect, self.state, None)
             case _:
-                self._outbox.perform(
-                    effect,
-                    self.state,
-                    self._aggregator.weights,
-                    self._aggregator.broadcast,
-                    self._aggregator.frozen,
-                )
+                last = self._aggregator  # which has the last model
+                self._outbox.perform(effect, self.state, last.weights, last.broadcast, last.frozen)
 
     def _send_ahead(self, number: int, base: str) -> None:
         """Begin to send the work of the next round while its weights are being written to disk.
@@ -353,6 +349,7 @@ class Coordinator:
             self._intake.send_echoes(link, number),
             self._intake.consume_updates(link, number),
             report_blocking(link, self._record),
+            keep_bound(link, self._topology, journaled=self._journal is not None),
         ]
         await run_all(*tasks, *([self._journal.publish(link)] if self._journal else []))
 
@@ -369,32 +366,3 @@ class Coordinator:
         while self._link is None:
             await self._linked.wait()
         return self._link
-
-
-def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore, enough: str) -> rs.State:
-    """Return the machine's first state, for a new run or a resumed one."""
-    rules = settings.rules
-    if settings.strategy.strategy.needs.rate is not None:
-        rules = replace(rules, secret=sampling_secret(store.folder))
-    saved_classes = json.loads(saved.metadata.get("classes", "null"))
-    return machine.start(
-        rules,
-        saved.run,
-        monotonic(),
-        schedule=settings.schedule,
-        committed=saved.committed,
-        counted=saved.counted,
-        sequence=saved.sequence,
-        earlier=saved.earlier,
-        asked_in=saved.asked_in,
-        train_s=saved.train_s,
-        announced=saved.announced,
-        evaluated=saved.evaluated,
-        enough=enough,
-        has_weights=saved.weights is not None,
-        base=saved.base,
-        classes=settings.classes or (tuple(saved_classes) if saved_classes else None),
-        model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
-        frozen=saved.frozen.digest,
-        decided_by="--classes" if settings.classes else "this run's first weights",
-    )

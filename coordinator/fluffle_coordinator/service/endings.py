@@ -23,19 +23,19 @@ def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool =
 (without --fresh) to add rounds, or with --fresh to begin a new run"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6))
     "'fluffle history --run runs/letters' shows the rounds; run the same command (without --fresh) \
-to go on with round 4"
+to continue with round 4"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6), by_rule=True)
-    "'fluffle history --run runs/letters' shows the rounds; to go on with round 4, change or \
+    "'fluffle history --run runs/letters' shows the rounds; to continue with round 4, change or \
 remove the option that ended the run, and run the command again (without --fresh)"
     """
     shows = f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds"
     if by_rule:
         return (
-            f"{shows}; to go on with round {committed + 1}, change or remove the option that ended "
-            "the run, and run the command again (without --fresh)"
+            f"{shows}; to continue with round {committed + 1}, change or remove the option that "
+            "ended the run, and run the command again (without --fresh)"
         )
     if committed < rules.rounds:
-        again = "run the same command (without --fresh) to go on with round"
+        again = "run the same command (without --fresh) to continue with round"
         return f"{shows}; {again} {committed + 1}"
     if rules.rounds_limit:
         return f"{shows}; run the same command with --fresh to begin a new run"
@@ -64,7 +64,7 @@ def after_a_stop(state: State, folder: Path) -> str:
     If workers failed or their updates were rejected, their model may no longer be the run's model.
     No command can continue the run with another model, so the advice then names ``--fresh`` first.
     """
-    same = f"run the same command (without --fresh) to go on with round {state.committed + 1}"
+    same = f"run the same command (without --fresh) to continue with round {state.committed + 1}"
     if state.failed or state.doubted:
         return (
             "if the model or the classes have changed since this run began, add --fresh to begin a "

@@ -110,13 +110,15 @@ class _WrongResult(TaskError):
 
 def _function(given: Any, option: str, argument: str) -> Any:
     function = load_object(given, option) if isinstance(given, str) else given
-    if function is not None and not callable(function):
+    if function is None:
+        return None
+    if not callable(function):
         raise UsageError(f"{option} must be a function, not {type(function).__name__}")
-    if inspect.iscoroutinefunction(function):
+    if any(map(inspect.iscoroutinefunction, (function, function.__call__))):
         raise UsageError(f"{option} must be a plain function; remove its 'async'")
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # None, or written in C
+    except (TypeError, ValueError):  # written in C
         return function
     try:
         signature.bind(argument)

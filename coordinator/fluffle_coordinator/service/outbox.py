@@ -11,7 +11,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.concurrency import run_all
+from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import (
@@ -31,11 +32,12 @@ from fluffle_common.protocol.transfer import digest_of
 from fluffle_common.protocol.wire_format import PART_BYTES, MinimalHello, encode_refusal
 from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights, size_bytes
-from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
-from fluffle_common.transport.messaging import Route, reject, send, send_ahead, send_tensors
+from fluffle_common.transport.base import Link, QueueFull, Unroutable
+from fluffle_common.transport.messaging import Route, send, send_ahead, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.learning_rate import CONSTANT
+from fluffle_coordinator.service.rejections import Rejections
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.strategy.base import NO_TENSORS
 
@@ -95,7 +97,17 @@ class Outbox:
         self._bound: dict[str, str] = {}
         self._bound_over: Link | None = None
         self._jobs = SerialQueue()
-        self.run, self.drained = self._jobs.run, self._jobs.drained
+        self._rejections = Rejections(topology.rejected, self._do)
+        self.reject = self._rejections.put
+
+    async def run(self) -> None:
+        """Publish until cancelled."""
+        await run_all(self._jobs.run(), self._rejections.run())
+
+    async def drained(self) -> None:
+        """Wait until everything is published."""
+        await self._jobs.drained()
+        await self._rejections.drained()
 
     def _put(self, job: Job) -> None:
         self._jobs.put(lambda: self._do(job))
@@ -110,24 +122,10 @@ class Outbox:
         except Unroutable:
             pass  # the inbox expired with its worker; the machine notices the missing heartbeats
         except QueueFull as why:
-            self._record(
-                Waiting(reason=f"the broker has no room for a message ({why})", what="room")
-            )
+            self._record_refusal(why)
 
-    def reject(self, delivery: Delivery, wrong: MalformedMessage) -> None:
-        """Put a delivery into the rejected queue with the error, then acknowledge it.
-
-        It is dropped if there is no such queue, or no room in it.
-        """
-
-        async def job(link: Link) -> None:
-            try:
-                await reject(link, delivery, wrong, self._topology.rejected)
-            except (QueueFull, Unroutable):
-                delivery.ack()  # else such messages would use up the prefetch of their queue
-                raise
-
-        self._put(job)
+    def _record_refusal(self, why: QueueFull) -> None:
+        self._record(Waiting(reason=f"the broker has no room for a message ({why})", what="room"))
 
     def prepare(self, weights: Weights, extra: Weights) -> asyncio.Future[str] | None:
         """Start to compute the digest of the weights and broadcast tensors, once per version.
@@ -161,6 +159,15 @@ class Outbox:
         bound = await link.bind(self._topology.bindings_of(worker))
         if bound and link is self._bound_over:  # otherwise the next sign of life tries again
             self._bound[worker] = session
+
+    def bind_again(self, workers: Sequence[str]) -> None:
+        """Bind the queues of workers that do not answer, in case a binding was deleted."""
+
+        async def bind_all(link: Link) -> None:
+            for worker in workers:
+                await link.bind(self._topology.bindings_of(worker))
+
+        self._put(bind_all)
 
     def perform(
         self,
@@ -352,8 +359,10 @@ class Outbox:
                         await asyncio.sleep(_STOP_PAUSE_S)  # until the coordinator drops the link
                     else:
                         return
-        except (TimeoutError, QueueFull):
+        except TimeoutError:
             self._record(Untold(waited_s=_STOP_PATIENCE_S))
+        except QueueFull as why:  # the queue of one worker; the others have it
+            self._record_refusal(why)
         except Unroutable:
             pass  # all inboxes have expired
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -90,10 +91,10 @@ def _usable(folder: Path) -> Iterator[None]:
         if text := too_many_files(why):
             raise RunError(text) from None
         what = f"{why.filename}: {why.strerror}" if why.filename else why.strerror
-        raise RunError(
-            f"cannot use the run folder {folder} ({what}); choose a writable folder with --run, on "
-            "a file system that supports locks"
-        ) from None
+        remedy = "choose a writable folder with --run, on a file system that supports locks"
+        if why.errno in (errno.ENOSPC, errno.EDQUOT):
+            remedy = "free disk space and run the same command again"
+        raise RunError(f"cannot use the run folder {folder} ({what}); {remedy}") from None
 
 
 def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:

@@ -20,6 +20,7 @@ from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
+from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
@@ -145,9 +146,11 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     state = strategy.init(base) if number == 1 else strategy.load(before.strategy_state, base)
     for contribution in contributions:
         state = strategy.fold(state, contribution)
-    replayed, _ = strategy.finish(state, base)
+    trained = select_tensors(base, plan.train)
+    unchanged = {name: tensor for name, tensor in base.items() if name not in trained}
+    replayed = {**strategy.finish(state, base)[0], **unchanged}
     averages = _strategy_name(line) == FEDAVG.name
-    opinion = _second_opinion(base, contributions) if averages else None
+    opinion = _second_opinion(base, contributions, unchanged) if averages else None
     return Replay(
         run=str(line.get("run", "")),
         round=number,
@@ -231,13 +234,20 @@ def _archived(
     )
 
 
-def _second_opinion(base: Weights, contributions: Sequence[Contribution]) -> Callable[[str], Array]:
-    """Return a function that averages one tensor, by its name, without the code of ``fedavg``."""
+def _second_opinion(
+    base: Weights, contributions: Sequence[Contribution], unchanged: Weights
+) -> Callable[[str], Array]:
+    """Return a function that averages one tensor, by its name, without the code of ``fedavg``.
+
+    The tensors in ``unchanged`` were not trained.
+    """
     deltas = [contribution.delta for contribution in contributions]
     examples = [contribution.num_examples for contribution in contributions]
     weights = [contribution.weight for contribution in contributions]
 
     def average(name: str) -> Array:
+        if name in unchanged:
+            return unchanged[name]
         dtype = base[name].dtype
         if dtype.kind in "iu":
             return _exactly(base[name], [delta[name] for delta in deltas], examples)

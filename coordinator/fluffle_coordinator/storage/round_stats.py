@@ -12,6 +12,7 @@ from typing import Any
 from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.protocol.events import Late, Rejected, RunEvent
 from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
+from fluffle_coordinator.machine.closing import with_median
 
 _MOST_DETAILS = 50  # so that a flood of bad updates does not flood the history
 
@@ -137,6 +138,14 @@ def examples_by_worker(participants: Iterable[Mapping[str, Any]]) -> dict[str, i
     for participant in participants:
         examples[participant["worker"]] += participant["num_examples"]
     return dict(examples)
+
+
+def median_norms(commits: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
+    """Return the medians of the updates' norms that the machine remembered after these commits."""
+    medians: tuple[float, ...] = ()
+    for line in commits:
+        medians = with_median(medians, [who.get("norm") or 0.0 for who in line["participants"]])
+    return medians
 
 
 def seconds_of(timings: Mapping[str, float]) -> float:

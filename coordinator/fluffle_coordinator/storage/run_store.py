@@ -29,7 +29,6 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from fluffle_common.clock import timestamp
 from fluffle_common.durable_files import make_folder, replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
@@ -50,8 +49,14 @@ from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
+from fluffle_coordinator.storage.round_stats import median_norms
 from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
-from fluffle_coordinator.storage.run_file import RUN_FILE, read_run_file
+from fluffle_coordinator.storage.run_file import (
+    RUN_FILE,
+    add_configuration,
+    read_run_file,
+    write_run_file,
+)
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -180,6 +185,11 @@ class RunStore:
                 f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
             )
         if last < newest:
+            if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
+                raise RunError(
+                    f"{damage}; restore the file, or start a new run with --fresh, because workers "
+                    "received the model and epsilon does not count the repetition of a round"
+                )
             self.history.forget_after(last, lines)
             repairs.append(
                 f"{damage}; continuing from the newest intact checkpoint, which belongs to round "
@@ -204,6 +214,7 @@ class RunStore:
                 for who in line["participants"]
                 if who.get("seconds") is not None
             },
+            median_norms=median_norms(commits),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
             weights=checkpoint.weights if checkpoint else None,
@@ -286,20 +297,13 @@ class RunStore:
         Raises:
             RunError: if run.json cannot be written.
         """
-        path, run = self.folder / RUN_FILE, read_run_file(self.folder)
-        configurations = run.setdefault("configurations", [])
-        new = json.loads(json.dumps(finite(configuration)))
-        if configurations:
-            last = configurations[-1]
-            when = {"from_round": last["from_round"], "since": last.get("since")}
-            # One that begins later is of rounds that were taken back.
-            if last == {**when, **new} and last["from_round"] <= committed + 1:
-                return
-        configurations.append({"from_round": committed + 1, "since": timestamp(), **new})
+        run = read_run_file(self.folder)
+        if not add_configuration(run, finite(configuration), committed):
+            return
         try:
-            with replacing(path) as file:
-                file.write(json.dumps(run, indent=1).encode() + b"\n")
+            write_run_file(self.folder, run)
         except OSError as error:
+            path = self.folder / RUN_FILE
             raise RunError(f"cannot write {path} ({error.strerror})") from None
 
     def _identity(self, federation: str) -> str:
@@ -342,8 +346,8 @@ class RunStore:
         last, newest = max(committed, default=0), newest_checkpoint(self.folder) or 0
         if (missing := next(n for n in count(1) if n not in committed)) < last:
             raise RunError(
-                f"the history.jsonl in {self.shown} has no line for the commit of round {missing}; "
-                "put the file back, or move the run aside with --fresh"
+                f"in {self.shown}, history.jsonl has no line for the commit of round {missing}; "
+                "restore history.jsonl, or move the run aside with --fresh"
             )
         if newest > last + 1 and last_intact(self.folder, newest, run, {})[0] > last + 1:
             known = f"ends at round {last}" if last else "has no committed round"

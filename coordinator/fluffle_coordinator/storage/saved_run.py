@@ -24,6 +24,7 @@ class Saved:
         earlier: the name of the weights that each round began with.
         asked_in: the last round that each worker was asked in.
         train_s: the seconds that each worker's last training took.
+        median_norms: the median norm of the updates of each of the last rounds.
         evaluated: whether the last model's evaluation is in the history.
         weights: the last model; None if there are no weights yet.
         metadata: of its checkpoint.
@@ -41,6 +42,7 @@ class Saved:
     earlier: Mapping[int, str] = field(default_factory=dict)
     asked_in: Mapping[str, int] = field(default_factory=dict)
     train_s: Mapping[str, float] = field(default_factory=dict)
+    median_norms: tuple[float, ...] = ()
     evaluated: bool = True
     weights: dict[str, Array] | None = None
     metadata: dict[str, str] = field(default_factory=dict)

@@ -67,8 +67,8 @@ class _Quantile:
         """
         if 2 * self.noise <= noise:
             raise ValueError(
-                f"count_noise={self.noise:g} reveals more than noise={noise:g} allows; give a "
-                f"count_noise= above {noise / 2:g}, or remove count_noise="
+                f"count_noise={self.noise:g} reveals more than noise={noise:g} allows; raise "
+                f"count_noise= above {noise / 2:g}, or remove it"
             )
         return float((noise**-2 - (2 * self.noise) ** -2) ** -0.5)
 

@@ -66,7 +66,9 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
     try:
         optax = importlib.import_module("optax")
     except ModuleNotFoundError:
-        raise ValueError("optax steps need optax and JAX; pip install 'fluffle[worker]'") from None
+        raise ValueError(
+            "optax steps need optax and JAX; run pip install 'fluffle[worker]'"
+        ) from None
     make = getattr(optax, optimizer, None)
     if make is None:
         near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)

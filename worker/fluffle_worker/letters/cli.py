@@ -25,7 +25,7 @@ _model_option = click.option(
     metavar="FILE",
     help="Model file of a round, such as runs/letters/round-0006.safetensors.",
 )
-_NEEDS_WORKER = "this command needs JAX and Pillow: pip install 'fluffle[worker]'"
+_NEEDS_WORKER = "this command needs JAX and Pillow; run pip install 'fluffle[worker]'"
 
 
 @click.command(context_settings={"show_default": True})
@@ -76,7 +76,8 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     required=True,
     multiple=True,
     metavar="PNG",
-    help="Image of a white letter on black, of any size and mode; may be given several times.",
+    help="Image of a white letter on black, of any size and color mode; may be given several "
+    "times. More images may follow, as in --image *.png.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
@@ -84,8 +85,8 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     """Classify the letter in an image, with the model's confidence.
 
     The confidence is calibrated, so that predictions with a confidence of 90 % are right in about
-    90 % of the cases. To calibrate the confidence, the command divides the model's outputs by the
-    model's temperature. The workers determine the temperature on held-out letters.
+    90 % of the cases. To calibrate it, the command divides the model's outputs by a temperature
+    that the workers determine on held-out letters.
 
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png
@@ -154,8 +155,8 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     "--seed",
     type=SEED,
     default=0,
-    help="Seed (--seed) of the worker that trained on this folder. The seed determines the "
-    "held-out letters.",
+    help="The --seed of the worker that trained on this folder; it determines the held-out "
+    "letters.",
 )
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.
@@ -183,7 +184,7 @@ def confusion(**options: Any) -> None:
     try:
         draw_confusion(score.counts, loaded.classes, title, out)
     except ImportError:
-        raise UsageError("charts need matplotlib: pip install 'fluffle[plot]'") from None
+        raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
     except OSError as why:
         raise TaskError(
             f"cannot write {out} ({why.strerror}); choose another file with --out"

@@ -66,8 +66,8 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     unexpected = [name for name in class_folders.files if name not in names]
     if unexpected:
         raise TaskError(
-            f"{folder} has images of the classes {', '.join(unexpected)}; expected only the "
-            f"classes {', '.join(names)}; rename or remove the folders of other classes"
+            f"{folder} has images of the classes {', '.join(unexpected)}, but only the classes "
+            f"{', '.join(names)} were expected; rename or remove the folders of other classes"
         )
     pictures: list[Picture] = []
     targets, paths, skipped = [], [], []

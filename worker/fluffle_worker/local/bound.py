@@ -45,7 +45,7 @@ class BoundRule:
                     f"the local rule {self.name} has no method '{method}'; add the method "
                     "(docs/tasks.md)"
                 )
-        self._round = ("", 0)
+        self._work = ("", 0, 0)  # the run, the round and the sequence
         self._broadcast: Named = {}
         self._kept = PersistentTensors()
         self.sent: Weights = {}
@@ -83,7 +83,7 @@ class BoundRule:
     @property
     def run(self) -> str:
         """The id of the run of the current work; empty if it is not known."""
-        return self._round[0]
+        return self._work[0]
 
     def anew(self) -> BoundRule:
         """Return a wrapper of the same rule with no kept arrays, for another worker."""
@@ -93,16 +93,22 @@ class BoundRule:
         """Keep the rule's arrays in this folder, so that they outlive a restart."""
         self._kept = PersistentTensors(folder)
 
-    def of_round(self, run: str, number: int, broadcast: Named = MappingProxyType({})) -> None:
-        """Set the round of the next work, and the extra tensors that the strategy sent.
+    def of_round(
+        self,
+        run: str,
+        number: int,
+        broadcast: Named = MappingProxyType({}),
+        sequence: int = 0,
+    ) -> None:
+        """Set the round and ticket of the next work, and the extra tensors that the strategy sent.
 
         After the training, ``sent`` holds the extra tensors that the rule returned.
         """
-        self._round, self._broadcast, self.sent = (run, number), broadcast, {}
+        self._work, self._broadcast, self.sent = (run, number, sequence), broadcast, {}
 
     def begin(self, received: Named) -> Any:
         """Return the initial state of a training."""
-        kept = self._kept.before(*self._round)
+        kept = self._kept.before(*self._work)
         given = [_protected(arrays) for arrays in (received, self._broadcast, kept)]
         return self._call("begin", self._rule.begin, *given)
 
@@ -140,8 +146,9 @@ class BoundRule:
                 f"end() of the local rule {self.name} returned a {type(result).__name__}; "
                 "expected a mapping of names to arrays, or a pair (kept, extra) of two mappings"
             )
+        run, number, sequence = self._work
         try:
-            self._kept.keep(*self._round, kept)
+            self._kept.keep(run, number, kept, sequence)
         except ValueError as wrong:
             raise TaskError(
                 f"end() of the local rule {self.name} returned arrays that cannot be kept: {wrong}"

@@ -77,7 +77,8 @@ class DpSgd:
         for key, (name, array) in zip(keys, exact.items(), strict=True):
             total = jnp.tensordot(factors, array, axes=1)
             noise = self.noise * self.clip * jax.random.normal(key, total.shape)
-            private[name] = ((total + noise) / len(factors)).astype(gradient[name].dtype)
+            dtype = jax.dtypes.canonicalize_dtype(gradient[name].dtype)  # float64 by x64 only
+            private[name] = ((total + noise) / len(factors)).astype(dtype)
         return private, next_key
 
     def end(self, trained: Named, state: Any) -> Named:

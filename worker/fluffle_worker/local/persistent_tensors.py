@@ -7,7 +7,8 @@
         local-rule-0006.safetensors    kept in round 6; needed if round 7 is trained again
         personal-0007.safetensors      tensors that the task does not send
 
-A file is completely written before the update of its round is sent.
+The number is the sequence of the work's ticket: in synchronous rounds, the round. A file is
+completely written before the update of its round is sent.
 """
 
 from __future__ import annotations
@@ -30,11 +31,23 @@ _ROUNDS_KEPT = 2
 class _Kept(NamedTuple):
     run: str
     round: int
+    sequence: int
     arrays: Weights
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Where its work comes in the run.
+
+        Sequences alone do not tell: they start anew if an asynchronous run becomes synchronous.
+        """
+        return self.round, self.sequence
 
 
 class PersistentTensors:
-    """The tensors of the last two rounds of a run.
+    """The tensors of a worker's last two pieces of work for a run.
+
+    A piece of work is given by its round and, because an asynchronous round can have several, by
+    the sequence of its ticket.
 
     Every method raises ``TaskError`` if a file cannot be read or written.
 
@@ -47,21 +60,26 @@ class PersistentTensors:
         self._folder, self._prefix = folder, prefix
         self._rounds: list[_Kept] | None = None if folder else []
 
-    def before(self, run: str, number: int) -> Weights:
-        """Return the tensors of the last round of ``run`` before ``number``; empty if none."""
-        earlier = [kept for kept in self._all() if kept.run == run and kept.round < number]
-        return max(earlier, key=lambda kept: kept.round).arrays if earlier else {}
+    def before(self, run: str, number: int, sequence: int = 0) -> Weights:
+        """Return the tensors of the last work of ``run`` before this one; empty if none."""
+        earlier = [
+            kept
+            for kept in self._all()
+            # A higher sequence is later work, even if an asynchronous run went back a round.
+            if kept.run == run and (kept.place < (number, sequence) or kept.sequence < sequence)
+        ]
+        return earlier[-1].arrays if earlier else {}
 
     def latest(self, run: str = "") -> Weights:
-        """Return the tensors of the last round of ``run``, or of any run if it is empty.
+        """Return the tensors of the last work of ``run``, or of any run if it is empty.
 
         Empty if there are none.
         """
         ours = [kept for kept in self._all() if run in ("", kept.run)]
-        return max(ours, key=lambda kept: kept.round).arrays if ours else {}
+        return max(ours, key=lambda kept: kept.place).arrays if ours else {}
 
-    def keep(self, run: str, number: int, arrays: Named) -> None:
-        """Keep copies of a round's tensors; an empty mapping keeps nothing.
+    def keep(self, run: str, number: int, arrays: Named, sequence: int = 0) -> None:
+        """Keep copies of the tensors of a piece of work; an empty mapping keeps nothing.
 
         Raises:
             ValueError: if one of them cannot be stored as an array.
@@ -71,27 +89,29 @@ class PersistentTensors:
             check_signature(copies)
         previous = self._all()
         # If the run went back to an earlier round, the tensors of later rounds are obsolete.
-        earlier = [kept for kept in previous if kept.run == run and kept.round < number]
-        self._rounds = [*earlier, _Kept(run, number, copies)][-_ROUNDS_KEPT:]
+        new = _Kept(run, number, sequence, copies)
+        earlier = [kept for kept in previous if kept.run == run and kept.place < new.place]
+        self._rounds = [*earlier, new][-_ROUNDS_KEPT:]
         if self._folder is not None and (copies or any(kept.arrays for kept in previous)):
-            self._write(self._folder, run, number, copies)
+            self._write(self._folder, new)
 
     def _all(self) -> list[_Kept]:
         if self._rounds is None:
             assert self._folder is not None
             kept = [_read(path) for path in self._files(self._folder)]
-            self._rounds = sorted(kept, key=lambda one: one.round)  # 9999 is before 10000
+            self._rounds = sorted(kept, key=lambda one: one.place)  # 9999 is before 10000
         return self._rounds
 
-    def _write(self, folder: Path, run: str, number: int, arrays: Weights) -> None:
-        path = folder / self._name(number)
+    def _write(self, folder: Path, new: _Kept) -> None:
+        path = folder / self._name(new)
+        metadata = {"run": new.run, "round": str(new.round), "sequence": str(new.sequence)}
         try:
             make_folder(folder)
-            if arrays:
-                save_checkpoint(path, arrays, {"run": run, "round": str(number)})
+            if new.arrays:
+                save_checkpoint(path, new.arrays, metadata)
             else:
                 path.unlink(missing_ok=True)
-            current = {self._name(kept.round) for kept in self._all() if kept.arrays}
+            current = {self._name(kept) for kept in self._all() if kept.arrays}
             for other in self._files(folder):
                 if other.name not in current:
                     other.unlink(missing_ok=True)
@@ -101,8 +121,8 @@ class PersistentTensors:
                 "space, or choose another folder with --state-dir"
             ) from None
 
-    def _name(self, number: int) -> str:
-        return f"{self._prefix}-{number:04d}.safetensors"
+    def _name(self, kept: _Kept) -> str:
+        return f"{self._prefix}-{kept.sequence or kept.round:04d}.safetensors"
 
     def _files(self, folder: Path) -> list[Path]:
         return sorted(folder.glob(f"{self._prefix}-*.safetensors"))
@@ -127,7 +147,8 @@ def keep_in(folder: Path | None, name: str, task: Any) -> None:
 def _read(path: Path) -> _Kept:
     try:
         arrays, metadata = read_checkpoint(path)
-        return _Kept(metadata["run"], int(metadata["round"]), arrays)
+        sequence = int(metadata.get("sequence", metadata["round"]))
+        return _Kept(metadata["run"], int(metadata["round"]), sequence, arrays)
     except (UsageError, KeyError, ValueError) as wrong:
         raise TaskError(
             f"the worker's state is damaged: {wrong}; remove {path} to continue without this state"

@@ -46,7 +46,12 @@ class Scaffold:
                 "the local rule 'scaffold' received no control variates from the coordinator; "
                 "start the coordinator with --strategy scaffold, or train without this rule"
             )
-        zeros = {name: one * 0 for name, one in received.items() if name in broadcast}
+        # A running mean of 16-bit values would soon be so large that a gradient no longer counts.
+        zeros = {
+            name: one.astype("float32") * 0 if one.itemsize < 4 else one * 0
+            for name, one in received.items()
+            if name in broadcast
+        }
         server = {name: broadcast[name] for name in zeros}
         own = {name: kept.get(name, zero) for name, zero in zeros.items()}
         return ControlVariates(server, own, zeros, 0)

@@ -37,7 +37,9 @@ def checked_array(value: Any, what: str) -> Any:
     """
     if isinstance(value, np.ma.MaskedArray):
         raise TaskError(f"{what} contains a masked array; fill it, for example with filled(0)")
-    if not hasattr(value, "dtype") and hasattr(value, "__array__"):  # such as a pandas.DataFrame
+    if hasattr(value, "to_numpy"):  # such as a DataFrame or a Series of pandas or polars
+        value = value.to_numpy()
+    elif not hasattr(value, "dtype") and hasattr(value, "__array__"):
         value = np.asarray(value)
     if not getattr(value, "shape", ()):
         raise TaskError(

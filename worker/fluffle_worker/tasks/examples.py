@@ -131,8 +131,8 @@ class Streamed:
                 if not plan.steps and seen > _MUCH * self.num_examples:
                     raise TaskError(
                         f"train_data yielded {seen} examples in epoch {epoch}, but num_examples is "
-                        f"{self.num_examples}; end each epoch in train_data, or set --steps for "
-                        "the coordinator"
+                        f"{self.num_examples}; let train_data stop after one epoch, or give "
+                        "the coordinator --steps"
                     )
                 yield batch
                 done += 1

@@ -29,7 +29,7 @@ from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.local.persistent_tensors import PersistentTensors
-from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
+from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
 from fluffle_worker.tasks.examples import (
     Examples,
@@ -198,8 +198,8 @@ class FlaxTask:
         self.check(weights)
         parts, data, rule = self._parts, self._data, self.local_rule
         rule.check_batches(mixed=parts.has_statistics)
-        run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)
-        learnt = parts.learnt(weights, self._personal.before(run, number))
+        run, number, sequence = work_of(plan)
+        learnt = parts.learnt(weights, self._personal.before(run, number, sequence))
         trained = _trained(plan)
         params = nnx.filter_state(learnt, trained)
         key = key_of(plan.seed ^ self._sample_seed)
@@ -217,7 +217,7 @@ class FlaxTask:
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
             rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
-        self._personal.keep(run, number, parts.personal(learnt))
+        self._personal.keep(run, number, parts.personal(learnt), sequence)
         metrics = losses.metrics()
         if self._score_trained and self._valid is not None:
             scores = self._scores(learnt, frozen, parts.at_home.rest)

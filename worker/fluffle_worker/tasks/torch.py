@@ -23,12 +23,10 @@ try:
     import torch
 except ModuleNotFoundError:
     raise ModuleNotFoundError(
-        "torch_task needs PyTorch: pip install 'fluffle[torch]'", name="torch"
+        "torch_task needs PyTorch; run pip install 'fluffle[torch]'", name="torch"
     ) from None
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
-from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
@@ -36,7 +34,7 @@ from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.persistent_tensors import PersistentTensors
-from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
+from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function, listed
 from fluffle_worker.tasks.examples import (
     Examples,
@@ -50,6 +48,11 @@ from fluffle_worker.tasks.examples import (
     mapped,
 )
 from fluffle_worker.tasks.step_losses import StepLosses
+from fluffle_worker.tasks.torch_gradients import (
+    gradients_of_examples,
+    mean_loss,
+    mixes_examples,
+)
 from fluffle_worker.tasks.torch_tensors import (
     Filter,
     arrays_of,
@@ -57,6 +60,7 @@ from fluffle_worker.tasks.torch_tensors import (
     as_tensor,
     check_choice,
     copies_of,
+    copy_of,
     fill,
     on_device,
     selected,
@@ -68,7 +72,7 @@ from fluffle_worker.user_code import FailedMetric
 Loss = Callable[[Any, Any], Any]
 _EVALUATION_BATCH = 256
 # Steps draw from torch's random state, which is global, so only one may be running in the process.
-_random_state = threading.Lock()
+_random_state = threading.RLock()  # a user's function may use another task
 
 
 class TorchTask:
@@ -156,7 +160,7 @@ class TorchTask:
         self._held_out = 0 if valid_data is None else count_of(arrays_in(self._valid), "valid_data")
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._model = model
-        self._module = copy.deepcopy(self._made(0)).to(self._device)
+        self._module = copy_of(self._made(0)).to(self._device)
         self._travel, self._frozen = self._split(federated, frozen)
         if share_frozen and not self._frozen:
             raise TaskError("frozen= selects no tensor; remove share_frozen=, which has no effect")
@@ -219,10 +223,10 @@ class TorchTask:
             ValueError: if ``weights`` do not fit this model.
         """
         rule, data = self.local_rule, self._data
-        run, number = (plan.run, plan.sequence) if isinstance(plan, RoundPlan) else ("", 0)
-        module = self._filled(weights, self._personal.before(run, number)).train()
+        run, number, sequence = work_of(plan)
+        module = self._filled(weights, self._personal.before(run, number, sequence)).train()
         params = trained_by(plan, module)
-        rule.check_batches(mixed=any(isinstance(layer, _BatchNorm) for layer in module.modules()))
+        rule.check_batches(mixed=any(map(mixes_examples, module.modules())))
         optimizer = self._optimizer(
             list(params.values()), lr=plan.learning_rate or self._learning_rate
         )
@@ -240,12 +244,15 @@ class TorchTask:
             losses.add(loss)
         if not rule.changes_nothing:
             rule.end(copies_of(params), state)
-        self._personal.keep(run, number, arrays_of(module, self._is_personal))
+        trained = arrays_of(module, self._travel.__contains__)
+        personal = arrays_of(module, self._is_personal)
+        self._personal.keep(run, number, personal, sequence)
         metrics = losses.metrics()
         if self._score_trained and self._held_out:
-            scores = self._scores(module)
+            # As evaluate() does: with the frozen statistics, which the training has changed.
+            scores = self._scores(self._filled(trained, personal))
             metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}
-        return TrainResult(arrays_of(module, self._travel.__contains__), self.num_examples, metrics)
+        return TrainResult(trained, self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """Evaluate ``weights``, with the latest personal tensors; None without held-out data."""
@@ -263,7 +270,8 @@ class TorchTask:
         with self._seeded(0), torch.no_grad():
             for start in range(0, self._held_out, _EVALUATION_BATCH):
                 rows = slice(start, min(start + _EVALUATION_BATCH, self._held_out))
-                inputs, targets = mapped(operator.itemgetter(rows), self._valid)
+                batch = mapped(operator.itemgetter(rows), self._valid)
+                inputs, targets = mapped(torch.clone, batch)  # the model may change them in place
                 outputs = call(module, inputs)
                 for name, function in {"loss": self._loss, **self._metrics}.items():
                     try:
@@ -282,41 +290,22 @@ class TorchTask:
         """Set the gradients that the optimizer uses; return the loss and the rule's next state."""
         rule, (inputs, targets) = self.local_rule, examples
         if rule.per_example:
-            loss, gradients = 0.0, self._of_each_example(module, params, inputs, targets)
+            loss = 0.0
+            gradients = gradients_of_examples(module, params, self._loss, inputs, targets)
         else:
-            losses = self._loss(call(module, inputs), targets)
-            if not isinstance(losses, Tensor):
-                raise TaskError(f"loss= returned {shown(losses)}; expected a tensor")
-            value = losses.mean()
+            value = mean_loss(self._loss, call(module, inputs), targets)
             value.backward()
             loss, gradients = value.detach(), {name: one.grad for name, one in params.items()}
         if rule.changes_nothing:
             return loss, state
         given = {
-            name: as_array(torch.zeros_like(params[name]) if one is None else one)
+            name: as_array(torch.zeros_like(params[name]) if one is None else one.to_dense())
             for name, one in gradients.items()
         }
         changed, state = rule.gradient(given, copies_of(params), state)
         for name, one in params.items():
             one.grad = as_tensor(np.array(changed[name])).to(one)
         return loss, state
-
-    def _of_each_example(
-        self, module: nn.Module, params: dict[str, Any], inputs: Any, targets: Any
-    ) -> dict[str, Any]:
-        """Return the gradients of the examples of a batch, of shape [batch, …]."""
-
-        def loss(values: Any, *example: Any) -> Any:
-            def model(*args: Any, **named: Any) -> Any:
-                return torch.func.functional_call(module, values, args, named)
-
-            one, target = mapped(operator.itemgetter(None), example)
-            return self._loss(call(model, one), target).mean()
-
-        grad = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0), randomness="same")
-        values = {name: one.detach() for name, one in params.items()}
-        gradients: dict[str, Any] = grad(values, inputs, targets)
-        return gradients
 
     def _examples(self, batch: Any) -> Any:
         """Return a batch on the device, from indices or as the stream yields it."""
@@ -348,7 +337,7 @@ class TorchTask:
         tensors = tensors_of(self._module)
         frozen = [one for name, one in tensors.items() if name in self._frozen]
         shared = {id(one): one for one in frozen if isinstance(one, nn.Parameter)}
-        module = copy.deepcopy(self._module, shared)
+        module = copy_of(self._module, shared)
         fill(module, {**personal, **weights})
         return module
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import operator
 from collections.abc import Callable, Mapping
+from types import CellType, FunctionType
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import torch
 from torch import nn
@@ -67,7 +71,51 @@ def fill(module: nn.Module, arrays: Mapping[str, Array]) -> None:
     with torch.no_grad():
         for name, tensor in tensors_of(module).items():
             if name in arrays:
+                if 0 in tensor.stride():  # expanded: its elements share their memory
+                    tensor.data = tensor.clone(memory_format=torch.contiguous_format)
                 tensor.copy_(as_tensor(arrays[name]))
+
+
+def copy_of(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
+    """Return a copy of a module that shares some tensors, given by their ``id``.
+
+    A module may have a tensor that its last call or a hook has computed, such as the ``weight`` of
+    ``nn.utils.weight_norm``. PyTorch does not copy such a tensor, so the copy has its values. Nor
+    does Python copy a function, such as ``self.body = lambda x: self.layer(x)``: that of the copy
+    must not go on to call the layer of the original, which is not trained.
+    """
+    memo = dict(shared or {})
+    for part in module.modules():
+        for one in vars(part).values():
+            if isinstance(one, torch.Tensor) and not one.is_leaf:
+                memo[id(one)] = one.detach().clone()
+    made: nn.Module = copy.deepcopy(module, memo)
+    for part in made.modules():
+        for name, one in vars(part).items():
+            if isinstance(one, FunctionType) and one.__closure__:
+                vars(part)[name] = _rebound(one, one.__closure__, memo)
+    return made
+
+
+def _rebound(
+    function: FunctionType, cells: tuple[CellType, ...], copies: Mapping[int, Any]
+) -> FunctionType:
+    """Return a function with the objects that it refers to replaced by their copies, by ``id``."""
+
+    def moved(cell: CellType) -> CellType:
+        try:
+            return CellType(copies[id(cell.cell_contents)])
+        except (KeyError, ValueError):  # something that was not copied, or an empty cell
+            return cell
+
+    closure = tuple(map(moved, cells))
+    if all(map(operator.is_, closure, cells)):
+        return function
+    made = FunctionType(
+        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
+    )
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def trained_by(plan: Plan, module: nn.Module) -> dict[str, Any]:
@@ -96,8 +144,10 @@ def copies_of(tensors: Mapping[str, Any]) -> dict[str, Array]:
 def as_array(tensor: Any) -> Array:
     """Return a tensor's values; the array shares the memory of a tensor on the CPU."""
     tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:  # unknown to NumPy
-        return np.asarray(tensor.view(torch.int16).numpy()).view(BFLOAT16)
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    if dtype.startswith(("bfloat16", "float8")):  # unknown to NumPy
+        bits = tensor.view(torch.int16 if tensor.itemsize == 2 else torch.uint8).numpy()
+        return np.asarray(bits).view(getattr(ml_dtypes, dtype))
     return np.asarray(tensor.numpy())
 
 

@@ -84,7 +84,8 @@ class RunEvent:
 
     def _filled(self, template: str) -> str:
         """Fill in the template, or a part of it."""
-        values = {name: formatted(getattr(self, name)) for name in self.template_fields}
+        fields = {name: getattr(self, name) for name in self.template_fields}
+        values = {name: "nobody" if v == () else formatted(v) for name, v in fields.items()}
         return template.format_map(values | self._derived())
 
     def _derived(self) -> dict[str, str]:

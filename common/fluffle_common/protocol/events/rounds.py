@@ -16,7 +16,7 @@ from fluffle_common.protocol.events.base import (
 )
 
 
-@event("opened", "round {round}: opened for {asked}, {needed:update} needed")
+@event("opened", "round {round}: opened for {asked}; {needed:update} needed")
 class Opened(RunEvent):
     round: Integer = None
     asked: Names = None
@@ -43,7 +43,7 @@ class Closed(RunEvent):
     reason: Text = None
 
 
-@event("quorum", "round {round}: needs {needed:update} now instead of {was} ({reason})")
+@event("quorum", "round {round}: now needs {needed:update} instead of {was} ({reason})")
 class Quorum(RunEvent):
     round: Integer = None
     needed: Integer = None

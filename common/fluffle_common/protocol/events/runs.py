@@ -25,7 +25,7 @@ class Started(RunEvent):
     folder: Text = None
 
 
-@event("resumed", "going on with run {run} after round {round}")
+@event("resumed", "continuing run {run} after round {round}")
 class Resumed(RunEvent):
     run: Text = None
     rounds: Integer = None
@@ -52,7 +52,7 @@ class Reconnected(BrokerEvent):
     """The coordinator has connected to the broker again."""
 
 
-@event("disconnected", "lost the broker ({reason}); connecting again", "bad")
+@event("disconnected", "lost the connection to the broker ({reason}); reconnecting", "bad")
 class Disconnected(BrokerEvent):
     reason: Text = None
 
@@ -188,7 +188,7 @@ class Stopped(RunEvent):
 
 @event(
     "interrupted",
-    "stopped; run the same command (without --fresh) to go on with the run in {folder}",
+    "stopped; run the same command (without --fresh) to continue the run in {folder}",
     "odd",
 )
 class Interrupted(RunEvent):

@@ -17,7 +17,8 @@ class Part(NamedTuple):
     """A tensor that travels in place of an encoded one.
 
     Args:
-        suffix: appended to the tensor's name, such as ``#q``; may be empty.
+        suffix: appended to the tensor's name, such as ``#q``; may be empty if ``dtype`` is none of
+            the codec's ``dtypes``.
         dtype: the name of the dtype.
         shape: the shape.
         at_most: whether the part may be shorter than ``shape``, which then has one dimension. All
@@ -58,6 +59,7 @@ class Codec(Protocol):
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
         """Return the encoded parts of a finite float tensor, in the order of ``parts``.
 
+        If the codec ``feeds_back``, a tensor of less than 32 bits comes as float32.
         ``rng`` is seeded with the plan's seed, the round and the worker's id.
         """
         ...

@@ -201,8 +201,8 @@ def _check_parts(codec: Any, where: str) -> None:
             )
         if not part.suffix and part.dtype in codec.dtypes:
             raise UsageError(
-                f"{where} has a part of dtype '{part.dtype}' without a suffix, which cannot be "
-                "told from a tensor that is not encoded; give this part a suffix such as '#q'"
+                f"{where} has a part of dtype '{part.dtype}' without a suffix, so the part "
+                "looks like a tensor that is not encoded; give this part a suffix such as '#q'"
             )
     if len({part.suffix for part in parts}) < len(parts):
         raise UsageError(

@@ -149,6 +149,24 @@ class ContentChannel:
         self._socket.write(frames.get(self.number, queue))
         return response
 
+    async def take(self, queue: str) -> Content | None:
+        """Get one message; return None if the queue is empty.
+
+        If the caller is cancelled, the message returns to its queue.
+        """
+        response = self.get(queue)
+        try:
+            return await response
+        except asyncio.CancelledError:
+            # `_answer_get` returns what is still to come, but not what came just before.
+            if (
+                not response.cancelled()
+                and not response.exception()
+                and (late := response.result())
+            ):
+                self.requeue(late.tag)
+            raise
+
     def ack(self, tag: int, *, multiple: bool = False) -> None:
         """Acknowledge a delivery, or all up to it (``multiple``); do nothing on a closed channel.
 

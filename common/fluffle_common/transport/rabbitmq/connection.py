@@ -10,6 +10,7 @@ keeps the handshake, channels, declarations, heartbeats and closing. This relies
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import ssl
 import struct
@@ -24,11 +25,14 @@ from aio_pika.abc import AbstractChannel, ConnectionParameter
 from aiormq.connection import TransportFactory
 from yarl import URL
 
+from fluffle_common.errors import LinkLost
 from fluffle_common.transport.base import Blocking
 from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import Content, ContentChannel
+from fluffle_common.transport.rabbitmq.errors import map_exceptions
 
 _READ_AHEAD_BYTES = 2**20
+_CLOSE_TIMEOUT_S = 2.0
 _DEFAULT_FRAME_MAX = 131072
 # aiormq closes a connection on which it sees no frame for a minute. It does not see message frames,
 # so while they arrive it is given a heartbeat at this interval.
@@ -279,6 +283,13 @@ class Connection(aio_pika.Connection):
         )
         self._sockets.splitter.attach(content_channel)
         return content_channel
+
+
+async def close(connection: Connection) -> None:
+    """Close a connection within a short timeout; this never raises."""
+    with contextlib.suppress(LinkLost), map_exceptions():
+        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+            await connection.close()
 
 
 def queued_bytes(descriptor: int) -> int | None:

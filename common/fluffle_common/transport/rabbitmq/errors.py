@@ -128,8 +128,9 @@ def _conflict(text: str) -> str:
             "--queue-type for the coordinator and all workers, or delete the old queue"
         )
     return (
-        f"queue '{match['name']}' was created by another version of fluffle ({text}); stop "
-        "the coordinator and the workers, delete the queue with "
+        f"queue '{match['name']}' already exists with different arguments, for example because "
+        f"another version of fluffle created the queue ({text}); stop the coordinator and the "
+        "workers, delete the queue with "
         f"'rabbitmqctl delete_queue {match['name']}', and start again"
     )
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
@@ -37,13 +38,13 @@ from fluffle_common.transport.base import (
 from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
-from fluffle_common.transport.rabbitmq.connection import Connection
+from fluffle_common.transport.rabbitmq.connection import Connection, close
 from fluffle_common.transport.rabbitmq.consumer import STREAM_PREFETCH, Consumer
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
 from fluffle_common.transport.rabbitmq.errors import Right, map_declare_errors, map_exceptions
+from fluffle_common.transport.rabbitmq.getter import Getter
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 
-_CLOSE_TIMEOUT_S = 2.0
 # Urgent messages use the other connection while more bytes than this are unconfirmed.
 _LITTLE_BYTES = 16 * 2**10
 # How many copies a tap prefetches; each may be a part of 4 MiB.
@@ -56,13 +57,23 @@ _T = TypeVar("_T")
 
 
 class AmqpLink(Link):
-    """A link over two open connections; call ``start`` before anything else."""
+    """A link over two open connections; call ``start`` before anything else.
 
-    def __init__(self, publishing: Connection, consuming: Connection, user: str) -> None:
+    ``connect`` opens a third connection, for messages that are taken from the queues of others.
+    """
+
+    def __init__(
+        self,
+        publishing: Connection,
+        consuming: Connection,
+        user: str,
+        connect: Callable[[], Awaitable[Connection]],
+    ) -> None:
         self.blocking = publishing.blocking
         self._connections = (publishing, consuming)
         self._user = user
         self._lifetime = Lifetime(user, lambda: consuming.close_reason)
+        self._getter = Getter(connect, self._lifetime)
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
         self._request_channel: AbstractChannel
         self._publish_channel: ContentChannel
@@ -145,7 +156,10 @@ class AmqpLink(Link):
         at this moment, a second time, which ends the connection.
         """
         self._lifetime.check()
-        return await asyncio.shield(self._probe(ask, right))
+        probe = asyncio.ensure_future(self._probe(ask, right))
+        # If the caller is cancelled, nobody else retrieves the error of a link that is lost.
+        probe.add_done_callback(lambda done: done.cancelled() or done.exception())
+        return await asyncio.shield(probe)
 
     async def _probe(
         self, ask: Callable[[UnderlayChannel], Awaitable[_T]], right: Right | None
@@ -179,9 +193,9 @@ class AmqpLink(Link):
             header = "CC" if len(keys) <= MAX_LISTED_KEYS else "BCC"  # the broker removes BCC
             headers[header] = rest
         channel, watch = self._choose_channel(urgent=urgent)
-        head = frames.publish(
-            channel.number,
-            len(body),
+        head_on = functools.partial(
+            frames.publish,
+            size=len(body),
             exchange=exchange,
             key=first,
             kind=properties.type,
@@ -190,6 +204,7 @@ class AmqpLink(Link):
             headers=headers,
             durable=properties.durable,
         )
+        head = head_on(channel.number)
         if len(head) > channel.frame_max and rest:
             await self._publish_in_halves(body, properties, exchange, keys, urgent=urgent)
             return
@@ -197,13 +212,39 @@ class AmqpLink(Link):
         try:
             await channel.publish(head, properties.message_id, body)
         except QueueFull:
-            if not self._quorum:
+            if not self._quorum or not await self._takes(head_on, properties.message_id, body):
                 raise
-            why = "the broker refused a message, because a queue is full or elects a new leader"
+            why = "the broker refused a message on one channel, but not on another"
             self._lifetime.give_up(why)  # for the reason in _on_overdue
             raise self._lifetime.error() from None
         finally:
             watch.discard(unconfirmed)
+
+    async def _takes(self, head_on: Callable[[int], bytes], message_id: str, body: Body) -> bool:
+        """Return whether a new channel takes a message that another one refused.
+
+        If it does not, the queue is full, or has no leader yet, or its owner wants it to refuse.
+        """
+        channel = self._connections[0].channel(publisher_confirms=True)
+        with self._lifetime.requesting():
+            try:
+                await channel.initialize()
+                fresh = await self._connections[0].content_channel(channel)
+                self._lifetime.end_callbacks.add(
+                    on_end := lambda: fresh.close(self._lifetime.error())
+                )
+                unconfirmed = self._watch.add(len(body))
+                try:
+                    await fresh.publish(head_on(fresh.number), message_id, body)
+                except (QueueFull, Unroutable):
+                    return False
+                finally:
+                    self._watch.discard(unconfirmed)
+                    self._lifetime.end_callbacks.discard(on_end)
+                return True
+            finally:
+                with contextlib.suppress(LinkLost), map_exceptions():
+                    await channel.close()
 
     async def _publish_in_halves(
         self,
@@ -254,20 +295,11 @@ class AmqpLink(Link):
         )
         return consumer.deliveries()
 
-    async def get(self, queue: str) -> Delivery | None:
+    async def get(self, queue: str, *, apart: bool = False) -> Delivery | None:
+        if apart:
+            return await self._getter.get(queue)
         self._lifetime.check()
-        response = self._get_channel.get(queue)
-        try:
-            content = await response
-        except asyncio.CancelledError:
-            # The channel returns what is still to come, but not what came just before.
-            if (
-                not response.cancelled()
-                and not response.exception()
-                and (late := response.result())
-            ):
-                self._get_channel.requeue(late.tag)
-            raise
+        content = await self._get_channel.take(queue)
         return None if content is None else AmqpDelivery(content, queue)
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
@@ -316,11 +348,5 @@ class AmqpLink(Link):
     async def close(self) -> None:
         self._lifetime.end()
         # Concurrently: each may run into its timeout, and reconnecting waits for both.
-        await asyncio.gather(*(close(connection) for connection in self._connections))
-
-
-async def close(connection: Connection) -> None:
-    """Close a connection within a short timeout; this never raises."""
-    with contextlib.suppress(LinkLost), map_exceptions():
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
-            await connection.close()
+        connections = filter(None, (*self._connections, self._getter.connection))
+        await asyncio.gather(*map(close, connections))

@@ -124,16 +124,21 @@ def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> s
         if (shown := without_credentials(given)) != given:
             raise UsageError(
                 f"the URL of the management API {shown} has a user; leave out the user, because "
-                "the management API gets the user and the password of --url"
+                "fluffle logs in to the management API with the user and the password in --url"
             )
         return given.rstrip("/")
-    own = without_credentials(str(record.get("url"))) == without_credentials(url)
+    split = urllib.parse.urlsplit(split_urls(url)[0])
+    own = _address(urllib.parse.urlsplit(str(record.get("url")))) == _address(split)
     if own and record.get("management_url"):
         return str(record["management_url"]).rstrip("/")
-    split = urllib.parse.urlsplit(split_urls(url)[0])
     scheme, port = ("https", 15671) if split.scheme == "amqps" else ("http", 15672)
     host = split.hostname or ""
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _address(url: urllib.parse.SplitResult) -> tuple[str | None, int]:
+    """Return the host and port of a broker, which a URL may spell in several ways."""
+    return "127.0.0.1" if url.hostname == "localhost" else url.hostname, url.port or 5672
 
 
 def queue_figures(url: str, base: str, topology: Topology) -> list[QueueFigures]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING
 
 from fluffle_common.concurrency import cancelled
@@ -15,9 +16,9 @@ from fluffle_common.transport.rabbitmq.connect_errors import (
     probe_tls_error,
     tls_error,
 )
-from fluffle_common.transport.rabbitmq.connection import Connection
+from fluffle_common.transport.rabbitmq.connection import Connection, close
 from fluffle_common.transport.rabbitmq.errors import error_text, is_connection_error
-from fluffle_common.transport.rabbitmq.link import AmqpLink, close
+from fluffle_common.transport.rabbitmq.link import AmqpLink
 from fluffle_common.transport.rabbitmq.urls import display_url, parse_urls, tls_context
 
 if TYPE_CHECKING:
@@ -80,7 +81,9 @@ class AmqpTransport(Transport):
             for purpose in ("publish", "consume"):
                 name = f"{self._name} ({purpose})"
                 connections.append(await _connect(url, name, was_connected=self._was_connected))
-            return await AmqpLink(connections[0], connections[1], url.user or "guest").start()
+            third = partial(_connect, url, f"{self._name} (fetch)", was_connected=True)
+            user = url.user or "guest"
+            return await AmqpLink(connections[0], connections[1], user, third).start()
         except BaseException:
             for connection in connections:
                 await close(connection)

@@ -49,8 +49,14 @@ class QuorumRounds(Schedule[State]):
         if rules.secret is not None:
             return _drawn(state, rules.secret, state.workers)
         size, draw = rules.ask(len(state.workers)), Draw(rules.seed, state.round)
-        candidates = state.candidates(state.workers)
-        return select(rules.selection, candidates, size, draw, least=rules.least)
+        answered: set[str] = set()
+        if rules.samples and rules.selection.fixed:
+            # After a restart, some of the sample may have answered the earlier coordinator.
+            of_round = (t for t, update in state.received.items() if update.round == state.round)
+            answered = {ticket.worker for ticket in of_round}
+        others = state.candidates(name for name in state.workers if name not in answered)
+        room, least = size - len(answered), rules.least - len(answered)
+        return select(rules.selection, others, room, draw, least=least)
 
     def again(self, state: State) -> tuple[str, ...]:
         """Draw a new cohort: workers that advance stay, those that did not answer come last."""
@@ -63,7 +69,8 @@ class QuorumRounds(Schedule[State]):
         others = [name for name in present if name not in staying]
         room, candidates = size - len(staying), state.candidates(others)
         least = rules.least - len(staying)
-        drawn = select(rules.selection, candidates, room, draw, last=state.asked, least=least)
+        last = state.asked_before.union(state.asked)
+        drawn = select(rules.selection, candidates, room, draw, last=last, least=least)
         return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:

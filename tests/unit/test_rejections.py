@@ -1,0 +1,126 @@
+"""Rejected messages that wait to be published."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import weakref
+from typing import Any
+
+import pytest
+
+from fluffle_common.errors import LinkLost, MalformedMessage
+from fluffle_common.protocol.events import RunEvent
+from fluffle_common.protocol.messages import Verdict
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import Delivery, Link, Properties
+from fluffle_common.transport.memory import MemoryBroker, MemoryLink
+from fluffle_common.transport.messaging import CUT
+from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service import rejections
+from fluffle_coordinator.service.outbox import Outbox
+from fluffle_coordinator.service.settings import CoordinatorSettings
+
+TOPOLOGY = Topology("f")
+
+
+@pytest.fixture
+async def link() -> MemoryLink:
+    link = await MemoryBroker().open()
+    await link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w")])
+    return link
+
+
+async def delivered(link: Link, body: bytes) -> Delivery:
+    await link.publish(body, Properties(), exchange="", keys=[TOPOLOGY.updates])
+    delivery = await link.get(TOPOLOGY.updates)
+    assert delivery is not None
+    return delivery
+
+
+def outbox(link: Any) -> Outbox:
+    async def a_link() -> Link:
+        return link
+
+    recorded: list[RunEvent] = []
+    settings = CoordinatorSettings("f", rs.Rules(rounds=1))
+    return Outbox(TOPOLOGY, "r", settings, link=lambda: link, a_link=a_link, record=recorded.append)
+
+
+async def test_waiting_rejections_take_little_memory(link, monkeypatch):
+    monkeypatch.setattr(rejections, "_MAX_BYTES", 300_000)
+    out = outbox(link)
+    valid = MalformedMessage("the message belongs to run other", "run")
+    bodies = [bytes([number]) * 200_000 for number in range(3)]
+    held = [await delivered(link, body) for body in bodies]
+    for delivery, wrong in zip(held, [MalformedMessage("garbage"), valid, valid], strict=True):
+        out.reject(delivery, wrong)
+    assert [len(delivery.body) for delivery in held] == [2**16, 200_000, 2**16]
+    running = asyncio.ensure_future(out.run())
+    await out.drained()
+    for body, size_bytes in zip(bodies, [2**16, 200_000, 2**16], strict=True):
+        kept = await link.get(TOPOLOGY.rejected)
+        assert kept.body == body[:size_bytes]
+        assert kept.properties.headers.get(CUT) == (200_000 if size_bytes == 2**16 else None)
+    last = await delivered(link, bodies[0])
+    out.reject(last, valid)
+    assert len(last.body) == 200_000  # the others are gone
+    running.cancel()
+
+
+async def test_a_waiting_rejection_does_not_keep_the_frames_that_raised_it(link):
+    class Buffer:
+        pass
+
+    def decode() -> None:
+        buffer = Buffer()
+        buffers.append(weakref.ref(buffer))
+        try:
+            raise ValueError("no msgpack")
+        except ValueError as error:
+            raise MalformedMessage(str(error)) from None
+
+    buffers: list[weakref.ref[Buffer]] = []
+    out, delivery = outbox(link), await delivered(link, b"x")
+    try:
+        decode()
+    except MalformedMessage as wrong:
+        out.reject(delivery, wrong)
+    gc.collect()
+    assert buffers[0]() is None
+
+
+async def test_work_does_not_wait_for_rejections(link):
+    class Slow:
+        """A link that never confirms a rejected message."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(link, name)
+
+        async def publish(self, body: bytes, properties: Properties, **route: Any) -> None:
+            if route["keys"] == [TOPOLOGY.rejected]:
+                await asyncio.Event().wait()
+            await link.publish(body, properties, **route)
+
+    out = outbox(Slow())
+    out.reject(await delivered(link, b"x"), MalformedMessage("garbage"))
+    running = asyncio.ensure_future(out.run())
+    verdict = Verdict(federation="f", run="r", round=1, base="b", outcome="late", reason="late")
+    out._put(out._to(verdict, ["w"]))
+    async with asyncio.timeout(5):
+        while await link.get(TOPOLOGY.inbox("w")) is None:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    running.cancel()
+
+
+async def test_a_lost_link_does_not_end_the_rejections(link):
+    out = outbox(link)
+    out.reject(await delivered(link, b"x"), MalformedMessage("garbage"))
+    link.cut()
+    running = asyncio.ensure_future(out.run())
+    async with asyncio.timeout(5):
+        await out.drained()
+    assert not running.done()
+    with pytest.raises(LinkLost):
+        await link.get(TOPOLOGY.rejected)
+    running.cancel()
