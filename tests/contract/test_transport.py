@@ -1341,6 +1341,25 @@ async def test_parts_that_were_fetched_in_vain_return_to_the_queue(bench, monkey
     assert (await link.counts(outbox)).ready == 0
 
 
+async def test_garbage_among_the_parts_costs_a_bounded_time(bench, monkeypatch):
+    """Regression: the run waited past its deadline while a worker's full outbox was emptied."""
+    monkeypatch.setattr("fluffle_common.protocol.wire_format.PART_BYTES", 64)
+    link = await bench.open()
+    outbox, updates, rejected = [await bench.queue(link, name) for name in "our"]
+    await put(link, outbox, *numbered(150))
+    of = {"federation": "f", "run": "r", "round": 1, "base": "b", "worker": "w"}
+    update = Update(**of, num_examples=1, seconds=0.0)
+    weights, route = {"w": np.arange(80.0)}, Route("", [updates])
+    await soon(send_tensors(link, update, weights, route, parts=Route("", [outbox])))
+    announced, _ = decode((await soon(link.get(updates))).body)
+    assert announced.transfer.parts == 10
+    with pytest.raises(PartsGone, match="only 0 of 10 parts arrived"):
+        await soon(fetch(link, outbox, Assembly(announced.transfer, 10_000), rejected))
+    await bench.settled(link)
+    assert (await link.counts(outbox)).ready == 60
+    assert (await link.counts(rejected)).ready == 100
+
+
 @pytest.mark.rabbit
 async def test_a_get_that_is_cancelled_when_its_message_arrives_returns_it(real, monkeypatch):
     link = await real.open()

@@ -422,3 +422,16 @@ def test_a_worker_that_stays_is_asked_again_when_a_run_that_stopped_while_it_tra
         assert (await continued.end(within_s=200.0)).outcome == "finished"
 
     federated(scenario)
+
+
+def test_each_coordinator_of_an_asynchronous_run_has_tickets_of_its_own(federated):
+    async def scenario(federation):
+        sequences = []
+        for _ in range(3):
+            coordinator = federation.coordinator(min_workers=1, schedule=Buffered(buffer=1))
+            await coordinator.log.until("connected")
+            sequences.append(coordinator.service.state.sequence)
+            await coordinator.kill()
+        assert sequences == [10_000, 20_000, 30_000]
+
+    federated(scenario)

@@ -112,6 +112,7 @@ class Disk:
     counted: list[frozenset[Ticket]] = field(default_factory=list)  # each round's tickets
     bases: list[str] = field(default_factory=list)  # of the first weights and of each round
     evaluated: set[int] = field(default_factory=set)
+    starts: int = 0  # of coordinators
 
 
 class CoordinatorModel:
@@ -143,12 +144,14 @@ class CoordinatorModel:
             committed=last,
             counted=counted,
             sequence=max((t.sequence for some in disk.counted for t in some), default=0),
+            earlier_starts=disk.starts,
             earlier=self.issued,
             evaluated=not last or last in disk.evaluated,
             has_weights=disk.first_weights,
             base=disk.bases[-1] if disk.bases else "",
             frozen=world.frozen if disk.first_weights else "",
         )
+        disk.starts += 1
 
     # --- the link ---
 

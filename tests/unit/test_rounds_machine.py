@@ -246,7 +246,7 @@ class Federation(RuleBasedStateMachine):
 
 
 PROFILE = settings(
-    max_examples=300,
+    max_examples=5 * settings.default.max_examples,  # 300 by default, 25,000 in a search
     stateful_step_count=60,
     deadline=None,
     derandomize="CI" in os.environ,
@@ -268,3 +268,21 @@ def test_without_faults_a_run_finishes():
     assert not any(worker.alive for worker in world.workers.values())
     assert not world.broker.updates
     assert not world.broker.unacked
+
+
+def test_a_restart_before_the_first_commit_issues_no_ticket_anew():
+    schedule = Buffered(buffer=1, max_staleness=0)
+    rules = Rules(rounds=5, min_workers=1, max_reopenings=1)
+    world = World(rules, NAMES, first_weights=True, schedule=schedule)
+    world.in_parts = True
+    world.start_coordinator()
+    world.coordinator.connect()
+    for name in "ab":
+        world.workers[name].begin()
+    for step, times in (("read_presence", 3), ("take_event", 4)):
+        for _ in range(times):
+            getattr(world.coordinator, step)()
+    assert {name for name, _ in world.tickets} == {"a", "b"}
+    world.workers["b"].lose_link()  # the other work is not sent
+    world.settle(afresh=True)  # checks each ticket that is issued
+    assert world.coordinator.state.outcome == "finished"

@@ -51,6 +51,15 @@ def test_a_reopened_round_asks_the_same_sample():
     assert only([e for name in drawn() for e in run.update(name)], fx.Commit)
 
 
+def test_a_sample_whose_workers_all_fail_stops_the_run_because_nobody_else_may_be_asked():
+    run = opened(*NAMES, rules=poisson())
+    for name in drawn():
+        assert run.state.outcome is None
+        assert not asked(run.failed(name, 1))
+    assert run.state.outcome == "stopped"
+    assert run.state.reason.startswith("every worker failed in round 1; ")
+
+
 def test_a_late_joiner_is_asked_if_its_lot_is_drawn():
     first, *others = drawn()
     away = {first, next(name for name in NAMES if name not in drawn())}

@@ -23,7 +23,9 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors import checkpoint
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import layout_for
+from fluffle_coordinator.storage import run_file
 from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.run_file import count_start, read_run_file
 from fluffle_coordinator.storage.run_store import RunStore
 
 
@@ -482,6 +484,18 @@ def test_a_private_run_does_not_repeat_rounds_whose_models_were_sent(three):
     with pytest.raises(RunError, match=r"round-0004\.safetensors .*; restore the file.*--fresh"):
         three.load("letters")
     assert {path.name: path.read_bytes() for path in three.folder.iterdir()} == before
+
+
+def test_starts_are_counted_in_the_run_file_and_those_on_a_full_disk_are_not(three, monkeypatch):
+    before = read_run_file(three.folder)
+    assert [count_start(three.folder) for _ in range(3)] == [0, 1, 2]
+    assert read_run_file(three.folder) == {**before, "starts": 3}
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(run_file, "write_run_file", full)
+    assert [count_start(three.folder) for _ in range(2)] == [3, 3]
 
 
 def test_an_older_damaged_checkpoint_does_not_matter(three):

@@ -85,11 +85,17 @@ def test_a_file_that_two_options_name_is_loaded_once_until_it_changes(here):
     assert "shared_file" in sys.modules
 
 
-def test_a_task_that_changes_the_folder_moves_no_state(here, monkeypatch):
+def test_a_task_that_changes_the_folder_moves_no_state_and_hides_no_local_rule(here, monkeypatch):
     (here / "elsewhere").mkdir()
     leaves = f"import os; os.chdir({str(here / 'elsewhere')!r}); import numpy\n"
     one_tensor = TASK.replace("return {}", "return {'w': numpy.zeros(1)}")
-    write(here, "leaves.py", leaves + one_tensor)
+    with_rule = one_tensor.replace(
+        "return Task()", "t = Task(); t.local_rule = BoundRule(); return t"
+    )
+    write(
+        here, "leaves.py", f"{leaves}from fluffle_worker.local.bound import BoundRule\n{with_rule}"
+    )
+    write(here, "rules.py", "from fluffle_worker.local.clip import Clip\nclipped = Clip(1)\n")
     settings: dict[str, Any] = {}
 
     def stop(**given: Any) -> None:
@@ -98,6 +104,7 @@ def test_a_task_that_changes_the_folder_moves_no_state(here, monkeypatch):
 
     monkeypatch.setattr("fluffle_worker.settings.WorkerSettings", stop)
     command = ["--federation", "f", "--id", "w", "--data", "d", "--task", "leaves.py:task"]
+    command += ["--local-rule", "rules.py:clipped"]
     assert str(CliRunner().invoke(worker, command).exception) == "stop here"
     assert settings["state_dir"] == here / "runs/workers/f/w"
 

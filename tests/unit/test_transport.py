@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 from types import SimpleNamespace
-from unittest.mock import AsyncMock
 
 import pytest
 
@@ -135,7 +134,7 @@ async def test_the_error_of_a_cancelled_request_is_retrieved(monkeypatch):
         raise LinkLost("the broker was stopped")
 
     connection = SimpleNamespace(blocking=Blocking(), close_reason=None)
-    link = AmqpLink(connection, connection, "guest", AsyncMock())  # type: ignore[arg-type]
+    link = AmqpLink(connection, connection, "guest", probe)  # type: ignore[arg-type]
     monkeypatch.setattr(link, "_probe", probe)
     asyncio.get_running_loop().set_exception_handler(lambda _, context: unseen.append(context))
     request = asyncio.create_task(link.exists("f.work"))

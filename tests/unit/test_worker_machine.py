@@ -172,14 +172,19 @@ class Worker(RuleBasedStateMachine):
     def rejected(self, work: Work) -> None:
         """A rejected answer is discarded, so that the work is repeated when requested again."""
         before = self.state
-        effects = self.event(s.Rejected(work.run, work.round, work.base))
+        effects = self.event(s.Rejected(work.run, work.round, work.base, work.sequence))
         answered = before.answered
-        if answered is not None and answered[:4] == ("fit", *work[1:4]):
+        if answered is not None and answered == work._replace(kind="fit", attempt=answered.attempt):
             assert effects == [s.Drop(answered)]
             assert self.state == before._replace(answered=None)
         else:
             assert effects == []
             assert self.state == before
+
+    @precondition(lambda self: self.state.answered is not None)
+    @rule()
+    def answer_rejected(self) -> None:
+        self.rejected(self.state.answered)
 
     @rule(work=works, what=st.sampled_from([s.Finished, s.Abandoned, s.Sent, None]))
     def something_stale(self, work: Work, what: type[s.Finished | s.Abandoned | s.Sent]) -> None:

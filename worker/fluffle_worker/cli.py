@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 import traceback
@@ -213,6 +214,7 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
     from fluffle_worker.task import TaskOptions
     from fluffle_worker.task_loading import load_task
 
+    here = Path.cwd()
     task = load_task(
         options["task"],
         TaskOptions(
@@ -223,7 +225,8 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
         ),
     )
     if options["local_rule"]:
-        use_local_rule(task, options["local_rule"])
+        with contextlib.chdir(here):  # which the code of the task may have left
+            use_local_rule(task, options["local_rule"])
     return task
 
 

@@ -15,6 +15,9 @@ from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unrou
 from fluffle_common.transport.messaging import check_user, reject
 
 _WINDOW = 4  # the most parts in flight to us
+# How many messages are read for each part. A sender purges the queue before it sends a transfer,
+# but a lost connection may double parts. Other messages in the queue must not hold up the run.
+_MESSAGES_PER_PART = 10
 
 
 class PartsGone(Exception):
@@ -49,9 +52,10 @@ async def fetch(
     counts = await link.counts(queue)  # complete: parts are sent before the announcement
     if counts is None or counts.ready < parts:
         raise PartsGone(f"only {counts.ready if counts else 0} of {parts} parts are in the queue")
+    most = min(counts.ready, _MESSAGES_PER_PART * parts)
     storing: asyncio.Task[None] | None = None
     try:
-        async with contextlib.aclosing(_get(link, queue, counts.ready)) as deliveries:
+        async with contextlib.aclosing(_get(link, queue, most)) as deliveries:
             async for delivery in deliveries:
                 if storing is not None:
                     try:

@@ -94,7 +94,8 @@ def _all_failed(state: State) -> bool:
 def _after_failures(state: State, now: float, out: Effects) -> State:
     """Ask others at once if all that were asked have failed; stop if there are none."""
     rules, reopened = state.rules, state.reopenings + 1
-    others = any(name not in state.asked for name in state.workers)
+    # A Poisson sample remains the same.
+    others = rules.secret is None and any(name not in state.asked for name in state.workers)
     if not others or rules.on_deadline == "stop" or reopened > rules.max_reopenings:
         reason = f"every worker failed in round {state.round}; {last_failure(state.failed)}"
         return end(state, "stopped", reason, out)

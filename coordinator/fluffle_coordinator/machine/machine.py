@@ -71,6 +71,7 @@ def start(
     committed: int = 0,
     counted: Mapping[int, frozenset[Ticket]] = MappingProxyType({}),
     sequence: int = 0,
+    earlier_starts: int = 0,
     announced: Mapping[str, int] = MappingProxyType({}),
     evaluated: bool = True,
     enough: str = "",
@@ -89,9 +90,10 @@ def start(
 
     Most arguments are fields of ``State``; the workers decide on ``classes`` and ``model`` if these
     are None. ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets
-    that recent rounds counted, ``sequence`` is the highest one that any round counted, and
-    ``earlier`` has the names of the weights that rounds began with. ``evaluated`` says whether the
-    evaluation of the last model is on disk.
+    that recent rounds counted, ``sequence`` is the highest one that any round counted,
+    ``earlier_starts`` is the number of coordinators that ran before, and ``earlier`` has the names
+    of the weights that rounds began with. ``evaluated`` says whether the evaluation of the last
+    model is on disk.
     """
     resumed = has_weights and committed > 0
     # A connected worker sends a heartbeat within this time (every 2 s by default).
@@ -102,7 +104,7 @@ def start(
         round=committed + 1,
         schedule=schedule,
         base=base,
-        sequence=sequence + SEQUENCE_GAP,
+        sequence=sequence + (1 + earlier_starts) * SEQUENCE_GAP,
         resumed_at=committed + 1 if has_weights else 0,
         evaluate_pending=not evaluated,
         enough=enough,

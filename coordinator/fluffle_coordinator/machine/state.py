@@ -25,10 +25,11 @@ __all__ = ["Evaluated", "Handle", "Quorum", "Rules", "State", "Table", "Ticket",
 Table = HashTrieMap
 
 SEQUENCE_GAP = 10_000
-"""How many sequences a restarted coordinator skips, if work outlives its round.
+"""How many sequences a coordinator skips for each start of the run, if work outlives its round.
 
-Its predecessor may have issued some of them for updates that are still to come. The gap also keeps
-sequences above the round numbers, which stand in for the sequence of workers that send no ticket.
+An earlier coordinator may have issued some of them for updates that are still to come, although it
+committed no round. The gap also keeps sequences above the round numbers, which stand in for the
+sequence of workers that send no ticket.
 """
 
 

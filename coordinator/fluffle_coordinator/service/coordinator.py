@@ -25,7 +25,6 @@ from fluffle_common.errors import LinkLost, TaskError
 from fluffle_common.logs import log_step, logger
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.exchanges import Handlers, Sent
-from fluffle_common.protocol.model_form import model_form
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.tensors.frozen import IN_METADATA
 from fluffle_common.transport.base import (
@@ -45,13 +44,13 @@ from fluffle_coordinator.observe.waiting import WaitingReport
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.first_state import first_state
 from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import standby_of
 from fluffle_coordinator.service.topology_watch import keep_bound
 from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.sampling_secret import sampling_secret
 from fluffle_coordinator.storage.saved_run import Saved
 
 _LOG = logger("coordinator.machine")
@@ -131,7 +130,7 @@ class Coordinator:
         )
         self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
         self.enough = self._committer.enough
-        self.state = _begin(settings, saved, store, self.enough())
+        self.state = first_state(settings, saved, store.folder, self.enough())
 
     def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
         return Intake(
@@ -367,33 +366,3 @@ class Coordinator:
         while self._link is None:
             await self._linked.wait()
         return self._link
-
-
-def _begin(settings: CoordinatorSettings, saved: Saved, store: RunStore, enough: str) -> rs.State:
-    """Return the machine's first state, for a new run or a resumed one."""
-    rules = settings.rules
-    if settings.strategy.strategy.needs.rate is not None:
-        rules = replace(rules, secret=sampling_secret(store.folder))
-    saved_classes = json.loads(saved.metadata.get("classes", "null"))
-    return machine.start(
-        rules,
-        saved.run,
-        monotonic(),
-        schedule=settings.schedule,
-        committed=saved.committed,
-        counted=saved.counted,
-        sequence=saved.sequence,
-        earlier=saved.earlier,
-        asked_in=saved.asked_in,
-        train_s=saved.train_s,
-        median_norms=saved.median_norms,
-        announced=saved.announced,
-        evaluated=saved.evaluated,
-        enough=enough,
-        has_weights=saved.weights is not None,
-        base=saved.base,
-        classes=settings.classes or (tuple(saved_classes) if saved_classes else None),
-        model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
-        frozen=saved.frozen.digest,
-        decided_by="--classes" if settings.classes else "this run's first weights",
-    )

@@ -1,12 +1,14 @@
-"""The file ``run.json`` of a run: its id, its federation, and its configurations."""
+"""The file ``run.json`` of a run: its id, its federation, its configurations and its starts."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
 
 from fluffle_common.clock import timestamp
+from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
 
 RUN_FILE = "run.json"
@@ -25,9 +27,32 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         return {}
     except (OSError, ValueError) as why:
         raise UsageError(f"{path} cannot be read ({why})") from None
-    if not isinstance(content, dict) or not _are_configurations(content.get("configurations", [])):
+    if not isinstance(content, dict) or not _is_valid(content):
         raise UsageError(f"{path} cannot be read (the file does not describe a run)")
     return content
+
+
+def write_run_file(folder: Path, run: dict[str, Any]) -> None:
+    """Write the content of a ``run.json``.
+
+    Raises:
+        OSError: if the disk refuses; the earlier content is unchanged.
+    """
+    with replacing(folder / RUN_FILE) as file:
+        file.write(json.dumps(run, indent=1).encode() + b"\n")
+
+
+def count_start(folder: Path) -> int:
+    """Count a start of a run's coordinator; return how many starts were counted before.
+
+    A start on a full disk is not counted, so that it waits for room only when it has to write.
+    """
+    run = read_run_file(folder)
+    before: int = run.get("starts", 0)
+    if run:
+        with contextlib.suppress(OSError):
+            write_run_file(folder, {**run, "starts": before + 1})
+    return before
 
 
 def add_configuration(run: dict[str, Any], configuration: dict[str, Any], committed: int) -> bool:
@@ -46,6 +71,11 @@ def add_configuration(run: dict[str, Any], configuration: dict[str, Any], commit
             return False
     configurations.append({"from_round": committed + 1, "since": timestamp(), **new})
     return True
+
+
+def _is_valid(content: dict[str, Any]) -> bool:
+    starts, configurations = content.get("starts", 0), content.get("configurations", [])
+    return isinstance(starts, int) and _are_configurations(configurations)
 
 
 def _are_configurations(value: Any) -> bool:

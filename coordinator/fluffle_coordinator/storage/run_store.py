@@ -51,7 +51,12 @@ from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
 from fluffle_coordinator.storage.round_stats import median_norms
 from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
-from fluffle_coordinator.storage.run_file import RUN_FILE, add_configuration, read_run_file
+from fluffle_coordinator.storage.run_file import (
+    RUN_FILE,
+    add_configuration,
+    read_run_file,
+    write_run_file,
+)
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -295,11 +300,10 @@ class RunStore:
         run = read_run_file(self.folder)
         if not add_configuration(run, finite(configuration), committed):
             return
-        path = self.folder / RUN_FILE
         try:
-            with replacing(path) as file:
-                file.write(json.dumps(run, indent=1).encode() + b"\n")
+            write_run_file(self.folder, run)
         except OSError as error:
+            path = self.folder / RUN_FILE
             raise RunError(f"cannot write {path} ({error.strerror})") from None
 
     def _identity(self, federation: str) -> str:
