@@ -176,12 +176,14 @@ class Coordinator:
             self._record(run_events.Note(what=str(wrong)))  # so that the journal shows it too
             raise
         finally:
-            if self._journal is not None:
-                await self._journal.drained(_JOURNAL_DRAIN_S)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._next_tick.cancel()  # last, because the end of the link is an event, too
+            try:
+                if self._journal is not None:
+                    await self._journal.drained(_JOURNAL_DRAIN_S)
+            finally:  # also if it is cancelled meanwhile
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._next_tick.cancel()  # last, because the end of the link is an event, too
         return self.state
 
     async def _end(self) -> None:
@@ -259,6 +261,8 @@ class Coordinator:
             case run_events.RunEvent():
                 if isinstance(effect, run_events.Reopened):
                     self._outbox.bind_again(effect.asked or ())
+                elif isinstance(effect, run_events.Resend) and effect.worker:
+                    self._outbox.bind_again((effect.worker,))  # else its parts may be lost again
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
