@@ -94,6 +94,19 @@ def test_a_round_is_opened_again_although_a_worker_has_answered_and_left(federat
     federated(scenario)
 
 
+@pytest.mark.usefixtures("in_parts")
+def test_an_outbox_without_its_binding_is_bound_before_its_parts_are_asked_for_again(federated):
+    async def scenario(federation):
+        coordinator = await in_round_1(federation)
+        _, of_outbox = federation.topology.bindings_of("b")
+        federation.broker.bindings.discard(of_outbox)
+        await check(federation, coordinator)
+        [resend] = coordinator.log.of("resend")
+        assert resend["worker"] == "b"
+
+    federated(scenario)
+
+
 def test_a_permission_that_only_binding_needs_may_be_taken_away(federated, monkeypatch):
     async def refuse(*_):
         raise BrokerError("the broker does not let user 'c' read exchange 'letters.results'")

@@ -9,6 +9,7 @@ import random
 
 import pytest
 
+from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.storage import update_archive as archive
 from tests.federation.harness import Adder
 
@@ -49,6 +50,22 @@ def test_a_stopped_coordinator_leaves_no_timer(federated):
         await asyncio.sleep(2.5)  # between two ticks
         await coordinator.stop()
         assert coordinator.service._next_tick.cancelled()
+
+    federated(scenario)
+
+
+def test_a_coordinator_stopped_while_it_sends_its_last_events_leaves_the_broker(
+    federated, monkeypatch
+):
+    monkeypatch.setattr(Journal, "drained", lambda *_: asyncio.sleep(2.0))
+
+    async def scenario(federation):
+        federation.workers(2)
+        coordinator = federation.coordinator(rounds=1)
+        await coordinator.log.until("finished")
+        await asyncio.sleep(1.0)
+        await coordinator.stop()
+        assert not federation.broker.queues[federation.topology.presence].consumers
 
     federated(scenario)
 

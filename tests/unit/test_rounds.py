@@ -1190,6 +1190,15 @@ def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
     assert only(run.seen("b"), fx.End) == [fx.End("finished", "1 round is done", tuple("abcde"))]
 
 
+def test_a_resumed_run_tells_its_end_to_workers_that_it_has_not_heard_yet():
+    run = resumed(Rules(rounds=2, min_workers=1), announced={"d": 10}, asked_in={"e": 1})
+    assert asked(run.seen("a")) == ["a"]
+    run.update("a")
+    run.committed("a")
+    effects = run.evaluation("a", 2)
+    assert only(effects, fx.End) == [fx.End("finished", "2 rounds are done", tuple("abcde"))]
+
+
 def test_a_run_that_is_done_says_at_once_whom_it_waits_for():
     run = Run(Rules(rounds=1), committed=1, participants="abc", evaluated=True)
     (waiting,) = only(run.connect(), run_events.Waiting)

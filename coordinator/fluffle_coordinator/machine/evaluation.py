@@ -89,8 +89,8 @@ def try_to_finish(state: State, now: float, out: Effects) -> State:
 
 
 def end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
-    """End the run; every worker that ever joined it is told."""
-    out.append(End(outcome, reason, tuple(sorted(state.met))))
+    """End the run; every worker that was ever in it is told, also if it was not heard lately."""
+    out.append(End(outcome, reason, state.known))
     return state.replace(phase=Phase.ENDED, outcome=outcome, reason=reason)
 
 

@@ -234,10 +234,14 @@ class State:
         return median_low(self.median_norms) if self.median_norms else 0.0
 
     @property
+    def known(self) -> tuple[str, ...]:
+        """Every worker that was ever in the run, as far as the history and the messages tell."""
+        return tuple(sorted({*self.met, *self.announced, *self.asked_in}))
+
+    @property
     def unheard(self) -> tuple[str, ...]:
         """The workers of the run that are not connected, as far as is known, nor refused."""
-        known = {*self.met, *self.announced, *self.asked_in}
-        return tuple(sorted(n for n in known if n not in self.workers and n not in self.refused))
+        return tuple(n for n in self.known if n not in self.workers and n not in self.refused)
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fluffle_common.clock import monotonic
@@ -176,12 +177,14 @@ class Coordinator:
             self._record(run_events.Note(what=str(wrong)))  # so that the journal shows it too
             raise
         finally:
-            if self._journal is not None:
-                await self._journal.drained(_JOURNAL_DRAIN_S)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            self._next_tick.cancel()  # last, because the end of the link is an event, too
+            try:
+                if self._journal is not None:
+                    await self._journal.drained(_JOURNAL_DRAIN_S)
+            finally:  # also if it is cancelled meanwhile
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                self._next_tick.cancel()  # last, because the end of the link is an event, too
         return self.state
 
     async def _end(self) -> None:
@@ -257,10 +260,10 @@ class Coordinator:
     def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
-                if isinstance(effect, run_events.Reopened):  # bindings may have been deleted
-                    for name in effect.asked or ():
-                        if (worker := self.state.workers.get(name)) is not None:
-                            self._outbox.bind(name, worker.session, again=True)
+                if isinstance(effect, run_events.Reopened):
+                    self._bind_again(effect.asked or ())
+                elif isinstance(effect, run_events.Resend) and effect.worker:
+                    self._bind_again((effect.worker,))  # else its parts may be lost again
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
@@ -280,6 +283,12 @@ class Coordinator:
             case _:
                 last = self._aggregator  # which has the last model
                 self._outbox.perform(effect, self.state, last.weights, last.broadcast, last.frozen)
+
+    def _bind_again(self, names: Iterable[str]) -> None:
+        """Bind the queues of workers that do not answer: somebody may have deleted a binding."""
+        for name in names:
+            if (worker := self.state.workers.get(name)) is not None:
+                self._outbox.bind(name, worker.session, again=True)
 
     def _send_ahead(self, number: int, base: str) -> None:
         """Begin to send the work of the next round while its weights are being written to disk.
