@@ -98,8 +98,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Extra time for each training on a client, in addition to its steps, in seconds; same "
-    "format as --step-time.",
+    help="Time in seconds that is added to each training on a client, besides the time of the "
+    "training steps; same format as --step-time.",
 )
 @click.option(
     "--bandwidth",

@@ -61,7 +61,7 @@ if TYPE_CHECKING:
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object at the end instead of one line for each demand.",
+    help="Print one JSON object at the end, instead of one line for each demand of the protocol.",
 )
 @queue_type_option
 @click.pass_context

@@ -50,8 +50,9 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--min-workers",
     type=count(),
-    help="Number of workers that must be connected before the first round starts. If you "
-    "set it, no round needs fewer updates than it would need with exactly N connected workers.  "
+    metavar="N",
+    help="Number N of workers that must be connected before the first round starts. If you set "
+    "this option, every round needs at least as many updates as a round with N connected workers.  "
     "[default: --quorum if given as a number, else 2]",
 )
 @click.option(

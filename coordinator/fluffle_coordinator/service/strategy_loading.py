@@ -123,8 +123,8 @@ def rules_for(
     if quorum is not None and quorum < fewest:
         raise UsageError(
             f"the strategy {named.name} needs at least {fewest} updates per round, but --quorum "
-            f"{quorum} closes a round with {quorum} updates; give --quorum {fewest} or more, or "
-            "all"
+            f"{quorum} closes a round with {quorum} updates; give --quorum {fewest}, a higher "
+            "number, or --quorum all"
         )
     if rules.sample is not None and rules.sample < fewest:
         raise UsageError(

@@ -144,7 +144,8 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     "--all",
     "everything",
     is_flag=True,
-    help="Score the held-out letters and the training letters, and show a score for each part.",
+    help="Score all letters, and show the accuracy on the held-out letters and on the training "
+    "letters.",
 )
 @click.option(
     "--unseen",

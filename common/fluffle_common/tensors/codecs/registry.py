@@ -190,8 +190,8 @@ def _check_parts(codec: Any, where: str) -> None:
     for part in parts:
         if not _SUFFIX.fullmatch(part.suffix):
             raise UsageError(
-                f"the codec {where} has a part with the suffix '{part.suffix[:40]}'; expected '' "
-                f"or '#' and 1 to {MAX_SUFFIX - 1} letters or digits"
+                f"the codec {where} has a part with the suffix '{part.suffix[:40]}'; expected an "
+                f"empty suffix, or '#' followed by 1 to {MAX_SUFFIX - 1} letters, digits or '_'"
             )
         if part.dtype not in DTYPES:
             supported = ", ".join(sorted(DTYPES))
