@@ -146,10 +146,13 @@ class Rain:
         await asyncio.sleep(self.rng.choice([0.0, 0.01, 0.3, 1.0, 5.0, 15.0]))
 
     async def kill_coordinator(self) -> None:
-        """Kill or stop it; the next one may train other tensors."""
+        """Kill or stop it; the next one may train other tensors, or find a damaged checkpoint."""
         await self.rng.choice([self.coordinator.kill, self.coordinator.stop])()
         self.plan = self.rng.choice([self.plan, *PLANS])
         if self.standby is None:
+            checkpoints = sorted(self.federation.folder.glob("round-*.safetensors"))
+            if len(checkpoints) > 1 and self.rng.random() < 0.2:
+                checkpoints[-1].write_bytes(b"damaged")
             await asyncio.sleep(self.rng.choice([0.0, 0.5, 40.0]))
             self.standby = self.start_coordinator()
         self.coordinator, self.standby = self.standby, None
