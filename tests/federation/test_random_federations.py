@@ -60,8 +60,8 @@ class Numbered(Adder):
         if self.faulty:
             self.faulty -= 1
             new["head"] *= np.nan
-        whole = float(plan.train is None)
-        metrics = {"number": number, "whole": whole, "backbone": self.backbone}
+        whole, start = float(plan.train is None), float(weights["head"][0])
+        metrics = {"number": number, "whole": whole, "start": start, "backbone": self.backbone}
         return TrainResult(new, self.num_examples, metrics)
 
 
@@ -250,7 +250,7 @@ class Rain:
 def check(federation: Federation, rules: dict[str, Any]) -> None:
     """Check the history and each model against an average in float64."""
     schedule, seen = rules["schedule"], set()
-    expected = {"body": 0.0, "head": 0.0}
+    expected, starts = {"body": 0.0, "head": 0.0}, [0.0]
     assert [line["round"] for line in federation.history()] == [*range(1, rules["rounds"] + 1)]
     for line in federation.history():
         everyone = line["participants"]
@@ -264,6 +264,9 @@ def check(federation: Federation, rules: dict[str, Any]) -> None:
         assert all(one.get("staleness", 0) <= schedule.max_staleness for one in everyone)
         weights = [one["num_examples"] * (1 + one.get("staleness", 0)) ** -0.5 for one in everyone]
         assert max(one["num_examples"] for one in everyone) <= (rules["max_examples"] or 40)
+        for one in everyone:  # trained from the weights that it says
+            start = starts[-1 - one.get("staleness", 0)]
+            assert one["metrics"]["start"] == pytest.approx(start, rel=1e-5)
         numbers = [one["metrics"]["number"] for one in everyone]
         assert seen.isdisjoint(numbers)
         seen.update(numbers)
@@ -271,6 +274,7 @@ def check(federation: Federation, rules: dict[str, Any]) -> None:
         (whole,) = {one["metrics"]["whole"] for one in everyone}
         expected["head"] += mean
         expected["body"] += whole * mean
+        starts.append(expected["head"])
         for name, value in expected.items():
             model = federation.weights(line["round"])[name]
             np.testing.assert_allclose(model, value, rtol=1e-5, atol=1e-6)
