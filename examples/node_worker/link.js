@@ -36,6 +36,7 @@ export class Link {
    */
   async open(url, first, onMail, onReturn) {
     try {
+      this.user = decodeURIComponent(new URL(url).username) || 'guest';
       this.control = await this.connect(url);
       this.upload = await this.connect(url);
       await this.declare(first);
@@ -142,7 +143,7 @@ export class Link {
     const body = write(this.federation, kind, header, payload);
     const options = {
       mandatory: true, persistent: DURABLE.has(kind), contentType: 'application/msgpack',
-      type: kind, messageId,
+      type: kind, messageId, userId: this.user, // which --verify-users requires
     };
     const content = Buffer.from(body.buffer, body.byteOffset, body.length);
     return new Promise((resolve, reject) => {

@@ -32,12 +32,12 @@ class Device:
             UsageError: if one is not a number, below 0 or not finite, or the bandwidth is 0.
         """
         for name in ("step_s", "round_s"):
-            if not (_is_number(getattr(self, name)) and getattr(self, name) < float("inf")):
+            if not (_is_non_negative(getattr(self, name)) and getattr(self, name) < float("inf")):
                 raise UsageError(
                     f"Device({name}={getattr(self, name)}) is not valid; expected a number of at "
                     "least 0"
                 )
-        if not (_is_number(self.bytes_per_s) and self.bytes_per_s > 0):
+        if not (_is_non_negative(self.bytes_per_s) and self.bytes_per_s > 0):
             raise UsageError(
                 f"Device(bytes_per_s={self.bytes_per_s}) is not valid; expected a number above 0"
             )
@@ -51,7 +51,7 @@ class Device:
         return self.round_s + steps * self.step_s
 
 
-def _is_number(value: object) -> bool:
+def _is_non_negative(value: object) -> bool:
     return isinstance(value, Real) and float(value) >= 0
 
 

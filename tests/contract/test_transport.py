@@ -1027,10 +1027,10 @@ async def test_using_a_missing_queue_loses_the_link(bench, what):
 
 async def test_a_missing_queue_of_someone_else_is_empty(bench):
     link = await bench.open()
-    assert await soon(link.get(f"{bench.names.federation}.missing", apart=True)) is None
+    assert await soon(link.get(f"{bench.names.federation}.missing", foreign=True)) is None
     queue = await bench.queue(link)
     await put(link, queue, b"x")
-    assert (await soon(link.get(queue, apart=True))).body == b"x"
+    assert (await soon(link.get(queue, foreign=True))).body == b"x"
 
 
 @pytest.mark.rabbit
@@ -1043,11 +1043,11 @@ async def test_a_queue_that_its_owner_changes_does_not_lose_the_link(real, how):
     await put(owner, name, b"x")
     if how == "exclusive":
         await owner.consume(name, prefetch=1, exclusive=True)
-    gets = [asyncio.ensure_future(link.get(name, apart=True)) for _ in range(4)]
+    gets = [asyncio.ensure_future(link.get(name, foreign=True)) for _ in range(4)]
     assert await soon(asyncio.gather(*gets)) == [None] * 4
     sound = await real.queue(link)
     await put(link, sound, b"y")
-    got = await soon(link.get(sound, apart=True))
+    got = await soon(link.get(sound, foreign=True))
     got.ack()
     await link.close()
     assert await drain(owner, sound) == []

@@ -42,7 +42,7 @@ for method, _, body in channel.consume(f"{F}.inbox.{W}", exclusive=True, inactiv
         header, payload = msgpack.unpackb(body)
     except ValueError:
         continue
-    began = time.time()
+    began = time.perf_counter()
     kind, ids = header["kind"], {k: header[k] for k in ("run", "round", "base") if k in header}
     if table := header.get("tensors"):
         flat = [np.frombuffer(payload[t["offset"] :][: t["nbytes"]], t["dtype"]) for t in table]
@@ -57,5 +57,5 @@ for method, _, body in channel.consume(f"{F}.inbox.{W}", exclusive=True, inactiv
         send("evaluation", {**ids, "round": ids["round"] - (kind == "fit")}, **told)
     if kind == "fit":
         delta = {"slopes": -0.1 * x[:50].T @ error[:50] / 50, "intercept": -0.1 * error[:50].mean()}
-        send("update", ids, delta, num_examples=50, seconds=time.time() - began)
+        send("update", ids, delta, num_examples=50, seconds=time.perf_counter() - began)
 send("bye", session=HELLO["session"], reason="the run has ended")

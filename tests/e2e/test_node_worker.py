@@ -114,6 +114,7 @@ def test_it_meets_every_demand_of_the_document(federation: Federation, installed
     second = start(federation, installed)
     assert check.end() == 0, "\n".join(check.lines)
     assert check.lines[-1] == "30 ok, 0 failed, 2 skipped"
+    assert not any("user_id" in line for line in check.lines)
     assert second.end() == 1  # refused
 
 

@@ -117,6 +117,6 @@ class _Slow(Link):
                 await self._line.passes()
                 yield delivery
 
-    async def get(self, queue: str, *, apart: bool = False) -> Delivery | None:
+    async def get(self, queue: str, *, foreign: bool = False) -> Delivery | None:
         await self._line.passes()
-        return await self._link.get(queue, apart=apart)
+        return await self._link.get(queue, foreign=foreign)

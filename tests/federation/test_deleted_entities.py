@@ -79,6 +79,21 @@ def test_a_worker_whose_binding_was_deleted_is_bound_before_it_is_asked_again(fe
     federated(scenario)
 
 
+def test_a_round_is_opened_again_although_a_worker_has_answered_and_left(federated):
+    async def scenario(federation):
+        coordinator = await in_round_1(federation)
+        for binding in federation.topology.bindings_of("b"):
+            federation.broker.bindings.discard(binding)
+        await coordinator.log.until("counted", 5)  # b misses the work of round 2
+        await federation.processes[0].stop()
+        assert (await coordinator.end()).outcome == "finished"
+        [reopened] = coordinator.log.of("reopened")
+        assert reopened["asked"] == ["a", "b", "c"]
+        assert federation.participants() == [["a", "b", "c"]] * 2
+
+    federated(scenario)
+
+
 @pytest.mark.usefixtures("in_parts")
 def test_an_outbox_without_its_binding_is_bound_before_its_parts_are_asked_for_again(federated):
     async def scenario(federation):

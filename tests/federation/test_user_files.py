@@ -320,7 +320,7 @@ def test_the_state_of_a_rule_is_kept_for_later_rounds_of_the_run():
     rule = rule_of(end=lambda trained, state: trained)
 
     def trains(run: str, number: int) -> Any:
-        rule.of_round(run, number)
+        rule.of_work((run, number, number))
         kept = rule.begin({"w": np.zeros(1)})
         rule.end({"w": np.full(1, number)}, kept)
         return kept["w"].tolist() if kept else None

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import TaskError
+from fluffle_common.protocol.messages import Bye
+from fluffle_common.protocol.wire_format import encode
 from fluffle_common.tensors.layout import signature_of
 from fluffle_common.transport.base import Properties
 from fluffle_worker.task import TrainResult
@@ -192,6 +194,15 @@ def test_a_worker_of_another_version_is_refused_in_its_own_protocol(federated, p
             "protocol": protocol, "federation": NAME, "kind": "refusal", "session": "s1",
             "reason": event["reason"],
         }  # fmt: skip
+        lower = msgpack.packb([{**hello, "protocol": 2, "protocols": [2, protocol]}, b""])
+        await link.publish(lower, Properties(type="hello", message_id="h2"), **route)
+        await coordinator.log.until("joined")
+        welcome, _ = msgpack.unpackb((await link.get(federation.topology.inbox("old"))).body)
+        assert (welcome["kind"], welcome["protocol"]) == ("welcome", 2)
+        bye = Bye(federation=NAME, worker="old", session="s1", reason="of a test")
+        route["keys"] = ["bye.old"]
+        await link.publish(encode(bye), Properties(type="bye", message_id="b"), **route)
+        await coordinator.log.until("left")
         federation.workers(2)
         assert (await coordinator.end()).outcome == "finished"
 

@@ -230,9 +230,9 @@ def test_a_model_is_evaluated_with_the_personal_tensors_of_its_run():
     train(task, weights, 5, run="earlier")
     trained = task.evaluate(weights)
     assert trained != first
-    task.local_rule.of_round("r", 1)
+    task.local_rule.of_work(("r", 1, 1))
     assert task.evaluate(weights) == first
-    task.local_rule.of_round("earlier", 6)
+    task.local_rule.of_work(("earlier", 6, 6))
     assert task.evaluate(weights) == trained
 
 
@@ -416,11 +416,11 @@ def test_the_control_variate_of_a_compiled_training_is_its_mean_gradient():
     task, rate = task_of(Line, local_rule=Scaffold()), 0.05
     weights = task.init(0)
     zeros = {name: np.zeros_like(one) for name, one in weights.items()}
-    task.local_rule.of_round("r", 1, zeros)
+    task.local_rule.of_work(("r", 1, 1), zeros)
     first = train(task, weights, 1)
     for name, one in task.local_rule.sent.items():
         np.testing.assert_allclose(one, (weights[name] - first[name]) / (6 * rate), rtol=1e-4)
-    task.local_rule.of_round("r", 2, zeros)
+    task.local_rule.of_work(("r", 2, 2), zeros)
     kept = task.local_rule.begin(weights).own
     corrected = train(task, weights, 2)
     raw = {name: kept[name] + task.local_rule.sent[name] for name in kept}
@@ -435,7 +435,7 @@ def test_a_personal_head_is_not_corrected_and_its_control_variate_stays_at_home(
     weights = task.init(0)
     zeros = {name: np.zeros_like(one) for name, one in weights.items()}
     for number in (1, 2):
-        task.local_rule.of_round("r", number, zeros)
+        task.local_rule.of_work(("r", number, number), zeros)
         for one in (task, plain):
             train(one, weights, number, steps=1)
         assert task.local_rule.sent.keys() == weights.keys()

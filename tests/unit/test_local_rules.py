@@ -247,9 +247,9 @@ def test_a_rule_cannot_change_in_place_what_it_is_given(what):
 
     rule = BoundRule(Writes())
     model, broadcast = {"w": np.zeros((2, 2), np.float32)}, {"c": np.zeros(2)}
-    rule.of_round("r", 1)
+    rule.of_work(("r", 1, 1))
     rule.end(model, None)
-    rule.of_round("r", 2, broadcast)
+    rule.of_work(("r", 2, 2), broadcast)
     with pytest.raises(TaskError, match=r"begin\(\) of the local rule Writes fails: .*read-only"):
         rule.begin(model)
     assert not model["w"].any()

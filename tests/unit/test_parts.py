@@ -343,11 +343,11 @@ class Cut:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._link, name)
 
-    async def get(self, queue: str, *, apart: bool) -> Any:
+    async def get(self, queue: str, *, foreign: bool) -> Any:
         if not self._left:
             raise LinkLost("cut")
         self._left -= 1
-        return await self._link.get(queue, apart=apart)
+        return await self._link.get(queue, foreign=foreign)
 
 
 async def test_a_link_lost_during_a_transfer_does_not_change_the_sum(summing):
@@ -435,9 +435,9 @@ async def test_the_next_update_is_fetched_while_one_is_folded(summing, monkeypat
 async def test_updates_are_fetched_one_at_a_time(summing, monkeypatch):
     asked, get = [], MemoryLink.get
 
-    def noted(link: MemoryLink, queue: str, *, apart: bool) -> Any:
+    def noted(link: MemoryLink, queue: str, *, foreign: bool) -> Any:
         asked.append(queue)
-        return get(link, queue, apart=apart)
+        return get(link, queue, foreign=foreign)
 
     monkeypatch.setattr(MemoryLink, "get", noted)
     for held in [await summing.send(worker, values(1)) for worker in "abc"]:

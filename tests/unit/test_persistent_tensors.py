@@ -23,8 +23,10 @@ def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
         nonlocal known
         if restarts:
             known = PersistentTensors(folder)
-        before = known.before(run, number)
-        known.keep(run, number, {"c": np.array(float(number)), "d": np.ones((2, 3), np.float32)})
+        before = known.before((run, number, number))
+        known.keep(
+            (run, number, number), {"c": np.array(float(number)), "d": np.ones((2, 3), np.float32)}
+        )
         return float(before["c"]) if before else None
 
     assert keep("r", 1) is None
@@ -40,32 +42,32 @@ def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
 
 def test_rounds_of_more_digits_come_after_those_of_fewer(tmp_path):
     for number in (9999, 10000, 10001):
-        PersistentTensors(tmp_path).keep("r", number, {"c": np.array(float(number))})
-    assert PersistentTensors(tmp_path).before("r", 10001) == {"c": 10000.0}
+        PersistentTensors(tmp_path).keep(("r", number, number), {"c": np.array(float(number))})
+    assert PersistentTensors(tmp_path).before(("r", 10001, 10001)) == {"c": 10000.0}
 
 
 def test_a_rule_that_keeps_nothing_makes_no_folder(tmp_path):
     known = PersistentTensors(tmp_path / "a")
-    assert known.before("r", 1) == {}
-    known.keep("r", 1, {})
+    assert known.before(("r", 1, 1)) == {}
+    known.keep(("r", 1, 1), {})
     assert not (tmp_path / "a").exists()
 
 
 def test_a_round_that_keeps_nothing_is_not_taken_for_the_one_before(tmp_path):
-    PersistentTensors(tmp_path).keep("r", 1, {"c": np.ones(1)})
+    PersistentTensors(tmp_path).keep(("r", 1, 1), {"c": np.ones(1)})
     known = PersistentTensors(tmp_path)
-    known.keep("r", 2, {})
-    assert known.before("r", 3) == {}
+    known.keep(("r", 2, 2), {})
+    assert known.before(("r", 3, 3)) == {}
 
 
 def test_a_damaged_file_is_named_with_the_remedy(tmp_path):
-    PersistentTensors(tmp_path).keep("r", 1, {"c": np.ones(100)})
+    PersistentTensors(tmp_path).keep(("r", 1, 1), {"c": np.ones(100)})
     (path,) = tmp_path.iterdir()
     damaged = bytearray(path.read_bytes())
     damaged[-3] ^= 1
     path.write_bytes(damaged)
     with pytest.raises(TaskError, match=f"is damaged: .*; remove {path} to continue") as wrong:
-        PersistentTensors(tmp_path).before("r", 2)
+        PersistentTensors(tmp_path).before(("r", 2, 2))
     assert "\n" not in str(wrong.value)
 
 
@@ -75,7 +77,7 @@ def test_a_full_disk_is_a_task_error_with_the_remedy(tmp_path, monkeypatch):
 
     monkeypatch.setattr(persistent_tensors, "save_checkpoint", full)
     with pytest.raises(TaskError, match=r"\(No space left on device\).*--state-dir"):
-        PersistentTensors(tmp_path).keep("r", 1, {"c": np.ones(1)})
+        PersistentTensors(tmp_path).keep(("r", 1, 1), {"c": np.ones(1)})
 
 
 def test_what_no_file_can_hold_is_refused_in_memory_too():
@@ -112,8 +114,8 @@ def test_an_asynchronous_run_that_becomes_synchronous_goes_on_with_what_was_kept
         nonlocal known
         if restarts:
             known = PersistentTensors(tmp_path)
-        before = known.before("r", number, sequence)
-        known.keep("r", number, {"c": np.array(float(sequence))}, sequence)
+        before = known.before(("r", number, sequence))
+        known.keep(("r", number, sequence), {"c": np.array(float(sequence))})
         assert known.latest("r") == {"c": float(sequence)}
         return float(before["c"]) if before else None
 

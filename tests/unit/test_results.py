@@ -15,7 +15,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Evaluate, Fit, InitRequest, Plan
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.service.committer import average_evaluations
+from fluffle_coordinator.storage.evaluations import average_evaluations
 from fluffle_worker.job import Job, NotWanted, execute
 from fluffle_worker.results import Results
 from fluffle_worker.signature import signature_of_task

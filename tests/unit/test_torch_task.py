@@ -547,7 +547,7 @@ def test_a_control_variate_is_the_mean_gradient_of_the_training():
     task = task_of(local_rule=Scaffold())
     weights = task.init(0)
     zeros = {name: np.zeros_like(one) for name, one in weights.items()}
-    task.local_rule.of_round("r", 1, zeros)
+    task.local_rule.of_work(("r", 1, 1), zeros)
     trained = train(task, weights)
     for name, sent in task.local_rule.sent.items():
         expected = (weights[name] - trained[name]) / (6 * RATE)

@@ -25,7 +25,7 @@ IDS: dict[str, Any] = {"federation": "f", "run": "r", "base": "b"}
 PATIENCE_S = 5.0
 
 
-async def no_renewal(_: object) -> None:
+async def is_ready(_: object) -> None:
     """Do nothing."""
 
 
@@ -76,7 +76,7 @@ class Worker:
             confirmed=lambda job: self.confirmed.append(job.work.round),
             record=lambda event: self.events.append(event.name),
             sent=lambda done, parts: self.parts.append((done, parts)),
-            renew=no_renewal,
+            ready_outbox=is_ready,
         )
 
     async def _link(self) -> Any:

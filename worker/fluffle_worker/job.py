@@ -132,8 +132,7 @@ def execute(
     ids["base"] = message.base
     rule = getattr(task, "local_rule", None)
     if isinstance(rule, BoundRule):
-        work = job.work
-        rule.of_round(work.run, work.round, job.broadcast, work.sequence)
+        rule.of_work((job.work.run, job.work.round, job.work.sequence), job.broadcast)
     job.evaluation = _evaluate(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):
         return

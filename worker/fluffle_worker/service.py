@@ -124,7 +124,7 @@ class WorkerService:
             confirmed=self._sent,
             record=record,
             sent=self._sent_parts,
-            renew=self._connection.ready_outbox,
+            ready_outbox=self._connection.ready_outbox,
         )
         self._trainer = Trainer(
             task,

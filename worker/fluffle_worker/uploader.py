@@ -36,7 +36,7 @@ class Uploader:
     ``link`` returns the current link, waiting for one if necessary. ``wanted`` returns whether a
     job is still wanted, and ``due`` whether its answer is to be sent; if not, only its evaluation
     is. ``confirmed`` is called with each job whose answer the broker has confirmed, and ``sent``
-    with the numbers of parts sent and of all parts of a large answer. ``renew`` declares the
+    with the numbers of parts sent and of all parts of a large answer. ``ready_outbox`` declares the
     worker's queues again, in case they have expired, and waits until the outbox is bound.
     """
 
@@ -51,11 +51,11 @@ class Uploader:
         confirmed: Callable[[Job], object],
         record: Record,
         sent: Callable[[int, int], None],
-        renew: Callable[[Link], Awaitable[None]],
+        ready_outbox: Callable[[Link], Awaitable[None]],
     ) -> None:
         self._topology, self._worker, self._link = topology, worker, link
         self._wanted, self._due, self._confirmed = wanted, due, confirmed
-        self._record, self._parts_sent, self._renew = record, sent, renew
+        self._record, self._parts_sent, self._ready_outbox = record, sent, ready_outbox
         self._refusals = Refusals(topology, worker, record)
         self._unsent: asyncio.Queue[Job] = asyncio.Queue()
         self._in_parts = asyncio.Lock()  # one answer at a time
@@ -145,7 +145,7 @@ class Uploader:
 
             async def before_parts() -> None:
                 await turn.enter_async_context(self._in_parts)
-                await self._renew(link)
+                await self._ready_outbox(link)
                 # It may still hold parts of earlier answers.
                 await self._refusals.drain(link, self._topology.outbox(self._worker), read_part)
 

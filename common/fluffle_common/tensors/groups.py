@@ -115,15 +115,13 @@ def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
     return {n: w for n, w in weights.items() if n in names or n.startswith(prefixes)}
 
 
-def restore_untrained(new: Weights, old: Weights, train: Sequence[str] | None) -> None:
-    """Write the tensors that ``train`` does not select back into the next model, in place.
+def untrained(weights: Weights, train: Sequence[str] | None) -> Weights:
+    """Return the tensors that ``train`` does not select, which stay as they are in every round.
 
-    A strategy may have changed them, although no update did: by noise, momentum or weight decay.
+    A strategy may change them, although no update does: by noise, momentum or weight decay.
     """
-    trained = select_tensors(old, train)
-    for name, tensor in old.items():
-        if name not in trained:
-            new[name][...] = tensor
+    trained = select_tensors(weights, train)
+    return {name: tensor for name, tensor in weights.items() if name not in trained}
 
 
 def check_extra(forms: Forms, wanted: ExtraForm | None, model: Weights) -> None:

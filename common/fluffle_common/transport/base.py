@@ -215,11 +215,11 @@ class Link(Protocol):
                 consumer is exclusive.
         """
 
-    async def get(self, queue: str, *, apart: bool = False) -> Delivery | None:
+    async def get(self, queue: str, *, foreign: bool = False) -> Delivery | None:
         """Take one message; return None if the queue is empty.
 
-        ``apart`` is for a queue that someone else owns: if the broker refuses because the queue is
-        missing, in exclusive use or a stream, the result is None and the link stays.
+        ``foreign`` is for a queue that someone else owns: if the broker refuses because the queue
+        is missing, in exclusive use or a stream, the result is None and the link stays.
         """
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:

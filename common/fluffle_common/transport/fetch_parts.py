@@ -105,7 +105,7 @@ async def _get(link: Link, queue: str, count: int) -> AsyncGenerator[Delivery]:
     try:
         for left in range(count, 0, -1):
             while len(requests) < min(_WINDOW, left):
-                requests.append(asyncio.ensure_future(link.get(queue, apart=True)))
+                requests.append(asyncio.ensure_future(link.get(queue, foreign=True)))
             delivery = await requests[0]
             requests.popleft()  # not earlier: if this is cancelled, its message is to be returned
             if delivery is None:

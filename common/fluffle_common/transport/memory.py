@@ -151,9 +151,9 @@ class MemoryLink(Link):
         source = self._find(stream, reads=True)
         return self._copy(source, source.ready[-1]) if source.ready else None
 
-    async def get(self, queue: str, *, apart: bool = False) -> Delivery | None:
+    async def get(self, queue: str, *, foreign: bool = False) -> Delivery | None:
         self._check()
-        if apart and queue not in self._broker.queues:
+        if foreign and queue not in self._broker.queues:
             return None
         source = self._find(queue)
         if not source.ready:

@@ -21,6 +21,7 @@ from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import (
     MAX_LISTED_KEYS,
+    Body,
     Delivery,
     HeaderValue,
     Link,
@@ -186,7 +187,6 @@ async def _send_parts(
     """Publish parts; concurrent publishers share one iterator, so that some are in flight."""
     remaining = enumerate(outgoing.bodies(first, until), first)
     confirmed = itertools.count(first + 1)
-
     refusals = _Refusals(route)
 
     async def publish_remaining() -> None:
@@ -207,37 +207,13 @@ async def _send_parts(
     refusals.raise_first()
 
 
-def cut(delivery: Delivery, error: MalformedMessage, *, whole: bool = True) -> int:
-    """Cut the body of a delivery that is to be rejected, unless it is a valid message.
+def rejection(
+    delivery: Delivery, error: MalformedMessage, *, whole: bool = True
+) -> tuple[Body, Properties]:
+    """Return the message to put into the queue of rejected messages, with the reason.
 
-    Args:
-        delivery: the delivery.
-        error: the reason of its rejection.
-        whole: False cuts a valid message, too.
-
-    Returns:
-        The size of the body before.
+    The body is cut, also in ``delivery``, unless it is a valid message and ``whole`` is true.
     """
-    size_bytes = len(delivery.body)
-    if size_bytes > _KEPT_BYTES and (error.cause == "malformed" or not whole):
-        delivery.body = bytes(delivery.body[:_KEPT_BYTES])  # a copy, so that the rest is freed
-    return size_bytes
-
-
-async def reject(
-    link: Link,
-    delivery: Delivery,
-    error: MalformedMessage,
-    rejected: str | Route,
-    *,
-    size_bytes: int | None = None,
-) -> None:
-    """Publish a delivery to the queue of rejected messages with the reason, then acknowledge it.
-
-    ``rejected`` is the name of the queue, or a route to it for users who may not publish to the
-    default exchange. ``size_bytes`` is the size of its body before ``cut``, if that was called.
-    """
-    size_bytes = cut(delivery, error) if size_bytes is None else size_bytes
     headers: dict[str, HeaderValue] = {
         **_bounded_headers(delivery.properties.headers),
         "reason": str(error),
@@ -245,15 +221,28 @@ async def reject(
         "rejected_at": timestamp(),
         "from": delivery.queue,
     }
-    if len(delivery.body) < size_bytes:
-        headers[CUT] = size_bytes
+    if len(delivery.body) > _KEPT_BYTES and (error.cause == "malformed" or not whole):
+        headers[CUT] = len(delivery.body)
+        delivery.body = bytes(delivery.body[:_KEPT_BYTES])  # a copy, so that the rest is freed
     properties = Properties(
         type=delivery.properties.type,
         message_id=delivery.properties.message_id,
         headers=headers,
     )
+    return delivery.body, properties
+
+
+async def reject(
+    link: Link, delivery: Delivery, error: MalformedMessage, rejected: str | Route
+) -> None:
+    """Publish a delivery to the queue of rejected messages with the reason, then acknowledge it.
+
+    ``rejected`` is the name of the queue, or a route to it for users who may not publish to the
+    default exchange.
+    """
     route = Route("", [rejected]) if isinstance(rejected, str) else rejected
-    await link.publish(delivery.body, properties, exchange=route.exchange, keys=route.keys)
+    body, properties = rejection(delivery, error)
+    await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
     delivery.ack()
 
 

@@ -42,6 +42,7 @@ from fluffle_coordinator.strategy.decoding import (
     EVERYTHING,
     check_announced,
     decode_contribution,
+    decode_extra,
 )
 
 _T = TypeVar("_T")
@@ -193,6 +194,7 @@ class Probe(Listener):
             raise Unmet(f"the worker sent an update without its parts: {why}") from None
         try:
             decode_contribution(update, payload, self.weights, sent.fit.plan)
+            decode_extra(update, payload, self.weights, sent.fit.plan)
         except MalformedMessage as why:
             raise Unmet(
                 f"the worker sent an update that a coordinator rejects ({why.cause}): {why}"

@@ -87,22 +87,26 @@ class Explanation:
         at, waiting = self.view.waiting
         return {doing.worker: (at, doing) for doing in waiting.missing or ()}
 
+    @property
+    def _last_report(self) -> tuple[float, Waiting] | None:
+        """When and for what the coordinator last reported to wait in this round, if it is open."""
+        last = self.view.waiting
+        return last if last and self.waits and last[1].round == self.round.number else None
+
     def has_sent(self, worker: str) -> bool:
         """Whether the coordinator last reported that a worker's update is here, if not counted."""
-        if self.view.waiting is None or not self.waits or worker not in self.round.asked:
+        if self._last_report is None or worker not in self.round.asked:
             return False
-        at, waiting = self.view.waiting
-        is_newer = waiting.round == self.round.number and at >= (self.round.asked_at or 0.0)
+        at, waiting = self._last_report
+        is_newer = at >= (self.round.asked_at or 0.0)
         return is_newer and waiting.missing is not None and worker not in self.doings
 
     @property
     def short(self) -> int:
         """How many more workers must join for the quorum, as the coordinator last reported."""
-        if self.view.waiting is None or not self.waits:
+        if self._last_report is None:
             return 0
-        at, waiting = self.view.waiting
-        if waiting.round != self.round.number:
-            return 0
+        at, waiting = self._last_report
         since = sum(joined_at > at for joined_at in self.round.joined.values())
         return max(0, (waiting.short or 0) - since)
 

@@ -21,7 +21,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
-from fluffle_common.tensors.groups import FROZEN, restore_untrained
+from fluffle_common.tensors.groups import FROZEN, untrained
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.base import Link
@@ -319,7 +319,8 @@ class Aggregator:
         """Return the average, and the strategy's next state with the tensors that it broadcasts."""
         strategy = self._in_round(number)
         weights, state = strategy.finish(self._state, self._base)
-        restore_untrained(weights, self._base, self._plan.train)
+        for name, tensor in untrained(self._base, self._plan.train).items():
+            weights[name][...] = tensor
         average = Average(
             number,
             weights,

@@ -106,7 +106,7 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
     if monitor and monitor.startswith(TEST_PREFIX) and evaluate is None:
         raise UsageError(
             f"--monitor {monitor} is a metric of the --evaluate function, but there is none; add "
-            f"--evaluate, or monitor a federated metric such as {monitor[len(TEST_PREFIX) :]}"
+            f"--evaluate, or monitor a federated metric such as {monitor.removeprefix(TEST_PREFIX)}"
         )
     schedule_name, schedule = load_schedule(
         options["schedule"],

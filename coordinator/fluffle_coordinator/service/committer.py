@@ -9,7 +9,6 @@ therefore loses no update: the broker delivers them again.
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, avoid_fields
+from fluffle_common.protocol.metric_names import add_test_prefix
 from fluffle_common.tensors.checkpoint import checkpoint_name
 from fluffle_common.tensors.frozen import Frozen, read_frozen
 from fluffle_common.tensors.on_disk import map_to_disk
@@ -31,6 +30,7 @@ from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.storage.best_model import keep_best
+from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.round_stats import (
     Clock,
@@ -38,20 +38,11 @@ from fluffle_coordinator.storage.round_stats import (
     examples_by_worker,
     personal_means,
 )
-from fluffle_coordinator.storage.round_stats import weighted_mean as mean
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
-# The field names of a round's history lines and of the Evaluated event. Readers merge those into
-# one mapping, so a metric of one of these names is renamed.
-_FIELDS = frozenset(
-    "asked base bytes checkpoint committed_at delta ended_at epsilon evaluated_at evaluations "
-    "evaluators event "
-    "federation late late_updates loss metrics num_examples opened_at outcome participants reason "
-    "rejected rejections round rounds run strategy tested_at time timings train_loss".split()
-)
 
 
 @dataclass(frozen=True)
@@ -134,7 +125,7 @@ class Committer:
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
         for line in lines:
             if line["event"] == "evaluated" and line["round"] >= self._evaluated[0]:
-                self._evaluated = line["round"], _metrics_of(line)
+                self._evaluated = line["round"], evaluation_metrics(line)
         self._jobs = SerialQueue()
         self.run, self.drained = self._jobs.run, self._jobs.drained
         self._committed_at = monotonic()
@@ -303,10 +294,7 @@ class Committer:
             "evaluated_at": timestamp(),
         }
         await self._on_disk(lambda: self._store.history.append(line))
-        extra = {
-            k: v for k, v in averages.items() if k not in ("num_examples", "loss", "evaluators")
-        }
-        metrics = {"loss": averages["loss"], **extra}
+        metrics = evaluation_metrics(averages)
         if number >= self._evaluated[0]:  # workers may evaluate an older version later
             self._evaluated = number, metrics
         await self._monitor(number, metrics)
@@ -316,7 +304,7 @@ class Committer:
                 num_examples=averages["num_examples"],
                 loss=averages["loss"],
                 evaluators=tuple(averages["evaluators"]),
-                metrics=extra,
+                metrics={name: value for name, value in metrics.items() if name != "loss"},
             )
         )
 
@@ -358,34 +346,3 @@ class Committer:
                     "run the same command again (no update is lost)"
                 ) from None
             raise NoRoom(folder, why.strerror or str(why)) from None
-
-
-def _metrics_of(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the loss and the metrics of an evaluation's line in the history."""
-    metrics = {"loss": line["loss"], **{n: v for n, v in line.items() if n not in _FIELDS}}
-    return {name: math.nan if value is None else value for name, value in metrics.items()}
-
-
-def average_evaluations(evaluations: Mapping[str, rs.Evaluated]) -> dict[str, Any]:
-    """Average evaluations, weighted by examples; each metric over the workers that report it.
-
-    Example:
-        >>> a, b = rs.Evaluated(1, 1.0, {"accuracy": 0.0}), rs.Evaluated(3, 2.0, {"accuracy": 1.0})
-        >>> averages = average_evaluations({"a": a, "b": b})
-        >>> averages["loss"], averages["accuracy"]
-        (1.75, 0.75)
-    """
-    every = evaluations.values()
-    names = sorted({name for e in every for name in e.metrics})
-    metrics = {
-        name: mean([(e.num_examples, e.metrics[name]) for e in every if name in e.metrics])
-        for name in names
-    }
-    return {
-        "num_examples": sum(e.num_examples for e in every),
-        "loss": mean([(e.num_examples, e.loss) for e in every]),
-        **avoid_fields(
-            metrics, _FIELDS | {name for name in metrics if name.startswith(TEST_PREFIX)}
-        ),
-        "evaluators": sorted(evaluations),
-    }

@@ -17,6 +17,7 @@ import asyncio
 import contextlib
 import json
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import replace
 
 from fluffle_common.clock import monotonic
@@ -260,9 +261,9 @@ class Coordinator:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
                 if isinstance(effect, run_events.Reopened):
-                    self._outbox.bind_again(effect.asked or ())
+                    self._bind_again(effect.asked or ())
                 elif isinstance(effect, run_events.Resend) and effect.worker:
-                    self._outbox.bind_again((effect.worker,))  # else its parts may be lost again
+                    self._bind_again((effect.worker,))  # else its parts may be lost again
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
@@ -282,6 +283,12 @@ class Coordinator:
             case _:
                 last = self._aggregator  # which has the last model
                 self._outbox.perform(effect, self.state, last.weights, last.broadcast, last.frozen)
+
+    def _bind_again(self, names: Iterable[str]) -> None:
+        """Bind the queues of workers that do not answer: somebody may have deleted a binding."""
+        for name in names:
+            if (worker := self.state.workers.get(name)) is not None:
+                self._outbox.bind(name, worker.session, again=True)
 
     def _send_ahead(self, number: int, base: str) -> None:
         """Begin to send the work of the next round while its weights are being written to disk.

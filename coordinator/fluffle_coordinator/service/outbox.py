@@ -9,24 +9,13 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
-from fluffle_common.protocol.messages import (
-    PROTOCOL,
-    Evaluate,
-    Fit,
-    InitRequest,
-    Message,
-    Plan,
-    Refusal,
-    Stop,
-    Verdict,
-    Welcome,
-)
+from fluffle_common.protocol.messages import PROTOCOL, Evaluate, Fit, Message
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import digest_of
 from fluffle_common.protocol.wire_format import PART_BYTES, MinimalHello, encode_refusal
@@ -36,7 +25,7 @@ from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send, send_ahead, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.service.learning_rate import CONSTANT
+from fluffle_coordinator.service.composer import Composer
 from fluffle_coordinator.service.rejections import Rejections
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.strategy.base import NO_TENSORS
@@ -46,8 +35,6 @@ if TYPE_CHECKING:
 
 # How long the end of a run waits for an unreachable broker to deliver the stop message.
 _STOP_PATIENCE_S, _STOP_PAUSE_S = 60.0, 0.1
-_REASON_CHARACTERS = 1000
-_STOP_REASON_CHARACTERS = 2000
 _MAX_REFUSED = 10_000
 
 Job = Callable[[Link], Awaitable[None]]
@@ -86,9 +73,8 @@ class Outbox:
         a_link: Callable[[], Awaitable[Link]],
         record: Callable[[RunEvent], None],
     ) -> None:
-        self._topology, self._run, self._settings = topology, run, settings
+        self._topology, self._compose = topology, Composer(run, settings)
         self._link, self._a_link, self._record = link, a_link, record
-        self._plan = settings.whole_plan
         # The weights and broadcast tensors that were last prepared, and their digest.
         self._digest: tuple[Weights, Weights, asyncio.Future[str]] | None = None
         self._ahead: _Ahead | None = None
@@ -147,7 +133,7 @@ class Outbox:
             worker: the worker.
             session: its session.
             again: bind even if this session was bound already, since the worker may have
-                redeclared its queues.
+                redeclared its queues, or somebody deleted the binding.
         """
         link = self._link()
         if link is not self._bound_over:
@@ -159,15 +145,6 @@ class Outbox:
         bound = await link.bind(self._topology.bindings_of(worker))
         if bound and link is self._bound_over:  # otherwise the next sign of life tries again
             self._bound[worker] = session
-
-    def bind_again(self, workers: Sequence[str]) -> None:
-        """Bind the queues of workers that do not answer, in case a binding was deleted."""
-
-        async def bind_all(link: Link) -> None:
-            for worker in workers:
-                await link.bind(self._topology.bindings_of(worker))
-
-        self._put(bind_all)
 
     def perform(
         self,
@@ -186,45 +163,29 @@ class Outbox:
             broadcast: the strategy's tensors that travel with the model to training workers.
             frozen: the model's frozen tensors, for workers that lack them.
         """
-        federation, run = self._settings.federation, self._run
         job: Job
         match effect:
             case fx.Welcome(worker):
-                rounds = state.rules.rounds
-                welcome = Welcome(federation=federation, run=run, round=state.round, rounds=rounds)
-                job = self._to(welcome, [worker])
+                job = self._to(self._compose.welcome(state), [worker])
                 self._ahead = None  # the worker's new link or process has not received it
             case fx.Refuse(worker, session, reason, code):
                 self.refuse(MinimalHello(PROTOCOL, worker, session), reason, code)
                 return
             case fx.Judge():
-                job = self._to(self._verdict(effect), [effect.update.ticket.worker])
+                job = self._to(self._compose.verdict(effect), [effect.update.ticket.worker])
             case fx.AskInit(worker):
-                seed = state.rules.seed
-                job = self._to(InitRequest(federation=federation, run=run, seed=seed), [worker])
+                job = self._to(self._compose.init_request(state), [worker])
             case fx.SendFit(workers, frozen=lacking):
-                fit = self._fit(effect, state)
+                fit = self._compose.fit(effect, state)
                 beside = broadcast, frozen if lacking else NO_TENSORS
                 in_full = self._with_weights(fit, weights, workers, *beside)
                 job = self._rest_of(effect, fit, in_full)
             case fx.SendEvaluate(workers, lacking):
-                evaluation = Evaluate(
-                    federation=federation,
-                    run=run,
-                    round=state.round - 1,
-                    base=state.base,
-                    **_frozen_of(state),
-                )
+                evaluate = self._compose.evaluate(state)
                 beside = NO_TENSORS, frozen if lacking else NO_TENSORS
-                job = self._with_weights(evaluation, weights, workers, *beside)
-            case fx.End(outcome, reason, workers) if workers:
-                stop = Stop(
-                    federation=federation,
-                    run=run,
-                    round=state.round - 1,
-                    outcome=outcome,
-                    reason=reason[:_STOP_REASON_CHARACTERS],
-                )
+                job = self._with_weights(evaluate, weights, workers, *beside)
+            case fx.End(workers=workers) if workers:
+                stop = self._compose.stop(effect, state)
                 self._jobs.put(lambda: self._until_sent(self._to(stop, workers)))
                 return
             case _:
@@ -248,7 +209,7 @@ class Outbox:
         """
         if effect.frozen:
             return
-        fit, digest = self._fit(effect, state), self.prepare(weights, broadcast)
+        fit, digest = self._compose.fit(effect, state), self.prepare(weights, broadcast)
         route, others = self._to_inboxes(effect.workers), {EXTRA: broadcast}
         assert digest is not None
         self._ahead = ahead = _Ahead(effect, fit)
@@ -275,41 +236,6 @@ class Outbox:
 
         return job
 
-    def _fit(self, effect: fx.SendFit, state: rs.State) -> Fit:
-        return Fit(
-            federation=self._settings.federation,
-            run=self._run,
-            round=state.round,
-            base=state.base,
-            evaluate=effect.evaluate,
-            sequence=effect.sequence,
-            attempt=effect.attempt,
-            plan=self._plan_of(state),
-            **_frozen_of(state),
-        )
-
-    def _verdict(self, effect: fx.Judge) -> Verdict:
-        update = effect.update
-        return Verdict(
-            federation=self._settings.federation,
-            run=self._run,
-            round=update.round,
-            base=update.base,
-            sequence=update.ticket.sequence,
-            outcome=effect.outcome,
-            cause=effect.cause,
-            reason=effect.reason[:_REASON_CHARACTERS],
-            train_again=effect.outcome == "rejected",
-        )
-
-    def _plan_of(self, state: rs.State) -> Plan:
-        """Return the plan with the learning rate of the open round."""
-        base, schedule = self._plan.learning_rate, self._settings.learning_rate_schedule
-        if base is None or schedule == CONSTANT:
-            return self._plan
-        rate = schedule.at(state.round, state.rules.rounds, base)
-        return self._plan.model_copy(update={"learning_rate": rate})
-
     def exchange(self, sent: Sent, body: bytes) -> None:
         """Send a message of a multi-phase protocol."""
         route = Route(self._topology.work, sent.workers)
@@ -325,12 +251,7 @@ class Outbox:
             code: the reason, for programs.
             report: whether to record an event when it is sent, as the machine does for its own.
         """
-        refusal = Refusal(
-            federation=self._settings.federation,
-            session=to.session,
-            code=code,
-            reason=reason[:_REASON_CHARACTERS],
-        )
+        refusal = self._compose.refusal(to.session, reason, code)
         route = Route(self._topology.work, [to.worker])
 
         async def refuse_once(link: Link) -> None:
@@ -392,8 +313,3 @@ class Outbox:
     def _to_inboxes(self, workers: Sequence[str]) -> Route:
         """Return the route of weights: not durable, since there is a checkpoint."""
         return Route(self._topology.work, workers, durable=False)
-
-
-def _frozen_of(state: rs.State) -> dict[str, Any]:
-    """Return the fields that say which frozen tensors work needs, if any."""
-    return {"frozen": state.frozen, "critical": (FROZEN,)} if state.frozen else {}

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
-from fluffle_common.transport.messaging import cut, reject
+from fluffle_common.transport.messaging import rejection
 from fluffle_coordinator.service.serial_queue import SerialQueue
 
 _MAX_BYTES = 2**28  # as many as the rejected queue holds
@@ -37,22 +37,21 @@ class Rejections:
         It is dropped if there is no such queue, or no room in it. Its body is cut if too many bytes
         are waiting.
         """
-        # A new exception: the frames of the original one would keep the decoder's buffers.
-        error = MalformedMessage(str(wrong), wrong.cause)
         whole = self._held_bytes + len(delivery.body) <= _MAX_BYTES
-        size_bytes = cut(delivery, error, whole=whole)
-        held_bytes = len(delivery.body)
-        self._held_bytes += held_bytes
+        # Not ``wrong`` itself: its frames would keep the decoder's buffers until the publish.
+        body, properties = rejection(delivery, wrong, whole=whole)
+        self._held_bytes += len(body)
 
         async def publish(link: Link) -> None:
             try:
-                await reject(link, delivery, error, self._queue, size_bytes=size_bytes)
+                await link.publish(body, properties, exchange="", keys=[self._queue])
             except (QueueFull, Unroutable):
                 delivery.ack()  # else such messages would use up the prefetch of their queue
                 raise
+            delivery.ack()
 
         async def job() -> None:
             await self._publish(publish)
-            self._held_bytes -= held_bytes
+            self._held_bytes -= len(body)
 
         self._jobs.put(job)

@@ -20,7 +20,7 @@ from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
-from fluffle_common.tensors.groups import select_tensors
+from fluffle_common.tensors.groups import untrained
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
@@ -146,8 +146,7 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
     state = strategy.init(base) if number == 1 else strategy.load(before.strategy_state, base)
     for contribution in contributions:
         state = strategy.fold(state, contribution)
-    trained = select_tensors(base, plan.train)
-    unchanged = {name: tensor for name, tensor in base.items() if name not in trained}
+    unchanged = untrained(base, plan.train)
     replayed = {**strategy.finish(state, base)[0], **unchanged}
     averages = _strategy_name(line) == FEDAVG.name
     opinion = _second_opinion(base, contributions, unchanged) if averages else None

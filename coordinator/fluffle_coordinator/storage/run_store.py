@@ -87,6 +87,11 @@ def _most_examples(lines: Iterable[dict[str, Any]]) -> dict[str, int]:
     return most
 
 
+def _last_seconds(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
+    every = (who for line in lines for who in line["participants"])
+    return {who["worker"]: who["seconds"] for who in every if who.get("seconds") is not None}
+
+
 def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
     """Return the tickets of a round; lines of early versions of fluffle have no sequence."""
     return frozenset(
@@ -208,12 +213,7 @@ class RunStore:
             sequence=max((t.sequence for tickets in counted.values() for t in tickets), default=0),
             earlier=self._bases(commits),
             asked_in={name: line["round"] for line in commits for name in line.get("asked", ())},
-            train_s={
-                who["worker"]: who["seconds"]
-                for line in commits
-                for who in line["participants"]
-                if who.get("seconds") is not None
-            },
+            train_s=_last_seconds(commits),
             median_norms=median_norms(commits),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.arguments import write_arguments
+from fluffle_common.tensors.codecs.base import clip_to
 from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Weights, is_float, largest
 from fluffle_coordinator.strategy.pipeline import Server
@@ -124,5 +125,4 @@ def _floats(weights: Weights) -> dict[str, Any]:
 
 def _float32(tensor: Any) -> Any:
     """Return a tensor in float32; float64 values saturate."""
-    end = largest(np.dtype(np.float32))
-    return np.asarray(tensor if tensor.dtype.itemsize <= 4 else tensor.clip(-end, end), np.float32)
+    return np.asarray(clip_to(tensor, largest(np.dtype(np.float32))), np.float32)

@@ -13,7 +13,7 @@ from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Weights, read_only
 from fluffle_worker.local.base import Identity, LocalRule, Named, kept_and_extra
-from fluffle_worker.local.persistent_tensors import PersistentTensors
+from fluffle_worker.local.persistent_tensors import PersistentTensors, WorkId
 
 
 class BoundRule:
@@ -45,7 +45,7 @@ class BoundRule:
                     f"the local rule {self.name} has no method '{method}'; add the method "
                     "(docs/tasks.md)"
                 )
-        self._work = ("", 0, 0)  # the run, the round and the sequence
+        self._work: WorkId = ("", 0, 0)
         self._broadcast: Named = {}
         self._kept = PersistentTensors()
         self.sent: Weights = {}
@@ -93,22 +93,16 @@ class BoundRule:
         """Keep the rule's arrays in this folder, so that they outlive a restart."""
         self._kept = PersistentTensors(folder)
 
-    def of_round(
-        self,
-        run: str,
-        number: int,
-        broadcast: Named = MappingProxyType({}),
-        sequence: int = 0,
-    ) -> None:
-        """Set the round and ticket of the next work, and the extra tensors that the strategy sent.
+    def of_work(self, work: WorkId, broadcast: Named = MappingProxyType({})) -> None:
+        """Set the next work, and the extra tensors that the strategy sent for it.
 
         After the training, ``sent`` holds the extra tensors that the rule returned.
         """
-        self._work, self._broadcast, self.sent = (run, number, sequence), broadcast, {}
+        self._work, self._broadcast, self.sent = work, broadcast, {}
 
     def begin(self, received: Named) -> Any:
         """Return the initial state of a training."""
-        kept = self._kept.before(*self._work)
+        kept = self._kept.before(self._work)
         given = [_protected(arrays) for arrays in (received, self._broadcast, kept)]
         return self._call("begin", self._rule.begin, *given)
 
@@ -146,9 +140,8 @@ class BoundRule:
                 f"end() of the local rule {self.name} returned a {type(result).__name__}; "
                 "expected a mapping of names to arrays, or a pair (kept, extra) of two mappings"
             )
-        run, number, sequence = self._work
         try:
-            self._kept.keep(run, number, kept, sequence)
+            self._kept.keep(self._work, kept)
         except ValueError as wrong:
             raise TaskError(
                 f"end() of the local rule {self.name} returned arrays that cannot be kept: {wrong}"

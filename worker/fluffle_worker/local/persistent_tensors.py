@@ -25,6 +25,9 @@ from fluffle_common.tensors.layout import Weights, check_signature
 from fluffle_worker.local.base import Named
 from fluffle_worker.user_code import call_task
 
+WorkId = tuple[str, int, int]
+"""The run, the round and the sequence of a piece of work; an asynchronous round can have several.
+"""
 _ROUNDS_KEPT = 2
 
 
@@ -46,9 +49,6 @@ class _Kept(NamedTuple):
 class PersistentTensors:
     """The tensors of a worker's last two pieces of work for a run.
 
-    A piece of work is given by its round and, because an asynchronous round can have several, by
-    the sequence of its ticket.
-
     Every method raises ``TaskError`` if a file cannot be read or written.
 
     Args:
@@ -60,8 +60,9 @@ class PersistentTensors:
         self._folder, self._prefix = folder, prefix
         self._rounds: list[_Kept] | None = None if folder else []
 
-    def before(self, run: str, number: int, sequence: int = 0) -> Weights:
-        """Return the tensors of the last work of ``run`` before this one; empty if none."""
+    def before(self, work: WorkId) -> Weights:
+        """Return the tensors of the run's last work before this one; empty if none."""
+        run, number, sequence = work
         earlier = [
             kept
             for kept in self._all()
@@ -78,7 +79,7 @@ class PersistentTensors:
         ours = [kept for kept in self._all() if run in ("", kept.run)]
         return max(ours, key=lambda kept: kept.place).arrays if ours else {}
 
-    def keep(self, run: str, number: int, arrays: Named, sequence: int = 0) -> None:
+    def keep(self, work: WorkId, arrays: Named) -> None:
         """Keep copies of the tensors of a piece of work; an empty mapping keeps nothing.
 
         Raises:
@@ -89,8 +90,8 @@ class PersistentTensors:
             check_signature(copies)
         previous = self._all()
         # If the run went back to an earlier round, the tensors of later rounds are obsolete.
-        new = _Kept(run, number, sequence, copies)
-        earlier = [kept for kept in previous if kept.run == run and kept.place < new.place]
+        new = _Kept(*work, copies)
+        earlier = [kept for kept in previous if kept.run == new.run and kept.place < new.place]
         self._rounds = [*earlier, new][-_ROUNDS_KEPT:]
         if self._folder is not None and (copies or any(kept.arrays for kept in previous)):
             self._write(self._folder, new)
@@ -122,7 +123,7 @@ class PersistentTensors:
             ) from None
 
     def _name(self, kept: _Kept) -> str:
-        return f"{self._prefix}-{kept.sequence or kept.round:04d}.safetensors"
+        return f"{self._prefix}-{kept.sequence:04d}.safetensors"
 
     def _files(self, folder: Path) -> list[Path]:
         return sorted(folder.glob(f"{self._prefix}-*.safetensors"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
@@ -112,7 +112,28 @@ def as_metrics(given: Any) -> dict[str, Callable[..., Any]]:
     return dict(given)
 
 
-def listed(names: Iterable[str]) -> str:
-    """Return the names of a model's tensors for an error, at most eight of them."""
-    names = list(names)
-    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "none"
+def check_filters(names: Sequence[str], *, sends: bool, freezes: bool, trains: bool) -> None:
+    """Check what the filters ``federated`` and ``frozen`` make of a model's tensors.
+
+    Args:
+        names: the names of the tensors.
+        sends: whether they leave a tensor to send.
+        freezes: whether ``frozen`` selects a tensor, or is not given.
+        trains: whether they leave a parameter to train.
+
+    Raises:
+        TaskError: if one of these is false.
+    """
+    listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "none"
+    of_model = f"(tensors of the model: {listed})"
+    if not sends:
+        raise TaskError(
+            "federated= and frozen= leave no tensor of the model to send; change the filters "
+            f"{of_model}"
+        )
+    if not freezes:
+        raise TaskError(f"frozen= selects no tensor; change the filter {of_model}")
+    if not trains:
+        raise TaskError(
+            f"frozen= leaves no parameter of the model to train; change the filter {of_model}"
+        )

@@ -198,8 +198,8 @@ class FlaxTask:
         self.check(weights)
         parts, data, rule = self._parts, self._data, self.local_rule
         rule.check_batches(mixed=parts.has_statistics)
-        run, number, sequence = work_of(plan)
-        learnt = parts.learnt(weights, self._personal.before(run, number, sequence))
+        work = work_of(plan)
+        learnt = parts.learnt(weights, self._personal.before(work))
         trained = _trained(plan)
         params = nnx.filter_state(learnt, trained)
         key = key_of(plan.seed ^ self._sample_seed)
@@ -217,7 +217,7 @@ class FlaxTask:
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
             rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
-        self._personal.keep(run, number, parts.personal(learnt), sequence)
+        self._personal.keep(work, parts.personal(learnt))
         metrics = losses.metrics()
         if self._score_trained and self._valid is not None:
             scores = self._scores(learnt, frozen, parts.at_home.rest)

@@ -15,7 +15,7 @@ from flax import nnx
 from fluffle_common.errors import TaskError
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.local.optax import named, tensor_name
-from fluffle_worker.tasks.checks import listed
+from fluffle_worker.tasks.checks import check_filters
 
 AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 """Flax filter of the tensors that training changes and that may travel."""
@@ -150,22 +150,14 @@ class ModelParts:
         return graph, travelling, AtHome(personal, frozen, rest)
 
     def _check(self, frozen: Any, all_named: Mapping[str, Any]) -> None:
-        trained, names = [*self.form, *self._personal_form], listed(all_named)
-        if not self.form:
-            raise TaskError(
-                "federated= and frozen= leave no tensor of the model to send; change the filters "
-                f"(tensors of the model: {names})"
-            )
-        if frozen is not False and not self._frozen_form:
-            raise TaskError(
-                f"frozen= selects no tensor; change the filter (tensors of the model: {names})"
-            )
+        trained = [*self.form, *self._personal_form]
         params = [(path, leaf) for path, leaf in trained if isinstance(leaf, nnx.Param)]
-        if not params:
-            raise TaskError(
-                "frozen= leaves no parameter of the model to train; change the filter (tensors of "
-                f"the model: {names})"
-            )
+        check_filters(
+            list(all_named),
+            sends=bool(self.form),
+            freezes=frozen is False or bool(self._frozen_form),
+            trains=bool(params),
+        )
         for path, leaf in params:
             dtype = leaf.get_value().dtype
             if not jnp.issubdtype(dtype, jnp.inexact):

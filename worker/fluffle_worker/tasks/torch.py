@@ -35,7 +35,7 @@ from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
-from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function, listed
+from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
 from fluffle_worker.tasks.examples import (
     Examples,
     InMemory,
@@ -223,8 +223,8 @@ class TorchTask:
             ValueError: if ``weights`` do not fit this model.
         """
         rule, data = self.local_rule, self._data
-        run, number, sequence = work_of(plan)
-        module = self._filled(weights, self._personal.before(run, number, sequence)).train()
+        work = work_of(plan)
+        module = self._filled(weights, self._personal.before(work)).train()
         params = trained_by(plan, module)
         rule.check_batches(mixed=any(map(mixes_examples, module.modules())))
         optimizer = self._optimizer(
@@ -246,7 +246,7 @@ class TorchTask:
             rule.end(copies_of(params), state)
         trained = arrays_of(module, self._travel.__contains__)
         personal = arrays_of(module, self._is_personal)
-        self._personal.keep(run, number, personal, sequence)
+        self._personal.keep(work, personal)
         metrics = losses.metrics()
         if self._score_trained and self._held_out:
             # As evaluate() does: with the frozen statistics, which the training has changed.
@@ -349,21 +349,12 @@ class TorchTask:
         still = {name for name in tensors if selected(frozen, name)}
         still |= {name for name, one in params.items() if not one.requires_grad}
         travel = {name for name in tensors.keys() - still if selected(federated, name)}
-        names = listed(tensors)
-        if not travel:
-            raise TaskError(
-                "federated= and frozen= leave no tensor of the model to send; change the filters "
-                f"(tensors of the model: {names})"
-            )
-        if frozen is not False and not any(selected(frozen, name) for name in tensors):
-            raise TaskError(
-                f"frozen= selects no tensor; change the filter (tensors of the model: {names})"
-            )
-        if still >= params.keys():
-            raise TaskError(
-                "frozen= leaves no parameter of the model to train; change the filter (tensors of "
-                f"the model: {names})"
-            )
+        check_filters(
+            list(tensors),
+            sends=bool(travel),
+            freezes=frozen is False or any(selected(frozen, name) for name in tensors),
+            trains=not still >= params.keys(),
+        )
         for name in still & params.keys():
             params[name].requires_grad_(False)
         return frozenset(travel), frozenset(still)

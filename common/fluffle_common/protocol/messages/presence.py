@@ -118,9 +118,9 @@ class Welcome(Header):
 class Refusal(Header):
     """Refuses the hello of ``session``.
 
-    ``code`` is what does not match: ``protocol`` (the version), ``malformed`` (the hello itself),
-    ``classes``, ``model`` or ``frozen`` (the worker takes no frozen tensors). A worker with another
-    protocol version is refused in that version; the fields ``protocol``, ``federation``, ``kind``,
+    ``code`` is what does not match: ``malformed`` (the hello itself), ``classes``, ``model`` or
+    ``frozen`` (the worker takes no frozen tensors). A worker with another protocol version is
+    refused in that version, without a ``code``; the fields ``protocol``, ``federation``, ``kind``,
     ``session`` and ``reason`` are the same in all versions.
     """
 

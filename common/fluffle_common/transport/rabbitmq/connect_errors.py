@@ -59,11 +59,10 @@ def handshake_error(
     """
     where, user, vhost = display_url(url), url.user or "guest", url.path[1:] or "/"
     if code == _ACCESS_REFUSED:
-        guest_note = " ('guest' may connect only from the broker's machine)"
+        note = " ('guest' may connect only from the broker's machine)" if user == "guest" else ""
         return BrokerError(
-            f"the broker at {where} rejects user '{user}' or the password"
-            f"{guest_note if user == 'guest' else ''}; correct the user and the password in --url "
-            "amqp://user:password@host"
+            f"the broker at {where} rejects user '{user}' or the password{note}; correct the user "
+            "and the password in --url amqp://user:password@host"
         )
     if code != _NOT_ALLOWED:  # for example, it is starting or stopping
         return LinkLost(text)

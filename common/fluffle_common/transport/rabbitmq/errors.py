@@ -135,6 +135,13 @@ def _conflict(text: str) -> str:
     )
 
 
+def closing_error(why: BaseException, user: str = "") -> BrokerError | LinkLost:
+    """Return the contract's error for the exception that a connection or channel closed with."""
+    text = error_text(why)
+    error = error_for_reply(text, user)
+    return error if isinstance(error, BrokerError) else LinkLost(text)
+
+
 def error_for_reply(text: str, user: str = "", right: Right | None = None) -> TransportError:
     """Return the error for a reply text of the broker.
 

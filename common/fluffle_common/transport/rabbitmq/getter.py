@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fluffle_common.errors import BrokerError, LinkLost
+from fluffle_common.errors import LinkLost
 from fluffle_common.logs import logger
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.connection import Connection, close
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
-from fluffle_common.transport.rabbitmq.errors import error_for_reply, error_text, map_exceptions
+from fluffle_common.transport.rabbitmq.errors import closing_error, map_exceptions
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 
 _LOG = logger("transport.link")
@@ -74,9 +74,8 @@ class Getter:
         self._on_channel_closed(_, why)
 
     def _on_channel_closed(self, _: Any, why: BaseException | None = None) -> None:
-        text = "the connection was closed" if why is None else error_text(why)
-        error = error_for_reply(text)
-        self._close_channel(error if isinstance(error, BrokerError) else LinkLost(text))
+        closed = LinkLost("the connection was closed")
+        self._close_channel(closed if why is None else closing_error(why))
 
     def _end(self) -> None:
         self._close_channel(self._lifetime.error())

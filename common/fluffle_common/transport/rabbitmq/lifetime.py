@@ -11,8 +11,8 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.logs import logger
 from fluffle_common.transport.rabbitmq.errors import (
     Right,
+    closing_error,
     error_for_reply,
-    error_text,
     map_exceptions,
 )
 
@@ -39,9 +39,7 @@ class Lifetime:
         if isinstance(why, LinkLost):
             self._why = why
         elif why is not None:
-            text = error_text(why)
-            error = error_for_reply(text, self._user)
-            self._why = error if isinstance(error, BrokerError) else LinkLost(text)
+            self._why = closing_error(why, self._user)
         _LOG.debug("lost the link: %s", self._why)
         self.end()
 

@@ -295,8 +295,8 @@ class AmqpLink(Link):
         )
         return consumer.deliveries()
 
-    async def get(self, queue: str, *, apart: bool = False) -> Delivery | None:
-        if apart:
+    async def get(self, queue: str, *, foreign: bool = False) -> Delivery | None:
+        if foreign:
             return await self._getter.get(queue)
         self._lifetime.check()
         content = await self._get_channel.take(queue)

@@ -8,7 +8,7 @@ quorum; ``machine.closing`` compares it with the updates in the sum.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
@@ -48,15 +48,12 @@ class QuorumRounds(Schedule[State]):
         rules = state.rules
         if rules.secret is not None:
             return _drawn(state, rules.secret, state.workers)
-        size, draw = rules.ask(len(state.workers)), Draw(rules.seed, state.round)
         answered: set[str] = set()
         if rules.samples and rules.selection.fixed:
             # After a restart, some of the sample may have answered the earlier coordinator.
             of_round = (t for t, update in state.received.items() if update.round == state.round)
             answered = {ticket.worker for ticket in of_round}
-        others = state.candidates(name for name in state.workers if name not in answered)
-        room, least = size - len(answered), rules.least - len(answered)
-        return select(rules.selection, others, room, draw, least=least)
+        return _selected_beside(answered, state, Draw(rules.seed, state.round))
 
     def again(self, state: State) -> tuple[str, ...]:
         """Draw a new cohort: workers that advance stay, those that did not answer come last."""
@@ -64,13 +61,10 @@ class QuorumRounds(Schedule[State]):
         answered = {ticket.worker for ticket in state.received}
         if rules.secret is not None:
             return tuple(n for n in _drawn(state, rules.secret, present) if n not in answered)
-        size, draw = rules.ask(len(present)), Draw(rules.seed, state.round, state.draws)
         staying = {n for n in present if n in answered or state.advancing(n)}
-        others = [name for name in present if name not in staying]
-        room, candidates = size - len(staying), state.candidates(others)
-        least = rules.least - len(staying)
+        draw = Draw(rules.seed, state.round, state.draws)
         last = state.asked_before.union(state.asked)
-        drawn = select(rules.selection, candidates, room, draw, last=last, least=least)
+        drawn = _selected_beside(staying, state, draw, last=last)
         return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
@@ -87,6 +81,16 @@ class QuorumRounds(Schedule[State]):
     def wakeup(self, state: State) -> float:
         """Return when the grace ends."""
         return math.inf if state.quorum_at is None else state.quorum_at + state.rules.grace_s
+
+
+def _selected_beside(
+    settled: Set[str], state: State, draw: Draw, *, last: Collection[str] = ()
+) -> tuple[str, ...]:
+    """Select workers for the places that those in ``settled`` leave in the cohort."""
+    rules = state.rules
+    others = state.candidates(name for name in state.workers if name not in settled)
+    room, least = rules.ask(len(state.workers)) - len(settled), rules.least - len(settled)
+    return select(rules.selection, others, room, draw, last=last, least=least)
 
 
 def _drawn(state: State, secret: int, workers: Iterable[str]) -> tuple[str, ...]:
