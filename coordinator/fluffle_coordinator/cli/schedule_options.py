@@ -109,9 +109,9 @@ schedule_options = option_group(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help="Maximum staleness of an update: the number of versions made since the version that "
-        "the update started from. Staler updates are discarded.  [default: 20 with '--schedule "
-        "buffered', 2 with '--late discount']",
+        help="Maximum staleness of an update; staler updates are discarded. An update that started "
+        "from version 5 has staleness 2 when versions 6 and 7 have been made.  [default: 20 with "
+        "'--schedule buffered', 2 with '--late discount']",
     ),
     click.option(
         "--staleness",

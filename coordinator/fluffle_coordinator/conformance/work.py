@@ -301,8 +301,8 @@ async def frozen_tensors(probe: Probe) -> str:
     state = _last_sign(probe).state
     if probe.updates_of(sent) or state != "receiving":
         raise Unmet(
-            f"the worker is in state {state} after a fit message without its frozen tensors; "
-            "expected the state 'receiving'"
+            f"the worker is in state {state} after a fit message that needs frozen tensors but "
+            "does not bring them; expected the state 'receiving'"
         )
 
     await probe.update(await probe.ask(sent.fit, beside={FROZEN: other.tensors}))

@@ -49,8 +49,8 @@ def parse_urls(text: str) -> list[URL]:
     urls = [_parse(url) for url in split_urls(text)]
     if len({url.path for url in urls}) > 1:
         raise UsageError(
-            "the URLs in --url name different vhosts; end every URL in the same /vhost, because "
-            "the nodes of a cluster share their vhosts"
+            "the URLs in --url name different vhosts; put the same /vhost at the end of every URL, "
+            "because the nodes of a cluster share their vhosts"
         )
     return urls
 
