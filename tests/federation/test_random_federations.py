@@ -60,8 +60,8 @@ class Numbered(Adder):
         if self.faulty:
             self.faulty -= 1
             new["head"] *= np.nan
-        whole = float(plan.train is None)
-        metrics = {"number": number, "whole": whole, "backbone": self.backbone}
+        whole, start = float(plan.train is None), float(weights["head"][0])
+        metrics = {"number": number, "whole": whole, "start": start, "backbone": self.backbone}
         return TrainResult(new, self.num_examples, metrics)
 
 
@@ -146,10 +146,13 @@ class Rain:
         await asyncio.sleep(self.rng.choice([0.0, 0.01, 0.3, 1.0, 5.0, 15.0]))
 
     async def kill_coordinator(self) -> None:
-        """Kill or stop it; the next one may train other tensors."""
+        """Kill or stop it; the next one may train other tensors, or find a damaged checkpoint."""
         await self.rng.choice([self.coordinator.kill, self.coordinator.stop])()
         self.plan = self.rng.choice([self.plan, *PLANS])
         if self.standby is None:
+            checkpoints = sorted(self.federation.folder.glob("round-*.safetensors"))
+            if len(checkpoints) > 1 and self.rng.random() < 0.2:
+                checkpoints[-1].write_bytes(b"damaged")
             await asyncio.sleep(self.rng.choice([0.0, 0.5, 40.0]))
             self.standby = self.start_coordinator()
         self.coordinator, self.standby = self.standby, None
@@ -247,7 +250,7 @@ class Rain:
 def check(federation: Federation, rules: dict[str, Any]) -> None:
     """Check the history and each model against an average in float64."""
     schedule, seen = rules["schedule"], set()
-    expected = {"body": 0.0, "head": 0.0}
+    expected, starts = {"body": 0.0, "head": 0.0}, [0.0]
     assert [line["round"] for line in federation.history()] == [*range(1, rules["rounds"] + 1)]
     for line in federation.history():
         everyone = line["participants"]
@@ -261,6 +264,9 @@ def check(federation: Federation, rules: dict[str, Any]) -> None:
         assert all(one.get("staleness", 0) <= schedule.max_staleness for one in everyone)
         weights = [one["num_examples"] * (1 + one.get("staleness", 0)) ** -0.5 for one in everyone]
         assert max(one["num_examples"] for one in everyone) <= (rules["max_examples"] or 40)
+        for one in everyone:  # trained from the weights that it says
+            start = starts[-1 - one.get("staleness", 0)]
+            assert one["metrics"]["start"] == pytest.approx(start, rel=1e-5)
         numbers = [one["metrics"]["number"] for one in everyone]
         assert seen.isdisjoint(numbers)
         seen.update(numbers)
@@ -268,6 +274,7 @@ def check(federation: Federation, rules: dict[str, Any]) -> None:
         (whole,) = {one["metrics"]["whole"] for one in everyone}
         expected["head"] += mean
         expected["body"] += whole * mean
+        starts.append(expected["head"])
         for name, value in expected.items():
             model = federation.weights(line["round"])[name]
             np.testing.assert_allclose(model, value, rtol=1e-5, atol=1e-6)

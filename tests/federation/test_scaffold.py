@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import random
 from typing import Any
 
 import numpy as np
+import pytest
 
 from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import use_local_rule
 from fluffle_worker.task import EvalResult, TrainResult
+from tests.federation.clock import VirtualLoop
 
 TARGETS = {"a": 1.0, "b": 4.0}
 CURVES = {"a": 1.0, "b": 3.0}
@@ -79,6 +83,54 @@ def test_scaffold_matches_the_paper_also_after_a_restart(federated, tmp_path):
                 federation.worker(name, Descent(name), state_dir=tmp_path / name)
             assert (await coordinator.end()).outcome == "finished"
             assert not coordinator.log.of("rejected")
+        check(federation, 5)
+
+    federated(scenario)
+
+
+class SlowDescent(Descent):
+    """Gradient descent whose steps take virtual time."""
+
+    def __init__(self, name: str, loop: VirtualLoop) -> None:
+        super().__init__(name)
+        self.loop = loop
+
+    def train(self, weights: Any, plan: Any, progress: Any) -> TrainResult:
+        def step(*done: Any) -> None:
+            progress(*done)
+            self.loop.sleep(0.25)
+
+        return super().train(weights, plan, step)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_scaffold_matches_the_paper_whenever_processes_are_killed(federated, tmp_path, seed):
+    async def scenario(federation):
+        rng, workers = random.Random(seed), {}
+
+        def worker(name):
+            task = SlowDescent(name, federation.loop)
+            workers[name] = federation.worker(name, task, state_dir=tmp_path / name)
+
+        def coordinator():
+            strategy = load_strategy("scaffold")
+            return federation.coordinator(5, strategy=strategy, least=2, deadline_s=30.0)
+
+        for name in TARGETS:
+            worker(name)
+        current = coordinator()
+        for _ in range(4):
+            await asyncio.sleep(rng.uniform(0.0, 2.0))
+            name, which = rng.choice(list(TARGETS)), rng.choice(["worker", "coordinator", "both"])
+            if which != "worker":
+                await current.kill()
+            if which != "coordinator":
+                await workers[name].kill()
+                await asyncio.sleep(rng.choice([0.0, 3.0, 15.0]))
+                worker(name)
+            if which != "worker":
+                current = coordinator()
+        assert (await current.end()).outcome == "finished"
         check(federation, 5)
 
     federated(scenario)
