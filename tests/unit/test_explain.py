@@ -311,6 +311,27 @@ def test_updates_that_count_before_the_round_is_opened_again():
     assert "with a, b, c, 240 examples." in text
 
 
+def test_a_restarted_coordinator_has_not_opened_the_round_again():
+    story = begun().add(20, "interrupted").add(50, "resumed", round=6)
+    story.add(51, "joined", worker="b", num_examples=80)
+    reason = "waiting for workers: 1 of 5 are connected (b)"
+    story.add(52, "waiting", reason=reason, what="workers")
+    explanation, text = story.explained(now=60)
+    assert text.startswith("Round 7 of run")
+    assert "is not open now: opened on" in text
+    assert "needed" not in text
+    silent = f"not heard from since the coordinator's restart at {clock(at(50))}"
+    assert f"Still waiting for a: {silent}." in text
+    assert "Still waiting for b: connected, no update yet." in text
+    assert "opens the round again as soon as enough workers are connected." in text
+    assert f'At {clock(at(52))} the coordinator reported "{reason}".' in text
+    assert as_dict(explanation)["open"] is False
+    explanation, text = story.opened(70).explained(now=80)
+    assert "is open: opened on" in text
+    assert "3 updates needed" in text
+    assert as_dict(explanation)["open"] is True
+
+
 def test_the_journal_may_be_ahead_of_this_machines_clock():
     explanation, text = begun().counted(13, "a", 1).explained(now=11)
     assert explanation.now == at(13).timestamp()

@@ -50,6 +50,8 @@ def why_missing(explanation: Explanation, worker: str) -> str:
         since = "" if doing.startswith("failed") else doing
         rejected = f"its update was rejected at {clock(rejection.at)} ({rejection.reason})"
         return f"{rejected}; {since}" if since else rejected
+    if this.restarted_at is not None and worker not in explanation.view.workers.present:
+        return f"not heard from since the coordinator's restart at {clock(this.restarted_at)}"
     joined_at = this.joined.get(worker)
     joined = "" if joined_at is None else f", joined at {clock(joined_at)}"
     if not explanation.waits:
@@ -114,7 +116,7 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
     return {
         "run": explanation.run,
         "round": this.number,
-        "open": this.is_open,
+        "open": this.is_open and not this.is_suspended,
         "opened_at": iso(this.opened_at),
         "asked": list(this.asked),
         "needed": this.needed,
@@ -156,6 +158,8 @@ def _opening(explanation: Explanation) -> Iterator[str]:
         )
         return
     needed = "" if this.needed is None else f"; {_number(this.needed, 'update')} needed"
+    if this.is_suspended:
+        state, needed = "is not open now", ""  # a restarted coordinator may have another quorum
     day = local(this.opened_at, "%Y-%m-%d")
     yield (
         f"Round {this.number} of run {explanation.run} {state}: opened on {day} at "
@@ -243,6 +247,7 @@ def _progress(explanation: Explanation) -> Iterator[str]:
             f"A coordinator was started at {clock(this.restarted_at)} and opens the round again "
             "as soon as enough workers are connected."
         )
+        yield from _waiting(explanation)
         return
     if this.needed is not None:
         lacking = this.needed - len(this.answers)

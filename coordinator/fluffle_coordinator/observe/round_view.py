@@ -105,6 +105,11 @@ class RoundView:
         """Whether the round still waits for updates."""
         return self.opened_at is not None and self.committed_at is None
 
+    @property
+    def is_suspended(self) -> bool:
+        """Whether a coordinator was restarted and has not opened the round again yet."""
+        return self.is_open and self.restarted_at is not None
+
     def add(self, at: float, event: RunEvent) -> None:
         """Apply an event that names this round."""
         match event:
