@@ -154,10 +154,8 @@ class Workers:
         return row
 
     def begin_run(self) -> None:
-        """Reset the counts for a new run."""
-        for row in self._rows.values():
-            row.counted = row.late = row.rejected = row.bytes = row.trained = 0
-            row.train_s = 0.0
+        """Forget the workers of the earlier run; those that are connected join the new one."""
+        self._rows.clear()
 
     def begin_coordinator(self) -> None:
         """Forget who has joined or departed, since a new coordinator knows no worker yet."""
