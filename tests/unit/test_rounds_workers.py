@@ -127,6 +127,14 @@ def test_a_round_that_opens_with_too_few_workers_for_its_quorum_reports_that_at_
     assert WaitingReport(30.0, enough.now).due(enough.state, enough.now, had_effects=True) is None
 
 
+@pytest.mark.parametrize(("left_s", "words"), [(592, "9 min 52 s"), (59, "59 s"), (5, "5 s")])
+def test_the_time_to_the_deadline_has_the_units_of_explain(left_s, words):
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=left_s))
+    waiting = waiting_for(run.state, run.now)
+    assert waiting is not None
+    assert f"updates, {words} to the deadline;" in str(waiting.reason)
+
+
 def test_the_deadline_that_is_shown_does_not_pass_while_nobody_is_heard():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60))
     pass_time(run, 10, "ab")

@@ -9,6 +9,7 @@ from fluffle_common.protocol.events import Doing, Waiting
 from fluffle_coordinator.machine.clock import standstill_s
 from fluffle_coordinator.machine.closing import deadline_at
 from fluffle_coordinator.machine.state import Phase, State
+from fluffle_coordinator.observe.times import duration
 
 
 class WaitingReport:
@@ -55,9 +56,10 @@ def waiting_for(state: State, now: float) -> Waiting | None:
         return _before_a_round(state)
     if state.phase is Phase.OPEN:
         left_s = max(0.0, deadline_at(state) + standstill_s(state, now) - now)
+        left = f"{left_s:.0f} s" if left_s < 60 else duration(left_s)
         return Waiting(
             reason=f"round {state.round}: {state.folded} of {state.needed} updates, "
-            f"{left_s:.0f} s to the deadline; {missing(state, now)}",
+            f"{left} to the deadline; {missing(state, now)}",
             what="updates",
             round=state.round,
             missing=tuple(_doings(state, now)),
