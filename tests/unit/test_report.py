@@ -177,6 +177,17 @@ def test_how_the_run_stands():
     assert (run["phase"], run["words"]) == ("ended", "stopped: no quorum")
 
 
+def test_it_shows_only_configurations_that_a_round_was_committed_under():
+    def used(*from_rounds: int) -> list[int]:
+        configurations = [{"from_round": number} for number in from_rounds]
+        report = shown(identity={"configurations": configurations})
+        return [each["from_round"] for each in report["configurations"]]
+
+    assert used(1, 7, 7, 7) == [1, 7]
+    assert used(1, 4, 7) == [1, 4, 7]
+    assert used(1, 5, 8, 4) == [1, 4]  # the rounds from 4 on were lost
+
+
 # --- the page ----------------------------------------------------------------------------------
 
 
@@ -269,7 +280,7 @@ def test_what_came_from_outside_is_text(evil):
         )
         | evaluated(1, **{evil: 0.5})
     ]
-    settings = {"rules": {evil: evil}, "from_round": evil, "versions": {evil: evil}}
+    settings = {"rules": {evil: evil}, "from_round": 1, "since": evil, "versions": {evil: evil}}
     identity = {"federation": evil, "run": evil, "configurations": [{"rules": {}}, settings]}
     data = shown(rows, identity=identity)
     html = page(data)

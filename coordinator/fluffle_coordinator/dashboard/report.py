@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -70,7 +71,7 @@ def snapshot(
     """
     view = RunView(whole=True)
     view.remember(rows)
-    configurations = list(identity.get("configurations", ()))
+    configurations = _used(identity.get("configurations", ()))
     planned = configurations[-1].get("rules", {}).get("rounds") if configurations else None
     done = f"{view.committed} of {planned}" if planned else str(view.committed)
     words = f"{done} rounds are committed; the run had not ended when this report was written"
@@ -95,6 +96,18 @@ def snapshot(
         "configurations": configurations,
         "checkpoints": list(checkpoints),
     }
+
+
+def _used(configurations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the configurations under which a round of the run was committed, and the last."""
+    used: list[Mapping[str, Any]] = []
+    until = math.inf  # the first round that belongs to a later configuration
+    for each in reversed(configurations):
+        from_round = each.get("from_round", 0)
+        if from_round < until:
+            used.append(each)
+        until = min(until, from_round)
+    return used[::-1]
 
 
 def page(data: Mapping[str, Any]) -> str:
