@@ -132,6 +132,55 @@ def test_staleness_and_privacy_are_there_when_a_run_has_them(
         assert seen.page.locator('#chart path.curve[data-metric="epsilon"]').count() == 1
 
 
+def test_the_configuration_has_the_names_of_the_options(browser: Browser, tmp_path: Path) -> None:
+    rules = {"least": 1, "patience": 5, "stall_timeout_s": None, "wait_s": 90.0}
+    stopping = {"patience": 3, "time_budget_s": 60.0}
+    identity = {
+        "federation": "letters",
+        "run": "abc",
+        "configurations": [{"rules": rules, "stopping": stopping, "versions": {"python": "3.12"}}],
+    }
+    file = tmp_path / "report.html"
+    file.write_text(page(snapshot([row(1, "a")], identity, [], None, 1_800_000_000.0)))
+    with window(browser, file.as_uri()) as seen:
+        seen.wait("#configuration", "version of python")
+        names, values = texts(seen, "#configuration dt"), texts(seen, "#configuration dd")
+        assert dict(zip(names, values, strict=True)) == {
+            "fewest updates": "1",
+            "heartbeats missed until gone": "5",
+            "stall timeout": "\N{EN DASH}",
+            "wait workers": "90 s",
+            "patience": "3",
+            "time budget": "60 s",
+            "version of python": "3.12",
+        }
+        assert seen.complaints == []
+
+
+def test_a_report_on_a_phone_breaks_no_date_and_no_hash(browser: Browser, tmp_path: Path) -> None:
+    checkpoint = {"file": "round-0001.safetensors", "size_bytes": 7, "sha256": "0a" * 32}
+    identity = {"federation": "letters", "run": "abc"}
+    file = tmp_path / "report.html"
+    rows = [row(1, "a")]
+    file.write_text(page(snapshot(rows, identity, [checkpoint], None, 1_800_000_000.0)))
+    with window(browser, file.as_uri(), width=390) as seen:
+        seen.wait("#checkpoints .code", "0a" * 32)
+        for line in ("#history tr", "#checkpoints tr"):
+            box = seen.page.locator(line).first.bounding_box()
+            assert box is not None
+            assert box["height"] < 40
+        assert seen.page.evaluate("document.documentElement.scrollWidth") == 390
+
+
+def test_an_interrupted_run_has_not_ended(browser: Browser) -> None:
+    source = CoordinatorSource("letters", listen("127.0.0.1:0", "--dashboard"))
+    with serving(source) as (url, happen), window(browser, url) as seen:
+        happen(run_events.Started(run="first"), run_events.Interrupted(folder="runs/letters"))
+        seen.wait("#open-empty", "The run was interrupted.")
+        happen(run_events.Resumed(run="first"), run_events.Finished(reason="done"))
+        seen.wait("#open-empty", "The run has ended.")
+
+
 def test_whatever_came_from_outside_is_text(browser: Browser, tmp_path: Path) -> None:
     rejection = dict.fromkeys(("reason", "cause", "kind", "worker"), EVIL)
     rows = [row(1, EVIL, asked=[EVIL], rejected=1, rejections=[rejection], **{EVIL: 0.5})]

@@ -53,8 +53,9 @@ function open(board, now) {
   const { open } = board;
   say($("open-title"), open ? `Round ${open.round}` : over(board) ? "No open round" : "The open round");
   if (!either("open", open !== null)) {
+    const ended = board.run.outcome === "interrupted" ? "The run was interrupted." : "The run has ended.";
     const evaluating = board.run.phase === "evaluating";
-    say($("open-empty"), over(board) ? "The run has ended." : evaluating ? "All rounds are done." : "No round is open.");
+    say($("open-empty"), over(board) ? ended : evaluating ? "All rounds are done." : "No round is open.");
     return;
   }
   const reached = open.updates >= open.needed;

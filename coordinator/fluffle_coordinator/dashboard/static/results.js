@@ -207,17 +207,33 @@ function configuration(board) {
 }
 configuration.of = ["configurations"];
 
+/** What the report calls the settings whose names in run.json are not those of their options. */
+const SETTINGS = new Map([
+  ["wait", "wait workers"],
+  ["selection", "select"],
+  ["least", "fewest updates"],
+  ["patience", "heartbeats missed until gone"],
+  ["stall", "report a stalled worker after"],
+  ["resend", "send work again after"],
+  ["hearing", "stop the clock after silence of"],
+  ["stopping monitor", "monitor"],
+  ["stopping target", "target"],
+  ["stopping patience", "patience"],
+  ["stopping time budget", "time budget"],
+]);
+
 /** Flatten a configuration to {setting name: formatted value}. */
 function flat(tree, above = "") {
   const leaves = {};
   for (const [key, value] of Object.entries(tree)) {
-    const name = `${above}${key}`.replaceAll("_", " ");
+    const path = `${above}${key}`.replace(/_s$/, "").replaceAll("_", " ");
+    const name = SETTINGS.get(path) ?? path.replace(/^versions /, "version of ");
     if (key === "quorum" && value && typeof value === "object") {
       leaves.quorum = value.number ? whole(value.number) : value.fraction === 1 ? "all" : `${percent(value.fraction)} of those asked`;
     } else if (value && typeof value === "object" && !Array.isArray(value) && Object.keys(value).length) {
-      Object.assign(leaves, flat(value, key === "rules" || key === "plan" ? "" : `${name} `));
+      Object.assign(leaves, flat(value, key === "rules" || key === "plan" ? "" : `${path} `));
     } else if (key.endsWith("_s") && typeof value === "number") {
-      leaves[name.slice(0, -2)] = span(value);
+      leaves[name] = span(value);
     } else {
       leaves[name] = words(value);
     }
