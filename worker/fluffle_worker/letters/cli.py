@@ -76,8 +76,8 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     required=True,
     multiple=True,
     metavar="PNG",
-    help="Image of a white letter on black, of any size and color mode; may be given several "
-    "times. More images may follow, as in --image *.png.",
+    help="Image of a white letter on black, of any size and color mode. For several images, repeat "
+    "the option, or list more files after the first one, as in --image *.png.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
