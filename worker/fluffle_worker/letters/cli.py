@@ -38,8 +38,8 @@ _NEEDS_WORKER = "this command needs JAX and Pillow; run pip install 'fluffle[wor
     "--unseen",
     type=count(0),
     default=1,
-    help="Number of additional writers for scoring only; no worker should train on the letters "
-    "of these writers.",
+    help="Number of additional writers who are not clients. Their letters are only for scoring a "
+    "model; no worker should train on them.",
 )
 @click.option("--seed", type=SEED, default=1, help="Seed for drawing the letters.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
