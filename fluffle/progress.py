@@ -64,12 +64,22 @@ class Progress(Watcher):
                 self._brief = event.in_brief()
             if self._lines:
                 self._print(self._latest)
+        elif isinstance(event, run_events.Resumed) and event.round >= event.rounds:
+            self._print_no_round_left(event)
         elif isinstance(event, run_events.Interrupted):
             pass  # it names a command, but the run was a call; RunFolder names that
         elif self._lines or self._bar is not None:
             noted = self._under_way and isinstance(event, run_events.Note)
             if noted or event.severity in ("odd", "bad"):
                 self._print(event.sentence())
+
+    def _print_no_round_left(self, event: run_events.Resumed) -> None:
+        if self._lines or self._bar is not None:
+            self._print(
+                f"the run has {event.round} round{'s'[: event.round != 1]} already, and "
+                f"rounds={event.rounds}, so no round is left to run; use a higher rounds= to add "
+                "rounds, or fresh=True to begin a new run"
+            )
 
     def _print(self, text: str) -> None:
         if self._bar is not None:
