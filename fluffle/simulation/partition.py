@@ -104,8 +104,8 @@ class By(Partition):
         values = _by_value(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} values, but {clients} clients were "
-                f"requested; use --clients {len(values)}, because each value makes one client"
+                f"column '{self.column}' has {len(values)} different values, each of which makes "
+                f"one client, but {clients} clients were requested; use --clients {len(values)}"
             )
         return values
 

@@ -60,7 +60,7 @@ def test_a_smaller_alpha_gives_clients_fewer_labels():
 def test_by_a_column_each_value_is_a_client():
     writers = np.array(["x", "y", "x", "z"])
     assert [part.tolist() for part in By("writer").deal(writers, 3, 0)] == [[0, 2], [1], [3]]
-    with pytest.raises(UsageError, match=r"column 'writer' has 3 values.*--clients 3"):
+    with pytest.raises(UsageError, match=r"column 'writer' has 3 different values.*--clients 3"):
         By("writer").deal(writers, 4, 0)
 
 

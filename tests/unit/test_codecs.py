@@ -121,7 +121,7 @@ def changed(**changes: Any) -> type:
         (changed(decode=lambda self, parts, like: like), "no static method 'decode'"),
         (changed(dtypes="float32"), "must set 'dtypes'"),
         (changed(feeds_back=1), "'feeds_back' to True or False"),
-        (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails in parts((4, 300)) with ZeroDiv"),
+        (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails with ZeroDiv"),
         (changed(parts=staticmethod(lambda shape: ())), "expected a tuple of one or two Part"),
         (changed(parts=staticmethod(lambda shape: [Part("", "int8", shape)])), "a tuple of one"),
         (changed(parts=staticmethod(lambda shape: (Part("q", "int8", shape),))), "suffix 'q'"),

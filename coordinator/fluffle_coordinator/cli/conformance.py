@@ -39,8 +39,8 @@ if TYPE_CHECKING:
 @click.option(
     "--twice",
     is_flag=True,
-    help="At the end, wait for you to restart the worker, then refuse the restarted worker and "
-    "check its reaction.",
+    help="Also test a refusal: at the end, the command waits until you restart the worker, "
+    "refuses the restarted worker, and checks the worker's reaction.",
 )
 @click.option(
     "--wait",

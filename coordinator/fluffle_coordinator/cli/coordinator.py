@@ -87,7 +87,8 @@ def run_option(command: Any) -> Any:
     "--min-updates",
     type=count(),
     default=1,
-    help="Minimum number of updates with which '--on-deadline close' closes a round.",
+    help="With '--on-deadline close', a round is closed at its deadline only if at least this many "
+    "updates have arrived.",
 )
 @schedule_options
 @click.option(

@@ -53,7 +53,7 @@ def _source_options(command: Any) -> Any:
         "folder",
         type=click.Path(exists=True, file_okay=False, path_type=Path),
         metavar="DIR",
-        help="Read the journal in this run folder of a simulation, instead of the journal on a "
+        help="Run folder of a simulation. The journal is read from this folder instead of from a "
         "broker.",
     )
     return federation_option(url_option(run_option(command)), required=False)

@@ -108,9 +108,9 @@ def rules_for(
     needs: Needs = named.strategy.needs
     if needs.min_examples > 1:
         raise UsageError(
-            f"the strategy {named.name} needs at least {needs.min_examples} examples per round, "
-            "which this version of fluffle does not support; choose another strategy with "
-            "--strategy"
+            f"the strategy {named.name} has min_examples = {needs.min_examples}, but this version "
+            "of fluffle does not support a minimum number of examples per round; choose another "
+            "strategy with --strategy"
         )
     try:
         Plan(extra=needs.extra)

@@ -38,8 +38,8 @@ _NEEDS_WORKER = "this command needs JAX and Pillow; run pip install 'fluffle[wor
     "--unseen",
     type=count(0),
     default=1,
-    help="Number of additional writers for scoring only; no worker should train on the letters "
-    "of these writers.",
+    help="Number of additional writers who are not clients. Their letters are only for scoring a "
+    "model; no worker should train on them.",
 )
 @click.option("--seed", type=SEED, default=1, help="Seed for drawing the letters.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
@@ -76,8 +76,8 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     required=True,
     multiple=True,
     metavar="PNG",
-    help="Image of a white letter on black, of any size and color mode; may be given several "
-    "times. More images may follow, as in --image *.png.",
+    help="Image of a white letter on black, of any size and color mode. For several images, repeat "
+    "the option, or list more files after the first one, as in --image *.png.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")

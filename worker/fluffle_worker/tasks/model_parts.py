@@ -162,8 +162,8 @@ class ModelParts:
             dtype = leaf.get_value().dtype
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise TaskError(
-                    f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; make "
-                    "the parameter an nnx.Variable other than nnx.Param, or select it with frozen="
+                    f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; "
+                    "store it in another nnx.Variable than nnx.Param, or freeze it with frozen="
                 )
         _check_names(_names(trained))
 

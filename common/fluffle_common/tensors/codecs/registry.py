@@ -179,7 +179,7 @@ def _check_parts(codec: Any, where: str) -> None:
         parts = codec.parts((4, 300))
     except (Exception, SystemExit) as error:
         raise UsageError(
-            f"the codec {where} fails in parts((4, 300)) with {type(error).__name__}: {error}"
+            f"parts((4, 300)) of the codec {where} fails with {type(error).__name__}: {error}"
         ) from error
     valid = isinstance(parts, tuple) and 1 <= len(parts) <= _MAX_PARTS
     if not valid or not all(isinstance(part, Part) for part in parts):
