@@ -50,6 +50,8 @@ class Progress(Watcher):
         match event:
             case run_events.Opened():
                 self._under_way = True
+            case run_events.Resumed(round=done, rounds=rounds) if done and rounds:
+                self._print_if_none_left(done, rounds)
             case run_events.Finished():
                 self._under_way = False
             case run_events.Committed():
@@ -64,8 +66,6 @@ class Progress(Watcher):
                 self._brief = event.in_brief()
             if self._lines:
                 self._print(self._latest)
-        elif isinstance(event, run_events.Resumed) and event.round >= event.rounds:
-            self._print_no_round_left(event)
         elif isinstance(event, run_events.Interrupted):
             pass  # it names a command, but the run was a call; RunFolder names that
         elif self._lines or self._bar is not None:
@@ -73,12 +73,12 @@ class Progress(Watcher):
             if noted or event.severity in ("odd", "bad"):
                 self._print(event.sentence())
 
-    def _print_no_round_left(self, event: run_events.Resumed) -> None:
-        if self._lines or self._bar is not None:
+    def _print_if_none_left(self, done: int, rounds: int) -> None:
+        if done >= rounds and (self._lines or self._bar is not None):
             self._print(
-                f"the run has {event.round} round{'s'[: event.round != 1]} already, and "
-                f"rounds={event.rounds}, so no round is left to run; use a higher rounds= to add "
-                "rounds, or fresh=True to begin a new run"
+                f"the run has {done} round{'s'[: done != 1]} already, and rounds={rounds}, so no "
+                "round is left to run; use a higher rounds= to add rounds, or fresh=True to begin "
+                "a new run"
             )
 
     def _print(self, text: str) -> None:
