@@ -123,7 +123,8 @@ class Program:
             for line in self.process.stdout:
                 log.write(line)
                 log.flush()
-                say(labelled(self.name, line.rstrip("\n")))
+                if not line.isspace():  # a blank line follows the ^C of a terminal
+                    say(labelled(self.name, line.rstrip("\n")))
 
     def ended(self) -> bool:
         """Return whether the command has ended.
@@ -200,6 +201,7 @@ def train(data: Path, programs: list[Program]) -> None:
     """Run the federation to its end, and show its queues during the second round."""
     federation = ("--federation", FEDERATION)
     rules = ("--quorum", CLIENTS, "--rounds", ROUNDS, "--fresh")
+    began = time.time()
     coordinator = Program(programs, "coordinator", "coordinator", *federation, *rules)
     for number in range(1, CLIENTS + 1):
         folder = data / f"client-{number}"
@@ -210,10 +212,17 @@ def train(data: Path, programs: list[Program]) -> None:
             raise Failed(f"{running[0].name} did not end in time; see {running[0].log}", 1)
         if coordinator not in running:
             deadline = min(deadline, time.monotonic() + LEAVE_S)
-        elif not queues_shown and (RUN / "round-0001.safetensors").exists():
+        elif not queues_shown and is_newer(RUN / "round-0001.safetensors", began):
             queues_shown = True
             run("queues", *federation, check=False)
         time.sleep(0.1)
+
+
+def is_newer(file: Path, began: float) -> bool:
+    """Return whether a file was written since a time; an earlier run may have left its own."""
+    with contextlib.suppress(FileNotFoundError):
+        return file.stat().st_mtime >= began
+    return False
 
 
 def show(data: Path) -> None:

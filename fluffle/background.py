@@ -4,18 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Coroutine
 from concurrent.futures import Future
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import uvloop
 
+from fluffle_common.errors import FluffleError
+
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
 class Cancelled(Exception):
     """The work was cancelled before it returned a result."""
+
+
+def short_traceback(function: Callable[P, T]) -> Callable[P, T]:
+    """Leave fluffle's own frames out of the tracebacks of its errors and of Ctrl-C.
+
+    In a notebook, they would fill a hundred lines above the message.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments: P.args, **keywords: P.kwargs) -> T:
+        try:
+            return function(*arguments, **keywords)
+        except (FluffleError, KeyboardInterrupt) as why:
+            why.__traceback__ = None
+            raise why
+
+    return call
 
 
 class Background(Generic[T]):

@@ -64,6 +64,12 @@ class Round:
         """The model's arrays by name, read from its checkpoint at each access."""
         return load_model(self.checkpoint)
 
+    def __repr__(self) -> str:
+        workers, examples = len(self.participants), self.num_examples
+        counts = f"{workers} worker{'s'[: workers != 1]}, {examples} examples"
+        values = [f"{one_line(name)} {decimal(value)}" for name, value in self.values().items()]
+        return f"Round {self.number}: {', '.join([counts, *values])}"
+
     def values(self) -> dict[str, float]:
         """Return the measured values of this round, by column name."""
         values = {"train_loss": self.train_loss, "loss": self.loss, **self.metrics}

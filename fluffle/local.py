@@ -7,13 +7,13 @@ import os
 from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from fluffle.background import Background
+from fluffle.background import Background, short_traceback
 from fluffle.federation import Federation, Tasks, named_tasks
 from fluffle.keywords import as_keywords, settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
 from fluffle.run_folder import RunFolder
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import FluffleError, UsageError
 from fluffle_common.protocol.topology import Topology
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 
@@ -27,6 +27,7 @@ T = TypeVar("T")
 _CALLER = "fluffle.run"
 
 
+@short_traceback
 def run(
     tasks: Tasks = (),
     *,
@@ -130,7 +131,11 @@ async def arun(*arguments: Any, **keywords: Any) -> Run:
 
     Cancelling this coroutine ends the run as Ctrl-C does.
     """
-    return await _start(*arguments, **keywords).result()
+    try:
+        return await _start(*arguments, **keywords).result()
+    except FluffleError as why:
+        why.__traceback__ = None  # as in short_traceback
+        raise why
 
 
 @as_keywords()

@@ -50,6 +50,8 @@ class Progress(Watcher):
         match event:
             case run_events.Opened():
                 self._under_way = True
+            case run_events.Resumed(round=done, rounds=rounds) if done and rounds:
+                self._print_if_none_left(done, rounds)
             case run_events.Finished():
                 self._under_way = False
             case run_events.Committed():
@@ -70,6 +72,14 @@ class Progress(Watcher):
             noted = self._under_way and isinstance(event, run_events.Note)
             if noted or event.severity in ("odd", "bad"):
                 self._print(event.sentence())
+
+    def _print_if_none_left(self, done: int, rounds: int) -> None:
+        if done >= rounds and (self._lines or self._bar is not None):
+            self._print(
+                f"the run has {done} round{'s'[: done != 1]} already, and rounds={rounds}, so no "
+                "round is left to run; use a higher rounds= to add rounds, or fresh=True to begin "
+                "a new run"
+            )
 
     def _print(self, text: str) -> None:
         if self._bar is not None:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from fluffle.background import Background
+from fluffle.background import Background, short_traceback
 from fluffle.federation import Tasks, by_name, make_task
 from fluffle.keywords import as_keywords, settings_from
 from fluffle.progress import Progress
@@ -33,6 +33,7 @@ _CALLER = "fluffle.simulate"
 _CLIENTS = 100
 
 
+@short_traceback
 @as_keywords()
 def simulate(
     tasks: Task | Tasks,

@@ -52,6 +52,9 @@ C = ["coordinator", "--federation", "f"]
     ("words", "told"),
     [
         (["wroker"], "did you mean 'worker'"),
+        (["borker"], "did you mean 'broker'"),
+        (["history", "runs/letters"], "needs --run DIR, such as --run runs/letters"),
+        (["report", "letters"], "there is no run folder 'letters'"),
         ([*C, "--quorom", "2"], "--quorum"),
         ([*C, "--quorum", "0"], "invalid quorum"),
         ([*C, "--quorum", "1.5"], "invalid quorum"),

@@ -227,4 +227,8 @@ def test_beside_a_federation(
         assert [program.end() for program in (coordinator, *workers)] == [0] * 3
         beside.send(signal.SIGTERM)
         assert beside.end() == 128 + signal.SIGTERM
-    assert len(beside.lines) == 1
+    page, missing, *outage, back = beside.lines
+    assert page.startswith("the page is at")
+    assert "no coordinator has created federation" in missing
+    assert any("no broker at" in line for line in outage)
+    assert back.startswith("fluffle: connected to the broker")

@@ -154,6 +154,10 @@ def test_a_run_is_shown_as_text_and_as_a_table():
         "    1        1        10      0.5000  1.0000    0.5000    1.0000",
         "    2        1        10      0.5000  2.0000    0.5000    2.0000",
     ]
+    assert repr(run.best) == (
+        "Round 1: 1 worker, 10 examples, train_loss 0.5000, loss 1.0000, accuracy 0.5000, "
+        "test/<w> 1.0000"
+    )
     page = run._repr_html_()
     assert "<th>test/&lt;w&gt;</th>" in page
     assert page.count("<tr>") == 3
@@ -328,6 +332,7 @@ def test_ctrl_c_ends_a_run_cleanly_and_names_how_to_continue(tmp_path, with_fold
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGINT
     assert stderr.rstrip().endswith("KeyboardInterrupt")
+    assert stderr.count('  File "') == 2  # the call, and one of ours
     (folder,) = [path for path in tmp_path.iterdir() if (path / "run.json").exists()]
     committed = len(fluffle.Run(folder).history)
     assert committed >= 1
@@ -639,6 +644,26 @@ def test_the_last_evaluation_fits_next_to_the_bar_of_a_narrow_terminal(monkeypat
     assert task.description.endswith("accuracy 0.9400 on 150 held-out examples")
     assert task.fields["brief"] == "round 8: loss 0.1648, accuracy 0.9400"
     assert capsys.readouterr().err.rstrip().endswith("8/8  round 8: loss 0.1648, accuracy 0.9400")
+
+
+def test_a_run_without_rounds_left_says_so(tmp_path, capsys):
+    fluffle.run([Adder()], rounds=3, folder=tmp_path, progress=True)
+    assert "already" not in capsys.readouterr().err
+    run = fluffle.run([Adder()], rounds=2, folder=tmp_path, progress=True)
+    assert len(run.history) == 3
+    assert "the run has 3 rounds already, and rounds=2, so no round" in capsys.readouterr().err
+    fluffle.run([Adder()], rounds=2, folder=tmp_path)  # no terminal
+    assert capsys.readouterr() == ("", "")
+
+
+async def test_a_traceback_shows_the_call_and_not_what_it_calls(tmp_path):
+    for call in (fluffle.run, fluffle.simulate):
+        with pytest.raises(fluffle.UsageError, match="unknown keyword 'round'") as caught:
+            call([Adder()], round=8)
+        assert len(traceback.extract_tb(caught.value.__traceback__)) == 2
+    with pytest.raises(fluffle.TaskError) as failed:
+        await fluffle.arun([Broken("train")])
+    assert len(traceback.extract_tb(failed.value.__traceback__)) == 2
 
 
 def test_a_metric_that_no_model_has_is_named(capsys):

@@ -174,6 +174,11 @@ class TestRun:
         assert run["phase"] == phase
         assert words in run["words"]
 
+    def test_without_a_run_the_page_says_why(self) -> None:
+        board = Board("letters", source="journal")
+        board.link(True, "no coordinator has created federation letters")
+        assert board.run()["words"] == "no coordinator has created federation letters"
+
     def test_a_run_that_goes_on_after_its_end_is_not_ended(self) -> None:
         board = board_after(
             STARTED, ("interrupted", {"folder": "x"}), ("resumed", {"run": RUN, "round": 1})

@@ -23,7 +23,7 @@ case $name in
     broker) mkdir -p "$FLUFFLE_STATE";;
     letters) mkdir -p "$2/client-1/a" "$2/client-2/a" "$2/client-3/a" "$2/writer-4/a"
              touch "$2/writer-4/a/0000.png";;
-    coordinator) mkdir -p runs/demo; : > runs/demo/round-0001.safetensors;;
+    coordinator) mkdir -p runs/demo; test -f earlier || : > runs/demo/round-0001.safetensors;;
 esac
 test -f "$name" && . "./$name"
 echo "done with $name"
@@ -86,6 +86,32 @@ def test_a_second_time_uses_the_letters_of_the_first(stub):
         output, _ = demo.communicate(timeout=30)
         assert demo.returncode == 0, output
     assert sum(line.startswith("letters ") for line in _calls(stub)) == 1
+
+
+@pytest.mark.parametrize("commits", [True, False])
+def test_the_queues_are_shown_after_the_first_round_of_this_run(stub, commits):
+    file = stub.parent / "runs/demo/round-0001.safetensors"
+    file.parent.mkdir(parents=True)
+    file.touch()
+    os.utime(file, (0, 0))  # of an earlier run
+    if not commits:
+        (stub.parent / "earlier").touch()
+    (stub.parent / "coordinator").write_text("sleep 1")
+    demo = _start(stub)
+    output, _ = demo.communicate(timeout=30)
+    assert demo.returncode == 0, output
+    assert any(line.startswith("queues ") for line in _calls(stub)) == commits
+
+
+def test_a_blank_line_of_a_program_is_not_shown(stub):
+    (stub.parent / "client-2").write_text("echo; echo; echo left")
+    demo = _start(stub)
+    output, _ = demo.communicate(timeout=30)
+    assert demo.returncode == 0, output
+    shown = [line.split() for line in output.splitlines() if line.startswith("client-2")]
+    assert shown == [["client-2", "left"], ["client-2", "done", "with", "client-2"]]
+    log = (stub.parent / "runs/demo-logs/client-2.log").read_text()
+    assert log == "\n\nleft\ndone with client-2\n"
 
 
 def test_other_things_in_the_folder_of_the_letters_are_no_dead_end(stub):

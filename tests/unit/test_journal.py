@@ -570,3 +570,34 @@ def test_the_command_shows_every_event_that_names_a_worker(tmp_path):
 
     assert shown("ada") == ["opened", "counted", "waiting", "frozen_sent", "committed"]
     assert shown("bob") == ["opened", "waiting"]
+
+
+async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
+    from fluffle_coordinator.cli import journal as command
+
+    warnings: asyncio.Queue[str] = asyncio.Queue()
+    monkeypatch.setattr(command, "_where", lambda *_: (MemoryBroker(), TOPOLOGY))
+    monkeypatch.setattr(command, "warn", warnings.put_nowait)
+    following = command._follow(TOPOLOGY.federation, None, None)
+    first = asyncio.create_task(anext(following))
+    warning = await asyncio.wait_for(warnings.get(), 20)
+    assert "federation f has no journal on this broker yet; waiting" in warning
+    first.cancel()
+    await asyncio.gather(first, return_exceptions=True)
+    assert warnings.empty()
+
+
+async def test_an_unreachable_broker_is_reported_once(capsys, monkeypatch):
+    from fluffle_coordinator.cli import journal as command
+
+    class Down:
+        address = "nowhere"
+
+        async def open(self) -> Link:
+            raise LinkLost("refused")
+
+    monkeypatch.setattr(command, "_where", lambda *_: (Down(), TOPOLOGY))
+    monkeypatch.setattr(command, "_GIVE_UP_S", 1.0)
+    with pytest.raises(BrokerError, match="no broker at nowhere"):
+        await anext(command._events(TOPOLOGY.federation, None))
+    assert capsys.readouterr().err.count("cannot read the journal now") == 1

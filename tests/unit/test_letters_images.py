@@ -1,6 +1,7 @@
 """Reading of image files of every mode, depth and orientation, and of class folders."""
 
 import os
+import re
 import struct
 import unicodedata
 import zlib
@@ -312,11 +313,20 @@ def test_files_that_are_ignored_are_counted_by_suffix(tmp_path):
     (tmp_path / "a/notes.txt").touch()
     (tmp_path / "a/README").touch()
     images = read_images(tmp_path)
-    (note,) = images.notes
-    assert note.startswith("ignored 15 files: .heic 11, ")
+    note, nested = images.notes
+    assert nested == "ignored 1 folder inside class folders"
+    assert note.startswith("ignored 14 files: .heic 11, ")
     assert note.endswith(" (convert HEIC to PNG or JPEG)")
-    for one in ("folder inside a class folder", ".txt", "no suffix", ".png outside a class folder"):
+    for one in (".txt", "no suffix", ".png outside a class folder"):
         assert f", {one} 1" in note
+
+
+def test_the_parent_of_data_folders_names_the_likely_folder(tmp_path):
+    _save(tmp_path, "client-1/a/1.png", "client-1/b/1.png", "client-2/a/1.png")
+    first = tmp_path / "client-1"
+    expected = f"ignored 3 folders inside class folders; if {first / 'a'} is a class, set --data to"
+    with pytest.raises(TaskError, match=re.escape(f"{expected} {first}")):
+        read_images(tmp_path)
 
 
 def test_only_files_that_are_ignored_are_the_reason_for_no_images(tmp_path):

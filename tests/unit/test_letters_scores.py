@@ -142,7 +142,9 @@ def test_an_unseen_writer_is_scored_whole(folder):
 
 
 def test_a_folder_that_seems_to_be_called_wrongly_is_said(folder):
-    assert "client-1 took part in this run" in _confusion(folder, "--unseen").stderr
+    done = _confusion(folder, "--unseen")
+    assert "client-1 took part in this run" in done.stderr
+    assert done.stdout.startswith("accuracy 90.00 % of 20 letters\n")
     (folder / "client-1").rename(folder / "writer-2")
     assert "use --unseen to score all its letters" in _confusion(folder, data="writer-2").stderr
 

@@ -142,6 +142,27 @@ def test_a_taken_port_is_named_with_its_holder() -> None:
     network.require_free(port, "AMQP", "--port")
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the environment of a process")
+def test_a_port_of_another_folders_broker_is_named_with_its_folder(tmp_path: Path) -> None:
+    folder = record.broker_folder(tmp_path)
+    folder.mkdir()
+    (folder / "node.json").touch()
+    code = (
+        "import socket, sys; s = socket.create_server(('127.0.0.1', 0)); "
+        "print(s.getsockname()[1], flush=True); sys.stdin.read()"
+    )
+    variables = {**os.environ, "RABBITMQ_CONFIG_FILE": str(folder / "etc/rabbitmq.conf")}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        port = int(other.stdout.readline())
+        with pytest.raises(BrokerError, match=f"the fluffle broker of {tmp_path};"):
+            network.require_free(port, "AMQP", "--port")
+        other.stdin.close()
+
+
 def test_down_without_a_node_creates_no_folder(tmp_path: Path) -> None:
     assert node.down(tmp_path / "none") is False
     assert not (tmp_path / "none").exists()

@@ -187,6 +187,12 @@ def test_an_empty_argument_is_refused(words):
     assert "is empty; check whether a shell variable in the command is unset" in result.output
 
 
+@pytest.mark.parametrize("name", ["accuracy.xyz", "accuracy.svg"])
+def test_a_chart_is_not_written_under_the_name_of_another_format(name):
+    with pytest.raises(UsageError, match=f"--out {name} must end with .png"):
+        CliRunner().invoke(fluffle, ["plot", "--run", "x", "--out", name], catch_exceptions=False)
+
+
 def test_an_invalid_url_from_the_environment_is_named_so(monkeypatch):
     monkeypatch.setenv("FLUFFLE_URL", "xx")
     for words in (["coordinator"], ["worker", "--data", "x"], ["queues"]):

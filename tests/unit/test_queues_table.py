@@ -150,6 +150,31 @@ def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, cap
     assert "--federation" in plain
 
 
+def test_without_a_coordinator_the_federations_of_the_broker_are_named(monkeypatch, capsys):
+    from fluffle_broker.cli.queues import _show
+
+    names = ["leters.inbox.w", "letters.updates", "digits.updates", "digits.journal", "other"]
+
+    def ask(base: str, path: str, url: str) -> list[dict[str, str]]:
+        return [{"name": name} for name in names] if "/queues/" in path else []
+
+    mistyped = Topology("leters")
+    monkeypatch.setattr(
+        queues, "queue_figures", lambda *_: [QueueFigures(names[0], "", 0, 0, 0, 0)]
+    )
+    monkeypatch.setattr(queues, "ask", ask)
+    monkeypatch.setattr(queues, "alarms", lambda *_: [])
+    monkeypatch.setattr(queues, "_with_counts", lambda figures, _: figures)
+    overview = queues.read_overview("amqp://127.0.0.1/", "http://127.0.0.1", mistyped)
+    assert overview.others == ("digits", "letters")
+    _show(overview)
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "check --federation (this broker has digits, letters)" in shown
+    assert "fluffle explain" not in shown
+    _show(QueueOverview(TOPOLOGY, [queue(name) for name in SHARED], []))
+    assert "fluffle explain --federation letters" in " ".join(capsys.readouterr().out.split())
+
+
 @pytest.mark.parametrize("kind", ["terminal", "pipe", "json"])
 def test_watching_an_idle_federation_shows_an_alarm(monkeypatch, capsys, kind):
     from fluffle_broker.cli import queues as command

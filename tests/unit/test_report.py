@@ -327,6 +327,15 @@ def test_the_command_writes_the_page_or_prints_what_it_draws(folder, tmp_path):
     )  # fmt: skip
 
 
+def test_a_folder_named_without_its_parent_is_suggested(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match=r"no run folder 'letters'; give one such as runs/letters"):
+        CliRunner().invoke(report, ["letters"], catch_exceptions=False)
+    (tmp_path / "runs/letters").mkdir(parents=True)
+    with pytest.raises(UsageError, match=r"no run folder 'letters'; did you mean 'runs/letters'\?"):
+        CliRunner().invoke(report, ["letters"], catch_exceptions=False)
+
+
 def test_a_link_to_the_page_stays_a_link(folder, tmp_path):
     page_file, link = tmp_path / "page.html", tmp_path / "link.html"
     link.symlink_to("page.html")

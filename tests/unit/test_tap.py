@@ -207,6 +207,19 @@ async def test_a_federation_that_starts_later_is_followed(monkeypatch):
     assert watched.shown[0].kind == "hello"
 
 
+async def test_a_worker_without_a_coordinator_does_not_end_the_tap(monkeypatch):
+    monkeypatch.setattr(tapping, "LOOK_SOON_S", 0.0)
+    broker = MemoryBroker()
+    watched = Watched(broker, await broker.open())
+    await watched.link.declare(TOPOLOGY.queues_of("w1"))
+    async with watched.tap(Wanted(), "w1"):
+        await watched.link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w1")])
+        async with asyncio.timeout(20):
+            while not watched.shown:
+                await say(watched, presence(Hello, "w1"))
+                await asyncio.sleep(0)
+
+
 async def test_a_tap_leaves_nothing_behind(watched):
     before = (set(watched.broker.queues), set(watched.broker.bindings))
     async with watched.tap(Wanted(), "w1"):
@@ -256,6 +269,20 @@ async def test_parts_are_listed_on_request(watched):
         ["part", "1", "of", "2"],
         ["part", "2", "of", "2"],
     ]
+
+
+async def test_many_names_keep_the_columns(watched):
+    many = "client-1,client-2,client-3"
+    printed: list[str] = []
+    printer = TapPrinter(Wanted(), clock=lambda: 0.0, print_line=printed.append)
+    async with watched.tap(Wanted(), "w1"):
+        for worker in ("w1", "x" * len(many), "w1"):
+            await say(watched, evaluation(worker))
+        await watched.until(lambda: len(watched.shown) == 3)
+    for decoded in watched.shown:
+        printer.show(decoded)
+    assert printed[1].index("evaluation") == printed[2].index("evaluation")
+    assert printed[0].index("evaluation") < printed[1].index("evaluation")
 
 
 async def test_an_update_in_a_line(watched):

@@ -99,7 +99,8 @@ class Connection:
                     if first and now - occupied_since >= self._settings.occupied_s:
                         raise RefusedError(
                             f"another worker with the id '{self._settings.worker}' is connected to "
-                            f"federation {self._settings.federation}; choose another --id"
+                            f"federation {self._settings.federation}; stop that worker, or, if "
+                            "this one has other data, choose another --id"
                         ) from None
                     continue
                 except LinkLost as gone:

@@ -12,7 +12,14 @@ import click
 from fluffle_broker.cli.options import federation_and_broker, inspection_options
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.printing import echo, echo_json, is_terminal, printable, screen
+from fluffle_common.cli.printing import (
+    echo,
+    echo_json,
+    echo_sentences,
+    is_terminal,
+    printable,
+    screen,
+)
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.queues import QueueOverview
@@ -67,9 +74,9 @@ def queues(
     elif overview.queues:
         _show(overview)
     else:
-        echo(
+        echo_sentences(
             f"federation {federation} has no queues on this broker yet; start the coordinator and "
-            "the workers, which create them"
+            f"the workers, which create them, or check --federation{_others(overview)}"
         )
     _warn(overview)
 
@@ -84,9 +91,20 @@ def _show(overview: QueueOverview) -> None:
     for line in hints(overview):
         # In a pipe, a hint stays on one line, so that grep finds it.
         shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)
-    if overview.at_rest:
+    if not overview.created:
+        federation = overview.topology.federation
+        shown.print(
+            f"no coordinator has created federation {federation} on this broker yet; start the "
+            f"coordinator, or check --federation{_others(overview)}"
+        )
+    elif overview.at_rest:
         at = f"--federation {overview.topology.federation}"
         shown.print(f"nobody is connected; see the last run with 'fluffle explain {at}'")
+
+
+def _others(overview: QueueOverview) -> str:
+    have = ", ".join(overview.others)
+    return f" (this broker has {have})" if have else ""
 
 
 def _warn(overview: QueueOverview) -> None:

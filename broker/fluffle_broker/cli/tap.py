@@ -24,8 +24,10 @@ if TYPE_CHECKING:
     from fluffle_broker.inspect.decode import DecodedMessage
     from fluffle_broker.inspect.tap import Wanted
     from fluffle_common.protocol.topology import Topology
+    from fluffle_common.transport.base import Link
 
 _MOST_TRANSFERS = 256
+_WHO_WIDTH, _WIDEST_WHO = 12, 32
 
 
 @click.command()
@@ -125,6 +127,17 @@ def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str
     def no_broker(reason: str, pause_s: float) -> None:
         warn(f"no broker ({reason}); trying again in {pause_s:.1f} s")
 
+    warned = False
+
+    async def warn_if_missing(link: Link) -> None:
+        nonlocal warned
+        if not warned and not await link.exists(topology.work):
+            warned, name = True, topology.federation
+            warn(
+                f"no coordinator has created federation {name} on this broker yet; waiting. If "
+                f"the name is wrong, 'fluffle queues --federation {name}' lists the right ones"
+            )
+
     async def follow() -> None:
         async with contextlib.aclosing(reconnecting(transport, Backoff(), no_broker)) as opened:
             async for link in opened:
@@ -132,6 +145,7 @@ def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str
                 run = asyncio.ensure_future(tapping.run(ready))
                 end = asyncio.ensure_future(printer.enough.wait())
                 try:
+                    await warn_if_missing(link)
                     await asyncio.wait({run, end}, return_when=asyncio.FIRST_COMPLETED)
                     if printer.enough.is_set():
                         return
@@ -184,6 +198,7 @@ class TapPrinter:
         self._clock = clock
         self._print_line = print_line or (echo if as_json else echo_sentences)
         self._parts: dict[str, tuple[int, int]] = {}
+        self._who_width = _WHO_WIDTH  # of the widest line so far, so that later lines align
 
     def show(self, decoded: DecodedMessage) -> None:
         """Print and save one message.
@@ -201,9 +216,28 @@ class TapPrinter:
             fields = {"time": arrived, **_direction(decoded), **decoded.as_dict(now)}
             self._line(visible_json(json.dumps(fields)))
         elif self.wanted.lists(decoded):
-            self._line(_in_words(decoded, now))
+            self._line(self._in_words(decoded, now))
         elif not self._as_json:
             self._count_part(decoded, now)
+
+    def _in_words(
+        self,
+        decoded: DecodedMessage,
+        now: float,
+        text: str | None = None,
+        size_bytes: int | None = None,
+    ) -> str:
+        from fluffle_broker.inspect.formatting import facts, size
+        from fluffle_broker.inspect.tap import is_work, workers_of
+
+        arrow, who = "→" if is_work(decoded) else "←", ",".join(workers_of(decoded))
+        if isinstance(many := decoded.delivery.properties.headers.get("recipients"), int):
+            who += f" and {many - 1} more"
+        self._who_width = max(self._who_width, min(len(who), _WIDEST_WHO))
+        at = time.strftime("%H:%M:%S", time.localtime(now))
+        text = text or ", ".join(facts(decoded))
+        bytes_ = size(decoded.size_bytes if size_bytes is None else size_bytes)
+        return f"{at}  {arrow} {who:<{self._who_width}} {decoded.kind:<13} {text}  ({bytes_})"
 
     def _save(self, archive: MessageArchive, decoded: DecodedMessage, now: float) -> None:
         from fluffle_common.errors import UsageError
@@ -231,7 +265,7 @@ class TapPrinter:
         count, size_bytes = self._parts.pop(transfer, (0, 0))
         count, size_bytes = count + 1, size_bytes + decoded.size_bytes
         if part is not None and count == part[1]:
-            self._line(_in_words(decoded, now, f"all {count} parts", size_bytes))
+            self._line(self._in_words(decoded, now, f"all {count} parts", size_bytes))
             return
         self._parts[transfer] = (count, size_bytes)
         if len(self._parts) > _MOST_TRANSFERS:
@@ -242,18 +276,3 @@ def _direction(decoded: DecodedMessage) -> dict[str, Any]:
     from fluffle_broker.inspect.tap import is_work, workers_of
 
     return {"direction": "to" if is_work(decoded) else "from", "workers": list(workers_of(decoded))}
-
-
-def _in_words(
-    decoded: DecodedMessage, now: float, text: str | None = None, size_bytes: int | None = None
-) -> str:
-    from fluffle_broker.inspect.formatting import facts, size
-    from fluffle_broker.inspect.tap import is_work, workers_of
-
-    arrow, who = "→" if is_work(decoded) else "←", ",".join(workers_of(decoded))
-    if isinstance(many := decoded.delivery.properties.headers.get("recipients"), int):
-        who += f" and {many - 1} more"
-    at = time.strftime("%H:%M:%S", time.localtime(now))
-    text = text or ", ".join(facts(decoded))
-    bytes_ = size(decoded.size_bytes if size_bytes is None else size_bytes)
-    return f"{at}  {arrow} {who:<12} {decoded.kind:<13} {text}  ({bytes_})"

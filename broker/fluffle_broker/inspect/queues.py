@@ -19,7 +19,9 @@ from fluffle_common.transport.rabbitmq.management import (
     REQUEST_ERRORS,
     QueueFigures,
     alarms,
+    ask,
     queue_figures,
+    vhost,
 )
 from fluffle_common.transport.rabbitmq.queue_health import hint
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
@@ -30,13 +32,19 @@ class QueueOverview:
     """The figures of a federation's queues at one moment.
 
     ``alarms`` lists the broker's resource alarms. ``note`` says why figures are missing, if any
-    are.
+    are. ``others`` lists the broker's federations, if this one has not been created.
     """
 
     topology: Topology
     queues: list[QueueFigures]
     alarms: list[str]
     note: str | None = None
+    others: tuple[str, ...] = ()
+
+    @property
+    def created(self) -> bool:
+        """Whether a coordinator has created the federation; a worker creates only its queues."""
+        return any(queue.name == self.topology.updates for queue in self.queues)
 
     def hint(self, queue: QueueFigures) -> str | None:
         """Return what is wrong with a queue; idle queues of an idle federation are all right."""
@@ -77,7 +85,8 @@ def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
     """
     try:
         figures = queue_figures(url, base, topology)
-        return QueueOverview(topology, _with_counts(figures, url), alarms(url, base))
+        overview = QueueOverview(topology, _with_counts(figures, url), alarms(url, base))
+        return overview if overview.created else replace(overview, others=_federations(url, base))
     except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why
         note = (
@@ -86,6 +95,13 @@ def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
             "--management"
         )
     return QueueOverview(topology, _by_amqp(url, topology), [], note)
+
+
+def _federations(url: str, base: str) -> tuple[str, ...]:
+    """Return the federations that a coordinator has created on the broker."""
+    names = [str(queue["name"]) for queue in ask(base, f"/api/queues/{vhost(url)}", url)]
+    owners = {name.partition(".")[0] for name in names}
+    return tuple(sorted(owner for owner in owners if Topology(owner).updates in names))
 
 
 def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:

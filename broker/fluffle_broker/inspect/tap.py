@@ -181,6 +181,10 @@ class Tap:
         self._bound = target
 
     async def _existing(self) -> list[str]:
+        """Return the queues to copy from; none before a coordinator has created the exchanges."""
+        for exchange in (self._topology.work, self._topology.results):
+            if not await self._link.exists(exchange):
+                return []
         names = [self._topology.updates, self._topology.presence]
         names += [self._topology.inbox(worker) for worker in self._workers]
         if self._wanted.parts:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 
@@ -62,12 +63,25 @@ def wait_until(condition: Callable[[], bool], *, timeout_s: float) -> bool:
 
 
 def listener(port: int) -> str | None:
-    """Return the process that listens on a TCP port as "name (pid 123)"; None if unknown."""
+    """Return the process that listens on a TCP port as "name (pid 123)"; None if unknown.
+
+    If it is the broker of another folder, that folder is named too.
+    """
     with contextlib.suppress(psutil.Error, OSError):  # other users' processes are hidden
         for each in psutil.net_connections("tcp"):
             if each.status == psutil.CONN_LISTEN and each.laddr.port == port and each.pid:
-                return f"{psutil.Process(each.pid).name()} (pid {each.pid})"
+                process = psutil.Process(each.pid)
+                return f"{process.name()} (pid {each.pid}){_fluffle_broker(process)}"
     return None
+
+
+def _fluffle_broker(process: psutil.Process) -> str:
+    """Name the state folder of a node that ``fluffle broker up`` started, by its environment."""
+    with contextlib.suppress(psutil.Error, OSError):
+        folder = Path(process.environ().get("RABBITMQ_CONFIG_FILE", "")).parent.parent
+        if (folder / "node.json").is_file():
+            return f", the fluffle broker of {folder.parent}"
+    return ""
 
 
 def _lives(process: psutil.Process) -> bool:

@@ -180,7 +180,9 @@ class Commands(click.Group):
 
         name = args[0]
         if not name.startswith("-") and self.get_command(ctx, name) is None:
-            near = difflib.get_close_matches(name, self.list_commands(ctx), n=1)
+            near = difflib.get_close_matches(name, self.list_commands(ctx))
+            # Swapped letters are the likeliest mistake.
+            near.sort(key=lambda command: sorted(command) != sorted(name))
             hint = f"did you mean '{near[0]}'?" if near else "see 'fluffle --help'"
             raise click.UsageError(f"unknown command '{name}'; {hint}", ctx)
         return super().resolve_command(ctx, args)
@@ -333,6 +335,8 @@ def _missing_parameter(wrong: click.MissingParameter) -> str:
     name = wrong.param.make_metavar(wrong.ctx)
     if isinstance(wrong.param, click.Option):
         name = f"{wrong.param.opts[0]} {name}"
+    if name == "--run DIR":
+        name += ", such as --run runs/letters"
     return f"{command} needs {name}; see '{command} --help'"
 
 

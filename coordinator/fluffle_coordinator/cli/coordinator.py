@@ -267,6 +267,8 @@ def plot(folder: Path, out: Path) -> None:
     from fluffle_coordinator.cli.history_table import draw_history
     from fluffle_coordinator.storage.history import read_history
 
+    if out.suffix.lower() not in ("", ".png"):
+        raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
     rounds = [row for row in read_history(folder) if "loss" in row]
     if not rounds:
         raise UsageError(f"no round of {folder} has been evaluated yet")

@@ -35,6 +35,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
       fluffle dashboard --federation letters
       fluffle dashboard --federation letters --listen 0.0.0.0:9090
     """
+    from fluffle_common.cli.console import warn
     from fluffle_common.cli.printing import echo
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
     from fluffle_common.cli.settings import broker_url, check_federation, management_of
@@ -51,7 +52,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     broker = broker_url(url)
     transport = AmqpTransport(broker, f"fluffle dashboard of {federation}")
     asker = queue_asker(topology, broker, management_of(broker, management))
-    page = BrokerSource(topology, transport, asker)
+    page = BrokerSource(topology, transport, asker, report=warn)
     with listen(address, "--listen") as listening:
         echo(f"the page is at {url_of(listening)}")
         try:

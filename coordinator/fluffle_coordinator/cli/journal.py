@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fluffle_common.transport.base import Transport
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+_GIVE_UP_S = 5.0
 _AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 _run_id_option = click.option("--run-id", metavar="ID", help="Show only the run with this ID.")
@@ -132,13 +133,36 @@ def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
     folder, since, follow = options["folder"], options["since"], options["follow"]
     if folder is None:
         start = _since(since, datetime.now(UTC))
-        return _events(options["federation"], options["url"], start, live=follow)
+        if follow:
+            return _follow(options["federation"], options["url"], start)
+        return _events(options["federation"], options["url"], start)
     if follow:
         raise UsageError(
             "--follow conflicts with --run, because only a journal on a broker can be followed; "
             "remove --follow"
         )
     return _events_in_file(folder, since)
+
+
+async def _follow(
+    federation: str | None, url: str | None, since: datetime | None
+) -> AsyncGenerator[Event]:
+    """Yield the events of a journal for ever; say so if it does not exist yet."""
+    from fluffle_common.errors import BrokerError
+    from fluffle_common.transport.open_once import open_once
+
+    transport, topology = _where(federation, url)
+    with contextlib.suppress(BrokerError):  # which reading reports, and waits
+        async with open_once(transport) as link:
+            if await link.counts(topology.journal) is None:
+                warn(
+                    f"federation {federation} has no journal on this broker yet; waiting. If the "
+                    f"name is wrong, 'fluffle queues --federation {federation}' lists the right "
+                    "ones"
+                )
+    async with contextlib.aclosing(_events(federation, url, since, live=True)) as events:
+        async for event in events:
+            yield event
 
 
 async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Event]:
@@ -299,10 +323,17 @@ def _events(
 
     transport, topology = _where(federation, url)
 
-    def waiting(why: str, pause_s: float) -> None:
-        warn(f"cannot read the journal now ({why}); trying again in {pause_s:.1f} s")
+    warned = False
 
-    backoff = Backoff() if live else Backoff(give_up_s=5.0)
+    def waiting(why: str, pause_s: float) -> None:
+        nonlocal warned
+        if live:
+            warn(f"cannot read the journal now ({why}); trying again in {pause_s:.1f} s")
+        elif not warned:
+            warn(f"cannot read the journal now ({why}); trying again for {_GIVE_UP_S:.0f} s")
+        warned = True
+
+    backoff = Backoff() if live else Backoff(give_up_s=_GIVE_UP_S)
     return read_journal(
         transport, topology, since=since, live=live, waiting=waiting, backoff=backoff
     )

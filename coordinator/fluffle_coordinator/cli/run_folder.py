@@ -19,8 +19,20 @@ if TYPE_CHECKING:
 
 _DIFFERENT = 1  # the exit code of cmp and diff
 
+
+def _run_folder(_: click.Context, __: click.Parameter, folder: Path) -> Path:
+    if not folder.exists():
+        inside = Path("runs") / folder
+        hint = f"did you mean '{inside}'?" if inside.is_dir() else "give one such as runs/letters"
+        raise UsageError(f"there is no run folder '{folder}'; {hint}")
+    return folder
+
+
 _run_argument = click.argument(
-    "folder", metavar="RUN", type=click.Path(exists=True, file_okay=False, path_type=Path)
+    "folder",
+    metavar="RUN",
+    type=click.Path(file_okay=False, path_type=Path),
+    callback=_run_folder,
 )
 
 

@@ -135,6 +135,8 @@ class Board:
                 return ending(self.view.ended[1] if self.view.ended else None)
             case "standby":
                 return "waiting as a standby"
+        if self.source == "journal" and self.view.run is None and self._link_sentence:
+            return self._link_sentence  # no coordinator, or no broker
         reason = self.view.waiting[1].reason if self.view.waiting else ""
         return reason or ("between two rounds" if self.view.committed else "starting")
 

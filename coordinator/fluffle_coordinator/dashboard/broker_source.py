@@ -34,12 +34,20 @@ _JOURNAL_POLL_S = 2.0
 
 
 class BrokerSource:
-    """Follows a federation through the broker and keeps its board."""
+    """Follows a federation through the broker and keeps its board.
+
+    ``report`` is called with a sentence whenever the state of the connection changes.
+    """
 
     def __init__(
-        self, topology: Topology, transport: Transport, ask_queues: Callable[[], Figures]
+        self,
+        topology: Topology,
+        transport: Transport,
+        ask_queues: Callable[[], Figures],
+        report: Callable[[str], None] = lambda _: None,
     ) -> None:
         self._topology, self._transport = topology, transport
+        self._report, self._reported = report, ""
         self._board = Board(topology.federation, source="journal")
         self.feed = Feed(self._board, ask_queues=ask_queues)
 
@@ -81,6 +89,9 @@ class BrokerSource:
         self._set_link(False, f"no broker at {self._transport.address} ({reason}); trying again")
 
     def _set_link(self, linked: bool, sentence: str) -> None:
+        if sentence != self._reported:
+            self._report(sentence)
+        self._reported = sentence
         self._board.link(linked, sentence)
         self.feed.touch()
 
@@ -88,7 +99,11 @@ class BrokerSource:
         federation, address = self._topology.federation, self._transport.address
         # A coordinator declares the journal last: once it exists, so does everything else.
         while await link.counts(self._topology.journal) is None:
-            self._set_link(True, f"there is no federation {federation} at {address} yet")
+            self._set_link(
+                True,
+                f"no coordinator has created federation {federation} at {address} yet; check that "
+                "the name is right",
+            )
             await asyncio.sleep(_JOURNAL_POLL_S)
         self._set_link(True, f"connected to the broker at {address}")
         queue = self._topology.tap(f"page-{uuid.uuid4().hex[:8]}")

@@ -46,6 +46,7 @@ def standby_of(federation: str, run: str, folder: Path, watcher: Watcher) -> Sta
     return Standby(
         f"federation {federation} on this broker",
         watcher,
-        f"this coordinator takes over with its own run {run} in {folder}, and rejects the other "
-        "run's updates; to continue the other run, give its folder with --run",
+        f"this coordinator has its own run {run} in {folder}; when the other coordinator "
+        "disconnects, this one takes over and rejects the other run's updates. To continue the "
+        "other run instead, stop this coordinator and give that run's folder with --run",
     )

@@ -168,6 +168,7 @@ def confusion(**options: Any) -> None:
     --unseen.
     """
     try:
+        from fluffle_worker.cli import id_from
         from fluffle_worker.letters.images import read_images
         from fluffle_worker.letters.inference import LettersModel, draw_confusion
     except ImportError:
@@ -179,8 +180,9 @@ def confusion(**options: Any) -> None:
     images = read_images(data, loaded.classes)
     for note in images.notes:
         warn(note)
-    _warn_of_participant(data, loaded.participants, options["unseen"])
-    score, of_what, lines = _scored(loaded, images, options)
+    trained = id_from(str(data)) in loaded.participants
+    _warn_of_participant(data, loaded.participants, options["unseen"], trained)
+    score, of_what, lines = _scored(loaded, images, options, trained)
     title = f"{model.stem} on {data.name}: {score.accuracy:.2f} %\nof {of_what}"
     try:
         draw_confusion(score.counts, loaded.classes, title, out)
@@ -196,14 +198,16 @@ def confusion(**options: Any) -> None:
 
 
 def _scored(
-    model: LettersModel, images: Images, options: Mapping[str, Any]
+    model: LettersModel, images: Images, options: Mapping[str, Any], trained: bool
 ) -> tuple[Score, str, list[str]]:
     """Score the selected letters; return the score, a description of them, and lines to print."""
     from fluffle_worker.letters.task import held_out_split
 
     if options["unseen"]:
         score = model.score(images)
-        of_what = f"{score.total} letters that no worker trained on"
+        of_what = f"{score.total} letters"
+        if not trained:
+            of_what += " that no worker trained on"
         return score, of_what, [f"accuracy {score.accuracy:.2f} % of {of_what}"]
     train, held_out = held_out_split(images, options["seed"])
     if options["everything"]:
@@ -234,11 +238,10 @@ def _scored(
     )
 
 
-def _warn_of_participant(data: Path, participants: frozenset[str], unseen: bool) -> None:
+def _warn_of_participant(
+    data: Path, participants: frozenset[str], unseen: bool, trained: bool
+) -> None:
     """Warn if --unseen seems to be set, or to be missing, by mistake."""
-    from fluffle_worker.cli import id_from
-
-    trained = id_from(str(data)) in participants
     if unseen and trained:
         warn(
             f"the worker {data.name} took part in this run; if this worker trained on {data}, "

@@ -61,6 +61,7 @@ def find_classes(folder: Path) -> ClassFolders:
         )
     spellings: dict[str, list[Path]] = defaultdict(list)
     ignored: Counter[str] = Counter()
+    nested: list[Path] = []
     for path in _entries(folder):
         if path.is_dir():
             spellings[class_name(path.name)].append(path)
@@ -68,20 +69,21 @@ def find_classes(folder: Path) -> ClassFolders:
             ignored[f"{_kind(path)} outside a class folder"] += 1
     files = {}
     for name in sorted(spellings, key=class_order):
+        entries = [file for path in spellings[name] for file in _entries(path)]
+        nested += [file for file in entries if file.is_dir()]
         images = []
-        for path in spellings[name]:
-            for file in _entries(path):
-                if file.is_dir():
-                    ignored["folder inside a class folder"] += 1
-                elif file.suffix.lower() in SUFFIXES:
-                    images.append(file)
-                else:
-                    ignored[_kind(file)] += 1
+        for file in entries:
+            if file.suffix.lower() in SUFFIXES and not file.is_dir():
+                images.append(file)
+            elif not file.is_dir():
+                ignored[_kind(file)] += 1
         files[name] = tuple(images)
     classes = {name: images for name, images in files.items() if images}
     notes = [*_spelling_notes(spellings), *_case_notes(classes)]
     if ignored:
         notes.append(_ignored_note(ignored))
+    if nested:
+        notes.append(_nested_note(nested, classes))
     empty = files.keys() - classes.keys()
     if empty and classes:
         notes.append(f"folders without images: {some(sorted(empty, key=class_order))}")
@@ -165,6 +167,13 @@ def _case_notes(names: Iterable[str]) -> Iterable[str]:
     pairs = [" and ".join(names) for names in alike.values() if len(names) > 1]
     if pairs:
         yield f"class names that differ only in case are separate classes: {some(pairs)}"
+
+
+def _nested_note(folders: list[Path], classes: Collection[str]) -> str:
+    note = f"ignored {len(folders)} folder{'s' if len(folders) > 1 else ''} inside class folders"
+    if classes:
+        return note
+    return f"{note}; if {folders[0]} is a class, set --data to {folders[0].parent}"
 
 
 def _ignored_note(ignored: Counter[str]) -> str:

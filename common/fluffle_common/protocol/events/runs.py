@@ -69,7 +69,11 @@ class NoBroker(BrokerEvent):
 
     def _derived(self) -> dict[str, str]:
         local = (urlsplit(self.address or "").hostname or "") in _THIS_MACHINE
-        return {"remedy": " (start a broker with 'fluffle broker up')" if local else ""}
+        remedy = (
+            " (start a broker with 'fluffle broker up', or change to the folder in which you "
+            "started it)"
+        )
+        return {"remedy": remedy if local else ""}
 
 
 @event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
