@@ -65,7 +65,7 @@ def worker(federation: Federation, number: int) -> Program:
 def test_a_backbone_crosses_once_a_worker(federation: Federation, copies: Copies) -> None:
     (coordinator,) = federation.programs
     first, second, victim = (worker(federation, number) for number in range(3))
-    coordinator.wait_for("round 2: committed")
+    coordinator.wait_for("update of shard-2-3 counted")  # so it has the backbone
     victim.send(signal.SIGKILL)
     victim.end()
     again = worker(federation, 2)

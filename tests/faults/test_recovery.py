@@ -370,7 +370,8 @@ def test_a_torn_line_and_a_half_written_checkpoint_are_repaired(federation: Fede
     coordinator.kill()
     with (federation.run / "history.jsonl").open("a") as history:
         history.write('{"event":"committed","round":3,"partici')
-    shutil.copy(federation.run / "round-0001.safetensors", federation.run / "best.safetensors.partial")
+    half_written = federation.run / "best.safetensors.partial"
+    shutil.copy(federation.run / "round-0001.safetensors", half_written)
     again = federation.coordinator(*rules(2), "--rounds", 5, "--config", "train_s=0.5")
     assert "incomplete last line" in again.wait_for("repaired")["what"]
     assert_ended_well(federation, again, *workers)
