@@ -35,11 +35,6 @@ def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEv
     return {"uvloop": uvloop.new_event_loop}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the longest tests, so that the parallel processes end at about the same time."""
-    items.sort(key=lambda item: "faults" not in item.path.parts)
-
-
 def pytest_collection_finish() -> None:
     """Spare the garbage collector the modules and the tests: they stay until the end."""
     gc.freeze()

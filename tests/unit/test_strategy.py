@@ -285,7 +285,7 @@ def needing(**needs):
         (
             {"min_examples": 9},
             {},
-            "at least 9 examples per round, which this version of fluffle does",
+            "min_examples = 9, but this version of fluffle does not",
         ),
         (
             {"min_updates": 3},
