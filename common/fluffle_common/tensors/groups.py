@@ -120,6 +120,8 @@ def untrained(weights: Weights, train: Sequence[str] | None) -> Weights:
 
     A strategy may change them, although no update does: by noise, momentum or weight decay.
     """
+    if train is None:
+        return {}
     trained = select_tensors(weights, train)
     return {name: tensor for name, tensor in weights.items() if name not in trained}
 
