@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-class _Gated:
+class _Gated(ABC):
     """The common part of both engines: a gate at the server, and its file of time stamps.
 
     Args:
@@ -77,6 +78,7 @@ class _Gated:
         self._gates.wait()
         self.block(self.warm_up)
 
+    @abstractmethod
     def _start(
         self,
         programs: Programs,
@@ -85,7 +87,6 @@ class _Gated:
         clients: list[dict[str, Any]],
     ) -> dict[str, int]:
         """Start the processes and return their ids by name."""
-        raise NotImplementedError
 
     def block(self, rounds: int) -> list[float]:
         """Run rounds; see ``comparison.Side``."""
