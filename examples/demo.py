@@ -201,7 +201,8 @@ def train(data: Path, programs: list[Program]) -> None:
     """Run the federation to its end, and show its queues during the second round."""
     federation = ("--federation", FEDERATION)
     rules = ("--quorum", CLIENTS, "--rounds", ROUNDS, "--fresh")
-    began = time.time()
+    first_model = RUN / "round-0001.safetensors"
+    earlier = written_ns(first_model)  # an earlier run may have left its own
     coordinator = Program(programs, "coordinator", "coordinator", *federation, *rules)
     for number in range(1, CLIENTS + 1):
         folder = data / f"client-{number}"
@@ -212,17 +213,17 @@ def train(data: Path, programs: list[Program]) -> None:
             raise Failed(f"{running[0].name} did not end in time; see {running[0].log}", 1)
         if coordinator not in running:
             deadline = min(deadline, time.monotonic() + LEAVE_S)
-        elif not queues_shown and is_newer(RUN / "round-0001.safetensors", began):
+        elif not queues_shown and written_ns(first_model) not in (None, earlier):
             queues_shown = True
             run("queues", *federation, check=False)
         time.sleep(0.1)
 
 
-def is_newer(file: Path, began: float) -> bool:
-    """Return whether a file was written since a time; an earlier run may have left its own."""
+def written_ns(file: Path) -> int | None:
+    """Return when a file was last written, in nanoseconds; None if there is no file."""
     with contextlib.suppress(FileNotFoundError):
-        return file.stat().st_mtime >= began
-    return False
+        return file.stat().st_mtime_ns
+    return None
 
 
 def show(data: Path) -> None:
