@@ -130,8 +130,7 @@ def execute(
     if frozen is not None:
         frozen.use(message.frozen)
     ids["base"] = message.base
-    rule = getattr(task, "local_rule", None)
-    if isinstance(rule, BoundRule):
+    if (rule := _rule_of(task)) is not None:
         rule.of_work((job.work.run, job.work.round, job.work.sequence), job.broadcast)
     job.evaluation = _evaluate(job.weights, message, task, ids, results)
     if isinstance(message, Evaluate):
@@ -196,7 +195,6 @@ def _train(
     job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, progress: Progress, results: Results
 ) -> tuple[Update, Weights]:
     """Train; return the update's header and the delta."""
-    rule = getattr(task, "local_rule", None)
     began = time.monotonic()
     trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), progress))
     seconds = time.monotonic() - began
@@ -207,7 +205,8 @@ def _train(
             f"train() returned weights that do not match the received weights: {wrong}"
         ) from None
     change = _planned(change, fit.plan)
-    of_rule = rule.sent if isinstance(rule, BoundRule) else {}
+    rule = _rule_of(task)
+    of_rule = rule.sent if rule is not None else {}
     job.others = {EXTRA: _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)}
     update = Update(
         **ids,
@@ -218,6 +217,11 @@ def _train(
         metrics=dict(trained.metrics),
     )
     return update, change
+
+
+def _rule_of(task: Task) -> BoundRule | None:
+    rule = getattr(task, "local_rule", None)
+    return rule if isinstance(rule, BoundRule) else None
 
 
 def _planned(change: Weights, plan: Plan) -> Weights:

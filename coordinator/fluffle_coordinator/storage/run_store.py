@@ -22,14 +22,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import secrets
 from collections.abc import Iterable, Mapping
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from fluffle_common.durable_files import make_folder, replacing, sync_folder
+from fluffle_common.durable_files import make_folder, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
     Checkpoint,
@@ -328,8 +327,7 @@ class RunStore:
                 "run aside with --fresh"
             )
         run = secrets.token_hex(6)
-        with replacing(path) as file:
-            file.write(json.dumps({"run": run, "federation": federation}).encode() + b"\n")
+        write_run_file(self.folder, {"run": run, "federation": federation})
         return run
 
     def _check_complete(self, run: str, committed: Mapping[int, dict[str, Any]]) -> None:
