@@ -272,9 +272,6 @@ class _LinkWatcher(Watcher):
     def __init__(self, linked: asyncio.Event) -> None:
         self._linked = linked
 
-    def record(self, event: object) -> None:
-        """Ignore the event."""
-
     def show(self, state: State, now: float) -> None:
         """Set the event if the coordinator has a link."""
         if state.link:

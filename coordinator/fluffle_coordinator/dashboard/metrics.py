@@ -118,7 +118,7 @@ def _counters(counters: Counters) -> Iterator[Metric]:
     outcomes = {outcome: counters.outcomes[outcome] for outcome in OUTCOMES}
     words = "Number of updates, by outcome."
     yield _labelled("fluffle_updates", words, "outcome", outcomes, CounterMetricFamily)
-    causes = {cause: counters.causes[cause] for cause in CAUSES}
+    causes: dict[str, float] = {cause: counters.causes[cause] for cause in CAUSES}
     words = "Number of rejected messages, by cause."
     yield _labelled("fluffle_rejected_messages", words, "cause", causes, CounterMetricFamily)
     words = "Seconds that committed rounds spent in each step."
