@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--federation",
     default="conformance",
     metavar="NAME",
-    help="Name of a federation that nothing except this check uses.",
+    help="Name of a federation that is used only by this check.",
 )
 @click.option(
     "--worker",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--twice",
     is_flag=True,
-    help="Also test a refusal: at the end, the command waits until you restart the worker, "
+    help="Also test a refusal. At the end, the command waits until you restart the worker. It then "
     "refuses the restarted worker, and checks the worker's reaction.",
 )
 @click.option(
