@@ -228,8 +228,8 @@ def _in_parts(probe: Probe) -> int:
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:
         raise Skipped(
-            f"the model's {size_bytes(probe.weights):,} bytes fit into one message; add --large "
-            "for a model that is sent in parts"
+            "this check needs a model that is sent in parts, but the model's "
+            f"{size_bytes(probe.weights):,} bytes fit into one message; add --large"
         )
     return transfer.parts
 

@@ -41,8 +41,8 @@ async def fit(probe: Probe) -> str:
 
 @demands(
     Section.WORK,
-    "if a fit sets evaluate, a worker with held-out data first sends an evaluation (with round - 1 "
-    "and the fit's base), then the update",
+    "if a fit sets 'evaluate', a worker with held-out data first sends an evaluation (with round - "
+    "1 and the fit's base), then the update",
 )
 async def evaluation_before_the_update(probe: Probe) -> str:
     """Ask for both, and check their order."""
@@ -161,8 +161,8 @@ async def another_base(probe: Probe) -> str:
 
 @demands(
     Section.WORK,
-    "an update has the sequence of its fit, or none if the fit has none; a fit for the same round "
-    "and base with a higher sequence is new work and is trained",
+    "an update has the sequence of its fit, or no sequence if the fit has no sequence; a fit for "
+    "the same round and base with a higher sequence is new work and is trained",
 )
 async def ticket(probe: Probe) -> str:
     """Send a fit without a sequence, one with another number than the round, and the next one."""
@@ -180,7 +180,8 @@ def _check_sequence(sent: SentFit, received: ReceivedUpdate) -> None:
     has, wanted = received.update.sequence, sent.fit.sequence
     if has != wanted:
         raise Unmet(
-            f"the worker sent an update with {_sequence(has)} for a fit with {_sequence(wanted)}"
+            f"the 'fit' message has {_sequence(wanted)}, but the worker's update has "
+            f"{_sequence(has)}; expected the same"
         )
 
 
@@ -190,15 +191,15 @@ def _sequence(number: int | None) -> str:
 
 @demands(
     Section.WORK,
-    "an update has only the tensors that match the plan's train; if no tensor of the model does, "
-    "the worker sends a failure",
+    "an update has only the tensors that match the plan's field 'train'; if no tensor matches, the "
+    "worker sends a failure",
 )
 async def part_of_the_model(probe: Probe) -> str:
     """Ask for a part of the model, and for a tensor that it does not have."""
     nothing = await probe.ask(probe.next_fit(plan=Plan(train=("conformance/none",))))
     await _failure_or_update(probe, nothing)
     if probe.updates_of(nothing):
-        raise Unmet("the worker sent an update although no tensor matches the plan's train")
+        raise Unmet("the worker sent an update, but no tensor matches the plan's field 'train'")
     patterns = [f"{name}*" for name in probe.weights]
     parts = {each: select_tensors(probe.weights, [each]) for each in patterns}
     pattern = min(parts, key=lambda each: len(parts[each]))
@@ -284,7 +285,7 @@ async def evaluate_during_training(probe: Probe) -> str:
 
 @demands(
     Section.FROZEN,
-    "a worker with the feature frozen waits in state receiving until it has a fit's frozen "
+    "a worker with the feature 'frozen' waits in the state 'receiving' until it has a fit's frozen "
     "tensors; the worker keeps received frozen tensors, lists their digest, and uses them again",
 )
 async def frozen_tensors(probe: Probe) -> str:
@@ -301,8 +302,8 @@ async def frozen_tensors(probe: Probe) -> str:
     state = _last_sign(probe).state
     if probe.updates_of(sent) or state != "receiving":
         raise Unmet(
-            f"the worker is in state {state} after a fit message that needs frozen tensors but "
-            "does not bring them; expected the state 'receiving'"
+            f"the worker is in state '{state}' after a 'fit' message that needs frozen tensors but "
+            "does not contain them; expected the state 'receiving'"
         )
 
     await probe.update(await probe.ask(sent.fit, beside={FROZEN: other.tensors}))
