@@ -86,8 +86,8 @@ async def test_what_it_sends_has_the_amqp_headers_of_a_coordinator():
     assert all(headers["bytes"] == size for _, headers, size in Recorder.sent)
 
 
-def test_every_scenario_has_a_name_of_its_own_and_a_demand_in_a_sentence():
+def test_every_scenario_has_a_name_of_its_own_and_a_requirement_in_a_sentence():
     assert max(Counter(one.name for one in SCENARIOS).values()) == 1
     for one in SCENARIOS:
         assert re.fullmatch(r"[a-z ]{3,30}", one.name)
-        assert len(one.demand.split()) > 5
+        assert len(one.requirement.split()) > 5

@@ -14,7 +14,7 @@ _DURABLE = ("update", "evaluation", "first_weights", "failure")
 
 
 class Unmet(Exception):
-    """The worker does not meet a demand; the text says what it did."""
+    """The worker does not meet a requirement; the text says what it did."""
 
 
 class Skipped(Exception):
