@@ -99,8 +99,8 @@ def load_selection(text: str) -> Selection:
     function = place.load(_CALLERS)
     if not callable(function) or isinstance(function, type):
         raise UsageError(
-            f"--select {text} does not name a function; name a function that takes (candidates, "
-            "count, draw) and returns names of workers (docs/schedules.md)"
+            f"--select {text} is not a function; give a function that takes (candidates, count, "
+            "draw) and returns names of workers (docs/schedules.md)"
         )
     choose = guarded_choice(place.called, cast("Choose", function))
     return Selection(place.called, choose, fixed=False)
