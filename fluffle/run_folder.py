@@ -43,7 +43,7 @@ class RunFolder:
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         if folder == "":
             raise UsageError(
-                "folder= is empty; name a folder, or omit folder= to use a temporary one"
+                "folder= is empty; give a folder, or omit folder= to use a temporary folder"
             )
         # Absolute, because the code of a task may change the current folder.
         self._given = None if folder is None else folder_path(folder).absolute()
