@@ -321,4 +321,4 @@ def _plan_of(message: Fit) -> RoundPlan:
     seed = (message.plan.seed * 1_000_003 + ticket) % 2**63
     changes = {"seed": seed, "config": dict(message.plan.config)}
     ids = {"run": message.run, "round": message.round, "sequence": ticket}
-    return RoundPlan(**{**dict(message.plan), **changes, **ids})
+    return RoundPlan(**{**vars(message.plan), **changes, **ids})
