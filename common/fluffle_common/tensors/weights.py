@@ -90,19 +90,18 @@ def delta(trained: Weights, received: Weights) -> Weights:
     else:
         difference = layout.empty()
     for (name, old), (_, out) in zip(received.items(), difference.items(), strict=True):
-        _subtract(name, trained[name], old, out)
+        np.subtract(trained[name], old, out=out, dtype=out.dtype)
+        if out.dtype.kind == "i" and _wrapped(trained[name], old, out):
+            raise ValueError(
+                f"tensor '{name}' changed by more than an int64 can hold; keep this tensor out of "
+                "the weights, or use integers of 32 bits"
+            )
     return difference
 
 
-def _subtract(name: str, new: Array, old: Array, out: Array) -> None:
-    np.subtract(new, old, out=out, dtype=out.dtype)
-    if out.dtype.kind != "i" or old.itemsize < out.itemsize:
-        return
-    if ((new >= old) != (out >= 0)).any():  # wrapped around
-        raise ValueError(
-            f"tensor '{name}' changed by more than an int64 can hold; keep this tensor out of "
-            "the weights, or use integers of 32 bits"
-        )
+def _wrapped(new: Array, old: Array, difference: Array) -> bool:
+    """Return whether a difference of integers has overflowed, which only one of 64 bits can."""
+    return old.itemsize == difference.itemsize and bool(((new >= old) != (difference >= 0)).any())
 
 
 def read_only(tensor: Array) -> Array:
