@@ -364,13 +364,13 @@ class WorkerService:
 
     def _sent(self, job: Job) -> None:
         self._advance(machine.Sent(job.work))
-        if self._state.answered == job.work:  # no newer work has arrived
-            self._presence.now("idle", job.work)
         answer = job.answer[0] if job.answer else None
         metrics = answer.metrics if isinstance(answer, Update) else None
         self._record(Sent(round=job.work.round, kind=job.work.kind, metrics=metrics))
-        if self._state.answered == job.work and job.work.kind == "fit":
-            self._wait_for_work(job.work)
+        if self._state.answered == job.work:  # no newer work has arrived
+            self._presence.now("idle", job.work)
+            if job.work.kind == "fit":
+                self._wait_for_work(job.work)
 
     def _wait_for_work(self, work: Work) -> None:
         """Show that the worker waits for the coordinator, since its update is sent."""

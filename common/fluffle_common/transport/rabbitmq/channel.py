@@ -171,8 +171,7 @@ class ContentChannel:
         if self._closed:
             return
         previous = len(self._unsent_acks)
-        tags = {earlier for earlier in self._unsettled if earlier < tag} if multiple else set()
-        tags.add(tag)
+        tags = {each for each in self._unsettled if each <= tag} if multiple else {tag}
         self._unsettled -= tags
         self._unsent_acks |= tags
         if previous < self._ack_batch <= len(self._unsent_acks):
