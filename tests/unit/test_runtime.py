@@ -98,3 +98,36 @@ run_until_signalled(asyncio.sleep(0))
 """
     done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("leave", "named"),
+    [
+        ("threading.Thread(target=time.sleep, args=(99,), name='prefetch').start()", "prefetch"),
+        ("concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 99)", "ThreadPoolExecutor-"),
+        ("fork.Process(target=time.sleep, args=(99,)).start()", "process "),
+        ("atexit.register(time.sleep, 99)", "an atexit function"),
+    ],
+)
+def test_what_a_task_leaves_running_delays_an_exit_only_for_a_while(leave, named):
+    program = f"""
+import atexit, concurrent.futures, multiprocessing, threading, time
+from fluffle_common.cli.exit_now import exit_soon
+fork = multiprocessing.get_context("fork")
+{leave}
+exit_soon(5, patience_s=0.2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], timeout=30, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 5
+    assert done.stderr.startswith("fluffle: exiting although code outside fluffle is still running")
+    assert f"({named}" in done.stderr.replace("(thread ", "(")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_signals_after_the_run_are_handled_as_before():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_until_signalled(asyncio.sleep(0))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL

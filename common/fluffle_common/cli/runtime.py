@@ -68,6 +68,7 @@ def run_until_signalled(
         main.close()
         raise
     received: list[int] = []
+    before = {each: signal.getsignal(each) for each in _ENDING}
     _reset_signals_in_children()
     prepare_streams()  # a task may have closed one; libuv aborts if it must close 0, 1 or 2
 
@@ -94,11 +95,16 @@ def run_until_signalled(
             _reset_when_delivered(each)
         return await task
 
-    with (
-        contextlib.suppress(asyncio.CancelledError),
-        asyncio.Runner(loop_factory=loop) as runner,
-    ):
-        return runner.run(watched())
+    try:
+        with (
+            contextlib.suppress(asyncio.CancelledError),
+            asyncio.Runner(loop_factory=loop) as runner,
+        ):
+            return runner.run(watched())
+    finally:
+        if not received:  # uvloop leaves its handlers in place, and they do nothing any more
+            for each, handler in before.items():
+                signal.signal(each, handler or signal.SIG_DFL)
     raise Interrupted(received[0] if received else signal.SIGTERM)
 
 
