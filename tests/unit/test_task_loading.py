@@ -220,15 +220,28 @@ def test_an_error_deep_in_a_library_names_the_user_s_own_line():
     assert "linalg" in full_trace(why)
 
 
-def test_an_error_that_cannot_be_told_is_told_by_its_type():
+@pytest.mark.parametrize("untellable", [RuntimeError, SystemExit])
+def test_an_error_that_cannot_be_told_is_told_by_its_type(untellable):
     class Untold(Exception):
         def __str__(self):
-            raise RuntimeError
+            raise untellable
 
     def fail():
         raise Untold
 
     assert one_line(failed(fail)).startswith("Untold (test_task_loading.py:")
+
+
+def test_of_an_error_that_quotes_megabytes_the_middle_is_omitted():
+    def fail():
+        raise ValueError("begins " + "x\n" * 10**6 + "ends")
+
+    trace = full_trace(failed(fail))
+    assert "ValueError: begins" in trace
+    assert " characters omitted …\n" in trace
+    assert trace.endswith("ends")
+    assert len(trace) < 101_000
+    assert one_line(failed(fail)).startswith("ValueError: begins x")
 
 
 def test_a_reason_can_always_be_sent():
