@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import sys
 import threading
@@ -57,3 +58,16 @@ def _left_running() -> str:
     if multiprocessing is not None:
         left += [f"process {child.pid}" for child in multiprocessing.active_children()]
     return ", ".join(left[:5]) or "an atexit function"
+
+
+def reset_when_delivered(number: int) -> None:
+    """Let the kernel reset a signal to its default action when it is first delivered.
+
+    Python runs handlers only between bytecodes, so code that holds the GIL, such as a slow regular
+    expression, delays them. With this, the second Ctrl-C kills the process even then. It does
+    nothing if the C library lacks ``sysv_signal``.
+    """
+    install = getattr(ctypes.CDLL(None), "sysv_signal", None)
+    if install is not None:
+        install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+        install(number, install(number, None))
