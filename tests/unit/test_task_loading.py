@@ -281,12 +281,29 @@ def test_counts_and_classes_of_any_kind_will_do():
         ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
         ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
         ({"classes": 10}, "has classes 10; expected a sequence of class names"),
+        ({"classes": {"a"}}, "has classes {'a'}; expected a sequence of class names"),
         ({"classes": iter("ab")}, "has classes <str.*; expected a sequence of class names"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
     with pytest.raises(TaskError, match=named):
         check_task("t", own(**fields))
+
+
+def test_a_class_is_a_task_only_if_its_methods_need_no_instance():
+    class Uncalled:
+        num_examples = 3
+
+        def train(self, weights, plan, progress): ...
+
+        init = evaluate = train
+
+    class Static(Uncalled):
+        init = train = evaluate = staticmethod(len)
+
+    with pytest.raises(UsageError, match=r"^the task t is the class Uncalled, .* call the class: Unc"):
+        check_task("t", Uncalled)
+    check_task("t", Static)
 
 
 @pytest.mark.parametrize("name", ["train", "num_examples", "classes", "keep_in", "model_form"])
