@@ -90,8 +90,8 @@ def load_into(
         weights, frozen = _with_frozen(Path(source))
     else:
         raise UsageError(
-            f"{source!r:.60} is not a model; expected a model file, or arrays by name, such as "
-            "run.weights"
+            f"{source!r:.60} is not a model; expected the path of a model file, or a mapping of "
+            "names to arrays (for example run.weights)"
         )
     weights, every = {**weights, **frozen}, tensors.arrays_of(module)
     current = tensors.arrays_of(module, federated)
@@ -140,8 +140,8 @@ def save_model(
     model = {name: array for name, array in model.items() if name not in kept.tensors}
     if not model:
         raise UsageError(
-            f"federated= and frozen= leave no tensor of the module {type(module).__name__} to "
-            "save; correct the filters"
+            f"with these federated= and frozen= filters, the module {type(module).__name__} has no "
+            "tensor left to save; correct the filters"
         )
     save_checkpoint(path, model, told)
 

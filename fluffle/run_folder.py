@@ -43,7 +43,7 @@ class RunFolder:
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         if folder == "":
             raise UsageError(
-                "folder= is empty; name a folder, or omit folder= to use a temporary one"
+                "folder= is empty; give a folder, or omit folder= to use a temporary folder"
             )
         self._temporary = folder is None
         path = tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder

@@ -90,16 +90,16 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="0.01",
     metavar="SECONDS",
     help=(
-        "Duration of one training step on a client, in seconds. Give a number, classes:1,2,4 "
-        "(assigned to the clients in turn), lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH."
+        "Duration of one training step on a client, in seconds. Give one of: a number; "
+        "classes:1,2,4 (assigned to the clients in turn); lognormal:MEDIAN,SIGMA; uniform:LOW,HIGH."
     ),
 )
 @click.option(
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Time in seconds that is added to each training on a client, besides the time of the "
-    "training steps; same format as --step-time.",
+    help="Extra time each time a client trains, in seconds, on top of the time of its training "
+    "steps; same format as --step-time.",
 )
 @click.option(
     "--bandwidth",

@@ -570,7 +570,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
             {"init": ""},
             'init = "" is not valid (the text is empty; give a value, or omit this option',
         ),
-        ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or omit folder="),
+        ([Adder()], {"folder": ""}, "folder= is empty; give a folder, or omit folder="),
         ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker ID"),
         ({"a b": Adder()}, {}, "choose another key in tasks"),

@@ -233,7 +233,7 @@ def test_losses_of_steps_that_are_no_numbers_are_named_once():
         ({"count": -3}, "num_examples -3; expected the number"),
         ({"count": None}, "num_examples: the value is None, but a whole number is expected"),
         ({"count": 2.5}, "num_examples: the value is 2.5, but a whole number"),
-        ({"count": 10**13}, "trained on, from 1 to 1000000000000"),
+        ({"count": 10**13}, "used for training, from 1 to 1000000000000"),
         ({"count": 10**400}, "00000...00000"),
         ({"count": 10**5000}, "num_examples an unprintable int; expected the number"),
         ({"step": (1,)}, "progress() missing 1 required positional argument: 'steps'"),

@@ -331,7 +331,7 @@ class Head(nn.Module):
     [
         (
             {"model": lambda: Recurrent(nn.GRU)},
-            r"vmap cannot compute .* each example, .* use another layer: RuntimeError: ",
+            r"each example, but .*vmap cannot compute it \(RuntimeError: .* use another layer",
         ),
         ({"model": lambda: Embedded(sparse=True), "inputs": TOKENS}, "vmap cannot compute"),
     ],

@@ -105,8 +105,9 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
     monitor, evaluate = options["monitor"], options["evaluate"]
     if monitor and monitor.startswith(TEST_PREFIX) and evaluate is None:
         raise UsageError(
-            f"--monitor {monitor} is a metric of the --evaluate function, but there is none; add "
-            f"--evaluate, or monitor a federated metric such as {monitor.removeprefix(TEST_PREFIX)}"
+            f"--monitor {monitor} is a metric of the --evaluate function, but --evaluate is not "
+            "given; add --evaluate, or monitor a federated metric such as "
+            f"{monitor.removeprefix(TEST_PREFIX)}"
         )
     schedule_name, schedule = load_schedule(
         options["schedule"],
@@ -210,8 +211,9 @@ def _rules_of(options: dict[str, Any]) -> Rules:
         least = quorum.of(cohort)
     if quorum.number is not None and options["min_updates"] > quorum.number:
         raise UsageError(
-            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, which "
-            f"already closes a round; lower --min-updates to {quorum.number} or less"
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, but a "
+            f"round already closes with {quorum.number} updates; lower --min-updates to "
+            f"{quorum.number} or less"
         )
     return Rules(
         rounds=options["rounds"],

@@ -54,7 +54,7 @@ class ModelParts:
         if isinstance(model, nnx.Module) or not callable(model):
             raise TaskError(
                 f"model= is of type {type(model).__name__}; expected a function that makes a "
-                "module from rngs, such as the module's class, or lambda rngs: Module(rngs=rngs)"
+                "module from rngs, such as the module's class or 'lambda rngs: Module(rngs=rngs)'"
             )
         self._frozen = nnx.All(AVERAGED, frozen)
         self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
@@ -66,7 +66,9 @@ class ModelParts:
         except jax.errors.JAXTypeError:  # the initializer branches on values: run eagerly
             like, compiled = model(nnx.Rngs(0)), lambda make: make
         if not isinstance(like, nnx.Module):
-            raise TaskError(f"model= made a {type(like).__name__}; expected an nnx.Module")
+            raise TaskError(
+                f"model= returned an object of type {type(like).__name__}; expected an nnx.Module"
+            )
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
@@ -163,7 +165,8 @@ class ModelParts:
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise TaskError(
                     f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; "
-                    "store it in another nnx.Variable than nnx.Param, or freeze it with frozen="
+                    "store it in a kind of nnx.Variable other than nnx.Param, or freeze it with "
+                    "frozen="
                 )
         _check_names(_names(trained))
 

@@ -41,14 +41,14 @@ def check_choice(tensors: Mapping[str, Any], **filters: Any) -> None:
     for option, chosen in filters.items():
         if not isinstance(chosen, bool) and not callable(chosen):
             raise TaskError(
-                f"{option}= is {shown(chosen)}, but True, False or a function of a tensor's name "
-                "is expected, such as lambda name: name.startswith('head')"
+                f"{option}= is {shown(chosen)}; expected True, False, or a function of a tensor's "
+                "name, such as lambda name: name.startswith('head')"
             )
     for name, one in tensors.items():
         if is_lazy(one):
             raise TaskError(
-                f"tensor '{name}' of the model has no shape yet, because its module is lazy; let "
-                "model= call the module once with a batch"
+                f"tensor '{name}' of the model has no shape yet, because its module is lazy; in "
+                "the function that you give as model=, call the module once with a batch"
             )
 
 
