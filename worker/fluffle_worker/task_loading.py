@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluffle_common.cli.loading import Place
 from fluffle_common.cli.user_code import is_ctrl_c, one_line
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_worker.task import Task, TaskOptions, check_task
+from fluffle_worker.task import Task, TaskOptions, check_task, classes_of
 from fluffle_worker.user_code import CALLERS, warn_in_full
 
 
@@ -13,7 +13,8 @@ def load_task(name: str, options: TaskOptions) -> Task:
     """Call the task factory at ``module:name`` or ``path.py:name`` and return its task.
 
     Raises:
-        UsageError: if there is no such factory, or what it returns is not a task.
+        UsageError: if there is no such factory, what it returns is not a task, or the task ignores
+            ``options.classes``.
         TaskError: if the factory fails with these options, for example because data is missing.
     """
     place = Place.parse("task", name)
@@ -33,4 +34,11 @@ def load_task(name: str, options: TaskOptions) -> Task:
             raise
         warn_in_full(why)
         raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
-    return check_task(name, task)
+    task = check_task(name, task)
+    own = classes_of(task)
+    if own and options.classes and len(own) != len(options.classes):  # it may spell them otherwise
+        raise UsageError(
+            f"--classes names {', '.join(options.classes)}, but the task {name} has the classes "
+            f"{', '.join(own)}; let the task use options.classes"
+        )
+    return task
