@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from sklearn.metrics import roc_auc_score
 
 import fluffle
@@ -156,6 +156,9 @@ def test_whatever_numpy_converts_is_data():
             "model= is of type Net; expected a function that makes a module",
         ),
         ({"model": lambda rngs: None}, "model= made a NoneType; expected an nnx.Module"),
+        ({"model": lambda rngs: linen.Dense(1)}, "model= made a Dense; expected an nnx.Module"),
+        ({"model": linen.Dense(1)}, "model= is a module of flax.linen; expected an nnx.Module"),
+        ({"model": linen.Dense}, "model= is a module of flax.linen; expected an nnx.Module"),
         ({"model": Bare}, "no tensor of the model to send; .*tensors of the model: none"),
         ({"model": Counting}, "parameter 'calls' is int32, which cannot be trained"),
         (
