@@ -24,6 +24,7 @@ from fluffle_worker.user_code import FailedMetric, full_trace
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
+_NOTHING = EvalResult(0.0, 0)  # an evaluation on no examples
 
 
 class Results:
@@ -71,7 +72,6 @@ class Results:
         If the evaluation raises or returns an unusable result, return one of 0 examples, so that
         training continues without it.
         """
-        nothing = EvalResult(0.0, 0)
         try:
             result = evaluate()
         except BaseException as why:
@@ -79,7 +79,7 @@ class Results:
             self._once(
                 f"evaluate() failed, so this worker trains without evaluation: {one_line(why)}"
             )
-            return nothing
+            return _NOTHING
         if result is None:
             return None
         try:
@@ -90,22 +90,22 @@ class Results:
                 f"evaluate() returned {shown(result)}, but must return "
                 "EvalResult(loss, num_examples, metrics) or None; this worker reports no evaluation"
             )
-            return nothing
+            return _NOTHING
         except ValueError as wrong:
             self._once(
                 f"evaluate() returned an invalid loss or num_examples: {wrong}; this worker does "
                 "not report such evaluations"
             )
-            return nothing
+            return _NOTHING
         if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
             self._once(
                 f"evaluate() returned num_examples {shown(num_examples)}; expected the number of "
                 f"examples evaluated on, from 0 to {MAX_NUM_EXAMPLES}; this worker does not report "
                 "such evaluations"
             )
-            return nothing
+            return _NOTHING
         if num_examples == 0:
-            return nothing
+            return _NOTHING
         metrics = self._metrics("evaluate", getattr(result, "metrics", None))
         return EvalResult(loss, num_examples, metrics)
 
@@ -190,24 +190,27 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
         raise TaskError(
             f"{method} returned {shown(given)} as {what}; expected a mapping of names to arrays"
         )
-    converted = {}
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            inner = "/".join(map(str, [name, *list(value)[:1]]))
-            raise TaskError(
-                f"{method} returned {what} with a nested mapping under "
-                f"'{sendable(str(name), 60)}'; expected a flat mapping of names to arrays, with "
-                f"names such as '{sendable(inner, 60)}'"
-            )
-        try:
-            converted[name] = np.asarray(value)
-        except Exception as why:
-            raise TaskError(
-                f"{method} returned tensor '{sendable(str(name), 60)}' as a "
-                f"{type(value).__name__}, which NumPy "
-                f"cannot convert to an array: {one_line(why)}"
-            ) from None
-    return converted
+    return {
+        name: value if type(value) is np.ndarray else _array(name, value, method, what)
+        for name, value in given.items()
+    }
+
+
+def _array(name: Any, value: Any, method: str, what: str) -> Array:
+    if isinstance(value, Mapping):
+        inner = "/".join(map(str, [name, *list(value)[:1]]))
+        raise TaskError(
+            f"{method} returned {what} with a nested mapping under '{sendable(str(name), 60)}'; "
+            "expected a flat mapping of names to arrays, with names such as "
+            f"'{sendable(inner, 60)}'"
+        )
+    try:
+        return np.asarray(value)
+    except Exception as why:
+        raise TaskError(
+            f"{method} returned tensor '{sendable(str(name), 60)}' as a {type(value).__name__}, "
+            f"which NumPy cannot convert to an array: {one_line(why)}"
+        ) from None
 
 
 def lent(weights: Weights, task: Task) -> dict[str, Array]:
@@ -217,10 +220,10 @@ def lent(weights: Weights, task: Task) -> dict[str, Array]:
     task that modified the received weights in place would then send a delta of zeros.
     """
     if getattr(task, "only_reads", False):
-        return dict(weights)
+        return dict(weights.items())
     if isinstance(weights, Tensors) and weights.memory:  # one contiguous block: one copy
         memory = np.frombuffer(weights.memory, np.uint8).copy().data
-        return dict(weights.layout.over(memory))
+        return weights.layout.over(memory).as_dict
     return copied(weights)
 
 
