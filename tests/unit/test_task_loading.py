@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -269,6 +270,15 @@ def test_counts_and_classes_of_any_kind_will_do():
     assert classes_of(task) == ("a", "b")
     assert classes_of(own(classes=range(2))) == ("0", "1")
     assert classes_of(own(classes=None)) == ()
+
+
+def test_a_task_that_ignores_the_option_classes_is_refused(here):
+    ignores = TASK.replace("num_examples = 3", "num_examples, classes = 3, ['b', 'a']")
+    name = f"{write(here, 'ignores.py', ignores)}:task"
+    assert load_task(name, TaskOptions("data", "w", classes=("a", "b")))
+    message = f"--classes names a, b, c, but the task {name} has the classes b, a; let the task use"
+    with pytest.raises(UsageError, match=f"^{re.escape(message)} options.classes$"):
+        load_task(name, TaskOptions("data", "w", classes=("a", "b", "c")))
 
 
 @pytest.mark.parametrize(
