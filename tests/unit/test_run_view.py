@@ -202,6 +202,18 @@ def test_a_history_creates_only_workers_that_were_asked():
     assert view.counters.rounds == 0  # the counters start with the first live event
 
 
+def test_a_long_history_makes_room_for_its_last_rounds_only(monkeypatch):
+    made: list[int | None] = []
+    room = RunView._round
+    monkeypatch.setattr(RunView, "_round", lambda view, n: made.append(n) or room(view, n))
+    early = history(1, rejections=[{"worker": "a", "reason": "NaN"}])
+    view = RunView()
+    view.remember([early, *(history(number) for number in range(2, 2101))])
+    assert made == list(view.rounds) == list(range(101, 2101))
+    assert view.workers["a"].counted == 2100
+    assert [(at, during) for at, during, _ in view.rejections] == [(15.0, 1)]
+
+
 def test_a_whole_history_keeps_every_round_in_full():
     rows = [history(number) for number in range(1, 71)]
     for whole, count in ((True, 70), (False, 50)):

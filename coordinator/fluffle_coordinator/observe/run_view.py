@@ -106,9 +106,15 @@ class RunView:
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Apply the rows of a history (``read_history``); they do not change ``counters``."""
         rows = sorted(rows, key=lambda row: row["round"])
-        for row in rows:
-            self._round(row["round"])  # makes room
-            view = self.rounds[row["round"]] = remembered(row)
+        rejections = []
+        forgotten = 0 if self.whole else max(0, len(rows) - _MAX_ROUNDS)
+        for place, row in enumerate(rows):
+            view = remembered(row)
+            if place >= forgotten:
+                self._round(view.number)  # makes room
+                self.rounds[view.number] = view
+            about = view.committed_at or 0.0, view.number
+            rejections += [(*about, fields) for fields in row.get("rejections", ())]
             for name in view.asked:
                 self.workers.remember(name)
             for _, update in view.answers.values():
@@ -118,12 +124,11 @@ class RunView:
             self.workers.remember(name).late += 1
             if number in self.rounds:
                 self.rounds[number].came_late.add(name)
-        for row in rows:  # last, because a rejected message counts only for a known worker
-            view = self.rounds.get(row["round"], self.before)
-            for fields in row.get("rejections", ()):
-                event = from_fields(run_events.Rejected.name, fields)
-                self.workers.add(view.committed_at or 0.0, event)
-                self._reject(view.committed_at or 0.0, view.number, event)
+        # Last, because a rejected message counts only for a known worker.
+        for at, number, fields in rejections:
+            event = from_fields(run_events.Rejected.name, fields)
+            self.workers.add(at, event)
+            self._reject(at, number, event)
         if not self.whole:
             for number in sorted(self.rounds)[:-_MAX_DETAILED]:
                 self.rounds[number].drop_details()
