@@ -258,7 +258,9 @@ def _measure(values: Array) -> tuple[float, int]:
     rows scaled before they are squared.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
-        squares = sum(float(np.vecdot(rows, rows).sum(dtype=np.float64)) for rows in _rows(values))
+        squares = 0.0
+        for rows in _rows(values):
+            squares += float(np.add.reduce(np.vecdot(rows, rows), dtype=np.float64))
         if _MIN_EXACT < squares < math.inf:
             return math.sqrt(squares), 0
         norm, bad = 0.0, 0
