@@ -55,6 +55,8 @@ def wall_time() -> float:
     return time.time() if simulated is None else simulated.wall_time()
 
 
-def timestamp(timespec: str = "milliseconds") -> str:
-    """Return the current UTC time in ISO 8601 format."""
-    return datetime.fromtimestamp(wall_time(), UTC).isoformat(timespec=timespec)
+def timestamp(timespec: str = "milliseconds", at: float | None = None) -> str:
+    """Return a UTC time in ISO 8601 format: ``at`` in seconds since 1970, by default now."""
+    return datetime.fromtimestamp(wall_time() if at is None else at, UTC).isoformat(
+        timespec=timespec
+    )

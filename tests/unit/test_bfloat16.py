@@ -27,7 +27,7 @@ from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.storage.replay import distance
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.decoding import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_update
 from fluffle_coordinator.strategy.fedavg import fedavg
 
 HOWS = ("bf16", "f16", "int8", "topk:0.05")
@@ -59,7 +59,7 @@ def test_a_bfloat16_model_is_encoded_and_decoded(how):
     numbers = np.random.default_rng(0)
     delta = {"w": numbers.normal(size=(60, 50)).astype(BFLOAT16)}
     encoded, left = compress(delta, how, {})
-    got, _ = decode_contribution(*update(encoded, encoding_of(how)), delta)
+    got, _, _ = decode_update(*update(encoded, encoding_of(how)), delta)
     check_delta(got, delta)
     assert size_bytes(encoded) < 0.55 * size_bytes(delta) or how in ("bf16", "f16")
     total = got["w"].astype(np.float32) + left.get("w", 0)
@@ -87,10 +87,10 @@ def test_the_residual_accumulates_in_float32(how, dtype):
 def test_a_worker_without_bfloat16_may_send_the_upper_halves_of_float32():
     base = {"w": np.ones((2, 3), BFLOAT16)}
     halves = {"w": base["w"].view(np.uint16)}
-    got, _ = decode_contribution(*update(halves, "bf16"), base)
+    got, _, _ = decode_update(*update(halves, "bf16"), base)
     assert (got["w"].dtype, got["w"].tolist()) == (BFLOAT16, base["w"].tolist())
     with pytest.raises(MalformedMessage, match="'w' is uint16; expected bfloat16"):
-        decode_contribution(*update(halves, None), base)
+        decode_update(*update(halves, None), base)
 
 
 # --- averages ----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from fluffle_common.tensors.codecs.int8 import BLOCK
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import SMALLEST, compress, decompress
 from fluffle_common.tensors.weights import check_delta, size_bytes
-from fluffle_coordinator.strategy.decoding import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_update
 
 HOWS = ("bf16", "f16", "int8", "topk:0.01", "topk:0.5")
 FED_BACK = ("int8", "topk:0.01", "topk:0.5")
@@ -143,7 +143,7 @@ def test_every_dtype_and_shape_is_restored(how, shape, dtype):
     }
     base = {"w": delta["w"], "counts": delta["counts"].astype(np.int32)}
     encoded, left = compress(delta, how, {})
-    got, _ = decode_contribution(*update(encoded, encoding_of(how)), base)
+    got, _, _ = decode_update(*update(encoded, encoding_of(how)), base)
     check_delta(got, base)
     assert np.array_equal(got["counts"], delta["counts"])
     if delta["w"].size < SMALLEST:
@@ -182,7 +182,7 @@ def test_values_that_are_not_finite_are_refused_and_leave_no_residual(how, value
     encoded, left = compress({"w": bad, "v": good}, how, {})
     assert "w" not in left
     with pytest.raises(MalformedMessage, match="NaN or infinite") as refused:
-        decode_contribution(*update(encoded, encoding_of(how)), {"w": good, "v": good})
+        decode_update(*update(encoded, encoding_of(how)), {"w": good, "v": good})
     assert refused.value.cause == "not_finite"
 
 
@@ -192,7 +192,7 @@ def test_names_of_the_model_are_never_mistaken_for_parts(how, other):
     tensor = np.random.default_rng(0).normal(size=2000).astype(np.float32)
     delta = {"w": tensor, other: 2 * tensor, "x" * 500: 3 * tensor}
     encoded, left = compress(delta, how, {})
-    got, _ = decode_contribution(*update(encoded, encoding_of(how)), delta)
+    got, _, _ = decode_update(*update(encoded, encoding_of(how)), delta)
     for name, learnt in delta.items():
         np.testing.assert_allclose(got[name] + left.get(name, 0), learnt, rtol=0.01, atol=1e-3)
 
@@ -292,7 +292,7 @@ VALUE = np.ones(3, F32)
 )  # fmt: skip
 def test_invalid_encoded_tensors_are_refused(message, reason, cause):
     with pytest.raises(MalformedMessage) as refused:
-        decode_contribution(*message, BASE)
+        decode_update(*message, BASE)
     assert reason in str(refused.value)
     assert refused.value.cause == cause
 
@@ -300,12 +300,12 @@ def test_invalid_encoded_tensors_are_refused(message, reason, cause):
 def test_encoded_tensors_without_an_encoding_are_refused():
     encoded, _ = compress(DELTA, "int8", {})
     with pytest.raises(MalformedMessage, match="tensor names differ"):
-        decode_contribution(*update(encoded, None), BASE)
+        decode_update(*update(encoded, None), BASE)
 
 
 @pytest.mark.parametrize("encoding", [None, "bf16", "f16", "int8", "topk"])
 def test_plain_tensors_are_accepted_with_any_encoding(encoding):
-    got, _ = decode_contribution(*update(DELTA, encoding), BASE)
+    got, _, _ = decode_update(*update(DELTA, encoding), BASE)
     assert all(np.array_equal(got[name], DELTA[name]) for name in BASE)
 
 
@@ -326,7 +326,7 @@ def test_any_tensors_are_a_delta_or_refused(sent, encoding, dtype):
     base = {"w": np.zeros((2, 3), dtype), "none": np.zeros((0,), dtype), "n": np.zeros(1, np.int8)}
     base = {name: tensor for name, tensor in base.items() if name == "w" or len(sent) % 2}
     try:
-        got, _ = decode_contribution(*update(sent, encoding), base)
+        got, _, _ = decode_update(*update(sent, encoding), base)
     except MalformedMessage as wrong:
         assert wrong.cause in ("tensors", "not_finite")
     else:
@@ -392,5 +392,5 @@ def test_an_unknown_encoding_is_refused_with_a_list_of_known_ones():
     with pytest.raises(
         MalformedMessage, match="unknown codec 'zip'; choose from bf16, f16"
     ) as wrong:
-        decode_contribution(*update(DELTA, "zip"), BASE)
+        decode_update(*update(DELTA, "zip"), BASE)
     assert wrong.value.cause == "tensors"

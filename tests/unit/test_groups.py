@@ -19,8 +19,7 @@ from fluffle_common.tensors.layout import as_maps, layout_for
 from fluffle_common.tensors.table import TensorEntry
 from fluffle_coordinator.strategy.decoding import (
     check_announced,
-    decode_contribution,
-    decode_extra,
+    decode_update,
 )
 
 MODEL = {"w": np.arange(5, dtype=np.float32), "n": np.array(3, np.int64)}
@@ -137,7 +136,7 @@ def test_a_name_may_be_in_two_groups_but_not_twice_in_one():
 def test_extra_tensors_that_do_not_match_the_plan_are_refused(wanted, extra, cause, reason):
     message, payload = sent(extra)
     with pytest.raises(MalformedMessage, match=reason) as wrong:
-        decode_extra(message, payload, MODEL, Plan(extra=wanted))
+        decode_update(message, payload, MODEL, Plan(extra=wanted))
     assert wrong.value.cause == cause
 
 
@@ -146,15 +145,15 @@ def test_an_unexpected_group_is_refused():
     with pytest.raises(
         MalformedMessage, match="of the group 'keys', which the coordinator did not request"
     ):
-        decode_extra(message, payload, MODEL, Plan())
+        decode_update(message, payload, MODEL, Plan())
 
 
 def test_required_extra_tensors_are_accepted():
-    found = decode_extra(*sent(EXTRA), MODEL, Plan(extra="model"))
+    _, _, found = decode_update(*sent(EXTRA), MODEL, Plan(extra="model"))
     assert found["w"].tolist() == [0.5] * 5
     steps = {"steps": np.array(3.0)}
-    assert decode_extra(*sent(steps), MODEL, Plan(extra={"steps": ()}))["steps"] == 3
-    assert not decode_extra(*sent({}), MODEL, Plan())
+    assert decode_update(*sent(steps), MODEL, Plan(extra={"steps": ()}))[2]["steps"] == 3
+    assert not decode_update(*sent({}), MODEL, Plan())[2]
     check_extra(EXTRA, {"w": (5,)}, MODEL)
 
 
@@ -166,12 +165,12 @@ def test_an_update_has_exactly_the_tensors_of_the_plan(names, reason):
     weights = {name: MODEL.get(name, MODEL["n"]) for name in names}
     message, payload = decode(pack(update(), weights)[1])
     with pytest.raises(MalformedMessage, match=reason) as wrong:
-        decode_contribution(message, payload, MODEL, Plan(train=("n",)))
+        decode_update(message, payload, MODEL, Plan(train=("n",)))
     assert wrong.value.cause == "tensors"
 
 
 def test_tensors_that_are_not_trained_have_a_delta_of_zero():
     message, payload = decode(pack(update(), {"n": MODEL["n"]})[1])
-    delta, norm = decode_contribution(message, payload, MODEL, Plan(train=("n",)))
+    delta, norm, _ = decode_update(message, payload, MODEL, Plan(train=("n",)))
     assert list(delta) == list(MODEL)
     assert (delta["w"].tolist(), int(delta["n"]), norm) == ([0.0] * 5, 3, 3.0)

@@ -15,7 +15,7 @@ import pytest
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import messages, wire_format
 from fluffle_coordinator.conformance.scenario import Section
-from fluffle_coordinator.strategy.decoding import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_update
 from fluffle_worker.inbox import check_message
 
 FOLDER = Path(__file__).parents[2] / "docs/protocol"
@@ -66,7 +66,7 @@ def test_a_valid_message_is_decoded_and_matches_the_schema(one):
 def test_an_invalid_message_is_refused_with_its_cause(one):
     with pytest.raises(MalformedMessage) as refused:
         message, payload = wire_format.decode(base64.b64decode(one["body"]), "letters")
-        decode_contribution(message, payload, BASE)
+        decode_update(message, payload, BASE)
     assert refused.value.cause == one["cause"]
 
 
@@ -101,7 +101,7 @@ def test_the_schema_refuses_invalid_headers():
 def test_an_encoded_update_decodes_to_these_numbers(one):
     message, payload = wire_format.decode(base64.b64decode(one["body"]), "letters")
     base = {"w": np.zeros(one["shape"], np.float32)}
-    delta, _ = decode_contribution(message, payload, base)
+    delta, _, _ = decode_update(message, payload, base)
     assert np.asarray(delta["w"]).tobytes() == base64.b64decode(one["delta_float32"])
 
 

@@ -23,7 +23,7 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_coordinator.cli.history_table import history_table
+from fluffle_coordinator.cli.history_table import history_tables
 from fluffle_coordinator.cli.run_folder import report
 from fluffle_coordinator.dashboard.report import page, read_report, snapshot
 from fluffle_coordinator.machine.state import Quorum, Rules
@@ -485,7 +485,7 @@ def test_the_history_fits_the_terminal_and_no_cell_is_cut(width, names):
         for number in range(1, 7)
     ]
     out = io.StringIO()
-    Console(file=out, width=width).print(history_table(rounds, width))
+    Console(file=out, width=width).print(*history_tables(rounds, width))
     lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
     assert len(lines) == 2 + 6
     assert max(map(len, lines)) <= width
@@ -493,7 +493,21 @@ def test_the_history_fits_the_terminal_and_no_cell_is_cut(width, names):
     assert "temperature" in lines[0]
     assert ("client-1, client-2, client-3" in lines[2]) == names
     rounds[0]["late"] = 1
-    assert [c.header for c in history_table(rounds, 80).columns][-1] == "late"
+    assert [c.header for c in history_tables(rounds, 80)[-1].columns][-1] == "late"
+
+
+def test_metrics_that_do_not_fit_the_terminal_are_in_tables_of_their_own():
+    metrics = {f"label_{n}_auc": 0.9 + n / 1000 for n in range(8)}
+    rounds = [{"round": 1, "participants": [], "loss": 0.5, **metrics}]
+    tables = history_tables(rounds, 80)
+    out = io.StringIO()
+    Console(file=out, width=80).print(*tables)
+    shown = out.getvalue().split()
+    for name, value in metrics.items():
+        assert name in shown
+        assert f"{value:.4f}" in shown
+    assert [one.columns[0].header for one in tables] == ["round"] * len(tables)
+    assert len(tables) == 3
 
 
 def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
@@ -503,8 +517,8 @@ def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
         {"round": 1, "participants": [quick, quick]},
         {"round": 2, "participants": [quick, slow, quick]},
     ]
-    table = history_table(rounds, 80)
+    (table,) = history_tables(rounds, 80)
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns["updates"] == ["2", "3"]
     assert columns["stalest"] == ["0", "6"]
-    assert "stalest" not in [c.header for c in history_table(rounds[:1], 80).columns]
+    assert "stalest" not in [c.header for c in history_tables(rounds[:1], 80)[0].columns]

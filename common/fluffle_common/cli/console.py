@@ -6,7 +6,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
@@ -15,7 +15,7 @@ from pydantic_core import to_json
 
 from fluffle_common.cli.background_stream import BackgroundStream, warning_about
 from fluffle_common.cli.printing import echo_sentences, printable, visible_json, wrapped
-from fluffle_common.clock import timestamp
+from fluffle_common.clock import timestamp, wall_time
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.events import RunEvent
@@ -45,7 +45,7 @@ class Console:
         self._stream = BackgroundStream(stream or sys.stdout, warning_about("the log"))
         self._json = log_format == "json"
         self._always = dict(always)
-        self._pending: list[str] = []  # lines that are not written yet
+        self._pending: list[Callable[[], str]] = []  # render lines that are not written yet
         self._prompt = True  # whether the output has taken every line in time so far
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
@@ -82,29 +82,40 @@ class Console:
     def event(self, event: RunEvent) -> None:
         """Write an event: its sentence for people, its name and fields for programs."""
         if self._json:
-            self._write(self._as_json(event.name, event.fields()))
+            at = wall_time()
+            self._write(lambda: self._as_json(at, event.name, event.fields()))
         else:
-            self._write(_as_text(event.sentence()))
+            clock = time.localtime()
+            self._write(lambda: _as_text(clock, event.sentence()))
 
     def line(self, name: str, text: str, fields: Mapping[str, Any] | None = None) -> None:
         """Write a line: ``text`` for people, ``name`` and ``fields`` for programs."""
-        self._write(self._as_json(name, fields or {}) if self._json else _as_text(text))
+        if self._json:
+            at = wall_time()
+            self._write(lambda: self._as_json(at, name, fields or {}))
+        else:
+            clock = time.localtime()
+            self._write(lambda: _as_text(clock, text))
 
-    def _as_json(self, name: str, fields: Mapping[str, Any]) -> str:
+    def _as_json(self, at: float, name: str, fields: Mapping[str, Any]) -> str:
         return json_line(
-            {"time": timestamp("microseconds"), "event": name, **self._always, **fields}
+            {"time": timestamp("microseconds", at), "event": name, **self._always, **fields}
         )
 
-    def _write(self, line: str) -> None:
+    def _write(self, render: Callable[[], str]) -> None:
         if self._progress is not None:
             width = self._progress.console.width
-            self._progress.console.print(wrapped(line, width), markup=False)
+            self._progress.console.print(wrapped(render(), width), markup=False)
         else:
-            self._hold(f"{line}\n")
+            self._hold(render)
 
-    def _hold(self, line: str) -> None:
-        """Collect lines for a moment if an event loop runs; otherwise write the line at once."""
-        self._pending.append(line)
+    def _hold(self, render: Callable[[], str]) -> None:
+        """Collect lines for a moment if an event loop runs; otherwise write the line at once.
+
+        They are rendered when they are written, because that costs less for several at once, and
+        no message of a round waits for it.
+        """
+        self._pending.append(render)
         if len(self._pending) > 1:
             return
         try:
@@ -117,9 +128,9 @@ class Console:
             loop.call_later(_WITHIN_S, self._flush)
 
     def _flush(self) -> None:
-        lines, self._pending = self._pending, []
-        if lines:
-            self._stream.write("".join(lines))
+        pending, self._pending = self._pending, []
+        if pending:
+            self._stream.write("".join([f"{_rendered(render)}\n" for render in pending]))
 
     def bar(
         self, label: str, done: float, total: float, description: str = "", brief: str = ""
@@ -136,8 +147,15 @@ class Console:
         self._progress.update(self._bars[label], completed=done, total=total, **texts)
 
 
-def _as_text(text: str) -> str:
-    return f"{time.strftime('%H:%M:%S')}  {printable(text)}"
+def _as_text(clock: time.struct_time, text: str) -> str:
+    return f"{time.strftime('%H:%M:%S', clock)}  {printable(text)}"
+
+
+def _rendered(render: Callable[[], str]) -> str:
+    try:
+        return render()
+    except Exception as wrong:  # a bug, which must not take the other lines with it
+        return f"a line cannot be shown ({wrong!r})"
 
 
 def json_line(entry: Mapping[str, Any]) -> str:

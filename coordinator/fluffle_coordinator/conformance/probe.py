@@ -41,8 +41,7 @@ from fluffle_coordinator.conformance.received import ReceivedUpdate, Unmet
 from fluffle_coordinator.strategy.decoding import (
     EVERYTHING,
     check_announced,
-    decode_contribution,
-    decode_extra,
+    decode_update,
 )
 
 _T = TypeVar("_T")
@@ -193,8 +192,7 @@ class Probe(Listener):
                 return await self.update(await self.ask(sent.fit))
             raise Unmet(f"the worker sent an update without its parts: {why}") from None
         try:
-            decode_contribution(update, payload, self.weights, sent.fit.plan)
-            decode_extra(update, payload, self.weights, sent.fit.plan)
+            decode_update(update, payload, self.weights, sent.fit.plan)
         except MalformedMessage as why:
             raise Unmet(
                 f"the worker sent an update that a coordinator rejects ({why.cause}): {why}"

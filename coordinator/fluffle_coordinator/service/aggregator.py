@@ -40,8 +40,7 @@ from fluffle_coordinator.storage.run_store import new_base
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.decoding import (
     check_metrics,
-    decode_contribution,
-    decode_extra,
+    decode_update,
 )
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -266,7 +265,7 @@ class Aggregator:
         check_metrics(message, self._strategy.strategy.needs)
         if isinstance(payload, memoryview):
             payload = payload.toreadonly()  # --keep-updates and rejection need the original bytes
-        delta, norm = decode_contribution(message, payload, self._base, self._plan)
+        delta, norm, extra = decode_update(message, payload, self._base, self._plan)
         if norm > how.max_norm:
             raise MalformedMessage(
                 f"the norm of the update is too large: {norm:.3g}, but the limit is "
@@ -279,7 +278,7 @@ class Aggregator:
             delta=delta,
             staleness=how.staleness,
             discount=how.discount,
-            extra=decode_extra(message, payload, self._base, self._plan),
+            extra=extra,
             metrics=message.metrics,
             lay_on_disk=self._committer.lay_on_disk,
         )

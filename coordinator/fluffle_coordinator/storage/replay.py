@@ -26,7 +26,7 @@ from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
 from fluffle_coordinator.strategy.base import Contribution, Strategy
-from fluffle_coordinator.strategy.decoding import decode_contribution, decode_extra
+from fluffle_coordinator.strategy.decoding import decode_update
 from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 
 
@@ -218,8 +218,7 @@ def _archived(
             missing = path.with_suffix(".payload")
             raise UsageError(f"the tensors of the update of {worker} are missing ({missing})")
         payload = inline if payload is None else payload
-        delta, _ = decode_contribution(message, payload, base, plan)
-        extra = decode_extra(message, payload, base, plan)
+        delta, _, extra = decode_update(message, payload, base, plan)
     except MalformedMessage as error:
         raise UsageError(f"{path} is not the update that was counted: {error}") from None
     return Contribution(

@@ -10,7 +10,7 @@ from fluffle_common.arguments import within
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol.messages import FirstWeights, Plan, Update
 from fluffle_common.protocol.transfer import announced_layout
-from fluffle_common.protocol.wire_format import read_groups, read_tensors
+from fluffle_common.protocol.wire_format import read_groups
 from fluffle_common.tensors.compression import check_announced_signature, decompress
 from fluffle_common.tensors.groups import (
     EXTRA,
@@ -86,16 +86,16 @@ def check_metrics(message: Update, needs: Needs) -> None:
             within(name, message.metrics[name], low, high)
         except ValueError as error:
             raise MalformedMessage(
-                f"the update has an invalid metric, which the strategy of this run needs: {error}"
+                f"the update has a metric that the strategy of this run cannot use: {error}"
             ) from None
 
 
-def decode_contribution(
+def decode_update(
     message: Update,
     payload: memoryview | InPieces,
     base: Weights,
     plan: Plan = EVERYTHING,
-) -> tuple[Weights, float]:
+) -> tuple[Weights, float, Weights]:
     """Read an update's tensors, decode them, and check them against the model.
 
     Args:
@@ -105,21 +105,27 @@ def decode_contribution(
         plan: the round's plan, which says which tensors it asks for.
 
     Returns:
-        The delta, with the names, shapes and dtypes of ``base``, and its norm (``finite_norm``).
-        Tensors without an encoding are views into ``payload``; those that the plan does not train
-        are zeros.
+        The delta, with the names, shapes and dtypes of ``base``; its norm (``finite_norm``); and
+        the extra tensors, none if the plan asks for none. Tensors without an encoding are views
+        into ``payload``; those that the plan does not train are zeros.
 
     Raises:
         MalformedMessage: with the cause ``tensors`` or ``not_finite``, if it is not a delta for
-            ``base``.
+            ``base``, or its extra tensors are not those that the plan asks for.
     """
-    tensors: Weights = (
-        read_tensors(message.tensors, payload) if isinstance(payload, memoryview) else payload
+    groups: Groups = (
+        read_groups(message.tensors, payload)
+        if isinstance(payload, memoryview)
+        else {MODEL: payload}  # an update with extra tensors is never in pieces
     )
     try:
         trained = select_tensors(base, plan.train)
-        delta = decompress(tensors, message.encoding, trained)
+        delta = decompress(groups[MODEL], message.encoding, trained)
         norm = check_delta(delta, trained)
+        _check_groups(groups)
+        extra: Weights = groups.get(EXTRA, {})
+        check_extra(extra, plan.extra, base)
+        check_finite(extra)
     except ValueError as error:
         raise _malformed(error) from None
     if len(trained) < len(base):  # untouched zeros take no memory
@@ -127,34 +133,7 @@ def decode_contribution(
             name: delta[name] if name in delta else np.zeros(old.shape, delta_dtype(old.dtype))
             for name, old in base.items()
         }
-    return delta, norm
-
-
-def decode_extra(
-    message: Update, payload: memoryview | InPieces, base: Weights, plan: Plan
-) -> Weights:
-    """Read and check the extra tensors of an update; the arguments are ``decode_contribution``'s.
-
-    Returns:
-        The tensors, as views into ``payload``; none if the plan asks for none.
-
-    Raises:
-        MalformedMessage: with the cause ``tensors`` or ``not_finite``, if they are not the tensors
-            that the plan asks for.
-    """
-    groups: Groups = (
-        read_groups(message.tensors, payload)
-        if isinstance(payload, memoryview)
-        else {MODEL: payload}  # an update with extra tensors is never in pieces
-    )
-    extra: Weights = groups.get(EXTRA, {})
-    try:
-        _check_groups(groups)
-        check_extra(extra, plan.extra, base)
-        check_finite(extra)
-    except ValueError as error:
-        raise _malformed(error) from None
-    return extra
+    return delta, norm, extra
 
 
 def _check_groups(groups: Mapping[str, object]) -> None:
