@@ -135,15 +135,14 @@ def save_model(
         )
     if kept.digest:
         save_frozen(path.parent, kept)
-    told = {IN_METADATA: kept.digest} if kept.digest else {}
-    model = arrays_of(module, federated)
-    model = {name: array for name, array in model.items() if name not in kept.tensors}
+    arrays = arrays_of(module, federated)
+    model = {name: array for name, array in arrays.items() if name not in kept.tensors}
     if not model:
         raise UsageError(
             f"with these federated= and frozen= filters, the module {type(module).__name__} has no "
             "tensor left to save; correct the filters"
         )
-    save_checkpoint(path, model, told)
+    save_checkpoint(path, model, {IN_METADATA: kept.digest} if kept.digest else {})
 
 
 def _framework_of(module: Any) -> Any:

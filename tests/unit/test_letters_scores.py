@@ -15,9 +15,9 @@ from fluffle_common.errors import FluffleError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_worker.letters import inference as use
 from fluffle_worker.letters.cli import confusion, letters, predict
-from fluffle_worker.letters.images import read_images
+from fluffle_worker.letters.images import held_out_split, read_images
 from fluffle_worker.letters.inference import Score, participants_of, temperature_of
-from fluffle_worker.letters.task import held_out_split, letters_task, task
+from fluffle_worker.letters.task import letters_task, task
 from fluffle_worker.task import TaskOptions
 
 CLASSES = ("a", "b")

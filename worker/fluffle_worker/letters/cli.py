@@ -202,7 +202,7 @@ def _scored(
     model: LettersModel, images: Images, options: Mapping[str, Any], trained: bool
 ) -> tuple[Score, str, list[str]]:
     """Score the selected letters; return the score, a description of them, and lines to print."""
-    from fluffle_worker.letters.task import held_out_split
+    from fluffle_worker.letters.images import held_out_split
 
     if options["unseen"]:
         score = model.score(images)

@@ -92,7 +92,7 @@ class ModelParts:
 
     def init(self, key: Any) -> dict[str, Array]:
         """Return the tensors of a new model that travel, by name."""
-        return {name: np.asarray(array) for name, array in named(self._init(key)).items()}
+        return _arrays(self._init(key))
 
     def learnt(self, weights: Mapping[str, Array], personal: Mapping[str, Array]) -> Any:
         """Return the state that trains here, from received weights and kept personal tensors.
@@ -113,19 +113,19 @@ class ModelParts:
 
     def travelling(self, learnt: Any) -> dict[str, Array]:
         """Return the tensors of a trained state that travel, by name."""
-        return self._arrays(learnt, self._travel)
+        return self._chosen(learnt, self._travel)
 
     def personal(self, learnt: Any) -> dict[str, Array]:
         """Return the personal tensors of a trained state, by name."""
-        return self._arrays(learnt, self._stay)
+        return self._chosen(learnt, self._stay)
 
-    def _arrays(self, learnt: Any, names: list[str]) -> dict[str, Array]:
+    def _chosen(self, learnt: Any, names: list[str]) -> dict[str, Array]:
         arrays = dict(zip(self._names, jax.tree.leaves(learnt), strict=True))
         return {name: np.asarray(arrays[name]) for name in names}
 
     def frozen(self) -> dict[str, Array]:
         """Return the frozen tensors, by name."""
-        return {name: np.asarray(array) for name, array in named(self.at_home.frozen).items()}
+        return _arrays(self.at_home.frozen)
 
     def use_frozen(self, arrays: Mapping[str, Array]) -> None:
         """Replace the frozen tensors that the model was initialized with."""
@@ -168,12 +168,20 @@ class ModelParts:
                     "store it in an nnx.Variable that is not an nnx.Param, or freeze it with "
                     "frozen="
                 )
-        _check_names(_names(trained))
+        twice = [name for name, number in Counter(_names(trained)).items() if number > 1]
+        if twice:
+            raise TaskError(
+                f"two tensors of the model have the name '{twice[0]}', because the name of a "
+                "variable contains '/'; rename one of the two variables"
+            )
 
 
 def arrays_of(module: nnx.Module, chosen: Any = True) -> dict[str, Array]:
     """Return the tensors that may travel and that a filter selects, as arrays by name."""
-    state = nnx.state(module, nnx.All(AVERAGED, chosen))
+    return _arrays(nnx.state(module, nnx.All(AVERAGED, chosen)))
+
+
+def _arrays(state: Any) -> dict[str, Array]:
     return {name: np.asarray(array) for name, array in named(state).items()}
 
 
@@ -216,17 +224,3 @@ def _labelled(form: Any) -> Any:
 
 def _names(form: Any) -> list[str]:
     return [tensor_name(path) for path, _ in form]
-
-
-def _check_names(names: list[str]) -> None:
-    """Check that tensor names are unique.
-
-    Raises:
-        TaskError: if two tensors share a name; it names the first such pair.
-    """
-    twice = [name for name, number in Counter(names).items() if number > 1]
-    if twice:
-        raise TaskError(
-            f"two tensors of the model have the name '{twice[0]}', because the name of a variable "
-            "contains '/'; rename one of the two variables"
-        )
