@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import shlex
+import subprocess
 
 import pytest
 
@@ -122,12 +122,17 @@ def test_an_existing_user_keeps_its_password():
     assert all(words[1:3] == ["--vhost", "v"] for words in ctl.ran[1:])
 
 
-def test_printed_commands_are_quoted_for_a_shell():
+@pytest.mark.parametrize("failing", ["nothing", "add_user", "set_topic_permissions"])
+def test_printed_commands_are_quoted_and_stop_at_the_first_failure(failing):
     mine = permissions.worker_permissions(Topology("f"), "w")
-    script = "\n".join(permissions.shell_lines(mine, "/"))
-    lines = script.replace("\\\n", "").splitlines()
-    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
-    assert commands == [["rabbitmqctl", *one] for one in (["add_user", "w"], *mine.commands("/"))]
+    fake = f'rabbitmqctl() {{ printf "%s\\n" "$@"; echo; test "$1" != {failing}; }}\n'
+    script = fake + "\n".join(permissions.shell_lines(mine, "/my vhost"))
+    done = subprocess.run(["sh", "-c", script], capture_output=True, text=True, check=False)
+    ran = [one.splitlines() for one in done.stdout.removesuffix("\n\n").split("\n\n")]
+    commands = [["add_user", "w"], *mine.commands("/my vhost")]
+    until = [words[0] for words in commands].index(failing) + 1 if done.returncode else None
+    assert ran == commands[:until]
+    assert bool(done.returncode) == (failing != "nothing")
 
 
 @pytest.mark.parametrize("queue_type", TYPES)

@@ -93,11 +93,16 @@ def coordinator_permissions(topology: Topology, user: str) -> Permissions:
 
 
 def shell_lines(permissions: Permissions, vhost: str) -> list[str]:
-    """Return the commands to run on the broker's machine, in lines that fit a terminal."""
-    lines = [f"# add_user asks for a password; omit add_user if {permissions.user} already exists"]
+    """Return the commands to run on the broker's machine, in lines that fit a terminal.
+
+    The commands are one shell list, which stops at the first failure.
+    """
+    lines = [f"# add_user asks for a password; omit its line if {permissions.user} already exists"]
     for exchange in permissions.topics:
         lines.append(f"# RabbitMQ 4.3 needs the exchange {exchange}: start the coordinator first")
-    for command in (["add_user", permissions.user], *permissions.commands(vhost)):
+    lines.append(f"rabbitmqctl add_user {shlex.quote(permissions.user)}")
+    for command in permissions.commands(vhost):
+        lines[-1] += " &&"
         lines.append("rabbitmqctl")
         for word in map(shlex.quote, command):
             if len(lines[-1]) + len(word) < _LINE:
