@@ -449,6 +449,29 @@ def test_without_a_mirror_the_reason_and_the_remedies_are_named(
         packages.unpack(lambda _: None, tmp_path / "cache/debian")
 
 
+@pytest.mark.parametrize(
+    ("release", "folder"),
+    [
+        ({"ID": "debian", "VERSION_ID": "13", "VERSION_CODENAME": "trixie"}, "debian-13-x"),
+        ({"ID": "debian", "VERSION_CODENAME": "forky"}, "debian-forky-x"),  # testing
+        ({}, "unknown-0-x"),
+    ],
+)
+def test_each_release_unpacks_into_a_folder_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, release: dict[str, str], folder: str
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(packages.platform, "freedesktop_os_release", lambda: release)
+    monkeypatch.setattr(packages.platform, "machine", lambda: "x")
+    server = tmp_path / "fluffle/rabbitmq" / folder
+    server /= "usr/lib/rabbitmq/lib/rabbitmq_server-4.3.6/sbin/rabbitmq-server"
+    server.parent.mkdir(parents=True)
+    server.touch()
+    found = packages.find_unpacked()
+    assert found is not None
+    assert found.server == server
+
+
 # --- the container --------------------------------------------------------------------------------
 
 

@@ -231,7 +231,9 @@ def _cache_folder() -> Path:
         release = platform.freedesktop_os_release()
     except OSError:
         release = {}
-    system = "-".join((release.get("ID", "unknown"), release.get("VERSION_ID", "0")))
+    # Debian testing has no VERSION_ID, and the next testing may lack the libraries of this one.
+    version = release.get("VERSION_ID") or release.get("VERSION_CODENAME", "0")
+    system = f"{release.get('ID', 'unknown')}-{version}"
     return cache_folder().absolute() / "fluffle" / "rabbitmq" / f"{system}-{platform.machine()}"
 
 
