@@ -31,7 +31,8 @@ class Narrow:
         self.vhost = f"narrow-{uuid.uuid4().hex[:8]}"
         self._put(f"vhosts/{self.vhost}", {})
         self._grant("guest", Permissions("guest", ".*", ".*", ".*"))
-        if tuple(map(int, info.version.split(".")[:2])) >= (4, 3):
+        self.version = tuple(map(int, info.version.split(".")[:2]))
+        if self.version >= (4, 3):
             # It refuses topic permissions while the exchange does not exist.
             arguments = {"alternate-exchange": self.topology.unrouted}
             results = {"type": "topic", "durable": True, "arguments": arguments}

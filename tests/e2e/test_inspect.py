@@ -354,7 +354,7 @@ def test_rejected_reports_dropped_messages(federation, channel, told, ask):
     assert answer["messages"][0]["first_bytes"] == b"200".hex(" ")
     program = ask("rejected", "-n", 1)
     assert program.end() == 0
-    assert "1,000 of 1,200 messages are kept; the limit" in program.lines[0]
+    assert "1,000 of 1,200 messages are kept; the queue's limit" in program.lines[0]
 
 
 # --- queues --------------------------------------------------------------------------------------
