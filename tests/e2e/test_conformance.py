@@ -23,7 +23,7 @@ def conformance(federation: Federation, *flags: object) -> Program:
 def test_our_worker_meets_every_requirement(federation: Federation, queues: str) -> None:
     kind = ("--queue-type", queues)
     check = conformance(federation, "--twice", *kind)
-    first = federation.worker("shard:0/3", *kind, task=LARGE)
+    first = federation.worker("shard:0/3", "--heartbeat", 1, *kind, task=LARGE)
     check.wait_for("start worker shard-0-3 once more")
     assert first.end() == 0, "\n".join(first.lines)
     second = federation.worker("shard:0/3", *kind, task=LARGE)

@@ -35,6 +35,7 @@ class Run(Federation):
     def __init__(self, narrow: Narrow, folder: Path) -> None:
         super().__init__(F, "", folder)
         self._narrow = narrow
+        self.on = narrow.version
 
     def chief(self, *flags: object) -> Program:
         """Start a coordinator."""
@@ -75,6 +76,8 @@ def committed(run: Run) -> list[list[str]]:
 @pytest.mark.parametrize("order", ["chief a.lice bob", "a.lice bob chief", "bob chief a.lice"])
 def test_a_federation_with_minimal_permissions_starts_in_any_order(run: Run, order: str) -> None:
     programs = []
+    # For RabbitMQ 4.3, the exchange for which a lonely worker waits exists already.
+    lonely = "connected to the broker" if run.on >= (4, 3) else "waiting for a coordinator"
     for shard, name in enumerate(order.split()):
         if name == "chief":
             programs.append(run.chief("--quorum", 2, "--rounds", 3))
@@ -82,7 +85,7 @@ def test_a_federation_with_minimal_permissions_starts_in_any_order(run: Run, ord
         else:
             programs.append(run.site(name, shard % 2))
             alone = order.startswith(name) or "chief" in order.split()[shard:]
-            programs[-1].wait_for("waiting for a coordinator" if alone else "joined run")
+            programs[-1].wait_for(lonely if alone else "joined run")
     assert [program.end() for program in programs] == [0, 0, 0]
     assert committed(run) == [["a.lice", "bob"]] * 3
 

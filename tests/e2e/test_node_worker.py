@@ -110,7 +110,7 @@ def test_it_meets_every_requirement_of_the_document(
 ) -> None:
     where = ("--federation", federation.name, "--url", federation.url)
     check = federation.start(FLUFFLE, "conformance", *where, "--large", "--twice", "--patience", 30)
-    first = start(federation, installed)
+    first = start(federation, installed, "--heartbeat", 1)
     check.wait_for("start worker js once more")
     assert first.end() == 0
     second = start(federation, installed)
