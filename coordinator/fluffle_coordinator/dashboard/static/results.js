@@ -1,6 +1,6 @@
 // The panels (see panels.js) about committed rounds and the configuration; the report has them too.
 
-import { $, either, figure, largest, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
+import { $, either, figure, largest, make, mark, moment, percent, say, size, span, table, unit, whole } from "./dom.js";
 import { FIRST, chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 
 /** The phases between two commits, in the coordinator's order. */
@@ -108,7 +108,7 @@ function time(board) {
   const of = (name) => total(timed, (round) => round.phases[name]);
   const bars = timed.map((round) => ({ label: round.round, parts: round.phases }));
   legend("time-legend", PHASES.map((name) => [name, `${label(name)} ${span(of(name))} (${percent(of(name) / all)})`]));
-  stacks($("time"), { title: "Seconds of each phase by round", axis: "round", bars, names: PHASES, words: span, height: 180 });
+  stacks($("time"), { title: "Seconds of each phase by round", axis: "round", bars, names: PHASES, words: span, unit, height: 180 });
 }
 time.of = ["rounds"];
 
@@ -172,6 +172,7 @@ function refusals(board) {
   const shown = committed(board);
   const any = shown.some((round) => round.late || round.rejected);
   mark($("refusals"), "hidden", any ? null : "");
+  legend("refusals-legend", any ? [["late", "late"], ["rejected", "rejected"]] : []);
   if (!any) return;
   const bars = shown.map((round) => ({ label: round.round, parts: { late: round.late, rejected: round.rejected } }));
   const title = "Late updates and rejected messages, by the round that was open when they arrived";

@@ -60,7 +60,6 @@ export function workers(board, now) {
       mark(row, "data-absent", isHere(worker) || frozen(board) ? null : "");
       say(doing.firstChild, state);
       mark(doing.firstChild, "data-state", state);
-      mark(doing.firstChild, "title", worker.why || null);
       progress(progressing.firstChild, state === "done" ? { name: worker.name } : worker);
       say(loss, figure(worker.loss));
       say(examples, whole(worker.num_examples));
@@ -79,10 +78,12 @@ function progress(bar, worker) {
   const [gauge, words] = bar.children;
   const steps = worker.steps > 0;
   mark(bar, "data-idle", steps ? null : "");
+  mark(gauge, "hidden", !steps && worker.why ? "" : null);
   gauge.max = steps ? worker.steps : 1;
   gauge.value = steps ? worker.step : 0;
   mark(gauge, "aria-label", `local progress of ${worker.name}`);
-  say(words, steps ? `${worker.step}/${worker.steps}` : worker.round ? `round ${worker.round}` : "");
+  const idle = worker.why || (worker.round ? `round ${worker.round}` : "");
+  say(words, steps ? `${worker.step}/${worker.steps}` : idle);
 }
 
 function showCount(cell, count) {
