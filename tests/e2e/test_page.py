@@ -193,3 +193,45 @@ def test_without_scripts_no_panel_claims_to_be_empty(browser: Browser) -> None:
     assert "needs JavaScript" in words
     assert "connecting" not in words
     assert "yet" not in words
+
+
+def test_paper_has_all_rows_and_columns(show: Callable[..., Show]) -> None:
+    page = show(718)(board_of("a-name-of-a-hospital-that-is-long" * 2, rounds=30))
+    page.emulate_media(media="print")
+    cut = (
+        "all => all.filter(one => one.scrollWidth > one.clientWidth"
+        " || one.scrollHeight > one.clientHeight)"
+    )
+    page.wait_for_function(f"({cut})([...document.querySelectorAll('.scroll')]).length === 0")
+
+
+def test_a_chart_is_drawn_once_for_each_change(show: Callable[..., Show]) -> None:
+    shown = show()
+    page = shown(Board("letters"))
+    page.evaluate("""() => {
+      window.drawn = 0;
+      new MutationObserver(() => { window.drawn += 1; }).observe(
+        document.getElementById("time"), {childList: true});
+    }""")
+    shown(board_of("east"))
+    page.locator("#time svg").wait_for()
+    frames = "() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    page.evaluate(frames)
+    assert page.evaluate("drawn") == 1
+    page.set_viewport_size({"width": 900, "height": 800})
+    page.wait_for_function("drawn === 2")
+
+
+def test_many_workers_are_found_whatever_the_case_and_all_are_printed(
+    show: Callable[..., Show],
+) -> None:
+    page = show()(board_of(*(f"North-{n:02d}" for n in range(40)), rounds=1))
+    rows, name = page.locator("#workers tr"), page.locator("#workers-name")
+    assert rows.count() == 25
+    page.evaluate("dispatchEvent(new Event('beforeprint'))")
+    assert rows.count() == 40
+    page.evaluate("dispatchEvent(new Event('afterprint'))")
+    name.fill("north-3")
+    assert rows.count() == 10
+    name.fill("south")
+    assert page.locator("#workers-empty").inner_text() == "No name matches."

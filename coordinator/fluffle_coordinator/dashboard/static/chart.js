@@ -11,15 +11,15 @@ const TALL = 128; // height of a panel if there are one or two
 const LOW = 96; // height of a panel if there are more
 const DOTS = 40; // a curve with more points is drawn without dots
 
-const painters = new WeakMap();
+const painted = new WeakMap(); // by node: the last paint, and the width it was called with
 
 /** Call paint(width) now and whenever the node's width changes. */
 function fit(node, paint) {
-  const painted = painters.get(node);
-  painters.set(node, paint);
-  if (!painted) new ResizeObserver(() => fit(node, painters.get(node))).observe(node);
+  if (!painted.has(node)) new ResizeObserver(() => fit(node, painted.get(node).paint)).observe(node);
+  const before = painted.get(node);
   const width = Math.floor(node.clientWidth);
-  if (width >= 80) paint(width);
+  painted.set(node, { paint, width });
+  if (width >= 80 && !(before?.paint === paint && before.width === width)) paint(width);
 }
 
 function picture(width, height, label) {

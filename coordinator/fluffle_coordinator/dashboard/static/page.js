@@ -60,7 +60,7 @@ function link() {
     state = ended ? "wait" : "bad";
     words = ended
       ? "the run has ended and its coordinator is gone; waiting for another coordinator"
-      : "connection lost, retrying";
+      : `connection lost, retrying; check that 'fluffle ${board.run?.source === "journal" ? "dashboard" : "coordinator"}' still runs`;
     if (!ended) since = `(${span(Math.round((Date.now() - lostAt) / 1000))})`;
   } else if (!board.run) {
     state = "wait";
@@ -77,7 +77,7 @@ function link() {
 
 function watch() {
   if (Date.now() - heardAt > SILENT_MS && stream.readyState === EventSource.OPEN) {
-    lostAt ??= Date.now();
+    lostAt ??= heardAt;
     listen();
     heardAt = Date.now();
   }

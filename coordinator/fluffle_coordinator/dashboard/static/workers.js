@@ -26,9 +26,11 @@ export function workers(board, now) {
   latest = { board, now };
   const [label, count] = people(board);
   say($("workers-count"), board.workers.length ? `${whole(count)} ${label}` : "");
-  either("workers", board.workers.length > 0);
   mark($("workers-finder"), "hidden", board.workers.length > STEP ? null : "");
-  const matching = board.workers.filter((worker) => worker.name.includes($("workers-name").value.trim()));
+  const wanted = $("workers-name").value.trim().toLowerCase();
+  const matching = board.workers.filter((worker) => worker.name.toLowerCase().includes(wanted));
+  say($("workers-empty"), board.workers.length ? "No name matches." : "No worker has connected yet.");
+  either("workers", matching.length > 0);
   const order = $("workers-order").value;
   if (order !== "name") matching.sort((one, other) => (other[order] ?? -1) - (one[order] ?? -1));
   const left = Math.max(0, matching.length - limit);
@@ -109,6 +111,13 @@ export function seen(board, now) {
 function redraw() {
   if (latest) workers(latest.board, latest.now);
 }
+addEventListener("beforeprint", () => {
+  const onScreen = limit;
+  limit = Infinity; // paper has no button for more
+  redraw();
+  limit = onScreen;
+});
+addEventListener("afterprint", redraw);
 $("workers-name").addEventListener("input", redraw);
 $("workers-order").addEventListener("change", redraw);
 $("workers-more").addEventListener("click", () => {
