@@ -235,3 +235,24 @@ def test_many_workers_are_found_whatever_the_case_and_all_are_printed(
     assert rows.count() == 10
     name.fill("south")
     assert page.locator("#workers-empty").inner_text() == "No name matches."
+
+
+@pytest.mark.parametrize(("planned", "quarter"), [(6, True), (100, False), (20_000, False)])
+def test_a_long_plan_leaves_the_curve_room(
+    show: Callable[..., Show], planned: int, quarter: bool
+) -> None:
+    board = board_of("east", rounds=8 if planned > 8 else 2)
+    board.add(9000.0, from_fields("resumed", {"run": "a", "rounds": planned, "round": 8}))
+    page = show()(board)
+    share = "one => one.getBBox().width / one.ownerSVGElement.clientWidth"
+    assert page.locator("#chart .curve").first.evaluate(share) > (0.15 if quarter else 0.25)
+
+
+def test_a_run_without_accuracy_has_no_column_for_it(show: Callable[..., Show]) -> None:
+    shown = show()
+    page = shown(board_of("east"))
+    assert "accuracy" not in page.locator("#history").evaluate(
+        "one => one.closest('table').innerText"
+    )
+    shown(board_of("east", accuracy=0.5))
+    assert page.locator("#history tr").first.inner_text().split()[:2] == ["2", "50.0"]

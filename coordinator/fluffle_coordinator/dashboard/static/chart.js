@@ -83,6 +83,13 @@ export function newest(curves, name) {
   return curves[name]?.findLast((value) => value !== null);
 }
 
+/** The last round on the axis: the planned one, unless that leaves less than a quarter of the width to the curve. */
+function horizon(planned, newest) {
+  let last = 20;
+  while (last < 2 * newest) last *= 2;
+  return Math.max(Math.min(planned, last), newest, 2);
+}
+
 let pointed = null; // the round whose values are shown
 
 /** Draw one panel per metric over a common axis of rounds; the pointer or the arrow keys show a round's values. */
@@ -92,7 +99,7 @@ export function chart(node, curves, rounds) {
   const each = panels.length > 2 ? LOW : TALL;
   fit(node, (width) => {
     const height = panels.length * each + AXIS;
-    const last = Math.max(rounds ?? 0, curves.rounds.at(-1), 2);
+    const last = horizon(rounds ?? 0, curves.rounds.at(-1));
     const x = (round) => LEFT + ((width - LEFT - RIGHT) * (round - 1)) / (last - 1);
     const values = names.map((name) => `${name} ${wording(name)(newest(curves, name))}`);
     const svg = picture(width, height, `After round ${curves.rounds.at(-1)}: ${values.join(", ")}`);

@@ -52,7 +52,8 @@ curves.of = ["curves", "run"];
 
 function rounds(board) {
   const shown = committed(board).reverse();
-  const others = metrics(board.curves).filter((name) => !FIRST.includes(name));
+  const known = metrics(board.curves);
+  const others = known.filter((name) => !FIRST.includes(name));
   const column = (name, of, more = {}) => ({ name, of, n: true, ...more });
   const report = frozen(board)
     ? [
@@ -67,13 +68,13 @@ function rounds(board) {
     : [];
   const columns = [
     column("round", (round) => round.round),
-    column("accuracy", (round) => percent(round.metrics?.accuracy)),
+    known.includes("accuracy") && column("accuracy", (round) => percent(round.metrics?.accuracy)),
     column("loss", (round) => figure(round.loss)),
     column("updates", (round) => whole(round.updates), { title: (round) => round.participants?.join(", ") }),
     ...report,
     column("took", (round) => span(seconds(round)), { title: () => "from the previous commit to this one" }),
     { name: "where the time went", wide: true, fill: (cell, round) => shares(cell, round.phases ?? {}) },
-  ];
+  ].filter(Boolean);
   for (const node of document.querySelectorAll("[data-rounds]")) {
     say(node, shown.at(-1)?.round > 1 ? `last ${whole(shown.length)} rounds` : ""); // a live page has no details of older ones
   }
