@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from fluffle_common.cli.loading import Place
-from fluffle_common.cli.user_code import is_ctrl_c, one_line
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.task import Task, TaskOptions, check_task
-from fluffle_worker.user_code import CALLERS, warn_in_full
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
@@ -17,7 +16,7 @@ def load_task(name: str, options: TaskOptions) -> Task:
         TaskError: if the factory fails with these options, for example because data is missing.
     """
     place = Place.parse("task", name)
-    factory = place.load(CALLERS)
+    factory = place.load()
     if not callable(factory):
         raise UsageError(
             f"{place.where} has no function '{place.attribute}' that makes a task; correct --task"
@@ -31,6 +30,6 @@ def load_task(name: str, options: TaskOptions) -> Task:
     except BaseException as why:
         if is_ctrl_c(why):
             raise
-        warn_in_full(why)
+        warn_in_full(why, "task")
         raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
     return check_task(name, task)

@@ -23,7 +23,6 @@ from fluffle_common.tensors.weights import Array, Weights, read_only
 from fluffle_coordinator.service.user_calls import call_user
 
 T = TypeVar("T")
-_CALLERS = frozenset({__file__})
 
 
 class StopRun(Exception):
@@ -187,13 +186,13 @@ class HookCalls:
         """Return the result of a hook; if it fails, report the error and return None."""
         hook = f"the {name} hook of round {number}"
         result, why = await call_user(hook, lambda: _attempt(call), self._record)
-        if why is not None and self._is_new(text := one_line(why, _CALLERS)):
+        if why is not None and self._is_new(text := one_line(why)):
             what = f"round {number} is committed, but its {name} hook failed: {text}"
             self._record(run_events.Note(what=what))
             if isinstance(why, _WrongResult):
                 warn(f"the {name} hook failed: {text}")
             else:
-                warn_in_full(why, f"{name} hook", _CALLERS)
+                warn_in_full(why, f"{name} hook")
         return result
 
     def _is_new(self, text: str) -> bool:

@@ -17,7 +17,6 @@ from fluffle_coordinator.service.guarded_schedule import GuardedSchedule, guarde
 from fluffle_coordinator.service.user_calls import call_guarded
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
-_CALLERS = frozenset({__file__})
 _LATE_ROUNDS = 2  # the default --max-staleness of --late discount
 
 
@@ -96,7 +95,7 @@ def load_selection(text: str) -> Selection:
     if not where or text.startswith("fastest:"):
         return parse_selection(text)
     place = Place.parse("select", text)
-    function = place.load(_CALLERS)
+    function = place.load()
     if not callable(function) or isinstance(function, type):
         raise UsageError(
             f"--select {text} does not name a function; name a function that takes (candidates, "
@@ -108,7 +107,7 @@ def load_selection(text: str) -> Selection:
 
 def _from_file(name: str) -> tuple[str, Schedule[State]]:
     place = Place.parse("schedule", name)
-    schedule = place.found(_CALLERS)
+    schedule = place.found()
     if isinstance(schedule, type):
         raise UsageError(
             f"--schedule {name} is a class, not a schedule; create an instance in the file and "

@@ -24,7 +24,6 @@ from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
 
 _GROUP = "fluffle.strategies"
 _METHODS = ("init", "broadcast", "fold", "finish", "dump", "load")
-_CALLERS = frozenset({__file__})
 
 
 def load_strategy(name: str) -> NamedStrategy:
@@ -46,7 +45,7 @@ def load_strategy(name: str) -> NamedStrategy:
     if not colon or not (where.endswith(".py") or attribute.isidentifier() or not attribute):
         return NamedStrategy(name, _checked(name, _by_name(name)))
     place = Place.parse("strategy", name)
-    strategy = _checked(name, place.found(_CALLERS))
+    strategy = _checked(name, place.found())
     if not place.is_file:
         return NamedStrategy(name, strategy)
     return NamedStrategy(place.called, strategy, str(Path(place.where).resolve()))
@@ -55,7 +54,7 @@ def load_strategy(name: str) -> NamedStrategy:
 def _by_name(name: str) -> Any:
     entry_points = installed(_GROUP)
     if name in entry_points:
-        return load_installed("strategy", entry_points[name], _CALLERS)
+        return load_installed("strategy", entry_points[name])
     known = {*PARTS, *entry_points}
     raise UsageError(
         f"unknown strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "

@@ -20,7 +20,6 @@ from fluffle_common.protocol.events import Slow
 
 T = TypeVar("T")
 
-_CALLERS = frozenset({__file__})
 _SLOW_S = 30
 _THREAD = "user-call"
 
@@ -33,32 +32,41 @@ def failed(what: str, where: str, why: str) -> TaskError:
     )
 
 
-def call_guarded(
-    what: str, where: str, function: Callable[..., T], *on: Any, ours: bool = False
-) -> T:
-    """Call a user's function.
+def call_guarded(what: str, where: str, function: Callable[..., T], *on: Any) -> T:
+    """Call a user's function; ``blame`` turns its errors into one line.
 
     Args:
         what: what it belongs to, such as ``schedule windows.py:minutes``.
         where: its name, for messages.
         function: the function.
         on: its arguments.
-        ours: whether it is built in, so that no traceback of it is shown.
 
     Raises:
         TaskError: if it fails; the traceback goes to stderr.
-        RunError: if the disk refuses an update that a strategy keeps there.
     """
     try:
         return function(*on)
-    except RunError:
-        raise
     except BaseException as why:
-        if is_ctrl_c(why):
-            raise
-        if not ours:
-            warn_in_full(why, what.partition(" ")[0], _CALLERS)
-        raise failed(what, where, one_line(why, _CALLERS)) from why
+        blame(why, what, where)
+
+
+def blame(why: BaseException, what: str, where: str, *, ours: bool = False) -> NoReturn:
+    """Raise the ``TaskError`` for an error of a user's code; see ``call_guarded``.
+
+    Args:
+        why: the error.
+        what: what the code belongs to.
+        where: the name of the function.
+        ours: whether the code is built in, so that no traceback of it is shown.
+
+    Raises:
+        RunError: if the disk refuses an update that a strategy keeps there.
+    """
+    if isinstance(why, RunError) or is_ctrl_c(why):
+        raise why
+    if not ours:
+        warn_in_full(why, what.partition(" ")[0])
+    raise failed(what, where, one_line(why)) from why
 
 
 async def call_user(what: str, call: Callable[[], T], record: Callable[[Slow], object]) -> T:
