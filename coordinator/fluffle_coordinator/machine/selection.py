@@ -109,8 +109,6 @@ def select(
         ('b', 'c')
     """
     by_name = sorted(candidates)
-    if selection.fixed and count >= len(by_name):
-        return tuple(candidate.name for candidate in by_name)
     first = [candidate for candidate in by_name if candidate.name not in last]
     others = [candidate for candidate in by_name if candidate.name in last]
     selected: set[str] = set()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from statistics import median_low
@@ -16,7 +16,7 @@ from fluffle_coordinator.machine.events import Arrived
 from fluffle_coordinator.machine.records import Evaluated, Handle, Outcome, Ticket, Worker
 from fluffle_coordinator.machine.rules import Quorum, Rules
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import Candidate
+from fluffle_coordinator.machine.selection import Candidate, Draw, select
 
 __all__ = ["Evaluated", "Handle", "Quorum", "Rules", "State", "Table", "Ticket", "Worker"]
 
@@ -264,15 +264,24 @@ class State:
         """Whether some workers are selected, so that their past rounds and speeds matter."""
         return self.rules.samples or self.schedule.continuous
 
-    def candidates(self, names: Iterable[str]) -> Iterator[Candidate]:
-        """Yield these workers as candidates for a selection."""
-        for name in names:
-            yield Candidate(
-                name,
-                self.announced.get(name) or 1,
-                self.asked_in.get(name) or 0,
-                self.train_s.get(name),
-            )
+    def select(
+        self,
+        names: Iterable[str],
+        count: int,
+        draw: Draw,
+        *,
+        last: Collection[str] = (),
+        least: int = 1,
+    ) -> tuple[str, ...]:
+        """Return those of these workers that the run's selection chooses; see ``select``."""
+        selection, names = self.rules.selection, sorted(names)
+        if selection.fixed and count >= len(names):
+            return tuple(names)
+        examples, asked_in, train_s = self.announced, self.asked_in, self.train_s
+        candidates = [
+            Candidate(n, examples.get(n) or 1, asked_in.get(n) or 0, train_s.get(n)) for n in names
+        ]
+        return select(selection, candidates, count, draw, last, least=least)
 
     def has_counted(self, ticket: Ticket, since: int = 0) -> bool:
         """Whether one of the remembered rounds, from ``since`` on, counted this update."""

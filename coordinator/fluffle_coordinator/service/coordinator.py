@@ -260,17 +260,18 @@ class Coordinator:
     def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
-                if isinstance(effect, run_events.Reopened):
-                    self._bind_again(effect.asked or ())
-                elif isinstance(effect, run_events.Resend) and effect.worker:
-                    self._bind_again((effect.worker,))  # else its parts may be lost again
+                match effect:
+                    case run_events.Opened():
+                        self._aggregator.opened()
+                    case run_events.Reopened(asked=names):
+                        self._bind_again(names or ())
+                    case run_events.Resend(worker=str(name)):
+                        self._bind_again((name,))  # else its parts may be lost again
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
             case fx.Ack(handle):
                 self._intake.ack(handle)
-            case fx.Opened():
-                self._aggregator.opened()
             case fx.Reject(handle, reason, cause):
                 self._intake.reject(handle, reason, cause)
             case fx.Commit(number, asked):

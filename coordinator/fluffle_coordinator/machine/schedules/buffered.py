@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import Draw, select
+from fluffle_coordinator.machine.selection import Draw
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
@@ -50,8 +50,7 @@ class Buffered(Schedule[State]):
         room = len(idle)
         if self.concurrency is not None:
             room = max(0, self.concurrency - state.tally.unfolded)
-        rules, candidates = state.rules, state.candidates(idle)
-        return select(rules.selection, candidates, room, Draw(rules.seed, state.sequence))
+        return state.select(idle, room, Draw(state.rules.seed, state.sequence))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
         """Return this worker; if the concurrency is limited, any idle ones that it has room for."""

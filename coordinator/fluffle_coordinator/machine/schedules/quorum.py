@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import Draw, by_chance, select
+from fluffle_coordinator.machine.selection import Draw, by_chance
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
@@ -88,9 +88,9 @@ def _selected_beside(
 ) -> tuple[str, ...]:
     """Select workers for the places that those in ``settled`` leave in the cohort."""
     rules = state.rules
-    others = state.candidates(name for name in state.workers if name not in settled)
+    others = [name for name in state.workers if name not in settled]
     room, least = rules.ask(len(state.workers)) - len(settled), rules.least - len(settled)
-    return select(rules.selection, others, room, draw, last=last, least=least)
+    return state.select(others, room, draw, last=last, least=least)
 
 
 def _drawn(state: State, secret: int, workers: Iterable[str]) -> tuple[str, ...]:
