@@ -93,12 +93,10 @@ class Aggregator:
         self._averaged, self._jobs = averaged, SerialQueue()
         self._fetcher = Fetcher(
             topology,
+            settings,
             link=link,
             weights=lambda: self.weights,
-            plan=self._plan,
             in_pieces=averages,  # other strategies need whole tensors, by name
-            max_bytes=settings.max_model_bytes,
-            verify_users=settings.verify_users,
             folder=folder,
         )
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import add_test_prefix
 from fluffle_common.tensors.checkpoint import checkpoint_name
 from fluffle_common.tensors.frozen import Frozen, read_frozen
@@ -29,6 +28,7 @@ from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, copied
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
+from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.best_model import keep_best
 from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.history import read_history_lines
@@ -158,10 +158,9 @@ class Committer:
                 body holds them.
         """
         message, body = held.message, held.delivery.body
-        assert isinstance(message, Update)
-        number, worker = held.into, message.worker
+        path = update_archive.update_path(self._store.folder, held.into, place, message.worker)
         apart = None if message.transfer is None else payload
-        await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
+        await self._on_disk(lambda: update_archive.keep_update(path, body, apart))
 
     def lay_on_disk(self, delta: Weights) -> Weights:
         """Move an update of the open round to a file in the run folder.

@@ -44,7 +44,6 @@ from fluffle_common.tensors.frozen import (
     save_frozen,
 )
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
@@ -77,18 +76,6 @@ _UNFINISHED = tuple(f"{name}.partial" for name in _RUN_FILES)  # left by a crash
 def new_base() -> str:
     """Return a new, unique name for weights."""
     return secrets.token_hex(6)
-
-
-def _most_examples(lines: Iterable[dict[str, Any]]) -> dict[str, int]:
-    most: dict[str, int] = {}
-    for who in (who for line in lines for who in line["participants"]):
-        most[who["worker"]] = max(who["num_examples"], most.get(who["worker"], 0))
-    return most
-
-
-def _last_seconds(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
-    every = (who for line in lines for who in line["participants"])
-    return {who["worker"]: who["seconds"] for who in every if who.get("seconds") is not None}
 
 
 def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
@@ -131,12 +118,11 @@ class RunStore:
         lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as why:
             lock.close()
-            return False
-        except OSError:  # the file system has no locks
-            lock.close()
-            raise
+            if isinstance(why, BlockingIOError):
+                return False
+            raise  # the file system has no locks
         self._lock = lock
         return True
 
@@ -204,15 +190,19 @@ class RunStore:
         line = committed.get(last, {})
         commits = [line for line in committed.values() if line["round"] <= last]
         counted = {line["round"]: _tickets(line) for line in commits}
+        counts = [who for line in commits for who in line["participants"]]
+        announced: dict[str, int] = {}
+        for who in counts:
+            announced[who["worker"]] = max(who["num_examples"], announced.get(who["worker"], 0))
         return Saved(
             run=identity,
             committed=last,
-            announced=_most_examples(commits),
+            announced=announced,
             counted=counted,
             sequence=max((t.sequence for tickets in counted.values() for t in tickets), default=0),
             earlier=self._bases(commits),
             asked_in={name: line["round"] for line in commits for name in line.get("asked", ())},
-            train_s=_last_seconds(commits),
+            train_s={w["worker"]: w["seconds"] for w in counts if w.get("seconds") is not None},
             median_norms=median_norms(commits),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
@@ -269,23 +259,6 @@ class RunStore:
             metadata = {**metadata, IN_METADATA: frozen.digest}
         self.save_weights(0, weights, metadata)
 
-    def keep_update(
-        self,
-        number: int,
-        place: int,
-        worker: str,
-        body: Body,
-        payload: Iterable[memoryview] | None,
-    ) -> None:
-        """Archive an update of round ``number``; see ``update_archive.keep_update``.
-
-        Raises:
-            OSError: if the disk refuses.
-        """
-        update_archive.keep_update(
-            update_archive.update_path(self.folder, number, place, worker), body, payload
-        )
-
     def note_configuration(self, configuration: dict[str, Any], committed: int) -> None:
         """Add a configuration to run.json, unless it equals the last one.
 
@@ -294,16 +267,11 @@ class RunStore:
             committed: the last committed round; the configuration holds from the next one on.
 
         Raises:
-            RunError: if run.json cannot be written.
+            OSError: if run.json cannot be written.
         """
         run = read_run_file(self.folder)
-        if not add_configuration(run, finite(configuration), committed):
-            return
-        try:
+        if add_configuration(run, finite(configuration), committed):
             write_run_file(self.folder, run)
-        except OSError as error:
-            path = self.folder / RUN_FILE
-            raise RunError(f"cannot write {path} ({error.strerror})") from None
 
     def _identity(self, federation: str) -> str:
         path = self.folder / RUN_FILE

@@ -52,11 +52,6 @@ class Saved:
     frozen: Frozen = NO_FROZEN
 
     @property
-    def participants(self) -> frozenset[str]:
-        """The participants of the last committed round."""
-        return frozenset(ticket.worker for ticket in self.counted.get(self.committed, ()))
-
-    @property
     def base(self) -> str:
         """The name of the weights; checkpoints of early versions of fluffle have none."""
         return self.metadata.get("base", "unnamed")
