@@ -51,19 +51,21 @@ _AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work
 class Aggregator:
     """The weights of a run, and the running sum of its open round.
 
+    Strategies other than FedAvg always run in a thread.
+
     Args:
         topology: the names of the queues that hold the parts of large updates.
         weights: the last committed weights; None before the first weights arrive.
         committer: stores first weights, averages and kept updates.
-        settings: the operator's settings. Strategies other than FedAvg always run in a thread.
+        settings: the operator's settings.
         link: returns the current link, or None while disconnected.
         post: sends an event to the machine.
         record: records a run event.
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
-        frozen: the model's frozen tensors; empty before the first weights arrive.
-        averaged: called with a round's number and the name of the weights that it made, while
-            they are being written to disk.
+        frozen: the model's frozen tensors.
+        averaged: called with a round's number and the name of its new weights, while these are
+            being written to disk.
         folder: the folder of the files that hold large updates until they are checked.
     """
 

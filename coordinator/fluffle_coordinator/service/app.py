@@ -258,9 +258,6 @@ async def coordinate(
         page: the live page, which also shows the rounds of the history.
         fresh: move an earlier run aside and begin a new one.
 
-    Returns:
-        The final state of the machine.
-
     Raises:
         RunError: if the folder cannot be used.
         TaskError: if the user's strategy, schedule or selection fails.

@@ -57,8 +57,7 @@ class Average:
         participants: the history's entry for each update in the sum, in the order of folding.
         clock: the round's timings.
         kept: the strategy's state for the checkpoint.
-        spent: the privacy budget that all rounds so far used; empty if the strategy does not count
-            it.
+        spent: the privacy budget of all rounds so far; empty if it is not counted.
     """
 
     number: int
@@ -72,12 +71,7 @@ class Average:
 
 
 class NoRoom(RunError):
-    """The disk refused a write, which can be repeated when there is room.
-
-    Args:
-        folder: the run folder, as the user named it.
-        reason: the system's message.
-    """
+    """The disk refused a write, which can be repeated when there is room."""
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(
@@ -90,15 +84,8 @@ class NoRoom(RunError):
 class Committer:
     """Writes everything that a run stores: checkpoints, history, kept updates, the best model.
 
-    Args:
-        store: the run folder.
-        metadata: returns the metadata of a round's checkpoint.
-        record: records a run event.
-        post: sends an event to the machine.
-        strategy: the name of the strategy.
-        hooks: the user's functions, called after each commit.
-        rounds: the number of rounds of the run, for the hooks.
-        stopping: when to end the run early, and the metric that selects the best model.
+    ``metadata`` returns the metadata of a round's checkpoint, and ``rounds``, the number of rounds
+    of the run, is for the hooks.
     """
 
     def __init__(
@@ -151,11 +138,8 @@ class Committer:
     async def keep(self, place: int, held: Held, payload: Iterable[memoryview]) -> None:
         """Store a folded update, so that replay can repeat the sum.
 
-        Args:
-            place: its place in the order of folding, from 1.
-            held: the update.
-            payload: its tensors; written only if they arrived in parts, otherwise the message's
-                body holds them.
+        ``place`` is its place in the order of folding, from 1. The payload is written only if it
+        arrived in parts; otherwise, the message's body holds it.
         """
         message, body = held.message, held.delivery.body
         path = update_archive.update_path(self._store.folder, held.into, place, message.worker)
@@ -163,10 +147,7 @@ class Committer:
         await self._on_disk(lambda: update_archive.keep_update(path, body, apart))
 
     def lay_on_disk(self, delta: Weights) -> Weights:
-        """Move an update of the open round to a file in the run folder.
-
-        Returns:
-            The same tensors, mapped from the file.
+        """Move an update of the open round to a file in the run folder; return views of the file.
 
         Raises:
             NoRoom: if the disk refuses.

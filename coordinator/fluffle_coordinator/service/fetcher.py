@@ -33,13 +33,8 @@ class Fetcher:
     An update that may stay in pieces is spooled to disk and uses little memory, so it is fetched
     ahead. Any other update needs one block of memory and is fetched when it is folded.
 
-    Args:
-        topology: the names of the queues that hold the parts.
-        settings: the operator's settings.
-        link: returns the current link, or None while disconnected.
-        weights: returns the current model, or None before the first weights.
-        in_pieces: whether updates may stay in pieces.
-        folder: the folder of the spool files; None uses the system's temporary folder.
+    ``weights`` returns the current model, or None before the first weights. Spool files are in
+    ``folder``, or in the system's temporary folder.
     """
 
     def __init__(

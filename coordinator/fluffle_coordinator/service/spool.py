@@ -71,13 +71,8 @@ class SpoolFile:
 class Spool(Incoming):
     """The parts of one update; once complete, iterating yields its bytes in order, in pieces.
 
-    A piece is only valid until the next one, because pieces from the file share a buffer.
-
-    Args:
-        transfer: the announced transfer.
-        max_bytes: the largest permitted transfer.
-        layout: the layout of the tensors, all of one dtype.
-        file: stores what exceeds the memory; no other spool may use it meanwhile.
+    A piece is only valid until the next one, because pieces from the file share a buffer. The
+    tensors of ``layout`` are all of one dtype, and no other spool may use ``file`` meanwhile.
     """
 
     def __init__(self, transfer: Transfer, max_bytes: int, layout: Layout, file: SpoolFile) -> None:

@@ -33,13 +33,7 @@ def failed(what: str, where: str, why: str) -> TaskError:
 
 
 def call_guarded(what: str, where: str, function: Callable[..., T], *on: Any) -> T:
-    """Call a user's function; ``blame`` turns its errors into one line.
-
-    Args:
-        what: what it belongs to, such as ``schedule windows.py:minutes``.
-        where: its name, for messages.
-        function: the function.
-        on: its arguments.
+    """Call a user's function; ``what`` and ``where`` it is are for the message of an error.
 
     Raises:
         TaskError: if it fails; the traceback goes to stderr.
@@ -53,14 +47,8 @@ def call_guarded(what: str, where: str, function: Callable[..., T], *on: Any) ->
 def blame(why: BaseException, what: str, where: str, *, ours: bool = False) -> NoReturn:
     """Raise the ``TaskError`` for an error of a user's code; see ``call_guarded``.
 
-    Args:
-        why: the error.
-        what: what the code belongs to.
-        where: the name of the function.
-        ours: whether the code is built in, so that no traceback of it is shown.
-
-    Raises:
-        RunError: if the disk refuses an update that a strategy keeps there.
+    No traceback is shown if the code is ``ours``. A disk that refuses an update, which a strategy
+    keeps there, is not the code's error.
     """
     if isinstance(why, RunError) or is_ctrl_c(why):
         raise why
@@ -73,13 +61,8 @@ async def call_user(what: str, call: Callable[[], T], record: Callable[[Slow], o
     """Return the result of a function, which is called in a daemon thread.
 
     Cancelling this coroutine abandons the call. The thread is a daemon because the process waits
-    for all other threads before it exits.
-
-    Args:
-        what: what is called, for messages.
-        call: the function.
-        record: records a run event; called when the function has run for 30 s, 60 s, 120 s and so
-            on.
+    for all other threads before it exits. A call that has run for 30 s, 60 s, 120 s and so on is
+    recorded.
     """
     result = asyncio.get_running_loop().run_in_executor(_THREADS, call)
     running_s = pause_s = _SLOW_S

@@ -21,17 +21,11 @@ def newest_checkpoint(folder: Path) -> int | None:
 def last_intact(
     folder: Path, last: int, run: str, bases: Mapping[int, str]
 ) -> tuple[int, Checkpoint | None, str]:
-    """Return the newest checkpoint that can be read and belongs where it is.
+    """Return the newest checkpoint that can be read and belongs where it is, with its round.
 
-    Args:
-        folder: the run folder.
-        last: the round to begin with, going backwards.
-        run: the run's id.
-        bases: the name of each round's weights, as far as the history has it.
-
-    Returns:
-        The round, its checkpoint, and what is wrong with that of round ``last`` (empty if it is
-        intact); ``(0, None, why)`` if no checkpoint is intact.
+    The search goes backwards from round ``last``. ``bases`` has the name of each round's weights,
+    as far as the history has it. What is wrong with the checkpoint of round ``last`` comes third,
+    empty if it is intact. If no checkpoint is intact, the result is ``(0, None, why)``.
     """
     why = ""
     for number in range(last, -1, -1):

@@ -56,11 +56,7 @@ def count_start(folder: Path) -> int:
 
 
 def add_configuration(run: dict[str, Any], configuration: dict[str, Any], committed: int) -> bool:
-    """Add a configuration to the content of a ``run.json``, unless it equals the last one.
-
-    Returns:
-        Whether it was added; it then holds from the round after ``committed`` on.
-    """
+    """Add a configuration to the content of a ``run.json``; return False if it is the last one."""
     configurations = run.setdefault("configurations", [])
     new = json.loads(json.dumps(configuration))
     if configurations:

@@ -86,14 +86,11 @@ def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
 
 
 class RunStore:
-    """The folder of a run.
+    """The folder of a run, which is created if it does not exist.
 
     Attributes:
         folder: its absolute path, so that a user's code may change the working directory.
         shown: its path as given, for messages.
-
-    Args:
-        folder: created if it does not exist.
 
     Raises:
         RunError: if it cannot be created or written.
@@ -260,11 +257,7 @@ class RunStore:
         self.save_weights(0, weights, metadata)
 
     def note_configuration(self, configuration: dict[str, Any], committed: int) -> None:
-        """Add a configuration to run.json, unless it equals the last one.
-
-        Args:
-            configuration: as a JSON object.
-            committed: the last committed round; the configuration holds from the next one on.
+        """Add a configuration to run.json, from the round after ``committed`` on, if it is new.
 
         Raises:
             OSError: if run.json cannot be written.

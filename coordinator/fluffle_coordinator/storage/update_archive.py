@@ -40,12 +40,7 @@ def update_path(run: Path, number: int, place: int, worker: str) -> Path:
 
 
 def keep_update(path: Path, body: Body, payload: Iterable[memoryview] | None) -> None:
-    """Write an update.
-
-    Args:
-        path: the file of its message, see ``update_path``.
-        body: the message as it arrived.
-        payload: its tensors, in pieces, if they travelled in parts; None if they are in the body.
+    """Write an update's message, and its payload if that travelled in parts.
 
     Raises:
         OSError: if the disk refuses; the call can be repeated.

@@ -170,13 +170,7 @@ def weighted() -> Weighted:
 def apply_delta(weights: Weights, delta: Weights) -> Tensors:
     """Return ``weights + delta``, rounded once to the dtypes of ``weights``.
 
-    Args:
-        weights: the model.
-        delta: the change of each tensor, in floats of any dtype.
-
-    Returns:
-        New weights. Values saturate at the ends of their dtype; integers are rounded to nearest,
-        halves to even.
+    Values saturate at the ends of their dtype; integers are rounded to nearest, halves to even.
 
     Raises:
         NotFinite: if a tensor of ``delta`` has NaN or infinite values.
