@@ -94,40 +94,20 @@ def _run(board: Board) -> Iterator[Metric]:
 
 
 def _counters(counters: Counters) -> Iterator[Metric]:
+    failures = "Number of times that a worker's task failed."
+    outages = "Number of times that the connection to the broker was lost."
+    sizes = "Number of bytes of all counted updates, as received."
     for name, words, value in (
         ("fluffle_rounds_committed", "Number of committed rounds.", counters.rounds),
-        (
-            "fluffle_worker_failures",
-            "Number of times that a worker's task failed.",
-            counters.failures,
-        ),
-        (
-            "fluffle_broker_outages",
-            "Number of times that the connection to the broker was lost.",
-            counters.outages,
-        ),
-        (
-            "fluffle_received_update_bytes",
-            "Number of bytes of all counted updates, as received.",
-            counters.update_bytes,
-        ),
+        ("fluffle_worker_failures", failures, counters.failures),
+        ("fluffle_broker_outages", outages, counters.outages),
+        ("fluffle_received_update_bytes", sizes, counters.update_bytes),
     ):
         yield CounterMetricFamily(name, words, value)
+    updates, rejected = "Number of updates, by outcome.", "Number of rejected messages, by cause."
     for name, words, label, values, counts in (
-        (
-            "fluffle_updates",
-            "Number of updates, by outcome.",
-            "outcome",
-            OUTCOMES,
-            counters.outcomes,
-        ),
-        (
-            "fluffle_rejected_messages",
-            "Number of rejected messages, by cause.",
-            "cause",
-            CAUSES,
-            counters.causes,
-        ),
+        ("fluffle_updates", updates, "outcome", OUTCOMES, counters.outcomes),
+        ("fluffle_rejected_messages", rejected, "cause", CAUSES, counters.causes),
     ):
         counter = CounterMetricFamily(name, words, labels=[label])
         for value_of_label in values:

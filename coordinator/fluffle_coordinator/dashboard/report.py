@@ -25,14 +25,8 @@ from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import read_history, read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 
-_SCRIPTS = (
-    "dom.js",
-    "chart.js",
-    "results.js",
-    "workers.js",
-    "panels.js",
-    "page.js",
-)  # in dependency order
+# In dependency order.
+_SCRIPTS = ("dom.js", "chart.js", "results.js", "workers.js", "panels.js", "page.js")
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
 _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 

@@ -47,26 +47,16 @@ _DISK_RETRY_S = 5.0
 
 @dataclass(frozen=True)
 class Average:
-    """A closed round and its new weights, ready to be committed.
-
-    Args:
-        number: the round.
-        weights: the new weights.
-        base: their name.
-        asked: the workers that were asked.
-        participants: the history's entry for each update in the sum, in the order of folding.
-        clock: the round's timings.
-        kept: the strategy's state for the checkpoint.
-        spent: the privacy budget of all rounds so far; empty if it is not counted.
-    """
+    """A closed round and its new weights, ready to be committed."""
 
     number: int
     weights: Weights
-    base: str
+    base: str  # their name
     asked: tuple[str, ...]
-    participants: list[dict[str, Any]]
+    participants: list[dict[str, Any]]  # the history's entry for each update, as they were folded
     clock: Clock
-    kept: Weights = field(default_factory=dict)
+    kept: Weights = field(default_factory=dict)  # the strategy's state for the checkpoint
+    # The privacy budget that all rounds so far used; empty if the strategy does not count it.
     spent: Mapping[str, float] = field(default_factory=dict)
 
 

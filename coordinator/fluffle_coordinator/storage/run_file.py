@@ -22,12 +22,12 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as why:
         raise UsageError(f"{path} cannot be read ({why})") from None
-    if not isinstance(content, dict) or not _is_valid(content):
+    if not _is_valid(content):
         raise UsageError(f"{path} cannot be read (the file does not describe a run)")
     return content
 
@@ -69,16 +69,14 @@ def add_configuration(run: dict[str, Any], configuration: dict[str, Any], commit
     return True
 
 
-def _is_valid(content: dict[str, Any]) -> bool:
-    starts, configurations = content.get("starts", 0), content.get("configurations", [])
-    return isinstance(starts, int) and _are_configurations(configurations)
-
-
-def _are_configurations(value: Any) -> bool:
-    return isinstance(value, list) and all(
+def _is_valid(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("starts", 0), int):
+        return False
+    configurations = content.get("configurations", [])
+    return isinstance(configurations, list) and all(
         isinstance(one, dict)
         and isinstance(one.get("from_round"), int)
         and isinstance(one.get("rules", {}), dict)
         and isinstance(one.get("plan", {}), dict)
-        for one in value
+        for one in configurations
     )
