@@ -45,19 +45,13 @@ Choose = Callable[[Sequence[Candidate], int, Draw], Iterable[str]]
 
 @dataclass(frozen=True)
 class Selection:
-    """A rule of selection with its settings.
+    """A rule of selection with its settings."""
 
-    Args:
-        name: the value of ``--select``, with its settings.
-        choose: returns the names of the selected workers, given the candidates in the order of
-            their names, how many to select, and the draw.
-        fixed: whether it selects as many as asked, if there are so many; otherwise, the size of the
-            sample is random too.
-    """
-
-    name: str
+    name: str  # the value of ``--select``, with its settings
+    # Returns the names of the selected workers, given the candidates in the order of their names,
+    # how many to select, and the draw.
     choose: Choose
-    fixed: bool = True
+    fixed: bool = True  # whether it selects as many as asked, if there are so many
 
 
 def sample_size(fraction: float, present: int) -> int:

@@ -56,16 +56,11 @@ class Tally(NamedTuple):
 
     Kept up to date with each change: counting anew at every event would make a round's time
     quadratic in the number of workers.
-
-    Args:
-        expected: workers that have answered or still can: neither gone nor failed.
-        unfolded: those whose update is not in the sum.
-        unevaluated: those that have sent neither an evaluation nor an update.
     """
 
-    expected: int = 0
-    unfolded: int = 0
-    unevaluated: int = 0
+    expected: int = 0  # workers that have answered or still can: neither gone nor failed
+    unfolded: int = 0  # those whose update is not in the sum
+    unevaluated: int = 0  # those that have sent neither an evaluation nor an update
 
 
 @dataclass(frozen=True)

@@ -17,19 +17,12 @@ from fluffle_coordinator.machine.state import State
 
 @dataclass(frozen=True)
 class Buffered(Schedule[State]):
-    """Versions of ``buffer`` updates each.
+    """Versions of ``buffer`` updates each."""
 
-    Args:
-        buffer: how many updates make a version; K in the paper.
-        concurrency: the most workers that train at a time; None sets no limit.
-        max_staleness: how many versions old an update may be; older ones are discarded.
-        phi: the discount of a stale update.
-    """
-
-    buffer: int = 10
-    concurrency: int | None = None
-    max_staleness: int = 20
-    phi: Discount = POLYNOMIAL
+    buffer: int = 10  # how many updates make a version; K in the paper
+    concurrency: int | None = None  # the most workers that train at a time; None sets no limit
+    max_staleness: int = 20  # how many versions old an update may be; older ones are discarded
+    phi: Discount = POLYNOMIAL  # of a stale update
 
     @property
     def continuous(self) -> bool:

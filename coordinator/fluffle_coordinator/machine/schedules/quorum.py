@@ -21,10 +21,8 @@ from fluffle_coordinator.machine.state import State
 class QuorumRounds(Schedule[State]):
     """Rounds that close at the quorum, plus a grace for further updates.
 
-    Args:
-        max_staleness: how many rounds old a late update may be to count. It does not count towards
-            the quorum.
-        phi: the discount of such an update.
+    A late update that is at most ``max_staleness`` rounds old counts, discounted, but not towards
+    the quorum.
     """
 
     max_staleness: int = 0
