@@ -29,7 +29,6 @@ from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.storage import update_archive
-from fluffle_coordinator.storage.best_model import keep_best
 from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.round_stats import (
@@ -38,6 +37,7 @@ from fluffle_coordinator.storage.round_stats import (
     examples_by_worker,
     personal_means,
 )
+from fluffle_coordinator.storage.run_checkpoints import keep_best
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 

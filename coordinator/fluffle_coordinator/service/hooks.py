@@ -132,10 +132,8 @@ def _function(given: Any, option: str, argument: str) -> Any:
 class HookCalls:
     """Calls the hooks of one run, off the event loop.
 
-    Args:
-        hooks: the hooks.
-        record: records a run event: each distinct error of a hook, once, metrics that are not
-            finite, and a hook that is slow.
+    Each distinct error of a hook is recorded once, and so are metrics that are not finite, and a
+    hook that is slow.
     """
 
     def __init__(self, hooks: Hooks, record: Callable[[run_events.RunEvent], None]) -> None:

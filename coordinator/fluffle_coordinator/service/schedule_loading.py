@@ -33,14 +33,6 @@ def load_schedule(
 
     The arguments are the options of ``fluffle coordinator``; None means that one was not given.
 
-    Args:
-        name: ``quorum``, ``buffered`` or ``path.py:name``.
-        buffer: the number of updates that make a version.
-        concurrency: the largest number of workers that train at a time.
-        max_staleness: the largest permitted staleness of an update, in versions.
-        staleness: the discount of a stale update's weight.
-        late: ``discard`` or ``discount``: the treatment of late updates in synchronous rounds.
-
     Raises:
         UsageError: if there is no such schedule, or an option does not apply to it.
         TaskError: if a user's file fails to load.

@@ -38,11 +38,7 @@ NO_STOPPING = Stopping()
 
 
 class Standing:
-    """The progress of a run by its monitored metric.
-
-    Args:
-        stopping: the rules.
-        lines: the lines of the run's history so far.
+    """The progress of a run by its monitored metric, from the lines of its history on.
 
     Example:
         >>> standing = Standing(Stopping("accuracy", patience=2))

@@ -29,8 +29,7 @@ _METHODS = ("init", "broadcast", "fold", "finish", "dump", "load")
 def load_strategy(name: str) -> NamedStrategy:
     """Return the strategy that ``--strategy`` names.
 
-    Args:
-        name: the names of parts, an installed strategy's name, ``path.py:name`` or ``module:name``.
+    That is the names of parts, an installed strategy's name, ``path.py:name`` or ``module:name``.
 
     Raises:
         UsageError: if there is no such object, or it is not a strategy.

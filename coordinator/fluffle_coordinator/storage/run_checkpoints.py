@@ -1,8 +1,10 @@
-"""The checkpoints in a run folder: which of them a run can go on from."""
+"""The checkpoints in a run folder: which of them a run can go on from, and the best of them."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import Checkpoint, checkpoint_name, read_whole
 
 _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
+_BEST = "best.safetensors"
 
 
 def newest_checkpoint(folder: Path) -> int | None:
@@ -58,3 +61,17 @@ def _check_place(
             f"{path} holds weights with the base {metadata['base']}, but history.jsonl names the "
             f"base {base} for round {number}"
         )
+
+
+def keep_best(folder: Path, number: int) -> None:
+    """Make ``best.safetensors`` the checkpoint of this round."""
+    checkpoint, best = folder / checkpoint_name(number), folder / _BEST
+    if best.exists() and best.samefile(checkpoint):
+        return  # to rename a hard link to another of the same file does nothing
+    partial = folder / f"{_BEST}.partial"
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint, partial)  # safe, since a checkpoint is never written to again
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(checkpoint, partial)
+    os.replace(partial, best)

@@ -33,11 +33,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
 
 
 def write_run_file(folder: Path, run: dict[str, Any]) -> None:
-    """Write the content of a ``run.json``.
-
-    Raises:
-        OSError: if the disk refuses; the earlier content is unchanged.
-    """
+    """Write the content of a ``run.json``."""
     with replacing(folder / RUN_FILE) as file:
         file.write(json.dumps(run, indent=1).encode() + b"\n")
 

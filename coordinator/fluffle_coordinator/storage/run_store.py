@@ -15,7 +15,8 @@
 
 Files are written under a temporary name and then renamed, so each is complete. (After a power
 failure, a checkpoint may be incomplete, but then no history line names it.) A round is committed
-when its history line is on disk, which is written after its checkpoint.
+when its history line is on disk, which is written after its checkpoint. A function that writes one
+of these files raises ``OSError`` if the disk refuses; the file is then unchanged.
 """
 
 from __future__ import annotations
@@ -234,11 +235,7 @@ class RunStore:
         metadata: dict[str, str],
         kept: Weights = NO_TENSORS,
     ) -> Path:
-        """Write the checkpoint of a round, with the state that its strategy keeps.
-
-        Raises:
-            OSError: if it cannot be written; an earlier file of that name is unchanged.
-        """
+        """Write the checkpoint of a round, with the state that its strategy keeps."""
         path = self.folder / checkpoint_name(number)
         # A power failure may leave an incomplete checkpoint of a later round, which is not read:
         # no history line names it.
@@ -246,22 +243,14 @@ class RunStore:
         return path
 
     def save_first(self, weights: Weights, metadata: dict[str, str], frozen: Frozen) -> None:
-        """Write the first weights, after the frozen tensors that belong to them.
-
-        Raises:
-            OSError: if the disk refuses.
-        """
+        """Write the first weights, after the frozen tensors that belong to them."""
         if frozen.digest:
             save_frozen(self.folder, frozen)
             metadata = {**metadata, IN_METADATA: frozen.digest}
         self.save_weights(0, weights, metadata)
 
     def note_configuration(self, configuration: dict[str, Any], committed: int) -> None:
-        """Add a configuration to run.json, from the round after ``committed`` on, if it is new.
-
-        Raises:
-            OSError: if run.json cannot be written.
-        """
+        """Add a configuration to run.json, from the round after ``committed`` on, if it is new."""
         run = read_run_file(self.folder)
         if add_configuration(run, finite(configuration), committed):
             write_run_file(self.folder, run)

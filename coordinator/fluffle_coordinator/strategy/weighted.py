@@ -43,10 +43,6 @@ class Vector:
     The first piece is as large as the model and becomes the next model: the average is written over
     sums that were already read, so it needs no memory of its own. The second is reused in every
     round. A small model's sums are all in the second, because vectors in one piece take less time.
-
-    Args:
-        layout: the model's layout.
-        rest: the second piece, from an earlier round; None allocates it.
     """
 
     def __init__(self, layout: Layout, rest: Array | None = None) -> None:
