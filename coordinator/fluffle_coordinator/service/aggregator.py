@@ -290,12 +290,12 @@ class Aggregator:
         message, how, now = held.message, held.how, monotonic()
         assert isinstance(message, Update)
         assert how is not None
-        update = how.update
+        update, metrics = how.update, dict(message.metrics)
         participant: dict[str, Any] = {
             "worker": message.worker,
             "sequence": update.ticket.sequence,
             "num_examples": update.num_examples,
-            "train_loss": message.metrics.get("loss"),
+            "train_loss": metrics.pop("loss", None),
             "seconds": update.train_s,
             "counted_s": round(now - self._clock.opened_at, 6),
             "bytes": update.size_bytes,
@@ -304,7 +304,6 @@ class Aggregator:
         if how.staleness:
             weight = update.num_examples * how.discount
             participant |= {"staleness": how.staleness, "discount": how.discount, "weight": weight}
-        metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics
         self._participants.append(participant)

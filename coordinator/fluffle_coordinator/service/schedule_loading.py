@@ -14,7 +14,7 @@ from fluffle_coordinator.machine.selection import Choose, Selection, parse_selec
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 from fluffle_coordinator.service.guarded_schedule import GuardedSchedule, guarded_choice
-from fluffle_coordinator.service.user_calls import call_guarded
+from fluffle_coordinator.service.user_calls import fields_of
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
 _LATE_ROUNDS = 2  # the default --max-staleness of --late discount
@@ -105,11 +105,8 @@ def _from_file(name: str) -> tuple[str, Schedule[State]]:
             f"--schedule {name} is a class, not a schedule; create an instance in the file and "
             "name the instance"
         )
-    what = f"schedule {place.called}"
-    fields = {
-        field: call_guarded(what, field, getattr, schedule, field, None)
-        for field in (*_METHODS, "max_staleness", "continuous")
-    }
+    names = (*_METHODS, "max_staleness", "continuous")
+    fields = fields_of(f"schedule {place.called}", schedule, names)
     missing = [f"{method}()" for method in _METHODS if not callable(fields[method])]
     missing += [
         f"{field} ({kind.__name__})"

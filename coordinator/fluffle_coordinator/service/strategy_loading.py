@@ -16,7 +16,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
-from fluffle_coordinator.service.user_calls import call_guarded
+from fluffle_coordinator.service.user_calls import fields_of
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -74,10 +74,7 @@ def _checked(name: str, value: Any) -> Any:
             f"--strategy {name} is a class, not a strategy; create an instance in the file, such "
             f"as my_{attribute.lower()} = {attribute}(), and name the instance"
         )
-    found = {
-        field: call_guarded(f"strategy {name}", field, getattr, value, field, None)
-        for field in (*_METHODS, "needs")
-    }
+    found = fields_of(f"strategy {name}", value, (*_METHODS, "needs"))
     missing = [f"{method}()" for method in _METHODS if not callable(found[method])]
     if not isinstance(found["needs"], Needs):
         missing.append("needs (a Needs object)")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from typing import Any, NoReturn, TypeVar
 
@@ -42,6 +42,11 @@ def call_guarded(what: str, where: str, function: Callable[..., T], *on: Any) ->
         return function(*on)
     except BaseException as why:
         blame(why, what, where)
+
+
+def fields_of(what: str, value: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return fields of a user's object, None for those that it lacks; see ``call_guarded``."""
+    return {name: call_guarded(what, name, getattr, value, name, None) for name in names}
 
 
 def blame(why: BaseException, what: str, where: str, *, ours: bool = False) -> NoReturn:
