@@ -75,17 +75,12 @@ def start(
 ) -> State:
     """Return the initial state of a new run, or of one that goes on after its last commit.
 
-    Args:
-        rules: the operator's rules.
-        run: the run's id.
-        now: the time.
-        committed: the last round on disk; 0 for a new run.
-        counted: the tickets that recent rounds counted.
-        earlier: the names of the weights that rounds began with.
-        sequence: the highest one that any round counted.
-        earlier_starts: the number of coordinators that ran before.
-        evaluated: whether the evaluation of the last model is on disk.
-        known: other fields of ``State``.
+    ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets that
+    recent rounds counted, ``sequence`` is the highest one that any round counted,
+    ``earlier_starts`` is the number of coordinators that ran before, and ``earlier`` has the names
+    of the weights that rounds began with. ``evaluated`` says whether the evaluation of the last
+    model is on disk. ``known`` are other fields of ``State``; the workers decide on ``classes`` and
+    ``model`` if these are None.
     """
     # A connected worker sends a heartbeat within this time (every 2 s by default).
     all_heard_s = 2.0 * rules.patience

@@ -64,8 +64,7 @@ class Aggregator:
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
         frozen: the model's frozen tensors.
-        averaged: called with a round's number and the name of its new weights, while these are
-            being written to disk.
+        averaged: called with a round and the name of its new weights, which are being written.
         folder: the folder of the files that hold large updates until they are checked.
     """
 

@@ -246,17 +246,11 @@ async def coordinate(
     page: CoordinatorSource | None = None,
     fresh: bool = False,
 ) -> State:
-    """Begin or resume the run in a folder, and run it to its end.
+    """Begin or resume the run in a folder, and run it to its end; return the machine's last state.
 
-    Args:
-        settings: the operator's settings.
-        transport: connects to the broker.
-        topology: the names of the federation's queues and exchanges.
-        store: the run folder; waits while another coordinator holds its lock.
-        watcher: receives every event.
-        journaled: whether to publish the events on the broker.
-        page: the live page, which also shows the rounds of the history.
-        fresh: move an earlier run aside and begin a new one.
+    It waits while another coordinator holds the folder's lock. ``journaled`` runs publish their
+    events on the broker. The live page also shows the rounds of the history. ``fresh`` moves an
+    earlier run aside and begins a new one.
 
     Raises:
         RunError: if the folder cannot be used.

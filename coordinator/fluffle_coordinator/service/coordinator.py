@@ -62,17 +62,10 @@ _TICK_EVERY_S = 0.1  # minimum interval between timer checks under load
 
 
 class Coordinator:
-    """One run of a federation.
+    """One run of a federation, in a locked run folder.
 
-    Args:
-        settings: the operator's settings.
-        transport: connects to the broker.
-        topology: the names of the federation's queues and exchanges.
-        store: the run folder, locked.
-        saved: the run's state as loaded from the folder.
-        watcher: receives every run event.
-        journal: the watcher that publishes the events once a link is there; None publishes none.
-        exchanges: the handlers of multi-phase protocols.
+    ``watcher`` receives every run event; ``journal`` is the one that publishes the events once a
+    link is there, and None publishes none. ``exchanges`` handle multi-phase protocols.
     """
 
     _ended: asyncio.Future[None]
