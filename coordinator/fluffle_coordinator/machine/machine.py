@@ -181,16 +181,16 @@ def _progress(state: State, now: float, out: Effects) -> State:
     if now >= state.gate_until:
         state = state.replace(gate=1, gate_until=math.inf)
     match state.phase:
+        case Phase.OPEN:
+            return try_to_close(record_evaluation(state, out), now, out)
+        case Phase.COMMITTING:
+            return record_evaluation(state, out)
         case Phase.WAITING if state.round > state.rules.rounds or state.enough:
             return evaluate_last_model(state, now, out)
         case Phase.WAITING:
             state = try_to_open(state, now, out)
             # Updates that an earlier coordinator asked for may have arrived before the opening.
             return try_to_close(state, now, out) if state.phase is Phase.OPEN else state
-        case Phase.OPEN:
-            return try_to_close(record_evaluation(state, out), now, out)
-        case Phase.COMMITTING:
-            return record_evaluation(state, out)
         case Phase.EVALUATING:
             return try_to_finish(state, now, out)
         case Phase.ENDED:
