@@ -25,9 +25,10 @@ from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
-from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, copied
+from fluffle_coordinator.service.hooks import Commit, HookCalls, copied
 from fluffle_coordinator.service.serial_queue import SerialQueue
-from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.stopping import NO_STOPPING, Standing
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.history import read_history_lines
@@ -74,26 +75,23 @@ class NoRoom(RunError):
 class Committer:
     """Writes everything that a run stores: checkpoints, history, kept updates, the best model.
 
-    ``metadata`` returns the metadata of a round's checkpoint, and ``rounds``, the number of rounds
-    of the run, is for the hooks.
+    ``metadata`` returns the metadata of a round's checkpoint.
     """
 
     def __init__(
         self,
         store: RunStore,
+        settings: CoordinatorSettings,
         *,
         metadata: Callable[[int], dict[str, str]],
         record: Callable[[run_events.RunEvent], None],
         post: Callable[[ev.Event], None],
-        strategy: str = FEDAVG.name,
-        hooks: Hooks = NO_HOOKS,
-        rounds: int = 0,
-        stopping: Stopping = NO_STOPPING,
     ) -> None:
+        hooks, stopping = settings.hooks, settings.stopping
         self.counts = Counts()
-        self._store, self._metadata = store, metadata
-        self._record, self._post, self._strategy = record, post, strategy
-        self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
+        self._store, self._metadata, self._record, self._post = store, metadata, record, post
+        self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
+        self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
         resumes = (hooks or stopping != NO_STOPPING) and store.history.path.exists()
         lines = read_history_lines(store.folder) if resumes else []

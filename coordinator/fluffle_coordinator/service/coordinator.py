@@ -100,14 +100,7 @@ class Coordinator:
             record=self._record,
         )
         self._committer = Committer(
-            store,
-            metadata=self._metadata,
-            record=self._record,
-            post=self._post,
-            strategy=settings.strategy.name,
-            hooks=settings.hooks,
-            stopping=settings.stopping,
-            rounds=settings.rules.rounds,
+            store, settings, metadata=self._metadata, record=self._record, post=self._post
         )
         self._aggregator = Aggregator(
             topology,
@@ -122,22 +115,19 @@ class Coordinator:
             averaged=self._send_ahead,
             folder=store.folder,
         )
-        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
-        self.enough = self._committer.enough
-        self.state = first_state(settings, saved, store.folder, self.enough())
-
-    def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
-        return Intake(
-            self._settings,
-            self._topology,
-            task=task,
-            exchanges=exchanges,
+        self._intake = Intake(
+            settings,
+            topology,
+            task=saved.metadata.get("task", ""),
+            exchanges=exchanges or {},
             aggregator=self._aggregator,
             outbox=self._outbox,
             state=lambda: self.state,
             post=self._post,
             record=self._record,
         )
+        self.enough = self._committer.enough
+        self.state = first_state(settings, saved, store.folder, self.enough())
 
     async def run(self) -> rs.State:
         """Run to the end and return the final state; cancelling loses nothing a restart needs.
