@@ -88,17 +88,6 @@ class LocalTask:
             raise
 
 
-def named_tasks(tasks: Tasks) -> list[LocalTask]:
-    """Return the tasks with the names of their workers; call functions that make tasks.
-
-    Raises:
-        UsageError: if a name is invalid, or an object is not a task.
-        TaskError: if a task cannot be made, or cannot make first weights.
-    """
-    named = by_name(tasks, "worker")
-    return [LocalTask(name, make_task(name, task)) for name, task in named.items()]
-
-
 def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
     """Return tasks by the names of their workers; number those of an iterable.
 
@@ -272,9 +261,6 @@ class _LinkWatcher(Watcher):
 
     def __init__(self, linked: asyncio.Event) -> None:
         self._linked = linked
-
-    def record(self, event: object) -> None:
-        """Ignore the event."""
 
     def show(self, state: State, now: float) -> None:
         """Set the event if the coordinator has a link."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Mapping
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from fluffle.background import Background, short_traceback
-from fluffle.federation import Federation, Tasks, named_tasks
+from fluffle.federation import Federation, LocalTask, Tasks, by_name, make_task
 from fluffle.keywords import as_keywords, settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
@@ -153,22 +153,24 @@ def _start(
     **keywords: Any,
 ) -> Background[Run]:
     """Check the arguments of ``run``, and start the run."""
-    workers = named_tasks(tasks)
+    # First, what is named by a path: the code of a task may change the current folder.
+    run_folder, named = RunFolder(folder), by_name(tasks, "worker")
     settings, options = settings_from(
         _CALLER,
         {**keywords, "federation": federation, "url": url},
-        workers=len(workers),
+        workers=len(named),
         strategy=strategy,
         evaluate=evaluate,
         on_round=on_round,
     )
     rules = settings.rules
-    _check_enough(rules, len(workers), url)
+    _check_enough(rules, len(named), url)
+    workers = [LocalTask(name, make_task(name, task)) for name, task in named.items()]
     one_by_one = rules.quorum == Quorum() if parallel is None else not parallel
 
     @as_keywords()
     def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
-        with RunFolder(folder) as run_folder, Progress(progress, rules.rounds) as shown:
+        with run_folder, Progress(progress, rules.rounds) as shown:
             federation = Federation(
                 settings,
                 Topology(settings.federation, options["queue_type"]),

@@ -90,8 +90,8 @@ def load_into(
         weights, frozen = _with_frozen(Path(source))
     else:
         raise UsageError(
-            f"{source!r:.60} is not a model; expected a model file, or arrays by name, such as "
-            "run.weights"
+            f"{source!r:.60} is not a model; expected the path of a model file, or a mapping of "
+            "names to arrays (for example run.weights)"
         )
     weights, every = {**weights, **frozen}, tensors.arrays_of(module)
     current = tensors.arrays_of(module, federated)
@@ -135,15 +135,14 @@ def save_model(
         )
     if kept.digest:
         save_frozen(path.parent, kept)
-    told = {IN_METADATA: kept.digest} if kept.digest else {}
-    model = arrays_of(module, federated)
-    model = {name: array for name, array in model.items() if name not in kept.tensors}
+    arrays = arrays_of(module, federated)
+    model = {name: array for name, array in arrays.items() if name not in kept.tensors}
     if not model:
         raise UsageError(
-            f"federated= and frozen= leave no tensor of the module {type(module).__name__} to "
-            "save; correct the filters"
+            f"with these federated= and frozen= filters, the module {type(module).__name__} has no "
+            "tensor left to save; correct the filters"
         )
-    save_checkpoint(path, model, told)
+    save_checkpoint(path, model, {IN_METADATA: kept.digest} if kept.digest else {})
 
 
 def _framework_of(module: Any) -> Any:

@@ -43,18 +43,18 @@ class RunFolder:
     def __init__(self, folder: str | os.PathLike[str] | None) -> None:
         if folder == "":
             raise UsageError(
-                "folder= is empty; name a folder, or omit folder= to use a temporary one"
+                "folder= is empty; give a folder, or omit folder= to use a temporary folder"
             )
-        self._temporary = folder is None
-        path = tempfile.mkdtemp(prefix="fluffle-") if folder is None else folder
-        self.store = RunStore(folder_path(path))
+        # Absolute, because the code of a task may change the current folder.
+        self._given = None if folder is None else folder_path(folder).absolute()
 
     def __enter__(self) -> Self:
-        """Lock the folder.
+        """Create the folder, if it does not exist, and lock it.
 
         Raises:
-            RunError: if another coordinator uses it.
+            RunError: if it cannot be created, or another coordinator uses it.
         """
+        self.store = RunStore(self._given or Path(tempfile.mkdtemp(prefix="fluffle-")))
         if not self.store.try_lock():
             raise RunError(
                 f"another coordinator is using {self.store.shown}; choose another folder with "
@@ -64,10 +64,11 @@ class RunFolder:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self.store.unlock()
-        if error is None or not (self._temporary or isinstance(error, asyncio.CancelledError)):
+        temporary = self._given is None
+        if error is None or not (temporary or isinstance(error, asyncio.CancelledError)):
             return
         if not committed(self.store.folder):
-            if self._temporary:
+            if temporary:
                 shutil.rmtree(self.store.folder, ignore_errors=True)
         elif not isinstance(error, RunError):  # a RunError already says how to continue
             warn(f"the committed rounds are kept{self._how_to_continue()}")
@@ -87,7 +88,7 @@ class RunFolder:
             reason = f"{state.reason}; {fault}" if fault and not is_named else state.reason
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
-        if self._temporary:
+        if self._given is None:
             run._kept = _Kept()
             weakref.finalize(run._kept, shutil.rmtree, self.store.folder, ignore_errors=True)
         return run

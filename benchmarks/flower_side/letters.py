@@ -17,8 +17,8 @@ import optax
 from flax import nnx
 
 from benchmarks.arrays import Array
-from fluffle_worker.letters.images import read_images, split
-from fluffle_worker.letters.task import CNN, HELD_OUT, LEARNING_RATE, shifted
+from fluffle_worker.letters.images import held_out_split, read_images
+from fluffle_worker.letters.task import CNN, LEARNING_RATE, shifted
 
 _BATCH = 32
 
@@ -60,7 +60,7 @@ class PlainLetters:
 
     def __init__(self, data: str) -> None:
         images = read_images(Path(data))
-        train, held_out = split(len(images.targets), HELD_OUT, 0)
+        train, held_out = held_out_split(images, 0)
         self._train = jnp.asarray(images.inputs[train]), jnp.asarray(images.targets[train])
         self._valid = jnp.asarray(images.inputs[held_out]), jnp.asarray(images.targets[held_out])
         self._model = PlainCNN(len(images.classes), nnx.Rngs(0))

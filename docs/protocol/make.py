@@ -357,7 +357,7 @@ def page(text: str) -> str:
     assert spec.loader is not None
     tables = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tables)
-    for name in ("worker", "timers", "demands"):
+    for name in ("worker", "timers", "requirements"):
         begin, end = f"<!-- {name}: made by docs/protocol/make.py -->", f"<!-- {name}: end -->"
         before, _, rest = text.partition(begin)
         _, _, after = rest.partition(end)

@@ -2,7 +2,7 @@
 
 The tables of the worker come from calling ``fluffle_worker.machine.advance`` with each state and
 event. The coordinator's timers and their defaults come from ``Rules``; only their consequences are
-written here. The demands are those of ``fluffle conformance``.
+written here. The requirements are those of ``fluffle conformance``.
 """
 
 from __future__ import annotations
@@ -177,10 +177,10 @@ def timers() -> str:
     return "\n".join(rows)
 
 
-def demands() -> str:
-    """Return the table of the demands of ``fluffle conformance``."""
-    rows = (f"| {scenario.name} | {scenario.demand} |" for scenario in SCENARIOS)
-    return "\n".join(["| scenario | demand |", "|---|---|", *rows])
+def requirements() -> str:
+    """Return the table of the requirements of ``fluffle conformance``."""
+    rows = (f"| {scenario.name} | {scenario.requirement} |" for scenario in SCENARIOS)
+    return "\n".join(["| scenario | requirement |", "|---|---|", *rows])
 
 
 def missing_timers() -> set[str]:

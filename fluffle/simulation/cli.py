@@ -90,16 +90,16 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="0.01",
     metavar="SECONDS",
     help=(
-        "Duration of one training step on a client, in seconds. Give a number, classes:1,2,4 "
-        "(assigned to the clients in turn), lognormal:MEDIAN,SIGMA or uniform:LOW,HIGH."
+        "Duration of one training step on a client, in seconds. Give one of: a number; "
+        "classes:1,2,4 (assigned to the clients in turn); lognormal:MEDIAN,SIGMA; uniform:LOW,HIGH."
     ),
 )
 @click.option(
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Time in seconds that is added to each training on a client, besides the time of the "
-    "training steps; same format as --step-time.",
+    help="Extra time each time a client trains, in seconds, on top of the time of its training "
+    "steps; same format as --step-time.",
 )
 @click.option(
     "--bandwidth",
@@ -158,11 +158,12 @@ def simulate(**options: Any) -> None:
     check_schedule_options(options)
     number: int = options["clients"]
     availability = parse_availability(options["availability"])
-    whole, tasks = _tasks(options)
-    if options["plot_partition"] is not None:
-        _plot(whole, options)
     settings = settings_of({**options, "min_workers": number})
     store = RunStore(options["folder"] or Path("runs") / settings.federation)
+    chart = options["plot_partition"] and options["plot_partition"].absolute()
+    whole, tasks = _tasks(options)  # last: the code of a task may change the current folder
+    if chart is not None:
+        _plot(whole, options, chart)
     done = 0 if options["fresh"] else committed(store.folder)
     settings = tested_every(settings, whole, options["test_every"] or 1, store.folder)
     owned = devices(
@@ -205,15 +206,14 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     from fluffle.simulation.partition import parse_partition
     from fluffle.simulation.population import Divisible, dealt, each_its_own
     from fluffle_worker.task import TaskOptions
-    from fluffle_worker.task_loading import load_task
+    from fluffle_worker.task_loading import load_factory
 
     number, seed = options["clients"], options["seed"]
     partition = parse_partition(options["partition"])
+    make = load_factory(options["task"])
     if "{" in options["data"]:
-        make = lambda one: load_task(options["task"], one)  # noqa: E731
         return None, each_its_own(make, options["data"], number, seed)
-    given = TaskOptions(data=options["data"], worker="simulation", seed=seed)
-    whole = load_task(options["task"], given)
+    whole = make(TaskOptions(data=options["data"], worker="simulation", seed=seed))
     if not isinstance(whole, Divisible):
         raise UsageError(
             f"the task {options['task']} cannot be divided among clients, because it has no "
@@ -223,7 +223,7 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     return whole, dealt(whole, partition, number, seed)
 
 
-def _plot(whole: Any, options: dict[str, Any]) -> None:
+def _plot(whole: Any, options: dict[str, Any], file: Path) -> None:
     """Write a chart of the labels that each client holds."""
     from fluffle.simulation.plot import plot_partition
 
@@ -233,7 +233,6 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
             "--data gives each client its own task; remove --plot-partition"
         )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
-    file = options["plot_partition"]
     try:
         plot_partition(whole, **asked).savefig(file, dpi=150)
     except (OSError, ValueError) as why:

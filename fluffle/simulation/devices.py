@@ -81,8 +81,8 @@ def draw(distribution: float | str, rng: np.random.Generator, clients: int) -> A
     fits = len(values) == number if number else bool(values) and kind in known
     if not fits or not all(0 <= value < float("inf") for value in values):
         raise UsageError(
-            f"invalid distribution '{text}'; use a number, classes:A,B,C, lognormal:MEDIAN,SIGMA "
-            "or uniform:LOW,HIGH, with numbers of at least 0"
+            f"invalid distribution '{text}'; use one of: a number; classes:A,B,C; "
+            "lognormal:MEDIAN,SIGMA; uniform:LOW,HIGH (all numbers must be at least 0)"
         )
     match kind:
         case "constant":

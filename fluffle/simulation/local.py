@@ -107,6 +107,7 @@ def simulate(
     """
     _check(options, clients=clients, test_every=test_every)
     check_whole(f"{_CALLER}(): seed", seed, 0)
+    run_folder = RunFolder(folder)  # first: the code of a task may change the current folder
     whole, named = _tasks(tasks, clients, partition, seed)
     settings, values = settings_from(
         _CALLER,
@@ -131,7 +132,7 @@ def simulate(
 
     def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
         fresh = values["fresh"]
-        with RunFolder(folder) as run_folder, Progress(progress, settings.rules.rounds) as shown:
+        with run_folder, Progress(progress, settings.rules.rounds) as shown:
             tested = tested_every(settings, whole, test_every, run_folder.store.folder)
             simulation = simulate_run(
                 tested, everybody, run_folder.store, shown, record=_show, fresh=fresh

@@ -93,9 +93,6 @@ class _FailureWatcher(Watcher):
     def __init__(self, clients: Sequence[Client], failure: asyncio.Future[None]) -> None:
         self._clients, self._failure = clients, failure
 
-    def record(self, event: object) -> None:
-        """Ignore the event."""
-
     def show(self, state: State, now: float) -> None:
         """Set an exception if the round is in vain."""
         if not state.reopenings or self._failure.done():

@@ -20,7 +20,7 @@ def conformance(federation: Federation, *flags: object) -> Program:
 
 
 @pytest.mark.parametrize("queues", ["classic", "quorum"])
-def test_our_worker_meets_every_demand(federation: Federation, queues: str) -> None:
+def test_our_worker_meets_every_requirement(federation: Federation, queues: str) -> None:
     kind = ("--queue-type", queues)
     check = conformance(federation, "--twice", *kind)
     first = federation.worker("shard:0/3", *kind, task=LARGE)

@@ -105,7 +105,9 @@ def test_it_is_counted_in_every_round(federation: Federation, installed: Path, q
 
 
 @pytest.mark.rabbit
-def test_it_meets_every_demand_of_the_document(federation: Federation, installed: Path) -> None:
+def test_it_meets_every_requirement_of_the_document(
+    federation: Federation, installed: Path
+) -> None:
     where = ("--federation", federation.name, "--url", federation.url)
     check = federation.start(FLUFFLE, "conformance", *where, "--large", "--twice", "--patience", 30)
     first = start(federation, installed)

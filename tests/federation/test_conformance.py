@@ -90,7 +90,7 @@ def test_our_worker_passes_with_a_model_in_parts_and_after_a_refusal(federated):
     federated(scenario)
 
 
-def test_it_takes_frozen_tensors_as_the_document_demands(federated):
+def test_it_takes_frozen_tensors_as_the_document_requires(federated):
     async def scenario(federation):
         federation.worker("w", SlowingOnABackbone(federation.loop))
         findings = await examined(federation)

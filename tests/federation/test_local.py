@@ -453,8 +453,8 @@ def test_errors_name_keywords_and_leave_command_lines_as_they_are():
 def test_a_run_that_stops_says_its_reason_once(tmp_path, failed, more):
     reason = "every worker failed; b: it has a NaN" if failed else "round 1 has 0 of 1 updates"
     state: Any = SimpleNamespace(outcome="stopped", reason=reason, failed=failed)
-    with pytest.raises(fluffle.RunError) as stopped:
-        RunFolder(tmp_path).result(state, "b was rejected: it has a NaN")
+    with RunFolder(tmp_path) as folder, pytest.raises(fluffle.RunError) as stopped:
+        folder.result(state, "b was rejected: it has a NaN")
     assert str(stopped.value) == f"the run stopped: {reason}{more}"
 
 
@@ -570,7 +570,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
             {"init": ""},
             'init = "" is not valid (the text is empty; give a value, or omit this option',
         ),
-        ([Adder()], {"folder": ""}, "folder= is empty; name a folder, or omit folder="),
+        ([Adder()], {"folder": ""}, "folder= is empty; give a folder, or omit folder="),
         ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker ID"),
         ({"a b": Adder()}, {}, "choose another key in tasks"),
@@ -689,4 +689,19 @@ def test_a_hook_may_change_the_working_directory(tmp_path, monkeypatch):
     )
     assert run.folder == tmp_path / "run"
     assert len(run.history.rounds) == 2
+    assert not list((tmp_path / "other").iterdir())
+
+
+@pytest.mark.parametrize("function", [fluffle.run, fluffle.simulate])
+def test_a_function_that_makes_a_task_may_change_the_working_directory(
+    tmp_path, monkeypatch, function
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "other").mkdir()
+
+    def made() -> Adder:
+        os.chdir(tmp_path / "other")
+        return Adder()
+
+    assert function([made, made], rounds=1, folder="run").folder == tmp_path / "run"
     assert not list((tmp_path / "other").iterdir())

@@ -359,7 +359,7 @@ def test_end_must_return_a_mapping():
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("Proximal", "is a class, but an object is expected; create an object"),
+        ("Proximal", "is a class; create an object of the class, and give this object instead"),
         ("nothing", "has no 'nothing'"),
     ],
 )

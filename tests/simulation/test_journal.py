@@ -115,7 +115,7 @@ def test_a_round_that_is_not_in_it_is_told(tmp_path):
 
 
 def test_where_there_is_no_journal_it_is_said(tmp_path):
-    with pytest.raises(UsageError, match="has no journal; only a simulation keeps"):
+    with pytest.raises(UsageError, match="has no journal, because only a simulation keeps"):
         printed(journal, "--run", tmp_path)
     with pytest.raises(UsageError, match="--follow conflicts with --run"):
         printed(journal, "--run", tmp_path, "--follow")

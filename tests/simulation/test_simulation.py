@@ -9,6 +9,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -418,3 +420,15 @@ def test_the_last_model_is_tested_although_the_run_went_back_to_an_earlier_one(t
     last.write_bytes(last.read_bytes()[:-1])
     run = fluffle.simulate(Whole(0.0), clients=2, rounds=7, test_every=3, folder=tmp_path)
     assert [bool(one.test) for one in run.history] == [False, False, True, False, False, True, True]
+
+
+def test_the_file_of_a_task_may_change_the_working_directory(tmp_path):
+    (tmp_path / "other").mkdir()
+    leaves = f"import os; os.chdir('other'); from {__name__} import Adder\n"
+    (tmp_path / "mine.py").write_text(leaves + "task = lambda _: Adder(1.0)\n")
+    run = "from fluffle_common.cli.app import main; main()", "simulate", "--task", "mine.py:task"
+    given = "--data", "{client}", "--clients", "2", "--rounds", "1"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", *run, *given], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "runs" / "simulation" / "round-0001.safetensors").exists()
+    assert not list((tmp_path / "other").iterdir())

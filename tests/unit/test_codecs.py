@@ -161,8 +161,8 @@ def leaves(*_: Any) -> Any:
     [
         (fails, "'signs' fails to encode tensor 'w': RuntimeError: as it was written (test_codecs"),
         (leaves, "'signs' fails to encode tensor 'w': SystemExit: 3 (test_codecs"),
-        (lambda *_: None, "returned a NoneType for tensor 'w'; expected a tuple of 2"),
-        (lambda *_: (np.zeros(3),), "returned a tuple of 1"),
+        (lambda *_: None, "returned a NoneType for tensor 'w'; expected a tuple of length 2"),
+        (lambda *_: (np.zeros(3),), "returned a tuple of length 1 for"),
         (
             lambda self, tensor, rng: tensor.sort(),
             "fails to encode tensor 'w': ValueError: sort array is read-only (test_codecs",
@@ -190,8 +190,8 @@ def test_a_failing_encode_is_reported_in_one_line(codecs, encode, reason):
     [
         (fails, "'signs' fails to decode tensor 'w': RuntimeError: as it was written (test_codecs"),
         (leaves, "'signs' fails to decode tensor 'w': SystemExit: 3 (test_codecs"),
-        (lambda parts, like: like, "returned its argument 'like' for tensor 'w'; return a new arr"),
-        (lambda parts, like: like[:], "returned its argument 'like' for tensor 'w'"),
+        (lambda parts, like: like, "received as like= for tensor 'w'; return a new array"),
+        (lambda parts, like: like[:], "received as like= for tensor 'w'"),
         (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w'; expected float32"),
         (lambda parts, like: None, "returned NoneType  for tensor 'w'"),
     ],

@@ -35,9 +35,9 @@ def beats(*times: float) -> list[Received]:
 
 def test_a_rhythm_may_lack_less_than_five_beats():
     assert "a longest pause of 10.0 s" in check_rhythm(beats(0, 2, 12), now=13)
-    with pytest.raises(Unmet, match=r"none for 10\.5 s"):
+    with pytest.raises(Unmet, match=r"silent for 10\.5 s"):
         check_rhythm(beats(0, 2, 12.5), now=13)
-    with pytest.raises(Unmet, match=r"none for 11\.0 s"):
+    with pytest.raises(Unmet, match=r"silent for 11\.0 s"):
         check_rhythm(beats(0, 2), now=13)
     with pytest.raises(Unmet, match="sent no heartbeat"):
         check_rhythm([Received(0, Bye(**F, worker="w", session="s", reason=""))], now=1)
@@ -86,8 +86,8 @@ async def test_what_it_sends_has_the_amqp_headers_of_a_coordinator():
     assert all(headers["bytes"] == size for _, headers, size in Recorder.sent)
 
 
-def test_every_scenario_has_a_name_of_its_own_and_a_demand_in_a_sentence():
+def test_every_scenario_has_a_name_of_its_own_and_a_requirement_in_a_sentence():
     assert max(Counter(one.name for one in SCENARIOS).values()) == 1
     for one in SCENARIOS:
         assert re.fullmatch(r"[a-z ]{3,30}", one.name)
-        assert len(one.demand.split()) > 5
+        assert len(one.requirement.split()) > 5

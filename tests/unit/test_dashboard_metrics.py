@@ -11,9 +11,9 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fluffle_common.errors import CAUSES
 from fluffle_common.protocol.events import from_fields
-from fluffle_coordinator.dashboard.board import PHASES, Board
+from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed
-from fluffle_coordinator.dashboard.metrics import ROLES, registry, role
+from fluffle_coordinator.dashboard.metrics import PHASES, ROLES, registry, role
 from fluffle_coordinator.observe.counters import OUTCOMES, STEPS
 from fluffle_coordinator.observe.worker_view import ABSENT, STATES
 

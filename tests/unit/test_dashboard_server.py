@@ -10,8 +10,11 @@ from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
 
+from fluffle_common.cli.settings import DEFAULT_URL, broker_url_finder
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import from_fields
+from fluffle_common.protocol.topology import Topology
+from fluffle_coordinator.dashboard import feed
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.feed import Feed, Figures
@@ -218,6 +221,22 @@ async def test_queues_that_cannot_be_asked_are_a_note() -> None:
     live.listening.close()
     await live.feed.ask_queues(0.0)
     assert "nobody there" in live.feed.board.snapshot()["queues"]["note"]
+
+
+def test_the_queues_of_a_private_broker_that_starts_late_are_found(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("FLUFFLE_STATE", str(tmp_path))
+    monkeypatch.setattr(feed, "queue_figures", lambda url, base, _: asked.append((url, base)) or [])
+    asked: list[tuple[str, str]] = []
+    ask = feed.queue_asker(Topology("f"), broker_url_finder(None), None)
+    ask()
+    urls = {"url": "amqp://127.0.0.1:5999/", "management_url": "http://127.0.0.1:15999/"}
+    (tmp_path / "broker").mkdir()
+    (tmp_path / "broker" / "node.json").write_text(json.dumps(urls))
+    ask()
+    assert asked == [
+        (DEFAULT_URL, "http://127.0.0.1:15672"),
+        ("amqp://127.0.0.1:5999/", "http://127.0.0.1:15999"),
+    ]
 
 
 def test_an_event_that_cannot_be_shown_is_warned_of_once(

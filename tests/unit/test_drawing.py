@@ -126,13 +126,6 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
         draw_letters(path)
 
 
-@pytest.mark.parametrize("wrong", [{"clients": 0}, {"per_client": 9}, {"seed": -1}])
-def test_numbers_out_of_range_are_refused_before_anything_is_written(tmp_path, wrong):
-    with pytest.raises(UsageError, match="at least"):
-        draw_letters(tmp_path / "new", **wrong)
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_run_cut_short_leaves_nothing_half_done(tmp_path):
     def stop(done: int, total: int) -> None:
         if done == total - 1:

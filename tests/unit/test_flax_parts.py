@@ -180,10 +180,10 @@ def test_the_trained_model_is_scored_beside_the_received_one():
     [
         (
             {"federated": False},
-            "leave no tensor of the model to send; .*of the model: body/bias, ",
+            "the model has no tensor left to send; .*of the model: body/bias, ",
         ),
-        ({"frozen": True}, "leave no tensor of the model to send"),
-        ({"frozen": nnx.Param}, "leaves no parameter of the model to train"),
+        ({"frozen": True}, "the model has no tensor left to send"),
+        ({"frozen": nnx.Param}, "the model has no parameter left to train"),
     ],
 )
 def test_filters_that_leave_nothing_are_refused(filters, told):

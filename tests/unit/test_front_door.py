@@ -161,13 +161,15 @@ def test_an_argument_of_another_type_is_named(tmp_path):
         with pytest.raises(fluffle.UsageError, match="expected a module of Flax or PyTorch"):
             fluffle.load_into(wrong, {})
     for filters in ({"frozen": nnx.BatchStat}, {"federated": nnx.BatchStat}, {"frozen": True}):
-        with pytest.raises(fluffle.UsageError, match="no tensor of the module Linear"):
+        with pytest.raises(
+            fluffle.UsageError, match="no tensor of the module Linear|r has no tensor left"
+        ):
             fluffle.save_model(file, model, **filters)
     assert not file.exists()
     for source in (None, 3, object()):
         with pytest.raises(
             fluffle.UsageError,
-            match="expected a model file, or arrays by name, such as run.weights",
+            match="expected the path of a model file, or a mapping of .* example run.weights",
         ):
             fluffle.load_into(model, source)
     with pytest.raises(

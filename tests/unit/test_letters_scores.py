@@ -15,9 +15,9 @@ from fluffle_common.errors import FluffleError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_worker.letters import inference as use
 from fluffle_worker.letters.cli import confusion, letters, predict
-from fluffle_worker.letters.images import read_images
+from fluffle_worker.letters.images import held_out_split, read_images
 from fluffle_worker.letters.inference import Score, participants_of, temperature_of
-from fluffle_worker.letters.task import held_out_split, letters_task, task
+from fluffle_worker.letters.task import letters_task, task
 from fluffle_worker.task import TaskOptions
 
 CLASSES = ("a", "b")
@@ -156,7 +156,7 @@ def test_all_and_unseen_exclude_each_other(folder):
 
 def test_one_letter_alone_holds_nothing_out(folder):
     _write(folder / "one/a/1.png", 30)
-    with pytest.raises(FluffleError, match="use --all to score that letter"):
+    with pytest.raises(FluffleError, match="use --all to score all letters"):
         _confusion(folder, data="one")
     assert _confusion(folder, "--all", data="one").stdout.startswith(
         "accuracy 100.00 % of 1 training letters\n"

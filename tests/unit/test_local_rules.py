@@ -204,7 +204,7 @@ def test_rules_are_chained_with_a_plus(tmp_path):
     ("name", "message"),
     [
         ("proxmal:0.1", "unknown local rule 'proxmal' .* did you mean 'proximal'"),
-        ("momentum", "choose from clip, dp_sgd, proximal, scaffold, or load .* path.py:name"),
+        ("momentum", "choose from clip, dp_sgd, proximal, scaffold .*path.py:name"),
         (
             "proximal",
             "invalid settings '' for .*: the argument 'mu' is missing.*; expected proximal:MU",

@@ -178,7 +178,7 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
         ({"count": -3}, "num_examples -3; expected the number"),
         ({"count": None}, "num_examples: the value is None, but a whole number is expected"),
         ({"count": 2.5}, "num_examples: the value is 2.5, but a whole number"),
-        ({"count": 10**13}, "trained on, from 1 to 1000000000000"),
+        ({"count": 10**13}, "used for training, from 1 to 1000000000000"),
         ({"count": 10**400}, "00000...00000"),
         ({"count": 10**5000}, "num_examples an unprintable int; expected the number"),
         ({"step": (1,)}, "progress() missing 1 required positional argument: 'steps'"),

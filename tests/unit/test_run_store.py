@@ -478,7 +478,7 @@ def test_a_copy_of_another_checkpoint_is_a_damaged_one(store, held, says):
 
 def test_the_history_of_another_run_is_refused(three):
     three.history.append({**committed(4, "a"), "run": "other"})
-    with pytest.raises(RunError, match=r"belongs to run other, but run\.json to .*--fresh"):
+    with pytest.raises(RunError, match=r"belongs to run other, but run\.json belongs to .*--fresh"):
         three.load("letters")
 
 

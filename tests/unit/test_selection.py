@@ -188,7 +188,7 @@ def test_a_rule_from_a_file(tmp_path):
     assert rule.name == "mine.py:alphabetical"
     rules = Rules(rounds=1, min_workers=4, sample=2, selection=rule)
     assert set(opened(*"dcba", rules=rules).state.asked) == {"a", "b"}
-    with pytest.raises(UsageError, match="does not name a function"):
+    with pytest.raises(UsageError, match="nothing is not a function"):
         load_selection(f"{tmp_path}/mine.py:nothing")
 
 

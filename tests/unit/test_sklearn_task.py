@@ -140,7 +140,10 @@ def test_what_cannot_be_trained_in_rounds_is_refused(make, message):
     [
         (INPUTS, "train_data is of type ndarray; expected a pair"),
         ((INPUTS, CLASSES, CLASSES), "train_data is a tuple with 3 entries; expected a pair"),
-        ((INPUTS.tolist(), CLASSES), "train_data contains .* but an array .* is expected"),
+        (
+            (INPUTS.tolist(), CLASSES),
+            "train_data contains .*; expected an array with one entry per example",
+        ),
         ((INPUTS, 3), "60 inputs and 1 targets; expected one target for each"),
         ((INPUTS[:0], CLASSES[:0]), "train_data has no examples"),
     ],

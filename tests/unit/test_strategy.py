@@ -281,7 +281,7 @@ def needing(**needs):
 @pytest.mark.parametrize(
     ("needs", "rules", "message"),
     [
-        ({"extra": ("c",)}, {}, r"invalid needs.extra .*\('c',\); expected"),
+        ({"extra": ("c",)}, {}, r"'needs.extra' of .* is \('c',\); expected"),
         (
             {"min_examples": 9},
             {},

@@ -96,7 +96,7 @@ def test_fedavg_has_one_name_and_is_one_object():
         ("optax:tree", "optax.tree cannot be used with no arguments: "),
         (
             "optax:constant_schedule,value=1",
-            "is not an optimizer; name an optimizer, such as adamw",
+            "is not an optimizer; give an optimizer, such as adamw",
         ),
     ],
 )

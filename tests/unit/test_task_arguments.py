@@ -67,9 +67,12 @@ def made(**changes: Any) -> FlaxTask:
         ({"x": X, "y": Y}, "of type dict; expected a pair"),
         (None, "of type NoneType; expected a pair"),
         (iter([(X, Y)]), "of type list_iterator; expected a pair"),
-        ((X.tolist(), Y.tolist()), "an array with one entry.* convert lists with numpy.asarray"),
-        ((list(X), list(Y)), "contains np.int32.* but an array .* is expected"),
-        ((1.0, 2), "contains 1.0, but an array with .* is expected"),
+        (
+            (X.tolist(), Y.tolist()),
+            "an array with one entry.*to convert a list, use numpy.asarray",
+        ),
+        ((list(X), list(Y)), "contains np.int32.*; expected an array"),
+        ((1.0, 2), "contains 1.0; expected an array with one entry per example"),
         ((X, np.array(["a", "b"] * 10)), "dtype <U1; convert this array to numbers"),
         ((X.astype(object), Y), "dtype object; convert this array to numbers"),
         ((np.ma.masked_less(X, 0), Y), "a masked array; fill it"),
@@ -119,8 +122,8 @@ def test_whatever_numpy_converts_is_data():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"optimizer": "adam"}, "optimizer= is 'adam', but an optax optimizer, such as optax.adam"),
-        ({"loss": "mse"}, "loss= is 'mse', but a function of the outputs and targets is expected"),
+        ({"optimizer": "adam"}, "optimizer= is 'adam'; expected an optax optimizer, such as op"),
+        ({"loss": "mse"}, "loss= is 'mse'; expected a function of the outputs and targets"),
         ({"optimizer": None}, "optimizer= is None"),
         (
             {"learning_rate": None},
@@ -134,29 +137,29 @@ def test_whatever_numpy_converts_is_data():
             {"learning_rate": math.nan},
             "learning_rate= is invalid: the value is nan, but a finite number",
         ),
-        ({"learning_rate": -1}, "learning_rate= is -1.0, but a number above 0"),
-        ({"sample_seed": -1}, "sample_seed= is -1, but a whole number from 0"),
-        ({"sample_seed": 2**70}, "sample_seed= is 1180591620717411303424, but a whole number"),
-        ({"sample_seed": "a"}, "sample_seed= is 'a', but a whole number"),
+        ({"learning_rate": -1}, "learning_rate= is -1.0; expected a number above 0"),
+        ({"sample_seed": -1}, "sample_seed= is -1; expected a whole number from 0"),
+        ({"sample_seed": 2**70}, "sample_seed= is 1180591620717411303424; expected a whole"),
+        ({"sample_seed": "a"}, "sample_seed= is 'a'; expected a whole number"),
         (
             {"learning_rate": optax.constant_schedule(0.1)},
             "learning_rate= is invalid: the value is <function",
         ),
         (
             {"metrics": [accuracy]},
-            "metrics= is .*, but a mapping of names to functions is expected",
+            "metrics= is .*; expected a mapping of names to functions",
         ),
         (
             {"metrics": {"a": "accuracy"}},
-            "metrics= is .*, but a mapping of names to functions is expected",
+            "metrics= is .*; expected a mapping of names to functions",
         ),
         ({"metrics": {"loss": accuracy}}, "metrics= contains the name 'loss'"),
         (
             {"model": Net(nnx.Rngs(0))},
             "model= is of type Net; expected a function that makes a module",
         ),
-        ({"model": lambda rngs: None}, "model= made a NoneType; expected an nnx.Module"),
-        ({"model": Bare}, "no tensor of the model to send; .*tensors of the model: none"),
+        ({"model": lambda rngs: None}, "returned an object of type NoneType; expected an nnx.Mod"),
+        ({"model": Bare}, "no tensor left to send; .*tensors of the model: none"),
         ({"model": Counting}, "parameter 'calls' is int32, which cannot be trained"),
         (
             {"frozen": nnx.PathContains("body")},
@@ -194,7 +197,7 @@ def endless(epoch: int, rng: Any) -> Iterator[Any]:
         ),
         (
             [(X[:5].tolist(), Y[:5])],
-            "a batch of train_data contains .* but an array .* is expected",
+            "a batch of train_data contains .*; expected an array with one entry per example",
         ),
         ([(X[:0], Y[:0])], "train_data yielded no batch in epoch 0"),
     ],

@@ -286,10 +286,10 @@ def test_a_frozen_backbone_neither_travels_nor_changes(by_filter):
     [
         (
             {"federated": False},
-            "leave no tensor of the model to send; .*of the model: body.weight, ",
+            "the model has no tensor left to send; .*of the model: body.weight, ",
         ),
-        ({"frozen": True}, "leave no tensor of the model to send"),
-        ({"frozen": lambda name: "running" not in name}, "leaves no parameter of the model to t"),
+        ({"frozen": True}, "the model has no tensor left to send"),
+        ({"frozen": lambda name: "running" not in name}, "the model has no parameter left to tr"),
         ({"share_frozen": True}, "frozen= selects no tensor"),
     ],
 )
@@ -674,13 +674,13 @@ class Lazy(nn.Module):
         # Any text is true, so it would select all tensors: those of a private head, too.
         (
             {"federated": "linear.weight"},
-            "federated= is 'linear.weight', but True, False or a func",
+            "federated= is 'linear.weight'; expected True, False, or a func",
         ),
-        ({"federated": ["linear.weight"]}, r"federated= is \['linear.weight'\], but True"),
-        ({"frozen": "linear.weight"}, "frozen= is 'linear.weight', but True, False or a function"),
+        ({"federated": ["linear.weight"]}, r"federated= is \['linear.weight'\]; expected True"),
+        ({"frozen": "linear.weight"}, "frozen= is 'linear.weight'; expected True, False, or a"),
         ({"frozen": lambda name: "body" in name}, "frozen= selects no tensor; change the filter"),
-        ({"optimizer": None}, "optimizer= is None, but an optimizer's class, such as torch.optim"),
-        ({"loss": None}, "loss= is None, but a function of the outputs and targets is expected"),
+        ({"optimizer": None}, "optimizer= is None; expected an optimizer's class, such as torch"),
+        ({"loss": None}, "loss= is None; expected a function of the outputs and targets"),
         ({"learning_rate": "0.1"}, "learning_rate= is invalid: the value is '0.1', but a number"),
         ({"train_data": numbers()[0]}, "train_data is of type ndarray; expected a pair"),
         ({"model": Lazy}, "tensor 'linear.weight' of the model has no shape .* call the module"),

@@ -53,8 +53,8 @@ if TYPE_CHECKING:
     "--local-rule",
     metavar="NAME",
     help=(
-        "Rule that changes each gradient during training: proximal:MU, clip:NORM, "
-        "dp_sgd:CLIP,NOISE, scaffold, path.py:name, or several rules joined by + "
+        "Rule that changes each gradient during training: proximal:MU; clip:NORM; "
+        "dp_sgd:CLIP,NOISE; scaffold; path.py:name; or several rules joined by + "
         "(docs/tasks.md).  "
         "[default: none]"
     ),
@@ -90,8 +90,9 @@ if TYPE_CHECKING:
     "--wait-id",
     type=seconds(),
     default=45.0,
-    help="How long, in seconds, to wait until another worker with the same ID disconnects. "
-    "After a crash, the broker may keep this worker's own old connection open for a while.",
+    help="If another worker with the same ID is connected, how long to wait for it to disconnect, "
+    "in seconds. After a crash, the other worker may be this worker's own old connection, which "
+    "the broker keeps open for a while.",
 )
 @click.option(
     "--state-dir",

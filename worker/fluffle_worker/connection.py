@@ -99,8 +99,8 @@ class Connection:
                     if first and now - occupied_since >= self._settings.occupied_s:
                         raise RefusedError(
                             f"another worker with the id '{self._settings.worker}' is connected to "
-                            f"federation {self._settings.federation}; stop that worker, or, if "
-                            "this one has other data, choose another --id"
+                            f"federation {self._settings.federation}; stop the other worker or, "
+                            "if the two have different data, start this one with another --id"
                         ) from None
                     continue
                 except LinkLost as gone:

@@ -144,7 +144,7 @@ def execute(
     if codec is None:
         job.answer = update, change
     else:
-        seed = _plan_of(message).seed
+        seed = _plan_of(message, job.work).seed
         job.answer, left_out = _encode(update, change, codec, residual().before(job.work), seed)
         job.residual = Residual(job.work, left_out)
     job.weights, job.broadcast = {}, {}  # free memory: the answer may be kept for long
@@ -195,8 +195,8 @@ def _train(
     job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, progress: Progress, results: Results
 ) -> tuple[Update, Weights]:
     """Train; return the update's header and the delta."""
-    began = time.monotonic()
-    trained = results.trained(task.train(lent(job.weights, task), _plan_of(fit), progress))
+    plan, began = _plan_of(fit, job.work), time.monotonic()
+    trained = results.trained(task.train(lent(job.weights, task), plan, progress))
     seconds = time.monotonic() - began
     try:
         change = delta(trained.weights, job.weights)
@@ -312,13 +312,12 @@ def _first_weights(task: Task, seed: int) -> Weights:
     return weights if getattr(task, "only_reads", False) else copied(weights)
 
 
-def _plan_of(message: Fit) -> RoundPlan:
+def _plan_of(message: Fit, work: Work) -> RoundPlan:
     """Return the plan for the task, with a seed that depends on the run's seed and the ticket.
 
     The plan gets a copy of ``config``, so the task may modify it.
     """
-    ticket = message.sequence or message.round
-    seed = (message.plan.seed * 1_000_003 + ticket) % 2**63
+    seed = (message.plan.seed * 1_000_003 + work.sequence) % 2**63
     changes = {"seed": seed, "config": dict(message.plan.config)}
-    ids = {"run": message.run, "round": message.round, "sequence": ticket}
+    ids = {"run": work.run, "round": work.round, "sequence": work.sequence}
     return RoundPlan(**{**dict(message.plan), **changes, **ids})

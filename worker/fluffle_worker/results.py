@@ -59,7 +59,7 @@ class Results:
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
                 f"train() returned num_examples {shown(num_examples)}; expected the number of "
-                f"examples trained on, from 1 to {MAX_NUM_EXAMPLES}"
+                f"examples that were used for training, from 1 to {MAX_NUM_EXAMPLES}"
             )
         metrics = self._metrics("train", getattr(result, "metrics", None))
         extra = arrays(getattr(result, "extra", None) or {}, "train()", "the extra tensors")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fluffle_common.cli.loading import Place
 from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
@@ -9,27 +11,36 @@ from fluffle_worker.task import Task, TaskOptions, check_task
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
-    """Call the task factory at ``module:name`` or ``path.py:name`` and return its task.
+    """Return the task that the factory at ``module:name`` or ``path.py:name`` makes.
 
     Raises:
         UsageError: if there is no such factory, or what it returns is not a task.
         TaskError: if the factory fails with these options, for example because data is missing.
     """
+    return load_factory(name)(options)
+
+
+def load_factory(name: str) -> Callable[[TaskOptions], Task]:
+    """Return the function that ``load_task`` calls; it raises what ``load_task`` does."""
     place = Place.parse("task", name)
     factory = place.load()
     if not callable(factory):
         raise UsageError(
             f"{place.where} has no function '{place.attribute}' that makes a task; correct --task"
         )
-    try:
-        task = factory(options)
-    except (TaskError, UsageError):
-        raise
-    except ModuleNotFoundError as why:
-        raise place.missing(why) from None
-    except BaseException as why:
-        if is_ctrl_c(why):
+
+    def make(options: TaskOptions) -> Task:
+        try:
+            task = factory(options)
+        except (TaskError, UsageError):
             raise
-        warn_in_full(why, "task")
-        raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
-    return check_task(name, task)
+        except ModuleNotFoundError as why:
+            raise place.missing(why) from None
+        except BaseException as why:
+            if is_ctrl_c(why):
+                raise
+            warn_in_full(why, "task")
+            raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
+        return check_task(name, task)
+
+    return make

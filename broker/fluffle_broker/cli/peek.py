@@ -58,8 +58,7 @@ def peek(queue: str, count: int, **options: Any) -> None:
     from fluffle_common.cli.settings import management_of
 
     topology, address = federation_and_broker(options["federation"], options["url"])
-    full_name(topology, queue)
-    peeked = asyncio.run(_peek(address, topology, queue, count))
+    peeked = asyncio.run(_peek(address, topology, full_name(topology, queue), count))
     now = time.time()
     if options["as_json"]:
         echo_json([decoded.as_dict(now) for decoded in peeked.messages])

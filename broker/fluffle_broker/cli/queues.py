@@ -57,13 +57,14 @@ def queues(
       fluffle queues --federation letters --json | jq '.[] | select(.hint)'
     """
     from fluffle_broker.inspect.queues import read_overview
-    from fluffle_common.cli.settings import management_of
+    from fluffle_common.cli.settings import broker_url_finder, management_finder
 
-    topology, address = federation_and_broker(federation, url)
-    base = management_of(address, management)
+    topology, _ = federation_and_broker(federation, url)
+    find_url, find_base = broker_url_finder(url), management_finder(management)
 
     def once() -> QueueOverview:
-        return read_overview(address, base, topology)
+        address = find_url()
+        return read_overview(address, find_base(address), topology)
 
     if watch:
         _watch(once, as_json)

@@ -42,8 +42,8 @@ def rejected(ctx: click.Context, /, **options: Any) -> None:
     """List, show, requeue or purge rejected messages.
 
     An invalid message (damaged, from another run, with NaN values …) is moved to the federation's
-    queue 'rejected', together with the reason. The queue keeps the latest 1,000 messages or 256 MB,
-    and drops older messages. The oldest message that is kept has number 1, so the numbers shift
+    queue 'rejected', together with the reason. Beyond the queue's limit (docs/brokers.md), the
+    oldest messages are dropped. The oldest message that is kept has number 1, so the numbers shift
     when a message is dropped.
 
     RabbitMQ does not report how many messages the queue dropped. fluffle computes this number from
@@ -121,15 +121,14 @@ def _how_many(kept: int, gone: int | None) -> str:
 
     if gone is None:
         return (
-            f"{messages(kept)} kept; the number of messages that the limit (1,000 messages, "
-            "256 MB) has dropped is unknown, because RabbitMQ's statistics are missing or out of "
-            "date"
+            f"{messages(kept)} kept; the number of messages that the queue's limit has dropped is "
+            "unknown, because RabbitMQ's statistics are missing or out of date"
         )
     if not gone:
         return f"{messages(kept)} kept, none dropped"
     return (
-        f"{kept:,} of {messages(kept + gone)} are kept; the limit (1,000 messages, 256 MB) has "
-        f"dropped {gone:,} since RabbitMQ started"
+        f"{kept:,} of {messages(kept + gone)} are kept; the queue's limit has dropped {gone:,} "
+        "since RabbitMQ started"
     )
 
 

@@ -73,8 +73,9 @@ def tap(**options: Any) -> None:
     make the message look delivered. The command looks for new queues every 10 seconds, so it may
     miss the first messages to a new worker.
     """
+    from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_broker.inspect.tap import KINDS, Wanted
-    from fluffle_common.cli.settings import check_worker, management_of
+    from fluffle_common.cli.settings import broker_url_finder, check_worker, management_of
     from fluffle_common.errors import UsageError
 
     topology, address = federation_and_broker(options["federation"], options["url"])
@@ -85,22 +86,10 @@ def tap(**options: Any) -> None:
         check_worker(options["worker"])
     kinds = frozenset(options["kinds"])
     wanted = Wanted(kinds, options["worker"], bool(options["save"]) or "part" in kinds)
-    archive = _archive(options["save"])
+    archive = MessageArchive(options["save"]) if options["save"] else None
     printer = TapPrinter(wanted, options["as_json"], options["count"], archive)
     workers = _known_workers(topology, address, management_of(address, options["management"]))
-    _run(topology, address, printer, workers)
-
-
-def _archive(path: Path | None) -> MessageArchive | None:
-    from fluffle_broker.inspect.archive import MessageArchive
-    from fluffle_common.errors import UsageError
-
-    try:
-        return MessageArchive(path) if path else None
-    except OSError as no:
-        raise UsageError(
-            f"cannot save messages in {path} ({no}); choose another folder with --save"
-        ) from None
+    _run(topology, broker_url_finder(options["url"]), printer, workers)
 
 
 def _known_workers(topology: Topology, address: str, base: str) -> set[str]:
@@ -110,7 +99,9 @@ def _known_workers(topology: Topology, address: str, base: str) -> set[str]:
     return {name.removeprefix(inbox) for name in names if name.startswith(inbox)}
 
 
-def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str]) -> None:
+def _run(
+    topology: Topology, find_url: Callable[[], str], printer: TapPrinter, workers: set[str]
+) -> None:
     from fluffle_broker.inspect.tap import Tap
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
@@ -119,7 +110,7 @@ def _run(topology: Topology, address: str, printer: TapPrinter, workers: set[str
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff, reconnecting
 
-    transport = AmqpTransport(address, "fluffle tap")
+    transport = AmqpTransport(find_url, "fluffle tap")
 
     def ready() -> None:
         warn(f"following federation {topology.federation} on {transport.address}")
@@ -210,7 +201,7 @@ class TapPrinter:
             return
         now = self._clock()
         if self._archive is not None:
-            self._save(self._archive, decoded, now)
+            self._archive.save(decoded, now)
         if self._as_json and self.wanted.lists(decoded):
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
             fields = {"time": arrived, **_direction(decoded), **decoded.as_dict(now)}
@@ -238,16 +229,6 @@ class TapPrinter:
         text = text or ", ".join(facts(decoded))
         bytes_ = size(decoded.size_bytes if size_bytes is None else size_bytes)
         return f"{at}  {arrow} {who:<{self._who_width}} {decoded.kind:<13} {text}  ({bytes_})"
-
-    def _save(self, archive: MessageArchive, decoded: DecodedMessage, now: float) -> None:
-        from fluffle_common.errors import UsageError
-
-        try:
-            archive.save(decoded, now)
-        except OSError as no:
-            raise UsageError(
-                f"cannot save a message ({no}); choose another folder with --save"
-            ) from None
 
     def _line(self, text: str) -> None:
         self._print_line(text)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 from fluffle_broker.inspect.decode import DecodedMessage, part_of
 from fluffle_common.durable_files import replacing
+from fluffle_common.errors import UsageError
 
 
 class MessageArchive:
@@ -21,11 +24,12 @@ class MessageArchive:
         path: the folder; created if it is missing.
 
     Raises:
-        OSError: if it cannot be created.
+        UsageError: if it cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
+        with _errors(path):
+            path.mkdir(parents=True, exist_ok=True)
         self._path = path
         self._numbers = itertools.count(1)
         self._latest = ""  # the clock may be set back, as local time is each autumn
@@ -34,16 +38,27 @@ class MessageArchive:
         """Write both files of a message, each atomically; return the path of the body.
 
         Raises:
-            OSError: if a file cannot be written.
+            UsageError: if a file cannot be written.
         """
         arrived = time.strftime("%Y%m%dT%H%M%S", time.localtime(now))
         self._latest = max(self._latest, arrived)
         body = self._path / f"{self._latest}-{next(self._numbers):06d}-{_name(decoded)}.msgpack"
-        with replacing(body) as file:
-            file.write(decoded.delivery.body)
-        with replacing(body.with_name(f"{body.stem}.json")) as file:
-            file.write(json.dumps(decoded.as_dict(now), indent=2).encode() + b"\n")
+        with _errors(self._path):
+            with replacing(body) as file:
+                file.write(decoded.delivery.body)
+            with replacing(body.with_name(f"{body.stem}.json")) as file:
+                file.write(json.dumps(decoded.as_dict(now), indent=2).encode() + b"\n")
         return body
+
+
+@contextlib.contextmanager
+def _errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as no:
+        raise UsageError(
+            f"cannot save messages in {path} ({no}); choose another folder with --save"
+        ) from None
 
 
 def _name(decoded: DecodedMessage) -> str:

@@ -269,9 +269,10 @@ async def _must_be_classic(link: Link, topology: Topology) -> None:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"cannot list {queue.name}, because it is not a classic queue; list the rejections "
-            f"with 'fluffle journal --federation {topology.federation}', or use 'fluffle rejected "
-            "requeue --all' or 'fluffle rejected purge'"
+            f"cannot list {queue.name}, because it is not a classic queue; to see what was "
+            f"rejected, use 'fluffle journal --federation {topology.federation}'; to send all "
+            "messages again, use 'fluffle rejected requeue --all'; to delete them, use 'fluffle "
+            "rejected purge'"
         )
 
 

@@ -256,8 +256,8 @@ def _require_plain_name(node_name: str) -> None:
     """Refuse a name that Erlang does not accept; with a host in it, RabbitMQ waits for the host."""
     if not _NODE_NAME.fullmatch(node_name):
         raise BrokerError(
-            f"'{node_name[:80]}' cannot be the name of a node; use letters, digits, '-' and '_' in "
-            "--node-name, without '@' and a host"
+            f"'{node_name[:80]}' cannot be the name of a node; in --node-name, use only letters, "
+            "digits, '-' and '_', and leave out '@' and the host's name"
         )
 
 

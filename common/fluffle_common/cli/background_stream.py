@@ -33,17 +33,12 @@ class BackgroundStream(io.TextIOBase):
     Args:
         stream: the stream to write to; None drops all text.
         failed: called once, in the thread, with the reason of the first error.
-        capacity: the maximum number of pending bytes.
     """
 
     def __init__(
-        self,
-        stream: IO[str] | None,
-        failed: Callable[[str], None] = lambda _: None,
-        *,
-        capacity: int = _CAPACITY_BYTES,
+        self, stream: IO[str] | None, failed: Callable[[str], None] = lambda _: None
     ) -> None:
-        self._stream, self._failed, self._capacity = stream, failed, capacity
+        self._stream, self._failed = stream, failed
         self._descriptor: int | None = None
         if stream is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -77,7 +72,7 @@ class BackgroundStream(io.TextIOBase):
         # As bytes, because a write may end in the middle of a character.
         data = text.encode(self._encoding, "backslashreplace")
         with self._changed:
-            if self._size + len(data) > self._capacity:
+            if self._size + len(data) > _CAPACITY_BYTES:
                 self._lost_lines += data.count(b"\n")
                 return len(text)
             if not self._pending and not self._writing and not self._lost_lines:

@@ -221,7 +221,7 @@ def _validated(
             if style == "key" and isinstance(value, Mapping):
                 raise UsageError(
                     f"{place(name)}: unknown table [{name}]; write options as keys at the top of "
-                    "the file, above all tables"
+                    "the file, before the first table"
                 )
             raise UsageError(f"{place(name)}: unknown {style} '{name}'; {nearest(name, known)}")
         if style == "key" and isinstance(option.type, KeyValue) and isinstance(value, Mapping):

@@ -77,9 +77,15 @@ def management_of(url: str, given: str | None) -> str:
     Raises:
         UsageError: if ``given`` has a user, because the API gets that of ``url``.
     """
+    return management_finder(given)(url)
+
+
+def management_finder(given: str | None) -> Callable[[str], str]:
+    """Return a function that does what ``management_of`` does; see ``broker_url_finder``."""
     from fluffle_common.transport.rabbitmq.management import management_base
 
-    return management_base(url, given, node_record(state_folder()))
+    state = state_folder().absolute()
+    return lambda url: management_base(url, given, node_record(state))
 
 
 def check_federation(name: str) -> str:

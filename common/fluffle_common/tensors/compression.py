@@ -138,10 +138,10 @@ def _encode(
         raise codec_error(type(codec), "encode", name, error) from error
     if not isinstance(result, tuple) or len(result) != len(parts):
         kind = type(result).__name__
-        length = f" of {len(result)}" if isinstance(result, tuple | list) else ""
+        length = f" of length {len(result)}" if isinstance(result, tuple | list) else ""
         raise CodecError(
             f"encode() of the codec '{codec.name}' returned a {kind}{length} for tensor "
-            f"'{name[:60]}'; expected a tuple of {len(parts)}, one for each of its parts"
+            f"'{name[:60]}'; expected a tuple of length {len(parts)}, with one array for each part"
         )
     encoded = tuple(np.asarray(part) for part in result)
     try:
@@ -219,8 +219,8 @@ def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Arr
         raise codec_error(codec, "decode", name, error) from error
     if isinstance(result, np.ndarray) and np.may_share_memory(result, blank):
         raise CodecError(
-            f"decode() of the codec '{codec.name}' returned its argument 'like' for tensor "
-            f"'{name[:60]}'; return a new array, made from the parts"
+            f"decode() of the codec '{codec.name}' returned the array that it received as like= "
+            f"for tensor '{name[:60]}'; return a new array, made from the parts"
         )
     if not isinstance(result, np.ndarray) or (result.dtype, result.shape) != (
         like.dtype,

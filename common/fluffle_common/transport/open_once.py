@@ -21,7 +21,7 @@ async def open_once(transport: Transport) -> AsyncGenerator[Link]:
     except LinkLost as error:
         raise BrokerError(
             f"no broker at {transport.address} ({error}); start one with 'fluffle broker up' or "
-            "name one with --url"
+            "give its URL with --url"
         ) from None
     try:
         yield link

@@ -53,7 +53,7 @@ async def reconnecting(
             if loop.time() - down_since + delay_s > backoff.give_up_s:
                 raise BrokerError(
                     f"no broker at {transport.address} for {backoff.give_up_s:.0f} s ({error}); "
-                    "start one with 'fluffle broker up' or name one with --url"
+                    "start one with 'fluffle broker up' or give its URL with --url"
                 ) from None
             pause_s = delay_s * (1 + random_fraction()) / 2
             _LOG.debug("no link: %s; the next attempt is in %.1f s", error, pause_s)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     "--federation",
     default="conformance",
     metavar="NAME",
-    help="Name of a federation that nothing except this check uses.",
+    help="Name of a federation that is used only by this check.",
 )
 @click.option(
     "--worker",
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 @click.option(
     "--twice",
     is_flag=True,
-    help="Also test a refusal: at the end, the command waits until you restart the worker, "
+    help="Also test a refusal. At the end, the command waits until you restart the worker. It then "
     "refuses the restarted worker, and checks the worker's reaction.",
 )
 @click.option(
@@ -61,18 +61,19 @@ if TYPE_CHECKING:
     "--json",
     "as_json",
     is_flag=True,
-    help="Print one JSON object at the end, instead of one line for each demand of the protocol.",
+    help="Print one JSON object at the end, instead of one line for each requirement of the "
+    "protocol.",
 )
 @queue_type_option
 @click.pass_context
 def conformance(ctx: click.Context, /, **options: Any) -> None:
-    """Check whether a worker does what docs/protocol.md demands.
+    """Check whether a worker does what docs/protocol.md requires.
 
     The command plays a coordinator and waits for a worker. The worker then gets what can occur in a
     real run: repeated, newer and older work, other weights, a lost part, a rejected update, unusual
-    messages, and the end of the run. The command prints one line for each demand of the protocol,
-    and exits with code 1 if a demand is not met. The worker trains about thirty times, so give it a
-    quick task.
+    messages, and the end of the run. The command prints one line for each requirement of the
+    protocol, and exits with code 1 if a requirement is not met. The worker trains about thirty
+    times, so give it a quick task.
 
     \b
       fluffle conformance --url amqp://localhost &
@@ -127,9 +128,9 @@ async def _examine(
 
 
 def _lines(finding: Finding) -> list[str]:
-    """Return the finding as one line, followed by the demand if it is not met."""
+    """Return the finding as one line, followed by the requirement if it is not met."""
     outcome = "FAILED" if finding.outcome == "failed" else finding.outcome
     lines = [f"{outcome:<8} {finding.scenario:<30} {finding.seen}"]
     if finding.outcome == "failed":
-        lines.append(f"{'':<8} docs/protocol.md, '{finding.section}': {finding.demand}")
+        lines.append(f"{'':<8} docs/protocol.md, '{finding.section}': {finding.requirement}")
     return lines

@@ -52,8 +52,8 @@ def run_option(command: Any) -> Any:
     type=count(),
     metavar="N",
     help="Number N of workers that must be connected before the first round starts. If you set "
-    "this option, every round needs at least as many updates as a round with N connected workers.  "
-    "[default: --quorum if given as a number, else 2]",
+    "this option, it also sets a minimum for every round: the number of updates that a round "
+    "needs when N workers are connected.  [default: --quorum if given as a number, else 2]",
 )
 @click.option(
     "--quorum",
@@ -153,8 +153,8 @@ def run_option(command: Any) -> Any:
     "--max-examples",
     type=count(),
     metavar="N",
-    help="Maximum weight of an update in the average, in examples.  [default: the number of "
-    "examples that the worker announced when it connected]",
+    help="Maximum weight of an update in the average, as a number of examples.  [default: the "
+    "number of examples that the worker announced when it connected]",
 )
 @click.option(
     "--max-norm-ratio",
@@ -184,7 +184,7 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Reject a message if the broker user that sent it is not named like the worker in the "
+    help="Reject a message unless the broker user that sent it has the name of the worker in the "
     "message.",
 )
 @click.option(

@@ -38,7 +38,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.printing import echo
     from fluffle_common.cli.runtime import Interrupted, run_until_signalled
-    from fluffle_common.cli.settings import broker_url, check_federation, management_of
+    from fluffle_common.cli.settings import broker_url_finder, check_federation
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_coordinator.dashboard import needs
@@ -49,10 +49,9 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     from fluffle_coordinator.dashboard.feed import queue_asker
 
     topology = Topology(check_federation(federation))
-    broker = broker_url(url)
-    transport = AmqpTransport(broker, f"fluffle dashboard of {federation}")
-    asker = queue_asker(topology, broker, management_of(broker, management))
-    page = BrokerSource(topology, transport, asker, report=warn)
+    find = broker_url_finder(url)
+    transport = AmqpTransport(find, f"fluffle dashboard of {federation}")
+    page = BrokerSource(topology, transport, queue_asker(topology, find, management), report=warn)
     with listen(address, "--listen") as listening:
         echo(f"the page is at {url_of(listening)}")
         try:

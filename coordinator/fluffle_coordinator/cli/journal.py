@@ -301,7 +301,7 @@ def _where(federation: str | None, url: str | None) -> tuple[Transport, Topology
     Raises:
         UsageError: if none is named, which is required unless the journal is in a run folder.
     """
-    from fluffle_common.cli.settings import broker_url, check_federation
+    from fluffle_common.cli.settings import broker_url_finder, check_federation
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
@@ -311,7 +311,7 @@ def _where(federation: str | None, url: str | None) -> tuple[Transport, Topology
             "journal of a simulation, use --run DIR"
         )
     topology = Topology(check_federation(federation))
-    return AmqpTransport(broker_url(url), f"fluffle journal of {federation}"), topology
+    return AmqpTransport(broker_url_finder(url), f"fluffle journal of {federation}"), topology
 
 
 def _events(

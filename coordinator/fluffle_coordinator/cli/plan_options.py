@@ -26,7 +26,7 @@ plan_options = option_group(
         "--learning-rate-schedule",
         default="constant",
         metavar="NAME",
-        help="Change of --learning-rate over the rounds: constant, cosine, exponential:FACTOR, "
+        help="Change of --learning-rate over the rounds: constant; cosine; exponential:FACTOR; "
         "or step:ROUNDS,FACTOR.",
     ),
     click.option(

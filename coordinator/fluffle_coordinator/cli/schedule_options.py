@@ -71,17 +71,18 @@ schedule_options = option_group(
         default=1.0,
         metavar="P",
         help="Over-selection factor: 1.3 selects 130 % of the workers that --fraction or --sample "
-        "asks for. A fractional --quorum is still a fraction of the original number, so that "
-        "stragglers do not delay a round.",
+        "asks for. A fractional --quorum refers to the number of workers before this factor is "
+        "applied, so that stragglers do not delay a round.",
     ),
     click.option(
         "--select",
         type=Parsed("selection", _selection),
         default="uniform",
         metavar="NAME|PATH.PY:NAME",
-        help="Rule that selects workers: uniform (at random), poisson (each worker independently "
-        "at random), weighted (at random, in proportion to examples), round-robin (in turn), "
-        "fastest:0.2 (80 % are the fastest workers, 20 % are taken in turn), or your own function.",
+        help="Rule that selects workers: uniform (at random); poisson (each worker independently "
+        "at random); weighted (at random, in proportion to examples); round-robin (in turn); "
+        "fastest:0.2 (a fraction of 0.2 of the workers in turn, and the fastest of the others); or "
+        "your own function.",
     ),
     click.option(
         "--schedule",
@@ -117,8 +118,8 @@ schedule_options = option_group(
         "--staleness",
         type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
-        help="Function that reduces the weight of a stale update: constant, polynomial:a, "
-        "hinge:a,b or threshold:b (docs/schedules.md).  [default: polynomial:0.5]",
+        help="Function that reduces the weight of a stale update: constant; polynomial:a; "
+        "hinge:a,b; or threshold:b (docs/schedules.md).  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",

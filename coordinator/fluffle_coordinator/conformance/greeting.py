@@ -10,12 +10,12 @@ from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import check_finite
 from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.received import Skipped, Unmet, signs_of_life
-from fluffle_coordinator.conformance.scenario import Section, demands
+from fluffle_coordinator.conformance.scenario import Section, requires
 
 _HELLO_AGAIN_S = 5.0
 
 
-@demands(
+@requires(
     Section.HELLO,
     f"a hello identifies the worker and its data, and offers protocol {PROTOCOL}",
     needed=True,
@@ -42,14 +42,14 @@ async def hello(probe: Probe) -> str:
     )
 
 
-@demands(Section.HELLO, "a welcome is followed by a heartbeat")
+@requires(Section.HELLO, "a welcome is followed by a heartbeat")
 async def welcome(probe: Probe) -> str:
     """Send another welcome, and wait for a heartbeat."""
     beat = await probe.heartbeat()
     return f"a heartbeat in state {beat.state}"
 
 
-@demands(
+@requires(
     Section.FIRST_WEIGHTS,
     "an init_request is answered with first weights; the first weights are named, finite tensors "
     "of the model that the hello announces",

@@ -120,7 +120,7 @@ class Listener(ABC):
             if not message.run.startswith(RUNS):  # of a real run, which has to stay in the queue
                 raise UsageError(
                     f"federation {self.topology.federation} has messages of run {message.run}; "
-                    "with --federation, name a federation that nothing else uses"
+                    "give --federation the name of a federation that nothing else uses"
                 )
         delivery.ack()
         if not isinstance(message, FromWorker):

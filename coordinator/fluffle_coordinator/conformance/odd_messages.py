@@ -16,12 +16,12 @@ from fluffle_common.tensors.weights import size_bytes
 from fluffle_coordinator.conformance.listener import RUNS, SentFit
 from fluffle_coordinator.conformance.probe import Probe, altered, fresh_name
 from fluffle_coordinator.conformance.received import Skipped, Unmet
-from fluffle_coordinator.conformance.scenario import Section, demands
+from fluffle_coordinator.conformance.scenario import Section, requires
 
 _UNKNOWN = "conformance_later"
 
 
-@demands(Section.MESSAGES, "a worker ignores unknown keys and the keys ext and pad")
+@requires(Section.MESSAGES, "a worker ignores unknown keys and the keys ext and pad")
 async def unknown_keys(probe: Probe) -> str:
     """Send work with keys of a future minor version."""
     fit = probe.next_fit()
@@ -31,7 +31,7 @@ async def unknown_keys(probe: Probe) -> str:
     return "an update"
 
 
-@demands(
+@requires(
     Section.MESSAGES,
     "a worker refuses a message with an unknown key in the list critical",
 )
@@ -44,7 +44,7 @@ async def unknown_critical_key(probe: Probe) -> str:
     return f"a failure ({failure.reason})" if failure else "the message was ignored"
 
 
-@demands(
+@requires(
     Section.REFUSED,
     "a worker ignores messages that are malformed, sealed, of another federation or of an unknown "
     "kind, and exchanges that it does not know",
@@ -74,7 +74,7 @@ async def mail_for_nobody(probe: Probe) -> str:
     return f"{len(odd)} odd messages ignored, then an update"
 
 
-@demands(
+@requires(
     Section.REFUSED, "a worker refuses tensors that are not finite or do not match their header"
 )
 async def unsound_weights(probe: Probe) -> str:
@@ -147,7 +147,7 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
     return small or {"w": np.zeros(4, np.float32)}
 
 
-@demands(
+@requires(
     Section.PARTS,
     "a worker waits in state receiving while a part of the model is missing, and accepts the model "
     "when all parts are sent again as a new transfer",
@@ -174,7 +174,7 @@ async def _send_strange_parts(probe: Probe) -> None:
         await probe.deliver(encode(part, bytes(64)), "part")
 
 
-@demands(
+@requires(
     Section.PARTS,
     "a payload of more than 4 MiB is sent in parts before its update, and sent again for a "
     "repeated fit; a digest of the transfer, if present, matches the parts",
@@ -198,7 +198,7 @@ async def update_in_parts(probe: Probe) -> str:
     return f"an update of {first.transfer.parts} parts, sent twice, {digest} a digest"
 
 
-@demands(
+@requires(
     Section.PARTS,
     "a worker that sends digests refuses a model in parts whose digest is not the announced one",
 )
@@ -228,13 +228,15 @@ def _in_parts(probe: Probe) -> int:
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:
         raise Skipped(
-            f"the model's {size_bytes(probe.weights):,} bytes fit into one message; add --large "
-            "for a model that is sent in parts"
+            "this check needs a model that is sent in parts, but the model's "
+            f"{size_bytes(probe.weights):,} bytes fit into one message; add --large"
         )
     return transfer.parts
 
 
-@demands(Section.LEAVING, "a worker ignores a stop of another run and a refusal of another session")
+@requires(
+    Section.LEAVING, "a worker ignores a stop of another run and a refusal of another session"
+)
 async def end_of_others(probe: Probe) -> str:
     """Send both, then work."""
     federation, since = probe.topology.federation, len(probe.messages)

@@ -14,7 +14,7 @@ _DURABLE = ("update", "evaluation", "first_weights", "failure")
 
 
 class Unmet(Exception):
-    """The worker does not meet a demand; the text says what it did."""
+    """The worker does not meet a requirement; the text says what it did."""
 
 
 class Skipped(Exception):
@@ -77,7 +77,7 @@ def check_rhythm(messages: Sequence[Received], now: float) -> str:
     longest_s = max(later - earlier for earlier, later in pairwise(times))
     summary = f"{len(signs)} heartbeats (announced: one every {every_s:g} s)"
     if longest_s > Rules.patience * every_s:
-        raise Unmet(f"the worker sent {summary}, but none for {longest_s:.1f} s")
+        raise Unmet(f"the worker sent {summary}, but was silent for {longest_s:.1f} s")
     return f"{summary}, with a longest pause of {longest_s:.1f} s"
 
 

@@ -1,4 +1,4 @@
-"""A scenario: one demand of docs/protocol.md, and the test of whether a worker meets it."""
+"""A scenario: one requirement of docs/protocol.md, and the test of whether a worker meets it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Outcome = Literal["ok", "failed", "skipped"]
 
 
 class Section(StrEnum):
-    """The sections of docs/protocol.md that demand something of a worker."""
+    """The sections of docs/protocol.md that require something of a worker."""
 
     MESSAGES = "Messages"
     HELLO = "Hello and heartbeats"
@@ -34,27 +34,27 @@ class Section(StrEnum):
 class Finding(NamedTuple):
     """The outcome of one scenario.
 
-    ``seen`` says what the worker did, or why the scenario was skipped; ``demand`` and ``section``
-    are from docs/protocol.md.
+    ``seen`` says what the worker did, or why the scenario was skipped; ``requirement`` and
+    ``section`` are from docs/protocol.md.
     """
 
     scenario: str
     outcome: Outcome
     seen: str
-    demand: str
+    requirement: str
     section: str
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A demand in a section of docs/protocol.md, and the test of it.
+    """A requirement in a section of docs/protocol.md, and the test of it.
 
     If it is ``needed`` and not met, no later scenario can be tried.
     """
 
     name: str
     section: Section
-    demand: str
+    requirement: str
     play: Play
     needed: bool
 
@@ -69,14 +69,16 @@ class Scenario:
 
     def found(self, outcome: Outcome, seen: str) -> Finding:
         """Return a finding of this scenario."""
-        return Finding(self.name, outcome, seen, self.demand, self.section)
+        return Finding(self.name, outcome, seen, self.requirement, self.section)
 
 
-def demands(section: Section, demand: str, *, needed: bool = False) -> Callable[[Play], Scenario]:
+def requires(
+    section: Section, requirement: str, *, needed: bool = False
+) -> Callable[[Play], Scenario]:
     """Return a decorator that makes a scenario of a function and names it after that."""
 
     def decorate(play: Play) -> Scenario:
         name = getattr(play, "__name__", "").replace("_", " ")
-        return Scenario(name, section, demand, play, needed)
+        return Scenario(name, section, requirement, play, needed)
 
     return decorate

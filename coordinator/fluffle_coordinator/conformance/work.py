@@ -22,12 +22,12 @@ from fluffle_coordinator.conformance.received import (
     same_answer,
     signs_of_life,
 )
-from fluffle_coordinator.conformance.scenario import Section, demands
+from fluffle_coordinator.conformance.scenario import Section, requires
 
 _SEQUENCES_AHEAD = 1000  # how far the sequence is ahead of the round, as in an asynchronous run
 
 
-@demands(
+@requires(
     Section.WORK,
     "a fit is answered with an update of the same run, round and base; the update's deltas "
     "(trained - received) are finite and have the names, shapes and dtypes of the fit",
@@ -39,10 +39,10 @@ async def fit(probe: Probe) -> str:
     return f"{update.num_examples:,} examples, {update.seconds:.2f} s of training"
 
 
-@demands(
+@requires(
     Section.WORK,
-    "if a fit sets evaluate, a worker with held-out data first sends an evaluation (with round - 1 "
-    "and the fit's base), then the update",
+    "if a fit sets 'evaluate', a worker with held-out data first sends an evaluation (with round - "
+    "1 and the fit's base), then the update",
 )
 async def evaluation_before_the_update(probe: Probe) -> str:
     """Ask for both, and check their order."""
@@ -69,7 +69,7 @@ async def evaluation_before_the_update(probe: Probe) -> str:
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples, then the update"
 
 
-@demands(Section.WORK, "an idle worker reports the run and the round of its last work")
+@requires(Section.WORK, "an idle worker reports the run and the round of its last work")
 async def last_work(probe: Probe) -> str:
     """Play a round, then ask for a heartbeat."""
     update, _ = await probe.update(await probe.ask(probe.next_fit()))
@@ -87,7 +87,7 @@ async def last_work(probe: Probe) -> str:
     return f"idle after round {beat.round}"
 
 
-@demands(Section.WORK, "if a fit is repeated after its update, the worker sends that update again")
+@requires(Section.WORK, "if a fit is repeated after its update, the worker sends that update again")
 async def same_fit_again(probe: Probe) -> str:
     """Send the same fit twice, the second time after the answer."""
     sent = await probe.ask(probe.next_fit())
@@ -99,7 +99,7 @@ async def same_fit_again(probe: Probe) -> str:
     return "the same update again"
 
 
-@demands(Section.WORK, "a worker ignores a repeated fit while it trains for that fit")
+@requires(Section.WORK, "a worker ignores a repeated fit while it trains for that fit")
 async def same_fit_while_at_work(probe: Probe) -> str:
     """Send the same fit twice in a row."""
     sent = await probe.ask(probe.next_fit())
@@ -113,7 +113,7 @@ async def same_fit_while_at_work(probe: Probe) -> str:
     return "one update" if len(updates) == 1 else f"the same update {len(updates)} times"
 
 
-@demands(Section.WORK, "a worker answers a fit that arrives before its last update is confirmed")
+@requires(Section.WORK, "a worker answers a fit that arrives before its last update is confirmed")
 async def next_fit_at_once(probe: Probe) -> str:
     """Play rounds without a pause between them."""
     for _ in range(3):
@@ -121,7 +121,7 @@ async def next_fit_at_once(probe: Probe) -> str:
     return "updates of 3 rounds without a pause"
 
 
-@demands(Section.WORK, "a fit for a newer round replaces older work and is answered")
+@requires(Section.WORK, "a fit for a newer round replaces older work and is answered")
 async def newer_fit(probe: Probe) -> str:
     """Send the next round while the worker trains."""
     older = await probe.ask(probe.next_fit())
@@ -130,7 +130,7 @@ async def newer_fit(probe: Probe) -> str:
     return "an update of the newer round" + _and_also(probe, older, "of the older round")
 
 
-@demands(
+@requires(
     Section.WORK,
     "a worker accepts or ignores a fit for an older round, but always answers the newer fit",
 )
@@ -150,7 +150,7 @@ async def older_fit(probe: Probe) -> str:
     return "an update of the older round; an update of the newer round after a repeated fit"
 
 
-@demands(Section.WORK, "a fit for the same round with another base is new work and is trained")
+@requires(Section.WORK, "a fit for the same round with another base is new work and is trained")
 async def another_base(probe: Probe) -> str:
     """Send the round under another base while the worker trains."""
     first = await probe.ask(probe.next_fit())
@@ -159,10 +159,10 @@ async def another_base(probe: Probe) -> str:
     return "an update from the new base" + _and_also(probe, first, "from the old base")
 
 
-@demands(
+@requires(
     Section.WORK,
-    "an update has the sequence of its fit, or none if the fit has none; a fit for the same round "
-    "and base with a higher sequence is new work and is trained",
+    "an update has the sequence of its fit, or no sequence if the fit has no sequence; a fit for "
+    "the same round and base with a higher sequence is new work and is trained",
 )
 async def ticket(probe: Probe) -> str:
     """Send a fit without a sequence, one with another number than the round, and the next one."""
@@ -180,7 +180,8 @@ def _check_sequence(sent: SentFit, received: ReceivedUpdate) -> None:
     has, wanted = received.update.sequence, sent.fit.sequence
     if has != wanted:
         raise Unmet(
-            f"the worker sent an update with {_sequence(has)} for a fit with {_sequence(wanted)}"
+            f"the 'fit' message has {_sequence(wanted)}, but the worker's update has "
+            f"{_sequence(has)}; expected the same"
         )
 
 
@@ -188,17 +189,17 @@ def _sequence(number: int | None) -> str:
     return "no sequence" if number is None else f"the sequence {number}"
 
 
-@demands(
+@requires(
     Section.WORK,
-    "an update has only the tensors that match the plan's train; if no tensor of the model does, "
-    "the worker sends a failure",
+    "an update has only the tensors that match the plan's field 'train'; if no tensor matches, the "
+    "worker sends a failure",
 )
 async def part_of_the_model(probe: Probe) -> str:
     """Ask for a part of the model, and for a tensor that it does not have."""
     nothing = await probe.ask(probe.next_fit(plan=Plan(train=("conformance/none",))))
     await _failure_or_update(probe, nothing)
     if probe.updates_of(nothing):
-        raise Unmet("the worker sent an update although no tensor matches the plan's train")
+        raise Unmet("the worker sent an update, but no tensor matches the plan's field 'train'")
     patterns = [f"{name}*" for name in probe.weights]
     parts = {each: select_tensors(probe.weights, [each]) for each in patterns}
     pattern = min(parts, key=lambda each: len(parts[each]))
@@ -208,7 +209,7 @@ async def part_of_the_model(probe: Probe) -> str:
     return f"a failure, and an update with {len(parts[pattern])} of {len(probe.weights)} tensors"
 
 
-@demands(
+@requires(
     Section.EXTRA,
     "if the plan asks for extra tensors, the update has them, or the worker sends a failure",
 )
@@ -230,7 +231,7 @@ async def _failure_or_update(probe: Probe, sent: SentFit) -> Failure | None:
     return probe.failure_of(sent)
 
 
-@demands(
+@requires(
     Section.OUTCOME,
     "after a verdict with train_again and a fit with the next attempt, the worker trains again",
 )
@@ -255,7 +256,7 @@ async def rejected_update(probe: Probe) -> str:
     return f"another update, after {second.update.seconds:.2f} s of training"
 
 
-@demands(
+@requires(
     Section.WORK,
     "an evaluate is answered with an evaluation of the same round and base, even without held-out "
     "data",
@@ -273,7 +274,7 @@ async def evaluate(probe: Probe) -> str:
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples"
 
 
-@demands(Section.WORK, "a worker answers an evaluate while it trains for a fit of the same round")
+@requires(Section.WORK, "a worker answers an evaluate while it trains for a fit of the same round")
 async def evaluate_during_training(probe: Probe) -> str:
     """Send an evaluate while the worker trains, then the next round."""
     await probe.ask(probe.next_fit())
@@ -282,9 +283,9 @@ async def evaluate_during_training(probe: Probe) -> str:
     return "an evaluation, then an update of the next round"
 
 
-@demands(
+@requires(
     Section.FROZEN,
-    "a worker with the feature frozen waits in state receiving until it has a fit's frozen "
+    "a worker with the feature 'frozen' waits in the state 'receiving' until it has a fit's frozen "
     "tensors; the worker keeps received frozen tensors, lists their digest, and uses them again",
 )
 async def frozen_tensors(probe: Probe) -> str:
@@ -301,8 +302,8 @@ async def frozen_tensors(probe: Probe) -> str:
     state = _last_sign(probe).state
     if probe.updates_of(sent) or state != "receiving":
         raise Unmet(
-            f"the worker is in state {state} after a fit message that needs frozen tensors but "
-            "does not bring them; expected the state 'receiving'"
+            f"the worker is in state '{state}' after a 'fit' message that needs frozen tensors but "
+            "does not contain them; expected the state 'receiving'"
         )
 
     await probe.update(await probe.ask(sent.fit, beside={FROZEN: other.tensors}))

@@ -13,14 +13,13 @@ from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
+from fluffle_common.protocol.topology import Topology
 from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 
 _JOURNAL_LINES = 100
-
-PHASES = ("standby", "waiting", "open", "committing", "evaluating", "ended")
 
 
 class Board:
@@ -117,7 +116,7 @@ class Board:
     @property
     def _abandoned(self) -> bool:
         """Whether the presence queue has no consumer, that is, no coordinator is connected."""
-        presence = f"{self.federation}.presence"
+        presence = Topology(self.federation).presence
         return self.source == "journal" and any(
             queue["name"] == presence and queue.get("consumers") == 0 for queue in self.figures
         )

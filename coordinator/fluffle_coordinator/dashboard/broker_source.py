@@ -81,8 +81,9 @@ class BrokerSource:
                 except QueueInUse as why:
                     raise BrokerError(
                         f"this broker user may not serve the page ({why}); grant the user the "
-                        f"permissions configure, write and read on "
-                        f"{self._topology.federation}.tap.*, and read on {self._topology.results}"
+                        "permissions 'configure', 'write' and 'read' on "
+                        f"{self._topology.federation}.tap.*, and the permission 'read' on "
+                        f"{self._topology.results}"
                     ) from None
 
     def _no_broker(self, reason: str, _: float) -> None:

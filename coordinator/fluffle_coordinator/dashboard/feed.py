@@ -14,6 +14,7 @@ from typing import Any
 from pydantic_core import to_json
 
 from fluffle_common.cli.console import warn
+from fluffle_common.cli.settings import management_finder
 from fluffle_common.clock import wall_time
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
@@ -113,9 +114,27 @@ class Feed:
         self.touch()
 
 
-def queue_asker(topology: Topology, url: str, base: str) -> Callable[[], Figures]:
-    """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does."""
-    return lambda: [figures.as_dict() for figures in queue_figures(url, base, topology)]
+def queue_asker(
+    topology: Topology, find_url: Callable[[], str], management: str | None
+) -> Callable[[], Figures]:
+    """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does.
+
+    Args:
+        topology: the names of the federation.
+        find_url: returns the broker's URL, at each call.
+        management: the URL of the management API, if it is not the usual one of the broker.
+
+    Raises:
+        UsageError: if ``management`` has a user.
+    """
+    find_base = management_finder(management)
+    find_base(find_url())
+
+    def ask() -> Figures:
+        url = find_url()
+        return [figures.as_dict() for figures in queue_figures(url, find_base(url), topology)]
+
+    return ask
 
 
 def as_json(value: Any) -> str:

@@ -20,11 +20,13 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from fluffle_common.errors import CAUSES
-from fluffle_coordinator.dashboard.board import PHASES, Board
+from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.snapshot import latest
+from fluffle_coordinator.machine.state import Phase
 from fluffle_coordinator.observe.counters import OUTCOMES, STEPS, Counters
 
+PHASES = ("standby", *Phase)
 ROLES = ("updates", "presence", "rejected", "unrouted", "journal", "inboxes", "outboxes", "other")
 
 _QUEUE_FIGURES = {
@@ -104,15 +106,12 @@ def _counters(counters: Counters) -> Iterator[Metric]:
         ("fluffle_received_update_bytes", sizes, counters.update_bytes),
     ):
         yield CounterMetricFamily(name, words, value)
-    updates, rejected = "Number of updates, by outcome.", "Number of rejected messages, by cause."
-    for name, words, label, values, counts in (
-        ("fluffle_updates", updates, "outcome", OUTCOMES, counters.outcomes),
-        ("fluffle_rejected_messages", rejected, "cause", CAUSES, counters.causes),
-    ):
-        counter = CounterMetricFamily(name, words, labels=[label])
-        for value_of_label in values:
-            counter.add_metric([value_of_label], counts[value_of_label])
-        yield counter
+    outcomes = {outcome: counters.outcomes[outcome] for outcome in OUTCOMES}
+    words = "Number of updates, by outcome."
+    yield _labelled("fluffle_updates", words, "outcome", outcomes, CounterMetricFamily)
+    causes: dict[str, float] = {cause: counters.causes[cause] for cause in CAUSES}
+    words = "Number of rejected messages, by cause."
+    yield _labelled("fluffle_rejected_messages", words, "cause", causes, CounterMetricFamily)
     words = "Seconds that committed rounds spent in each step."
     steps = SummaryMetricFamily("fluffle_round_step_seconds", words, labels=["step"])
     for step in STEPS:
@@ -137,8 +136,14 @@ def _gauge(name: str, words: str, value: float) -> Metric:
     return GaugeMetricFamily(name, words, float(value))
 
 
-def _labelled(name: str, words: str, label: str, values: Mapping[str, float]) -> Metric:
-    family = GaugeMetricFamily(name, words, labels=[label])
+def _labelled(
+    name: str,
+    words: str,
+    label: str,
+    values: Mapping[str, float],
+    kind: type[GaugeMetricFamily | CounterMetricFamily] = GaugeMetricFamily,
+) -> Metric:
+    family = kind(name, words, labels=[label])
     for value_of_label, value in values.items():
         family.add_metric([value_of_label], value)
     return family

@@ -69,7 +69,7 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         return Misfit(
             "classes",
             f"worker {worker.name} {_difference(worker.classes, state.classes)}{source}; give this "
-            "worker --classes or other data, or give the coordinator --classes",
+            "worker --classes or other data, or start the coordinator with --classes",
         )
     model = state.model
     if model is not None and worker.model is not None and worker.model.digest != model.digest:

@@ -69,8 +69,8 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
         file = path.open(encoding="utf-8", errors="replace")
     except OSError:
         raise UsageError(
-            f"{folder} has no journal; only a simulation keeps its journal in the run folder, so "
-            "read the journal of any other run on the broker, with --federation NAME"
+            f"{folder} has no journal, because only a simulation keeps its journal in the run "
+            "folder; to read the journal on the broker, use --federation NAME"
         ) from None
     with file:
         for line in file:

@@ -11,13 +11,14 @@ from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
 
 
 class Watcher(Protocol):
-    """An observer of a run. Its methods must neither block nor raise."""
+    """An observer of a run. Its methods are optional, and must neither block nor raise."""
 
     def record(self, event: RunEvent) -> None:
         """Receive an event of the run."""
+        return
 
     def show(self, state: State, now: float) -> None:
-        """Receive the machine's state, after every event of the machine; optional."""
+        """Receive the machine's state, after every event of the machine."""
         return
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +12,8 @@ from pydantic import ValidationError
 from fluffle_common.cli.console import Console
 from fluffle_common.cli.runtime import Interrupted, run_until_signalled
 from fluffle_common.cli.settings import (
-    broker_url,
     broker_url_finder,
     check_federation,
-    management_of,
     parse_classes,
     parse_config,
 )
@@ -74,7 +72,7 @@ def run_coordinator(options: dict[str, Any]) -> None:
     transport = AmqpTransport(find, f"fluffle coordinator of {federation}")
     store = RunStore(options["folder"] or Path("runs") / federation)
     topology = Topology(federation, options["queue_type"])
-    page = _page(options, topology)
+    page = _page(options, topology, find)
     try:
         with Console(options["log_format"], {"federation": federation}) as console:
             if page:
@@ -105,8 +103,9 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
     monitor, evaluate = options["monitor"], options["evaluate"]
     if monitor and monitor.startswith(TEST_PREFIX) and evaluate is None:
         raise UsageError(
-            f"--monitor {monitor} is a metric of the --evaluate function, but there is none; add "
-            f"--evaluate, or monitor a federated metric such as {monitor.removeprefix(TEST_PREFIX)}"
+            f"--monitor {monitor} is a metric of the --evaluate function, but --evaluate is not "
+            "given; add --evaluate, or monitor a federated metric such as "
+            f"{monitor.removeprefix(TEST_PREFIX)}"
         )
     schedule_name, schedule = load_schedule(
         options["schedule"],
@@ -210,8 +209,9 @@ def _rules_of(options: dict[str, Any]) -> Rules:
         least = quorum.of(cohort)
     if quorum.number is not None and options["min_updates"] > quorum.number:
         raise UsageError(
-            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, which "
-            f"already closes a round; lower --min-updates to {quorum.number} or less"
+            f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, but a "
+            f"round already closes with {quorum.number} updates; lower --min-updates to "
+            f"{quorum.number} or less"
         )
     return Rules(
         rounds=options["rounds"],
@@ -301,7 +301,9 @@ def _beginning(
         yield run_events.Note(what=endings.done_already(folder, saved.committed, settings.rules))
 
 
-def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | None:
+def _page(
+    options: dict[str, Any], topology: Topology, find_url: Callable[[], str]
+) -> CoordinatorSource | None:
     """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
@@ -311,8 +313,7 @@ def _page(options: dict[str, Any], topology: Topology) -> CoordinatorSource | No
         from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
         from fluffle_coordinator.dashboard.feed import queue_asker
         from fluffle_coordinator.dashboard.server import listen
-    url = broker_url(options["url"])
-    ask_queues = queue_asker(topology, url, management_of(url, options["management"]))
+    ask_queues = queue_asker(topology, find_url, options["management"])
     # Bound at once, so that a port in use stops the command before the run begins.
     listening = listen(options["dashboard"], "--dashboard")
     return CoordinatorSource(topology.federation, listening, ask_queues)

@@ -90,8 +90,8 @@ def load_selection(text: str) -> Selection:
     function = place.load()
     if not callable(function) or isinstance(function, type):
         raise UsageError(
-            f"--select {text} does not name a function; name a function that takes (candidates, "
-            "count, draw) and returns names of workers (docs/schedules.md)"
+            f"--select {text} is not a function; give a function that takes (candidates, count, "
+            "draw) and returns names of workers (docs/schedules.md)"
         )
     choose = guarded_choice(place.called, cast("Choose", function))
     return Selection(place.called, choose, fixed=False)
@@ -102,8 +102,8 @@ def _from_file(name: str) -> tuple[str, Schedule[State]]:
     schedule = place.found()
     if isinstance(schedule, type):
         raise UsageError(
-            f"--schedule {name} is a class, not a schedule; create an instance in the file and "
-            "name the instance"
+            f"--schedule {name} is a class, not a schedule; create an instance in the file, and "
+            "give the name of the instance"
         )
     names = (*_METHODS, "max_staleness", "continuous")
     fields = fields_of(f"schedule {place.called}", schedule, names)
@@ -122,7 +122,7 @@ def _from_file(name: str) -> tuple[str, Schedule[State]]:
     if max_staleness < 0:
         raise UsageError(
             f"--schedule {name} has max_staleness = {max_staleness}; set max_staleness to at "
-            "least 0 (0 counts only updates of the open version)"
+            "least 0 (with 0, only updates from the newest model are counted)"
         )
     return place.called, GuardedSchedule(
         place.called, schedule, max_staleness, fields["continuous"]

@@ -72,7 +72,7 @@ def _checked(name: str, value: Any) -> Any:
     if isinstance(value, type):
         raise UsageError(
             f"--strategy {name} is a class, not a strategy; create an instance in the file, such "
-            f"as my_{attribute.lower()} = {attribute}(), and name the instance"
+            f"as my_{attribute.lower()} = {attribute}(), and give the name of the instance"
         )
     found = fields_of(f"strategy {name}", value, (*_METHODS, "needs"))
     missing = [f"{method}()" for method in _METHODS if not callable(found[method])]
@@ -80,7 +80,8 @@ def _checked(name: str, value: Any) -> Any:
         missing.append("needs (a Needs object)")
     if missing:
         kind = type(value).__name__
-        hint = ", or call the function in the file and name its result" * (kind == "function")
+        called = ", or call the function in the file and give the name of the result"
+        hint = called * (kind == "function")
         raise UsageError(
             f"--strategy {name} is not a strategy, because this {kind} lacks "
             f"{', '.join(missing)}; make a strategy with pipeline(){hint}"
@@ -111,7 +112,7 @@ def rules_for(
         Plan(extra=needs.extra)
     except ValidationError:
         raise UsageError(
-            f"invalid needs.extra of the strategy {named.name}: {needs.extra!r:.80}; expected "
+            f"'needs.extra' of the strategy {named.name} is {needs.extra!r:.80}; expected "
             '"model", or a mapping of names to shapes such as {"steps": ()}'
         ) from None
     fewest, quorum = needs.min_updates, rules.quorum.number
@@ -156,9 +157,9 @@ def _check_once(named: NamedStrategy, rules: Rules, schedule_name: str) -> None:
         )
     if rules.max_norm_ratio is not None:
         raise UsageError(
-            f"--max-norm-ratio conflicts with the strategy {named.name}, because one update would "
-            "decide whether another is rejected; remove --max-norm-ratio (the strategy clips "
-            "updates already)"
+            f"--max-norm-ratio conflicts with the strategy {named.name}, because the update of one "
+            "worker could then cause the rejection of another worker's update; remove "
+            "--max-norm-ratio (the strategy clips updates already)"
         )
 
 

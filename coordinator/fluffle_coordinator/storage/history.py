@@ -143,7 +143,7 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
         if (folder / RUN_FILE).exists():
             raise UsageError(f"the run in {folder} has not committed any rounds yet")
         raise UsageError(
-            f"there is no history in {folder}; name a run folder, such as runs/letters"
+            f"there is no history in {folder}; give a run folder, such as runs/letters"
         )
     data = path.read_bytes()
     try:

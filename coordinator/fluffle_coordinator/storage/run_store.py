@@ -175,8 +175,8 @@ class RunStore:
         if last < newest:
             if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
                 raise RunError(
-                    f"{damage}; restore the file, or start a new run with --fresh, because workers "
-                    "received the model and epsilon does not count the repetition of a round"
+                    f"{damage}; restore the file, or start a new run with --fresh (the workers "
+                    "have received this model, and epsilon would not count a repeated round)"
                 )
             self.history.forget_after(last, lines)
             repairs.append(
@@ -288,8 +288,8 @@ class RunStore:
         for line in committed.values():
             if line.get("run", run) != run:
                 raise RunError(
-                    f"in {self.shown}, history.jsonl belongs to run {line['run']}, but run.json to "
-                    f"run {run}; restore these files, or move the run aside with --fresh"
+                    f"in {self.shown}, history.jsonl belongs to run {line['run']}, but run.json "
+                    f"belongs to run {run}; restore these files, or move the run aside with --fresh"
                 )
         last, newest = max(committed, default=0), newest_checkpoint(self.folder) or 0
         if (missing := next(n for n in count(1) if n not in committed)) < last:

@@ -83,7 +83,7 @@ def check_metrics(message: Update, needs: Needs) -> None:
             within(name, message.metrics[name], low, high)
         except ValueError as error:
             raise MalformedMessage(
-                f"the update has an invalid metric, which the strategy of this run needs: {error}"
+                f"the update has a metric that the strategy of this run cannot use: {error}"
             ) from None
 
 

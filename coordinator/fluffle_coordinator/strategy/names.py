@@ -113,7 +113,8 @@ def named_strategy(text: str) -> NamedStrategy:
     for full, whole in parts.pop("whole strategy"):
         if any(parts.values()):
             raise ValueError(
-                f"{full} is a complete strategy and cannot be combined with others; give it alone"
+                f"{full} is a complete strategy and cannot be combined with others; give only "
+                f"{full}"
             )
         return NamedStrategy(full, whole)
     if [full for full, _ in parts["mean"]] == [FEDAVG.name]:

@@ -73,7 +73,7 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
     make = getattr(optax, optimizer, None)
     if make is None:
         near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)
-        hint = f"; did you mean '{near[0]}'?" if near else "; name an optimizer, such as adamw"
+        hint = f"; did you mean '{near[0]}'?" if near else "; give an optimizer, such as adamw"
         raise ValueError(f"unknown optax optimizer '{optimizer}'{hint}")
     try:
         made = make(**arguments)
@@ -84,7 +84,7 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         given = write_arguments(arguments) or "no arguments"
         raise ValueError(f"optax.{optimizer} cannot be used with {given}: {reason}") from None
     if not isinstance(made, optax.GradientTransformation):
-        raise ValueError(f"optax.{optimizer} is not an optimizer; name an optimizer, such as adamw")
+        raise ValueError(f"optax.{optimizer} is not an optimizer; give an optimizer, such as adamw")
     return _OptaxStep(made)
 
 

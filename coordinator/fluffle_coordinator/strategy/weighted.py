@@ -191,8 +191,8 @@ def _counted(state: Sum) -> int:
         raise ValueError("there is nothing to average, because no examples have been added")
     if not state.weight * _SCALE > 0:
         raise ValueError(
-            f"the weights of the updates sum to {state.weight:g}, so the updates have no mean; "
-            "check the discounts of the schedule"
+            f"the sum of the updates' averaging weights is {state.weight:g}, so the updates have "
+            "no mean; check the discounts of the schedule"
         )
     return state.num_examples
 

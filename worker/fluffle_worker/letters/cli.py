@@ -41,7 +41,7 @@ _NEEDS_WORKER = "this command needs JAX and Pillow; run pip install 'fluffle[wor
     help="Number of additional writers who are not clients. Their letters are only for scoring a "
     "model; no worker should train on them.",
 )
-@click.option("--seed", type=SEED, default=1, help="Seed for drawing the letters.")
+@click.option("--seed", type=SEED, default=1, help="Seed of the generated handwriting.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw letters A to J in the handwriting of different writers.
 
@@ -201,7 +201,7 @@ def _scored(
     model: LettersModel, images: Images, options: Mapping[str, Any], trained: bool
 ) -> tuple[Score, str, list[str]]:
     """Score the selected letters; return the score, a description of them, and lines to print."""
-    from fluffle_worker.letters.task import held_out_split
+    from fluffle_worker.letters.images import held_out_split
 
     if options["unseen"]:
         score = model.score(images)
@@ -223,7 +223,7 @@ def _scored(
     if not len(held_out):
         raise TaskError(
             f"{options['data']} has only one letter, so no letter is held out; use --all to "
-            "score that letter"
+            "score all letters"
         )
     score = model.score(images, held_out)
     of_what = f"{score.total} held-out letters"

@@ -17,6 +17,7 @@ from fluffle_common.tensors.weights import Array
 from fluffle_worker.letters.folders import class_name, find_classes, some
 from fluffle_worker.letters.pixels import Picture, read_picture
 
+_HELD_OUT = 0.1
 _NAMED = 5  # unreadable images named one by one; the rest are counted
 
 
@@ -109,16 +110,11 @@ def inverted_note(pictures: Sequence[Picture]) -> Iterable[str]:
         )
 
 
-def split(count: int, part: float, seed: int) -> tuple[Array, Array]:
-    """Split the indices 0…count-1 at random into a training and a held-out part, by ``seed``.
-
-    Example:
-        >>> train, held_out = split(10, 0.1, seed=0)
-        >>> len(train), len(held_out)
-        (9, 1)
-    """
+def held_out_split(images: Images, seed: int) -> tuple[Array, Array]:
+    """Return the indices of the training and of the held-out images of a worker with this seed."""
+    count = len(images.targets)
     order = np.random.default_rng(seed).permutation(count)
-    held_out = min(max(1, round(part * count)), count - 1) if count > 1 else 0
+    held_out = min(max(1, round(_HELD_OUT * count)), count - 1)
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 

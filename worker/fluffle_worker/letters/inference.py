@@ -70,7 +70,7 @@ class LettersModel:
             classes = []
         if not (isinstance(classes, list) and classes):
             raise UsageError(
-                f"{path} is not a model of the letters task, because the file names no classes "
+                f"{path} is not a model of the letters task, because it has no list of classes "
                 f"(task of the model: {metadata.get('task') or 'unknown'})"
             )
         self.classes: tuple[str, ...] = tuple(map(str, classes))

@@ -13,13 +13,12 @@ from flax import nnx
 
 from fluffle_common.cli.console import warn
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_worker.letters.images import Images, read_images, split
+from fluffle_worker.letters.images import held_out_split, read_images
 from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.task import EvalResult, TaskOptions
 from fluffle_worker.tasks.examples import Examples, accuracy
 from fluffle_worker.tasks.flax import FlaxTask
 
-HELD_OUT = 0.1
 LEARNING_RATE = 1e-3
 _SHIFT = 4
 _BATCH = 256
@@ -136,11 +135,6 @@ def letters_task(
         classes=classes,
         sample_seed=sample_seed,
     )
-
-
-def held_out_split(images: Images, seed: int) -> tuple[Array, Array]:
-    """Return the indices of the training and of the held-out images of a worker with this seed."""
-    return split(len(images.targets), HELD_OUT, seed)
 
 
 def task(options: TaskOptions) -> LettersTask:

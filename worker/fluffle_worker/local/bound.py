@@ -36,8 +36,8 @@ class BoundRule:
         self.name = name or type(self._rule).__name__
         if isinstance(rule, type):
             raise UsageError(
-                f"the local rule {self.name} is a class, but an object is expected; create an "
-                "object of the class, and name the object (docs/tasks.md)"
+                f"the local rule {self.name} is a class; create an object of the class, and give "
+                "this object instead of the class (docs/tasks.md)"
             )
         for method in ("begin", "gradient", "end"):
             if not callable(getattr(self._rule, method, None)):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import pkgutil
 import re
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fluffle_common.arguments import read_arguments
+from fluffle_common.arguments import nearest, read_arguments
 from fluffle_common.cli.loading import load_installed, load_object
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import UsageError
@@ -76,12 +75,9 @@ def _find_one(name: str) -> Any:
     elif name.rpartition(":")[0].endswith(".py"):
         return load_object(name, _OPTION)
     else:
-        known = sorted({*OWN, *others})
-        near = difflib.get_close_matches(kind, known, n=1)
-        hint = f"did you mean '{near[0]}'? " if near else ""
         raise UsageError(
-            f"unknown local rule '{kind}' ({_OPTION}); {hint}choose from {', '.join(known)}, "
-            "or load your own rule with path.py:name"
+            f"unknown local rule '{kind}' ({_OPTION}); {nearest(kind, {*OWN, *others})} "
+            "(path.py:name loads your own rule)"
         )
     if callable(rule):
         return _call_factory(kind, rule, settings)

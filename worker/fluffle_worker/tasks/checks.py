@@ -43,8 +43,8 @@ def checked_array(value: Any, what: str) -> Any:
         value = np.asarray(value)
     if not getattr(value, "shape", ()):
         raise TaskError(
-            f"{what} contains {shown(value)}, but an array with one entry per example is expected; "
-            "convert lists with numpy.asarray"
+            f"{what} contains {shown(value)}; expected an array with one entry per example (to "
+            "convert a list, use numpy.asarray)"
         )
     dtype = value.dtype
     if isinstance(dtype, np.dtype) and (dtype.kind not in _NUMBERS or dtype.names):
@@ -66,7 +66,7 @@ def as_rate(given: Any) -> float:
     except ValueError as wrong:
         raise TaskError(f"learning_rate= is invalid: {wrong}") from None
     if rate <= 0:
-        raise TaskError(f"learning_rate= is {rate}, but a number above 0 is expected")
+        raise TaskError(f"learning_rate= is {rate}; expected a number above 0")
     return rate
 
 
@@ -77,7 +77,7 @@ def check_function(option: str, given: Any, expected: str) -> None:
         TaskError: if it is not; ``expected`` says what it may be.
     """
     if not callable(given):
-        raise TaskError(f"{option}= is {shown(given)}, but {expected} is expected")
+        raise TaskError(f"{option}= is {shown(given)}; expected {expected}")
 
 
 def check_seed(given: Any) -> None:
@@ -88,7 +88,7 @@ def check_seed(given: Any) -> None:
     """
     if not isinstance(given, Integral) or not 0 <= int(given) < 2**63:
         raise TaskError(
-            f"sample_seed= is {shown(given)}, but a whole number from 0 to 2**63 - 1 is expected"
+            f"sample_seed= is {shown(given)}; expected a whole number from 0 to 2**63 - 1"
         )
 
 
@@ -102,7 +102,7 @@ def as_metrics(given: Any) -> dict[str, Callable[..., Any]]:
         return {}
     if not isinstance(given, Mapping) or not all(map(callable, given.values())):
         raise TaskError(
-            f"metrics= is {shown(given)}, but a mapping of names to functions is expected, such as "
+            f"metrics= is {shown(given)}; expected a mapping of names to functions, such as "
             "{'accuracy': accuracy}"
         )
     if "loss" in given:
@@ -128,12 +128,13 @@ def check_filters(names: Sequence[str], *, sends: bool, freezes: bool, trains: b
     of_model = f"(tensors of the model: {listed})"
     if not sends:
         raise TaskError(
-            "federated= and frozen= leave no tensor of the model to send; change the filters "
-            f"{of_model}"
+            "with these federated= and frozen= filters, the model has no tensor left to send; "
+            f"change the filters {of_model}"
         )
     if not freezes:
         raise TaskError(f"frozen= selects no tensor; change the filter {of_model}")
     if not trains:
         raise TaskError(
-            f"frozen= leaves no parameter of the model to train; change the filter {of_model}"
+            "with this frozen= filter, the model has no parameter left to train; change the filter "
+            f"{of_model}"
         )

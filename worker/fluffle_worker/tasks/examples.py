@@ -131,8 +131,8 @@ class Streamed:
                 if not plan.steps and seen > _MUCH * self.num_examples:
                     raise TaskError(
                         f"train_data yielded {seen} examples in epoch {epoch}, but num_examples is "
-                        f"{self.num_examples}; let train_data stop after one epoch, or give "
-                        "the coordinator --steps"
+                        f"{self.num_examples}; let train_data stop after one epoch, or start "
+                        "the coordinator with --steps"
                     )
                 yield batch
                 done += 1

@@ -123,7 +123,7 @@ class FlaxTask:
         self._failed: dict[str, Exception] = {}
         self._augment = augment
         if not isinstance(optimizer, optax.GradientTransformation):
-            check_function("optimizer", optimizer, "an optax optimizer, such as optax.adam,")
+            check_function("optimizer", optimizer, "an optax optimizer, such as optax.adam")
         check_function("loss", loss, "a function of the outputs and targets")
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._data: InMemory | Streamed
@@ -139,7 +139,9 @@ class FlaxTask:
         self._sample_seed, self._score_trained = sample_seed, score_trained
         self._parts = ModelParts(model, federated, frozen)
         if share_frozen and not self.frozen():
-            raise TaskError("frozen= selects no tensor; remove share_frozen=, which has no effect")
+            raise TaskError(
+                "frozen= selects no tensor, so share_frozen= has no effect; remove share_frozen="
+            )
         self.share_frozen = share_frozen
         self._personal = PersistentTensors()
         self._steps: dict[tuple[int, Any], FlatStep] = {}

@@ -37,7 +37,7 @@ def on_device(data: Examples, what: str, classes: Sequence[Any] = ()) -> Any:
             found = least if least < 0 else most
             raise TaskError(
                 f"{what} contains the target {found}, but classes= has {count} names, for the "
-                f"targets 0 to {count - 1}; name all classes"
+                f"targets 0 to {count - 1}; list all classes"
             )
     return jax.device_put((inputs, targets))
 

@@ -54,7 +54,7 @@ class ModelParts:
         if isinstance(model, nnx.Module) or not callable(model):
             raise TaskError(
                 f"model= is of type {type(model).__name__}; expected a function that makes a "
-                "module from rngs, such as the module's class, or lambda rngs: Module(rngs=rngs)"
+                "module from rngs, such as the module's class or 'lambda rngs: Module(rngs=rngs)'"
             )
         self._frozen = nnx.All(AVERAGED, frozen)
         self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
@@ -66,7 +66,9 @@ class ModelParts:
         except jax.errors.JAXTypeError:  # the initializer branches on values: run eagerly
             like, compiled = model(nnx.Rngs(0)), lambda make: make
         if not isinstance(like, nnx.Module):
-            raise TaskError(f"model= made a {type(like).__name__}; expected an nnx.Module")
+            raise TaskError(
+                f"model= returned an object of type {type(like).__name__}; expected an nnx.Module"
+            )
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
@@ -90,7 +92,7 @@ class ModelParts:
 
     def init(self, key: Any) -> dict[str, Array]:
         """Return the tensors of a new model that travel, by name."""
-        return {name: np.asarray(array) for name, array in named(self._init(key)).items()}
+        return _arrays(self._init(key))
 
     def learnt(self, weights: Mapping[str, Array], personal: Mapping[str, Array]) -> Any:
         """Return the state that trains here, from received weights and kept personal tensors.
@@ -111,19 +113,19 @@ class ModelParts:
 
     def travelling(self, learnt: Any) -> dict[str, Array]:
         """Return the tensors of a trained state that travel, by name."""
-        return self._arrays(learnt, self._travel)
+        return self._chosen(learnt, self._travel)
 
     def personal(self, learnt: Any) -> dict[str, Array]:
         """Return the personal tensors of a trained state, by name."""
-        return self._arrays(learnt, self._stay)
+        return self._chosen(learnt, self._stay)
 
-    def _arrays(self, learnt: Any, names: list[str]) -> dict[str, Array]:
+    def _chosen(self, learnt: Any, names: list[str]) -> dict[str, Array]:
         arrays = dict(zip(self._names, jax.tree.leaves(learnt), strict=True))
         return {name: np.asarray(arrays[name]) for name in names}
 
     def frozen(self) -> dict[str, Array]:
         """Return the frozen tensors, by name."""
-        return {name: np.asarray(array) for name, array in named(self.at_home.frozen).items()}
+        return _arrays(self.at_home.frozen)
 
     def use_frozen(self, arrays: Mapping[str, Array]) -> None:
         """Replace the frozen tensors that the model was initialized with."""
@@ -163,14 +165,23 @@ class ModelParts:
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise TaskError(
                     f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; "
-                    "store it in another nnx.Variable than nnx.Param, or freeze it with frozen="
+                    "store it in a kind of nnx.Variable other than nnx.Param, or freeze it with "
+                    "frozen="
                 )
-        _check_names(_names(trained))
+        twice = [name for name, number in Counter(_names(trained)).items() if number > 1]
+        if twice:
+            raise TaskError(
+                f"two tensors of the model have the name '{twice[0]}', because the name of a "
+                "variable contains '/'; rename one of the two variables"
+            )
 
 
 def arrays_of(module: nnx.Module, chosen: Any = True) -> dict[str, Array]:
     """Return the tensors that may travel and that a filter selects, as arrays by name."""
-    state = nnx.state(module, nnx.All(AVERAGED, chosen))
+    return _arrays(nnx.state(module, nnx.All(AVERAGED, chosen)))
+
+
+def _arrays(state: Any) -> dict[str, Array]:
     return {name: np.asarray(array) for name, array in named(state).items()}
 
 
@@ -213,17 +224,3 @@ def _labelled(form: Any) -> Any:
 
 def _names(form: Any) -> list[str]:
     return [tensor_name(path) for path, _ in form]
-
-
-def _check_names(names: list[str]) -> None:
-    """Check that tensor names are unique.
-
-    Raises:
-        TaskError: if two tensors share a name; it names the first such pair.
-    """
-    twice = [name for name, number in Counter(names).items() if number > 1]
-    if twice:
-        raise TaskError(
-            f"two tensors of the model have the name '{twice[0]}', because the name of a variable "
-            "contains '/'; rename one of the two variables"
-        )

@@ -143,7 +143,7 @@ class TorchTask:
         self.classes = classes
         self.local_rule = BoundRule(local_rule)
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
-        check_function("optimizer", optimizer, "an optimizer's class, such as torch.optim.Adam,")
+        check_function("optimizer", optimizer, "an optimizer's class, such as torch.optim.Adam")
         check_function("loss", loss, "a function of the outputs and targets")
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -163,7 +163,9 @@ class TorchTask:
         self._module = copy_of(self._made(0)).to(self._device)
         self._travel, self._frozen = self._split(federated, frozen)
         if share_frozen and not self._frozen:
-            raise TaskError("frozen= selects no tensor; remove share_frozen=, which has no effect")
+            raise TaskError(
+                "frozen= selects no tensor, so share_frozen= has no effect; remove share_frozen="
+            )
         self.share_frozen = share_frozen
         self._personal = PersistentTensors()
 
@@ -323,7 +325,7 @@ class TorchTask:
         if not isinstance(made, nn.Module):
             raise TaskError(
                 f"model= is {self._model!r:.60}; expected a function that makes a module, such "
-                "as the module's class, or lambda: module"
+                "as the module's class or 'lambda: module'"
             )
         return made
 

@@ -59,8 +59,8 @@ def gradients_of_examples(
         gradients: dict[str, Any] = grad(values, inputs, targets)
     except RuntimeError as why:
         raise TaskError(
-            "torch.func.vmap cannot compute the gradient of each example, which the local rule "
-            f"needs; if it does not support a layer of the model, use another layer: "
-            f"{one_line(why)}"
+            "the local rule needs the gradient of each example, but torch.func.vmap cannot compute "
+            f"it ({one_line(why)}); if a layer of the model does not support torch.func.vmap, use "
+            "another layer"
         ) from why
     return gradients

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import operator
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 from typing import Any
@@ -41,14 +44,14 @@ def check_choice(tensors: Mapping[str, Any], **filters: Any) -> None:
     for option, chosen in filters.items():
         if not isinstance(chosen, bool) and not callable(chosen):
             raise TaskError(
-                f"{option}= is {shown(chosen)}, but True, False or a function of a tensor's name "
-                "is expected, such as lambda name: name.startswith('head')"
+                f"{option}= is {shown(chosen)}; expected True, False, or a function of a tensor's "
+                "name, such as lambda name: name.startswith('head')"
             )
     for name, one in tensors.items():
         if is_lazy(one):
             raise TaskError(
-                f"tensor '{name}' of the model has no shape yet, because its module is lazy; let "
-                "model= call the module once with a batch"
+                f"tensor '{name}' of the model has no shape yet, because its module is lazy; in "
+                "the function that you give as model=, call the module once with a batch"
             )
 
 
@@ -81,8 +84,8 @@ def copy_of(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Mo
 
     A module may have a tensor that its last call or a hook has computed, such as the ``weight`` of
     ``nn.utils.weight_norm``. PyTorch does not copy such a tensor, so the copy has its values. Nor
-    does Python copy a function, such as ``self.body = lambda x: self.layer(x)``: that of the copy
-    must not go on to call the layer of the original, which is not trained.
+    does Python copy a function, such as a hook or ``self.body = lambda x: self.layer(x)``: that of
+    the copy must not go on to call the layer of the original, which is not trained.
     """
     memo = dict(shared or {})
     for part in module.modules():
@@ -92,29 +95,42 @@ def copy_of(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Mo
     made: nn.Module = copy.deepcopy(module, memo)
     for part in made.modules():
         for name, one in vars(part).items():
-            if isinstance(one, FunctionType) and one.__closure__:
-                vars(part)[name] = _rebound(one, one.__closure__, memo)
+            vars(part)[name] = _rebound(one, memo)
     return made
 
 
-def _rebound(
-    function: FunctionType, cells: tuple[CellType, ...], copies: Mapping[int, Any]
-) -> FunctionType:
-    """Return a function with the objects that it refers to replaced by their copies, by ``id``."""
+def _rebound(value: Any, copies: dict[int, Any]) -> Any:
+    """Return a value with the functions in it bound to copies, which are given by ``id``.
 
-    def moved(cell: CellType) -> CellType:
-        try:
-            return CellType(copies[id(cell.cell_contents)])
-        except (KeyError, ValueError):  # something that was not copied, or an empty cell
-            return cell
+    What has no copy and binds to none is returned as it is.
+    """
 
-    closure = tuple(map(moved, cells))
-    if all(map(operator.is_, closure, cells)):
-        return function
-    made = FunctionType(
-        function.__code__, function.__globals__, function.__name__, function.__defaults__, closure
-    )
-    made.__kwdefaults__ = function.__kwdefaults__
+    def moved(*parts: Any) -> list[Any] | None:
+        after = [_rebound(one, copies) for one in parts]
+        return None if all(map(operator.is_, parts, after)) else after
+
+    if id(value) in copies:
+        return copies[id(value)]
+    copies[id(value)] = made = value  # it may contain itself
+    if isinstance(value, CellType):
+        with contextlib.suppress(ValueError):  # an empty cell
+            if new := moved(value.cell_contents):
+                made = CellType(*new)
+    elif isinstance(value, FunctionType):
+        bound = value.__defaults__, value.__kwdefaults__, value.__closure__
+        if new := moved(*bound):
+            defaults, named, cells = new
+            made = FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells)
+            made.__kwdefaults__ = named
+            vars(made).update(vars(value))
+    elif isinstance(value, functools.partial):
+        if new := moved(value.func, value.args, value.keywords):
+            made = functools.partial(new[0], *new[1], **new[2])
+    elif type(value) in (list, tuple):
+        made = type(value)(new) if (new := moved(*value)) else value
+    elif type(value) in (dict, OrderedDict) and (new := moved(*value.values())):
+        made = type(value)(zip(value, new, strict=True))
+    copies[id(value)] = made
     return made
 
 

@@ -161,7 +161,8 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
         if not isinstance(attribute, staticmethod | classmethod):
             raise UsageError(
                 f"the codec {where} has no static method '{method}'; mark the method "
-                "@staticmethod, because settings are not sent with an update"
+                "@staticmethod, because an update does not contain the settings that are needed "
+                "to create an object of the class"
             )
     dtypes = getattr(codec, "dtypes", None)
     if not isinstance(dtypes, tuple) or not isinstance(getattr(codec, "feeds_back", None), bool):
@@ -201,8 +202,9 @@ def _check_parts(codec: Any, where: str) -> None:
             )
         if not part.suffix and part.dtype in codec.dtypes:
             raise UsageError(
-                f"{where} has a part of dtype '{part.dtype}' without a suffix, so the part "
-                "looks like a tensor that is not encoded; give this part a suffix such as '#q'"
+                f"the codec {where} has a part with the dtype '{part.dtype}' and an empty suffix, "
+                "so the part looks like a tensor that is not encoded; give the part a suffix such "
+                "as '#q'"
             )
     if len({part.suffix for part in parts}) < len(parts):
         raise UsageError(

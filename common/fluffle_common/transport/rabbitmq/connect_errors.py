@@ -103,13 +103,13 @@ def tls_error(error: BaseException, url: URL) -> WrongNode | None:
                 remedy = "use a host name from the certificate in --url, or renew the certificate"
             case _:
                 why = f"is not signed by a CA that this machine trusts ({message})"
-                remedy = "name the CA's file in --url, as in amqps://…?cafile=/path/ca.pem"
+                remedy = "in --url, give the CA's file, as in amqps://…?cafile=/path/ca.pem"
         return WrongNode(f"the certificate of the broker at {where} {why}; {remedy}")
     reason = (cause.reason or str(cause)).upper().replace(" ", "_")
     if any(word in reason for word in _CERTIFICATE_ALERTS):
         return WrongNode(
-            f"the broker at {where} does not accept this client's certificate ({reason}); name a "
-            "certificate that the broker trusts in --url, as in "
+            f"the broker at {where} does not accept this client's certificate ({reason}); in "
+            "--url, give a certificate that the broker trusts, as in "
             "amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem"
         )
     if any(word in reason for word in _NOT_TLS_REASONS):

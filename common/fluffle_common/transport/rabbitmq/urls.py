@@ -96,7 +96,7 @@ def tls_context(url: str) -> ssl.SSLContext | None:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(
             f"the certificate, key or CA file '{file}' of --url cannot be used ({reason}); "
-            "give a PEM file that this user can read in ?cafile=, ?certfile= or ?keyfile="
+            "in ?cafile=, ?certfile= or ?keyfile=, give a PEM file that this user can read"
         ) from None
     if options.get("no_verify_ssl", "0") != "0":
         context.check_hostname = False

@@ -50,9 +50,10 @@ const plain = (value) => String(Number(value.toPrecision(6)));
 
 /** Curves that share the panel of another metric. */
 const BESIDE = { "training loss": "loss" };
-const FIRST = ["accuracy", "loss", "training loss", "epsilon"];
+/** The best known metrics, best known first; the others are the user's own. */
+export const FIRST = ["accuracy", "loss", "training loss", "epsilon"];
 
-/** Every metric that has a value, the best known first. */
+/** Every metric that has a value, in the order of FIRST, then the others. */
 export function metrics(curves) {
   const rest = Object.keys(curves).filter((name) => name !== "rounds" && !FIRST.includes(name));
   return [...FIRST, ...rest].filter((name) => curves[name]?.some((value) => value !== null));

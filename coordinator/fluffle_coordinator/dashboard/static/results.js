@@ -1,7 +1,7 @@
 // The panels (see panels.js) about committed rounds and the configuration; the report has them too.
 
 import { $, either, figure, largest, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
-import { chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
+import { FIRST, chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 
 /** The phases between two commits, in the coordinator's order. */
 const PHASES = ["waiting", "training", "transfer", "aggregation", "checkpoint"];
@@ -52,7 +52,7 @@ curves.of = ["curves", "run"];
 
 function rounds(board) {
   const shown = committed(board).reverse();
-  const others = metrics(board.curves).filter((name) => !["accuracy", "loss", "training loss", "epsilon"].includes(name));
+  const others = metrics(board.curves).filter((name) => !FIRST.includes(name));
   const column = (name, of, more = {}) => ({ name, of, n: true, ...more });
   const report = frozen(board)
     ? [
@@ -80,7 +80,7 @@ function rounds(board) {
   either("history", shown.length > 0);
   table($("history"), columns, shown, (round) => round.round);
 }
-rounds.of = ["rounds"];
+rounds.of = ["rounds", "curves"];
 
 /** Draw a bar whose parts are each phase's share of the round's time. */
 function shares(cell, phases) {
