@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import add, sub
 from statistics import median_low
 from typing import Any, NamedTuple
 
@@ -166,8 +167,7 @@ class State:
         copy = self.replace(**changes)
         before, after = self._counts(worker), copy._counts(worker)
         if before != after:
-            sums = zip(self.tally, before, after, strict=True)
-            copy.__dict__["tally"] = Tally._make([total - old + new for total, old, new in sums])
+            copy.__dict__["tally"] = Tally(*map(add, map(sub, self.tally, before), after))
         return copy
 
     def replace_and_recount(self, **changes: Any) -> State:
