@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 
 import aiormq.exceptions
@@ -12,6 +13,7 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
 from fluffle_common.transport.rabbitmq.connect_errors import WrongNode, handshake_error, tls_error
 from fluffle_common.transport.rabbitmq.errors import (
+    closing_error,
     error_for_reply,
     error_text,
     map_declare_errors,
@@ -172,6 +174,12 @@ async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
     with pytest.raises(LinkLost, match="not opened"), map_exceptions():
         connection.channel()
     await connection.close()
+
+
+def test_missed_heartbeats_are_a_lost_link_in_words():
+    why = closing_error(asyncio.CancelledError())  # aiormq gives no other reason
+    assert isinstance(why, LinkLost)
+    assert str(why) == "the broker does not answer"
 
 
 def test_texts_of_errors_are_one_line_without_credentials():

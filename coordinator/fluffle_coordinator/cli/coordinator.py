@@ -241,7 +241,7 @@ def history(folder: Path, as_json: bool) -> None:
     the temperature, so that the model's confidence matches its accuracy. A temperature of 1 changes
     nothing.
     """
-    from fluffle_coordinator.cli.history_table import history_table
+    from fluffle_coordinator.cli.history_table import history_tables
     from fluffle_coordinator.storage.history import read_history
 
     rounds = read_history(folder)
@@ -250,7 +250,7 @@ def history(folder: Path, as_json: bool) -> None:
     else:
         # In a pipe, too, the reader usually is at a terminal: use its width.
         console = screen(width_in_a_pipe=shutil.get_terminal_size().columns)
-        console.print(history_table(rounds, console.width))
+        console.print(*history_tables(rounds, console.width), sep="\n")
 
 
 @click.command()
