@@ -244,6 +244,16 @@ def test_a_failed_tls_handshake_names_the_cause(reason, expected):
         assert "open-sesame" not in str(refusal)
 
 
+def test_a_certificate_that_newer_python_refuses_is_not_called_untrusted():
+    refused = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED]")
+    refused.verify_code = 92
+    refused.verify_message = "CA cert does not include key usage extension"
+    said = str(tls_error(refused, URL("amqps://host/")))
+    assert "RFC 5280" in said
+    assert "key usage" in said
+    assert "not signed" not in said
+
+
 @pytest.mark.parametrize("error", [OSError("no route"), ssl_error("UNEXPECTED_EOF_WHILE_READING")])
 def test_a_broken_connection_is_not_a_tls_error(error):
     assert tls_error(error, NODE) is None
