@@ -19,7 +19,7 @@ from fluffle_common.tensors.weights import Weights, check_signature
 from fluffle_worker.local.clip import Clip
 from fluffle_worker.local.dp_sgd import DpSgd
 from fluffle_worker.task import RoundPlan
-from fluffle_worker.tasks.batches import index_batches
+from fluffle_worker.tasks.examples import index_batches
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional dependency")
 
