@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +146,7 @@ def simulate(**options: Any) -> None:
     from fluffle.simulation.loop import SimulatedLoop
     from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
-    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_coordinator.observe.times import duration
     from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
@@ -184,10 +183,7 @@ def simulate(**options: Any) -> None:
             record=event_printer(console, options["log_format"]),
             fresh=options["fresh"],
         )
-        try:
-            state = run_until_signalled(run, lambda: loop)
-        except Interrupted as signalled:
-            sys.exit(signalled.exit_code)
+        state = run_until_signalled(run, lambda: loop)
         if done < settings.rules.rounds:
             took_s, simulated_s = time.monotonic() - began, loop.time()
             fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}

@@ -14,7 +14,8 @@ import sys
 
 import pytest
 
-from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.cli.exit_now import Interrupted
+from fluffle_common.cli.runtime import run_until_signalled
 from fluffle_common.errors import RunError, TaskError
 from fluffle_coordinator.service.user_calls import call_guarded
 

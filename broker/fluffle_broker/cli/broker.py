@@ -24,16 +24,15 @@ if TYPE_CHECKING:
 _NOT_RUNNING = 3  # the exit code of `status`, as in systemctl, and of BrokerError
 
 
-def _state_option(command: Any) -> Any:
-    return click.option(
-        "--state",
-        envvar="FLUFFLE_STATE",
-        default=".fluffle",
-        type=click.Path(file_okay=False, path_type=Path),
-        metavar="DIR",
-        help="Folder for this node's configuration, data and logs.  [default: $FLUFFLE_STATE, "
-        "else .fluffle in the current folder]",
-    )(command)
+_state_option = click.option(
+    "--state",
+    envvar="FLUFFLE_STATE",
+    default=".fluffle",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder for this node's configuration, data and logs.  [default: $FLUFFLE_STATE, "
+    "else .fluffle in the current folder]",
+)
 
 
 def _port_option(

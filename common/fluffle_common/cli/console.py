@@ -166,18 +166,14 @@ def json_line(entry: Mapping[str, Any]) -> str:
         return visible_json(json.dumps(entry, default=str, separators=(",", ":")))
 
 
-def log_format_option(command: Any) -> Any:
-    """Add ``--log-format`` to a command."""
-    return click.option(
-        "--log-format",
-        type=click.Choice(["auto", "plain", "json"]),
-        default="auto",
-        show_default=True,
-        help=(
-            "Format of the log. 'auto' shows progress bars on a terminal and plain lines "
-            "elsewhere; 'plain' always shows plain lines; 'json' shows one JSON object per line."
-        ),
-    )(command)
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(["auto", "plain", "json"]),
+    default="auto",
+    show_default=True,
+    help="Format of the log. 'auto' shows progress bars on a terminal and plain lines "
+    "elsewhere; 'plain' always shows plain lines; 'json' shows one JSON object per line.",
+)
 
 
 def warn(text: str) -> None:

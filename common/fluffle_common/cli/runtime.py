@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from fluffle_common.cli.exit_now import reset_when_delivered
+from fluffle_common.cli.exit_now import Interrupted, reset_when_delivered
 from fluffle_common.cli.open_files import check_open_files
 from fluffle_common.cli.printing import prepare_streams
 from fluffle_common.errors import RunError
@@ -37,14 +37,6 @@ _KEPT_BYTES, _PIECE_BYTES = 32 * 2**20, 32 * 2**20
 # one arena, the coordinator of a 10 MB model takes 120 MB instead of 170 to 210, and workers of a
 # 100 MB model spend 40 % less CPU time per round outside the training.
 _ARENAS = 1
-
-
-class Interrupted(Exception):
-    """A signal cancelled the coroutine, which has cleaned up."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
 
 
 def run_until_signalled(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from fluffle_common.cli.console import Console
-from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.cli.exit_now import Interrupted
+from fluffle_common.cli.runtime import run_until_signalled
 from fluffle_common.cli.settings import (
     broker_url_finder,
     check_federation,
