@@ -36,6 +36,9 @@ __all__ = ["NodeInfo", "Ports", "down", "running_node", "up"]
 
 Report = Callable[[str], None]
 
+_CONTAINER_ENDED = (
+    "the container with RabbitMQ ended at once; see its exit code with 'docker ps --all'"
+)
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _UNQUOTABLE = frozenset("'\"`")
@@ -90,8 +93,6 @@ def up(
         _require_space(folder, extra_conf)
         installation = _find_or_unpack(report)
         info = _describe(folder, _with_free_ports(wanted), node_name, installation)
-        if installation is None:
-            return _start_container(info, extra_conf, report)
         return _start(info, installation, extra_conf, cookie, report)
 
 
@@ -122,38 +123,32 @@ def down(state: Path, *, grace_s: float = 30.0, report: Report = lambda _: None)
 
 
 def _start(
-    info: NodeInfo, installation: Installation, extra_conf: str, cookie: str | None, report: Report
+    info: NodeInfo,
+    installation: Installation | None,
+    extra_conf: str,
+    cookie: str | None,
+    report: Report,
 ) -> NodeInfo:
-    launch.write_files(info, extra_conf, cookie)
-    launch.write_rabbitmqctl(info, installation)
-    report(f"starting the {installation.origin} RabbitMQ")
+    """Start the node, in a container without an installation, and wait until it is ready."""
     try:
-        pid = launch.launch(info, installation)
-        info = dataclasses.replace(info, pid=pid, born=processes.birth(pid))
-        record.save(info)
+        if installation is None:
+            report("starting RabbitMQ in a container (the first time, Docker downloads the image)")
+            record.save(info)
+            container.start(info, extra_conf)
+        else:
+            launch.write_files(info, extra_conf, cookie)
+            launch.write_rabbitmqctl(info, installation)
+            report(f"starting the {installation.origin} RabbitMQ")
+            pid = launch.launch(info, installation)
+            info = dataclasses.replace(info, pid=pid, born=processes.birth(pid))
+            record.save(info)
         if ready := _await_ready(info):
             _limit_queues(ready, report)
             return ready
-        raise BrokerError(launch.boot_failure(info))
+        raise BrokerError(_CONTAINER_ENDED if installation is None else launch.boot_failure(info))
     except BaseException:  # Ctrl-C as well: leave nothing running
-        _clean_up(info, grace_s=0)
-        raise
-
-
-def _start_container(info: NodeInfo, extra_conf: str, report: Report) -> NodeInfo:
-    report("starting RabbitMQ in a container (the first time, Docker downloads the image)")
-    record.save(info)
-    try:
-        container.start(info, extra_conf)
-        if ready := _await_ready(info):
-            _limit_queues(ready, report)
-            return ready
-        raise BrokerError(
-            "the container with RabbitMQ ended at once; see its exit code with 'docker ps --all'"
-        )
-    except BaseException:
         with contextlib.suppress(BrokerError):  # the first error is the one to report
-            _clean_up(info)
+            _clean_up(info, grace_s=0)
         raise
 
 
