@@ -23,24 +23,16 @@ from typing import Literal, NamedTuple
 
 
 class Work(NamedTuple):
-    """The identity of a piece of work.
-
-    Args:
-        kind: what to do.
-        run: the id of the run.
-        round: the number of the round.
-        base: the name of the weights to start from. A round's base changes if the coordinator
-            crashed before it committed the previous round and averaged that one again.
-        attempt: how often the answer was rejected; a new attempt trains again.
-        sequence: the ticket's number, which grows with each training, even from the same weights.
-    """
+    """The identity of a piece of work."""
 
     kind: Literal["init", "fit", "evaluate"]
     run: str
     round: int
+    # The name of the weights to start from. A round's base changes if the coordinator crashed
+    # before it committed the previous round and averaged that one again.
     base: str = ""
-    attempt: int = 0
-    sequence: int = 0
+    attempt: int = 0  # how often the answer was rejected; a new attempt trains again
+    sequence: int = 0  # of the ticket; it grows with each training, even from the same weights
 
 
 class State(NamedTuple):

@@ -31,17 +31,11 @@ _WITH_A_WORKER = ("hello", "heartbeat")
 
 @dataclass(frozen=True)
 class Wanted:
-    """The messages to show.
+    """The messages to show."""
 
-    Args:
-        kinds: the kinds of messages; an empty set stands for all but heartbeats.
-        worker: the worker whose messages are shown, in both directions; None for all.
-        parts: whether to copy the parts of updates; the parts of models are always copied.
-    """
-
-    kinds: frozenset[str] = frozenset()
-    worker: str | None = None
-    parts: bool = False
+    kinds: frozenset[str] = frozenset()  # an empty set stands for all but heartbeats
+    worker: str | None = None  # shows those from and to this worker only
+    parts: bool = False  # whether to copy the parts of updates; those of models always are
 
     def takes(self, decoded: DecodedMessage) -> bool:
         """Return whether to show a message; some are read only to learn of new workers."""

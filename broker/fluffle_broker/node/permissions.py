@@ -24,22 +24,15 @@ Run = Callable[[Sequence[str], str | None], str]
 
 @dataclass(frozen=True)
 class Permissions:
-    """The permissions of one user in a vhost, as regular expressions.
-
-    Args:
-        user: the name of the user.
-        configure: the entities that it may declare and delete.
-        write: the exchanges that it may publish to, and the queues that it may bind.
-        read: the queues that it may consume from, get from and purge, and the exchanges that it may
-            bind queues to.
-        topics: the routing keys that it may publish under, by topic exchange.
-    """
+    """The permissions of one user in a vhost, as regular expressions."""
 
     user: str
-    configure: str
-    write: str
+    configure: str  # the entities that it may declare and delete
+    write: str  # the exchanges that it may publish to, and the queues that it may bind
+    # The queues that it may consume from, get from and purge, and the exchanges that it may bind
+    # queues to.
     read: str
-    topics: dict[str, str] = field(default_factory=dict)
+    topics: dict[str, str] = field(default_factory=dict)  # routing keys, by topic exchange
 
     def commands(self, vhost: str) -> list[list[str]]:
         """Return the ``rabbitmqctl`` commands that grant these permissions, in order."""

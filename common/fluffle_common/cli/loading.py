@@ -44,17 +44,11 @@ _loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
 
 @dataclass(frozen=True)
 class Place:
-    """The place of an object in a user's code.
+    """The place of an object in a user's code."""
 
-    Args:
-        what: what the object is used for, such as ``task``; also the name of the option.
-        where: the name of the module, or the path of the file.
-        attribute: the name of the object in it.
-    """
-
-    what: str
-    where: str
-    attribute: str
+    what: str  # what the object is used for, such as ``task``; also the name of the option
+    where: str  # the name of the module, or the path of the file
+    attribute: str  # the name of the object in it
 
     @classmethod
     def parse(cls, what: str, name: str) -> Place:

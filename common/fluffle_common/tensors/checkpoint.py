@@ -53,17 +53,11 @@ _READ_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint.
-
-    Args:
-        weights: the model.
-        metadata: the metadata, except the keys of this module.
-        strategy_state: the tensors of the strategy's state, under the strategy's own names.
-    """
+    """The contents of a checkpoint."""
 
     weights: dict[str, Array]
-    metadata: dict[str, str]
-    strategy_state: dict[str, Array]
+    metadata: dict[str, str]  # without the keys of this module
+    strategy_state: dict[str, Array]  # under the strategy's own names
 
 
 def checkpoint_name(number: int) -> str:
