@@ -24,9 +24,7 @@ class Availability:
     def spells(self, rng: np.random.Generator, *, present: bool) -> Iterator[float]:
         """Yield the seconds until a client's next change, alternately present and away, forever.
 
-        Args:
-            rng: the client's generator.
-            present: whether the client is present first.
+        ``present`` says whether the client is present first.
         """
         if self.share == 1:
             return

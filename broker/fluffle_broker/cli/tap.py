@@ -161,13 +161,7 @@ def _run(
 class TapPrinter:
     """Prints and saves the messages of a tap.
 
-    Args:
-        wanted: the messages to show.
-        as_json: whether to print JSON objects instead of sentences.
-        most: the number of lines after which ``enough`` is set; None for no limit.
-        archive: where to save the messages, if anywhere.
-        clock: returns the time, in seconds since 1970.
-        print_line: prints a line; to stdout by default.
+    ``enough`` is set after ``most`` lines.
     """
 
     def __init__(

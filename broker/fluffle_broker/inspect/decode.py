@@ -125,10 +125,7 @@ class DecodedMessage:
 def decode_message(delivery: Delivery, federation: str, *, values: bool = True) -> DecodedMessage:
     """Decode a delivery; an error ends up in ``wrong`` and is never raised.
 
-    Args:
-        delivery: the received delivery.
-        federation: the federation that the message should belong to.
-        values: whether to compute statistics of its tensors.
+    Without ``values``, there are no statistics of its tensors.
     """
     message: Message | None = None
     wrong: str | None = None

@@ -72,11 +72,7 @@ def bindings(
 ) -> set[Binding]:
     """Return the bindings of a tap.
 
-    Args:
-        topology: the names of the federation.
-        wanted: the messages to show.
-        queue: the name of the tap's queue.
-        existing: the queues that exist; only keys that route to one of them are tapped.
+    Only keys that route to one of the ``existing`` queues are tapped.
     """
     result: set[Binding] = set()
     kinds = wanted.kinds or set(KINDS)
@@ -105,12 +101,8 @@ def bindings(
 class Tap:
     """A tap on one link.
 
-    Args:
-        link: a link that is used for nothing else.
-        topology: the names of the federation.
-        wanted: the messages to show.
-        workers: the known workers; others are noticed by their hellos and heartbeats.
-        show: called with each message to show.
+    ``link`` must be used for nothing else. ``workers`` are those that are known; others are noticed
+    by their hellos and heartbeats. ``show`` is called with each message to show.
     """
 
     def __init__(
@@ -131,8 +123,7 @@ class Tap:
     async def run(self, ready: Callable[[], None]) -> None:
         """Follow the traffic until cancelled.
 
-        Args:
-            ready: called once the tap is bound and misses nothing more.
+        ``ready`` is called once the tap is bound and misses nothing more.
 
         Raises:
             LinkLost: when the link is lost.

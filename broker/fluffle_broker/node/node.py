@@ -67,13 +67,10 @@ def up(
     The node serves the data of earlier runs in the same folder under the same node name, even
     after a crash.
 
-    Args:
-        state: the state folder; created if it is missing.
-        ports: the ports on the loopback interface; 0 chooses a free one.
-        node_name: Erlang's name of the node, without a host.
-        extra_conf: more lines of rabbitmq.conf, which override the usual ones.
-        cookie: the secret that the Erlang nodes of a cluster share; a random one by default.
-        report: called with a few words about each step.
+    ``ports`` are those on the loopback interface, 0 for a free one, and ``node_name`` is Erlang's
+    name, without a host. ``extra_conf`` has more lines of rabbitmq.conf, which override the usual
+    ones. ``cookie`` is the secret that the Erlang nodes of a cluster share; by default, it is
+    random. ``report`` is called with a few words about each step.
 
     Raises:
         BrokerError: if the node cannot be started; nothing is left running then.
@@ -99,11 +96,9 @@ def up(
 def down(state: Path, *, grace_s: float = 30.0, report: Report = lambda _: None) -> bool:
     """Stop the node of a state folder and all its processes; keep its data.
 
-    Args:
-        state: the state folder.
-        grace_s: how long to wait for a clean stop before killing it. RabbitMQ 3.10 takes 6 s;
-            0 kills it at once, for a node whose data nobody needs.
-        report: called with a few words about each step.
+    After ``grace_s`` without a clean stop, which takes RabbitMQ 3.10 6 s, it is killed; 0 kills it
+    at once, for a node whose data nobody needs. ``report`` is called with a few words about each
+    step.
 
     Returns:
         Whether a node was running.

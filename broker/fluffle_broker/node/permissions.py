@@ -99,12 +99,8 @@ def apply(
 ) -> str | None:
     """Grant permissions on a broker, and create the user if it does not exist.
 
-    Args:
-        permissions: the permissions, which replace those that the user has in the vhost.
-        vhost: the name of the vhost.
-        run: runs ``rabbitmqctl`` with arguments and a standard input, and returns its output.
-        password: the new password of the user. None keeps the password of an existing user, and
-            generates one for a new user.
+    The permissions replace those that the user has in the vhost. Without a ``password``, an
+    existing user keeps its own, and a new user gets a generated one.
 
     Returns:
         The generated password, or None.

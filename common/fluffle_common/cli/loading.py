@@ -193,9 +193,7 @@ def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) 
 def load_object(name: str, option: str) -> Any:
     """Return the object that ``path.py:name`` names.
 
-    Args:
-        name: the path of the file and the name in it.
-        option: the option that it was given to, such as ``--codec``.
+    ``option`` is the one that it was given to, such as ``--codec``.
 
     Raises:
         UsageError: if the file does not exist or has no such attribute.

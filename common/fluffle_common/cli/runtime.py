@@ -47,10 +47,6 @@ def run_until_signalled(
 
     Under ``nohup``, SIGHUP stays ignored.
 
-    Args:
-        main: the coroutine.
-        loop: the factory of the event loop.
-
     Raises:
         Interrupted: after a signal, once the coroutine has cleaned up.
         RunError: if the process may not open the files of an event loop.

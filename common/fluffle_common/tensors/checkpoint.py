@@ -102,12 +102,7 @@ def save_checkpoint(
     The format is https://github.com/huggingface/safetensors#format. The writer of the safetensors
     library is not used because it writes to a temporary file that a crash would leave behind.
 
-    Args:
-        path: the file to write.
-        weights: the model.
-        metadata: the metadata to store.
-        strategy_state: the state of the strategy.
-        named_first: as for ``replacing``; ignored for checkpoints above 4 MiB.
+    ``named_first`` is as for ``replacing``; it is ignored for checkpoints above 4 MiB.
 
     Raises:
         OSError: if writing fails; an earlier file at ``path`` is then unchanged.

@@ -36,10 +36,8 @@ class Images:
 def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     """Read a folder ``<class>/<image>``, ordered by class, then by file name.
 
-    Args:
-        folder: the parent of the class folders.
-        classes: the classes in the order of the model's outputs; by default those of the folder,
-            whole numbers by value, then the others by code point.
+    ``classes`` are in the order of the model's outputs; by default, they are those of the folder,
+    whole numbers by value, then the others by code point.
 
     Raises:
         TaskError: if the folder does not exist, has no readable image, or has another class.

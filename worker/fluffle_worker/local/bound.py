@@ -58,8 +58,7 @@ class BoundRule:
     def check_batches(self, *, mixed: bool) -> None:
         """Check that the rule can have the gradients that it needs.
 
-        Args:
-            mixed: whether the model mixes the examples of a batch, as batch normalization does.
+        ``mixed`` says whether the model mixes the examples of a batch, as batch normalization does.
 
         Raises:
             TaskError: if the rule needs the gradient of each example, but ``mixed``.

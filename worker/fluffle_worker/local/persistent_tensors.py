@@ -51,9 +51,7 @@ class PersistentTensors:
 
     Every method raises ``TaskError`` if a file cannot be read or written.
 
-    Args:
-        folder: the folder for the files; None to keep the tensors in memory only.
-        prefix: the prefix of the files' names.
+    Without a folder, they are in memory only. The files' names begin with ``prefix``.
     """
 
     def __init__(self, folder: Path | None = None, prefix: str = "local-rule") -> None:

@@ -116,10 +116,8 @@ class StepLosses:
     previous one: this bounds how far the device lags behind the reported progress, without stalling
     the current step.
 
-    Args:
-        progress: called after each step, with the step, the steps and the previous step's loss.
-        steps: the expected number of steps.
-        private: whether no loss may be reported, because a loss is not noised.
+    ``progress`` is called after each step, with the step, the steps and the previous step's loss.
+    If ``private``, no loss is reported, because a loss is not noised.
     """
 
     def __init__(self, progress: Progress, steps: int, *, private: bool) -> None:

@@ -40,10 +40,7 @@ def index_batches(plan: Plan, count: int, sample_seed: int) -> Iterator[Array]:
     The last batch of an epoch is filled with examples from the start of that epoch's order, which
     are then used twice. JAX would compile the step a second time for a smaller batch.
 
-    Args:
-        plan: the number of epochs or steps, the batch size and the seed of the round.
-        count: the number of examples.
-        sample_seed: decorrelates this worker's order from those of other workers.
+    ``sample_seed`` decorrelates this worker's order from those of other workers.
     """
     size, left = batch_size_of(plan, count), steps_of(plan, count)
     rng = np.random.default_rng([plan.seed, sample_seed])
@@ -58,10 +55,8 @@ def index_batches(plan: Plan, count: int, sample_seed: int) -> Iterator[Array]:
 class InMemory:
     """Arrays that stay on the device, so that a batch is gathered there instead of copied to it.
 
-    Args:
-        source: the examples, on the device.
-        arrays: their arrays in a list.
-        sample_seed: decorrelates this worker's batches from those of other workers.
+    ``arrays`` lists those in ``source``, which are on the device. ``sample_seed`` decorrelates this
+    worker's batches from those of other workers.
 
     Raises:
         TaskError: if the arrays differ in their number of examples, or the seed is invalid.
@@ -100,11 +95,9 @@ class Streamed:
 
     The stream decides on the batch sizes; the step is compiled once per size.
 
-    Args:
-        stream: returns the batches of an epoch.
-        num_examples: the number of examples in an epoch.
-        sample_seed: decorrelates each epoch's ``rng`` from those of other workers.
-        arrays_in: returns the arrays of a batch in a list.
+    ``stream`` returns the batches of an epoch, which has ``num_examples``, and ``arrays_in`` the
+    arrays of a batch in a list. ``sample_seed`` decorrelates each epoch's ``rng`` from those of
+    other workers.
 
     Raises:
         TaskError: if ``num_examples`` is not given, or the seed is invalid.

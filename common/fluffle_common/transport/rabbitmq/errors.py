@@ -82,9 +82,7 @@ def is_connection_error(error: BaseException) -> bool:
 def map_exceptions(user: str = "", right: Right | None = None) -> Iterator[None]:
     """Raise the contract's errors in place of aio_pika's.
 
-    Args:
-        user: the user that is logged in.
-        right: the permission that the request needs, for error texts that do not name it.
+    ``right`` is the permission that the request needs, for error texts that do not name it.
     """
     try:
         yield

@@ -56,12 +56,9 @@ class QueueFigures:
 def ask(base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None) -> Any:
     """Send one request and return the decoded JSON response; None if it is empty.
 
-    Args:
-        base: the URL of the API, without a trailing slash.
-        path: the path of the resource, which starts with ``/api/``.
-        url: the broker's AMQP URL, for its user, password and TLS options; the first if there are
-            several.
-        put: the body of a PUT request; None sends a GET request.
+    ``base`` has no trailing slash, and ``path`` begins with ``/api/``. The user, the password and
+    the TLS options are those of the broker's AMQP ``url``, the first if there are several. ``put``
+    is the body of a PUT request; without it, this is a GET request.
 
     Raises:
         OSError: if there is no response or it is not a success.
