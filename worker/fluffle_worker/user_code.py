@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluffle_common.cli import user_code
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import TaskError, UsageError
 
 CALLERS = frozenset(
     str(Path(__file__).parent / name)
@@ -24,20 +24,20 @@ CALLERS = frozenset(
 """The files that call a task's code; their frames are left out of its tracebacks."""
 
 
-def call_task(name: str, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a part of a task's code and return its result; ``what`` names the part in errors.
+def call_task(failure: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a task's code and return its result; ``failure`` is what it means if that fails.
 
     Raises:
-        TaskError: if it raises an exception.
+        TaskError: if it raises an exception, other than fluffle's own for users.
     """
     try:
         return call(*arguments)
-    except TaskError:
+    except (TaskError, UsageError):
         raise
     except BaseException as why:
         if user_code.is_ctrl_c(why):
             raise
-        raise TaskError(f"{what} of the task {name} fails: {user_code.one_line(why)}") from why
+        raise TaskError(f"{failure}: {user_code.one_line(why)}") from why
 
 
 def full_trace(why: BaseException) -> str:

@@ -140,7 +140,7 @@ def keep_in(folder: Path | None, name: str, task: Any) -> None:
     for owner in (task, getattr(task, "local_rule", None)):
         keep = getattr(owner, "keep_in", None)
         if callable(keep):
-            call_task(name, "keep_in()", keep, folder)
+            call_task(f"keep_in() of the task {name} fails", keep, folder)
 
 
 def _read(path: Path) -> _Kept:
