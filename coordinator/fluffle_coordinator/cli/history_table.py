@@ -15,6 +15,7 @@ from fluffle_coordinator.dashboard.snapshot import train_loss
 from fluffle_coordinator.observe.round_view import RoundView, metrics_of, remembered
 
 _BLUE, _RUST = "#1f5fa8", "#c1502e"
+_DOTS = 40  # a curve with more points is drawn without dots
 _MOST_DRAWN = 1e300  # matplotlib computes with differences of the values, which may overflow
 
 
@@ -102,9 +103,10 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
     left.locator_params(axis="x", integer=True)
     lines = []
     losses = left
+    dot, square = ("o", "s") if len(rounds) <= _DOTS else ("", "")
     if all("accuracy" in row for row in rounds):
         percent = [100 * row["accuracy"] for row in rounds]
-        lines += left.plot(numbers, percent, "o-", color=_BLUE, label="accuracy")
+        lines += left.plot(numbers, percent, f"{dot}-", color=_BLUE, label="accuracy")
         left.set_ylabel("federated accuracy (%, held-out)", color=_BLUE)
         left.set_ylim(0, 100)
         left.grid(alpha=0.3)
@@ -118,11 +120,11 @@ def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
         )
         losses = left.twinx()
     values = [max(-_MOST_DRAWN, min(row["loss"], _MOST_DRAWN)) for row in rounds]
-    lines += losses.plot(numbers, values, "s--", color=_RUST, label="loss")
+    lines += losses.plot(numbers, values, f"{square}--", color=_RUST, label="loss")
     losses.set_ylabel("federated loss (held-out)", color=_RUST)
     if losses.dataLim.ymin >= 0:  # a log-likelihood may be negative
         losses.set_ylim(bottom=0)
-    left.legend(handles=lines, loc="lower right", frameon=False)
+    losses.legend(handles=lines, loc="lower right", frameon=False)
     run = rounds[-1].get("run", "")
     left.set_title(f"after each of {len(rounds)} rounds{f' (run {run})' if run else ''}")
     with replacing(out) as file:

@@ -33,7 +33,7 @@ stopping_options = option_group(
         "--time-budget",
         type=seconds(min_open=True),
         metavar="SECONDS",
-        help="Time limit for all rounds together, in seconds. The run ends after the round that "
+        help="Time limit in seconds for all rounds together. The run ends after the round that "
         "exceeds it.",
     ),
 )

@@ -247,20 +247,11 @@ async def coordinate(
     page: CoordinatorSource | None = None,
     fresh: bool = False,
 ) -> State:
-    """Begin or resume the run in a folder, and run it to its end.
+    """Begin or resume the run in a folder, and run it to its end; return the machine's last state.
 
-    Args:
-        settings: the operator's settings.
-        transport: connects to the broker.
-        topology: the names of the federation's queues and exchanges.
-        store: the run folder; waits while another coordinator holds its lock.
-        watcher: receives every event.
-        journaled: whether to publish the events on the broker.
-        page: the live page, which also shows the rounds of the history.
-        fresh: move an earlier run aside and begin a new one.
-
-    Returns:
-        The final state of the machine.
+    It waits while another coordinator holds the folder's lock. ``journaled`` runs publish their
+    events on the broker. The live page also shows the rounds of the history. ``fresh`` moves an
+    earlier run aside and begins a new one.
 
     Raises:
         RunError: if the folder cannot be used.
@@ -284,9 +275,11 @@ async def coordinate(
         watcher=watcher,
         journal=journal,
     )
+    committed = saved.committed
+    del saved  # it holds a model and the tickets of all rounds
     state = await coordinator.run()
     rules = settings.rules
-    if state.outcome == "finished" and saved.committed < rules.rounds:
+    if state.outcome == "finished" and committed < rules.rounds:
         stopped = coordinator.enough() != "" and state.committed < rules.rounds
         advice = endings.after_the_end(store.shown, state.committed, rules, by_rule=stopped)
         watcher.record(run_events.Note(what=advice))

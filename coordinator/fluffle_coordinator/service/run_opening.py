@@ -40,12 +40,8 @@ async def open_run(
 ) -> Saved:
     """Lock a run folder and return the state of its run, which is new if there was none.
 
-    Args:
-        settings: the operator's settings.
-        topology: the federation's topology, for the record.
-        store: the run folder.
-        watcher: receives events about standby, repairs and ignored options.
-        fresh: move an existing run aside and begin a new one.
+    ``fresh`` moves an existing run aside and begins a new one. ``watcher`` receives events about
+    standby, repairs and ignored options.
 
     Raises:
         RunError: if the folder cannot be used.

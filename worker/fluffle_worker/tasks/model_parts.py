@@ -159,7 +159,7 @@ class ModelParts:
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise TaskError(
                     f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; "
-                    "store it in a kind of nnx.Variable other than nnx.Param, or freeze it with "
+                    "store it in an nnx.Variable that is not an nnx.Param, or freeze it with "
                     "frozen="
                 )
         twice = [name for name, number in Counter(_names(trained)).items() if number > 1]
