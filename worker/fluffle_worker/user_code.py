@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from fluffle_common.cli import user_code
+from fluffle_common.cli.user_code import task_error
 from fluffle_common.errors import TaskError, UsageError
 
 
@@ -20,9 +20,7 @@ def call_task(failure: str, call: Callable[..., Any], *arguments: Any) -> Any:
     except (TaskError, UsageError):
         raise
     except BaseException as why:
-        if user_code.is_ctrl_c(why):
-            raise
-        raise TaskError(f"{failure}: {user_code.one_line(why)}") from why
+        raise task_error(why, failure) from why
 
 
 class FailedMetric(float):

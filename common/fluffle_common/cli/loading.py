@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
+from fluffle_common.cli.user_code import one_line, task_error
 from fluffle_common.errors import TaskError, UsageError
 
 # What an extra of fluffle brings, for the import names of its packages.
@@ -129,12 +129,8 @@ class Place:
         except (UsageError, TaskError):
             raise
         except BaseException as why:
-            if is_ctrl_c(why):
-                raise
-            warn_in_full(why, self.what)
-            raise TaskError(
-                f"the {self.what}'s file {self.where} fails to load: {one_line(why)}"
-            ) from why
+            failure = f"the {self.what}'s file {self.where} fails to load"
+            raise task_error(why, failure, self.what) from why
 
     def _from_file(self) -> object:
         path = Path(self.where)
@@ -178,12 +174,8 @@ def load_installed(what: str, point: EntryPoint) -> Any:
     try:
         return point.load()
     except BaseException as why:
-        if is_ctrl_c(why):
-            raise
-        warn_in_full(why, what)
-        raise TaskError(
-            f"the {what} '{point.name}' (entry point {point.value}) fails to load: {one_line(why)}"
-        ) from why
+        failure = f"the {what} '{point.name}' (entry point {point.value}) fails to load"
+        raise task_error(why, failure, what) from why
 
 
 def load_object(name: str, option: str) -> Any:

@@ -59,6 +59,18 @@ def warn_in_full(why: BaseException, what: str) -> None:
     echo(*full_trace(why).splitlines(), err=True)
 
 
+def task_error(why: BaseException, failure: str, traced: str = "") -> TaskError:
+    """Return the error for ``failure`` because of an error in a user's code; Ctrl-C is none.
+
+    If ``traced`` names the user's code, such as ``task``, its traceback goes to stderr.
+    """
+    if is_ctrl_c(why):
+        raise why
+    if traced:
+        warn_in_full(why, traced)
+    return TaskError(f"{failure}: {one_line(why)}")
+
+
 def is_ctrl_c(why: BaseException) -> bool:
     """Whether Ctrl-C may have raised this, so that it is no error of the user's code.
 
