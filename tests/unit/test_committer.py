@@ -17,11 +17,11 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.records import Evaluated
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.service.committer import Average, Committer
-from fluffle_coordinator.service.hooks import Commit, Hooks
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.history import read_history, read_history_lines
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.user_code.hooks import Commit, Hooks
 
 LATE = {"worker": "b", "round": 1, "num_examples": 10}
 

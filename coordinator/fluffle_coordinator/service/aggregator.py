@@ -30,11 +30,9 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
 from fluffle_coordinator.service.committer import Average, Committer
 from fluffle_coordinator.service.fetcher import Fetcher, Payload
-from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.user_calls import call_user
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import new_base
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
@@ -43,6 +41,8 @@ from fluffle_coordinator.strategy.decoding import (
     decode_update,
 )
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.user_code.calls import call_user
+from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
 
 _T = TypeVar("_T")
 _AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work

@@ -32,21 +32,21 @@ from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.coordinator import Coordinator
-from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
-from fluffle_coordinator.service.schedule_loading import load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
-from fluffle_coordinator.service.strategy_loading import (
+from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.user_code.calls import leave
+from fluffle_coordinator.user_code.hooks import Hooks
+from fluffle_coordinator.user_code.schedule_loading import load_schedule
+from fluffle_coordinator.user_code.strategy_loading import (
     as_named,
     rules_for,
     uncounted_sampling,
 )
-from fluffle_coordinator.service.user_calls import leave
-from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource

@@ -25,7 +25,6 @@ from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
-from fluffle_coordinator.service.hooks import Commit, HookCalls, copied
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing
@@ -41,6 +40,7 @@ from fluffle_coordinator.storage.round_stats import (
 from fluffle_coordinator.storage.run_checkpoints import keep_best
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.user_code.hooks import Commit, HookCalls, copied
 
 _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0

@@ -15,12 +15,12 @@ from fluffle_common.installed import installed
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
-from fluffle_coordinator.service.user_calls import fields_of
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
+from fluffle_coordinator.user_code.calls import fields_of
+from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
 
 _GROUP = "fluffle.strategies"
 _METHODS = ("init", "broadcast", "fold", "finish", "dump", "load")

@@ -13,8 +13,8 @@ from fluffle_common.errors import TaskError
 from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, read_only, same_form
-from fluffle_coordinator.service.user_calls import blame, failed
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy, Needs
+from fluffle_coordinator.user_code.calls import blame, failed
 
 
 @dataclass(frozen=True)

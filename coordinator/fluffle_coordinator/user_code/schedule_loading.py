@@ -13,8 +13,8 @@ from fluffle_coordinator.machine.schedules.quorum import QUORUM, QuorumRounds
 from fluffle_coordinator.machine.selection import Choose, Selection, parse_selection
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.service.guarded_schedule import GuardedSchedule, guarded_choice
-from fluffle_coordinator.service.user_calls import fields_of
+from fluffle_coordinator.user_code.calls import fields_of
+from fluffle_coordinator.user_code.guarded_schedule import GuardedSchedule, guarded_choice
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
 _LATE_ROUNDS = 2  # the default --max-staleness of --late discount

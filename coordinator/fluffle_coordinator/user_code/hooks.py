@@ -20,7 +20,7 @@ from fluffle_common.cli.user_values import real
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.weights import Array, Weights, read_only
-from fluffle_coordinator.service.user_calls import call_user
+from fluffle_coordinator.user_code.calls import call_user
 
 T = TypeVar("T")
 
