@@ -10,7 +10,7 @@ from fluffle_common.errors import TaskError, UsageError
 
 
 def call_task(failure: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a task's code and return its result; ``failure`` is what it means if that fails.
+    """Call a task's code and return its result; the text of an error begins with ``failure``.
 
     Raises:
         TaskError: if it raises an exception, other than fluffle's own for users.
