@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 
 import aiormq.exceptions
 import pytest
+from aiormq.connection import FrameReceiver
 from yarl import URL
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
 from fluffle_common.transport.rabbitmq.connect_errors import WrongNode, handshake_error, tls_error
+from fluffle_common.transport.rabbitmq.connection import Connection
 from fluffle_common.transport.rabbitmq.errors import (
     error_for_reply,
     error_text,
     map_declare_errors,
     map_exceptions,
 )
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
 NODE = URL("amqps://w:open-sesame@node.example:5671/v")
 
@@ -172,6 +176,17 @@ async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
     with pytest.raises(LinkLost, match="not opened"), map_exceptions():
         connection.channel()
     await connection.close()
+
+
+async def test_a_connection_that_is_closed_before_the_handshake_is_a_lost_link(monkeypatch):
+    async def connect(*_: object) -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_eof()
+        await FrameReceiver(reader).get_frame()
+
+    monkeypatch.setattr(Connection, "connect", connect)
+    with pytest.raises(LinkLost, match="the connection was closed during the handshake"):
+        await AmqpTransport("amqp://127.0.0.1:1/", "test").open()
 
 
 def test_texts_of_errors_are_one_line_without_credentials():
