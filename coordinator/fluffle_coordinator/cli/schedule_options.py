@@ -81,8 +81,8 @@ schedule_options = option_group(
         metavar="NAME|PATH.PY:NAME",
         help="Rule that selects workers: uniform (at random); poisson (each worker independently "
         "at random); weighted (at random, in proportion to examples); round-robin (in turn); "
-        "fastest:0.2 (a fraction of 0.2 of the workers in turn, and the fastest of the others); or "
-        "your own function.",
+        "fastest:0.2 (the fastest, but a fraction of 0.2 of those asked is taken in turn); or your "
+        "own function.",
     ),
     click.option(
         "--schedule",
