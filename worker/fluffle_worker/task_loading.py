@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fluffle_common.cli.loading import Place
 from fluffle_common.cli.user_code import is_ctrl_c, one_line
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_worker.task import Task, TaskOptions, check_task
+from fluffle_worker.task import Task, TaskOptions, check_task, classes_of
 from fluffle_worker.user_code import CALLERS, warn_in_full
 
 
@@ -15,7 +15,8 @@ def load_task(name: str, options: TaskOptions) -> Task:
     """Return the task that the factory at ``module:name`` or ``path.py:name`` makes.
 
     Raises:
-        UsageError: if there is no such factory, or what it returns is not a task.
+        UsageError: if there is no such factory, what it returns is not a task, or the task ignores
+            ``options.classes``.
         TaskError: if the factory fails with these options, for example because data is missing.
     """
     return load_factory(name)(options)
@@ -42,6 +43,13 @@ def load_factory(name: str) -> Callable[[TaskOptions], Task]:
                 raise
             warn_in_full(why)
             raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
-        return check_task(name, task)
+        task = check_task(name, task)
+        own, named = classes_of(task), options.classes or ()
+        if own and named and len(own) != len(named):  # it may spell them otherwise
+            raise UsageError(
+                f"--classes names {', '.join(named)}, but the task {name} has the classes "
+                f"{', '.join(own)}; let the task use options.classes"
+            )
+        return task
 
     return make

@@ -19,6 +19,7 @@ from fluffle_common.errors import TaskError
 
 _OURS = frozenset({"fluffle_broker", "fluffle_common", "fluffle_coordinator", "fluffle_worker"})
 _LONGEST = 500
+_LONGEST_TRACE = 100_000
 
 
 def one_line(why: BaseException, callers: Collection[str] = ()) -> str:
@@ -31,8 +32,8 @@ def one_line(why: BaseException, callers: Collection[str] = ()) -> str:
         callers: see ``full_trace``; they are never the place of an error.
     """
     try:
-        text = " ".join(_without_trace(str(why)).split())
-    except Exception:  # its own __str__ fails
+        text = " ".join(_without_trace(_shortened(str(why))).split())
+    except BaseException:  # its own __str__ fails
         text = ""
     if not isinstance(why, TaskError):
         text = f"{type(why).__name__}: {text}" if text else type(why).__name__
@@ -52,7 +53,7 @@ def full_trace(why: BaseException, callers: Collection[str]) -> str:
     trace = why.__traceback__
     while trace is not None and _is_before_user_code(trace, callers):
         trace = trace.tb_next
-    return sendable("".join(traceback.format_exception(type(why), why, trace)).rstrip())
+    return sendable(_shortened("".join(traceback.format_exception(type(why), why, trace)).rstrip()))
 
 
 def warn_in_full(why: BaseException, what: str, callers: Collection[str]) -> None:
@@ -83,6 +84,18 @@ def is_ctrl_c(why: BaseException) -> bool:
 def sendable(text: str, longest: int | None = None) -> str:
     """Return a text of at most ``longest`` characters that can be encoded as UTF-8."""
     return text[:longest].encode(errors="backslashreplace").decode()[:longest]
+
+
+def _shortened(text: str) -> str:
+    """Return a text without its middle if it is longer than anybody reads.
+
+    A library may quote a whole program or array in an error.
+    """
+    left_out = len(text) - _LONGEST_TRACE
+    if left_out <= 0:
+        return text
+    half = _LONGEST_TRACE // 2
+    return f"{text[:half]}\n… {left_out} characters omitted …\n{text[-half:]}"
 
 
 def _without_trace(text: str) -> str:

@@ -351,7 +351,8 @@ def _checked_places(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
         size = math.prod(shape)
         if size * dtype.itemsize != nbytes:
             raise ValueError(
-                f"tensor '{name}' of shape {shape} and {dtype_name} cannot have {nbytes} bytes"
+                f"tensor '{name}' of shape {shape} and dtype {dtype_name} cannot have {nbytes} "
+                "bytes"
             )
         if offset < end or offset % ALIGNMENT:
             raise ValueError(

@@ -307,8 +307,8 @@ def size_bytes(weights: Weights) -> int:
 def _check_names(weights: Forms, like: Weights) -> None:
     if weights.keys() == like.keys():
         return
-    missing = sorted(like.keys() - weights.keys())
-    extra = sorted(weights.keys() - like.keys())
+    missing = sorted(map(str, like.keys() - weights.keys()))
+    extra = sorted(map(str, weights.keys() - like.keys()))
     differences = [
         f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
         for what, names in (("missing", missing), ("unknown", extra))

@@ -84,6 +84,7 @@ class RunView:
         self.unlinked_since: float | None = None
         self._blocked_since: float | None = None
         self._open: dict[int, RoundView] = {}
+        self._joined_in: dict[str, list[RoundView]] = {}  # only if ``whole``
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
         """Apply an event; ``run`` is its run, if it does not name that itself."""
@@ -106,9 +107,15 @@ class RunView:
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Apply the rows of a history (``read_history``); they do not change ``counters``."""
         rows = sorted(rows, key=lambda row: row["round"])
-        for row in rows:
-            self._round(row["round"])  # makes room
-            view = self.rounds[row["round"]] = remembered(row)
+        rejections = []
+        forgotten = 0 if self.whole else max(0, len(rows) - _MAX_ROUNDS)
+        for place, row in enumerate(rows):
+            view = remembered(row)
+            if place >= forgotten:
+                self._round(view.number)  # makes room
+                self.rounds[view.number] = view
+            about = view.committed_at or 0.0, view.number
+            rejections += [(*about, fields) for fields in row.get("rejections", ())]
             for name in view.asked:
                 self.workers.remember(name)
             for _, update in view.answers.values():
@@ -118,12 +125,11 @@ class RunView:
             self.workers.remember(name).late += 1
             if number in self.rounds:
                 self.rounds[number].came_late.add(name)
-        for row in rows:  # last, because a rejected message counts only for a known worker
-            view = self.rounds.get(row["round"], self.before)
-            for fields in row.get("rejections", ()):
-                event = from_fields(run_events.Rejected.name, fields)
-                self.workers.add(view.committed_at or 0.0, event)
-                self._reject(view.committed_at or 0.0, view.number, event)
+        # Last, because a rejected message counts only for a known worker.
+        for at, number, fields in rejections:
+            event = from_fields(run_events.Rejected.name, fields)
+            self.workers.add(at, event)
+            self._reject(at, number, event)
         if not self.whole:
             for number in sorted(self.rounds)[:-_MAX_DETAILED]:
                 self.rounds[number].drop_details()
@@ -161,7 +167,7 @@ class RunView:
 
     def _begin(self, run: str) -> None:
         if self.run is not None:
-            self.rounds, self._open, self.planned = {}, {}, None
+            self.rounds, self._open, self._joined_in, self.planned = {}, {}, {}, None
             self.causes.clear()
             self.rejections.clear()
             self.workers.begin_run()
@@ -227,9 +233,11 @@ class RunView:
             view.rejections.pop(worker, None)
             if worker not in view.asked:
                 view.joined[worker] = at
+                if self.whole:
+                    self._joined_in.setdefault(worker, []).append(view)
 
     def _depart(self, worker: str) -> None:
-        for view in (self.rounds if self.whole else self._open).values():
+        for view in self._joined_in.pop(worker, ()) if self.whole else self._open.values():
             view.joined.pop(worker, None)
 
     def _add_rejected(self, at: float, event: run_events.Rejected) -> None:

@@ -285,9 +285,11 @@ async def coordinate(
         watcher=watcher,
         journal=journal,
     )
+    committed = saved.committed
+    del saved  # it holds a model and the tickets of all rounds
     state = await coordinator.run()
     rules = settings.rules
-    if state.outcome == "finished" and saved.committed < rules.rounds:
+    if state.outcome == "finished" and committed < rules.rounds:
         stopped = coordinator.enough() != "" and state.committed < rules.rounds
         advice = endings.after_the_end(store.shown, state.committed, rules, by_rule=stopped)
         watcher.record(run_events.Note(what=advice))

@@ -162,8 +162,8 @@ def _check_once(named: NamedStrategy, rules: Rules, schedule_name: str) -> None:
         )
     if rules.max_norm_ratio is not None:
         raise UsageError(
-            f"--max-norm-ratio conflicts with the strategy {named.name}, because the update of one "
-            "worker could then cause the rejection of another worker's update; remove "
+            f"--max-norm-ratio conflicts with the strategy {named.name}, because with both, one "
+            "worker's update could cause another worker's update to be rejected; remove "
             "--max-norm-ratio (the strategy clips updates already)"
         )
 

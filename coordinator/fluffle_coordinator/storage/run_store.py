@@ -191,8 +191,9 @@ class RunStore:
         if last < newest:
             if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
                 raise RunError(
-                    f"{damage}; restore the file, or start a new run with --fresh (the workers "
-                    "have received this model, and epsilon would not count a repeated round)"
+                    f"{damage}; the round cannot be repeated, because workers have already "
+                    "received its model, and epsilon would not include a repeat; restore the file, "
+                    "or start a new run with --fresh"
                 )
             self.history.forget_after(last, lines)
             repairs.append(

@@ -67,8 +67,8 @@ class _Quantile:
         """
         if 2 * self.noise <= noise:
             raise ValueError(
-                f"count_noise={self.noise:g} reveals more than noise={noise:g} allows; raise "
-                f"count_noise= above {noise / 2:g}, or remove it"
+                f"count_noise={self.noise:g} is too low: it reveals more than noise={noise:g} "
+                f"allows; raise count_noise= above {noise / 2:g}, or remove it"
             )
         return float((noise**-2 - (2 * self.noise) ** -2) ** -0.5)
 
