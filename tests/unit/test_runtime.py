@@ -16,7 +16,7 @@ import pytest
 
 from fluffle_common.cli.runtime import Interrupted, run_until_signalled
 from fluffle_common.errors import RunError, TaskError
-from fluffle_coordinator.service.user_calls import call_guarded
+from fluffle_coordinator.user_code.calls import call_guarded
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 

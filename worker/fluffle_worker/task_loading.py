@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fluffle_common.cli.loading import Place
-from fluffle_common.cli.user_code import is_ctrl_c, one_line
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.task import Task, TaskOptions, check_task, classes_of
-from fluffle_worker.user_code import CALLERS, warn_in_full
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
@@ -25,7 +24,7 @@ def load_task(name: str, options: TaskOptions) -> Task:
 def load_factory(name: str) -> Callable[[TaskOptions], Task]:
     """Return the function that ``load_task`` calls; it raises what ``load_task`` does."""
     place = Place.parse("task", name)
-    factory = place.load(CALLERS)
+    factory = place.load()
     if not callable(factory):
         raise UsageError(
             f"{place.where} has no function '{place.attribute}' that makes a task; correct --task"
@@ -41,7 +40,7 @@ def load_factory(name: str) -> Callable[[TaskOptions], Task]:
         except BaseException as why:
             if is_ctrl_c(why):
                 raise
-            warn_in_full(why)
+            warn_in_full(why, "task")
             raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
         task = check_task(name, task)
         own, named = classes_of(task), options.classes or ()

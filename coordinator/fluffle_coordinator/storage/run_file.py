@@ -22,22 +22,18 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(path.read_bytes())
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as why:
         raise UsageError(f"{path} cannot be read ({why})") from None
-    if not isinstance(content, dict) or not _is_valid(content):
+    if not _is_valid(content):
         raise UsageError(f"{path} cannot be read (the file does not describe a run)")
     return content
 
 
 def write_run_file(folder: Path, run: dict[str, Any]) -> None:
-    """Write the content of a ``run.json``.
-
-    Raises:
-        OSError: if the disk refuses; the earlier content is unchanged.
-    """
+    """Write the content of a ``run.json``."""
     with replacing(folder / RUN_FILE) as file:
         file.write(json.dumps(run, indent=1).encode() + b"\n")
 
@@ -56,11 +52,7 @@ def count_start(folder: Path) -> int:
 
 
 def add_configuration(run: dict[str, Any], configuration: dict[str, Any], committed: int) -> bool:
-    """Add a configuration to the content of a ``run.json``, unless it equals the last one.
-
-    Returns:
-        Whether it was added; it then holds from the round after ``committed`` on.
-    """
+    """Add a configuration to the content of a ``run.json``; return False if it is the last one."""
     configurations = run.setdefault("configurations", [])
     new = json.loads(json.dumps(configuration))
     if configurations:
@@ -73,16 +65,14 @@ def add_configuration(run: dict[str, Any], configuration: dict[str, Any], commit
     return True
 
 
-def _is_valid(content: dict[str, Any]) -> bool:
-    starts, configurations = content.get("starts", 0), content.get("configurations", [])
-    return isinstance(starts, int) and _are_configurations(configurations)
-
-
-def _are_configurations(value: Any) -> bool:
-    return isinstance(value, list) and all(
+def _is_valid(content: Any) -> bool:
+    if not isinstance(content, dict) or not isinstance(content.get("starts", 0), int):
+        return False
+    configurations = content.get("configurations", [])
+    return isinstance(configurations, list) and all(
         isinstance(one, dict)
         and isinstance(one.get("from_round"), int)
         and isinstance(one.get("rules", {}), dict)
         and isinstance(one.get("plan", {}), dict)
-        for one in value
+        for one in configurations
     )
