@@ -7,6 +7,7 @@ import ssl
 
 import aiormq.exceptions
 import pytest
+from aiormq.abc import TaskWrapper
 from aiormq.connection import FrameReceiver
 from yarl import URL
 
@@ -23,6 +24,7 @@ from fluffle_common.transport.rabbitmq.errors import (
 )
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
+PATIENCE_S = 5.0
 NODE = URL("amqps://w:open-sesame@node.example:5671/v")
 
 
@@ -179,6 +181,16 @@ async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
     await connection.close()
 
 
+async def test_a_bare_exception_of_a_closed_connection_is_a_lost_link():
+    request = TaskWrapper(asyncio.create_task(asyncio.sleep(PATIENCE_S)))
+    await asyncio.sleep(0)
+    request.throw(Exception)  # as if the connection closed right after the handshake
+    with pytest.raises(LinkLost, match="^the connection was closed$"), map_exceptions():
+        await request
+    with pytest.raises(Exception, match="a mistake"), map_exceptions():
+        raise Exception("a mistake of ours")
+
+
 async def test_a_connection_that_is_closed_before_the_handshake_is_a_lost_link(monkeypatch):
     async def connect(*_: object) -> None:
         reader = asyncio.StreamReader()
@@ -186,7 +198,7 @@ async def test_a_connection_that_is_closed_before_the_handshake_is_a_lost_link(m
         await FrameReceiver(reader).get_frame()
 
     monkeypatch.setattr(Connection, "connect", connect)
-    with pytest.raises(LinkLost, match="the connection was closed during the handshake"):
+    with pytest.raises(LinkLost, match="^the connection was closed$"):
         await AmqpTransport("amqp://127.0.0.1:1/", "test").open()
 
 
