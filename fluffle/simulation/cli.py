@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from pathlib import Path
@@ -158,11 +159,12 @@ def simulate(**options: Any) -> None:
     number: int = options["clients"]
     availability = parse_availability(options["availability"])
     settings = settings_of({**options, "min_workers": number})
-    store = RunStore(options["folder"] or Path("runs") / settings.federation)
-    chart = options["plot_partition"] and options["plot_partition"].absolute()
-    whole, tasks = _tasks(options)  # last: the code of a task may change the current folder
-    if chart is not None:
-        _plot(whole, options, chart)
+    here = Path.cwd()
+    whole, tasks = _tasks(options)
+    with contextlib.chdir(here):  # which the code of the task may have left
+        if options["plot_partition"] is not None:
+            _plot(whole, options)
+        store = RunStore(options["folder"] or Path("runs") / settings.federation)
     done = 0 if options["fresh"] else committed(store.folder)
     settings = tested_every(settings, whole, options["test_every"] or 1, store.folder)
     owned = devices(
@@ -219,7 +221,7 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     return whole, dealt(whole, partition, number, seed)
 
 
-def _plot(whole: Any, options: dict[str, Any], file: Path) -> None:
+def _plot(whole: Any, options: dict[str, Any]) -> None:
     """Write a chart of the labels that each client holds."""
     from fluffle.simulation.plot import plot_partition
 
@@ -229,6 +231,7 @@ def _plot(whole: Any, options: dict[str, Any], file: Path) -> None:
             "--data gives each client its own task; remove --plot-partition"
         )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
+    file = options["plot_partition"]
     try:
         plot_partition(whole, **asked).savefig(file, dpi=150)
     except (OSError, ValueError) as why:

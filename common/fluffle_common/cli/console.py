@@ -99,7 +99,7 @@ class Console:
     def _write(self, render: Callable[[], str]) -> None:
         if self._progress is not None:
             width = self._progress.console.width
-            self._progress.console.print(wrapped(render(), width), markup=False)
+            self._progress.console.print(wrapped(self._rendered(render), width), markup=False)
         else:
             self._hold(render)
 
@@ -124,7 +124,16 @@ class Console:
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
         if pending:
-            self._stream.write("".join([f"{_rendered(render)}\n" for render in pending]))
+            self._stream.write("".join([f"{self._rendered(render)}\n" for render in pending]))
+
+    def _rendered(self, render: Callable[[], str]) -> str:
+        try:
+            return render()
+        except Exception as wrong:  # a bug, which must not take the other lines with it
+            text = f"a line cannot be shown ({wrong!r})"
+            if self._json:
+                return self._as_json(wall_time(), "unshown", {"reason": text})
+            return _as_text(time.localtime(), text)
 
     def bar(
         self, label: str, done: float, total: float, description: str = "", brief: str = ""
@@ -143,13 +152,6 @@ class Console:
 
 def _as_text(clock: time.struct_time, text: str) -> str:
     return f"{time.strftime('%H:%M:%S', clock)}  {printable(text)}"
-
-
-def _rendered(render: Callable[[], str]) -> str:
-    try:
-        return render()
-    except Exception as wrong:  # a bug, which must not take the other lines with it
-        return f"a line cannot be shown ({wrong!r})"
 
 
 def json_line(entry: Mapping[str, Any]) -> str:

@@ -95,6 +95,8 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         UsageError: if an option is invalid, or options contradict each other.
         TaskError: if the file of a strategy, schedule or hook fails to load.
     """
+    # First: the code of a strategy, a hook or a task may change the current folder.
+    init = options["init"] and options["init"].absolute()
     rules, strategy = _rules_of(options), as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
@@ -133,7 +135,7 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         schedule=schedule,
         schedule_name=schedule_name,
         classes=parse_classes(options["classes"]),
-        init=options["init"],
+        init=init,
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],
         hooks=Hooks.load(evaluate, options["on_round"]),
