@@ -201,6 +201,22 @@ def read_metadata(path: Path) -> dict[str, str]:
         ) from None
 
 
+def classes_in(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the classes in a checkpoint's metadata; empty if it has none.
+
+    Another program may have written anything under this key, which then means nothing.
+
+    >>> classes_in({"classes": '["a", "b"]'}), classes_in({"classes": "a,b"})
+    (('a', 'b'), ())
+    """
+    try:
+        classes = json.loads(metadata.get("classes", "[]"))
+    except (ValueError, RecursionError):
+        return ()
+    is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return tuple(classes) if is_list else ()
+
+
 def read_whole(path: Path) -> Checkpoint:
     """Read a checkpoint, including the strategy's state.
 

@@ -31,7 +31,6 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.storage.best_model import keep_best
 from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
-from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.round_stats import (
     Clock,
     Counts,
@@ -118,8 +117,7 @@ class Committer:
         self._record, self._post, self._strategy = record, post, strategy
         self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
         self._stopping, self._best, self._warned = stopping, 0, False
-        resumes = (hooks or stopping != NO_STOPPING) and store.history.path.exists()
-        lines = read_history_lines(store.folder) if resumes else []
+        lines = store.history.read()[0] if hooks or stopping != NO_STOPPING else []
         self._standing = Standing(stopping, lines)
         # The last evaluated round and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
