@@ -446,6 +446,17 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     assert_weights(three.load("letters").weights, last + 1)
 
 
+def test_a_checkpoint_that_cannot_be_opened_is_not_a_damaged_one(three):
+    path, before = three.folder / checkpoint_name(3), three.history.path.read_bytes()
+    path.unlink()
+    path.symlink_to(path.name)  # a loop, since root may open any file
+    with pytest.raises(OSError, match=f"Too many levels of symbolic links: '{path}'"):
+        three.load("letters")
+    assert three.history.path.read_bytes() == before
+    with pytest.raises(UsageError, match=f"{path} cannot be read .Too many levels"):
+        read_checkpoint(path)
+
+
 @pytest.mark.parametrize(
     ("held", "says"),
     [

@@ -190,11 +190,10 @@ def read_metadata(path: Path) -> dict[str, str]:
     """
     from safetensors import SafetensorError, safe_open
 
+    _check_opens(path)
     try:
         with safe_open(path, framework="numpy") as file:
             return dict(file.metadata() or {})
-    except FileNotFoundError:
-        raise UsageError(f"there is no model file {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(
             f"{path} is not a complete model file ({error}); use another file"
@@ -226,14 +225,13 @@ def read_whole(path: Path) -> Checkpoint:
     """
     from safetensors import SafetensorError, safe_open
 
+    _check_opens(path)
     try:
         with safe_open(path, framework="numpy") as file:
             _check_readable(path, {name: file.get_slice(name).get_dtype() for name in file.keys()})
             weights = {name: file.get_tensor(name) for name in file.keys()}
             metadata: dict[str, str] = file.metadata() or {}
         _check_digest(path)
-    except FileNotFoundError:
-        raise UsageError(f"there is no model file {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(
             f"{path} is not a complete model file ({error}); use another file"
@@ -270,6 +268,17 @@ def map_tensors(path: Path) -> dict[str, Array]:
         )
         for name, told in header.items()
     }
+
+
+def _check_opens(path: Path) -> None:
+    """Raise ``UsageError`` if a file cannot be opened; safetensors then calls it missing."""
+    try:
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise UsageError(f"there is no model file {path}") from None
+    except OSError as why:
+        raise UsageError(f"{path} cannot be read ({why.strerror})") from None
 
 
 def _check_readable(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -32,10 +33,15 @@ def last_intact(
     Returns:
         The round, its checkpoint, and what is wrong with that of round ``last`` (empty if it is
         intact); ``(0, None, why)`` if no checkpoint is intact.
+
+    Raises:
+        OSError: if a checkpoint is there but cannot be opened, which says nothing about damage.
     """
     why = ""
     for number in range(last, -1, -1):
         path = folder / checkpoint_name(number)
+        with contextlib.suppress(FileNotFoundError), path.open("rb"):
+            pass
         try:
             checkpoint = read_whole(path)
             _check_place(path, checkpoint.metadata, number, run, bases.get(number))
