@@ -4,7 +4,7 @@
     python -m benchmarks.compression --seeds 1,2,3 --job digits --rounds 8 --epochs 3
 
 One job is trained once with each encoding, simulated in one process: the workers' ``job.execute``
-with the real task, the messages' layout, the coordinator's ``decode_contribution`` and ``fedavg``.
+with the real task, the messages' layout, the coordinator's ``decode_update`` and ``fedavg``.
 Only the broker is left out, which changes no byte.
 
 Accuracy is that of the last model on data that no worker has: another writer's letters, or a fifth
@@ -31,7 +31,7 @@ from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.decoding import decode_contribution
+from fluffle_coordinator.strategy.decoding import decode_update
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job, execute
@@ -54,7 +54,7 @@ class Federation:
         state, largest = fedavg.init(self.weights), 0
         for place, task in enumerate(self._tasks):
             message, payload = self._update(place, task, number)
-            delta, _ = decode_contribution(message, payload, self.weights)
+            delta, _, _ = decode_update(message, payload, self.weights)
             contribution = Contribution(
                 worker=message.worker, num_examples=message.num_examples, delta=delta
             )

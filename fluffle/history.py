@@ -120,8 +120,8 @@ class History(Sequence[Round]):
         """Return the round with the best value of a metric, the earliest if several have it.
 
         Args:
-            metric: a column. For a loss or an error, the lowest value is the best; for any other
-                metric, the highest.
+            metric: a column. The lowest value is the best if the metric is a loss or an error by
+                its name (see ``--monitor``), else the highest.
 
         Raises:
             UsageError: if no round has this metric.

@@ -90,7 +90,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="0.01",
     metavar="SECONDS",
     help=(
-        "Duration of one training step on a client, in seconds. Give one of: a number; "
+        "Seconds that one training step takes on a client. Give one of: a number; "
         "classes:1,2,4 (assigned to the clients in turn); lognormal:MEDIAN,SIGMA; uniform:LOW,HIGH."
     ),
 )
@@ -98,8 +98,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--fit-time",
     default="0",
     metavar="SECONDS",
-    help="Extra time each time a client trains, in seconds, on top of the time of its training "
-    "steps; same format as --step-time.",
+    help="Seconds to add each time a client trains, on top of the time of its training steps; same "
+    "format as --step-time.",
 )
 @click.option(
     "--bandwidth",

@@ -26,8 +26,8 @@ from fluffle_coordinator.machine.state import State
 from fluffle_worker.task import Task
 
 if TYPE_CHECKING:
-    from fluffle_coordinator.service.hooks import Evaluate, OnRound
     from fluffle_coordinator.strategy.base import Strategy
+    from fluffle_coordinator.user_code.hooks import Evaluate, OnRound
 
 _CALLER = "fluffle.simulate"
 _CLIENTS = 100

@@ -104,8 +104,9 @@ class By(Partition):
         values = _by_value(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} different values, each of which makes "
-                f"one client, but {clients} clients were requested; use --clients {len(values)}"
+                f"column '{self.column}' has {len(values)} different values and makes one client "
+                f"for each of them, but {clients} clients were requested; use --clients "
+                f"{len(values)}"
             )
         return values
 

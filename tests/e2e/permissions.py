@@ -31,6 +31,11 @@ class Narrow:
         self.vhost = f"narrow-{uuid.uuid4().hex[:8]}"
         self._put(f"vhosts/{self.vhost}", {})
         self._grant("guest", Permissions("guest", ".*", ".*", ".*"))
+        if tuple(map(int, info.version.split(".")[:2])) >= (4, 3):
+            # It refuses topic permissions while the exchange does not exist.
+            arguments = {"alternate-exchange": self.topology.unrouted}
+            results = {"type": "topic", "durable": True, "arguments": arguments}
+            self._put(f"exchanges/{self.vhost}/{self.topology.results}", results)
         self.grant(coordinator_permissions(self.topology, COORDINATOR))
         for worker in workers:
             self.grant(worker_permissions(self.topology, worker))

@@ -144,7 +144,7 @@ def test_nothing_listens_beyond_the_loopback_interface(
 def _serves(process: psutil.Process, state: Path) -> bool:
     try:
         return str(process.environ().get("HOME", "")).startswith(str(state))
-    except psutil.NoSuchProcess:  # it has exited, or is a zombie, which listens nowhere
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # a zombie, or another user's epmd
         return False
 
 

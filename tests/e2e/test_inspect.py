@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pika
 import pytest
+from pika.exceptions import NackError
 from safetensors.numpy import load_file
 
 from fluffle_broker.inspect.peek import peek
@@ -294,7 +296,9 @@ def test_tap_stops_after_the_given_number_of_lines(federation, ask, channel):
     tap.wait_for("following federation")
     for number, worker in ((1, "w1"), (1, "w2"), (2, "w1"), (3, "w1")):
         body = update(federation.name, number, worker)
-        channel.basic_publish(topology.results, f"update.{worker}", body)
+        # RabbitMQ 4.3 refuses it while it deletes the queue of the tap; the other queue has it.
+        with contextlib.suppress(NackError):
+            channel.basic_publish(topology.results, f"update.{worker}", body)
     assert tap.end() == 0
     first, second = tap.lines[1:]
     assert re.search(r"← w1 +update +round 1, 10 examples, loss 0.25  \(\d+ B\)", first)

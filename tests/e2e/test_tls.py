@@ -20,6 +20,13 @@ from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
 pytestmark = pytest.mark.rabbit
 PATIENCE_S = 20.0
+# OpenSSL 3.4 and newer refuse a negative number of days, and older ones know no dates.
+_HELP = subprocess.run(["openssl", "x509", "-help"], capture_output=True, text=True, check=False)
+_EXPIRED = (
+    ("-not_before", "20200101000000Z", "-not_after", "20200102000000Z")
+    if "-not_after" in _HELP.stdout + _HELP.stderr
+    else ("-days", "-1")
+)
 
 
 class Certificates:
@@ -27,7 +34,10 @@ class Certificates:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._openssl("req", "-x509", *self._new("ca"), "-days", "2", "-subj", "/CN=test CA")
+        # Python 3.13 and newer refuse a CA without a key usage.
+        usage = ("-addext", "keyUsage=critical,keyCertSign,cRLSign")
+        about = ("-days", "2", "-subj", "/CN=test CA", *usage)
+        self._openssl("req", "-x509", *self._new("ca"), *about)
         self.ca = folder / "ca.pem"
 
     def signed(self, name: str, alternative: str, *validity: str) -> tuple[Path, Path]:
@@ -156,7 +166,7 @@ async def test_a_certificate_for_another_host_is_refused(broker_node, certificat
 
 
 async def test_an_expired_certificate_is_refused(broker_node, certificates):
-    old = certificates.signed("old", "IP:127.0.0.1", "-days", "-1")
+    old = certificates.signed("old", "IP:127.0.0.1", *_EXPIRED)
     with tls_before(broker_node.ports.amqp, old) as port:
         url = f"amqps://w:open-sesame@127.0.0.1:{port}/?cafile={certificates.ca}"
         said = await refused(url)
@@ -190,7 +200,7 @@ async def test_plain_amqp_to_a_tls_port_is_refused(broker_node, certificates):
 async def test_a_bad_certificate_of_one_node_does_not_exclude_the_others(
     broker_node, certificates, unused_tcp_port
 ):
-    old = certificates.signed("old-node", "IP:127.0.0.1", "-days", "-1")
+    old = certificates.signed("old-node", "IP:127.0.0.1", *_EXPIRED)
     with tls_before(broker_node.ports.amqp, old) as port:
         bad = f"amqps://guest:guest@127.0.0.1:{port}/?cafile={certificates.ca}"
         await opened(f"{bad},{broker_node.url}")

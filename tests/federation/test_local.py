@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -29,6 +30,7 @@ from fluffle_common.protocol.events import Evaluated
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.state import Phase, Rules
+from fluffle_coordinator.storage.run_store import RunStore
 
 ROOT = Path(__file__).parents[2]
 
@@ -252,6 +254,21 @@ def test_a_run_folder_is_kept_resumed_and_opened(tmp_path):
     fresh = fluffle.run([task], rounds=1, folder=folder, fresh=True)
     assert fresh.weights["w"].tolist() == [1.0, 1.0]
     assert (tmp_path / "run.1").is_dir()
+
+
+def test_a_resumed_run_does_not_keep_the_model_that_it_read(tmp_path, monkeypatch):
+    read, kept = [], []
+    load = RunStore.load
+
+    def load_and_watch(store, federation):
+        saved = load(store, federation)
+        read.append(weakref.ref(saved))
+        return saved
+
+    monkeypatch.setattr(RunStore, "load", load_and_watch)
+    fluffle.run([Adder()], rounds=1, folder=tmp_path)
+    fluffle.run([Adder()], rounds=2, folder=tmp_path, on_round=lambda _: kept.append(read[1]()))
+    assert kept == [None]
 
 
 async def test_it_runs_in_a_notebook_with_a_running_event_loop():

@@ -32,8 +32,8 @@ from fluffle_common.transport.base import QueueFull
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.scaffold import Scaffold
 from fluffle_worker.task import EvalResult, TaskOptions, TrainResult

@@ -31,6 +31,16 @@ def test_every_room_says_in_one_line_what_is_in_it(drawing):
     assert all(re.fullmatch(r"\| \[`[\w/]+`\]\(\.\./[\w/]+\) \| \S.*\S \|", row) for row in rows)
 
 
+def test_the_changelog_names_pages_that_exist():
+    text = (DOCS.parent / "CHANGELOG.md").read_text(encoding="utf-8")
+    missing = {
+        name
+        for name in re.findall(r"`(docs/[\w/]+\.\w+)`", text)
+        if not (DOCS.parent / name).exists()
+    }
+    assert not missing
+
+
 def test_the_classes_of_an_update_are_where_the_page_says():
     text = (DOCS / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| .* \| `(\w+)/([\w/.]+)` \|$", text, re.MULTILINE)

@@ -190,8 +190,8 @@ def test_a_failing_encode_is_reported_in_one_line(codecs, encode, reason):
     [
         (fails, "'signs' fails to decode tensor 'w': RuntimeError: as it was written (test_codecs"),
         (leaves, "'signs' fails to decode tensor 'w': SystemExit: 3 (test_codecs"),
-        (lambda parts, like: like, "received as like= for tensor 'w'; return a new array"),
-        (lambda parts, like: like[:], "received as like= for tensor 'w'"),
+        (lambda parts, like: like, "returned its argument like=, or a view of it, for tensor 'w'"),
+        (lambda parts, like: like[:], "or a view of it, for tensor 'w'; return a new array"),
         (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w'; expected float32"),
         (lambda parts, like: None, "returned NoneType  for tensor 'w'"),
     ],

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
@@ -473,3 +475,31 @@ def test_dp_sgd_refuses_batch_normalization():
     task = task_of(Normed, local_rule=DpSgd(1.0, 1.0))
     with pytest.raises(TaskError, match="DpSgd .* batch normalization mixes the examples"):
         train(task, task.init(0))
+
+
+class LinenNet(linen.Module):
+    @linen.compact
+    def __call__(self, inputs: Any, train: bool) -> Any:
+        hidden = linen.BatchNorm(use_running_average=not train)(linen.Dense(2)(inputs))
+        return linen.Dense(1)(linen.Dropout(0.5, deterministic=not train)(hidden))[:, 0]
+
+
+def test_a_linen_module_in_the_wrapper_of_the_task_page_trains_as_in_flax():
+    page = (Path(__file__).parents[2] / "docs/tasks.md").read_text(encoding="utf-8")
+    block = next(each for each in re.findall(r"```python\n(.*?)```", page, re.S) if "ToNNX" in each)
+    names = {"nnx": nnx, "np": np, "LinenNet": LinenNet}
+    exec(block, names)
+    inputs = np.random.default_rng(0).normal(size=(COUNT, 64)).astype(np.float32)
+    task = flax_task(names["Net"], lambda out, y: (out - y) ** 2, optax.sgd, (inputs, inputs[:, 0]))
+    received = task.init(0)
+
+    def trained(seed: int) -> Weights:
+        plan = Plan(batch_size=COUNT, learning_rate=0.1, seed=seed)
+        return task.train(received, plan, lambda *_: None).weights
+
+    one, other = trained(1), trained(2)
+    hidden = inputs @ received["net/Dense_0/kernel"] + received["net/Dense_0/bias"]
+    mean = 0.01 * hidden.mean(axis=0)  # linen's momentum is 0.99
+    np.testing.assert_allclose(one["net/BatchNorm_0/mean"], mean, rtol=1e-5, atol=1e-7)
+    kernel = "net/Dense_1/kernel"
+    assert not np.array_equal(one[kernel], other[kernel])  # dropout

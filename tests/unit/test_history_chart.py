@@ -15,6 +15,8 @@ def test_the_chart_of_many_rounds_has_few_ticks(tmp_path, monkeypatch):
     figure = plt.gcf()
     monkeypatch.undo()
     ticks = figure.axes[0].get_xticks()
+    assert {line.get_marker() for axes in figure.axes for line in axes.lines} == {"None"}
+    assert figure.axes[-1].get_legend()  # an earlier axis lies below the curve of the loss
     plt.close(figure)
     assert (tmp_path / "history.png").stat().st_size > 1000
     assert 3 < len(ticks) < 20

@@ -156,7 +156,7 @@ def test_all_and_unseen_exclude_each_other(folder):
 
 def test_one_letter_alone_holds_nothing_out(folder):
     _write(folder / "one/a/1.png", 30)
-    with pytest.raises(FluffleError, match="use --all to score all letters"):
+    with pytest.raises(FluffleError, match="use --all to score this letter"):
         _confusion(folder, data="one")
     assert _confusion(folder, "--all", data="one").stdout.startswith(
         "accuracy 100.00 % of 1 training letters\n"

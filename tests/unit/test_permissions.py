@@ -100,6 +100,20 @@ def test_a_new_user_without_permissions_is_deleted(exists):
     assert (["delete_user", "w"] in ctl.ran) == (not exists)
 
 
+def test_an_existing_user_gets_no_permissions_without_the_topic_permissions():
+    class WithoutExchange(Ctl):
+        def __call__(self, arguments, text):
+            done = super().__call__(arguments, text)
+            if arguments[0] == "set_topic_permissions":
+                raise BrokerError("Exchange f.results does not exist")
+            return done
+
+    ctl = WithoutExchange("w\t[]\n")
+    with pytest.raises(BrokerError, match="does not exist"):
+        permissions.apply(permissions.worker_permissions(Topology("f"), "w"), "v", ctl)
+    assert "set_permissions" not in [words[0] for words in ctl.ran]
+
+
 def test_an_existing_user_keeps_its_password():
     ctl = Ctl("w\t[]\n")
     mine = permissions.worker_permissions(Topology("f"), "w")
@@ -111,7 +125,8 @@ def test_an_existing_user_keeps_its_password():
 def test_printed_commands_are_quoted_for_a_shell():
     mine = permissions.worker_permissions(Topology("f"), "w")
     script = "\n".join(permissions.shell_lines(mine, "/"))
-    commands = [shlex.split(line) for line in script.replace("\\\n", "").splitlines()[1:]]
+    lines = script.replace("\\\n", "").splitlines()
+    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
     assert commands == [["rabbitmqctl", *one] for one in (["add_user", "w"], *mine.commands("/"))]
 
 
@@ -131,5 +146,10 @@ def test_an_error_of_rabbitmqctl_is_reported():
     run = permissions.runner(["sh", "-c", "echo 'no such vhost' >&2; exit 64", "sh"])
     with pytest.raises(BrokerError, match="set_permissions failed: no such vhost"):
         run(["set_permissions"], None)
+    run = permissions.runner(
+        ["sh", "-c", "echo 'Exchange f.results does not exist'; exit 69", "sh"]
+    )
+    with pytest.raises(BrokerError, match="does not exist; start the coordinator first"):
+        run(["set_topic_permissions"], None)
     with pytest.raises(BrokerError, match="cannot run"):
         permissions.runner(["/nowhere/rabbitmqctl"])(["list_users"], None)

@@ -204,6 +204,16 @@ def test_a_fluffle_error_is_escaped_and_keeps_its_exit_code(raising, capsys):
     assert one_line("a\n\tb\x1b") == "a b\\x1b"
 
 
+def test_an_object_in_place_of_stdout_that_raises_is_dropped_at_the_end(monkeypatch):
+    class Raising:
+        def flush(self) -> None:
+            raise RuntimeError
+
+    monkeypatch.setattr(sys, "stdout", Raising())
+    printing.settle_streams()
+    assert sys.stdout is None
+
+
 RUN_HISTORY = "".join(
     f'{{"event": "committed", "round": {number}, "participants": []}}\n'
     for number in range(1, 3000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 
 import aiormq.exceptions
@@ -12,6 +13,7 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
 from fluffle_common.transport.rabbitmq.connect_errors import WrongNode, handshake_error, tls_error
 from fluffle_common.transport.rabbitmq.errors import (
+    closing_error,
     error_for_reply,
     error_text,
     map_declare_errors,
@@ -174,6 +176,12 @@ async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
     await connection.close()
 
 
+def test_missed_heartbeats_are_a_lost_link_in_words():
+    why = closing_error(asyncio.CancelledError())  # aiormq gives no other reason
+    assert isinstance(why, LinkLost)
+    assert str(why) == "the broker does not answer"
+
+
 def test_texts_of_errors_are_one_line_without_credentials():
     error = RuntimeError("<Connection: 'amqp://me:open-se@same@node/v'>\n closed")
     assert error_text(error) == "<Connection: 'amqp://node/v'> closed"
@@ -234,6 +242,16 @@ def test_a_failed_tls_handshake_names_the_cause(reason, expected):
         assert isinstance(refusal, WrongNode)
         assert expected in str(refusal)
         assert "open-sesame" not in str(refusal)
+
+
+def test_a_certificate_that_newer_python_refuses_is_not_called_untrusted():
+    refused = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED]")
+    refused.verify_code = 92
+    refused.verify_message = "CA cert does not include key usage extension"
+    said = str(tls_error(refused, URL("amqps://host/")))
+    assert "RFC 5280" in said
+    assert "key usage" in said
+    assert "not signed" not in said
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), ssl_error("UNEXPECTED_EOF_WHILE_READING")])

@@ -75,8 +75,10 @@ class Run:
         self.store, self.weights = RunStore(folder), weights
         self.events: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.recorded: asyncio.Queue[run_events.RunEvent] = asyncio.Queue()
+        settings = CoordinatorSettings("letters", Rules(rounds=9), keep_updates=keep)
         self.committer = Committer(
             self.store,
+            settings,
             metadata=lambda number: {"run": RUN, "round": str(number)},
             record=self.recorded.put_nowait,
             post=self.events.put_nowait,
@@ -85,7 +87,7 @@ class Run:
             TOPOLOGY,
             weights,
             self.committer,
-            CoordinatorSettings("letters", Rules(rounds=9), keep_updates=keep),
+            settings,
             link=lambda: self.link,
             post=self.events.put_nowait,
         )

@@ -23,9 +23,9 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_coordinator.cli.history_table import history_table
+from fluffle_coordinator.cli.history_table import history_tables
 from fluffle_coordinator.cli.run_folder import report
-from fluffle_coordinator.dashboard.report import page, read_report, snapshot
+from fluffle_coordinator.dashboard.report import page, read_report, shortened, snapshot
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.observe.round_view import PHASES, RoundView, remembered
 from fluffle_coordinator.service.configuration import configuration
@@ -166,6 +166,20 @@ def test_a_report_has_every_worker_round_and_metric():
     assert (len(data["rounds"]), len(data["rounds"][0]["participants"])) == (60, 2100)
     assert len(data["workers"]) == 2100 + 2  # "a" and "b" were asked
     assert metrics.keys() <= data["curves"].keys()
+
+
+def test_the_page_of_a_long_run_has_the_curves_of_all_rounds_and_the_details_of_the_last():
+    rows = [committed(n, participant("a")) | evaluated(n) for n in range(1, 1103)]
+    data = shown(rows, checkpoints=[{"file": f"round-{n}"} for n in range(1103)])
+    assert len(data["rounds"]) == 1102
+    drawn = Page(page(shortened(data))).snapshot
+    assert [row["round"] for row in drawn["rounds"]] == list(range(103, 1103))
+    assert drawn["curves"] == data["curves"]
+    assert [drawn["checkpoints"][n]["file"] for n in (0, -1)] == ["round-103", "round-1102"]
+    totals = drawn["totals"]
+    assert (totals["updates"], totals["checkpoints"]) == (1102, 1103)
+    assert totals["seconds"] == pytest.approx(1102 * sum(data["rounds"][0]["phases"].values()))
+    assert totals["opened_at"] == data["rounds"][0]["opened_at"]
 
 
 def test_how_the_run_stands():
@@ -486,7 +500,7 @@ def test_the_history_fits_the_terminal_and_no_cell_is_cut(width, names):
         for number in range(1, 7)
     ]
     out = io.StringIO()
-    Console(file=out, width=width).print(history_table(rounds, width))
+    Console(file=out, width=width).print(*history_tables(rounds, width))
     lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
     assert len(lines) == 2 + 6
     assert max(map(len, lines)) <= width
@@ -494,7 +508,21 @@ def test_the_history_fits_the_terminal_and_no_cell_is_cut(width, names):
     assert "temperature" in lines[0]
     assert ("client-1, client-2, client-3" in lines[2]) == names
     rounds[0]["late"] = 1
-    assert [c.header for c in history_table(rounds, 80).columns][-1] == "late"
+    assert [c.header for c in history_tables(rounds, 80)[-1].columns][-1] == "late"
+
+
+def test_metrics_that_do_not_fit_the_terminal_are_in_tables_of_their_own():
+    metrics = {f"label_{n}_auc": 0.9 + n / 1000 for n in range(8)}
+    rounds = [{"round": 1, "participants": [], "loss": 0.5, **metrics}]
+    tables = history_tables(rounds, 80)
+    out = io.StringIO()
+    Console(file=out, width=80).print(*tables)
+    shown = out.getvalue().split()
+    for name, value in metrics.items():
+        assert name in shown
+        assert f"{value:.4f}" in shown
+    assert [one.columns[0].header for one in tables] == ["round"] * len(tables)
+    assert len(tables) == 3
 
 
 def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
@@ -504,8 +532,8 @@ def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
         {"round": 1, "participants": [quick, quick]},
         {"round": 2, "participants": [quick, slow, quick]},
     ]
-    table = history_table(rounds, 80)
+    (table,) = history_tables(rounds, 80)
     columns = {str(column.header): list(column.cells) for column in table.columns}
     assert columns["updates"] == ["2", "3"]
     assert columns["stalest"] == ["0", "6"]
-    assert "stalest" not in [c.header for c in history_table(rounds[:1], 80).columns]
+    assert "stalest" not in [c.header for c in history_tables(rounds[:1], 80)[0].columns]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -51,7 +52,8 @@ class Odd:
         if "trained" in self.more:
             return self.more["trained"]
         new = {name: tensor + tensor.dtype.type(1) for name, tensor in weights.items()}
-        return TrainResult(self.more.get("new", new), self.count, self.metrics)
+        extra = self.more.get("extra", {})
+        return TrainResult(self.more.get("new", new), self.count, self.metrics, extra)
 
     def evaluate(self, weights):
         if "raises" in self.more:
@@ -66,6 +68,34 @@ class Unarrayable:
 
     def __array__(self, *_, **__):
         raise TypeError
+
+
+class Late(Mapping[str, Any]):
+    """Metrics or an evaluation, computed only when somebody asks."""
+
+    loss, num_examples = 1.0, 5
+
+    def __getitem__(self, name):
+        raise RuntimeError("no score")
+
+    def __iter__(self):
+        return iter(["auc"])
+
+    def __len__(self):
+        return 1
+
+    @property
+    def metrics(self):
+        raise ValueError("no score")
+
+
+class Unnamed:
+    """A metric's name that cannot be printed."""
+
+    def __str__(self):
+        raise RuntimeError
+
+    __repr__ = __str__
 
 
 class Seen:
@@ -132,6 +162,23 @@ def test_a_metric_that_is_no_number_is_left_out_and_named_once(value):
     assert "train()" in reports[1]
 
 
+@pytest.mark.parametrize("given", [{"metrics": Late()}, {"evaluated": Late()}])
+def test_metrics_that_fail_when_asked_for_are_left_out_and_named_once(given):
+    reports: list[str] = []
+    results = Results(reports.append)
+    for _ in range(3):
+        seen = Seen(Odd(**given), results=results)
+        assert seen.delta == [1, 1, 1, 1]
+        assert (seen.evaluation.loss, seen.evaluation.metrics) == (1.0, {})
+    assert reports[0].startswith("the metrics of evaluate() failed, so they are omitted: ")
+    assert "Error: no score (test_results.py:" in reports[0]
+    assert len(reports) == (2 if "metrics" in given else 1)  # of train, too
+
+
+def test_a_metric_whose_name_cannot_be_printed_costs_no_other():
+    assert Seen(Odd(metrics={Unnamed(): 1.0, "loss": 0.5})).update.metrics["loss"] == 0.5
+
+
 def test_of_too_many_metrics_the_first_stay_loss_and_accuracy_among_them():
     many = {f"class_{number:03}": 0.1 for number in range(100)} | {"accuracy": 0.5, "loss": 1.0}
     seen = Seen(Odd(metrics=many))
@@ -168,6 +215,14 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
     assert all(type(one) in (int, float, type(None)) for one in arguments)
 
 
+def test_losses_of_steps_that_are_no_numbers_are_named_once():
+    reports: list[str] = []
+    results = Results(reports.append)
+    for number in range(3):
+        assert results.step(number, 3, np.arange(number, number + 2.0)) == (number, 3, None)
+    assert len(reports) == 1
+
+
 # --- what an update needs ----------------------------------------------------------------------
 
 
@@ -186,7 +241,9 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
         ({"trained": None}, "train() returned None; expected TrainResult"),
         ({"trained": ({}, 5)}, "train() returned ({}, 5); expected"),
         ({"new": None}, "train() returned None as the weights"),
+        ({"extra": np.zeros(3)}, "train() returned array([0., 0., 0.]) as the extra tensors"),
         ({"new": {"w": np.zeros(4, np.float32)}}, "missing b"),
+        ({"new": {0: np.zeros(4, np.float32), "c": 1.0}}, "missing b, w; unknown 0, c"),
         ({"new": {"w": np.zeros(4), "b": np.zeros(())}}, "is float64; expected float32"),
     ],
 )
@@ -238,6 +295,17 @@ def test_an_evaluation_without_a_loss_is_none(returned):
     assert (seen.evaluation.num_examples, seen.evaluation.loss) == (0, 0.0)
     assert seen.delta == [1, 1, 1, 1]
     assert len(seen.reports) == 1
+
+
+def test_evaluations_that_differ_in_each_round_are_named_once():
+    reports: list[str] = []
+    traces: list[str] = []
+    results = Results(reports.append, traces.append)
+    for number in range(3):
+        Seen(Odd(raises=ValueError(f"batch {number}")), results=results)
+        Seen(Odd(evaluated=[number]), results=results)
+        Seen(Odd(loss=[number]), results=results)
+    assert (len(reports), len(traces)) == (3, 1)
 
 
 def test_the_last_evaluation_is_answered_even_where_it_fails():

@@ -119,6 +119,19 @@ def test_a_whole_view_keeps_events_before_the_opening_of_their_round():
     assert len(view.rounds[2].notes) == 1
 
 
+def test_a_departure_touches_only_the_rounds_in_which_the_worker_joined():
+    class Untouched(dict):
+        def pop(self, *_: object) -> None:
+            raise AssertionError
+
+    joined = run_events.Joined(worker="b")
+    view = view_of(opened(1, "a"), committed(1), opened(2, "a"), joined, committed(2), whole=True)
+    view.rounds[1].joined = Untouched()
+    assert "b" in view.rounds[2].joined
+    view.add(9.0, run_events.Left(worker="b"))
+    assert "b" not in view.rounds[2].joined
+
+
 def test_it_is_bounded():
     view = view_of(*(event for n in range(1, 2101) for event in (opened(n, "a"), committed(n))))
     assert len(view.rounds) == 2000
@@ -200,6 +213,18 @@ def test_a_history_creates_only_workers_that_were_asked():
         ("a", 1, "gone"), ("b", 0, "gone"),
     ]  # fmt: skip
     assert view.counters.rounds == 0  # the counters start with the first live event
+
+
+def test_a_long_history_makes_room_for_its_last_rounds_only(monkeypatch):
+    made: list[int | None] = []
+    room = RunView._round
+    monkeypatch.setattr(RunView, "_round", lambda view, n: made.append(n) or room(view, n))
+    early = history(1, rejections=[{"worker": "a", "reason": "NaN"}])
+    view = RunView()
+    view.remember([early, *(history(number) for number in range(2, 2101))])
+    assert made == list(view.rounds) == list(range(101, 2101))
+    assert view.workers["a"].counted == 2100
+    assert [(at, during) for at, during, _ in view.rejections] == [(15.0, 1)]
 
 
 def test_a_whole_history_keeps_every_round_in_full():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import os
 import platform
@@ -15,7 +16,7 @@ import pytest
 
 from fluffle_common.cli.runtime import Interrupted, run_until_signalled
 from fluffle_common.errors import RunError, TaskError
-from fluffle_coordinator.service.user_calls import call_guarded
+from fluffle_coordinator.user_code.calls import call_guarded
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -98,3 +99,60 @@ run_until_signalled(asyncio.sleep(0))
 """
     done = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("leave", "named"),
+    [
+        ("threading.Thread(target=time.sleep, args=(99,), name='prefetch').start()", "prefetch"),
+        ("concurrent.futures.ThreadPoolExecutor(1).submit(time.sleep, 99)", "ThreadPoolExecutor-"),
+        ("fork.Process(target=time.sleep, args=(99,)).start()", "process "),
+        ("atexit.register(time.sleep, 99)", "an atexit function"),
+    ],
+)
+def test_what_a_task_leaves_running_delays_an_exit_only_for_a_while(leave, named):
+    program = f"""
+import atexit, concurrent.futures, multiprocessing, threading, time
+from fluffle_common.cli.exit_now import exit_soon
+fork = multiprocessing.get_context("fork")
+{leave}
+exit_soon(5, patience_s=0.2)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], timeout=30, check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 5
+    assert done.stderr.startswith("fluffle: exiting although code outside fluffle is still running")
+    assert f"({named}" in done.stderr.replace("(thread ", "(")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_signals_after_the_run_are_handled_as_before():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_until_signalled(asyncio.sleep(0))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_a_second_ctrl_c_ends_a_program_whose_task_is_in_c_code_while_it_loads(tmp_path):
+    (tmp_path / "slow.py").write_text(
+        "import hashlib\n"
+        "def task(options):\n"
+        "    print('loading', flush=True)\n"
+        "    hashlib.pbkdf2_hmac('sha256', b'', b'', 10**9)\n"
+    )
+    program = "from fluffle_common.cli.app import main; main()"
+    options = ["--federation", "f", "--data", "shard:1", "--task", "slow.py:task"]
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "worker", *options], stdout=subprocess.PIPE, cwd=tmp_path
+    ) as worker:
+        assert worker.stdout is not None
+        assert worker.stdout.readline() == b"loading\n"
+        try:
+            for _ in range(2):
+                worker.send_signal(signal.SIGINT)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    worker.wait(0.2)
+            assert worker.wait(10) == -signal.SIGINT
+        finally:
+            worker.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,7 @@ from click.testing import CliRunner
 from flax import nnx
 
 from fluffle_common.cli.loading import load_object
-from fluffle_common.cli.user_code import one_line
+from fluffle_common.cli.user_code import full_trace, one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.layout import DTYPES
 from fluffle_worker.cli import worker
@@ -26,7 +27,6 @@ from fluffle_worker.signature import UNKNOWN, described, difference, signature_o
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
 from fluffle_worker.task_loading import load_task
 from fluffle_worker.tasks.flax import flax_task
-from fluffle_worker.user_code import full_trace
 
 OPTIONS = TaskOptions("data", "w")
 TASK = """
@@ -220,15 +220,28 @@ def test_an_error_deep_in_a_library_names_the_user_s_own_line():
     assert "linalg" in full_trace(why)
 
 
-def test_an_error_that_cannot_be_told_is_told_by_its_type():
+@pytest.mark.parametrize("untellable", [RuntimeError, SystemExit])
+def test_an_error_that_cannot_be_told_is_told_by_its_type(untellable):
     class Untold(Exception):
         def __str__(self):
-            raise RuntimeError
+            raise untellable
 
     def fail():
         raise Untold
 
     assert one_line(failed(fail)).startswith("Untold (test_task_loading.py:")
+
+
+def test_of_an_error_that_quotes_megabytes_the_middle_is_omitted():
+    def fail():
+        raise ValueError("begins " + "x\n" * 10**6 + "ends")
+
+    trace = full_trace(failed(fail))
+    assert "ValueError: begins" in trace
+    assert " characters omitted …\n" in trace
+    assert trace.endswith("ends")
+    assert len(trace) < 101_000
+    assert one_line(failed(fail)).startswith("ValueError: begins x")
 
 
 def test_a_reason_can_always_be_sent():
@@ -258,6 +271,15 @@ def test_counts_and_classes_of_any_kind_will_do():
     assert classes_of(own(classes=None)) == ()
 
 
+def test_a_task_that_ignores_the_option_classes_is_refused(here):
+    ignores = TASK.replace("num_examples = 3", "num_examples, classes = 3, ['b', 'a']")
+    name = f"{write(here, 'ignores.py', ignores)}:task"
+    assert load_task(name, TaskOptions("data", "w", classes=("a", "b")))
+    message = f"--classes names a, b, c, but the task {name} has the classes b, a; let the task use"
+    with pytest.raises(UsageError, match=f"^{re.escape(message)} options.classes$"):
+        load_task(name, TaskOptions("data", "w", classes=("a", "b", "c")))
+
+
 @pytest.mark.parametrize(
     ("fields", "named"),
     [
@@ -268,12 +290,31 @@ def test_counts_and_classes_of_any_kind_will_do():
         ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
         ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
         ({"classes": 10}, "has classes 10; expected a sequence of class names"),
+        ({"classes": {"a"}}, "has classes {'a'}; expected a sequence of class names"),
         ({"classes": iter("ab")}, "has classes <str.*; expected a sequence of class names"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
     with pytest.raises(TaskError, match=named):
         check_task("t", own(**fields))
+
+
+def test_a_class_is_a_task_only_if_its_methods_need_no_instance():
+    class Uncalled:
+        num_examples = 3
+
+        def train(self, weights, plan, progress): ...
+
+        init = evaluate = train
+
+    class Static(Uncalled):
+        init = train = evaluate = staticmethod(len)
+
+    with pytest.raises(
+        UsageError, match=r"^the task t is the class Uncalled, .* call the class: U"
+    ):
+        check_task("t", Uncalled)
+    check_task("t", Static)
 
 
 @pytest.mark.parametrize("name", ["train", "num_examples", "classes", "keep_in", "model_form"])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluffle_common.errors import LinkLost
+from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.protocol.messages import Evaluation, Fit, Plan, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import PART_BYTES
@@ -111,6 +111,28 @@ async def test_an_answer_does_not_wait_until_the_one_before_is_confirmed(worker)
     worker.link.confirmation("update 1").set_result(None)
     await asyncio.to_thread(worker.answers.residual)
     assert sorted(worker.confirmed) == [1, 2]
+
+
+async def test_nothing_is_sent_after_the_end():
+    worker = Worker()
+    running = asyncio.create_task(worker.answers.run())
+    await asyncio.sleep(0)
+    running.cancel()
+    await asyncio.wait({running})
+    worker.answers.put(job(1))
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+async def test_an_error_of_one_answer_ends_the_others():
+    worker = Worker()
+    running = asyncio.create_task(worker.answers.run())
+    for number in (1, 2):
+        worker.answers.put(job(number))
+    await worker.link.until("update 1", "update 2")
+    worker.link.confirmation("update 1").set_exception(BrokerError("no right to write"))
+    with pytest.raises(BrokerError, match="no right to write"):
+        await running
+    assert worker.link.confirmation("update 2").cancelled()
 
 
 async def test_what_an_update_left_is_told_when_nothing_is_under_way(worker):

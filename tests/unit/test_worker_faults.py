@@ -146,7 +146,15 @@ def ends(_: Any) -> None:
     raise GeneratorExit
 
 
-@pytest.mark.parametrize("end", [exits, interrupts, ends])
+def ends_untold(_: Any) -> None:
+    class Untold(Exception):
+        def __str__(self) -> str:
+            raise SystemExit(3)
+
+    raise Untold
+
+
+@pytest.mark.parametrize("end", [exits, interrupts, ends, ends_untold])
 async def test_whatever_a_task_raises_is_a_failure_and_the_worker_goes_on(end):
     async with federation(Raising(end, None)) as made:
         await made.ask(1)

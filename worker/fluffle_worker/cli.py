@@ -84,15 +84,14 @@ if TYPE_CHECKING:
     "--heartbeat",
     type=seconds(0, 60, min_open=True),
     default=2.0,
-    help="Interval between heartbeats, in seconds.",
+    help="Seconds between heartbeats.",
 )
 @click.option(
     "--wait-id",
     type=seconds(),
     default=45.0,
-    help="If another worker with the same ID is connected, how long to wait for it to disconnect, "
-    "in seconds. After a crash, the other worker may be this worker's own old connection, which "
-    "the broker keeps open for a while.",
+    help="Seconds to wait if a worker with the same ID is still connected. After a crash, this may "
+    "be the worker's own old connection, which the broker keeps open for a while.",
 )
 @click.option(
     "--state-dir",
@@ -110,7 +109,7 @@ if TYPE_CHECKING:
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="How long, in seconds, to try to reach the broker before the worker gives up.",
+    help="Seconds to try to reach the broker before the worker gives up.",
 )
 @queue_type_option
 @log_format_option

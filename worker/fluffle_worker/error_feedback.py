@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import NamedTuple
 
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.machine import Work
 
 
-@dataclass(frozen=True)
-class Residual:
+class Residual(NamedTuple):
     """The difference between what an update should have carried and what its codec sent.
 
     It is added to the next update of the same run, whose own residual replaces it. It is kept in
@@ -25,7 +25,7 @@ class Residual:
     """
 
     work: Work | None = None
-    tensors: Mapping[str, Array] = field(default_factory=dict)
+    tensors: Mapping[str, Array] = MappingProxyType({})
 
     def before(self, work: Work) -> Mapping[str, Array]:
         """Return the residual tensors to add to the update of ``work``.

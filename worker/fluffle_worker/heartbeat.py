@@ -84,21 +84,14 @@ class Presence:
 
     def rest(self) -> None:
         """Set the current activity to none, of no run."""
+        self._work: Work | Fit | Evaluate | None = None
         self._doing: dict[str, Any] = {"state": "idle", "loss": None}
 
     def now(self, state: str, work: Work | Fit | Evaluate, *, steps: int = 0) -> None:
         """Set the current activity and its number of steps."""
         loss = self._doing["loss"] if state in ("sending", "idle") else None  # of the training
-        self._doing = {
-            "state": state,
-            "run": work.run,
-            "round": work.round,
-            "base": work.base or None,
-            "sequence": getattr(work, "sequence", None) or None,  # an `evaluate` has none
-            "step": 0,
-            "steps": steps,
-            "loss": loss,
-        }
+        self._work = work
+        self._doing = {"state": state, "step": 0, "steps": steps, "loss": loss}
 
     def progress(self, step: int, loss: float | None = None) -> None:
         """Set the current step and, in training, its loss."""
@@ -154,7 +147,15 @@ class Presence:
         self._start_sending(link, failure)
 
     def _status(self) -> dict[str, Any]:
-        return {**self._ids, **self._about, **self._doing, "frozen": self._frozen.digests}
+        status = {**self._ids, **self._about, "frozen": self._frozen.digests}
+        if (work := self._work) is not None:
+            status |= {
+                "run": work.run,
+                "round": work.round,
+                "base": work.base or None,
+                "sequence": getattr(work, "sequence", None) or None,  # an `evaluate` has none
+            }
+        return status | self._doing
 
     def _start_sending(self, link: Link, message: Heartbeat | Failure) -> None:
         async def send_unless_lost() -> None:

@@ -320,4 +320,4 @@ def _plan_of(message: Fit, work: Work) -> RoundPlan:
     seed = (message.plan.seed * 1_000_003 + work.sequence) % 2**63
     changes = {"seed": seed, "config": dict(message.plan.config)}
     ids = {"run": work.run, "round": work.round, "sequence": work.sequence}
-    return RoundPlan(**{**dict(message.plan), **changes, **ids})
+    return RoundPlan(**{**vars(message.plan), **changes, **ids})

@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.cli.user_code import one_line, sendable
+from fluffle_common.cli.user_code import full_trace, one_line, sendable
 from fluffle_common.cli.user_values import count, number, shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
 from fluffle_common.tensors.layout import Tensors
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import FailedMetric, full_trace
+from fluffle_worker.user_code import FailedMetric
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
+_NOTHING = EvalResult(0.0, 0)  # an evaluation on no examples
 
 
 class Results:
@@ -61,8 +62,9 @@ class Results:
                 f"train() returned num_examples {shown(num_examples)}; expected the number of "
                 f"examples that were used for training, from 1 to {MAX_NUM_EXAMPLES}"
             )
-        metrics = self._metrics("train", getattr(result, "metrics", None))
-        extra = arrays(getattr(result, "extra", None) or {}, "train()", "the extra tensors")
+        metrics = self._metrics("train", result)
+        extra = getattr(result, "extra", None)
+        extra = {} if extra is None else arrays(extra, "train()", "the extra tensors")
         return TrainResult(arrays(result.weights, "train()"), num_examples, metrics, extra)
 
     def evaluated(self, evaluate: Callable[[], Any]) -> EvalResult | None:
@@ -71,15 +73,17 @@ class Results:
         If the evaluation raises or returns an unusable result, return one of 0 examples, so that
         training continues without it.
         """
-        nothing = EvalResult(0.0, 0)
         try:
-            result = evaluate()
+            return self._evaluation(evaluate())
         except BaseException as why:
-            self.failed(why)
-            self._once(
-                f"evaluate() failed, so this worker trains without evaluation: {one_line(why)}"
-            )
-            return nothing
+            if self._new(f"evaluate {type(why).__name__}"):
+                self.failed(why)
+                self._report(
+                    f"evaluate() failed, so this worker trains without evaluation: {one_line(why)}"
+                )
+            return _NOTHING
+
+    def _evaluation(self, result: Any) -> EvalResult | None:
         if result is None:
             return None
         try:
@@ -87,27 +91,29 @@ class Results:
             loss = number(result.loss)
         except AttributeError:
             self._once(
-                f"evaluate() returned {shown(result)}, but must return "
-                "EvalResult(loss, num_examples, metrics) or None; this worker reports no evaluation"
+                f"evaluate() returned {shown(result)}, but must return EvalResult(loss, "
+                "num_examples, metrics) or None; this worker reports no evaluation",
+                key="evaluate type",
             )
-            return nothing
+            return _NOTHING
         except ValueError as wrong:
             self._once(
                 f"evaluate() returned an invalid loss or num_examples: {wrong}; this worker does "
-                "not report such evaluations"
+                "not report such evaluations",
+                key="evaluate numbers",
             )
-            return nothing
+            return _NOTHING
         if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
             self._once(
                 f"evaluate() returned num_examples {shown(num_examples)}; expected the number of "
                 f"examples evaluated on, from 0 to {MAX_NUM_EXAMPLES}; this worker does not report "
-                "such evaluations"
+                "such evaluations",
+                key="evaluate num_examples",
             )
-            return nothing
+            return _NOTHING
         if num_examples == 0:
-            return nothing
-        metrics = self._metrics("evaluate", getattr(result, "metrics", None))
-        return EvalResult(loss, num_examples, metrics)
+            return _NOTHING
+        return EvalResult(loss, num_examples, self._metrics("evaluate", result))
 
     def step(self, number_: Any, steps: Any, loss: Any) -> tuple[int, int, float | None]:
         """Return the checked arguments of a ``progress`` call; an invalid loss becomes None."""
@@ -116,7 +122,9 @@ class Results:
                 loss = number(loss)
             except ValueError as wrong:
                 self._once(
-                    f"the loss of a training step is invalid: {wrong}; invalid losses are not shown"
+                    f"the loss of a training step is invalid: {wrong}; invalid losses are not "
+                    "shown",
+                    key="loss",
                 )
                 loss = None
         return _whole(number_), _whole(steps), loss
@@ -127,27 +135,35 @@ class Results:
         if own is not None and self._new(f"trace: {one_line(own)}"):
             self._trace(full_trace(own))
 
-    def _metrics(self, method: str, given: Any) -> dict[str, float]:
-        if given is None:
-            return {}
+    def _metrics(self, method: str, result: Any) -> dict[str, float]:
+        given = None
         try:
-            pairs = list(dict(given).items())
-        except (TypeError, ValueError):
-            self._once(
-                f"{method}() returned the metrics {shown(given)}, but must return a mapping of "
-                "names to numbers; the metrics are omitted"
-            )
+            given = getattr(result, "metrics", None)
+            pairs = [] if given is None else list(dict(given).items())
+        except Exception as why:
+            if not self._new(f"{method} metrics"):
+                return {}
+            if given is None or isinstance(given, Mapping):  # its values are computed only now
+                self.failed(why)
+                self._report(
+                    f"the metrics of {method}() failed, so they are omitted: {one_line(why)}"
+                )
+            else:
+                self._report(
+                    f"{method}() returned the metrics {shown(given)}, but must return a mapping of "
+                    "names to numbers; the metrics are omitted"
+                )
             return {}
         valid: dict[str, float] = {}
         for given_name, value in pairs:
             name = _metric_name(given_name)
             if isinstance(value, FailedMetric):
-                self.failed(value.why)
-                self._once(
-                    f"the metric '{name}' of {method}() failed, so it is omitted: "
-                    f"{one_line(value.why)}",
-                    key=f"{method} {name}",
-                )
+                if self._new(f"{method} metric {name}"):
+                    self.failed(value.why)
+                    self._report(
+                        f"the metric '{name}' of {method}() failed, so it is omitted: "
+                        f"{one_line(value.why)}"
+                    )
                 continue
             try:
                 valid[name] = number(value)
@@ -155,22 +171,26 @@ class Results:
                 self._once(
                     f"the metric '{name}' of {method}() is invalid: {wrong}; invalid values "
                     "are omitted",
-                    key=f"{method} {name}",
+                    key=f"{method} metric {name}",
                 )
         if len(valid) > MAX_METRICS:
             dropped = len(valid) - MAX_METRICS
             self._once(
                 f"{method}() returned {len(valid)} metrics; at most {MAX_METRICS} can be sent, so "
-                f"the last {dropped} are omitted"
+                f"the last {dropped} are omitted",
+                key=f"{method} number of metrics",
             )
             names = [name for name in _FIRST if name in valid]
             names += [name for name in valid if name not in _FIRST]
             valid = {name: valid[name] for name in names[:MAX_METRICS]}
         return valid
 
-    def _once(self, sentence: str, key: str | None = None) -> None:
-        """Report a sentence unless one with the same key, by default the same one, was reported."""
-        if self._new(sentence if key is None else key):
+    def _once(self, sentence: str, key: str) -> None:
+        """Report a sentence unless one with the same key was reported.
+
+        The key is the kind of the fault: the value in a sentence may differ in every step.
+        """
+        if self._new(key):
             self._report(sentence)
 
     def _new(self, key: str) -> bool:
@@ -190,24 +210,27 @@ def arrays(given: Any, method: str, what: str = "the weights") -> dict[str, Arra
         raise TaskError(
             f"{method} returned {shown(given)} as {what}; expected a mapping of names to arrays"
         )
-    converted = {}
-    for name, value in given.items():
-        if isinstance(value, Mapping):
-            inner = "/".join(map(str, [name, *list(value)[:1]]))
-            raise TaskError(
-                f"{method} returned {what} with a nested mapping under "
-                f"'{sendable(str(name), 60)}'; expected a flat mapping of names to arrays, with "
-                f"names such as '{sendable(inner, 60)}'"
-            )
-        try:
-            converted[name] = np.asarray(value)
-        except Exception as why:
-            raise TaskError(
-                f"{method} returned tensor '{sendable(str(name), 60)}' as a "
-                f"{type(value).__name__}, which NumPy "
-                f"cannot convert to an array: {one_line(why)}"
-            ) from None
-    return converted
+    return {
+        name: value if type(value) is np.ndarray else _array(name, value, method, what)
+        for name, value in given.items()
+    }
+
+
+def _array(name: Any, value: Any, method: str, what: str) -> Array:
+    if isinstance(value, Mapping):
+        inner = "/".join(map(str, [name, *list(value)[:1]]))
+        raise TaskError(
+            f"{method} returned {what} with a nested mapping under '{sendable(str(name), 60)}'; "
+            "expected a flat mapping of names to arrays, with names such as "
+            f"'{sendable(inner, 60)}'"
+        )
+    try:
+        return np.asarray(value)
+    except Exception as why:
+        raise TaskError(
+            f"{method} returned tensor '{sendable(str(name), 60)}' as a {type(value).__name__}, "
+            f"which NumPy cannot convert to an array: {one_line(why)}"
+        ) from None
 
 
 def lent(weights: Weights, task: Task) -> dict[str, Array]:
@@ -217,10 +240,10 @@ def lent(weights: Weights, task: Task) -> dict[str, Array]:
     task that modified the received weights in place would then send a delta of zeros.
     """
     if getattr(task, "only_reads", False):
-        return dict(weights)
+        return dict(weights.items())
     if isinstance(weights, Tensors) and weights.memory:  # one contiguous block: one copy
         memory = np.frombuffer(weights.memory, np.uint8).copy().data
-        return dict(weights.layout.over(memory))
+        return weights.layout.over(memory).as_dict
     return copied(weights)
 
 
@@ -238,7 +261,10 @@ def _whole(value: Any) -> int:
 
 def _metric_name(given: Any) -> str:
     """Return a metric's name on the wire; a long name is cut and ends in its hash."""
-    name = sendable(str(given))
+    try:
+        name = sendable(str(given))
+    except Exception:  # its own __str__ fails
+        name = shown(given)
     if len(name) <= MAX_METRIC_NAME:
         return name
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]

@@ -200,6 +200,12 @@ class WorkerService:
 
     def _receive(self, message: Message, payload: memoryview) -> None:
         match message:
+            case Fit() | Evaluate() if message.transfer is not None:
+                announced_layout(message)
+                self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
+                self._presence.now("receiving", message, steps=message.transfer.parts)
+            case Fit() | Evaluate():
+                self._work(message, payload)
             case Welcome(run=run, round=number, rounds=rounds):
                 if run != self._run:
                     self._failed_with, self._trained = None, set()
@@ -213,12 +219,6 @@ class WorkerService:
                 raise RefusedError(reason)
             case InitRequest():
                 self._ask(Job(message))
-            case Fit() | Evaluate() if message.transfer is not None:
-                announced_layout(message)
-                self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
-                self._presence.now("receiving", message, steps=message.transfer.parts)
-            case Fit() | Evaluate():
-                self._work(message, payload)
             case Part():
                 self._part(message, payload)
             case Stop(run=run, reason=reason) if self._run in (None, run):
@@ -268,12 +268,13 @@ class WorkerService:
 
     def _work(self, message: Fit | Evaluate, payload: memoryview) -> None:
         weights, broadcast, frozen = read_work(message, payload)
-        if self._frozen.receive(frozen):
-            self._record(FrozenReceived(round=message.round, digest=message.frozen))
-            self._presence.speak_up()  # so that they are not sent again
-        if message.frozen not in (None, *self._frozen.digests):
-            self._presence.now("receiving", message)  # they were lost with a link, and come again
-            return
+        if message.frozen is not None:
+            if self._frozen.receive(frozen):
+                self._record(FrozenReceived(round=message.round, digest=message.frozen))
+                self._presence.speak_up()  # so that they are not sent again
+            if message.frozen not in self._frozen.digests:
+                self._presence.now("receiving", message)  # lost with a link, they come again
+                return
         self._ask(Job(message, weights, broadcast))
 
     def _ask(self, job: Job) -> None:
@@ -363,13 +364,13 @@ class WorkerService:
 
     def _sent(self, job: Job) -> None:
         self._advance(machine.Sent(job.work))
-        if self._state.answered == job.work:  # no newer work has arrived
-            self._presence.now("idle", job.work)
         answer = job.answer[0] if job.answer else None
         metrics = answer.metrics if isinstance(answer, Update) else None
         self._record(Sent(round=job.work.round, kind=job.work.kind, metrics=metrics))
-        if self._state.answered == job.work and job.work.kind == "fit":
-            self._wait_for_work(job.work)
+        if self._state.answered == job.work:  # no newer work has arrived
+            self._presence.now("idle", job.work)
+            if job.work.kind == "fit":
+                self._wait_for_work(job.work)
 
     def _wait_for_work(self, work: Work) -> None:
         """Show that the worker waits for the coordinator, since its update is sent."""

@@ -139,10 +139,10 @@ def classes_of(task: Task) -> tuple[str, ...]:
     """Return the names of a task's classes, in the order of its model's outputs; else ().
 
     Raises:
-        TypeError: if they cannot be iterated over, or only once.
+        TypeError: if they cannot be iterated over, or only once, or in no fixed order.
     """
     given = getattr(task, "classes", None)
-    if isinstance(given, Iterator):
+    if isinstance(given, Iterator | set | frozenset):
         raise TypeError
     return () if given is None else tuple(sendable(str(name)) for name in given)
 
@@ -156,7 +156,7 @@ def check_task(name: str, task: Any) -> Task:
     """Check an object's methods and attributes, and return it as a task.
 
     Raises:
-        UsageError: if a method is missing or async.
+        UsageError: if it is a class, or a method is missing or async.
         TaskError: if an attribute cannot be read, or ``num_examples`` or ``classes`` have invalid
             values.
     """
@@ -165,6 +165,11 @@ def check_task(name: str, task: Any) -> Task:
         raise UsageError(
             f"the function that makes the task {name} is async; define this function with 'def', "
             "not 'async def'"
+        )
+    if isinstance(task, type) and inspect.isfunction(inspect.getattr_static(task, "train", None)):
+        raise UsageError(
+            f"the task {name} is the class {task.__name__}, not an instance of it; call the class: "
+            f"{task.__name__}(...)"
         )
     for attribute in (*_METHODS, *_OPTIONAL):
         value = call_task(name, attribute, getattr, task, attribute, None)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fluffle_common.cli.loading import Place
-from fluffle_common.cli.user_code import is_ctrl_c, one_line
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_worker.task import Task, TaskOptions, check_task
-from fluffle_worker.user_code import CALLERS, warn_in_full
+from fluffle_worker.task import Task, TaskOptions, check_task, classes_of
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
     """Return the task that the factory at ``module:name`` or ``path.py:name`` makes.
 
     Raises:
-        UsageError: if there is no such factory, or what it returns is not a task.
+        UsageError: if there is no such factory, what it returns is not a task, or the task ignores
+            ``options.classes``.
         TaskError: if the factory fails with these options, for example because data is missing.
     """
     return load_factory(name)(options)
@@ -24,7 +24,7 @@ def load_task(name: str, options: TaskOptions) -> Task:
 def load_factory(name: str) -> Callable[[TaskOptions], Task]:
     """Return the function that ``load_task`` calls; it raises what ``load_task`` does."""
     place = Place.parse("task", name)
-    factory = place.load(CALLERS)
+    factory = place.load()
     if not callable(factory):
         raise UsageError(
             f"{place.where} has no function '{place.attribute}' that makes a task; correct --task"
@@ -40,8 +40,15 @@ def load_factory(name: str) -> Callable[[TaskOptions], Task]:
         except BaseException as why:
             if is_ctrl_c(why):
                 raise
-            warn_in_full(why)
+            warn_in_full(why, "task")
             raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
-        return check_task(name, task)
+        task = check_task(name, task)
+        own, named = classes_of(task), options.classes or ()
+        if own and named and len(own) != len(named):  # it may spell them otherwise
+            raise UsageError(
+                f"--classes names {', '.join(named)}, but the task {name} has the classes "
+                f"{', '.join(own)}; let the task use options.classes"
+            )
+        return task
 
     return make

@@ -102,7 +102,7 @@ class Trainer:
     def begin(self, job: Job, evaluated: Callable[[], object]) -> None:
         """Queue a job; ``evaluated`` is called once its evaluation is available."""
         self._under_way += 1
-        self._training.put(lambda: self._work(job, functools.partial(self._to_loop, evaluated)))
+        self._training.put(functools.partial(self._work, job, evaluated))
 
     def _work(self, job: Job, evaluated: Callable[[], object]) -> None:
         event = self._do(job, evaluated)
@@ -116,7 +116,7 @@ class Trainer:
                 job,
                 self._task,
                 self._sender,
-                evaluated=evaluated,
+                evaluated=functools.partial(self._to_loop, evaluated),
                 progress=functools.partial(self._to_loop, self._progress, job.work),
                 residual=self._residual,
                 results=self._results,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost
@@ -27,7 +28,7 @@ _SETTLE_S = 60.0
 
 
 class Uploader:
-    """A queue of answers, sent concurrently and started in order.
+    """Sends answers concurrently, started in order, while ``run`` runs.
 
     An answer does not wait for the confirmation of the previous one, because the broker may confirm
     an update only when the coordinator acknowledges it, after its round is on disk. Large answers,
@@ -53,11 +54,18 @@ class Uploader:
         sent: Callable[[int, int], None],
         ready_outbox: Callable[[Link], Awaitable[None]],
     ) -> None:
-        self._topology, self._worker, self._link = topology, worker, link
+        self._outbox, self._link = topology.outbox(worker), link
+        self._routes = {
+            kind: Route(topology.results, [f"{kind}.{worker}"])
+            for kind in ("evaluation", "first_weights", "update")
+        }
+        # Not durable: the worker keeps the answer and sends it again when asked.
+        self._parts_route = Route(topology.results, [f"part.{worker}"], durable=False)
         self._wanted, self._due, self._confirmed = wanted, due, confirmed
         self._record, self._parts_sent, self._ready_outbox = record, sent, ready_outbox
         self._refusals = Refusals(topology, worker, record)
-        self._unsent: asyncio.Queue[Job] = asyncio.Queue()
+        self._sending: set[asyncio.Task[None]] = set()
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._in_parts = asyncio.Lock()  # one answer at a time
         self._residual = Residual()  # of the last update that was sent
         self._under_way = 0
@@ -65,8 +73,15 @@ class Uploader:
         self._settled.set()
 
     def put(self, job: Job) -> None:
-        """Queue a job's evaluation and, if it has one, its answer."""
-        self._unsent.put_nowait(job)
+        """Start to send a job's evaluation and, if it has one, its answer.
+
+        Does nothing once ``run`` has ended: the training thread may finish later.
+        """
+        if self._ended.done():
+            return
+        task = asyncio.create_task(self._send_until_confirmed(job))
+        self._sending.add(task)
+        task.add_done_callback(self._over)
 
     def residual(self) -> Residual:
         """Return the residual of the last update; called in the training thread.
@@ -78,14 +93,18 @@ class Uploader:
         return self._residual
 
     async def run(self) -> None:
-        """Send, until cancelled."""
+        """Raise the first error of an answer; stop sending when cancelled."""
         try:
-            async with asyncio.TaskGroup() as sending:
-                while True:
-                    job = await self._unsent.get()
-                    sending.create_task(self._send_until_confirmed(job))
-        except BaseExceptionGroup as several:
-            raise several.exceptions[0] from None
+            await self._ended
+        finally:
+            for task in self._sending:
+                task.cancel()
+            await asyncio.gather(*self._sending, return_exceptions=True)
+
+    def _over(self, task: asyncio.Task[None]) -> None:
+        self._sending.discard(task)
+        if not task.cancelled() and (why := task.exception()) and not self._ended.done():
+            self._ended.set_exception(why)
 
     async def _send_until_confirmed(self, job: Job) -> None:
         async with job.sending:  # a job's evaluation before its answer
@@ -104,8 +123,7 @@ class Uploader:
         due = self._due(job)
         sends = []
         if job.evaluation is not None and not job.evaluation_sent:
-            key = f"evaluation.{self._worker}"
-            sends.append(send(link, job.evaluation, Route(self._topology.results, [key])))
+            sends.append(send(link, job.evaluation, self._routes["evaluation"]))
         if due and job.answer is not None:
             sends.append(self._send_answer(link, job, *job.answer))
         before = self._residual
@@ -141,22 +159,21 @@ class Uploader:
                 raise NotWanted
             self._parts_sent(done, parts)
 
-        async with contextlib.AsyncExitStack() as turn:
+        await send_tensors(
+            link,
+            message,
+            weights,
+            self._routes[message.kind],
+            others=job.others,
+            parts=self._parts_route,
+            around_parts=functools.partial(self._with_outbox, link),
+            progress=progress,
+        )
 
-            async def before_parts() -> None:
-                await turn.enter_async_context(self._in_parts)
-                await self._ready_outbox(link)
-                # It may still hold parts of earlier answers.
-                await self._refusals.drain(link, self._topology.outbox(self._worker), read_part)
-
-            await send_tensors(
-                link,
-                message,
-                weights,
-                Route(self._topology.results, [f"{message.kind}.{self._worker}"]),
-                others=job.others,
-                # Not durable: the worker keeps the answer and sends it again when asked.
-                parts=Route(self._topology.results, [f"part.{self._worker}"], durable=False),
-                before_parts=before_parts,
-                progress=progress,
-            )
+    @contextlib.asynccontextmanager
+    async def _with_outbox(self, link: Link) -> AsyncIterator[None]:
+        async with self._in_parts:
+            await self._ready_outbox(link)
+            # It may still hold parts of earlier answers.
+            await self._refusals.drain(link, self._outbox, read_part)
+            yield

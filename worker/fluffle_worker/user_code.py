@@ -3,25 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from fluffle_common.cli import user_code
 from fluffle_common.errors import TaskError
-
-CALLERS = frozenset(
-    str(Path(__file__).parent / name)
-    for name in (
-        "frozen.py",
-        "job.py",
-        "results.py",
-        "signature.py",
-        "task_loading.py",
-        "trainer.py",
-        "user_code.py",
-    )
-)
-"""The files that call a task's code; their frames are left out of its tracebacks."""
 
 
 def call_task(name: str, what: str, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -38,16 +23,6 @@ def call_task(name: str, what: str, call: Callable[..., Any], *arguments: Any) -
         if user_code.is_ctrl_c(why):
             raise
         raise TaskError(f"{what} of the task {name} fails: {user_code.one_line(why)}") from why
-
-
-def full_trace(why: BaseException) -> str:
-    """Return the traceback of an error, starting at the first frame of the task's code."""
-    return user_code.full_trace(why, CALLERS)
-
-
-def warn_in_full(why: BaseException) -> None:
-    """Write that traceback to stderr."""
-    user_code.warn_in_full(why, "task", CALLERS)
 
 
 class FailedMetric(float):

@@ -34,8 +34,8 @@ _WHO_WIDTH, _WIDEST_WHO = 12, 32
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
     help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part "
-    "…); may be given several times.  [default: all kinds except heartbeat; parts are "
-    "counted, not listed]",
+    "…); may be given several times.  [default: all kinds except heartbeat; the parts "
+    "of one message share a line]",
 )  # fmt: skip
 @click.option(
     "--worker", metavar="W", help="Show only messages from or to the worker with this ID."

@@ -75,8 +75,8 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     assert queue is not None
     if not await is_classic(link, queue):
         raise UsageError(
-            f"cannot peek at {full}, because it is not a classic queue and reading would change "
-            f"the order of the messages; {_instead(topology)}"
+            f"cannot peek at {full}, because reading it would change the order of its messages "
+            f"(it is not a classic queue); {_instead(topology)}"
         )
     async with borrowed(link, full, count=count, most_bytes=MOST_BYTES) as messages:
         deliveries = [delivery async for delivery in messages]

@@ -17,6 +17,7 @@ NOTHING = "^$"
 _LINE = 77  # characters, before the backslash of a continued line
 # Publishing to a queue by its name and dead-lettering need write access to this exchange.
 _DEFAULT_EXCHANGE = "amq.default"
+_MISSING = re.compile(r"Exchange \S+ does not exist").match  # RabbitMQ 4.3
 _REPLACED = re.compile(r"[^A-Za-z0-9_-]")
 
 Run = Callable[[Sequence[str], str | None], str]
@@ -42,14 +43,18 @@ class Permissions:
     topics: dict[str, str] = field(default_factory=dict)
 
     def commands(self, vhost: str) -> list[list[str]]:
-        """Return the ``rabbitmqctl`` commands that grant these permissions, in order."""
+        """Return the ``rabbitmqctl`` commands that grant these permissions, in order.
+
+        The topic permissions are first, because without them, a user that may write to the exchange
+        may publish under every key. RabbitMQ 4.3 refuses them while the exchange does not exist.
+        """
         at = ["--vhost", vhost, self.user]
         return [
-            ["set_permissions", *at, self.configure, self.write, self.read],
             *(
                 ["set_topic_permissions", *at, exchange, keys, NOTHING]
                 for exchange, keys in self.topics.items()
             ),
+            ["set_permissions", *at, self.configure, self.write, self.read],
         ]
 
 
@@ -90,6 +95,8 @@ def coordinator_permissions(topology: Topology, user: str) -> Permissions:
 def shell_lines(permissions: Permissions, vhost: str) -> list[str]:
     """Return the commands to run on the broker's machine, in lines that fit a terminal."""
     lines = [f"# add_user asks for a password; omit add_user if {permissions.user} already exists"]
+    for exchange in permissions.topics:
+        lines.append(f"# RabbitMQ 4.3 needs the exchange {exchange}: start the coordinator first")
     for command in (["add_user", permissions.user], *permissions.commands(vhost)):
         lines.append("rabbitmqctl")
         for word in map(shlex.quote, command):
@@ -152,7 +159,9 @@ def runner(rabbitmqctl: Sequence[str]) -> Run:
             raise BrokerError(f"cannot run {rabbitmqctl[0]}: {wrong.strerror}") from None
         if done.returncode:
             output = done.stderr.strip() or done.stdout.strip() or "it gives no reason"
-            raise BrokerError(f"rabbitmqctl {arguments[0]} failed: {output.splitlines()[-1]}")
+            reason = output.splitlines()[-1]
+            remedy = "; start the coordinator first, which declares it" * bool(_MISSING(reason))
+            raise BrokerError(f"rabbitmqctl {arguments[0]} failed: {reason}{remedy}")
         return done.stdout
 
     return run

@@ -7,15 +7,16 @@ import itertools
 import math
 import os
 import re
-import sys
+import signal
 import traceback
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import click
 from click.core import ParameterSource
 
+from fluffle_common.cli.exit_now import exit_soon, reset_when_delivered
 from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.cli.printing import (
     ReaderGone,
@@ -288,12 +289,13 @@ def queue_type_option(command: Any) -> Any:
     )(command)
 
 
-def main() -> None:
+def main() -> NoReturn:
     """Run the program; an error becomes one line on stderr and an exit code."""
+    reset_when_delivered(signal.SIGINT)  # a task that is being loaded may be in C code
     prepare_streams()
     code = _exit_code()
     settle_streams()
-    sys.exit(code)
+    exit_soon(code)
 
 
 def _exit_code() -> int:

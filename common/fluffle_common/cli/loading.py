@@ -10,7 +10,7 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -74,26 +74,23 @@ class Place:
         """Whether this is a path, not the name of a module."""
         return self.where.endswith(".py")
 
-    def load(self, callers: Collection[str] = ()) -> object:
+    def load(self) -> object:
         """Import the module and return the object; None if the module has no such attribute.
-
-        Args:
-            callers: fluffle's source files on the call path, which tracebacks leave out.
 
         Raises:
             UsageError: if the module or file does not exist, or needs a module that is missing.
             TaskError: if its own code fails; the traceback goes to stderr.
         """
-        return getattr(self._module({*callers, __file__}), self.attribute, None)
+        return getattr(self._module(), self.attribute, None)
 
-    def found(self, callers: Collection[str] = ()) -> Any:
+    def found(self) -> Any:
         """Return the object, as ``load`` does, but never None.
 
         Raises:
             UsageError: as ``load`` does, or if the module has no such attribute.
             TaskError: as ``load`` does.
         """
-        loaded = self.load(callers)
+        loaded = self.load()
         if loaded is None:
             raise UsageError(
                 f"{self.where} has no '{self.attribute}'; correct the name in --{self.what}"
@@ -123,7 +120,7 @@ class Place:
             f"{place}; {remedy}"
         )
 
-    def _module(self, callers: Collection[str]) -> object:
+    def _module(self) -> object:
         try:
             if self.is_file:
                 return self._from_file()
@@ -140,7 +137,7 @@ class Place:
         except BaseException as why:
             if is_ctrl_c(why):
                 raise
-            warn_in_full(why, self.what, callers)
+            warn_in_full(why, self.what)
             raise TaskError(
                 f"the {self.what}'s file {self.where} fails to load: {one_line(why)}"
             ) from why
@@ -174,13 +171,12 @@ class Place:
         return module
 
 
-def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) -> Any:
+def load_installed(what: str, point: EntryPoint) -> Any:
     """Import the object of an entry point.
 
     Args:
         what: what the object is used for, such as ``strategy``.
         point: the entry point.
-        callers: fluffle's source files on the call path, which tracebacks leave out.
 
     Raises:
         TaskError: if its own code fails; the traceback goes to stderr.
@@ -190,7 +186,7 @@ def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) 
     except BaseException as why:
         if is_ctrl_c(why):
             raise
-        warn_in_full(why, what, {*callers, __file__})
+        warn_in_full(why, what)
         raise TaskError(
             f"the {what} '{point.name}' (entry point {point.value}) fails to load: {one_line(why)}"
         ) from why

@@ -179,13 +179,16 @@ def prepare_streams() -> None:
 
 def settle_streams() -> None:
     """Flush stdout and stderr; drop unwritable text, which Python would retry at exit."""
-    for stream in (sys.stdout, sys.stderr):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
         if stream is None:
             continue
         try:
             stream.flush()
-        except (OSError, ValueError):
-            with contextlib.suppress(OSError, ValueError):
+        except Exception:  # a user's code may have put any object here
+            try:
                 null = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(null, stream.fileno())
                 os.close(null)
+            except Exception:
+                setattr(sys, name, None)

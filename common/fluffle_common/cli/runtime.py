@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
+from fluffle_common.cli.exit_now import reset_when_delivered
 from fluffle_common.cli.open_files import check_open_files
 from fluffle_common.cli.printing import prepare_streams
 from fluffle_common.errors import RunError
@@ -68,6 +69,7 @@ def run_until_signalled(
         main.close()
         raise
     received: list[int] = []
+    before = {each: signal.getsignal(each) for each in _ENDING}
     _reset_signals_in_children()
     prepare_streams()  # a task may have closed one; libuv aborts if it must close 0, 1 or 2
 
@@ -91,28 +93,20 @@ def run_until_signalled(
 
         for each in ending:
             running.add_signal_handler(each, stop, each)
-            _reset_when_delivered(each)
+            reset_when_delivered(each)
         return await task
 
-    with (
-        contextlib.suppress(asyncio.CancelledError),
-        asyncio.Runner(loop_factory=loop) as runner,
-    ):
-        return runner.run(watched())
+    try:
+        with (
+            contextlib.suppress(asyncio.CancelledError),
+            asyncio.Runner(loop_factory=loop) as runner,
+        ):
+            return runner.run(watched())
+    finally:
+        if not received:  # uvloop leaves its handlers in place, and they do nothing any more
+            for each, handler in before.items():
+                signal.signal(each, handler or signal.SIG_DFL)
     raise Interrupted(received[0] if received else signal.SIGTERM)
-
-
-def _reset_when_delivered(number: int) -> None:
-    """Let the kernel reset a signal to its default action when it is first delivered.
-
-    Python runs handlers only between bytecodes, so code that holds the GIL, such as a slow regular
-    expression, delays them. With this, the second Ctrl-C kills the process even then. It does
-    nothing if the C library lacks ``sysv_signal``.
-    """
-    install = getattr(ctypes.CDLL(None), "sysv_signal", None)
-    if install is not None:
-        install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-        install(number, install(number, None))
 
 
 @functools.cache

@@ -12,6 +12,7 @@ TEST_PREFIX = "test/"
 """Prefix of the metrics of the coordinator's own test, to tell them from the workers' metrics."""
 PERSONAL_PREFIX = "personal_"
 """Prefix of the metrics of a model after a worker's local training, on what it holds out."""
+_LOWER = ("loss", "error", "error_rate", "mse", "mae", "mape", "nll", "entropy", "perplexity")
 
 
 def avoid_fields(metrics: Mapping[str, T], fields: Collection[str]) -> dict[str, T]:
@@ -44,7 +45,7 @@ def lower_is_better(metric: str) -> bool:
     """Whether lower values of a metric are better, judging by its name.
 
     Example:
-        >>> [lower_is_better(name) for name in ("loss", "test/loss", "error", "accuracy")]
+        >>> [lower_is_better(name) for name in ("test/loss", "error_rate", "RMSE", "accuracy")]
         [True, True, True, False]
     """
-    return metric.endswith(("loss", "error"))
+    return metric.lower().endswith(_LOWER)

@@ -78,13 +78,13 @@ def check_names(names: Iterable[str]) -> None:
     for name in names:
         if name == _METADATA:
             raise ValueError(
-                f"a tensor has the name '{name}', which checkpoints reserve for other data; rename "
-                "this tensor"
+                f"a tensor has the name '{name}', which is reserved in checkpoints for other data; "
+                "rename this tensor"
             )
         if name.startswith(_STRATEGY_PREFIX):
             raise ValueError(
-                f"the name of tensor '{name[:60]}' begins with '{_STRATEGY_PREFIX}', which "
-                "checkpoints reserve for the state of a strategy; rename this tensor"
+                f"the name of tensor '{name[:60]}' begins with '{_STRATEGY_PREFIX}', a prefix "
+                "that is reserved in checkpoints for the state of a strategy; rename this tensor"
             )
 
 
@@ -303,6 +303,6 @@ def _check_digest(path: Path) -> None:
         digest = blake3_of(itertools.chain([start], iter(lambda: file.read(_READ_BYTES), b"")))
     if digest.hex().encode() != expected:
         raise ValueError(
-            "the bytes of the model do not match the file's digest: the file is damaged, or was "
+            "the model does not match the digest in the file: the file is damaged, or was "
             f"changed without removing {_DIGEST_KEY} from its metadata"
         )

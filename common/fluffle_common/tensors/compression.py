@@ -219,7 +219,7 @@ def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Arr
         raise codec_error(codec, "decode", name, error) from error
     if isinstance(result, np.ndarray) and np.may_share_memory(result, blank):
         raise CodecError(
-            f"decode() of the codec '{codec.name}' returned the array that it received as like= "
+            f"decode() of the codec '{codec.name}' returned its argument like=, or a view of it, "
             f"for tensor '{name[:60]}'; return a new array, made from the parts"
         )
     if not isinstance(result, np.ndarray) or (result.dtype, result.shape) != (

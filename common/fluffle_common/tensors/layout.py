@@ -8,7 +8,7 @@ have one dtype, the whole buffer can be sent, checked and summed as a single vec
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import ItemsView, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -105,6 +105,10 @@ class Tensors(Mapping[str, Array]):
 
     def __len__(self) -> int:
         return len(self.layout.places)
+
+    def items(self) -> ItemsView[str, Array]:
+        """Return all tensors with their names; ``Mapping`` would look each one up."""
+        return self.as_dict.items()
 
 
 class Layout:
@@ -347,7 +351,8 @@ def _checked_places(table: tuple[TensorEntry, ...]) -> dict[str, Place]:
         size = math.prod(shape)
         if size * dtype.itemsize != nbytes:
             raise ValueError(
-                f"tensor '{name}' of shape {shape} and {dtype_name} cannot have {nbytes} bytes"
+                f"tensor '{name}' of shape {shape} and dtype {dtype_name} cannot have {nbytes} "
+                "bytes"
             )
         if offset < end or offset % ALIGNMENT:
             raise ValueError(

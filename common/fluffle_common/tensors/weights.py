@@ -77,33 +77,31 @@ def delta(trained: Weights, received: Weights) -> Weights:
     Raises:
         ValueError: if names, shapes or dtypes differ, or a difference of 64-bit integers overflows.
     """
-    base = dict(received)
     layout = layout_for(received)
     if signature_of(trained) != layout.signature:  # the order may differ
-        same_form(trained, base)
+        same_form(trained, received)
     if not layout.floats:
         layout = layout_of_signature(
-            tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in base.items()])
+            tuple([(name, delta_dtype(t.dtype), t.shape) for name, t in received.items()])
         )
+    difference: Weights
     if layout.nbytes > _MAX_BUFFER_BYTES:
-        return {name: _subtract(name, trained[name], old) for name, old in base.items()}
-    difference = layout.empty()
-    for name, out in difference.as_dict.items():
-        _subtract(name, trained[name], base[name], out)
+        difference = {n: np.empty(p.shape, p.dtype) for n, p in layout.places.items()}
+    else:
+        difference = layout.empty()
+    for (name, old), (_, out) in zip(received.items(), difference.items(), strict=True):
+        np.subtract(trained[name], old, out=out, dtype=out.dtype)
+        if out.dtype.kind == "i" and _wrapped(trained[name], old, out):
+            raise ValueError(
+                f"tensor '{name}' changed by more than an int64 can hold; keep this tensor out of "
+                "the weights, or use integers of 32 bits"
+            )
     return difference
 
 
-def _subtract(name: str, new: Array, old: Array, out: Array | None = None) -> Array:
-    dtype = delta_dtype(old.dtype)
-    difference: Array = np.subtract(new, old, out=out, dtype=dtype)
-    if is_float(dtype) or old.dtype.itemsize < dtype.itemsize:
-        return difference
-    if ((new >= old) != (difference >= 0)).any():  # wrapped around
-        raise ValueError(
-            f"tensor '{name}' changed by more than an int64 can hold; keep this tensor out of "
-            "the weights, or use integers of 32 bits"
-        )
-    return difference
+def _wrapped(new: Array, old: Array, difference: Array) -> bool:
+    """Return whether a difference of integers has overflowed, which only one of 64 bits can."""
+    return old.itemsize == difference.itemsize and bool(((new >= old) != (difference >= 0)).any())
 
 
 def read_only(tensor: Array) -> Array:
@@ -309,8 +307,8 @@ def size_bytes(weights: Weights) -> int:
 def _check_names(weights: Forms, like: Weights) -> None:
     if weights.keys() == like.keys():
         return
-    missing = sorted(like.keys() - weights.keys())
-    extra = sorted(weights.keys() - like.keys())
+    missing = sorted(map(str, like.keys() - weights.keys()))
+    extra = sorted(map(str, weights.keys() - like.keys()))
     differences = [
         f"{what} {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
         for what, names in (("missing", missing), ("unknown", extra))

@@ -199,7 +199,8 @@ class Link(Protocol):
 
         Raises:
             Unroutable: if no queue is bound.
-            QueueFull: if a queue refused the message because it is full.
+            QueueFull: if a queue refused the message because it is full, or, with RabbitMQ 4.3,
+                because it is being deleted.
             LinkLost: if the outcome is unknown.
         """
 

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 import itertools
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 from fluffle_common.clock import timestamp
@@ -94,7 +95,7 @@ async def send_tensors(
     *,
     others: Groups = NO_GROUPS,
     parts: Route | None = None,
-    before_parts: Callable[[], Awaitable[None]] | None = None,
+    around_parts: Callable[[], AbstractAsyncContextManager[None]] = contextlib.nullcontext,
     progress: Progress | None = None,
     digest: Awaitable[str] | None = None,
 ) -> None:
@@ -108,7 +109,7 @@ async def send_tensors(
         others: the tensors of the other groups.
         parts: the route of the parts, which are then sent before the message. None sends them
             after the message, by the same route.
-        before_parts: awaited before anything is published, if the message has parts.
+        around_parts: entered before anything is published, if the message has parts.
         progress: called with the number of confirmed parts and the number of all parts.
         digest: the result of ``digest_of`` for the tensors, if it is already being computed.
     """
@@ -117,14 +118,13 @@ async def send_tensors(
         await _publish(link, message, encode(message, pieces, table), route)
         return
     outgoing = Outgoing(message, table, pieces)
-    if before_parts is not None:
-        await before_parts()
-    hashing = digest if digest is not None else asyncio.to_thread(outgoing.digest)
-    if parts is not None:
-        digest_task = asyncio.ensure_future(hashing)  # while the parts are sent
-        await _send_parts(link, outgoing, parts, progress)
-        await _publish(link, message, outgoing.body(await digest_task), route)
-    else:
+    async with around_parts():
+        hashing = digest if digest is not None else asyncio.to_thread(outgoing.digest)
+        if parts is not None:
+            digest_task = asyncio.ensure_future(hashing)  # while the parts are sent
+            await _send_parts(link, outgoing, parts, progress)
+            await _publish(link, message, outgoing.body(await digest_task), route)
+            return
         refusals = _Refusals(route)
         with refusals.collected():
             await _publish(link, message, outgoing.body(await hashing), route)

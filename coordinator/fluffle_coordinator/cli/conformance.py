@@ -47,14 +47,14 @@ if TYPE_CHECKING:
     "wait_s",
     type=seconds(min_open=True),
     default=600.0,
-    help="Time limit for the worker to connect, in seconds.",
+    help="Time limit in seconds for the worker to connect.",
 )
 @click.option(
     "--patience",
     "patience_s",
     type=seconds(min_open=True),
     default=60.0,
-    help="Time limit for each reply from the worker, in seconds. Give more time than the worker "
+    help="Time limit in seconds for each reply from the worker. Give more time than the worker "
     "needs to train once.",
 )
 @click.option(

@@ -52,8 +52,9 @@ def run_option(command: Any) -> Any:
     type=count(),
     metavar="N",
     help="Number N of workers that must be connected before the first round starts. If you set "
-    "this option, it also sets a minimum for every round: the number of updates that a round "
-    "needs when N workers are connected.  [default: --quorum if given as a number, else 2]",
+    "this option, a round also never needs fewer updates than it would with N workers connected, "
+    "even if fewer are (not with --select poisson or path.py:name).  [default: --quorum if given "
+    "as a number, else 2]",
 )
 @click.option(
     "--quorum",
@@ -67,13 +68,13 @@ def run_option(command: Any) -> Any:
     "--grace",
     type=seconds(),
     default=0.0,
-    help="How long a round waits for more updates after it has reached its quorum, in seconds.",
+    help="Seconds that a round waits for more updates after it has reached its quorum.",
 )
 @click.option(
     "--deadline",
     type=seconds(min_open=True),
     default=600.0,
-    help="Time limit for a round to reach its quorum, in seconds.",
+    help="Time limit in seconds for a round to reach its quorum.",
 )
 @click.option(
     "--on-deadline",
@@ -102,14 +103,15 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--evaluate",
     metavar="path.py:name",
-    help="Your function to evaluate the model after every round: takes a dict of weights by name "
-    "and returns a dict of metrics by name. The next round starts after it returns.",
+    help="A function of yours, called after every round to evaluate the model. It takes a dict of "
+    "weights by name and returns a dict of metrics by name. The next round starts after it "
+    "returns.",
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help="Your function to call after every commit. If it returns a string, the run ends with "
-    "that string as the reason.",
+    help="A function of yours, called after every commit. If it returns a string, the run ends "
+    "with this string as the reason.",
 )
 @stopping_options
 @plan_options
@@ -138,22 +140,22 @@ def run_option(command: Any) -> Any:
     type=seconds(min_open=True),
     default=86400.0,
     metavar="SECONDS",
-    help="Maximum time that a round stays open, in seconds. Workers that make progress keep a "
+    help="Maximum time in seconds that a round stays open. Workers that make progress keep a "
     "round open after its --deadline, but never longer than --max-round.",
 )
 @click.option(
     "--stall-timeout",
     type=seconds(min_open=True),
     metavar="SECONDS",
-    help="Time without progress after which a worker's training counts as failed, in seconds. "
-    "This option works only with tasks that call 'progress' while they train.  [default: "
-    "no limit; after 2 minutes without progress, the coordinator prints a warning]",
+    help="Seconds without progress after which a worker's training counts as failed. This option "
+    "works only with tasks that call 'progress' while they train.  [default: no limit; after 2 "
+    "minutes without progress, the coordinator prints a warning]",
 )
 @click.option(
     "--max-examples",
     type=count(),
     metavar="N",
-    help="Maximum weight of an update in the average, as a number of examples.  [default: the "
+    help="Maximum number of examples that an update counts for in the average.  [default: the "
     "number of examples that the worker announced when it connected]",
 )
 @click.option(
@@ -173,19 +175,19 @@ def run_option(command: Any) -> Any:
     "--wait-workers",
     type=seconds(min_open=True),
     default=86400.0,
-    help="Time limit for enough workers to connect, in seconds.",
+    help="Time limit in seconds for enough workers to connect.",
 )
 @click.option(
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Time limit for reaching the broker, in seconds.",
+    help="Time limit in seconds for reaching the broker.",
 )
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Reject a message unless the broker user that sent it has the name of the worker in the "
-    "message.",
+    help="Require each worker to log in to the broker with its worker ID as the user name. All "
+    "other messages are rejected.",
 )
 @click.option(
     "--keep-updates",
@@ -195,8 +197,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--dashboard",
     metavar="HOST:PORT",
-    help="Address of a read-only live page of the run, such as 127.0.0.1:8080, with /metrics "
-    "for Prometheus; port 0 chooses a free port. Requires 'fluffle[dashboard]'.",
+    help="Address of a read-only live page of the run, such as 127.0.0.1:8080. Port 0 chooses "
+    "a free port. The path /metrics has the figures for Prometheus. Requires 'fluffle[dashboard]'.",
 )
 @management_option
 @queue_type_option
@@ -241,7 +243,7 @@ def history(folder: Path, as_json: bool) -> None:
     the temperature, so that the model's confidence matches its accuracy. A temperature of 1 changes
     nothing.
     """
-    from fluffle_coordinator.cli.history_table import history_table
+    from fluffle_coordinator.cli.history_table import history_tables
     from fluffle_coordinator.storage.history import read_history
 
     rounds = read_history(folder)
@@ -250,7 +252,7 @@ def history(folder: Path, as_json: bool) -> None:
     else:
         # In a pipe, too, the reader usually is at a terminal: use its width.
         console = screen(width_in_a_pipe=shutil.get_terminal_size().columns)
-        console.print(history_table(rounds, console.width))
+        console.print(*history_tables(rounds, console.width), sep="\n")
 
 
 @click.command()

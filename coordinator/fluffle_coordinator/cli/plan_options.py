@@ -47,10 +47,10 @@ plan_options = option_group(
         "--compress",
         type=COMPRESS,
         metavar="int8|topk:FRACTION|PATH.PY:NAME",
-        help="Codec for updates: int8 sends 8-bit integers with scales (about a quarter of the "
-        "bytes), topk:0.01 sends only the largest 1 % of the values, and path.py:name is "
-        "your own codec (docs/codecs.md). With int8 and topk, a worker adds the compression "
-        "error of an update to its next update.  [default: no compression]",
+        help="Codec for updates: int8 (8-bit integers with scales; about a quarter of the bytes), "
+        "topk:0.01 (only the largest 1 % of the values), or path.py:name (your own codec; see "
+        "docs/codecs.md). With int8 and topk, a worker adds the compression error of an update to "
+        "its next update.  [default: no compression]",
     ),
     click.option(
         "--train",

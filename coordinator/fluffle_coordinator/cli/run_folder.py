@@ -94,9 +94,9 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
     Raises:
         UsageError: if ``given`` is another strategy, or the strategy draws noise that is not kept.
     """
-    from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
-    from fluffle_coordinator.service.strategy_loading import load_strategy
     from fluffle_coordinator.storage.replay import strategy_of
+    from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
+    from fluffle_coordinator.user_code.strategy_loading import load_strategy
 
     name, file = strategy_of(folder, number)
     recorded = f"{file}:{name.rpartition(':')[2]}" if file else name
@@ -172,14 +172,15 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     The report is the live page at the end of the run, in one file that works without a network. The
     report shows the curves, the participants and times of each round, late and rejected updates
     with the reasons, the configuration, the software versions, and the checkpoints with their
-    SHA-256. RUN is the run folder, such as runs/letters. You can also write a report while the run
-    continues.
+    SHA-256. The curves show every round; the page has the details and the checkpoints of the last
+    1,000 rounds, and --json those of all rounds. RUN is the run folder, such as runs/letters. You
+    can also write a report while the run continues.
 
     \b
       fluffle report runs/letters --out report.html
     """
     from fluffle_common.durable_files import replacing
-    from fluffle_coordinator.dashboard.report import page, read_report
+    from fluffle_coordinator.dashboard.report import page, read_report, shortened
 
     if as_json and out is not None:
         raise UsageError("--out conflicts with --json, which writes no page; remove one of them")
@@ -190,7 +191,7 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     out = out or folder / "report.html"
     try:
         with replacing(out) as file:
-            file.write(page(data).encode())
+            file.write(page(shortened(data)).encode())
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     echo(f"report written to {out}")

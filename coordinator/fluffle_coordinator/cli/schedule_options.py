@@ -45,7 +45,7 @@ def _discount(text: str) -> Discount:
 
 
 def _selection(text: str) -> Selection:
-    from fluffle_coordinator.service.schedule_loading import load_selection
+    from fluffle_coordinator.user_code.schedule_loading import load_selection
 
     return load_selection(text)
 
@@ -71,8 +71,8 @@ schedule_options = option_group(
         default=1.0,
         metavar="P",
         help="Over-selection factor: 1.3 selects 130 % of the workers that --fraction or --sample "
-        "asks for. A fractional --quorum refers to the number of workers before this factor is "
-        "applied, so that stragglers do not delay a round.",
+        "asks for, so that a round does not have to wait for stragglers. A fractional --quorum is "
+        "a fraction of the 100 %, the number before over-selection.",
     ),
     click.option(
         "--select",
@@ -81,8 +81,8 @@ schedule_options = option_group(
         metavar="NAME|PATH.PY:NAME",
         help="Rule that selects workers: uniform (at random); poisson (each worker independently "
         "at random); weighted (at random, in proportion to examples); round-robin (in turn); "
-        "fastest:0.2 (a fraction of 0.2 of the workers in turn, and the fastest of the others); or "
-        "your own function.",
+        "fastest:0.2 (20 % of the places go to all workers in turn, the rest to the fastest "
+        "workers); or path.py:name (your own function).",
     ),
     click.option(
         "--schedule",

@@ -13,7 +13,8 @@ stopping_options = option_group(
         metavar="METRIC",
         help="Metric that decides which model is kept as best.safetensors. Give a federated "
         "metric such as accuracy, or test/NAME for a metric of your --evaluate "
-        "function. For a loss or an error, lower is better.",
+        "function. Lower is better if the name ends with loss, error, error_rate, mse, mae, mape, "
+        "nll, entropy or perplexity; else, higher is better.",
     ),
     click.option(
         "--target",
@@ -32,7 +33,7 @@ stopping_options = option_group(
         "--time-budget",
         type=seconds(min_open=True),
         metavar="SECONDS",
-        help="Time limit for all rounds together, in seconds. The run ends after the round that "
+        help="Time limit in seconds for all rounds together. The run ends after the round that "
         "exceeds it.",
     ),
 )

@@ -95,7 +95,10 @@ async def same_fit_again(probe: Probe) -> str:
     await probe.idle()
     again = await probe.update(await probe.ask(sent.fit))
     if not same_answer(first, again):
-        raise Unmet(f"the worker trained again ({_difference(first, again)})")
+        raise Unmet(
+            "the worker trained again instead of sending the same update "
+            f"({_difference(first, again)})"
+        )
     return "the same update again"
 
 
@@ -199,7 +202,10 @@ async def part_of_the_model(probe: Probe) -> str:
     nothing = await probe.ask(probe.next_fit(plan=Plan(train=("conformance/none",))))
     await _failure_or_update(probe, nothing)
     if probe.updates_of(nothing):
-        raise Unmet("the worker sent an update, but no tensor matches the plan's field 'train'")
+        raise Unmet(
+            "the worker sent an update although the plan's field 'train' matches no tensor; "
+            "expected a failure"
+        )
     patterns = [f"{name}*" for name in probe.weights]
     parts = {each: select_tensors(probe.weights, [each]) for each in patterns}
     pattern = min(parts, key=lambda each: len(parts[each]))
@@ -302,8 +308,8 @@ async def frozen_tensors(probe: Probe) -> str:
     state = _last_sign(probe).state
     if probe.updates_of(sent) or state != "receiving":
         raise Unmet(
-            f"the worker is in state '{state}' after a 'fit' message that needs frozen tensors but "
-            "does not contain them; expected the state 'receiving'"
+            f"the worker is in the state '{state}' after a 'fit' message without the frozen "
+            "tensors that this fit needs; expected the state 'receiving'"
         )
 
     await probe.update(await probe.ask(sent.fit, beside={FROZEN: other.tensors}))

@@ -80,8 +80,8 @@ class BrokerSource:
                     )
                 except QueueInUse as why:
                     raise BrokerError(
-                        f"this broker user may not serve the page ({why}); grant the user the "
-                        "permissions 'configure', 'write' and 'read' on "
+                        f"this broker user lacks the permissions that the page needs ({why}); "
+                        "grant the user the permissions 'configure', 'write' and 'read' on "
                         f"{self._topology.federation}.tap.*, and the permission 'read' on "
                         f"{self._topology.results}"
                     ) from None

@@ -22,17 +22,13 @@ from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.run_view import RunView
-from fluffle_coordinator.storage.history import read_history, read_history_lines
+from fluffle_coordinator.storage.history import merged, read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 
-_SCRIPTS = (
-    "dom.js",
-    "chart.js",
-    "results.js",
-    "workers.js",
-    "panels.js",
-    "page.js",
-)  # in dependency order
+# In dependency order.
+_SCRIPTS = ("dom.js", "chart.js", "results.js", "workers.js", "panels.js", "page.js")
+# With 30,000 rounds, a browser needs minutes to draw their details.
+_MAX_DETAILED = 1000
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
 _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 
@@ -40,14 +36,11 @@ _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 def read_report(folder: Path, now: float) -> dict[str, Any]:
     """Return everything that a report shows, including the SHA-256 of every checkpoint.
 
-    Args:
-        folder: the run folder; the run may still be going on.
-        now: the time, in seconds since 1970.
-
     Raises:
         UsageError: if the folder holds no run, or its files cannot be read.
     """
-    rows, last = read_history(folder), read_history_lines(folder)[-1:]
+    lines = read_history_lines(folder)
+    rows, last = merged(lines), lines[-1:]
     checkpoints = [_checkpoint(file) for file in sorted(folder.glob("round-*.safetensors"))]
     end = next((line for line in last if line["event"] == "ended"), None)
     return snapshot(rows, read_run_file(folder), checkpoints, end, now)
@@ -62,12 +55,8 @@ def snapshot(
 ) -> dict[str, Any]:
     """Return everything that a report shows as plain data, one key per section.
 
-    Args:
-        rows: the history, one row per round.
-        identity: the content of ``run.json``.
-        checkpoints: ``file``, ``size_bytes`` and ``sha256`` of each.
-        end: the history's ``ended`` line; None if the run has not ended.
-        now: the time, in seconds since 1970.
+    ``rows`` is the history, one row per round; ``identity`` the content of ``run.json``; ``end``
+    the history's ``ended`` line, None if the run has not ended.
     """
     view = RunView(whole=True)
     view.remember(rows)
@@ -89,9 +78,16 @@ def snapshot(
         "rounds": planned,
         "committed": view.committed,
     }
+    seconds = (sum(each.phases.values()) for each in view.done if each.phases)
     return {
         "now": now,
         "run": run,
+        "totals": {
+            "opened_at": view.done[0].opened_at if view.done else None,
+            "updates": sum(len(each.answers) for each in view.done),
+            "seconds": sum(seconds),
+            "checkpoints": len(checkpoints),
+        },
         **results(view, view.next),
         "configurations": configurations,
         "checkpoints": list(checkpoints),
@@ -108,6 +104,12 @@ def _used(configurations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
             used.append(each)
         until = min(until, from_round)
     return used[::-1]
+
+
+def shortened(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a snapshot with the curves of all rounds, but only the last rounds and checkpoints."""
+    latest = {name: data[name][-_MAX_DETAILED:] for name in ("rounds", "checkpoints")}
+    return {**data, **latest}
 
 
 def page(data: Mapping[str, Any]) -> str:

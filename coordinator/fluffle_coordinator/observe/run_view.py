@@ -50,40 +50,31 @@ class RunView:
     """A run, folded from its events or its history.
 
     If it is ``whole``, it keeps every round with all details, not only the latest.
-
-    Attributes:
-        run: the run's id; None while unknown.
-        planned: the number of rounds that the run is to have.
-        phase: ``standby``, ``waiting``, ``open``, ``committing`` or ``ended``.
-        rounds: the rounds by number.
-        before: round 0: what happened before the first round.
-        rejections: the latest rejected messages, as (time, open round or 0, event).
-        causes: the number of rejected messages by cause; ``counters`` counts across runs.
-        waiting: what the coordinator last reported to wait for, and when.
-        full_disk: since when and why the coordinator cannot write; None if it can.
-        ended: when and how the run ended.
-        unlinked_since: when the coordinator lost the broker; None while it is connected.
     """
 
     def __init__(self, *, whole: bool = False) -> None:
         self.whole = whole
         self.run: str | None = None
-        self.planned: int | None = None
-        self.phase = "waiting"
+        self.planned: int | None = None  # the number of rounds that the run is to have
+        self.phase = "waiting"  # or another value in ``_PHASE_AFTER``
         self.rounds: dict[int, RoundView] = {}
-        self.before = RoundView(0)
+        self.before = RoundView(0)  # what happened before the first round
         self.workers = Workers()
-        self.counters = Counters()
-        self.causes: Counter[str] = Counter()
+        self.counters = Counters()  # across runs
+        self.causes: Counter[str] = Counter()  # of all rejected messages
+        # The latest of them, as (time, open round or 0, event).
         self.rejections: deque[tuple[float, int, run_events.Rejected]] = deque(
             maxlen=None if whole else _MAX_REJECTIONS
         )
+        # When and for what the coordinator last reported to wait.
         self.waiting: tuple[float, run_events.Waiting] | None = None
+        # Since when and why the coordinator cannot write.
         self.full_disk: tuple[float, run_events.Disk] | None = None
-        self.ended: tuple[float, RunEvent] | None = None
-        self.unlinked_since: float | None = None
+        self.ended: tuple[float, RunEvent] | None = None  # when and how
+        self.unlinked_since: float | None = None  # when the coordinator lost the broker
         self._blocked_since: float | None = None
         self._open: dict[int, RoundView] = {}
+        self._joined_in: dict[str, list[RoundView]] = {}  # only if ``whole``
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
         """Apply an event; ``run`` is its run, if it does not name that itself."""
@@ -106,9 +97,15 @@ class RunView:
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Apply the rows of a history (``read_history``); they do not change ``counters``."""
         rows = sorted(rows, key=lambda row: row["round"])
-        for row in rows:
-            self._round(row["round"])  # makes room
-            view = self.rounds[row["round"]] = remembered(row)
+        rejections = []
+        forgotten = 0 if self.whole else max(0, len(rows) - _MAX_ROUNDS)
+        for place, row in enumerate(rows):
+            view = remembered(row)
+            if place >= forgotten:
+                self._round(view.number)  # makes room
+                self.rounds[view.number] = view
+            about = view.committed_at or 0.0, view.number
+            rejections += [(*about, fields) for fields in row.get("rejections", ())]
             for name in view.asked:
                 self.workers.remember(name)
             for _, update in view.answers.values():
@@ -118,12 +115,11 @@ class RunView:
             self.workers.remember(name).late += 1
             if number in self.rounds:
                 self.rounds[number].came_late.add(name)
-        for row in rows:  # last, because a rejected message counts only for a known worker
-            view = self.rounds.get(row["round"], self.before)
-            for fields in row.get("rejections", ()):
-                event = from_fields(run_events.Rejected.name, fields)
-                self.workers.add(view.committed_at or 0.0, event)
-                self._reject(view.committed_at or 0.0, view.number, event)
+        # Last, because a rejected message counts only for a known worker.
+        for at, number, fields in rejections:
+            event = from_fields(run_events.Rejected.name, fields)
+            self.workers.add(at, event)
+            self._reject(at, number, event)
         if not self.whole:
             for number in sorted(self.rounds)[:-_MAX_DETAILED]:
                 self.rounds[number].drop_details()
@@ -161,7 +157,7 @@ class RunView:
 
     def _begin(self, run: str) -> None:
         if self.run is not None:
-            self.rounds, self._open, self.planned = {}, {}, None
+            self.rounds, self._open, self._joined_in, self.planned = {}, {}, {}, None
             self.causes.clear()
             self.rejections.clear()
             self.workers.begin_run()
@@ -227,9 +223,11 @@ class RunView:
             view.rejections.pop(worker, None)
             if worker not in view.asked:
                 view.joined[worker] = at
+                if self.whole:
+                    self._joined_in.setdefault(worker, []).append(view)
 
     def _depart(self, worker: str) -> None:
-        for view in (self.rounds if self.whole else self._open).values():
+        for view in self._joined_in.pop(worker, ()) if self.whole else self._open.values():
             view.joined.pop(worker, None)
 
     def _add_rejected(self, at: float, event: run_events.Rejected) -> None:

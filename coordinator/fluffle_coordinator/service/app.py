@@ -31,21 +31,21 @@ from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.coordinator import Coordinator
-from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
-from fluffle_coordinator.service.schedule_loading import load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
-from fluffle_coordinator.service.strategy_loading import (
+from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.user_code.calls import leave
+from fluffle_coordinator.user_code.hooks import Hooks
+from fluffle_coordinator.user_code.schedule_loading import load_schedule
+from fluffle_coordinator.user_code.strategy_loading import (
     as_named,
     rules_for,
     uncounted_sampling,
 )
-from fluffle_coordinator.service.user_calls import leave
-from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
@@ -246,20 +246,11 @@ async def coordinate(
     page: CoordinatorSource | None = None,
     fresh: bool = False,
 ) -> State:
-    """Begin or resume the run in a folder, and run it to its end.
+    """Begin or resume the run in a folder, and run it to its end; return the machine's last state.
 
-    Args:
-        settings: the operator's settings.
-        transport: connects to the broker.
-        topology: the names of the federation's queues and exchanges.
-        store: the run folder; waits while another coordinator holds its lock.
-        watcher: receives every event.
-        journaled: whether to publish the events on the broker.
-        page: the live page, which also shows the rounds of the history.
-        fresh: move an earlier run aside and begin a new one.
-
-    Returns:
-        The final state of the machine.
+    It waits while another coordinator holds the folder's lock. ``journaled`` runs publish their
+    events on the broker. The live page also shows the rounds of the history. ``fresh`` moves an
+    earlier run aside and begins a new one.
 
     Raises:
         RunError: if the folder cannot be used.
@@ -283,9 +274,11 @@ async def coordinate(
         watcher=watcher,
         journal=journal,
     )
+    committed = saved.committed
+    del saved  # it holds a model and the tickets of all rounds
     state = await coordinator.run()
     rules = settings.rules
-    if state.outcome == "finished" and saved.committed < rules.rounds:
+    if state.outcome == "finished" and committed < rules.rounds:
         stopped = coordinator.enough() != "" and state.committed < rules.rounds
         advice = endings.after_the_end(store.shown, state.committed, rules, by_rule=stopped)
         watcher.record(run_events.Note(what=advice))

@@ -9,7 +9,7 @@ from fluffle_common.clock import monotonic
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.tensors.checkpoint import classes_in
 from fluffle_coordinator.machine import machine
-from fluffle_coordinator.machine.state import State
+from fluffle_coordinator.machine.state import State, Table
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_file import count_start
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
@@ -31,10 +31,10 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         sequence=saved.sequence,
         earlier_starts=count_start(folder) if settings.schedule.continuous else 0,
         earlier=saved.earlier,
-        asked_in=saved.asked_in,
-        train_s=saved.train_s,
+        asked_in=Table(saved.asked_in),
+        train_s=Table(saved.train_s),
         median_norms=saved.median_norms,
-        announced=saved.announced,
+        announced=Table(saved.announced),
         evaluated=saved.evaluated,
         enough=enough,
         has_weights=saved.weights is not None,

@@ -24,9 +24,9 @@ from fluffle_common.tensors.frozen import IN_METADATA, read_frozen
 from fluffle_common.tensors.weights import Weights, check_finite, check_signature
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.standby import Standby
-from fluffle_coordinator.service.strategy_loading import check_same
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.user_code.strategy_loading import check_same
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
@@ -46,12 +46,8 @@ async def open_run(
 ) -> Saved:
     """Lock a run folder and return the state of its run, which is new if there was none.
 
-    Args:
-        settings: the operator's settings.
-        topology: the federation's topology, for the record.
-        store: the run folder.
-        watcher: receives events about standby, repairs and ignored options.
-        fresh: move an existing run aside and begin a new one.
+    ``fresh`` moves an existing run aside and begins a new one. ``watcher`` receives events about
+    standby, repairs and ignored options.
 
     Raises:
         RunError: if the folder cannot be used.

@@ -10,7 +10,7 @@ import errno
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,13 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
     Raises:
         UsageError: if the folder has no history, or one that cannot be read.
     """
+    return merged(read_history_lines(folder))
+
+
+def merged(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Merge the lines of a history as ``read_history`` does."""
     rounds: dict[int, dict[str, Any]] = {}
-    for line in read_history_lines(folder):
+    for line in lines:
         row = rounds.setdefault(line["round"], {"round": line["round"]})
         if line["event"] == "ended":
             row.update(add_uncounted(row, line))

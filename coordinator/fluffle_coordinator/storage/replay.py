@@ -32,20 +32,12 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart two tensors of the same shape and dtype are.
+    """How far apart two tensors of the same shape and dtype are."""
 
-    Args:
-        equal: whether all bits are equal.
-        different: how many values differ in any bit.
-        largest: the largest absolute difference; infinite if a value is not finite.
-        ulps: the largest difference in units in the last place; of integers, the largest
-            difference.
-    """
-
-    equal: bool
-    different: int
-    largest: float
-    ulps: int
+    equal: bool  # all bits
+    different: int  # values that differ in any bit
+    largest: float  # the largest absolute difference; infinite if a value is not finite
+    ulps: int  # the largest difference in units in the last place; of integers, the difference
 
 
 @dataclass(frozen=True)

@@ -108,14 +108,9 @@ class Clock:
         self.averaged_at = monotonic()
 
     def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
-        """Return the seconds of each step from the previous commit to this one.
+        """Return the seconds of each step, in order, between the times of two rounds on disk.
 
-        Args:
-            committed_at: when the previous round was on disk.
-            saved_at: when this round's checkpoint was.
-
-        Returns:
-            The steps in order; ``fold_s`` is a part of ``open_s``.
+        ``fold_s`` is a part of ``open_s``.
         """
         seconds = {
             "waiting_s": self.opened_at - committed_at,

@@ -43,7 +43,7 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(path.read_bytes())
         _RunFile.model_validate(content)
     except FileNotFoundError:
         return {}
@@ -51,16 +51,11 @@ def read_run_file(folder: Path) -> dict[str, Any]:
         raise UsageError(f"{path} cannot be read (the file does not describe a run)") from None
     except (OSError, ValueError, RecursionError) as why:
         raise UsageError(f"{path} cannot be read ({why})") from None
-    fields: dict[str, Any] = content
-    return fields
+    return content
 
 
 def write_run_file(folder: Path, run: dict[str, Any]) -> None:
-    """Write the content of a ``run.json``.
-
-    Raises:
-        OSError: if the disk refuses; the earlier content is unchanged.
-    """
+    """Write the content of a ``run.json``."""
     with replacing(folder / RUN_FILE) as file:
         file.write(json.dumps(run, indent=1).encode() + b"\n")
 
@@ -79,11 +74,7 @@ def count_start(folder: Path) -> int:
 
 
 def add_configuration(run: dict[str, Any], configuration: dict[str, Any], committed: int) -> bool:
-    """Add a configuration to the content of a ``run.json``, unless it equals the last one.
-
-    Returns:
-        Whether it was added; it then holds from the round after ``committed`` on.
-    """
+    """Add a configuration to the content of a ``run.json``; return False if it is the last one."""
     configurations = run.setdefault("configurations", [])
     new = json.loads(json.dumps(configuration))
     if configurations:

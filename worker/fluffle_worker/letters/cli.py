@@ -76,8 +76,9 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     required=True,
     multiple=True,
     metavar="PNG",
-    help="Image of a white letter on black, of any size and color mode. For several images, repeat "
-    "the option, or list more files after the first one, as in --image *.png.",
+    help="Image of one white letter on a black background. The image may have any size and color "
+    "mode. For several images, repeat the option, or list more files after the first one, as in "
+    "--image *.png.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
@@ -223,7 +224,7 @@ def _scored(
     if not len(held_out):
         raise TaskError(
             f"{options['data']} has only one letter, so no letter is held out; use --all to "
-            "score all letters"
+            "score this letter"
         )
     score = model.score(images, held_out)
     of_what = f"{score.total} held-out letters"

@@ -119,8 +119,8 @@ class BoundRule:
             differ = min(changed.keys() ^ gradient.keys(), key=str)
             side = "input" if differ in gradient else "output"
             raise TaskError(
-                f"gradient() of the local rule {self.name} must return the same tensors as it "
-                f"receives, but the tensor '{differ!s:.60}' is only in its {side}"
+                f"gradient() of the local rule {self.name} must return tensors with the same "
+                f"names as it receives, but the tensor '{differ!s:.60}' is only in its {side}"
             )
         for name, old in gradient.items():
             shape = np.shape(old)[1:] if self.per_example else np.shape(old)

@@ -128,7 +128,7 @@ class FlatStep:
         after = Flat.of(state)
         if after.form != before.form:
             raise TaskError(
-                "a training step changes the structure of the model's or the optimizer's state; "
+                "a training step changes the structure of the model or of the optimizer's state; "
                 "create all variables in the model's __init__"
             )
         return after.leaves, loss

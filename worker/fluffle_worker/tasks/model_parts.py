@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 
 from fluffle_common.errors import TaskError
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.local.optax import named, tensor_name
 from fluffle_worker.tasks.checks import check_filters
 
+_EXPECTED = "expected an nnx.Module; nnx.bridge.ToNNX wraps a module of flax.linen (docs/tasks.md)"
 AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 """Flax filter of the tensors that training changes and that may travel."""
 
@@ -56,19 +57,17 @@ class ModelParts:
                 f"model= is of type {type(model).__name__}; expected a function that makes a "
                 "module from rngs, such as the module's class or 'lambda rngs: Module(rngs=rngs)'"
             )
+        if isinstance(model, linen.Module) or linen.Module in getattr(model, "__mro__", ()):
+            raise TaskError(f"model= is a module of flax.linen; {_EXPECTED}")
         self._frozen = nnx.All(AVERAGED, frozen)
         self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
         # eval_shape finds the shapes without computing anything. Initialization is jitted as a
         # whole: run eagerly, each of its operations would be compiled separately.
         compiled: Callable[[Any], Any] = jax.jit
         try:
-            like = nnx.eval_shape(lambda: model(nnx.Rngs(0)))
+            like = nnx.eval_shape(lambda: _made(model))
         except jax.errors.JAXTypeError:  # the initializer branches on values: run eagerly
-            like, compiled = model(nnx.Rngs(0)), lambda make: make
-        if not isinstance(like, nnx.Module):
-            raise TaskError(
-                f"model= returned an object of type {type(like).__name__}; expected an nnx.Module"
-            )
+            like, compiled = _made(model), lambda make: make
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
         self._personal_form = nnx.to_flat_state(at_home.personal)
@@ -165,7 +164,7 @@ class ModelParts:
             if not jnp.issubdtype(dtype, jnp.inexact):
                 raise TaskError(
                     f"parameter '{tensor_name(path)}' is {dtype}, which cannot be trained; "
-                    "store it in a kind of nnx.Variable other than nnx.Param, or freeze it with "
+                    "store it in an nnx.Variable that is not an nnx.Param, or freeze it with "
                     "frozen="
                 )
         twice = [name for name, number in Counter(_names(trained)).items() if number > 1]
@@ -174,6 +173,13 @@ class ModelParts:
                 f"two tensors of the model have the name '{twice[0]}', because the name of a "
                 "variable contains '/'; rename one of the two variables"
             )
+
+
+def _made(model: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    module = model(nnx.Rngs(0))
+    if not isinstance(module, nnx.Module):
+        raise TaskError(f"model= returned an object of type {type(module).__name__}; {_EXPECTED}")
+    return module
 
 
 def arrays_of(module: nnx.Module, chosen: Any = True) -> dict[str, Array]:

@@ -84,8 +84,10 @@ class RunEvent:
 
     def _filled(self, template: str) -> str:
         """Fill in the template, or a part of it."""
-        fields = {name: getattr(self, name) for name in self.template_fields}
-        values = {name: "nobody" if v == () else formatted(v) for name, v in fields.items()}
+        values = {
+            name: "nobody" if (value := getattr(self, name)) == () else formatted(value)
+            for name in self.template_fields
+        }
         return template.format_map(values | self._derived())
 
     def _derived(self) -> dict[str, str]:

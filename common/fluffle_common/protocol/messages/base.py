@@ -100,7 +100,7 @@ class Header(Model):
     @property
     def identity(self) -> str:
         """The AMQP ``message_id``: the same whenever the same message is sent again."""
-        fields = [str(value) for value in present_fields(self, _IDENTITY).values()]
+        fields = list(map(str, present_fields(self, _IDENTITY).values()))
         sequence = getattr(self, "sequence", None)
         if sequence not in (None, getattr(self, "round", None)):
             fields.append(str(sequence))

@@ -160,9 +160,8 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
         attribute = inspect.getattr_static(codec, method, None)
         if not isinstance(attribute, staticmethod | classmethod):
             raise UsageError(
-                f"the codec {where} has no static method '{method}'; mark the method "
-                "@staticmethod, because an update does not contain the settings that are needed "
-                "to create an object of the class"
+                f"the codec {where} has no static method '{method}'; define it with "
+                "@staticmethod, because fluffle calls it on the class, not on an object"
             )
     dtypes = getattr(codec, "dtypes", None)
     if not isinstance(dtypes, tuple) or not isinstance(getattr(codec, "feeds_back", None), bool):
@@ -180,7 +179,8 @@ def _check_parts(codec: Any, where: str) -> None:
         parts = codec.parts((4, 300))
     except (Exception, SystemExit) as error:
         raise UsageError(
-            f"parts((4, 300)) of the codec {where} fails with {type(error).__name__}: {error}"
+            f"the call parts((4, 300)) of the codec {where} fails with {type(error).__name__}: "
+            f"{error}"
         ) from error
     valid = isinstance(parts, tuple) and 1 <= len(parts) <= _MAX_PARTS
     if not valid or not all(isinstance(part, Part) for part in parts):

@@ -29,14 +29,15 @@ _ACK_WITHIN_S = 0.02
 class Content:
     """A message from the broker: the payloads of its method frame and header frame, and its body.
 
-    ``missing_bytes`` of its body are still to come.
+    ``missing_bytes`` of its body are still to come. ``tag`` is the delivery tag that settles it; a
+    returned message has none.
     """
 
-    __slots__ = ("_buffer", "channel", "header", "method", "missing_bytes")
+    __slots__ = ("_buffer", "channel", "header", "method", "missing_bytes", "tag")
 
     def __init__(self, channel: ContentChannel, method: bytes) -> None:
         self.channel, self.method = channel, method
-        self.header = b""
+        self.tag, self.header = 0, b""
         self.missing_bytes = 0
         self._buffer = memoryview(b"")
 
@@ -64,11 +65,6 @@ class Content:
         """The body, copied only if it is small."""
         large = len(self._buffer) >= LARGE_BYTES
         return self._buffer.toreadonly() if large else bytes(self._buffer)
-
-    @property
-    def tag(self) -> int:
-        """The delivery tag that settles it; a returned message has none."""
-        return frames.tag(self.method)
 
 
 @dataclass(slots=True)
@@ -175,8 +171,7 @@ class ContentChannel:
         if self._closed:
             return
         previous = len(self._unsent_acks)
-        tags = {earlier for earlier in self._unsettled if earlier < tag} if multiple else set()
-        tags.add(tag)
+        tags = {each for each in self._unsettled if each <= tag} if multiple else {tag}
         self._unsettled -= tags
         self._unsent_acks |= tags
         if previous < self._ack_batch <= len(self._unsent_acks):
@@ -238,11 +233,11 @@ class ContentChannel:
         """Handle a complete message."""
         match frames.kind_of(content.method):
             case frames.DELIVER:
-                self._unsettled.add(content.tag)
+                self._unsettle(content)
                 if self._on_delivery is not None:
                     self._on_delivery(content)
             case frames.GET_OK:
-                self._unsettled.add(content.tag)
+                self._unsettle(content)
                 self._answer_get(content)
             case frames.RETURN:  # the confirmation follows
                 message_id = frames.properties(content.header).message_id or ""
@@ -250,6 +245,10 @@ class ContentChannel:
                     if message.message_id == message_id and message.return_reason is None:
                         message.return_reason = frames.return_reason(content.method)
                         break
+
+    def _unsettle(self, content: Content) -> None:
+        content.tag = frames.tag(content.method)
+        self._unsettled.add(content.tag)
 
     def _confirm(self, payload: bytes, *, nacked: bool) -> None:
         last, multiple = frames.settlement(payload)

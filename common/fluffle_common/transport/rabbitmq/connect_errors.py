@@ -27,6 +27,8 @@ _CERTIFICATE_ALERTS = (
     "UNSUPPORTED_CERTIFICATE",
     "ACCESS_DENIED",
 )
+# OpenSSL's codes from INVALID_CA to EXTENSIONS_REQUIRE_VERSION_3.
+_RFC_5280 = range(79, 94)
 _NOT_TLS_REASONS = (
     "WRONG_VERSION_NUMBER",
     "HTTP_REQUEST",
@@ -101,6 +103,9 @@ def tls_error(error: BaseException, url: URL) -> WrongNode | None:
             case 62 | 64:
                 why = f"is not valid for '{host}'"
                 remedy = "use a host name from the certificate in --url, or renew the certificate"
+            case code if code in _RFC_5280:
+                why = f"breaks a rule of RFC 5280, which Python 3.13 and newer check ({message})"
+                remedy = "create the certificate or its CA again, with the required extensions"
             case _:
                 why = f"is not signed by a CA that this machine trusts ({message})"
                 remedy = "in --url, give the CA's file, as in amqps://…?cafile=/path/ca.pem"

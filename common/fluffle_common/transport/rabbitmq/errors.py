@@ -137,6 +137,8 @@ def _conflict(text: str) -> str:
 
 def closing_error(why: BaseException, user: str = "") -> BrokerError | LinkLost:
     """Return the contract's error for the exception that a connection or channel closed with."""
+    if isinstance(why, asyncio.CancelledError):  # aiormq missed the broker's heartbeats
+        return LinkLost("the broker does not answer")
     text = error_text(why)
     error = error_for_reply(text, user)
     return error if isinstance(error, BrokerError) else LinkLost(text)

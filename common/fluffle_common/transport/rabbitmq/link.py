@@ -273,9 +273,9 @@ class AmqpLink(Link):
         A blocked broker stops reading from every connection that publishes. Publishing on the
         consuming connection would then hold up its acknowledgements as well.
         """
-        blocked = any(connection.blocking.reason for connection in self._connections)
-        if urgent and not blocked and self._watch.unconfirmed_bytes > _LITTLE_BYTES:
-            return self._get_channel, self._urgent_watch
+        if urgent and self._watch.unconfirmed_bytes > _LITTLE_BYTES:
+            if not any(connection.blocking.reason for connection in self._connections):
+                return self._get_channel, self._urgent_watch
         return self._publish_channel, self._watch
 
     def _on_overdue(self, why: str) -> None:

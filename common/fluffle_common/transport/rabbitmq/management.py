@@ -123,8 +123,8 @@ def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> s
     if given:
         if (shown := without_credentials(given)) != given:
             raise UsageError(
-                f"the URL {shown} of the management API contains a user name; remove it, because "
-                "fluffle logs in there with the user name and the password of --url"
+                f"the URL of the management API contains a user name; give {shown} instead, "
+                "because fluffle logs in to this API with the user name and the password of --url"
             )
         return given.rstrip("/")
     split = urllib.parse.urlsplit(split_urls(url)[0])

@@ -88,7 +88,8 @@ export function chart(node, curves, rounds) {
       panel(svg, [name, ...beside], curves, x, index * each, width, each);
     });
     for (const round of ticks(1, last, Math.max(2, Math.min(last - 1, Math.floor(width / 60))))) {
-      if (Number.isInteger(round)) svg.append(draw("text", { x: x(round), y: height - 5, class: "tick middle" }, round));
+      const inside = Math.min(x(round), width - 3.5 * String(round).length);
+      if (Number.isInteger(round)) svg.append(draw("text", { x: inside, y: height - 5, class: "tick middle" }, round));
     }
     svg.append(draw("text", { x: 2, y: height - 5, class: "tick" }, "round"));
     const line = draw("line", { y1: TOP, y2: height - AXIS - BOTTOM, class: "cross", visibility: "hidden" });

@@ -16,7 +16,7 @@ function run(board) {
   const { run } = board;
   document.title = `${run.federation}: ${run.words}`;
   say($("federation"), run.federation);
-  const first = frozen(board) && board.rounds[0]?.opened_at;
+  const first = frozen(board) && board.totals.opened_at;
   const when = first ? ` · ${period(first, board.rounds.at(-1).committed_at)}` : "";
   say($("run"), run.run ? `run ${run.run}${when}` : "");
   say($("phase"), run.words);

@@ -29,15 +29,14 @@ export function reached(board, people) {
   const { curves, rejected } = board;
   const tile = (name) => name in curves && [name, wording(name)(newest(curves, name))];
   const lead = leading(curves);
-  const done = committed(board);
-  const late = total(board.workers, (worker) => worker.late); // a live page lacks the details of old rounds
+  const late = total(board.workers, (worker) => worker.late); // a page lacks the details of old rounds
   return [
     lead && tile(lead),
     tile("loss"),
     tile("epsilon"),
     people,
-    frozen(board) && ["updates", whole(total(done, (round) => round.updates))],
-    frozen(board) && ["time", span(total(done, seconds))],
+    frozen(board) && ["updates", whole(board.totals.updates)],
+    frozen(board) && ["time", span(board.totals.seconds)],
     late > 0 && ["late", whole(late), "odd"],
     ["rejected", whole(rejected.total), rejected.total > 0 ? "bad" : null],
   ].filter(Boolean);
@@ -75,7 +74,7 @@ function rounds(board) {
     { name: "where the time went", wide: true, fill: (cell, round) => shares(cell, round.phases ?? {}) },
   ];
   for (const node of document.querySelectorAll("[data-rounds]")) {
-    say(node, shown.at(-1)?.round > 1 ? `last ${whole(shown.length)} rounds` : ""); // a live page has no details of older ones
+    say(node, shown.at(-1)?.round > 1 ? `last ${whole(shown.length)} rounds` : ""); // a page has no details of older ones
   }
   either("history", shown.length > 0);
   table($("history"), columns, shown, (round) => round.round);
@@ -249,6 +248,8 @@ function words(value) {
 
 function checkpoints(board) {
   mark($("checkpoints").closest("section"), "hidden", null);
+  const { length } = board.checkpoints;
+  say($("checkpoints-count"), length < board.totals.checkpoints ? `last ${whole(length)} of ${whole(board.totals.checkpoints)}` : "");
   const columns = [
     { name: "file", of: (one) => one.file },
     { name: "size", n: true, of: (one) => size(one.size_bytes) },
