@@ -28,6 +28,7 @@ from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import UNKNOWN, signature_of_task
 from fluffle_worker.task import Task, check_task
 from fluffle_worker.trainer import TrainingThread
+from fluffle_worker.user_code import call_task
 
 T = TypeVar("T")
 MakesTask: TypeAlias = Callable[[], Task]
@@ -129,14 +130,7 @@ def make_task(name: str, task: Task | MakesTask) -> Task:
         TaskError: if it cannot be made.
     """
     if isinstance(task, type) or (callable(task) and not hasattr(task, "train")):
-        try:
-            task = task()
-        except (TaskError, UsageError):
-            raise
-        except BaseException as why:
-            if is_ctrl_c(why):
-                raise
-            raise TaskError(f"the task '{name}' cannot be made: {one_line(why)}") from why
+        task = call_task(f"the task '{name}' cannot be made", task)
     return check_task(f"'{name}'", task)
 
 

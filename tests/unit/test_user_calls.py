@@ -20,7 +20,8 @@ from fluffle_worker.task import EvalResult, TrainResult
 
 SCRIPT = """
 import time
-from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.cli.exit_now import Interrupted
+from fluffle_common.cli.runtime import run_until_signalled
 from fluffle_coordinator.user_code.calls import call_user, leave
 
 def hang():

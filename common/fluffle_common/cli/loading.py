@@ -17,7 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
+from fluffle_common.cli.user_code import one_line, task_error
 from fluffle_common.errors import TaskError, UsageError
 
 # What an extra of fluffle brings, for the import names of its packages.
@@ -44,17 +44,11 @@ _loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
 
 @dataclass(frozen=True)
 class Place:
-    """The place of an object in a user's code.
+    """The place of an object in a user's code."""
 
-    Args:
-        what: what the object is used for, such as ``task``; also the name of the option.
-        where: the name of the module, or the path of the file.
-        attribute: the name of the object in it.
-    """
-
-    what: str
-    where: str
-    attribute: str
+    what: str  # what the object is used for, such as ``task``; also the name of the option
+    where: str  # the name of the module, or the path of the file
+    attribute: str  # the name of the object in it
 
     @classmethod
     def parse(cls, what: str, name: str) -> Place:
@@ -135,12 +129,8 @@ class Place:
         except (UsageError, TaskError):
             raise
         except BaseException as why:
-            if is_ctrl_c(why):
-                raise
-            warn_in_full(why, self.what)
-            raise TaskError(
-                f"the {self.what}'s file {self.where} fails to load: {one_line(why)}"
-            ) from why
+            failure = f"the {self.what}'s file {self.where} fails to load"
+            raise task_error(why, failure, self.what) from why
 
     def _from_file(self) -> object:
         path = Path(self.where)
@@ -184,20 +174,14 @@ def load_installed(what: str, point: EntryPoint) -> Any:
     try:
         return point.load()
     except BaseException as why:
-        if is_ctrl_c(why):
-            raise
-        warn_in_full(why, what)
-        raise TaskError(
-            f"the {what} '{point.name}' (entry point {point.value}) fails to load: {one_line(why)}"
-        ) from why
+        failure = f"the {what} '{point.name}' (entry point {point.value}) fails to load"
+        raise task_error(why, failure, what) from why
 
 
 def load_object(name: str, option: str) -> Any:
     """Return the object that ``path.py:name`` names.
 
-    Args:
-        name: the path of the file and the name in it.
-        option: the option that it was given to, such as ``--codec``.
+    ``option`` is the one that it was given to, such as ``--codec``.
 
     Raises:
         UsageError: if the file does not exist or has no such attribute.

@@ -59,6 +59,19 @@ def warn_in_full(why: BaseException, what: str) -> None:
     echo(*full_trace(why).splitlines(), err=True)
 
 
+def task_error(why: BaseException, failure: str, traced: str = "") -> TaskError:
+    """Return the ``TaskError`` for an error in a user's code; its text begins with ``failure``.
+
+    Ctrl-C, which is no error of the code, is raised again. If ``traced`` names the code, such as
+    ``task``, its traceback goes to stderr.
+    """
+    if is_ctrl_c(why):
+        raise why
+    if traced:
+        warn_in_full(why, traced)
+    return TaskError(f"{failure}: {one_line(why)}")
+
+
 def is_ctrl_c(why: BaseException) -> bool:
     """Whether Ctrl-C may have raised this, so that it is no error of the user's code.
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from fluffle_common.cli.console import Console
-from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.cli.exit_now import Interrupted
+from fluffle_common.cli.runtime import run_until_signalled
 from fluffle_common.cli.settings import (
     broker_url_finder,
     check_federation,
@@ -94,6 +95,8 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         UsageError: if an option is invalid, or options contradict each other.
         TaskError: if the file of a strategy, schedule or hook fails to load.
     """
+    # First: the code of a strategy, a hook or a task may change the current folder.
+    init = options["init"] and options["init"].absolute()
     rules, strategy = _rules_of(options), as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
@@ -132,7 +135,7 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         schedule=schedule,
         schedule_name=schedule_name,
         classes=parse_classes(options["classes"]),
-        init=options["init"],
+        init=init,
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],
         hooks=Hooks.load(evaluate, options["on_round"]),
