@@ -57,7 +57,7 @@ def broker_folder(state: Path) -> Path:
 
 def load(folder: Path) -> NodeInfo | None:
     """Read the record of a node; None if it is missing or unreadable."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         fields = json.loads((folder / "node.json").read_text())
         return NodeInfo(**{**fields, "ports": Ports(**fields["ports"]), "folder": folder})
     return None

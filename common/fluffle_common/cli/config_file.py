@@ -287,6 +287,8 @@ def _single(option: click.Option, value: Any) -> Any:
         value = os.fspath(value)
     if isinstance(value, str) and not value:
         raise _WrongType("the text is empty; give a value, or omit this option to use its default")
+    if isinstance(value, str) and "\0" in value:
+        raise _WrongType("the text contains a null character; remove this character")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = option.type
     if option.is_flag:
@@ -320,7 +322,7 @@ def _print_config_lines(command: click.Command, ctx: click.Context) -> Iterable[
         if source in _TEXT_SOURCES and isinstance(option.type, _NUMBERS) and not option.multiple:
             value = option.type.convert(value, option, None)
         key = _key_of(option)
-        if not isinstance(value, _PRINTABLE) or value in ((), []):
+        if not isinstance(value, _PRINTABLE) or value in ((), [], ""):
             rows.append((f"# {key}", "not set"))
         else:
             if isinstance(option.type, KeyValue) and isinstance(value, list | tuple):

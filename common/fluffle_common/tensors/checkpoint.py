@@ -188,15 +188,30 @@ def _opened(path: Path) -> Iterator[Any]:
     """Open a checkpoint with the safetensors library, and name the file in errors."""
     from safetensors import SafetensorError, safe_open
 
+    _check_opens(path)
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
-    except FileNotFoundError:
-        raise UsageError(f"there is no model file {path}") from None
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(
             f"{path} is not a complete model file ({error}); use another file"
         ) from None
+
+
+def classes_in(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the classes in a checkpoint's metadata; empty if it has none.
+
+    Another program may have written anything under this key, which then means nothing.
+
+    >>> classes_in({"classes": '["a", "b"]'}), classes_in({"classes": "a,b"})
+    (('a', 'b'), ())
+    """
+    try:
+        classes = json.loads(metadata.get("classes", "[]"))
+    except (ValueError, RecursionError):
+        return ()
+    is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return tuple(classes) if is_list else ()
 
 
 def read_whole(path: Path) -> Checkpoint:
@@ -243,6 +258,17 @@ def map_tensors(path: Path) -> dict[str, Array]:
         )
         for name, told in header.items()
     }
+
+
+def _check_opens(path: Path) -> None:
+    """Raise ``UsageError`` if a file cannot be opened; safetensors then calls it missing."""
+    try:
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise UsageError(f"there is no model file {path}") from None
+    except OSError as why:
+        raise UsageError(f"{path} cannot be read ({why.strerror})") from None
 
 
 def _check_readable(

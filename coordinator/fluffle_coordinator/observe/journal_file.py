@@ -76,7 +76,7 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
         for line in file:
             try:
                 event = Event(**json.loads(line))
-            except (ValueError, TypeError):  # torn by a crash, or damaged
+            except (ValueError, TypeError, RecursionError):  # torn by a crash, or damaged
                 damaged += 1
             else:
                 readable += 1

@@ -30,7 +30,6 @@ from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
-from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.round_stats import (
     Clock,
     Counts,
@@ -93,8 +92,7 @@ class Committer:
         self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
         self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
-        resumes = (hooks or stopping != NO_STOPPING) and store.history.path.exists()
-        lines = read_history_lines(store.folder) if resumes else []
+        lines = store.history.read()[0] if hooks or stopping != NO_STOPPING else []
         self._standing = Standing(stopping, lines)
         # The last evaluated round and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}

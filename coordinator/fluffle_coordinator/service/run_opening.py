@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,12 @@ from typing import TYPE_CHECKING
 from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
+from fluffle_common.tensors.checkpoint import (
+    check_names,
+    checkpoint_name,
+    classes_in,
+    read_checkpoint,
+)
 from fluffle_common.tensors.frozen import IN_METADATA, read_frozen
 from fluffle_common.tensors.weights import Weights, check_finite, check_signature
 from fluffle_coordinator.service.configuration import configuration
@@ -110,7 +116,7 @@ def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) 
         raise UsageError(f"{file} cannot be used as the first weights: {wrong}") from None
     metadata = {
         "task": metadata.get("task", ""),
-        "classes": metadata.get("classes", "[]"),
+        "classes": json.dumps(classes_in(metadata)),
         "federation": federation,
         "run": saved.run,
         "round": "0",

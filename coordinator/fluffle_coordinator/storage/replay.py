@@ -175,12 +175,7 @@ def _archived(
     plan: Plan,
 ) -> Contribution:
     """Read an archived update as the coordinator read it when it arrived."""
-    worker, discount = participant["worker"], participant.get("discount", 1.0)
-    if not isinstance(discount, int | float) or not 0 < discount <= 1:
-        raise UsageError(
-            f"the history is damaged: in round {line['round']}, the update of {worker} has the "
-            f"discount {discount!r}; expected a number above 0 and at most 1"
-        )
+    worker = participant["worker"]
     try:
         body, payload = read_update(path)
     except FileNotFoundError:
@@ -218,7 +213,7 @@ def _archived(
         num_examples=participant["num_examples"],
         delta=delta,
         staleness=participant.get("staleness", 0),
-        discount=discount,
+        discount=participant.get("discount", 1.0),
         extra=extra,
         metrics=message.metrics,
     )

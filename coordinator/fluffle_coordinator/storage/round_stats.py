@@ -78,10 +78,8 @@ class Counts:
 
 def add_uncounted(line: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Return a round's line with the late and rejected updates of a later line added."""
-    return {**line, **{name: line.get(name, none) + later[name] for name, none in _NONE.items()}}
-
-
-_NONE: dict[str, Any] = vars(Counts())
+    none = vars(Counts())
+    return {**line, **{n: line.get(n, none[n]) + later.get(n, none[n]) for n in none}}
 
 
 @dataclass

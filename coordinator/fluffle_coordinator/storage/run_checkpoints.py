@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -29,10 +30,15 @@ def last_intact(
     The search goes backwards from round ``last``. ``bases`` has the name of each round's weights,
     as far as the history has it. What is wrong with the checkpoint of round ``last`` comes third,
     empty if it is intact. If no checkpoint is intact, the result is ``(0, None, why)``.
+
+    Raises:
+        OSError: if a checkpoint is there but cannot be opened, which says nothing about damage.
     """
     why = ""
     for number in range(last, -1, -1):
         path = folder / checkpoint_name(number)
+        with contextlib.suppress(FileNotFoundError), path.open("rb"):
+            pass
         try:
             checkpoint = read_whole(path)
             _check_place(path, checkpoint.metadata, number, run, bases.get(number))

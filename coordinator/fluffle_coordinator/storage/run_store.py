@@ -162,7 +162,7 @@ class RunStore:
             leftover.unlink()
         identity = self._identity(federation)
         sync_folder(self.folder)  # a crash may have left renamed files that are not on disk
-        lines, repairs = self.history.mend()
+        lines, incomplete = self.history.read()
         committed = {line["round"]: line for line in lines if line["event"] == "committed"}
         self._check_complete(identity, committed)
         newest = max(committed, default=0)
@@ -172,13 +172,18 @@ class RunStore:
             raise RunError(
                 f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
             )
+        if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
+            raise RunError(
+                f"{damage}; the round cannot be repeated, because workers have already "
+                "received its model, and epsilon would not include a repeat; restore the file, "
+                "or start a new run with --fresh"
+            )
+        frozen = self._frozen(checkpoint) if checkpoint else NO_FROZEN
+        repairs = []  # all checks have passed: from here on, files are changed
+        if incomplete:
+            self.history.cut_off(incomplete)
+            repairs.append("removed an incomplete last line from history.jsonl")
         if last < newest:
-            if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
-                raise RunError(
-                    f"{damage}; the round cannot be repeated, because workers have already "
-                    "received its model, and epsilon would not include a repeat; restore the file, "
-                    "or start a new run with --fresh"
-                )
             self.history.forget_after(last, lines)
             repairs.append(
                 f"{damage}; continuing from the newest intact checkpoint, which belongs to round "
@@ -210,7 +215,7 @@ class RunStore:
             repairs=tuple(repairs),
             strategy=line.get("strategy", FEDAVG.name),
             kept=checkpoint.strategy_state if checkpoint else {},
-            frozen=self._frozen(checkpoint) if checkpoint else NO_FROZEN,
+            frozen=frozen,
         )
 
     def _frozen(self, checkpoint: Checkpoint) -> Frozen:
