@@ -49,8 +49,6 @@ if TYPE_CHECKING:
     from fluffle_common.errors import UsageError as UsageError
     from fluffle_common.protocol.messages import Plan as Plan
     from fluffle_common.tensors.weights import Weights as Weights
-    from fluffle_coordinator.service.hooks import Commit as Commit
-    from fluffle_coordinator.service.hooks import StopRun as StopRun
     from fluffle_coordinator.strategy.base import Contribution as Contribution
     from fluffle_coordinator.strategy.base import Needs as Needs
     from fluffle_coordinator.strategy.base import Strategy as Strategy
@@ -58,6 +56,8 @@ if TYPE_CHECKING:
     from fluffle_coordinator.strategy.pipeline import pipeline as pipeline
     from fluffle_coordinator.strategy.pipeline import replace as replace
     from fluffle_coordinator.strategy.weighted import weighted as weighted
+    from fluffle_coordinator.user_code.hooks import Commit as Commit
+    from fluffle_coordinator.user_code.hooks import StopRun as StopRun
     from fluffle_worker.task import EvalResult as EvalResult
     from fluffle_worker.task import Progress as Progress
     from fluffle_worker.task import RoundPlan as RoundPlan
@@ -87,7 +87,7 @@ _NAMES = {
     ),
     "fluffle_common.protocol.messages": ("Plan",),
     "fluffle_common.tensors.weights": ("Weights",),
-    "fluffle_coordinator.service.hooks": ("Commit", "StopRun"),
+    "fluffle_coordinator.user_code.hooks": ("Commit", "StopRun"),
     "fluffle_coordinator.strategy.base": ("Contribution", "Needs", "Strategy"),
     "fluffle_coordinator.strategy.fedavg": ("fedavg",),
     "fluffle_coordinator.strategy.pipeline": ("pipeline", "replace"),

@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from types import TracebackType
 from typing import Any, TypeAlias, TypeVar
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import check_worker
-from fluffle_common.cli.user_code import is_ctrl_c, one_line
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, users_trace
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.events import Failure, NotCounted, RunEvent, Traceback, Unfit
 from fluffle_common.protocol.topology import Topology
@@ -29,7 +28,7 @@ from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import UNKNOWN, signature_of_task
 from fluffle_worker.task import Task, check_task
 from fluffle_worker.trainer import TrainingThread
-from fluffle_worker.user_code import CALLERS
+from fluffle_worker.user_code import call_task
 
 T = TypeVar("T")
 MakesTask: TypeAlias = Callable[[], Task]
@@ -77,7 +76,7 @@ class LocalTask:
         """Return a ``TaskError`` whose cause is the task's own exception, if it raised one."""
         error = TaskError(f"the task '{self.name}' {what}")
         if self.error is not None:
-            error.__cause__ = self.error.with_traceback(_without_ours(self.error.__traceback__))
+            error.__cause__ = self.error.with_traceback(users_trace(self.error))
         return error
 
     def _remembering(self, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -88,14 +87,6 @@ class LocalTask:
         except BaseException as why:
             self.error = why
             raise
-
-
-def _without_ours(trace: TracebackType | None) -> TracebackType | None:
-    """Return a traceback without our frames above those of the task's code."""
-    ours = {*CALLERS, __file__}
-    while trace is not None and trace.tb_next and trace.tb_frame.f_code.co_filename in ours:
-        trace = trace.tb_next
-    return trace
 
 
 def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
@@ -139,14 +130,7 @@ def make_task(name: str, task: Task | MakesTask) -> Task:
         TaskError: if it cannot be made.
     """
     if isinstance(task, type) or (callable(task) and not hasattr(task, "train")):
-        try:
-            task = task()
-        except (TaskError, UsageError):
-            raise
-        except BaseException as why:
-            if is_ctrl_c(why):
-                raise
-            raise TaskError(f"the task '{name}' cannot be made: {one_line(why)}") from why
+        task = call_task(f"the task '{name}' cannot be made", task)
     return check_task(f"'{name}'", task)
 
 

@@ -18,8 +18,8 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 
 if TYPE_CHECKING:
-    from fluffle_coordinator.service.hooks import Evaluate, OnRound
     from fluffle_coordinator.strategy.base import Strategy
+    from fluffle_coordinator.user_code.hooks import Evaluate, OnRound
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -60,13 +60,13 @@ class Run:
     @property
     def id(self) -> str:
         """The run's id, on the wire and in its files."""
-        return str(read_run_file(self.folder)["run"])
+        return str(read_run_file(self.folder).get("run", ""))
 
     @property
     def reason(self) -> str:
         """Why the run ended, such as ``6 rounds are done``; empty if it has not ended."""
         last = self._lines[-1]
-        return str(last["reason"]) if last["event"] == "ended" else ""
+        return str(last.get("reason", "")) if last["event"] == "ended" else ""
 
     def plot(self, file: str | os.PathLike[str] | None = None) -> Figure:
         """Draw the losses and the other metrics after each round.

@@ -32,8 +32,7 @@ class RunFolder:
     rounds of its history. If the run fails, the folder is kept if a round was committed, and the
     user is told how to continue; after Ctrl-C, so is the user of any other folder.
 
-    Args:
-        folder: the user's folder; None makes a temporary one.
+    Without ``folder``, a temporary one is made.
 
     Raises:
         UsageError: if ``folder`` is not a path, or an empty text, which would mean the current
@@ -76,9 +75,7 @@ class RunFolder:
     def result(self, state: State, fault: str) -> Run:
         """Return the run that ended in this state.
 
-        Args:
-            state: the machine's final state.
-            fault: what probably caused a stop, such as a rejected update; may be empty.
+        ``fault`` is what probably caused a stop, such as a rejected update; it may be empty.
 
         Raises:
             RunError: if the run stopped before its end.

@@ -86,13 +86,7 @@ def within(
 ) -> None:
     """Check that an argument is finite and in a range.
 
-    Args:
-        name: the argument's name, for the error message.
-        value: the argument's value.
-        low: lower bound.
-        high: upper bound.
-        above: whether ``low`` itself is excluded.
-        below: whether ``high`` itself is excluded.
+    ``above`` and ``below`` exclude the bounds themselves.
 
     Raises:
         ValueError: if the value is out of range.

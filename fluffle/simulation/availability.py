@@ -12,15 +12,10 @@ from fluffle_common.errors import UsageError
 
 @dataclass(frozen=True)
 class Availability:
-    """An on/off renewal process with exponentially distributed times present and away.
+    """An on/off renewal process with exponentially distributed times present and away."""
 
-    Args:
-        share: the share of the time that a client is present, in (0, 1]; 1 means always.
-        present_s: the mean time that it stays, in seconds.
-    """
-
-    share: float = 1.0
-    present_s: float = float("inf")
+    share: float = 1.0  # of the time that a client is present, in (0, 1]; 1 means always
+    present_s: float = float("inf")  # the mean time that it stays
 
     def begin(self, rng: np.random.Generator) -> bool:
         """Draw whether a client is present at the start of the simulation."""
@@ -29,9 +24,7 @@ class Availability:
     def spells(self, rng: np.random.Generator, *, present: bool) -> Iterator[float]:
         """Yield the seconds until a client's next change, alternately present and away, forever.
 
-        Args:
-            rng: the client's generator.
-            present: whether the client is present first.
+        ``present`` says whether the client is present first.
         """
         if self.share == 1:
             return

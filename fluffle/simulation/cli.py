@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -147,7 +147,7 @@ def simulate(**options: Any) -> None:
     from fluffle.simulation.loop import SimulatedLoop
     from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
-    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_coordinator.observe.times import duration
     from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
@@ -159,11 +159,12 @@ def simulate(**options: Any) -> None:
     number: int = options["clients"]
     availability = parse_availability(options["availability"])
     settings = settings_of({**options, "min_workers": number})
-    store = RunStore(options["folder"] or Path("runs") / settings.federation)
-    chart = options["plot_partition"] and options["plot_partition"].absolute()
-    whole, tasks = _tasks(options)  # last: the code of a task may change the current folder
-    if chart is not None:
-        _plot(whole, options, chart)
+    here = Path.cwd()
+    whole, tasks = _tasks(options)
+    with contextlib.chdir(here):  # which the code of the task may have left
+        if options["plot_partition"] is not None:
+            _plot(whole, options)
+        store = RunStore(options["folder"] or Path("runs") / settings.federation)
     done = 0 if options["fresh"] else committed(store.folder)
     settings = tested_every(settings, whole, options["test_every"] or 1, store.folder)
     owned = devices(
@@ -184,10 +185,7 @@ def simulate(**options: Any) -> None:
             record=event_printer(console, options["log_format"]),
             fresh=options["fresh"],
         )
-        try:
-            state = run_until_signalled(run, lambda: loop)
-        except Interrupted as signalled:
-            sys.exit(signalled.exit_code)
+        state = run_until_signalled(run, lambda: loop)
         if done < settings.rules.rounds:
             took_s, simulated_s = time.monotonic() - began, loop.time()
             fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
@@ -223,7 +221,7 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     return whole, dealt(whole, partition, number, seed)
 
 
-def _plot(whole: Any, options: dict[str, Any], file: Path) -> None:
+def _plot(whole: Any, options: dict[str, Any]) -> None:
     """Write a chart of the labels that each client holds."""
     from fluffle.simulation.plot import plot_partition
 
@@ -233,6 +231,7 @@ def _plot(whole: Any, options: dict[str, Any], file: Path) -> None:
             "--data gives each client its own task; remove --plot-partition"
         )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
+    file = options["plot_partition"]
     try:
         plot_partition(whole, **asked).savefig(file, dpi=150)
     except (OSError, ValueError) as why:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Coroutine, Iterable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fluffle.background import Background, short_traceback
@@ -26,8 +28,8 @@ from fluffle_coordinator.machine.state import State
 from fluffle_worker.task import Task
 
 if TYPE_CHECKING:
-    from fluffle_coordinator.service.hooks import Evaluate, OnRound
     from fluffle_coordinator.strategy.base import Strategy
+    from fluffle_coordinator.user_code.hooks import Evaluate, OnRound
 
 _CALLER = "fluffle.simulate"
 _CLIENTS = 100
@@ -107,25 +109,26 @@ def simulate(
     """
     _check(options, clients=clients, test_every=test_every)
     check_whole(f"{_CALLER}(): seed", seed, 0)
-    run_folder = RunFolder(folder)  # first: the code of a task may change the current folder
+    run_folder, here = RunFolder(folder), Path.cwd()
     whole, named = _tasks(tasks, clients, partition, seed)
-    settings, values = settings_from(
-        _CALLER,
-        {
-            "rounds": rounds,
-            "fraction": fraction,
-            "epochs": epochs,
-            "batch_size": batch_size,
-            "learning_rate": learning_rate,
-            "seed": seed,
-            "federation": "simulation",
-            **options,
-        },
-        workers=len(named),
-        strategy=strategy,
-        evaluate=evaluate,
-        on_round=on_round,
-    )
+    with contextlib.chdir(here):  # which the code of a task may have left
+        settings, values = settings_from(
+            _CALLER,
+            {
+                "rounds": rounds,
+                "fraction": fraction,
+                "epochs": epochs,
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+                "seed": seed,
+                "federation": "simulation",
+                **options,
+            },
+            workers=len(named),
+            strategy=strategy,
+            evaluate=evaluate,
+            on_round=on_round,
+        )
     drawn = devices(len(named), step_s=step_s, round_s=fit_s, bytes_per_s=bytes_per_s, seed=seed)
     presence = parse_availability(str(availability))
     everybody = clients_of(named, drawn if owned is None else _devices(owned), presence, seed)

@@ -45,7 +45,7 @@ _MARK = "FLUFFLE_FAULTS"
 _PYTHONPATH = os.environ.get("PYTHONPATH")  # needed if fluffle is not installed
 _LOOK_S = 0.05
 _COUNTS_NOW = "/api/queues?disable_stats=true&enable_queue_totals=true"  # the others are 5 s old
-_SETTLED_S = 8.0  # a worker that lives for this long has sent its hello
+_SETTLED_S = 8.0  # a worker that has lived for this long has sent its hello
 
 
 def wait_until(
@@ -216,10 +216,10 @@ class Federation:
     def unheard(self, why: str, **fields: object) -> Iterator[None]:
         """Note in the evidence when no worker could be heard, and which ones lived throughout."""
         began = now()
+        settled = time.monotonic() - _SETTLED_S
         try:
             yield
         finally:
-            settled = time.monotonic() - _SETTLED_S
             living = [one.name for one in self.programs if one.alive() and one.began < settled]
             self.note("unheard", {"why": why, "began": began, "living": living, **fields})
 

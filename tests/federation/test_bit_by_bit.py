@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_whole
-from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.strategy import dp_fedavg
+from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from tests.federation.harness import Adder
 from tests.federation.test_scaffold import TARGETS, Descent
 

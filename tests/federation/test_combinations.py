@@ -11,10 +11,10 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.selection import parse_selection
 from fluffle_coordinator.service.configuration import configuration
-from fluffle_coordinator.service.hooks import Hooks
-from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.storage.replay import replay
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.user_code.hooks import Hooks
+from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from fluffle_worker.local.bound import BoundRule
 from tests.federation.harness import Adder
 

@@ -17,8 +17,8 @@ from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_coordinator.cli.run_folder import replay
 from fluffle_coordinator.service.configuration import configuration
-from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.strategy.base import Needs
+from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import use_local_rule
 from fluffle_worker.task import EvalResult, TrainResult

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.service.hooks import Hooks, StopRun
 from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.user_code.hooks import Hooks, StopRun
 from tests.federation.harness import Adder
 
 

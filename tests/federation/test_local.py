@@ -28,6 +28,7 @@ from fluffle.progress import Progress
 from fluffle.run_folder import RunFolder
 from fluffle_common.protocol.events import Evaluated
 from fluffle_common.protocol.messages import Plan
+from fluffle_common.tensors.checkpoint import save_checkpoint
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.state import Phase, Rules
 from fluffle_coordinator.storage.run_store import RunStore
@@ -715,10 +716,13 @@ def test_a_function_that_makes_a_task_may_change_the_working_directory(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "other").mkdir()
+    save_checkpoint(Path("first.safetensors"), Adder().init(0), {})
+    Path("mine.py").write_text("from fluffle_coordinator.strategy.fedavg import fedavg\n")
 
     def made() -> Adder:
         os.chdir(tmp_path / "other")
         return Adder()
 
-    assert function([made, made], rounds=1, folder="run").folder == tmp_path / "run"
+    named = {"folder": "run", "init": "first.safetensors", "strategy": "mine.py:fedavg"}
+    assert function([made, made], rounds=1, **named).folder == tmp_path / "run"
     assert not list((tmp_path / "other").iterdir())

@@ -16,8 +16,8 @@ from fluffle_coordinator.cli.coordinator import history
 from fluffle_coordinator.cli.run_folder import report
 from fluffle_coordinator.machine.selection import POISSON, Draw
 from fluffle_coordinator.machine.state import Rules
-from fluffle_coordinator.service.strategy_loading import load_strategy, rules_for
 from fluffle_coordinator.strategy import accountant
+from fluffle_coordinator.user_code.strategy_loading import load_strategy, rules_for
 from tests.federation.harness import Adder
 
 RATE = 0.3

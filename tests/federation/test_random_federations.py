@@ -23,7 +23,7 @@ from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.selection import parse_selection
 from fluffle_coordinator.machine.state import Quorum
-from fluffle_coordinator.service.hooks import Hooks
+from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_worker.task import EvalResult, TrainResult
 from tests.federation.harness import Adder, Federation, Process
 

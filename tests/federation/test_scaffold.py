@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fluffle_coordinator.service.strategy_loading import load_strategy
+from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import use_local_rule
 from fluffle_worker.task import EvalResult, TrainResult

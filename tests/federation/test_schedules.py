@@ -16,8 +16,8 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
-from fluffle_coordinator.service.schedule_loading import load_schedule
 from fluffle_coordinator.storage.replay import replay
+from fluffle_coordinator.user_code.schedule_loading import load_schedule
 from tests.federation.harness import Adder
 
 SIXTEEN = [100.0] * 5 + [200.0] * 5 + [400.0] * 6

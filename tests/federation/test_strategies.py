@@ -23,9 +23,9 @@ from fluffle_common.tensors.checkpoint import (
 from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_coordinator.cli.run_folder import replay
 from fluffle_coordinator.service import committer
-from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
-from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.strategy.base import Contribution, Strategy
+from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
+from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from tests.federation.harness import Adder
 
 FILE = Path(__file__).with_name("momentum.py")
@@ -317,7 +317,7 @@ def test_a_method_with_a_wrong_signature_is_described_without_our_frames(capsys)
         GuardedStrategy(named, 1).init({})
     shown = str(wrong.value) + capsys.readouterr().err
     assert "guarded_strategy" not in shown
-    assert "user_calls" not in shown
+    assert "user_code" not in shown
 
 
 @pytest.mark.parametrize("budget", [None, {"epsilon": "much"}, {"delta": [1]}])
@@ -397,7 +397,7 @@ def test_a_failing_strategy_ends_the_run_and_loses_nothing(federated, tmp_path, 
     assert ("the error in the strategy's code:" in shown) == raises
     assert ("broken.py" in shown) == raises
     assert "guarded_strategy.py" not in shown
-    assert "user_calls.py" not in shown
+    assert "user_code" not in shown
 
 
 def test_a_state_that_cannot_be_loaded_is_reported_before_anything_is_sent(federated, tmp_path):

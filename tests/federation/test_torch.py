@@ -16,7 +16,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights
 from fluffle_worker.task import TaskOptions
 from fluffle_worker.task_loading import load_task
-from fluffle_worker.tasks.batches import index_batches
+from fluffle_worker.tasks.examples import index_batches
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional dependency")
 

@@ -18,9 +18,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import fluffle
 from fluffle.federation import numbered
+from fluffle.simulation.cli import simulate as simulate_command
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Shards
@@ -32,8 +34,8 @@ from fluffle_common.transport.base import QueueFull
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.strategy_loading import load_strategy
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.scaffold import Scaffold
 from fluffle_worker.task import EvalResult, TaskOptions, TrainResult
@@ -432,3 +434,9 @@ def test_the_file_of_a_task_may_change_the_working_directory(tmp_path):
     subprocess.run([sys.executable, "-c", *run, *given], cwd=tmp_path, env=env, check=True)
     assert (tmp_path / "runs" / "simulation" / "round-0001.safetensors").exists()
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_task_that_cannot_be_made_leaves_no_run_folder(tmp_path):
+    arguments = "--task", "fluffle:absent", "--data", "{client}", "--run", str(tmp_path / "run")
+    assert isinstance(CliRunner().invoke(simulate_command, arguments).exception, UsageError)
+    assert not list(tmp_path.iterdir())

@@ -155,14 +155,19 @@ class Untouched:
 @pytest.mark.parametrize("first", [False, True])
 async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp_path, first):
     events: list[ev.Event] = []
+    settings = CoordinatorSettings("f", rs.Rules(rounds=1), max_model_bytes=2**33)
     committer = Committer(
-        RunStore(tmp_path / "run"), metadata=lambda _: {}, record=lambda _: None, post=events.append
+        RunStore(tmp_path / "run"),
+        settings,
+        metadata=lambda _: {},
+        record=lambda _: None,
+        post=events.append,
     )
     aggregator = Aggregator(
         TOPOLOGY,
         None if first else MODEL,
         committer,
-        CoordinatorSettings("f", rs.Rules(rounds=1), max_model_bytes=2**33),
+        settings,
         link=Untouched,  # type: ignore[arg-type]
         post=events.append,
     )

@@ -15,11 +15,13 @@ from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.dashboard.report import read_report
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.records import Evaluated
+from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.service.committer import Average, Committer
-from fluffle_coordinator.service.hooks import Commit, Hooks
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.history import read_history, read_history_lines
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.user_code.hooks import Commit, Hooks
 
 LATE = {"worker": "b", "round": 1, "num_examples": 10}
 
@@ -35,10 +37,10 @@ class Run:
         self.identity = store.load("f").run
         self.committer = Committer(
             store,
+            CoordinatorSettings("f", Rules(rounds=9), hooks=Hooks(on_round=self.commits.append)),
             metadata=lambda number: {"run": self.identity, "round": str(number)},
             record=lambda _: None,
             post=self.posted.append,
-            hooks=Hooks(on_round=self.commits.append),
         )
 
     async def commit(self, number: int) -> None:

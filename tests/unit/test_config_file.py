@@ -24,6 +24,7 @@ from fluffle_worker.cli import worker
 @click.option("--url", envvar="TEST_URL")
 @click.option("--fresh", is_flag=True)
 @click.option("--data", "where", type=click.Path(path_type=Path))
+@click.option("--text", default="")
 @click.option("--codec", "codecs", multiple=True)
 @click.option("--config", type=KeyValue(), multiple=True)
 def command(**options):
@@ -57,6 +58,7 @@ def test_a_key_is_a_flag_without_its_dashes(written):
         "url=None",
         "fresh=True",
         f"where={Path('a')!r}",
+        "text=''",
         "codecs=('x', 'y')",
         "config=('momentum=0.9', 'version=\"0.9\"')",
     ]
@@ -112,6 +114,7 @@ def test_print_config_prints_an_equivalent_file(written):
         ('url = ""', 'url = "" is not valid (the text is empty'),
         ('data = ""', 'data = "" is not valid (the text is empty'),
         ('codec = ["x", ""]', "the text is empty"),
+        (r'data = "a\u0000b"', "the text contains a null character"),
         ('[config]\n"a=b" = 2', "the key 'a=b' contains '='; choose another key"),
         ("config = {a = [1]}", "a must be true, false, a number or text"),
     ],
@@ -170,6 +173,7 @@ def test_options_from_keyword_arguments(monkeypatch):
         "grace": 0.0,
         "url": None,
         "fresh": False,
+        "text": "",
         "where": Path("x"),
         "codecs": (),
         "config": ("a=1",),

@@ -20,6 +20,7 @@ from rich.text import Text
 
 from fluffle_common.cli.background_stream import BackgroundStream
 from fluffle_common.cli.console import _WITHIN_S, Console, json_line
+from fluffle_common.protocol.events import RunEvent
 
 PATIENCE_S = 5.0
 
@@ -177,6 +178,28 @@ def test_untrusted_text_is_escaped_into_one_line():
         console.line("one", "reason\n12:00:00  committed \x1b[2J\u202eevil")
     (line,) = stream.getvalue().splitlines()
     assert line.endswith(r"reason\n12:00:00  committed \x1b[2J\u202eevil")
+
+
+class Unshowable(RunEvent):
+    """An event with a bug."""
+
+    def fields(self) -> dict[str, object]:
+        raise KeyError("a field")
+
+    def sentence(self) -> str:
+        raise KeyError("a field")
+
+
+@pytest.mark.parametrize(
+    ("log_format", "stream"), [("plain", Stream()), ("json", Stream()), ("auto", Terminal())]
+)
+def test_an_event_that_cannot_be_shown_is_a_line_like_any_other(log_format, stream):
+    with Console(log_format, {"federation": "letters"}, stream) as console:
+        console.event(Unshowable())
+        console.line("next", "next", {})
+    assert "cannot be shown (KeyError('a field'))" in stream.getvalue()
+    if log_format == "json":
+        assert events(stream) == ["unshown", "next"]
 
 
 def test_bars_keep_their_width_and_text_is_truncated(monkeypatch):

@@ -14,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
+from fluffle_common.cli.user_code import full_trace
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Evaluate, Fit, Plan
 from fluffle_common.protocol.model_form import model_form
@@ -37,7 +38,6 @@ from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import read_work
 from fluffle_worker.settings import WorkerSettings
-from fluffle_worker.user_code import full_trace
 
 MODEL = {"w": np.ones(4, np.float32)}
 

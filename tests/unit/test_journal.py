@@ -398,7 +398,7 @@ def test_a_torn_line_of_a_journal_file_does_not_swallow_the_next_one(tmp_path):
         journal.record(event)
         journal.write()
         file = tmp_path / "journal.jsonl"
-        file.write_bytes(file.read_bytes() + b'{"torn')
+        file.write_bytes(file.read_bytes() + b"[" * 100_000 + b'\n{"torn')
     assert [event.fields["reason"] for event in read_journal_file(tmp_path)] == ["first", "second"]
 
 

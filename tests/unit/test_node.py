@@ -84,7 +84,9 @@ def test_the_record_is_private_and_loads_unchanged(info: NodeInfo) -> None:
     assert [each.name for each in info.folder.iterdir()] == ["node.json"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"ports": {"amqp": 1, "gone": 2}}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "[" * 100_000, '{"ports": {"amqp": 1, "gone": 2}}']
+)
 def test_an_unreadable_record_is_none(info: NodeInfo, text: str) -> None:
     (info.folder / "node.json").write_text(text)
     assert record.load(info.folder) is None

@@ -144,6 +144,8 @@ def test_a_config_value_out_of_range_is_refused(pair, message):
 
 
 def test_a_config_fits_into_a_plan():
+    deep = "[" * 100_000
+    assert parse_config([f"a={deep}"]) == {"a": deep}
     config = parse_config(["a=1", "b=0.5", "c=true", "d=text", "e=[1]", f"f={2**63 - 1}"])
     assert config == {"a": 1, "b": 0.5, "c": True, "d": "text", "e": "[1]", "f": 2**63 - 1}
     assert Plan(config=config).config == config

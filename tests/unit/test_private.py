@@ -15,11 +15,6 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.machine.selection import POISSON, parse_selection
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.service.strategy_loading import (
-    load_strategy,
-    rules_for,
-    uncounted_sampling,
-)
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
 from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy import dp_fedavg as module
@@ -27,6 +22,11 @@ from fluffle_coordinator.strategy.accountant import accountant, epsilon
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.dp_fedavg import gaussian
 from fluffle_coordinator.strategy.names import named_strategy
+from fluffle_coordinator.user_code.strategy_loading import (
+    load_strategy,
+    rules_for,
+    uncounted_sampling,
+)
 
 
 def finish(name, deltas):

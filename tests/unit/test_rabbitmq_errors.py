@@ -7,11 +7,14 @@ import ssl
 
 import aiormq.exceptions
 import pytest
+from aiormq.abc import TaskWrapper
+from aiormq.connection import FrameReceiver
 from yarl import URL
 
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
 from fluffle_common.transport.rabbitmq.connect_errors import WrongNode, handshake_error, tls_error
+from fluffle_common.transport.rabbitmq.connection import Connection
 from fluffle_common.transport.rabbitmq.errors import (
     closing_error,
     error_for_reply,
@@ -19,7 +22,9 @@ from fluffle_common.transport.rabbitmq.errors import (
     map_declare_errors,
     map_exceptions,
 )
+from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
+PATIENCE_S = 5.0
 NODE = URL("amqps://w:open-sesame@node.example:5671/v")
 
 
@@ -174,6 +179,27 @@ async def test_a_runtime_error_of_a_closed_connection_is_a_lost_link():
     with pytest.raises(LinkLost, match="not opened"), map_exceptions():
         connection.channel()
     await connection.close()
+
+
+async def test_a_bare_exception_of_a_closed_connection_is_a_lost_link():
+    request = TaskWrapper(asyncio.create_task(asyncio.sleep(PATIENCE_S)))
+    await asyncio.sleep(0)
+    request.throw(Exception)  # as if the connection closed right after the handshake
+    with pytest.raises(LinkLost, match="^the connection was closed$"), map_exceptions():
+        await request
+    with pytest.raises(Exception, match="a mistake"), map_exceptions():
+        raise Exception("a mistake of ours")
+
+
+async def test_a_connection_that_is_closed_before_the_handshake_is_a_lost_link(monkeypatch):
+    async def connect(*_: object) -> None:
+        reader = asyncio.StreamReader()
+        reader.feed_eof()
+        await FrameReceiver(reader).get_frame()
+
+    monkeypatch.setattr(Connection, "connect", connect)
+    with pytest.raises(LinkLost, match="^the connection was closed$"):
+        await AmqpTransport("amqp://127.0.0.1:1/", "test").open()
 
 
 def test_missed_heartbeats_are_a_lost_link_in_words():

@@ -75,8 +75,10 @@ class Run:
         self.store, self.weights = RunStore(folder), weights
         self.events: asyncio.Queue[ev.Event] = asyncio.Queue()
         self.recorded: asyncio.Queue[run_events.RunEvent] = asyncio.Queue()
+        settings = CoordinatorSettings("letters", Rules(rounds=9), keep_updates=keep)
         self.committer = Committer(
             self.store,
+            settings,
             metadata=lambda number: {"run": RUN, "round": str(number)},
             record=self.recorded.put_nowait,
             post=self.events.put_nowait,
@@ -85,7 +87,7 @@ class Run:
             TOPOLOGY,
             weights,
             self.committer,
-            CoordinatorSettings("letters", Rules(rounds=9), keep_updates=keep),
+            settings,
             link=lambda: self.link,
             post=self.events.put_nowait,
         )
@@ -315,8 +317,8 @@ def test_the_order_is_that_of_the_history(folder):
     [
         ("num_examples", "-1e999", "line 1 is damaged"),
         ("discount", "NaN", "line 1 is damaged"),
-        ("discount", "-0.5", r"the discount -0\.5; expected a number above 0"),
-        ("discount", '"1"', r"the discount '1'; expected a number above 0"),
+        ("discount", "-0.5", r"line 1 is damaged \(participants\.0\.discount\)"),
+        ("discount", '"1"', r"line 1 is damaged \(participants\.0\.discount\)"),
     ],
 )
 def test_a_damaged_history_is_not_blamed_on_the_strategy(folder, field, value, says):

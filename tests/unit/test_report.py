@@ -390,7 +390,8 @@ def test_what_is_missing_or_cannot_be_written_is_told_in_one_line(folder, tmp_pa
         "{", "\udcff", "[1,2]", "null", '{"configurations": 1}', '{"configurations": [1]}',
         '{"configurations": [{"from_round": "1"}]}',
         '{"configurations": [{"from_round": 1, "rules": []}]}',
-        '{"configurations": [{"from_round": 1, "plan": null}]}',
+        '{"configurations": [{"from_round": 1, "plan": null}]}', "[" * 100_000,
+        '{"configurations": [{"from_round": 1, "plan": {"train": 1}}]}', '{"starts": -1}',
     ],
 )  # fmt: skip
 def test_a_damaged_run_file_is_reported_in_one_line(folder, text):

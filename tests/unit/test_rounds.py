@@ -20,7 +20,7 @@ from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.selection import sample_size
-from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Ticket
+from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Table, Ticket
 from fluffle_coordinator.observe.waiting import waiting_for
 
 _E = TypeVar("_E", bound=fx.Effect | run_events.RunEvent)
@@ -1180,7 +1180,12 @@ def test_a_run_that_is_done_ends_without_workers_when_it_is_resumed(evaluated):
 
 
 def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
-    run = resumed(Rules(rounds=1), evaluated=True, announced={"a": 10, "d": 10}, asked_in={"e": 1})
+    run = resumed(
+        Rules(rounds=1),
+        evaluated=True,
+        announced=Table({"a": 10, "d": 10}),
+        asked_in=Table({"e": 1}),
+    )
     for name in "acde":
         assert not asked(run.seen(name))
     assert run.state.outcome is None
@@ -1191,7 +1196,9 @@ def test_a_run_that_is_done_ends_once_it_has_told_all_its_workers():
 
 
 def test_a_resumed_run_tells_its_end_to_workers_that_it_has_not_heard_yet():
-    run = resumed(Rules(rounds=2, min_workers=1), announced={"d": 10}, asked_in={"e": 1})
+    run = resumed(
+        Rules(rounds=2, min_workers=1), announced=Table({"d": 10}), asked_in=Table({"e": 1})
+    )
     assert asked(run.seen("a")) == ["a"]
     run.update("a")
     run.committed("a")

@@ -14,7 +14,7 @@ from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.machine.state import Phase, Quorum, Rules, Ticket
+from fluffle_coordinator.machine.state import Phase, Quorum, Rules, Table, Ticket
 from fluffle_coordinator.observe.waiting import WaitingReport, in_brief, missing, waiting_for
 from tests.unit.test_rounds import RUN, Run, asked, event_names, only, pass_time, resumed, update
 
@@ -237,7 +237,7 @@ def test_heartbeats_from_before_the_link_do_not_count():
     assert run.state.phase is Phase.WAITING
 
 
-@pytest.mark.parametrize("announced", [{}, {"a": 10, "b": 10}], ids=["new", "resumed"])
+@pytest.mark.parametrize("announced", [Table(), Table({"a": 10, "b": 10})], ids=["new", "resumed"])
 def test_the_clock_stops_before_workers_with_short_heartbeats_would_be_gone(announced):
     run = Run(Rules(rounds=1), hearing=True, announced=announced)
     run.connect()

@@ -19,14 +19,22 @@ from blake3 import blake3
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
+import fluffle
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors import checkpoint
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import layout_for
+from fluffle_coordinator.machine.state import Rules
+from fluffle_coordinator.service.first_state import first_state
+from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_file
+from fluffle_coordinator.storage.evaluations import evaluation_metrics
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.run_file import count_start, read_run_file
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.update_archive import keep_update, update_path
 
 
 def weights(value: float) -> dict[str, np.ndarray]:
@@ -45,6 +53,11 @@ def assert_weights(got: Any, value: float) -> None:
     for name, array in expected.items():
         assert (got[name].dtype, got[name].shape) == (array.dtype, array.shape)
         assert got[name].tobytes() == array.tobytes()
+
+
+def participants(saved: Saved) -> frozenset[str]:
+    """The participants of the last committed round."""
+    return frozenset(ticket.worker for ticket in saved.counted.get(saved.committed, ()))
 
 
 def committed(number: int, *workers: str) -> dict[str, Any]:
@@ -325,7 +338,7 @@ def test_a_missing_or_damaged_model_file_is_reported_in_one_line(tmp_path):
 
 def test_a_new_run_has_an_id_and_nothing_else(store):
     saved = store.load("letters")
-    assert (saved.committed, saved.weights, saved.participants) == (0, None, frozenset())
+    assert (saved.committed, saved.weights, participants(saved)) == (0, None, frozenset())
     assert saved.evaluated
     assert saved.repairs == ()
     assert len(saved.run) == 12
@@ -339,7 +352,7 @@ def test_runs_have_different_ids(tmp_path):
 def test_a_run_continues_where_it_stopped(three):
     saved = three.load("letters")
     assert (saved.committed, saved.evaluated, saved.repairs) == (3, False, ())
-    assert saved.participants == {"a", "b3"}
+    assert participants(saved) == {"a", "b3"}
     assert saved.metadata == {"round": "3"}
     assert_weights(saved.weights, 3)
     three.history.append(evaluated(2, loss=0.5))
@@ -426,18 +439,29 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     saved = three.load("letters")
     assert saved.committed == last
     assert_weights(saved.weights, last)
-    assert saved.participants == ({"a", f"b{last}"} if last else set())
+    assert participants(saved) == ({"a", f"b{last}"} if last else set())
     assert saved.evaluated == (last == 0)
     continuing = f"newest intact checkpoint, which belongs to round {last}"
     assert any(continuing in repair for repair in saved.repairs)
     # The history agrees, the removed lines are archived, and the run continues.
     removed = (three.folder / "history.removed.jsonl").read_text()
     assert three.history.path.read_text() + removed == before
-    assert [line["round"] for line in read_history(three.folder)] == list(range(1, last + 1))
+    assert [line["round"] for line in three.history.read()[0]] == list(range(1, last + 1))
     again = three.load("letters")
     assert (again.run, again.committed, again.repairs) == (saved.run, last, ())
     commit(three, last + 1)
     assert_weights(three.load("letters").weights, last + 1)
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_not_a_damaged_one(three):
+    path, before = three.folder / checkpoint_name(3), three.history.path.read_bytes()
+    path.unlink()
+    path.symlink_to(path.name)  # a loop, since root may open any file
+    with pytest.raises(OSError, match=f"Too many levels of symbolic links: '{path}'"):
+        three.load("letters")
+    assert three.history.path.read_bytes() == before
+    with pytest.raises(UsageError, match=f"{path} cannot be read .Too many levels"):
+        read_checkpoint(path)
 
 
 @pytest.mark.parametrize(
@@ -560,6 +584,16 @@ def test_damaged_first_weights_are_not_treated_as_none(store):
         store.load("letters")
 
 
+@pytest.mark.parametrize("classes", ["cat,dog", "5", "[1]", "null", "[" * 10_000])
+def test_what_another_program_calls_classes_is_passed_over(store, tmp_path, classes):
+    save_file(weights(1), tmp_path / "first", {"classes": classes})
+    saved = begin_with_file(tmp_path / "first", store, store.load("letters"), "letters")
+    assert saved.metadata["classes"] == "[]"
+    saved.metadata["classes"] = classes  # as an earlier version copied them
+    settings = CoordinatorSettings("letters", Rules(rounds=1))
+    assert first_state(settings, saved, store.folder, "").classes is None
+
+
 def test_another_federations_folder_is_refused_and_not_changed(three):
     before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
     with pytest.raises(RunError, match="federation letters, not digits"):
@@ -574,9 +608,9 @@ def test_a_damaged_run_file_is_reported_in_one_line(three, text):
         three.load("letters")
 
 
-def counting(num_examples: str) -> str:
+def counting(num_examples: str, field: str = '"late": 0') -> str:
     who = f'{{"worker": "a", "num_examples": {num_examples}}}'
-    return f'{{"event": "committed", "round": 2, "participants": [{who}]}}'
+    return f'{{"event": "committed", "round": 2, "participants": [{who}], {field}}}'
 
 
 @pytest.mark.parametrize(
@@ -586,7 +620,12 @@ def counting(num_examples: str) -> str:
         '{"event": "committed", "round": 2, "participants": 1}',
         counting("-1e999"), counting("0"), counting("null"), counting("1.5"),
         counting('5, "train_loss": NaN'), counting('5, "train_loss": -Infinity'),
-        '{"event": "evaluated", "round": 2, "loss": 1e999}',
+        '{"event": "evaluated", "round": 2, "loss": 1e999}', "[" * 100_000,
+        counting("5", '"asked": 1'), counting("5", '"asked": [1]'), counting("5", '"rejected": {}'),
+        counting("5", '"late_updates": [[]]'), counting("5", '"timings": {"open_s": "x"}'),
+        counting("5", '"checkpoint": {}'), counting('5, "bytes": []'), counting('5, "norm": "x"'),
+        '{"event": "evaluated", "round": 2, "evaluations": [{"worker": []}], "loss": 1}',
+        '{"event": "ended", "round": -1}', '{"event": "ended", "round": 2, "rejections": "x"}',
     ],
 )  # fmt: skip
 def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
@@ -598,6 +637,43 @@ def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
     with pytest.raises(UsageError, match=r"history\.jsonl: line 2 is damaged"):
         read_history(three.folder)
     assert three.history.path.read_bytes() == before
+
+
+def test_the_fields_of_a_later_version_and_missing_ones_are_no_damage(three):
+    later = {"level": {"deep": [1]}, "level/b": "x"}
+    three.history.append({**evaluated(3, loss=0.5, accuracy=0.5), **later})
+    three.history.append({"event": "ended", "round": 3, **later})
+    assert evaluation_metrics({**evaluated(3, loss=0.5), **later}) == {"loss": 0.5}
+    assert three.load("letters").committed == 3
+    assert fluffle.Run(three.folder).reason == ""
+    three.history.append({**committed(4, "a"), "checkpoint": checkpoint_name(4), **later})
+    assert fluffle.Run(three.folder).history[-1].seconds == 0.0
+
+
+def test_a_last_line_that_no_crash_leaves_is_damaged_and_not_cut_off(three):
+    with three.history.path.open("a") as history:
+        history.write(counting("5", '"asked": 1') + "\n")
+    before = three.history.path.read_bytes()
+    with pytest.raises(RunError, match=r"line 4 is damaged \(asked\); repair the file"):
+        three.load("letters")
+    assert three.history.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("kept", [b"", b'{"event"'])
+def test_a_refused_history_keeps_its_incomplete_last_line(three, kept):
+    three.history.path.write_bytes(kept)
+    with pytest.raises(RunError, match="no committed round; restore history"):
+        three.load("letters")
+    assert three.history.path.read_bytes() == kept
+    with pytest.raises(UsageError, match="has not committed any rounds yet"):
+        fluffle.Run(three.folder)
+
+
+def test_a_history_that_cannot_be_opened_is_reported_in_one_line(three):
+    three.history.path.unlink()
+    three.history.path.mkdir()
+    with pytest.raises(UsageError, match=r"history\.jsonl cannot be read \(Is a directory\)"):
+        read_history(three.folder)
 
 
 @pytest.mark.parametrize("length", [1, 10, None])
@@ -683,7 +759,7 @@ def test_removed_lines_are_on_disk_before_they_leave_the_history(three, synced):
 def test_archived_updates_are_on_disk_under_every_name(store, synced):
     store.load("letters")
     del synced[:]
-    store.keep_update(1, 1, "a", b"body", None)
+    keep_update(update_path(store.folder, 1, 1, "a"), b"body", None)
     round_1 = store.folder / "updates" / "round-0001"
     assert synced == [
         store.folder, store.folder / "updates", round_1 / "0001-a.msgpack.partial", round_1,

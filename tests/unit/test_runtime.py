@@ -14,9 +14,11 @@ import sys
 
 import pytest
 
-from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.cli import app
+from fluffle_common.cli.exit_now import Interrupted
+from fluffle_common.cli.runtime import run_until_signalled
 from fluffle_common.errors import RunError, TaskError
-from fluffle_coordinator.service.user_calls import call_guarded
+from fluffle_coordinator.user_code.calls import call_guarded
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -156,3 +158,11 @@ def test_a_second_ctrl_c_ends_a_program_whose_task_is_in_c_code_while_it_loads(t
             assert worker.wait(10) == -signal.SIGINT
         finally:
             worker.kill()
+
+
+def test_a_program_that_a_signal_ended_exits_with_128_and_its_number(monkeypatch):
+    def run(**_: object) -> int:
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(app.fluffle, "main", run)
+    assert app._exit_code() == 128 + signal.SIGTERM

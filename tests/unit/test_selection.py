@@ -21,7 +21,7 @@ from fluffle_coordinator.machine.selection import (
     sample_size,
     select,
 )
-from fluffle_coordinator.service.schedule_loading import load_selection
+from fluffle_coordinator.user_code.schedule_loading import load_selection
 from tests.unit.test_rounds import asked, opened
 
 RULES = ["uniform", "poisson", "weighted", "round-robin", "fastest:0.25"]

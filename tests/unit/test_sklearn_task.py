@@ -16,7 +16,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights, same_form
 from fluffle_worker.results import Results
 from fluffle_worker.task import RoundPlan
-from fluffle_worker.tasks.batches import index_batches
+from fluffle_worker.tasks.examples import index_batches
 from fluffle_worker.tasks.sklearn import sklearn_task
 
 COUNT, FEATURES = 60, 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 
-from fluffle_worker.tasks.step_losses import StepLosses
+from fluffle_worker.tasks.adapted import StepLosses
 
 
 @dataclass(eq=False)

@@ -27,17 +27,17 @@ from fluffle_common.tensors.checkpoint import (
 from fluffle_common.tensors.weights import NotFinite, check_delta
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.service import strategy_loading as module
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.run_opening import begin_with_file
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.strategy_loading import check_same, load_strategy, rules_for
 from fluffle_coordinator.storage.replay import strategy_of
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 from fluffle_coordinator.strategy.pipeline import Server, pipeline, replace
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta, weighted
+from fluffle_coordinator.user_code import strategy_loading as module
+from fluffle_coordinator.user_code.strategy_loading import check_same, load_strategy, rules_for
 
 ROOT = Path(__file__).parents[2]
 MOMENTUM = ROOT / "tests" / "federation" / "momentum.py"

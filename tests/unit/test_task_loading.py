@@ -19,7 +19,7 @@ from click.testing import CliRunner
 from flax import nnx
 
 from fluffle_common.cli.loading import load_object
-from fluffle_common.cli.user_code import one_line
+from fluffle_common.cli.user_code import full_trace, one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.layout import DTYPES
 from fluffle_worker.cli import worker
@@ -27,7 +27,6 @@ from fluffle_worker.signature import UNKNOWN, described, difference, signature_o
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
 from fluffle_worker.task_loading import load_task
 from fluffle_worker.tasks.flax import flax_task
-from fluffle_worker.user_code import full_trace
 
 OPTIONS = TaskOptions("data", "w")
 TASK = """

@@ -19,7 +19,7 @@ from fluffle_common.tensors.weights import Weights, check_signature
 from fluffle_worker.local.clip import Clip
 from fluffle_worker.local.dp_sgd import DpSgd
 from fluffle_worker.task import RoundPlan
-from fluffle_worker.tasks.batches import index_batches
+from fluffle_worker.tasks.examples import index_batches
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional dependency")
 
@@ -97,6 +97,15 @@ class ByFunctions(nn.Module):
         return self.outputs(inputs)
 
 
+def powers(layer: nn.Module) -> Callable[..., Any]:
+    call = layer.forward
+
+    def power(inputs: Any, number: int = 2) -> Any:
+        return power(call(inputs), number - 1) if number else inputs
+
+    return power
+
+
 class ByOtherFunctions(Line):
     """A module whose functions are in containers, hooks, partials, defaults and one another."""
 
@@ -110,9 +119,12 @@ class ByOtherFunctions(Line):
         self.body = functools.partial(lambda by, inputs: by * second(inputs), scale)
         self.activation = lambda inputs, by=scale: torch.tanh(by * inputs)
         self.linear.register_forward_hook(lambda _, __, outputs: outputs + shift)
+        self.third = nn.Linear(3, 3)
+        self.power = powers(self.third)  # calls itself, and a method
 
     def forward(self, inputs: Any) -> Any:
-        return super().forward(self.activation(self.body(self.bodies["first"][0](inputs))))
+        inputs = self.power(self.bodies["first"][0](inputs))
+        return super().forward(self.activation(self.body(inputs)))
 
 
 def old_weight_norm() -> nn.Module:

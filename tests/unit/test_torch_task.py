@@ -24,7 +24,7 @@ from fluffle_worker.local.proximal import Proximal
 from fluffle_worker.local.scaffold import Scaffold
 from fluffle_worker.results import Results
 from fluffle_worker.task import RoundPlan
-from fluffle_worker.tasks.batches import index_batches
+from fluffle_worker.tasks.examples import index_batches
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional dependency")
 

@@ -14,14 +14,15 @@ import pytest
 
 import fluffle
 from fluffle_common.protocol.events import Slow
-from fluffle_coordinator.service import user_calls
-from fluffle_coordinator.service.user_calls import call_user
+from fluffle_coordinator.user_code import calls
+from fluffle_coordinator.user_code.calls import call_user
 from fluffle_worker.task import EvalResult, TrainResult
 
 SCRIPT = """
 import time
-from fluffle_common.cli.runtime import Interrupted, run_until_signalled
-from fluffle_coordinator.service.user_calls import call_user, leave
+from fluffle_common.cli.exit_now import Interrupted
+from fluffle_common.cli.runtime import run_until_signalled
+from fluffle_coordinator.user_code.calls import call_user, leave
 
 def hang():
     print("hangs", flush=True)
@@ -58,7 +59,7 @@ async def test_a_result_and_an_error_reach_the_caller():
 
 
 async def test_a_slow_function_is_reported_ever_more_rarely(monkeypatch):
-    monkeypatch.setattr(user_calls, "_SLOW_S", 0.2)
+    monkeypatch.setattr(calls, "_SLOW_S", 0.2)
     events: list[Slow] = []
     await call_user("the evaluate hook of round 3", lambda: time.sleep(1.2), events.append)
     assert [event.running_s for event in events] == [0.2, 0.4, 0.8]

@@ -233,7 +233,8 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
 def _run_to_end(make_service: Callable[[], WorkerService], record: Record) -> tuple[int, bool]:
     """Run a worker; return the exit code, and whether the task's code may still be running."""
     from fluffle_common.cli.console import warn
-    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_common.cli.exit_now import Interrupted
+    from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_common.errors import FluffleError
     from fluffle_common.protocol.events import Leaving
 

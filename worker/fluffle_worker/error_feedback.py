@@ -18,14 +18,10 @@ class Residual(NamedTuple):
 
     It is added to the next update of the same run, whose own residual replaces it. It is kept in
     memory only: a restarted worker begins without one.
-
-    Args:
-        work: the work whose update left this residual; None before the first update.
-        tensors: ``delta + previous residual - sent``; empty if nothing was left out.
     """
 
-    work: Work | None = None
-    tensors: Mapping[str, Array] = MappingProxyType({})
+    work: Work | None = None  # whose update left it; None before the first update
+    tensors: Mapping[str, Array] = MappingProxyType({})  # delta + previous residual - sent
 
     def before(self, work: Work) -> Mapping[str, Array]:
         """Return the residual tensors to add to the update of ``work``.

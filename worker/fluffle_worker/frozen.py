@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.user_code import is_ctrl_c, one_line
+from fluffle_common.cli.user_code import warn_in_full
 from fluffle_common.durable_files import make_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_metadata
@@ -28,7 +28,7 @@ from fluffle_common.tensors.layout import Weights, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.signature import check_signature, difference
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import warn_in_full
+from fluffle_worker.user_code import call_task
 
 
 class FrozenTensors:
@@ -49,7 +49,7 @@ class FrozenTensors:
             own = self._of_the_task()
         except TaskError as why:
             if why.__cause__ is not None:
-                warn_in_full(why.__cause__)
+                warn_in_full(why.__cause__, "task")
             raise
         self.form = signature_of(own)
         if self.shared:
@@ -111,16 +111,7 @@ class FrozenTensors:
 
     def _of_the_task(self) -> Weights:
         give = getattr(self._task, "frozen", None)
-        if not callable(give):
-            return {}
-        try:
-            given = give()
-        except TaskError:
-            raise
-        except BaseException as why:
-            if is_ctrl_c(why):
-                raise
-            raise TaskError(f"the task's frozen() failed: {one_line(why)}") from why
+        given = call_task("the task's frozen() failed", give) if callable(give) else {}
         return arrays(given, "frozen()", "the frozen tensors")
 
     def _kept(self) -> Frozen:

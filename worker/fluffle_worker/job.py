@@ -50,31 +50,18 @@ class NotWanted(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """A piece of work with its input and, once there is one, its answer.
-
-    Args:
-        message: the request.
-        weights: the received weights; empty once the answer exists.
-        broadcast: the strategy's extra tensors that came with them.
-        wanted: False once the work is obsolete; training then stops at its next step.
-        evaluation: the evaluation to send.
-        evaluation_sent: whether the broker has confirmed it.
-        answer: the message to send and its tensors.
-        others: the answer's tensors of other groups.
-        residual: what the codec left out of the answer; empty without a codec.
-        sending: held while parts of the answer are being sent.
-    """
+    """A piece of work with its input and, once there is one, its answer."""
 
     message: Fit | Evaluate | InitRequest
-    weights: Weights = field(default_factory=dict)
-    broadcast: Weights = field(default_factory=dict)
-    wanted: bool = True
-    evaluation: Evaluation | None = None
-    evaluation_sent: bool = False
-    answer: tuple[Update | FirstWeights, Weights] | None = None
-    others: Groups = field(default_factory=dict)
-    residual: Residual = field(default_factory=Residual)
-    sending: asyncio.Lock = field(default_factory=asyncio.Lock)
+    weights: Weights = field(default_factory=dict)  # as received; empty once the answer exists
+    broadcast: Weights = field(default_factory=dict)  # the strategy's, which came with them
+    wanted: bool = True  # False once it is obsolete; training then stops at its next step
+    evaluation: Evaluation | None = None  # to send
+    evaluation_sent: bool = False  # confirmed by the broker
+    answer: tuple[Update | FirstWeights, Weights] | None = None  # the message and its tensors
+    others: Groups = field(default_factory=dict)  # the answer's tensors of other groups
+    residual: Residual = field(default_factory=Residual)  # what the codec left out of the answer
+    sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while parts of it are sent
     work: Work = field(init=False)
 
     def __post_init__(self) -> None:

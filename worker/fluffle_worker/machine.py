@@ -23,24 +23,16 @@ from typing import Literal, NamedTuple
 
 
 class Work(NamedTuple):
-    """The identity of a piece of work.
-
-    Args:
-        kind: what to do.
-        run: the id of the run.
-        round: the number of the round.
-        base: the name of the weights to start from. A round's base changes if the coordinator
-            crashed before it committed the previous round and averaged that one again.
-        attempt: how often the answer was rejected; a new attempt trains again.
-        sequence: the ticket's number, which grows with each training, even from the same weights.
-    """
+    """The identity of a piece of work."""
 
     kind: Literal["init", "fit", "evaluate"]
     run: str
     round: int
+    # The name of the weights to start from. A round's base changes if the coordinator crashed
+    # before it committed the previous round and averaged that one again.
     base: str = ""
-    attempt: int = 0
-    sequence: int = 0
+    attempt: int = 0  # how often the answer was rejected; a new attempt trains again
+    sequence: int = 0  # of the ticket; it grows with each training, even from the same weights
 
 
 class State(NamedTuple):
@@ -53,43 +45,37 @@ class State(NamedTuple):
     over: str | None = None  # why the run has ended
 
 
+@dataclass(frozen=True)
+class _OfWork:
+    """An event or an effect that concerns a piece of work."""
+
+    work: Work
+
+
 # --- events ------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Asked:
+class Asked(_OfWork):
     """The coordinator requested work."""
 
-    work: Work
 
-
-@dataclass(frozen=True)
-class Finished:
+class Finished(_OfWork):
     """The training thread finished its work."""
 
-    work: Work
-
 
 @dataclass(frozen=True)
-class Failed:
+class Failed(_OfWork):
     """The task failed."""
 
-    work: Work
     reason: str
 
 
-@dataclass(frozen=True)
-class Abandoned:
+class Abandoned(_OfWork):
     """The training thread stopped because its work was obsolete."""
 
-    work: Work
 
-
-@dataclass(frozen=True)
-class Sent:
+class Sent(_OfWork):
     """The broker confirmed the answer."""
-
-    work: Work
 
 
 @dataclass(frozen=True)
@@ -114,39 +100,26 @@ Event = Asked | Finished | Failed | Abandoned | Sent | Rejected | Stopped
 # --- effects -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Begin:
+class Begin(_OfWork):
     """Start the work in the training thread."""
 
-    work: Work
 
-
-@dataclass(frozen=True)
-class Abandon:
+class Abandon(_OfWork):
     """Signal the training thread that its work is obsolete."""
 
-    work: Work
 
-
-@dataclass(frozen=True)
-class Send:
+class Send(_OfWork):
     """Send the answer until the broker confirms it."""
 
-    work: Work
 
-
-@dataclass(frozen=True)
-class Drop:
+class Drop(_OfWork):
     """Discard the job and its answer."""
 
-    work: Work
-
 
 @dataclass(frozen=True)
-class Report:
+class Report(_OfWork):
     """Report the task's failure to the coordinator."""
 
-    work: Work
     reason: str
 
 

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.cli.user_code import one_line, sendable
+from fluffle_common.cli.user_code import full_trace, one_line, sendable
 from fluffle_common.cli.user_values import count, number, shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
 from fluffle_common.tensors.layout import Tensors
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import FailedMetric, full_trace
+from fluffle_worker.user_code import FailedMetric
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
@@ -76,11 +76,8 @@ class Results:
         try:
             return self._evaluation(evaluate())
         except BaseException as why:
-            if self._new(f"evaluate {type(why).__name__}"):
-                self.failed(why)
-                self._report(
-                    f"evaluate() failed, so this worker trains without evaluation: {one_line(why)}"
-                )
+            what = "evaluate() failed, so this worker trains without evaluation"
+            self._raised(f"evaluate {type(why).__name__}", what, why)
             return _NOTHING
 
     def _evaluation(self, result: Any) -> EvalResult | None:
@@ -90,30 +87,27 @@ class Results:
             num_examples = count(result.num_examples)
             loss = number(result.loss)
         except AttributeError:
-            self._once(
-                f"evaluate() returned {shown(result)}, but must return EvalResult(loss, "
-                "num_examples, metrics) or None; this worker reports no evaluation",
-                key="evaluate type",
+            wrong = (
+                f"returned {shown(result)}, but must return EvalResult(loss, num_examples, "
+                "metrics) or None"
             )
-            return _NOTHING
-        except ValueError as wrong:
-            self._once(
-                f"evaluate() returned an invalid loss or num_examples: {wrong}; this worker does "
-                "not report such evaluations",
-                key="evaluate numbers",
-            )
-            return _NOTHING
+            return self._unusable("type", wrong)
+        except ValueError as why:
+            return self._unusable("numbers", f"returned an invalid loss or num_examples: {why}")
         if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
-            self._once(
-                f"evaluate() returned num_examples {shown(num_examples)}; expected the number of "
-                f"examples evaluated on, from 0 to {MAX_NUM_EXAMPLES}; this worker does not report "
-                "such evaluations",
-                key="evaluate num_examples",
+            wrong = (
+                f"returned num_examples {shown(num_examples)}; expected the number of examples "
+                f"evaluated on, from 0 to {MAX_NUM_EXAMPLES}"
             )
-            return _NOTHING
+            return self._unusable("num_examples", wrong)
         if num_examples == 0:
             return _NOTHING
         return EvalResult(loss, num_examples, self._metrics("evaluate", result))
+
+    def _unusable(self, key: str, wrong: str) -> EvalResult:
+        sentence = f"evaluate() {wrong}; this worker does not report such evaluations"
+        self._once(sentence, key=f"evaluate {key}")
+        return _NOTHING
 
     def step(self, number_: Any, steps: Any, loss: Any) -> tuple[int, int, float | None]:
         """Return the checked arguments of a ``progress`` call; an invalid loss becomes None."""
@@ -141,29 +135,22 @@ class Results:
             given = getattr(result, "metrics", None)
             pairs = [] if given is None else list(dict(given).items())
         except Exception as why:
-            if not self._new(f"{method} metrics"):
-                return {}
             if given is None or isinstance(given, Mapping):  # its values are computed only now
-                self.failed(why)
-                self._report(
-                    f"the metrics of {method}() failed, so they are omitted: {one_line(why)}"
-                )
+                what = f"the metrics of {method}() failed, so they are omitted"
+                self._raised(f"{method} metrics", what, why)
             else:
-                self._report(
+                self._once(
                     f"{method}() returned the metrics {shown(given)}, but must return a mapping of "
-                    "names to numbers; the metrics are omitted"
+                    "names to numbers; the metrics are omitted",
+                    key=f"{method} metrics",
                 )
             return {}
         valid: dict[str, float] = {}
         for given_name, value in pairs:
             name = _metric_name(given_name)
             if isinstance(value, FailedMetric):
-                if self._new(f"{method} metric {name}"):
-                    self.failed(value.why)
-                    self._report(
-                        f"the metric '{name}' of {method}() failed, so it is omitted: "
-                        f"{one_line(value.why)}"
-                    )
+                what = f"the metric '{name}' of {method}() failed, so it is omitted"
+                self._raised(f"{method} metric {name}", what, value.why)
                 continue
             try:
                 valid[name] = number(value)
@@ -184,6 +171,12 @@ class Results:
             names += [name for name in valid if name not in _FIRST]
             valid = {name: valid[name] for name in names[:MAX_METRICS]}
         return valid
+
+    def _raised(self, key: str, what: str, why: BaseException) -> None:
+        """Report once what an error in the task's code costs."""
+        if self._new(key):
+            self.failed(why)
+            self._report(f"{what}: {one_line(why)}")
 
     def _once(self, sentence: str, key: str) -> None:
         """Report a sentence unless one with the same key was reported.

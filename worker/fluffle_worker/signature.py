@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.user_code import is_ctrl_c, one_line, sendable
+from fluffle_common.cli.user_code import is_ctrl_c, one_line, sendable, warn_in_full
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
@@ -22,7 +22,6 @@ from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import warn_in_full
 
 UNKNOWN: Signature = ()
 """The signature of a task whose ``init`` fails; no model has an empty one."""
@@ -50,7 +49,7 @@ def signature_of_task(task: Task) -> Signature:
         if callable(ask):
             fails = "model_form() fails, so nobody can check that the federation has the same model"
         warn(f"the task's {fails}: {one_line(why)}")
-        warn_in_full(why)
+        warn_in_full(why, "task")
         return UNKNOWN
     check_signature(form)
     return form

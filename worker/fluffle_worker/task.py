@@ -172,7 +172,7 @@ def check_task(name: str, task: Any) -> Task:
             f"{task.__name__}(...)"
         )
     for attribute in (*_METHODS, *_OPTIONAL):
-        value = call_task(name, attribute, getattr, task, attribute, None)
+        value = _attribute(name, task, attribute)
         if attribute in _METHODS and not callable(value):
             raise UsageError(
                 f"the object that {name} returns is not a task, because it has no method "
@@ -188,8 +188,12 @@ def check_task(name: str, task: Any) -> Task:
     return task  # type: ignore[no-any-return]
 
 
+def _attribute(name: str, task: Any, attribute: str) -> Any:
+    return call_task(f"{attribute} of the task {name} fails", getattr, task, attribute, None)
+
+
 def _check_num_examples(name: str, task: Any) -> None:
-    given = call_task(name, "num_examples", getattr, task, "num_examples", None)
+    given = _attribute(name, task, "num_examples")
     try:
         num_examples = operator.index(given)
     except Exception:
@@ -206,7 +210,7 @@ def _check_num_examples(name: str, task: Any) -> None:
 
 
 def _check_classes(name: str, task: Any) -> None:
-    given = call_task(name, "classes", getattr, task, "classes", None)
+    given = _attribute(name, task, "classes")
     try:
         classes = classes_of(task)
     except Exception:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from fluffle_common.cli.loading import Place
-from fluffle_common.cli.user_code import is_ctrl_c, one_line
+from fluffle_common.cli.user_code import task_error
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.task import Task, TaskOptions, check_task, classes_of
-from fluffle_worker.user_code import CALLERS, warn_in_full
 
 
 def load_task(name: str, options: TaskOptions) -> Task:
@@ -25,7 +24,7 @@ def load_task(name: str, options: TaskOptions) -> Task:
 def load_factory(name: str) -> Callable[[TaskOptions], Task]:
     """Return the function that ``load_task`` calls; it raises what ``load_task`` does."""
     place = Place.parse("task", name)
-    factory = place.load(CALLERS)
+    factory = place.load()
     if not callable(factory):
         raise UsageError(
             f"{place.where} has no function '{place.attribute}' that makes a task; correct --task"
@@ -39,10 +38,7 @@ def load_factory(name: str) -> Callable[[TaskOptions], Task]:
         except ModuleNotFoundError as why:
             raise place.missing(why) from None
         except BaseException as why:
-            if is_ctrl_c(why):
-                raise
-            warn_in_full(why)
-            raise TaskError(f"the task {name} cannot start: {one_line(why)}") from why
+            raise task_error(why, f"the task {name} cannot start", "task") from why
         task = check_task(name, task)
         own, named = classes_of(task), options.classes or ()
         if own and named and len(own) != len(named):  # it may spell them otherwise

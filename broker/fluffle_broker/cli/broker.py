@@ -24,16 +24,15 @@ if TYPE_CHECKING:
 _NOT_RUNNING = 3  # the exit code of `status`, as in systemctl, and of BrokerError
 
 
-def _state_option(command: Any) -> Any:
-    return click.option(
-        "--state",
-        envvar="FLUFFLE_STATE",
-        default=".fluffle",
-        type=click.Path(file_okay=False, path_type=Path),
-        metavar="DIR",
-        help="Folder for this node's configuration, data and logs.  [default: $FLUFFLE_STATE, "
-        "else .fluffle in the current folder]",
-    )(command)
+_state_option = click.option(
+    "--state",
+    envvar="FLUFFLE_STATE",
+    default=".fluffle",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Folder for this node's configuration, data and logs.  [default: $FLUFFLE_STATE, "
+    "else .fluffle in the current folder]",
+)
 
 
 def _port_option(
@@ -137,16 +136,16 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     from fluffle_broker.node import health, node
 
     info = node.running_node(state)
-    figures = health.figures(info) if info else None
+    figures = health.figures(info) if info else {}
     if as_json:
         echo_json(_as_dict(info, figures))
     elif info is None:
         echo(f"no broker is running in {state}; start one with 'fluffle broker up'")
     else:
         echo(f"RabbitMQ {info.version} is up")
-        if figures is not None:
-            echo(f"  uptime      {_duration(figures.uptime_s)}")
-            echo(f"  memory      {figures.memory_bytes / 1e6:.0f} MB")
+        if figures:
+            echo(f"  uptime      {_duration(figures['uptime_s'])}")
+            echo(f"  memory      {figures['memory_bytes'] / 1e6:.0f} MB")
         _show(info, state)
     if info is None:
         ctx.exit(_NOT_RUNNING)
@@ -318,7 +317,7 @@ def _show(info: NodeInfo, state: Path) -> None:
         echo(f"  {name:<12}{value}")
 
 
-def _as_dict(info: NodeInfo | None, figures: Any) -> dict[str, Any]:
+def _as_dict(info: NodeInfo | None, figures: dict[str, float]) -> dict[str, Any]:
     import dataclasses
 
     from fluffle_common.transport.rabbitmq.urls import without_credentials
@@ -327,9 +326,7 @@ def _as_dict(info: NodeInfo | None, figures: Any) -> dict[str, Any]:
     if info is not None:
         fields |= {**dataclasses.asdict(info), "folder": str(info.folder), "logs": str(info.logs)}
         fields["url"] = without_credentials(info.url)
-        fields |= {"uptime_s": None, "memory_bytes": None}
-    if figures is not None:
-        fields |= dataclasses.asdict(figures)
+        fields |= {"uptime_s": None, "memory_bytes": None, **figures}
     return fields
 
 

@@ -15,14 +15,10 @@ if TYPE_CHECKING:
     from fluffle_common.transport.rabbitmq.management import QueueFigures
 
 
-def inspection_options(json_help: str, *, required: bool = True) -> Callable[[Any], Any]:
+def inspection_options(json_help: str, federation: Any = federation_option) -> Callable[[Any], Any]:
     """Return a decorator that adds ``--federation``, ``--url`` and ``--json``."""
-
-    def add(command: Any) -> Any:
-        as_json = click.option("--json", "as_json", is_flag=True, help=json_help)
-        return federation_option(url_option(as_json(command)), required=required)
-
-    return add
+    as_json = click.option("--json", "as_json", is_flag=True, help=json_help)
+    return lambda command: federation(url_option(as_json(command)))
 
 
 def federation_and_broker(federation: str, url: str | None) -> tuple[Topology, str]:

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
 from fluffle_common.cli.app import count as counts
-from fluffle_common.cli.app import management_option
+from fluffle_common.cli.app import management_option, optional_federation
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
 from fluffle_common.errors import UsageError
 
@@ -27,7 +27,7 @@ T = TypeVar("T")
 # A narrower terminal has no room for the reason next to the other columns.
 _WIDE = 120
 # These options may stand before the sub-command or after it.
-_common_options = inspection_options("Print the result as JSON.", required=False)
+_common_options = inspection_options("Print the result as JSON.", optional_federation)
 
 
 @click.group(invoke_without_command=True)

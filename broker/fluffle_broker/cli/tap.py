@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -104,7 +103,7 @@ def _run(
 ) -> None:
     from fluffle_broker.inspect.tap import Tap
     from fluffle_common.cli.console import warn
-    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_common.errors import BrokerError, LinkLost
     from fluffle_common.transport.base import QueueInUse
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
@@ -157,20 +156,12 @@ def _run(
         raise BrokerError(
             f"another process uses the queue of this command ({no}); run the command again"
         ) from None
-    except Interrupted as signalled:
-        sys.exit(signalled.exit_code)
 
 
 class TapPrinter:
     """Prints and saves the messages of a tap.
 
-    Args:
-        wanted: the messages to show.
-        as_json: whether to print JSON objects instead of sentences.
-        most: the number of lines after which ``enough`` is set; None for no limit.
-        archive: where to save the messages, if anywhere.
-        clock: returns the time, in seconds since 1970.
-        print_line: prints a line; to stdout by default.
+    ``enough`` is set after ``most`` lines.
     """
 
     def __init__(

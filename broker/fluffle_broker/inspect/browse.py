@@ -36,11 +36,8 @@ async def borrowed(
 
     The iterator takes one message at a time. The caller may drop a body that it no longer needs.
 
-    Args:
-        link: a link that is used for nothing else, so that its loss returns the messages as well.
-        queue: the name of a classic queue.
-        count: the maximum number of messages.
-        most_bytes: the total size after which no more messages are taken.
+    ``link`` must be used for nothing else, so that its loss returns the messages as well. Once the
+    messages have ``most_bytes`` in total, no more are taken.
     """
     taken: list[Delivery] = []
 

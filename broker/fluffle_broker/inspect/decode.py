@@ -43,23 +43,14 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class DecodedMessage:
-    """A decoded delivery.
+    """A decoded delivery."""
 
-    Args:
-        delivery: the delivery, which is not settled here; its body may have been dropped.
-        size_bytes: the size of the body.
-        message: the decoded header; None if the body is not a valid message.
-        wrong: what is wrong with the message, if anything.
-        tensors: the descriptions of its tensors.
-        first_bytes: the beginning of the body.
-    """
-
-    delivery: Delivery
-    size_bytes: int
-    message: Message | None
-    wrong: str | None
+    delivery: Delivery  # not settled here; its body may have been dropped
+    size_bytes: int  # of the body
+    message: Message | None  # the header; None if the body is not a valid message
+    wrong: str | None  # what is wrong with the message, if anything
     tensors: tuple[TensorFacts, ...]
-    first_bytes: bytes
+    first_bytes: bytes  # of the body
 
     @property
     def kind(self) -> str:
@@ -134,10 +125,7 @@ class DecodedMessage:
 def decode_message(delivery: Delivery, federation: str, *, values: bool = True) -> DecodedMessage:
     """Decode a delivery; an error ends up in ``wrong`` and is never raised.
 
-    Args:
-        delivery: the received delivery.
-        federation: the federation that the message should belong to.
-        values: whether to compute statistics of its tensors.
+    Without ``values``, there are no statistics of its tensors.
     """
     message: Message | None = None
     wrong: str | None = None

@@ -53,11 +53,7 @@ def full_name(topology: Topology, name: str) -> str:
 async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     """Read the first messages of a queue, or the last entries of a stream, and leave them there.
 
-    Args:
-        link: a link that is used for nothing else.
-        topology: the names of the federation.
-        name: the queue, with or without the federation.
-        count: the maximum number of messages.
+    ``link`` must be used for nothing else.
 
     Raises:
         UsageError: if there is no such queue, or reading it would have side effects.

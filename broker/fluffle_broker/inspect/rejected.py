@@ -119,10 +119,8 @@ async def requeue(
     A message is removed only after the broker has confirmed the new one. A crash in between
     duplicates a message but never loses it, and the coordinator recognizes duplicate updates.
 
-    Args:
-        link: a link that is used for nothing else.
-        topology: the names of the federation.
-        numbers: the numbers of the messages; None for all messages.
+    ``link`` must be used for nothing else. ``numbers`` are those of the messages; None stands for
+    all.
 
     Raises:
         UsageError: if one of the numbers does not exist, or returning the other messages to the
@@ -211,9 +209,7 @@ def dropped(figures: QueueFigures | None, kept_now: int) -> int | None:
     with the broker and are up to 5 seconds old, so they are used only if they agree with the
     actual number of messages.
 
-    Args:
-        figures: the queue's figures from the management API.
-        kept_now: the exact number of messages in the queue.
+    ``kept_now`` is the exact number of messages in the queue.
     """
     if figures is None or figures.published is None or figures.settled is None:
         return None

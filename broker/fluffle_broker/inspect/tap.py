@@ -31,17 +31,11 @@ _WITH_A_WORKER = ("hello", "heartbeat")
 
 @dataclass(frozen=True)
 class Wanted:
-    """The messages to show.
+    """The messages to show."""
 
-    Args:
-        kinds: the kinds of messages; an empty set stands for all but heartbeats.
-        worker: the worker whose messages are shown, in both directions; None for all.
-        parts: whether to copy the parts of updates; the parts of models are always copied.
-    """
-
-    kinds: frozenset[str] = frozenset()
-    worker: str | None = None
-    parts: bool = False
+    kinds: frozenset[str] = frozenset()  # an empty set stands for all but heartbeats
+    worker: str | None = None  # shows those from and to this worker only
+    parts: bool = False  # whether to copy the parts of updates; those of models always are
 
     def takes(self, decoded: DecodedMessage) -> bool:
         """Return whether to show a message; some are read only to learn of new workers."""
@@ -78,11 +72,7 @@ def bindings(
 ) -> set[Binding]:
     """Return the bindings of a tap.
 
-    Args:
-        topology: the names of the federation.
-        wanted: the messages to show.
-        queue: the name of the tap's queue.
-        existing: the queues that exist; only keys that route to one of them are tapped.
+    Only keys that route to one of the ``existing`` queues are tapped.
     """
     result: set[Binding] = set()
     kinds = wanted.kinds or set(KINDS)
@@ -111,12 +101,8 @@ def bindings(
 class Tap:
     """A tap on one link.
 
-    Args:
-        link: a link that is used for nothing else.
-        topology: the names of the federation.
-        wanted: the messages to show.
-        workers: the known workers; others are noticed by their hellos and heartbeats.
-        show: called with each message to show.
+    ``link`` must be used for nothing else. ``workers`` are those that are known; others are noticed
+    by their hellos and heartbeats. ``show`` is called with each message to show.
     """
 
     def __init__(
@@ -137,8 +123,7 @@ class Tap:
     async def run(self, ready: Callable[[], None]) -> None:
         """Follow the traffic until cancelled.
 
-        Args:
-            ready: called once the tap is bound and misses nothing more.
+        ``ready`` is called once the tap is bound and misses nothing more.
 
         Raises:
             LinkLost: when the link is lost.

@@ -36,6 +36,9 @@ __all__ = ["NodeInfo", "Ports", "down", "running_node", "up"]
 
 Report = Callable[[str], None]
 
+_CONTAINER_ENDED = (
+    "the container with RabbitMQ ended at once; see its exit code with 'docker ps --all'"
+)
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _UNQUOTABLE = frozenset("'\"`")
@@ -64,13 +67,10 @@ def up(
     The node serves the data of earlier runs in the same folder under the same node name, even
     after a crash.
 
-    Args:
-        state: the state folder; created if it is missing.
-        ports: the ports on the loopback interface; 0 chooses a free one.
-        node_name: Erlang's name of the node, without a host.
-        extra_conf: more lines of rabbitmq.conf, which override the usual ones.
-        cookie: the secret that the Erlang nodes of a cluster share; a random one by default.
-        report: called with a few words about each step.
+    ``ports`` are those on the loopback interface, 0 for a free one, and ``node_name`` is Erlang's
+    name, without a host. ``extra_conf`` has more lines of rabbitmq.conf, which override the usual
+    ones. ``cookie`` is the secret that the Erlang nodes of a cluster share; by default, it is
+    random. ``report`` is called with a few words about each step.
 
     Raises:
         BrokerError: if the node cannot be started; nothing is left running then.
@@ -90,19 +90,15 @@ def up(
         _require_space(folder, extra_conf)
         installation = _find_or_unpack(report)
         info = _describe(folder, _with_free_ports(wanted), node_name, installation)
-        if installation is None:
-            return _start_container(info, extra_conf, report)
         return _start(info, installation, extra_conf, cookie, report)
 
 
 def down(state: Path, *, grace_s: float = 30.0, report: Report = lambda _: None) -> bool:
     """Stop the node of a state folder and all its processes; keep its data.
 
-    Args:
-        state: the state folder.
-        grace_s: how long to wait for a clean stop before killing it. RabbitMQ 3.10 takes 6 s;
-            0 kills it at once, for a node whose data nobody needs.
-        report: called with a few words about each step.
+    After ``grace_s`` without a clean stop, which takes RabbitMQ 3.10 6 s, it is killed; 0 kills it
+    at once, for a node whose data nobody needs. ``report`` is called with a few words about each
+    step.
 
     Returns:
         Whether a node was running.
@@ -122,38 +118,32 @@ def down(state: Path, *, grace_s: float = 30.0, report: Report = lambda _: None)
 
 
 def _start(
-    info: NodeInfo, installation: Installation, extra_conf: str, cookie: str | None, report: Report
+    info: NodeInfo,
+    installation: Installation | None,
+    extra_conf: str,
+    cookie: str | None,
+    report: Report,
 ) -> NodeInfo:
-    launch.write_files(info, extra_conf, cookie)
-    launch.write_rabbitmqctl(info, installation)
-    report(f"starting the {installation.origin} RabbitMQ")
+    """Start the node, in a container without an installation, and wait until it is ready."""
     try:
-        pid = launch.launch(info, installation)
-        info = dataclasses.replace(info, pid=pid, born=processes.birth(pid))
-        record.save(info)
+        if installation is None:
+            report("starting RabbitMQ in a container (the first time, Docker downloads the image)")
+            record.save(info)
+            container.start(info, extra_conf)
+        else:
+            launch.write_files(info, extra_conf, cookie)
+            launch.write_rabbitmqctl(info, installation)
+            report(f"starting the {installation.origin} RabbitMQ")
+            pid = launch.launch(info, installation)
+            info = dataclasses.replace(info, pid=pid, born=processes.birth(pid))
+            record.save(info)
         if ready := _await_ready(info):
             _limit_queues(ready, report)
             return ready
-        raise BrokerError(launch.boot_failure(info))
+        raise BrokerError(_CONTAINER_ENDED if installation is None else launch.boot_failure(info))
     except BaseException:  # Ctrl-C as well: leave nothing running
-        _clean_up(info, grace_s=0)
-        raise
-
-
-def _start_container(info: NodeInfo, extra_conf: str, report: Report) -> NodeInfo:
-    report("starting RabbitMQ in a container (the first time, Docker downloads the image)")
-    record.save(info)
-    try:
-        container.start(info, extra_conf)
-        if ready := _await_ready(info):
-            _limit_queues(ready, report)
-            return ready
-        raise BrokerError(
-            "the container with RabbitMQ ended at once; see its exit code with 'docker ps --all'"
-        )
-    except BaseException:
         with contextlib.suppress(BrokerError):  # the first error is the one to report
-            _clean_up(info)
+            _clean_up(info, grace_s=0)
         raise
 
 

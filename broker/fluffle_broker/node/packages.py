@@ -37,13 +37,10 @@ Report = Callable[[str], None]
 class Installation:
     """A RabbitMQ that can be launched."""
 
-    server: Path
-    """The path of the server script."""
+    server: Path  # the script
     origin: Literal["installed", "unpacked"]
-    path: tuple[Path, ...] = ()
-    """Folders that come before those of PATH."""
-    libraries: tuple[Path, ...] = ()
-    """Folders with shared libraries that the system may lack."""
+    path: tuple[Path, ...] = ()  # folders that come before those of PATH
+    libraries: tuple[Path, ...] = ()  # folders with shared libraries that the system may lack
 
 
 def find_installed(system_lib: Path = _SYSTEM_LIB) -> Installation | None:

@@ -25,22 +25,15 @@ Run = Callable[[Sequence[str], str | None], str]
 
 @dataclass(frozen=True)
 class Permissions:
-    """The permissions of one user in a vhost, as regular expressions.
-
-    Args:
-        user: the name of the user.
-        configure: the entities that it may declare and delete.
-        write: the exchanges that it may publish to, and the queues that it may bind.
-        read: the queues that it may consume from, get from and purge, and the exchanges that it may
-            bind queues to.
-        topics: the routing keys that it may publish under, by topic exchange.
-    """
+    """The permissions of one user in a vhost, as regular expressions."""
 
     user: str
-    configure: str
-    write: str
+    configure: str  # the entities that it may declare and delete
+    write: str  # the exchanges that it may publish to, and the queues that it may bind
+    # The queues that it may consume from, get from and purge, and the exchanges that it may bind
+    # queues to.
     read: str
-    topics: dict[str, str] = field(default_factory=dict)
+    topics: dict[str, str] = field(default_factory=dict)  # routing keys, by topic exchange
 
     def commands(self, vhost: str) -> list[list[str]]:
         """Return the ``rabbitmqctl`` commands that grant these permissions, in order.
@@ -118,12 +111,8 @@ def apply(
 ) -> str | None:
     """Grant permissions on a broker, and create the user if it does not exist.
 
-    Args:
-        permissions: the permissions, which replace those that the user has in the vhost.
-        vhost: the name of the vhost.
-        run: runs ``rabbitmqctl`` with arguments and a standard input, and returns its output.
-        password: the new password of the user. None keeps the password of an existing user, and
-            generates one for a new user.
+    The permissions replace those that the user has in the vhost. Without a ``password``, an
+    existing user keeps its own, and a new user gets a generated one.
 
     Returns:
         The generated password, or None.

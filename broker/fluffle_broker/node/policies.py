@@ -33,11 +33,9 @@ def shell_lines(policies: Sequence[Policy], vhost_name: str) -> list[str]:
 def apply(policies: Sequence[Policy], url: str, base: str, *, keep: bool = False) -> None:
     """Set policies in a vhost through the management API.
 
-    Args:
-        policies: the policies; existing ones of the same name are replaced.
-        url: the broker's AMQP URL, for its vhost, user and password.
-        base: the URL of the management API.
-        keep: keep existing policies, because an operator may have changed them.
+    Existing policies of the same name are replaced, unless ``keep`` is set, because an operator may
+    have changed them. ``url`` is the AMQP URL of the broker, and ``base`` that of the management
+    API.
 
     Raises:
         BrokerError: if the API does not answer, or the user may not set policies.

@@ -25,10 +25,8 @@ class Ports:
     amqp: int = 5673
     management: int = 15673
     prometheus: int = 15693
-    epmd: int = 0
-    """The port of epmd, through which the nodes of a cluster find each other."""
-    distribution: int = 0
-    """The port on which other Erlang nodes and rabbitmqctl reach this one."""
+    epmd: int = 0  # through which the nodes of a cluster find each other
+    distribution: int = 0  # where other Erlang nodes and rabbitmqctl reach this one
 
 
 @dataclass(frozen=True)
@@ -40,15 +38,11 @@ class NodeInfo:
     prometheus_url: str
     node_name: str
     ports: Ports
-    pid: int | None
-    """The pid of the Erlang VM; None in a container."""
-    born: str | None
-    """The start time of ``pid``; together they identify the process."""
+    pid: int | None  # of the Erlang VM; None in a container
+    born: str | None  # the start time of ``pid``; together they identify the process
     started_as: Origin
-    version: str
-    """The version of RabbitMQ; empty until the node is ready."""
-    folder: Path
-    """The folder with all files of the node: configuration, data and logs."""
+    version: str  # of RabbitMQ; empty until the node is ready
+    folder: Path  # with all files of the node: configuration, data and logs
 
     @property
     def logs(self) -> Path:
@@ -63,7 +57,7 @@ def broker_folder(state: Path) -> Path:
 
 def load(folder: Path) -> NodeInfo | None:
     """Read the record of a node; None if it is missing or unreadable."""
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         fields = json.loads((folder / "node.json").read_text())
         return NodeInfo(**{**fields, "ports": Ports(**fields["ports"]), "folder": folder})
     return None

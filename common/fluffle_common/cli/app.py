@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import traceback
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -16,7 +17,7 @@ from typing import Any, NoReturn, cast
 import click
 from click.core import ParameterSource
 
-from fluffle_common.cli.exit_now import exit_soon, reset_when_delivered
+from fluffle_common.cli.exit_now import Interrupted, exit_soon, reset_when_delivered
 from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.cli.printing import (
     ReaderGone,
@@ -236,57 +237,51 @@ def _check_environment(ctx: click.Context, option: click.Parameter, url: str | N
     return url
 
 
-def url_option(command: Any) -> Any:
-    """Add ``--url`` to a command; its value is None if neither it nor FLUFFLE_URL is set."""
-    return click.option(
-        "--url",
-        envvar="FLUFFLE_URL",
-        callback=_check_environment,
-        metavar="URL",
-        help="URL of the broker: amqp://user:password@host:port/vhost or, with TLS, amqps://…. "
-        "For a cluster, give the URLs of several nodes, separated by commas; the command uses any "
-        "node that it can reach.  [default: $FLUFFLE_URL, else the broker that 'fluffle broker "
-        "up' started in this folder, else amqp://guest:guest@127.0.0.1:5672/]",
-    )(command)
+url_option = click.option(
+    "--url",
+    envvar="FLUFFLE_URL",
+    callback=_check_environment,
+    metavar="URL",
+    help="URL of the broker: amqp://user:password@host:port/vhost or, with TLS, amqps://…. "
+    "For a cluster, give the URLs of several nodes, separated by commas; the command uses any "
+    "node that it can reach.  [default: $FLUFFLE_URL, else the broker that 'fluffle broker "
+    "up' started in this folder, else amqp://guest:guest@127.0.0.1:5672/]",
+)
+"""The option ``--url``; its value is None if neither it nor FLUFFLE_URL is set."""
 
 
-def federation_option(command: Any, *, required: bool = True) -> Any:
-    """Add ``--federation`` to a command."""
+def _federation_option(*, required: bool) -> Callable[[Any], Any]:
     return click.option(
         "--federation",
         envvar="FLUFFLE_FEDERATION",
         required=required,
         metavar="NAME",
         help="Name of the federation. The names of its queues begin with this name.",
-    )(command)
+    )
 
 
-def management_option(command: Any) -> Any:
-    """Add ``--management`` to a command that uses RabbitMQ's management API."""
-    return click.option(
-        "--management",
-        envvar="FLUFFLE_MANAGEMENT_URL",
-        metavar="URL",
-        help="URL of RabbitMQ's management API, which provides queue statistics.  [default: the "
-        "API of the broker that 'fluffle broker up' started in this folder, else port 15672 (with "
-        "TLS, 15671) on the host of --url]",
-        show_default=False,
-    )(command)
+federation_option = _federation_option(required=True)
+optional_federation = _federation_option(required=False)
 
+management_option = click.option(
+    "--management",
+    envvar="FLUFFLE_MANAGEMENT_URL",
+    metavar="URL",
+    help="URL of RabbitMQ's management API, which provides queue statistics.  [default: the "
+    "API of the broker that 'fluffle broker up' started in this folder, else port 15672 (with "
+    "TLS, 15671) on the host of --url]",
+    show_default=False,
+)
 
-def queue_type_option(command: Any) -> Any:
-    """Add ``--queue-type`` to a command that declares queues."""
-    return click.option(
-        "--queue-type",
-        envvar="FLUFFLE_QUEUE_TYPE",
-        type=click.Choice(["classic", "quorum"]),
-        default="classic",
-        show_default=True,
-        help=(
-            "Type of the federation's queues. A cluster of brokers replicates queues of type "
-            "'quorum'. The coordinator and all workers must use the same type."
-        ),
-    )(command)
+queue_type_option = click.option(
+    "--queue-type",
+    envvar="FLUFFLE_QUEUE_TYPE",
+    type=click.Choice(["classic", "quorum"]),
+    default="classic",
+    show_default=True,
+    help="Type of the federation's queues. A cluster of brokers replicates queues of type "
+    "'quorum'. The coordinator and all workers must use the same type.",
+)
 
 
 def main() -> NoReturn:
@@ -305,6 +300,8 @@ def _exit_code() -> int:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
         return _INTERRUPTED
+    except Interrupted as signalled:
+        return signalled.exit_code
     except SystemExit as exits:
         return exits.code if isinstance(exits.code, int) else int(exits.code is not None)
     except click.exceptions.NoArgsIsHelpError as asked:

@@ -154,10 +154,8 @@ def _read_text(path: Path) -> str:
 def options_from(command: click.Command, given: Mapping[str, Any], caller: str) -> dict[str, Any]:
     """Return the values of all options of a command, as its function receives them.
 
-    Args:
-        command: the command.
-        given: keyword arguments, named like flags with underscores; None stands for the default.
-        caller: the function that received them, for error messages, such as ``fluffle.run``.
+    ``given`` has keyword arguments, named like flags with underscores; None stands for the default.
+    ``caller`` is the function that received them, for error messages.
 
     Raises:
         UsageError: if a keyword is not an option, its value is invalid, or it is required and
@@ -204,11 +202,7 @@ def _validated(
 ) -> dict[str, Any]:
     """Validate values and return them by the names of the command's parameters.
 
-    Args:
-        ctx: the context of the command.
-        given: the values by the names of the options.
-        style: how the options are named.
-        place: returns where an option was given, for error messages.
+    ``place`` returns where an option was given, for error messages.
 
     Raises:
         UsageError: if an option does not exist or does not accept its value.
@@ -293,6 +287,8 @@ def _single(option: click.Option, value: Any) -> Any:
         value = os.fspath(value)
     if isinstance(value, str) and not value:
         raise _WrongType("the text is empty; give a value, or omit this option to use its default")
+    if isinstance(value, str) and "\0" in value:
+        raise _WrongType("the text contains a null character; remove this character")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = option.type
     if option.is_flag:
@@ -326,7 +322,7 @@ def _print_config_lines(command: click.Command, ctx: click.Context) -> Iterable[
         if source in _TEXT_SOURCES and isinstance(option.type, _NUMBERS) and not option.multiple:
             value = option.type.convert(value, option, None)
         key = _key_of(option)
-        if not isinstance(value, _PRINTABLE) or value in ((), []):
+        if not isinstance(value, _PRINTABLE) or value in ((), [], ""):
             rows.append((f"# {key}", "not set"))
         else:
             if isinstance(option.type, KeyValue) and isinstance(value, list | tuple):

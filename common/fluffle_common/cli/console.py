@@ -7,7 +7,6 @@ import json
 import sys
 import time
 from collections.abc import Callable, Mapping
-from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 import click
@@ -60,12 +59,7 @@ class Console:
             self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Write the remaining lines and restore the terminal."""
         self._flush()
         if self._progress is not None:
@@ -105,7 +99,7 @@ class Console:
     def _write(self, render: Callable[[], str]) -> None:
         if self._progress is not None:
             width = self._progress.console.width
-            self._progress.console.print(wrapped(render(), width), markup=False)
+            self._progress.console.print(wrapped(self._rendered(render), width), markup=False)
         else:
             self._hold(render)
 
@@ -130,7 +124,16 @@ class Console:
     def _flush(self) -> None:
         pending, self._pending = self._pending, []
         if pending:
-            self._stream.write("".join([f"{_rendered(render)}\n" for render in pending]))
+            self._stream.write("".join([f"{self._rendered(render)}\n" for render in pending]))
+
+    def _rendered(self, render: Callable[[], str]) -> str:
+        try:
+            return render()
+        except Exception as wrong:  # a bug, which must not take the other lines with it
+            text = f"a line cannot be shown ({wrong!r})"
+            if self._json:
+                return self._as_json(wall_time(), "unshown", {"reason": text})
+            return _as_text(time.localtime(), text)
 
     def bar(
         self, label: str, done: float, total: float, description: str = "", brief: str = ""
@@ -151,13 +154,6 @@ def _as_text(clock: time.struct_time, text: str) -> str:
     return f"{time.strftime('%H:%M:%S', clock)}  {printable(text)}"
 
 
-def _rendered(render: Callable[[], str]) -> str:
-    try:
-        return render()
-    except Exception as wrong:  # a bug, which must not take the other lines with it
-        return f"a line cannot be shown ({wrong!r})"
-
-
 def json_line(entry: Mapping[str, Any]) -> str:
     """Return one line of ASCII JSON; other types are converted with ``str``."""
     try:
@@ -166,18 +162,14 @@ def json_line(entry: Mapping[str, Any]) -> str:
         return visible_json(json.dumps(entry, default=str, separators=(",", ":")))
 
 
-def log_format_option(command: Any) -> Any:
-    """Add ``--log-format`` to a command."""
-    return click.option(
-        "--log-format",
-        type=click.Choice(["auto", "plain", "json"]),
-        default="auto",
-        show_default=True,
-        help=(
-            "Format of the log. 'auto' shows progress bars on a terminal and plain lines "
-            "elsewhere; 'plain' always shows plain lines; 'json' shows one JSON object per line."
-        ),
-    )(command)
+log_format_option = click.option(
+    "--log-format",
+    type=click.Choice(["auto", "plain", "json"]),
+    default="auto",
+    show_default=True,
+    help="Format of the log. 'auto' shows progress bars on a terminal and plain lines "
+    "elsewhere; 'plain' always shows plain lines; 'json' shows one JSON object per line.",
+)
 
 
 def warn(text: str) -> None:

@@ -1,10 +1,11 @@
-"""Process exit that a user's code cannot delay for ever."""
+"""The end of a process: by a signal, or by itself, which a user's code cannot delay for ever."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import os
+import signal
 import sys
 import threading
 from typing import NoReturn
@@ -13,6 +14,14 @@ from fluffle_common.cli.printing import echo_sentences, one_line
 
 _PATIENCE_S = 10.0
 _OURS = ("MainThread", "exit", "output", "training")
+
+
+class Interrupted(Exception):
+    """A signal cancelled the coroutine that ran, which has cleaned up; ends the program."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_code = 128 + number
 
 
 def exit_now(code: int) -> NoReturn:

@@ -10,14 +10,14 @@ import contextlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
+from fluffle_common.cli.user_code import one_line, task_error
 from fluffle_common.errors import TaskError, UsageError
 
 # What an extra of fluffle brings, for the import names of its packages.
@@ -44,17 +44,11 @@ _loaded: dict[Path, tuple[tuple[int, int], ModuleType]] = {}
 
 @dataclass(frozen=True)
 class Place:
-    """The place of an object in a user's code.
+    """The place of an object in a user's code."""
 
-    Args:
-        what: what the object is used for, such as ``task``; also the name of the option.
-        where: the name of the module, or the path of the file.
-        attribute: the name of the object in it.
-    """
-
-    what: str
-    where: str
-    attribute: str
+    what: str  # what the object is used for, such as ``task``; also the name of the option
+    where: str  # the name of the module, or the path of the file
+    attribute: str  # the name of the object in it
 
     @classmethod
     def parse(cls, what: str, name: str) -> Place:
@@ -74,26 +68,23 @@ class Place:
         """Whether this is a path, not the name of a module."""
         return self.where.endswith(".py")
 
-    def load(self, callers: Collection[str] = ()) -> object:
+    def load(self) -> object:
         """Import the module and return the object; None if the module has no such attribute.
-
-        Args:
-            callers: fluffle's source files on the call path, which tracebacks leave out.
 
         Raises:
             UsageError: if the module or file does not exist, or needs a module that is missing.
             TaskError: if its own code fails; the traceback goes to stderr.
         """
-        return getattr(self._module({*callers, __file__}), self.attribute, None)
+        return getattr(self._module(), self.attribute, None)
 
-    def found(self, callers: Collection[str] = ()) -> Any:
+    def found(self) -> Any:
         """Return the object, as ``load`` does, but never None.
 
         Raises:
             UsageError: as ``load`` does, or if the module has no such attribute.
             TaskError: as ``load`` does.
         """
-        loaded = self.load(callers)
+        loaded = self.load()
         if loaded is None:
             raise UsageError(
                 f"{self.where} has no '{self.attribute}'; correct the name in --{self.what}"
@@ -123,7 +114,7 @@ class Place:
             f"{place}; {remedy}"
         )
 
-    def _module(self, callers: Collection[str]) -> object:
+    def _module(self) -> object:
         try:
             if self.is_file:
                 return self._from_file()
@@ -138,12 +129,8 @@ class Place:
         except (UsageError, TaskError):
             raise
         except BaseException as why:
-            if is_ctrl_c(why):
-                raise
-            warn_in_full(why, self.what, callers)
-            raise TaskError(
-                f"the {self.what}'s file {self.where} fails to load: {one_line(why)}"
-            ) from why
+            failure = f"the {self.what}'s file {self.where} fails to load"
+            raise task_error(why, failure, self.what) from why
 
     def _from_file(self) -> object:
         path = Path(self.where)
@@ -174,13 +161,12 @@ class Place:
         return module
 
 
-def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) -> Any:
+def load_installed(what: str, point: EntryPoint) -> Any:
     """Import the object of an entry point.
 
     Args:
         what: what the object is used for, such as ``strategy``.
         point: the entry point.
-        callers: fluffle's source files on the call path, which tracebacks leave out.
 
     Raises:
         TaskError: if its own code fails; the traceback goes to stderr.
@@ -188,20 +174,14 @@ def load_installed(what: str, point: EntryPoint, callers: Collection[str] = ()) 
     try:
         return point.load()
     except BaseException as why:
-        if is_ctrl_c(why):
-            raise
-        warn_in_full(why, what, {*callers, __file__})
-        raise TaskError(
-            f"the {what} '{point.name}' (entry point {point.value}) fails to load: {one_line(why)}"
-        ) from why
+        failure = f"the {what} '{point.name}' (entry point {point.value}) fails to load"
+        raise task_error(why, failure, what) from why
 
 
 def load_object(name: str, option: str) -> Any:
     """Return the object that ``path.py:name`` names.
 
-    Args:
-        name: the path of the file and the name in it.
-        option: the option that it was given to, such as ``--codec``.
+    ``option`` is the one that it was given to, such as ``--codec``.
 
     Raises:
         UsageError: if the file does not exist or has no such attribute.

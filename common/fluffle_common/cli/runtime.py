@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from fluffle_common.cli.exit_now import reset_when_delivered
+from fluffle_common.cli.exit_now import Interrupted, reset_when_delivered
 from fluffle_common.cli.open_files import check_open_files
 from fluffle_common.cli.printing import prepare_streams
 from fluffle_common.errors import RunError
@@ -39,14 +39,6 @@ _KEPT_BYTES, _PIECE_BYTES = 32 * 2**20, 32 * 2**20
 _ARENAS = 1
 
 
-class Interrupted(Exception):
-    """A signal cancelled the coroutine, which has cleaned up."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(signal.Signals(number).name)
-        self.exit_code = 128 + number
-
-
 def run_until_signalled(
     main: Coroutine[Any, Any, T],
     loop: Callable[[], asyncio.AbstractEventLoop] = uvloop.new_event_loop,
@@ -54,10 +46,6 @@ def run_until_signalled(
     """Run a coroutine; SIGINT, SIGTERM or SIGHUP cancels it, and a second one kills the process.
 
     Under ``nohup``, SIGHUP stays ignored.
-
-    Args:
-        main: the coroutine.
-        loop: the factory of the event loop.
 
     Raises:
         Interrupted: after a signal, once the coroutine has cleaned up.

@@ -45,7 +45,7 @@ def node_record(state: Path) -> dict[str, str | int]:
     """Return the record that ``fluffle broker up`` wrote; empty if there is none."""
     try:
         record = json.loads((state / "broker" / "node.json").read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return record if isinstance(record, dict) else {}
 
@@ -159,7 +159,7 @@ def parse_config(pairs: Sequence[str]) -> dict[str, bool | int | float | str]:
             raise UsageError(f"--config has the key '{key}' more than once; give it once")
         try:
             value = json.loads(text)
-        except ValueError:  # also an integer of thousands of digits
+        except (ValueError, RecursionError):  # also an integer of thousands of digits
             value = text
         if isinstance(value, float) and not math.isfinite(value):
             raise UsageError(f"--config {pair}: {text} is not a finite number")

@@ -7,7 +7,6 @@ import signal
 import sysconfig
 import threading
 import traceback
-from collections.abc import Collection
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,18 +17,15 @@ from fluffle_common.cli.printing import echo
 from fluffle_common.errors import TaskError
 
 _OURS = frozenset({"fluffle_broker", "fluffle_common", "fluffle_coordinator", "fluffle_worker"})
+_LIKE_USERS = ("letters", "local", "tasks")  # fluffle's own tasks and local rules
 _LONGEST = 500
 _LONGEST_TRACE = 100_000
 
 
-def one_line(why: BaseException, callers: Collection[str] = ()) -> str:
+def one_line(why: BaseException) -> str:
     """Return an error in a user's code in one line, with its file and line.
 
     A ``TaskError`` is not raised *in* the user's code, so its text is returned without a place.
-
-    Args:
-        why: the error.
-        callers: see ``full_trace``; they are never the place of an error.
     """
     try:
         text = " ".join(_without_trace(_shortened(str(why))).split())
@@ -37,35 +33,43 @@ def one_line(why: BaseException, callers: Collection[str] = ()) -> str:
         text = ""
     if not isinstance(why, TaskError):
         text = f"{type(why).__name__}: {text}" if text else type(why).__name__
-        where = _where(why, callers)
+        where = _where(why)
         if where:
             return f"{sendable(text, _LONGEST - len(where) - 3)} ({where})"
     return sendable(text, _LONGEST)
 
 
-def full_trace(why: BaseException, callers: Collection[str]) -> str:
-    """Return the traceback of an error, which starts in the user's code.
-
-    Args:
-        why: the error.
-        callers: fluffle's source files that call the user's code, which are left out.
-    """
+def users_trace(why: BaseException) -> TracebackType | None:
+    """Return the traceback of an error without the frames that only call the user's code."""
     trace = why.__traceback__
-    while trace is not None and _is_before_user_code(trace, callers):
+    while trace is not None and _only_calls(trace.tb_frame.f_code.co_filename):
         trace = trace.tb_next
-    return sendable(_shortened("".join(traceback.format_exception(type(why), why, trace)).rstrip()))
+    return trace
 
 
-def warn_in_full(why: BaseException, what: str, callers: Collection[str]) -> None:
-    """Write the traceback of an error to stderr.
+def full_trace(why: BaseException) -> str:
+    """Return ``users_trace`` as text, with the error."""
+    lines = traceback.format_exception(type(why), why, users_trace(why))
+    return sendable(_shortened("".join(lines).rstrip()))
 
-    Args:
-        why: the error.
-        what: what the user's code is, such as ``task``.
-        callers: see ``full_trace``.
-    """
+
+def warn_in_full(why: BaseException, what: str) -> None:
+    """Write the traceback of an error to stderr; ``what`` is the user's code, such as ``task``."""
     warn(f"traceback of the error in the {what}'s code:")
-    echo(*full_trace(why, callers).splitlines(), err=True)
+    echo(*full_trace(why).splitlines(), err=True)
+
+
+def task_error(why: BaseException, failure: str, traced: str = "") -> TaskError:
+    """Return the ``TaskError`` for an error in a user's code; its text begins with ``failure``.
+
+    Ctrl-C, which is no error of the code, is raised again. If ``traced`` names the code, such as
+    ``task``, its traceback goes to stderr.
+    """
+    if is_ctrl_c(why):
+        raise why
+    if traced:
+        warn_in_full(why, traced)
+    return TaskError(f"{failure}: {one_line(why)}")
 
 
 def is_ctrl_c(why: BaseException) -> bool:
@@ -111,25 +115,26 @@ def _without_trace(text: str) -> str:
     return "\n".join([text[: found.start()], *lines[last + 1 :]])
 
 
-def _is_before_user_code(trace: TracebackType, callers: Collection[str]) -> bool:
-    name = trace.tb_frame.f_code.co_filename
-    return name in callers or name.startswith("<frozen ")
-
-
-def _where(why: BaseException, callers: Collection[str]) -> str:
+def _where(why: BaseException) -> str:
     """Return the innermost place in the user's own files, such as ``file.py:12``.
 
     The folders are left out, because they belong to the data owner's machine.
     """
     if isinstance(why, SyntaxError):
         return ""  # its text says where
-    trace = traceback.extract_tb(why.__traceback__)
-    frames = [one for one in trace if one.filename not in callers and not _is_ours(one.filename)]
+    frames = [f for f in traceback.extract_tb(why.__traceback__) if not _is_ours(f.filename)]
     own = [frame for frame in frames if _is_users(frame.filename)]
     if not frames:
         return ""
     last = (own or frames)[-1]
     return f"{sendable(Path(last.filename).name, 100)}:{last.lineno}"
+
+
+def _only_calls(filename: str) -> bool:
+    """Whether a file only calls the code of tasks and the like, and has none itself."""
+    return filename.startswith("<frozen ") or (
+        _is_ours(filename) and Path(filename).parent.name not in _LIKE_USERS
+    )
 
 
 @cache

@@ -44,18 +44,12 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Queue:
-    """A durable queue.
-
-    Args:
-        name: the queue's name.
-        purpose: the description that ``fluffle queues`` shows.
-        arguments: the arguments of its declaration.
-        limits: how much it may hold, as the definition of a policy; not part of the declaration.
-    """
+    """A durable queue."""
 
     name: str
-    purpose: str
-    arguments: dict[str, ArgumentValue] = field(default_factory=dict)
+    purpose: str  # as ``fluffle queues`` shows it
+    arguments: dict[str, ArgumentValue] = field(default_factory=dict)  # of its declaration
+    # How much it may hold, as the definition of a policy; not part of the declaration.
     limits: dict[str, ArgumentValue] = field(default_factory=dict)
 
 
@@ -86,15 +80,10 @@ Entity = Exchange | Queue | Binding
 
 @dataclass(frozen=True)
 class Topology:
-    """The names of one federation on the broker.
-
-    Args:
-        federation: the federation's name, with which every name starts.
-        queue_type: ``classic``, or ``quorum`` on a cluster; coordinator and workers must agree.
-    """
+    """The names of one federation on the broker, all of which start with its name."""
 
     federation: str
-    queue_type: QueueType = "classic"
+    queue_type: QueueType = "classic"  # or quorum, on a cluster; coordinator and workers must agree
 
     @property
     def work(self) -> str:

@@ -67,10 +67,8 @@ def encode(
 ) -> bytes:
     """Encode a message and its payload as one body, copying the payload once.
 
-    Args:
-        message: the header.
-        payload: the payload, or the pieces of which it consists (see ``lay_out``).
-        table: the tensors in the payload, if not those of ``message.tensors``.
+    ``payload`` may be a list of the pieces of which it consists (see ``lay_out``). ``table`` has
+    the tensors in it, if they are not those of ``message.tensors``.
     """
     pieces = payload if isinstance(payload, list) else [payload]
     nbytes = sum(map(len, pieces))
@@ -91,10 +89,8 @@ def decode(
 ) -> tuple[Message, memoryview]:
     """Decode a body into its message and its payload, which is a view into ``body``.
 
-    Args:
-        body: the bytes received.
-        federation: the federation to which the message must belong; None accepts any.
-        max_header: the maximum number of bytes in the header; the decoder reads no more of it.
+    The message must belong to ``federation``; None accepts any. The decoder reads at most
+    ``max_header`` bytes of the header.
 
     Raises:
         MalformedMessage: if the body is not exactly one valid document.
@@ -209,9 +205,7 @@ def lay_out(
 ) -> tuple[tuple[TensorEntry, ...], list[memoryview]]:
     """Lay out tensors in a payload.
 
-    Args:
-        weights: the tensors of the group ``model``.
-        others: the other groups, which follow; empty groups are left out.
+    ``weights`` is the group ``model``. The other groups follow; empty ones are left out.
 
     Returns:
         The tensor table, and the pieces of the payload: views of the arrays, and padding between

@@ -9,17 +9,19 @@ A checkpoint may also hold the state of a strategy, as tensors whose names begin
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import json
 import mmap
 import os
 import struct
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from string import ascii_lowercase
+from typing import Any
 
 import numpy as np
 
@@ -51,17 +53,11 @@ _READ_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The contents of a checkpoint.
-
-    Args:
-        weights: the model.
-        metadata: the metadata, except the keys of this module.
-        strategy_state: the tensors of the strategy's state, under the strategy's own names.
-    """
+    """The contents of a checkpoint."""
 
     weights: dict[str, Array]
-    metadata: dict[str, str]
-    strategy_state: dict[str, Array]
+    metadata: dict[str, str]  # without the keys of this module
+    strategy_state: dict[str, Array]  # under the strategy's own names
 
 
 def checkpoint_name(number: int) -> str:
@@ -106,12 +102,7 @@ def save_checkpoint(
     The format is https://github.com/huggingface/safetensors#format. The writer of the safetensors
     library is not used because it writes to a temporary file that a crash would leave behind.
 
-    Args:
-        path: the file to write.
-        weights: the model.
-        metadata: the metadata to store.
-        strategy_state: the state of the strategy.
-        named_first: as for ``replacing``; ignored for checkpoints above 4 MiB.
+    ``named_first`` is as for ``replacing``; it is ignored for checkpoints above 4 MiB.
 
     Raises:
         OSError: if writing fails; an earlier file at ``path`` is then unchanged.
@@ -188,17 +179,39 @@ def read_metadata(path: Path) -> dict[str, str]:
     Raises:
         UsageError: if the file is missing or cannot be read.
     """
+    with _opened(path) as file:
+        return dict(file.metadata() or {})
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Open a checkpoint with the safetensors library, and name the file in errors."""
     from safetensors import SafetensorError, safe_open
 
+    _check_opens(path)
     try:
         with safe_open(path, framework="numpy") as file:
-            return dict(file.metadata() or {})
-    except FileNotFoundError:
-        raise UsageError(f"there is no model file {path}") from None
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise UsageError(
             f"{path} is not a complete model file ({error}); use another file"
         ) from None
+
+
+def classes_in(metadata: Mapping[str, str]) -> tuple[str, ...]:
+    """Return the classes in a checkpoint's metadata; empty if it has none.
+
+    Another program may have written anything under this key, which then means nothing.
+
+    >>> classes_in({"classes": '["a", "b"]'}), classes_in({"classes": "a,b"})
+    (('a', 'b'), ())
+    """
+    try:
+        classes = json.loads(metadata.get("classes", "[]"))
+    except (ValueError, RecursionError):
+        return ()
+    is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
+    return tuple(classes) if is_list else ()
 
 
 def read_whole(path: Path) -> Checkpoint:
@@ -208,20 +221,11 @@ def read_whole(path: Path) -> Checkpoint:
         UsageError: if the file is missing or truncated, does not match its digest, or contains a
             dtype that NumPy does not have.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="numpy") as file:
-            _check_readable(path, {name: file.get_slice(name).get_dtype() for name in file.keys()})
-            weights = {name: file.get_tensor(name) for name in file.keys()}
-            metadata: dict[str, str] = file.metadata() or {}
+    with _opened(path) as file:
+        _check_readable(path, {name: file.get_slice(name).get_dtype() for name in file.keys()})
+        weights = {name: file.get_tensor(name) for name in file.keys()}
+        metadata: dict[str, str] = file.metadata() or {}
         _check_digest(path)
-    except FileNotFoundError:
-        raise UsageError(f"there is no model file {path}") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} is not a complete model file ({error}); use another file"
-        ) from None
     metadata.pop(_DIGEST_KEY, None)
     names: list[str] = []
     if metadata.pop(_HAS_STRATEGY_STATE, None):  # else the prefix has no meaning
@@ -254,6 +258,17 @@ def map_tensors(path: Path) -> dict[str, Array]:
         )
         for name, told in header.items()
     }
+
+
+def _check_opens(path: Path) -> None:
+    """Raise ``UsageError`` if a file cannot be opened; safetensors then calls it missing."""
+    try:
+        with path.open("rb"):
+            pass
+    except FileNotFoundError:
+        raise UsageError(f"there is no model file {path}") from None
+    except OSError as why:
+        raise UsageError(f"{path} cannot be read ({why.strerror})") from None
 
 
 def _check_readable(

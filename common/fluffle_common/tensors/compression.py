@@ -68,11 +68,8 @@ def compress(
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Encode a delta.
 
-    Args:
-        delta: the delta, as ``weights.delta`` returns it.
-        codec: the codec, or a text such as ``topk:0.01``.
-        residual: the second result of the previous call; empty if there is none.
-        rng: random numbers for the codec.
+    ``delta`` comes from ``weights.delta``. ``residual`` is the second result of the previous call;
+    it is empty if there is none.
 
     Returns:
         The tensors to send, and the residual ``delta + residual - sent`` for the next call. The

@@ -114,28 +114,21 @@ class Tensors(Mapping[str, Array]):
 class Layout:
     """The layout of a tensor table; created by ``layout_of`` and ``layout_for``.
 
-    Attributes:
-        places: the tensors' places, by name.
-        nbytes: the size of the buffer.
-        signature: the tensors' names, dtypes and shapes.
-        floats: whether all tensors are floats.
-        dtype: the dtype of all tensors; None if they have several.
-
     Raises:
         ValueError: if an entry is inconsistent, or overlaps or precedes the entry before it.
     """
 
     def __init__(self, table: tuple[TensorEntry, ...]) -> None:
         self.table = table
-        self.places = _checked_places(table)
+        self.places = _checked_places(table)  # of the tensors, by name
         last = table[-1] if table else None
         self.nbytes = last.offset + last.nbytes if last else 0
         dtypes = {place.dtype for place in self.places.values()}
         self.signature: Signature = tuple(
             [(name, p.dtype, p.shape) for name, p in self.places.items()]
         )
-        self.floats = all(map(is_float, dtypes))
-        self.dtype = dtypes.pop() if len(dtypes) == 1 else None
+        self.floats = all(map(is_float, dtypes))  # whether all tensors are floats
+        self.dtype = dtypes.pop() if len(dtypes) == 1 else None  # of all tensors
         ends = [entry.offset + entry.nbytes for entry in table]
         starts = [entry.offset for entry in table[1:]]
         self._gaps = [(a, b) for a, b in zip(ends, starts, strict=False) if a < b]

@@ -17,9 +17,7 @@ from fluffle_common.tensors.weights import Weights
 def map_to_disk(tensors: Weights, folder: Path) -> Tensors:
     """Write tensors to a file and return them as a read-only memory map of it.
 
-    Args:
-        tensors: tensors of supported dtypes.
-        folder: the folder of the file; not ``/tmp``, which many systems keep in memory.
+    ``folder`` should not be ``/tmp``, which many systems keep in memory.
 
     Raises:
         OSError: if writing fails.

@@ -298,7 +298,9 @@ class MemoryBroker(Transport):
         elif isinstance(entity, Queue):
             existing = self.queues.setdefault(entity.name, MemoryQueue(entity)).spec
             if existing.arguments != entity.arguments:
-                raise OtherArguments(_conflict(entity, existing))
+                raise OtherArguments(
+                    f"queue '{entity.name}' already exists with different arguments; delete it"
+                )
 
     def delete(self, queue: str) -> None:
         """Delete a queue and its bindings."""
@@ -334,16 +336,3 @@ class MemoryBroker(Transport):
         if not targets and alternate:
             return self._targets(alternate, key)
         return targets
-
-
-def _conflict(wanted: Queue, existing: Queue) -> str:
-    """Describe a conflict between two declarations of a queue, and the remedy."""
-    wanted_type, existing_type = (
-        queue.arguments.get("x-queue-type") for queue in (wanted, existing)
-    )
-    if wanted_type != existing_type:
-        return (
-            f"queue '{wanted.name}' already exists on the broker with different arguments; use the "
-            "same --queue-type for the coordinator and all workers, or delete the old queue"
-        )
-    return f"queue '{wanted.name}' already exists with different arguments; delete the queue"

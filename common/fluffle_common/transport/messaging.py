@@ -101,17 +101,10 @@ async def send_tensors(
 ) -> None:
     """Publish a message that carries tensors, in one piece or, if it is large, in parts.
 
-    Args:
-        link: the link to publish over.
-        message: the header, without its table of tensors.
-        weights: the tensors of the ``model`` group.
-        route: the route of the message.
-        others: the tensors of the other groups.
-        parts: the route of the parts, which are then sent before the message. None sends them
-            after the message, by the same route.
-        around_parts: entered before anything is published, if the message has parts.
-        progress: called with the number of confirmed parts and the number of all parts.
-        digest: the result of ``digest_of`` for the tensors, if it is already being computed.
+    ``parts`` is the route of the parts, which are then sent before the message; without it, they
+    follow the message by the same route. If there are parts, ``around_parts`` is entered before
+    anything is published. ``progress`` is called with the numbers of confirmed parts and of all
+    parts. ``digest`` is the result of ``digest_of``, if it is already being computed.
     """
     table, pieces = lay_out(weights, others)
     if fits(pieces):

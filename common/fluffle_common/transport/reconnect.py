@@ -32,12 +32,9 @@ async def reconnecting(
 ) -> AsyncGenerator[Link, None]:
     """Yield one open link at a time; asking for the next one closes it and reconnects.
 
-    Args:
-        transport: the transport to open links with.
-        backoff: the pauses between attempts, and when to give up.
-        on_wait: called after a failed attempt with the reason and the seconds until the next one.
-        random_fraction: returns a random number from 0 to 1. Each pause lasts between half and all
-            of the current delay, so that clients of a restarted broker do not reconnect at once.
+    ``on_wait`` is called after a failed attempt with the reason and the seconds until the next one.
+    Each pause lasts between half and all of the current delay, as ``random_fraction`` says, so that
+    clients of a restarted broker do not reconnect at once.
 
     Raises:
         BrokerError: if no link could be opened for ``backoff.give_up_s`` seconds.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -81,7 +80,7 @@ def conformance(ctx: click.Context, /, **options: Any) -> None:
 
     To see every message, run 'fluffle tap --federation conformance' at the same time.
     """
-    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_common.cli.runtime import run_until_signalled
 
     as_json = options.pop("as_json")
     findings: list[Finding] = []
@@ -91,10 +90,7 @@ def conformance(ctx: click.Context, /, **options: Any) -> None:
         if not as_json:
             echo(*_lines(finding))
 
-    try:
-        run_until_signalled(_examine(report, **options))
-    except Interrupted as signalled:
-        sys.exit(signalled.exit_code)
+    run_until_signalled(_examine(report, **options))
     counts = Counter(finding.outcome for finding in findings)
     if as_json:
         dicts = [finding._asdict() for finding in findings]

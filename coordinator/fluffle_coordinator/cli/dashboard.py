@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import click
 
 from fluffle_common.cli.app import federation_option, management_option, url_option
@@ -37,7 +35,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     """
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.printing import echo
-    from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+    from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_common.cli.settings import broker_url_finder, check_federation
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
@@ -54,7 +52,4 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
     page = BrokerSource(topology, transport, queue_asker(topology, find, management), report=warn)
     with listen(address, "--listen") as listening:
         echo(f"the page is at {url_of(listening)}")
-        try:
-            run_until_signalled(page.serve(listening))
-        except Interrupted as signalled:
-            sys.exit(signalled.exit_code)
+        run_until_signalled(page.serve(listening))

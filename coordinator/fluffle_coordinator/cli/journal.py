@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli.app import count, federation_option, url_option
+from fluffle_common.cli.app import count, optional_federation, url_option
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences
 from fluffle_common.errors import UsageError
@@ -57,7 +57,7 @@ def _source_options(command: Any) -> Any:
         help="Run folder of a simulation. The journal is read from this folder instead of from a "
         "broker.",
     )
-    return federation_option(url_option(run_option(command)), required=False)
+    return optional_federation(url_option(run_option(command)))
 
 
 def _since(text: str | None, now: datetime) -> datetime | None:

@@ -94,9 +94,9 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
     Raises:
         UsageError: if ``given`` is another strategy, or the strategy draws noise that is not kept.
     """
-    from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
-    from fluffle_coordinator.service.strategy_loading import load_strategy
     from fluffle_coordinator.storage.replay import strategy_of
+    from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
+    from fluffle_coordinator.user_code.strategy_loading import load_strategy
 
     name, file = strategy_of(folder, number)
     recorded = f"{file}:{name.rpartition(':')[2]}" if file else name

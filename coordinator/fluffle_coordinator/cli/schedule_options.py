@@ -45,7 +45,7 @@ def _discount(text: str) -> Discount:
 
 
 def _selection(text: str) -> Selection:
-    from fluffle_coordinator.service.schedule_loading import load_selection
+    from fluffle_coordinator.user_code.schedule_loading import load_selection
 
     return load_selection(text)
 

@@ -96,23 +96,14 @@ def _run(board: Board) -> Iterator[Metric]:
 
 
 def _counters(counters: Counters) -> Iterator[Metric]:
+    failures = "Number of times that a worker's task failed."
+    outages = "Number of times that the connection to the broker was lost."
+    sizes = "Number of bytes of all counted updates, as received."
     for name, words, value in (
         ("fluffle_rounds_committed", "Number of committed rounds.", counters.rounds),
-        (
-            "fluffle_worker_failures",
-            "Number of times that a worker's task failed.",
-            counters.failures,
-        ),
-        (
-            "fluffle_broker_outages",
-            "Number of times that the connection to the broker was lost.",
-            counters.outages,
-        ),
-        (
-            "fluffle_received_update_bytes",
-            "Number of bytes of all counted updates, as received.",
-            counters.update_bytes,
-        ),
+        ("fluffle_worker_failures", failures, counters.failures),
+        ("fluffle_broker_outages", outages, counters.outages),
+        ("fluffle_received_update_bytes", sizes, counters.update_bytes),
     ):
         yield CounterMetricFamily(name, words, value)
     outcomes = {outcome: counters.outcomes[outcome] for outcome in OUTCOMES}

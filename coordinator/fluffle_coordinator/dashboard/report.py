@@ -25,14 +25,8 @@ from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import merged, read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 
-_SCRIPTS = (
-    "dom.js",
-    "chart.js",
-    "results.js",
-    "workers.js",
-    "panels.js",
-    "page.js",
-)  # in dependency order
+# In dependency order.
+_SCRIPTS = ("dom.js", "chart.js", "results.js", "workers.js", "panels.js", "page.js")
 # With 30,000 rounds, a browser needs minutes to draw their details.
 _MAX_DETAILED = 1000
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
@@ -41,10 +35,6 @@ _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 
 def read_report(folder: Path, now: float) -> dict[str, Any]:
     """Return everything that a report shows, including the SHA-256 of every checkpoint.
-
-    Args:
-        folder: the run folder; the run may still be going on.
-        now: the time, in seconds since 1970.
 
     Raises:
         UsageError: if the folder holds no run, or its files cannot be read.
@@ -65,12 +55,8 @@ def snapshot(
 ) -> dict[str, Any]:
     """Return everything that a report shows as plain data, one key per section.
 
-    Args:
-        rows: the history, one row per round.
-        identity: the content of ``run.json``.
-        checkpoints: ``file``, ``size_bytes`` and ``sha256`` of each.
-        end: the history's ``ended`` line; None if the run has not ended.
-        now: the time, in seconds since 1970.
+    ``rows`` is the history, one row per round; ``identity`` the content of ``run.json``; ``end``
+    the history's ``ended`` line, None if the run has not ended.
     """
     view = RunView(whole=True)
     view.remember(rows)

@@ -59,11 +59,6 @@ class AskInit(Effect):
 
 
 @dataclass(frozen=True)
-class Opened(Effect):
-    """Start a round: what is folded from now on is in its sum."""
-
-
-@dataclass(frozen=True)
 class SendFit(Effect):
     """Send the open round's work to these workers, in one publish.
 

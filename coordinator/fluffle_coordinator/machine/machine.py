@@ -39,7 +39,6 @@ from types import MappingProxyType
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
@@ -54,7 +53,6 @@ from fluffle_coordinator.machine.evaluation import (
 from fluffle_coordinator.machine.opening import try_to_open
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.rules import Rules
-from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import SEQUENCE_GAP, Phase, State, Table
 
@@ -67,64 +65,42 @@ def start(
     run: str,
     now: float,
     *,
-    schedule: Schedule[State] = QUORUM,
     committed: int = 0,
     counted: Mapping[int, frozenset[Ticket]] = MappingProxyType({}),
+    earlier: Mapping[int, str] = MappingProxyType({}),
     sequence: int = 0,
     earlier_starts: int = 0,
-    announced: Mapping[str, int] = MappingProxyType({}),
     evaluated: bool = True,
-    enough: str = "",
-    has_weights: bool = False,
-    base: str = "",
-    earlier: Mapping[int, str] = MappingProxyType({}),
-    asked_in: Mapping[str, int] = MappingProxyType({}),
-    train_s: Mapping[str, float] = MappingProxyType({}),
-    median_norms: tuple[float, ...] = (),
-    classes: tuple[str, ...] | None = None,
-    model: ModelForm | None = None,
-    frozen: str = "",
-    decided_by: str = "",
+    **known: Any,
 ) -> State:
     """Return the initial state of a new run, or of one that goes on after its last commit.
 
-    Most arguments are fields of ``State``; the workers decide on ``classes`` and ``model`` if these
-    are None. ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets
-    that recent rounds counted, ``sequence`` is the highest one that any round counted,
+    ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets that
+    recent rounds counted, ``sequence`` is the highest one that any round counted,
     ``earlier_starts`` is the number of coordinators that ran before, and ``earlier`` has the names
     of the weights that rounds began with. ``evaluated`` says whether the evaluation of the last
-    model is on disk.
+    model is on disk. ``known`` are other fields of ``State``; the workers decide on ``classes`` and
+    ``model`` if these are None.
     """
-    resumed = has_weights and committed > 0
     # A connected worker sends a heartbeat within this time (every 2 s by default).
     all_heard_s = 2.0 * rules.patience
     state = State(
         rules=rules,
         run=run,
         round=committed + 1,
-        schedule=schedule,
-        base=base,
         sequence=sequence + (1 + earlier_starts) * SEQUENCE_GAP,
-        resumed_at=committed + 1 if has_weights else 0,
         evaluate_pending=not evaluated,
-        enough=enough,
-        has_weights=has_weights,
         met=Table({ticket.worker: None for ticket in counted.get(committed, ())}),
-        announced=Table(announced),
-        asked_in=Table(asked_in),
-        train_s=Table(train_s),
-        median_norms=median_norms,
-        classes=classes,
-        model=model,
-        frozen=frozen,
-        decided_by=decided_by,
         gate=rules.min_workers,
-        gate_until=now + all_heard_s if resumed else math.inf,
         waiting_since=now,
         unlinked_since=now,
         heard_at=now,
         hearing_s=rules.hearing_s,
+        **{"schedule": QUORUM, **known},
     )
+    if state.has_weights:
+        gate_until = now + all_heard_s if committed else math.inf
+        state = state.replace(resumed_at=committed + 1, gate_until=gate_until)
     earlier = {number: name for number, name in earlier.items() if number <= committed}
     return updates.remember(state, counted, earlier)
 
@@ -205,16 +181,16 @@ def _progress(state: State, now: float, out: Effects) -> State:
     if now >= state.gate_until:
         state = state.replace(gate=1, gate_until=math.inf)
     match state.phase:
+        case Phase.OPEN:
+            return try_to_close(record_evaluation(state, out), now, out)
+        case Phase.COMMITTING:
+            return record_evaluation(state, out)
         case Phase.WAITING if state.round > state.rules.rounds or state.enough:
             return evaluate_last_model(state, now, out)
         case Phase.WAITING:
             state = try_to_open(state, now, out)
             # Updates that an earlier coordinator asked for may have arrived before the opening.
             return try_to_close(state, now, out) if state.phase is Phase.OPEN else state
-        case Phase.OPEN:
-            return try_to_close(record_evaluation(state, out), now, out)
-        case Phase.COMMITTING:
-            return record_evaluation(state, out)
         case Phase.EVALUATING:
             return try_to_finish(state, now, out)
         case Phase.ENDED:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import decide
-from fluffle_coordinator.machine.effects import Effects, Opened
+from fluffle_coordinator.machine.effects import Effects
 from fluffle_coordinator.machine.evaluation import end
 from fluffle_coordinator.machine.first_weights import ask_for_weights
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
@@ -31,37 +32,18 @@ def try_to_open(state: State, now: float, out: Effects) -> State:
 
 
 def _open(state: State, now: float, out: Effects) -> State:
-    state = state.replace_and_recount(
+    state = next_sequence(state).replace_and_recount(
         phase=Phase.OPEN,
-        opened_at=now,
         began_at=now,
-        due_at=-math.inf,
         asked=_still_at_work(state, now),
         failed=Table(),
         doubted=Table(),
         attempts=Table(),
-        draws=1,
+        draws=0,
         gate=1,
         gate_until=math.inf,
     )
-    state = next_sequence(state)
-    cohort = state.schedule.cohort(state)
-    issued = Issued(now, state.sequence, state.round)
-    # Updates that an earlier coordinator asked for may have arrived already.
-    answered = {} if state.schedule.continuous else _answered(state)
-    asked = {**dict.fromkeys(cohort, issued), **answered}
-    state = state.replace_and_recount(asked=Table({**state.asked, **asked}))
-    state = note_asked(state, cohort)
-    opened = run_events.Opened(
-        round=state.round,
-        asked=tuple(sorted(state.asked)),
-        needed=state.needed,
-        deadline_s=state.rules.deadline_s,
-    )
-    out.append(Opened())
-    state = send_work(state, tuple(name for name in cohort if name not in answered), now, out)
-    out.append(opened)
-    return state
+    return _ask(state, state.schedule.cohort(state), now, out)
 
 
 def _still_at_work(state: State, now: float) -> Table[str, Issued]:
@@ -88,33 +70,42 @@ def _answered(state: State) -> dict[str, Issued]:
 
 def reopen(state: State, reason: str, now: float, out: Effects) -> State:
     """Open the round again after its deadline, with the workers that are present now."""
-    continuous = state.schedule.continuous
-    answered = {} if continuous else _answered(state)
     asked_before = state.asked_before.union(state.asked)
-    if continuous:  # a worker that is not at work has lost its work
+    if state.schedule.continuous:  # a worker that is not at work has lost its work
         busy = {name: issued for name, issued in state.asked.items() if state.busy(name)}
         state = state.replace_and_recount(asked=Table(busy), failed=Table())
-    state = next_sequence(state)
-    cohort = state.schedule.again(state)
+    state = next_sequence(state).replace(asked_before=asked_before)
+    return _ask(state, state.schedule.again(state), now, out, reason)
+
+
+def _ask(
+    state: State, cohort: tuple[str, ...], now: float, out: Effects, reason: str | None = None
+) -> State:
+    """Ask a cohort for updates of the open round; ``reason`` says why, if it is open again."""
     issued = Issued(now, state.sequence, state.round)
-    asked = {**(state.asked if continuous else answered), **dict.fromkeys(cohort, issued)}
+    # When a round opens, updates that an earlier coordinator asked for may have arrived already.
+    answered = {} if state.schedule.continuous else _answered(state)
+    at_work = state.asked.items() if state.schedule.continuous else ()
+    asked = {**dict(at_work), **dict.fromkeys(cohort, issued), **answered}
     state = state.replace_and_recount(
         opened_at=now,
-        asked=Table(asked),
-        asked_before=asked_before,
         due_at=-math.inf,
+        asked=Table(asked),
         failed=Table(),
         doubted=Table(),
         draws=state.draws + 1,
     )
     state = note_asked(state, cohort)
-    reopened = run_events.Reopened(
-        round=state.round,
-        asked=tuple(sorted(asked)),
-        needed=state.needed,
-        deadline_s=state.rules.deadline_s,
-        reason=reason,
-    )
-    out.append(reopened)
-    waiting = tuple(n for n in cohort if n not in answered and not state.busy(n))
-    return send_work(state, waiting, now, out)
+    unanswered = tuple(name for name in cohort if name not in answered)
+    about: dict[str, Any] = {
+        "round": state.round,
+        "asked": tuple(sorted(asked)),
+        "needed": state.needed,
+        "deadline_s": state.rules.deadline_s,
+    }
+    if reason is None:
+        state = send_work(state, unanswered, now, out)
+        out.append(run_events.Opened(**about))
+        return state
+    out.append(run_events.Reopened(**about, reason=reason))
+    return send_work(state, tuple(n for n in unanswered if not state.busy(n)), now, out)

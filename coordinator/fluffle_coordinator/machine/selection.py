@@ -15,33 +15,20 @@ from typing import NamedTuple
 
 
 class Candidate(NamedTuple):
-    """A worker that could be selected.
-
-    Args:
-        name: its id.
-        num_examples: how many examples it announced.
-        asked_in: the last round that it was asked in; 0 for none.
-        train_s: how long its last training took, in seconds; None if it has not trained yet.
-    """
+    """A worker that could be selected."""
 
     name: str
-    num_examples: int = 1
-    asked_in: int = 0
-    train_s: float | None = None
+    num_examples: int = 1  # those that it announced
+    asked_in: int = 0  # the last round that it was asked in; 0 for none
+    train_s: float | None = None  # how long its last training took; None if it has not trained yet
 
 
 class Draw(NamedTuple):
-    """What chance depends on.
+    """What chance depends on."""
 
-    Args:
-        seed: the run's seed.
-        number: the round.
-        again: how often this round's cohort was drawn before.
-    """
-
-    seed: int
-    number: int
-    again: int = 0
+    seed: int  # of the run
+    number: int  # the round
+    again: int = 0  # how often this round's cohort was drawn before
 
     def lot(self, name: str) -> bytes:
         """Return a worker's lot: pseudorandom bytes."""
@@ -58,19 +45,13 @@ Choose = Callable[[Sequence[Candidate], int, Draw], Iterable[str]]
 
 @dataclass(frozen=True)
 class Selection:
-    """A rule of selection with its settings.
+    """A rule of selection with its settings."""
 
-    Args:
-        name: the value of ``--select``, with its settings.
-        choose: returns the names of the selected workers, given the candidates in the order of
-            their names, how many to select, and the draw.
-        fixed: whether it selects as many as asked, if there are so many; otherwise, the size of the
-            sample is random too.
-    """
-
-    name: str
+    name: str  # the value of ``--select``, with its settings
+    # Returns the names of the selected workers, given the candidates in the order of their names,
+    # how many to select, and the draw.
     choose: Choose
-    fixed: bool = True
+    fixed: bool = True  # whether it selects as many as asked, if there are so many
 
 
 def sample_size(fraction: float, present: int) -> int:
@@ -93,15 +74,10 @@ def select(
     *,
     least: int = 1,
 ) -> tuple[str, ...]:
-    """Return the names of the workers that a rule selects, in order.
+    """Return the names of the workers that a rule selects, in order: ``count`` of the candidates.
 
-    Args:
-        selection: the rule.
-        candidates: the workers present.
-        count: how many to select.
-        draw: what chance depends on.
-        last: names of workers that are selected only when no others are left.
-        least: how many a Poisson sample has at least.
+    Those in ``last`` are selected only when no others are left. A Poisson sample has at least
+    ``least`` of them.
 
     Example:
         >>> present = [Candidate("a"), Candidate("b"), Candidate("c")]
@@ -109,8 +85,6 @@ def select(
         ('b', 'c')
     """
     by_name = sorted(candidates)
-    if selection.fixed and count >= len(by_name):
-        return tuple(candidate.name for candidate in by_name)
     first = [candidate for candidate in by_name if candidate.name not in last]
     others = [candidate for candidate in by_name if candidate.name in last]
     selected: set[str] = set()

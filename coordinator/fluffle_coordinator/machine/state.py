@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from operator import add, sub
 from statistics import median_low
 from typing import Any, NamedTuple
 
@@ -16,7 +17,7 @@ from fluffle_coordinator.machine.events import Arrived
 from fluffle_coordinator.machine.records import Evaluated, Handle, Outcome, Ticket, Worker
 from fluffle_coordinator.machine.rules import Quorum, Rules
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import Candidate
+from fluffle_coordinator.machine.selection import Candidate, Draw, select
 
 __all__ = ["Evaluated", "Handle", "Quorum", "Rules", "State", "Table", "Ticket", "Worker"]
 
@@ -56,16 +57,11 @@ class Tally(NamedTuple):
 
     Kept up to date with each change: counting anew at every event would make a round's time
     quadratic in the number of workers.
-
-    Args:
-        expected: workers that have answered or still can: neither gone nor failed.
-        unfolded: those whose update is not in the sum.
-        unevaluated: those that have sent neither an evaluation nor an update.
     """
 
-    expected: int = 0
-    unfolded: int = 0
-    unevaluated: int = 0
+    expected: int = 0  # workers that have answered or still can: neither gone nor failed
+    unfolded: int = 0  # those whose update is not in the sum
+    unevaluated: int = 0  # those that have sent neither an evaluation nor an update
 
 
 @dataclass(frozen=True)
@@ -171,8 +167,7 @@ class State:
         copy = self.replace(**changes)
         before, after = self._counts(worker), copy._counts(worker)
         if before != after:
-            sums = zip(self.tally, before, after, strict=True)
-            copy.__dict__["tally"] = Tally._make([total - old + new for total, old, new in sums])
+            copy.__dict__["tally"] = Tally(*map(add, map(sub, self.tally, before), after))
         return copy
 
     def replace_and_recount(self, **changes: Any) -> State:
@@ -264,15 +259,24 @@ class State:
         """Whether some workers are selected, so that their past rounds and speeds matter."""
         return self.rules.samples or self.schedule.continuous
 
-    def candidates(self, names: Iterable[str]) -> Iterator[Candidate]:
-        """Yield these workers as candidates for a selection."""
-        for name in names:
-            yield Candidate(
-                name,
-                self.announced.get(name) or 1,
-                self.asked_in.get(name) or 0,
-                self.train_s.get(name),
-            )
+    def select(
+        self,
+        names: Iterable[str],
+        count: int,
+        draw: Draw,
+        *,
+        last: Collection[str] = (),
+        least: int = 1,
+    ) -> tuple[str, ...]:
+        """Return those of these workers that the run's selection chooses; see ``select``."""
+        selection, names = self.rules.selection, sorted(names)
+        if selection.fixed and count >= len(names):
+            return tuple(names)
+        examples, asked_in, train_s = self.announced, self.asked_in, self.train_s
+        candidates = [
+            Candidate(n, examples.get(n) or 1, asked_in.get(n) or 0, train_s.get(n)) for n in names
+        ]
+        return select(selection, candidates, count, draw, last, least=least)
 
     def has_counted(self, ticket: Ticket, since: int = 0) -> bool:
         """Whether one of the remembered rounds, from ``since`` on, counted this update."""

@@ -17,7 +17,7 @@ from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Rejec
 from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
-from fluffle_coordinator.machine.records import Handle, Ticket
+from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.state import SEQUENCE_GAP, Issued, Phase, State, Table, Tally
 from fluffle_coordinator.machine.work import assign_work, resend_work
 
@@ -242,22 +242,17 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
 
 def committed(state: State, event: Committed, out: Effects) -> State:
     """Acknowledge the updates of a round that is on disk, and begin the next round."""
-    counted = set()
-    late: list[Arrived] = []
+    counted = frozenset(state.norms)
     carried: list[Arrived] = []
+    late: list[Arrived] = []
     last = event.round >= state.rules.rounds or bool(event.enough)
-    finished: list[Handle] = []
     for ticket, update in state.received.items():
-        if ticket in state.norms:
-            counted.add(ticket)
-        elif not last and _counts_later(state, update):
-            carried.append(update)
-            continue
-        else:
-            late.append(update)
-        copies = state.spares.get(ticket, ())
-        finished += [update.handle, *(copy.handle for copy in copies)]
-    out += map(Ack, sorted(finished))
+        if ticket not in counted:
+            later = not last and _counts_later(state, update)
+            (carried if later else late).append(update)
+    done = [*(state.received[ticket] for ticket in counted), *late]
+    copies = (copy for update in done for copy in state.spares.get(update.ticket, ()))
+    out += map(Ack, sorted(copy.handle for copy in (*done, *copies)))
     for update in sorted(late, key=lambda update: update.ticket):
         out += _late(update)
     report = run_events.Committed(
@@ -270,7 +265,7 @@ def committed(state: State, event: Committed, out: Effects) -> State:
     for update in late:
         state = _finish_work(state, update.ticket, event.now, out)
     state = record_evaluation(state, out, partial=True)  # what came during the commit
-    state = _next_round(state, event, frozenset(counted), carried)
+    state = _next_round(state, event, counted, carried)
     by_arrival = sorted(carried, key=lambda update: update.handle)
     out += [_fold(state, update) for update in by_arrival]
     return state

@@ -143,14 +143,10 @@ def explain(
     *,
     coordinated: bool | None = None,
 ) -> Explanation:
-    """Return the explanation of a round.
+    """Return the explanation of a round at time ``now``; round 0 is the time before the first.
 
-    Args:
-        events: the journal, in its order and from as early as possible.
-        run: the run's id.
-        number: the round; 0 for the time before the first.
-        now: the time, with a time zone.
-        coordinated: whether a coordinator is connected now; None if unknown.
+    The events are the journal, in its order and from as early as possible. ``coordinated`` says
+    whether a coordinator is connected now; None if that is unknown.
     """
     # Before the first round, a message that names some round must not create it.
     view, now_s = RunView(whole=number > 0), now.timestamp()

@@ -58,8 +58,6 @@ class Entries:
         """Whether a periodic report has the same gist as the last one."""
         if not isinstance(event, Waiting | Standby):
             return False
-        latest = (event.name, event.gist())
-        if latest in self._gists.items():
-            return True
-        self._gists |= [latest]
-        return False
+        latest = self._gists.get(event.name)
+        self._gists[event.name] = event.gist()
+        return latest == self._gists[event.name]

@@ -32,11 +32,7 @@ class JournalFile(Watcher):
         self._unwritten: list[str] = []
 
     def record(self, event: RunEvent) -> None:
-        """Keep an event; a commit writes what has been kept.
-
-        Raises:
-            OSError: if the disk refuses; the events since the last commit are then lost.
-        """
+        """Keep an event; a commit writes what has been kept, which is lost if the disk refuses."""
         entry = self._entries.entry_of(event)
         if entry is None:
             return
@@ -51,11 +47,7 @@ class JournalFile(Watcher):
             self.write()
 
     def write(self) -> None:
-        """Append to the file what it does not have yet.
-
-        Raises:
-            OSError: see ``record``.
-        """
+        """Append to the file what it does not have yet."""
         lines, self._unwritten = self._unwritten, []
         # By its name each time: a fresh run moves the file of an earlier one aside.
         with self._path.open("ab+") as file:
@@ -84,7 +76,7 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
         for line in file:
             try:
                 event = Event(**json.loads(line))
-            except (ValueError, TypeError):  # torn by a crash, or damaged
+            except (ValueError, TypeError, RecursionError):  # torn by a crash, or damaged
                 damaged += 1
             else:
                 readable += 1

@@ -178,7 +178,7 @@ class Journal(Watcher):
         try:
             body = encode(message)
         except _UNENCODABLE:
-            message = _encodable(message)
+            _make_encodable(message)
             body = encode(message)
         headers: dict[str, HeaderValue] = {}
         if isinstance(message, Event):
@@ -207,26 +207,21 @@ async def _forever() -> None:
     await asyncio.Event().wait()
 
 
+def _records(message: Event | Events) -> Sequence[Event | EventRecord]:
+    return message.events if isinstance(message, Events) else (message,)
+
+
 def _number_of_events(message: Event | Events) -> int:
     """Return how many events are missing without this message: those of its gaps too."""
-    entries = message.events if isinstance(message, Events) else (message,)
-    return sum(each.fields["dropped"] if each.event == Gap.name else 1 for each in entries)
+    return sum(
+        each.fields["dropped"] if each.event == Gap.name else 1 for each in _records(message)
+    )
 
 
-def _encodable(message: Event | Events) -> Event | Events:
-    """Return a message in which text replaces fields that msgpack cannot encode."""
-    if isinstance(message, Event):
-        return message.model_copy(update={"fields": _encodable_fields(message.fields)})
-    entries = [
-        each.model_copy(update={"fields": _encodable_fields(each.fields)})
-        for each in message.events
-    ]
-    return message.model_copy(update={"events": tuple(entries)})
-
-
-def _encodable_fields(fields: dict[str, Any]) -> dict[str, Any]:
-    try:
-        msgpack.packb(fields)
-    except _UNENCODABLE:
-        return {name: repr(value)[:2000] for name, value in fields.items()}
-    return fields
+def _make_encodable(message: Event | Events) -> None:
+    """Replace the fields of events that msgpack cannot encode by text."""
+    for each in _records(message):
+        try:
+            msgpack.packb(each.fields)
+        except _UNENCODABLE:
+            each.fields.update({name: repr(value)[:2000] for name, value in each.fields.items()})

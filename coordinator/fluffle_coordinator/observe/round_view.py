@@ -301,7 +301,7 @@ def late_updates(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, str]]
     """Yield the round and worker of each late update, which is listed in a later round's row."""
     for row in rows:
         for update in row.get("late_updates", ()):
-            if "worker" in update and isinstance(update.get("round"), int):
+            if isinstance(update.get("worker"), str) and isinstance(update.get("round"), int):
                 yield update["round"], update["worker"]
 
 

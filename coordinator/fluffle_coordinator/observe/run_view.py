@@ -50,38 +50,28 @@ class RunView:
     """A run, folded from its events or its history.
 
     If it is ``whole``, it keeps every round with all details, not only the latest.
-
-    Attributes:
-        run: the run's id; None while unknown.
-        planned: the number of rounds that the run is to have.
-        phase: ``standby``, ``waiting``, ``open``, ``committing`` or ``ended``.
-        rounds: the rounds by number.
-        before: round 0: what happened before the first round.
-        rejections: the latest rejected messages, as (time, open round or 0, event).
-        causes: the number of rejected messages by cause; ``counters`` counts across runs.
-        waiting: what the coordinator last reported to wait for, and when.
-        full_disk: since when and why the coordinator cannot write; None if it can.
-        ended: when and how the run ended.
-        unlinked_since: when the coordinator lost the broker; None while it is connected.
     """
 
     def __init__(self, *, whole: bool = False) -> None:
         self.whole = whole
         self.run: str | None = None
-        self.planned: int | None = None
-        self.phase = "waiting"
+        self.planned: int | None = None  # the number of rounds that the run is to have
+        self.phase = "waiting"  # or another value in ``_PHASE_AFTER``
         self.rounds: dict[int, RoundView] = {}
-        self.before = RoundView(0)
+        self.before = RoundView(0)  # what happened before the first round
         self.workers = Workers()
-        self.counters = Counters()
-        self.causes: Counter[str] = Counter()
+        self.counters = Counters()  # across runs
+        self.causes: Counter[str] = Counter()  # of all rejected messages
+        # The latest of them, as (time, open round or 0, event).
         self.rejections: deque[tuple[float, int, run_events.Rejected]] = deque(
             maxlen=None if whole else _MAX_REJECTIONS
         )
+        # When and for what the coordinator last reported to wait.
         self.waiting: tuple[float, run_events.Waiting] | None = None
+        # Since when and why the coordinator cannot write.
         self.full_disk: tuple[float, run_events.Disk] | None = None
-        self.ended: tuple[float, RunEvent] | None = None
-        self.unlinked_since: float | None = None
+        self.ended: tuple[float, RunEvent] | None = None  # when and how
+        self.unlinked_since: float | None = None  # when the coordinator lost the broker
         self._blocked_since: float | None = None
         self._open: dict[int, RoundView] = {}
         self._joined_in: dict[str, list[RoundView]] = {}  # only if ``whole``

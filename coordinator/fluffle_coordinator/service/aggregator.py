@@ -30,11 +30,9 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
 from fluffle_coordinator.service.committer import Average, Committer
 from fluffle_coordinator.service.fetcher import Fetcher, Payload
-from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.user_calls import call_user
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import new_base
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
@@ -43,6 +41,8 @@ from fluffle_coordinator.strategy.decoding import (
     decode_update,
 )
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.user_code.calls import call_user
+from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
 
 _T = TypeVar("_T")
 _AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work
@@ -51,19 +51,20 @@ _AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work
 class Aggregator:
     """The weights of a run, and the running sum of its open round.
 
+    Strategies other than FedAvg always run in a thread.
+
     Args:
         topology: the names of the queues that hold the parts of large updates.
         weights: the last committed weights; None before the first weights arrive.
         committer: stores first weights, averages and kept updates.
-        settings: the operator's settings. Strategies other than FedAvg always run in a thread.
+        settings: the operator's settings.
         link: returns the current link, or None while disconnected.
         post: sends an event to the machine.
         record: records a run event.
         resumed: the number of the round that produced ``weights``, and the strategy's state from
             its checkpoint; None for a new run.
-        frozen: the model's frozen tensors; empty before the first weights arrive.
-        averaged: called with a round's number and the name of the weights that it made, while
-            they are being written to disk.
+        frozen: the model's frozen tensors.
+        averaged: called with a round and the name of its new weights, which are being written.
         folder: the folder of the files that hold large updates until they are checked.
     """
 
@@ -93,12 +94,10 @@ class Aggregator:
         self._averaged, self._jobs = averaged, SerialQueue()
         self._fetcher = Fetcher(
             topology,
+            settings,
             link=link,
             weights=lambda: self.weights,
-            plan=self._plan,
             in_pieces=averages,  # other strategies need whole tensors, by name
-            max_bytes=settings.max_model_bytes,
-            verify_users=settings.verify_users,
             folder=folder,
         )
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
@@ -290,12 +289,12 @@ class Aggregator:
         message, how, now = held.message, held.how, monotonic()
         assert isinstance(message, Update)
         assert how is not None
-        update = how.update
+        update, metrics = how.update, dict(message.metrics)
         participant: dict[str, Any] = {
             "worker": message.worker,
             "sequence": update.ticket.sequence,
             "num_examples": update.num_examples,
-            "train_loss": message.metrics.get("loss"),
+            "train_loss": metrics.pop("loss", None),
             "seconds": update.train_s,
             "counted_s": round(now - self._clock.opened_at, 6),
             "bytes": update.size_bytes,
@@ -304,7 +303,6 @@ class Aggregator:
         if how.staleness:
             weight = update.num_examples * how.discount
             participant |= {"staleness": how.staleness, "discount": how.discount, "weight": weight}
-        metrics = {name: value for name, value in message.metrics.items() if name != "loss"}
         if metrics:
             participant["metrics"] = metrics
         self._participants.append(participant)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from fluffle_common.cli.console import Console
-from fluffle_common.cli.runtime import Interrupted, run_until_signalled
+from fluffle_common.cli.exit_now import Interrupted
+from fluffle_common.cli.runtime import run_until_signalled
 from fluffle_common.cli.settings import (
     broker_url_finder,
     check_federation,
@@ -31,21 +32,21 @@ from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.coordinator import Coordinator
-from fluffle_coordinator.service.hooks import Hooks
 from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
-from fluffle_coordinator.service.schedule_loading import load_schedule
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
-from fluffle_coordinator.service.strategy_loading import (
+from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.user_code.calls import leave
+from fluffle_coordinator.user_code.hooks import Hooks
+from fluffle_coordinator.user_code.schedule_loading import load_schedule
+from fluffle_coordinator.user_code.strategy_loading import (
     as_named,
     rules_for,
     uncounted_sampling,
 )
-from fluffle_coordinator.service.user_calls import leave
-from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
 
 if TYPE_CHECKING:
     from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
@@ -94,6 +95,8 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         UsageError: if an option is invalid, or options contradict each other.
         TaskError: if the file of a strategy, schedule or hook fails to load.
     """
+    # First: the code of a strategy, a hook or a task may change the current folder.
+    init = options["init"] and options["init"].absolute()
     rules, strategy = _rules_of(options), as_named(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
@@ -132,7 +135,7 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         schedule=schedule,
         schedule_name=schedule_name,
         classes=parse_classes(options["classes"]),
-        init=options["init"],
+        init=init,
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],
         hooks=Hooks.load(evaluate, options["on_round"]),
@@ -246,20 +249,11 @@ async def coordinate(
     page: CoordinatorSource | None = None,
     fresh: bool = False,
 ) -> State:
-    """Begin or resume the run in a folder, and run it to its end.
+    """Begin or resume the run in a folder, and run it to its end; return the machine's last state.
 
-    Args:
-        settings: the operator's settings.
-        transport: connects to the broker.
-        topology: the names of the federation's queues and exchanges.
-        store: the run folder; waits while another coordinator holds its lock.
-        watcher: receives every event.
-        journaled: whether to publish the events on the broker.
-        page: the live page, which also shows the rounds of the history.
-        fresh: move an earlier run aside and begin a new one.
-
-    Returns:
-        The final state of the machine.
+    It waits while another coordinator holds the folder's lock. ``journaled`` runs publish their
+    events on the broker. The live page also shows the rounds of the history. ``fresh`` moves an
+    earlier run aside and begins a new one.
 
     Raises:
         RunError: if the folder cannot be used.

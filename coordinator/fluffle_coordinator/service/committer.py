@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.metric_names import add_test_prefix
 from fluffle_common.tensors.checkpoint import checkpoint_name
 from fluffle_common.tensors.frozen import Frozen, read_frozen
@@ -26,20 +25,21 @@ from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
-from fluffle_coordinator.service.hooks import NO_HOOKS, Commit, HookCalls, Hooks, copied
 from fluffle_coordinator.service.serial_queue import SerialQueue
-from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
-from fluffle_coordinator.storage.best_model import keep_best
+from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.service.stopping import NO_STOPPING, Standing
+from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
-from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.round_stats import (
     Clock,
     Counts,
     examples_by_worker,
     personal_means,
 )
+from fluffle_coordinator.storage.run_checkpoints import keep_best
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.user_code.hooks import Commit, HookCalls, copied
 
 _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
@@ -47,37 +47,21 @@ _DISK_RETRY_S = 5.0
 
 @dataclass(frozen=True)
 class Average:
-    """A closed round and its new weights, ready to be committed.
-
-    Args:
-        number: the round.
-        weights: the new weights.
-        base: their name.
-        asked: the workers that were asked.
-        participants: the history's entry for each update in the sum, in the order of folding.
-        clock: the round's timings.
-        kept: the strategy's state for the checkpoint.
-        spent: the privacy budget that all rounds so far used; empty if the strategy does not count
-            it.
-    """
+    """A closed round and its new weights, ready to be committed."""
 
     number: int
     weights: Weights
-    base: str
+    base: str  # their name
     asked: tuple[str, ...]
-    participants: list[dict[str, Any]]
+    participants: list[dict[str, Any]]  # the history's entry for each update, as they were folded
     clock: Clock
-    kept: Weights = field(default_factory=dict)
+    kept: Weights = field(default_factory=dict)  # the strategy's state for the checkpoint
+    # The privacy budget that all rounds so far used; empty if the strategy does not count it.
     spent: Mapping[str, float] = field(default_factory=dict)
 
 
 class NoRoom(RunError):
-    """The disk refused a write, which can be repeated when there is room.
-
-    Args:
-        folder: the run folder, as the user named it.
-        reason: the system's message.
-    """
+    """The disk refused a write, which can be repeated when there is room."""
 
     def __init__(self, folder: Path, reason: str) -> None:
         super().__init__(
@@ -90,36 +74,25 @@ class NoRoom(RunError):
 class Committer:
     """Writes everything that a run stores: checkpoints, history, kept updates, the best model.
 
-    Args:
-        store: the run folder.
-        metadata: returns the metadata of a round's checkpoint.
-        record: records a run event.
-        post: sends an event to the machine.
-        strategy: the name of the strategy.
-        hooks: the user's functions, called after each commit.
-        rounds: the number of rounds of the run, for the hooks.
-        stopping: when to end the run early, and the metric that selects the best model.
+    ``metadata`` returns the metadata of a round's checkpoint.
     """
 
     def __init__(
         self,
         store: RunStore,
+        settings: CoordinatorSettings,
         *,
         metadata: Callable[[int], dict[str, str]],
         record: Callable[[run_events.RunEvent], None],
         post: Callable[[ev.Event], None],
-        strategy: str = FEDAVG.name,
-        hooks: Hooks = NO_HOOKS,
-        rounds: int = 0,
-        stopping: Stopping = NO_STOPPING,
     ) -> None:
+        hooks, stopping = settings.hooks, settings.stopping
         self.counts = Counts()
-        self._store, self._metadata = store, metadata
-        self._record, self._post, self._strategy = record, post, strategy
-        self._hooks, self._calls, self._rounds = hooks, HookCalls(hooks, record), rounds
+        self._store, self._metadata, self._record, self._post = store, metadata, record, post
+        self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
+        self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
-        resumes = (hooks or stopping != NO_STOPPING) and store.history.path.exists()
-        lines = read_history_lines(store.folder) if resumes else []
+        lines = store.history.read()[0] if hooks or stopping != NO_STOPPING else []
         self._standing = Standing(stopping, lines)
         # The last evaluated round and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
@@ -151,23 +124,16 @@ class Committer:
     async def keep(self, place: int, held: Held, payload: Iterable[memoryview]) -> None:
         """Store a folded update, so that replay can repeat the sum.
 
-        Args:
-            place: its place in the order of folding, from 1.
-            held: the update.
-            payload: its tensors; written only if they arrived in parts, otherwise the message's
-                body holds them.
+        ``place`` is its place in the order of folding, from 1. The payload is written only if it
+        arrived in parts; otherwise, the message's body holds it.
         """
         message, body = held.message, held.delivery.body
-        assert isinstance(message, Update)
-        number, worker = held.into, message.worker
+        path = update_archive.update_path(self._store.folder, held.into, place, message.worker)
         apart = None if message.transfer is None else payload
-        await self._on_disk(lambda: self._store.keep_update(number, place, worker, body, apart))
+        await self._on_disk(lambda: update_archive.keep_update(path, body, apart))
 
     def lay_on_disk(self, delta: Weights) -> Weights:
-        """Move an update of the open round to a file in the run folder.
-
-        Returns:
-            The same tensors, mapped from the file.
+        """Move an update of the open round to a file in the run folder; return views of the file.
 
         Raises:
             NoRoom: if the disk refuses.

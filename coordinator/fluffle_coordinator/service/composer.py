@@ -27,12 +27,7 @@ _STOP_REASON_CHARACTERS = 2000
 
 
 class Composer:
-    """Composes the coordinator's messages, without their tensors.
-
-    Args:
-        run: the run's id.
-        settings: the operator's settings, which include the training plan.
-    """
+    """Composes the coordinator's messages, without their tensors."""
 
     def __init__(self, run: str, settings: CoordinatorSettings) -> None:
         self._of_run: dict[str, Any] = {"federation": settings.federation, "run": run}

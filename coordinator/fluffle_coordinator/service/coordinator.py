@@ -62,17 +62,10 @@ _TICK_EVERY_S = 0.1  # minimum interval between timer checks under load
 
 
 class Coordinator:
-    """One run of a federation.
+    """One run of a federation, in a locked run folder.
 
-    Args:
-        settings: the operator's settings.
-        transport: connects to the broker.
-        topology: the names of the federation's queues and exchanges.
-        store: the run folder, locked.
-        saved: the run's state as loaded from the folder.
-        watcher: receives every run event.
-        journal: the watcher that publishes the events once a link is there; None publishes none.
-        exchanges: the handlers of multi-phase protocols.
+    ``watcher`` receives every run event; ``journal`` is the one that publishes the events once a
+    link is there, and None publishes none. ``exchanges`` handle multi-phase protocols.
     """
 
     _ended: asyncio.Future[None]
@@ -107,14 +100,7 @@ class Coordinator:
             record=self._record,
         )
         self._committer = Committer(
-            store,
-            metadata=self._metadata,
-            record=self._record,
-            post=self._post,
-            strategy=settings.strategy.name,
-            hooks=settings.hooks,
-            stopping=settings.stopping,
-            rounds=settings.rules.rounds,
+            store, settings, metadata=self._metadata, record=self._record, post=self._post
         )
         self._aggregator = Aggregator(
             topology,
@@ -129,22 +115,19 @@ class Coordinator:
             averaged=self._send_ahead,
             folder=store.folder,
         )
-        self._intake = self._make_intake(saved.metadata.get("task", ""), exchanges or {})
-        self.enough = self._committer.enough
-        self.state = first_state(settings, saved, store.folder, self.enough())
-
-    def _make_intake(self, task: str, exchanges: Handlers) -> Intake:
-        return Intake(
-            self._settings,
-            self._topology,
-            task=task,
-            exchanges=exchanges,
+        self._intake = Intake(
+            settings,
+            topology,
+            task=saved.metadata.get("task", ""),
+            exchanges=exchanges or {},
             aggregator=self._aggregator,
             outbox=self._outbox,
             state=lambda: self.state,
             post=self._post,
             record=self._record,
         )
+        self.enough = self._committer.enough
+        self.state = first_state(settings, saved, store.folder, self.enough())
 
     async def run(self) -> rs.State:
         """Run to the end and return the final state; cancelling loses nothing a restart needs.
@@ -260,17 +243,18 @@ class Coordinator:
     def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         match effect:  # the most frequent effects come first
             case run_events.RunEvent():
-                if isinstance(effect, run_events.Reopened):
-                    self._bind_again(effect.asked or ())
-                elif isinstance(effect, run_events.Resend) and effect.worker:
-                    self._bind_again((effect.worker,))  # else its parts may be lost again
+                match effect:
+                    case run_events.Opened():
+                        self._aggregator.opened()
+                    case run_events.Reopened(asked=names):
+                        self._bind_again(names or ())
+                    case run_events.Resend(worker=str(name)):
+                        self._bind_again((name,))  # else its parts may be lost again
                 self._record(effect)
             case fx.Fold(update):
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
             case fx.Ack(handle):
                 self._intake.ack(handle)
-            case fx.Opened():
-                self._aggregator.opened()
             case fx.Reject(handle, reason, cause):
                 self._intake.reject(handle, reason, cause)
             case fx.Commit(number, asked):

@@ -12,11 +12,7 @@ from fluffle_coordinator.machine.state import State
 def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool = False) -> str:
     """Return the advice after a run that is finished, perhaps early.
 
-    Args:
-        folder: the run folder.
-        committed: the last round.
-        rules: the rules of the run.
-        by_rule: whether a rule of early stopping ended the run, and would end it again.
+    ``by_rule`` says that a rule of early stopping ended the run, and would end it again.
 
     >>> after_the_end(Path("runs/letters"), 6, Rules(6))
     "'fluffle history --run runs/letters' shows the rounds; run the same command with --rounds 12 \

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluffle_common.errors import LinkLost, MalformedMessage
-from fluffle_common.protocol.messages import FirstWeights, Plan, Update
+from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer import Assembly
 from fluffle_common.tensors.groups import GroupedLayout
@@ -20,6 +20,7 @@ from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link
 from fluffle_common.transport.fetch_parts import fetch
 from fluffle_coordinator.service.held_updates import Held
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.spool import Spool, SpoolFile
 from fluffle_coordinator.strategy.decoding import check_announced
 
@@ -32,32 +33,23 @@ class Fetcher:
     An update that may stay in pieces is spooled to disk and uses little memory, so it is fetched
     ahead. Any other update needs one block of memory and is fetched when it is folded.
 
-    Args:
-        topology: the names of the queues that hold the parts.
-        link: returns the current link, or None while disconnected.
-        weights: returns the current model, or None before the first weights.
-        plan: says which tensors an update carries.
-        in_pieces: whether updates may stay in pieces.
-        max_bytes: the largest permitted transfer.
-        verify_users: whether parts must come from the worker's own broker user.
-        folder: the folder of the spool files; None uses the system's temporary folder.
+    ``weights`` returns the current model, or None before the first weights. Spool files are in
+    ``folder``, or in the system's temporary folder.
     """
 
     def __init__(
         self,
         topology: Topology,
+        settings: CoordinatorSettings,
         *,
         link: Callable[[], Link | None],
         weights: Callable[[], Weights | None],
-        plan: Plan,
         in_pieces: bool,
-        max_bytes: int,
-        verify_users: bool,
         folder: Path | None,
     ) -> None:
-        self._topology, self._link = topology, link
-        self._weights, self._plan = weights, plan
-        self._in_pieces, self._max_bytes, self._verify_users = in_pieces, max_bytes, verify_users
+        self._topology, self._link, self._weights = topology, link, weights
+        self._plan, self._in_pieces = settings.whole_plan, in_pieces
+        self._max_bytes, self._verify_users = settings.max_model_bytes, settings.verify_users
         self._folder, self._free_files = folder, list[SpoolFile]()
         self._expected: deque[Held] = deque()
         self._ahead: tuple[Held, asyncio.Task[Payload]] | None = None
@@ -72,8 +64,9 @@ class Fetcher:
             self._fetch_next()
 
     def postpone(self, held: Held) -> None:
-        """Stop expecting an update that the next sum will ask for first; keep fetched parts."""
-        self._forget(held)
+        """Stop expecting an update until the next sum asks for it; keep its fetched parts."""
+        if held in self._expected:
+            self._expected.remove(held)
 
     async def payload(self, held: Held) -> Payload:
         """Return the tensors of an update, as one block of bytes or in pieces.
@@ -90,14 +83,14 @@ class Fetcher:
             self._ahead = None
             self._fetch_next()
             return await task
-        self._forget(held)
+        self.postpone(held)
         layout = check_announced(held.message, self._weights(), self._plan)
         self._fetch_next()
         return await self._fetch(held, layout)
 
     async def drop(self, held: Held) -> None:
         """Stop expecting an update, and stop fetching it."""
-        self._forget(held)
+        self.postpone(held)
         if self._is_ahead(held):
             await self.close()
 
@@ -119,15 +112,11 @@ class Fetcher:
         except MalformedMessage:
             return  # payload() raises it
         if self._stays_in_pieces(held.message, layout):
-            self._forget(held)
+            self.postpone(held)
             self._ahead = held, asyncio.create_task(self._fetch(held, layout))
 
     def _is_ahead(self, held: Held) -> bool:
         return self._ahead is not None and self._ahead[0] is held
-
-    def _forget(self, held: Held) -> None:
-        if held in self._expected:
-            self._expected.remove(held)
 
     async def _fetch(self, held: Held, layout: GroupedLayout) -> Payload:
         message, link = held.message, self._link()

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 from fluffle_common.clock import monotonic
 from fluffle_common.protocol.model_form import model_form
+from fluffle_common.tensors.checkpoint import classes_in
 from fluffle_coordinator.machine import machine
-from fluffle_coordinator.machine.state import State
+from fluffle_coordinator.machine.state import State, Table
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_file import count_start
 from fluffle_coordinator.storage.sampling_secret import sampling_secret
@@ -21,7 +21,6 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
     rules = settings.rules
     if settings.strategy.strategy.needs.rate is not None:
         rules = replace(rules, secret=sampling_secret(folder))
-    saved_classes = json.loads(saved.metadata.get("classes", "null"))
     return machine.start(
         rules,
         saved.run,
@@ -32,15 +31,15 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         sequence=saved.sequence,
         earlier_starts=count_start(folder) if settings.schedule.continuous else 0,
         earlier=saved.earlier,
-        asked_in=saved.asked_in,
-        train_s=saved.train_s,
+        asked_in=Table(saved.asked_in),
+        train_s=Table(saved.train_s),
         median_norms=saved.median_norms,
-        announced=saved.announced,
+        announced=Table(saved.announced),
         evaluated=saved.evaluated,
         enough=enough,
         has_weights=saved.weights is not None,
         base=saved.base,
-        classes=settings.classes or (tuple(saved_classes) if saved_classes else None),
+        classes=settings.classes or classes_in(saved.metadata) or None,
         model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
         frozen=saved.frozen.digest,
         decided_by="--classes" if settings.classes else "this run's first weights",

@@ -57,16 +57,7 @@ _WORKER_FIELDS = {
 class Intake:
     """Receives the messages of a run's workers.
 
-    Args:
-        settings: the operator's settings.
-        topology: the names of the federation's queues and exchanges.
-        task: the name of the run's task; if empty, the first worker names it.
-        exchanges: the handlers of multi-phase protocols.
-        aggregator: receives the first weights.
-        outbox: sends rejections, refusals and answers.
-        state: returns the machine's current state.
-        post: sends an event to the machine.
-        record: records a run event.
+    ``task`` is the name of the run's task; if empty, the first worker names it.
     """
 
     def __init__(
@@ -119,11 +110,9 @@ class Intake:
         self._room.link_lost()
 
     async def send_echoes(self, link: Link, number: int) -> None:
-        """Send echoes through the presence queue to ourselves; ``machine.hearing`` says why.
+        """Send echoes through the presence queue to ourselves; ``machine.clock`` says why.
 
-        Args:
-            link: the link.
-            number: its number, by which the machine recognises the echoes of this link.
+        They bring the link's number back, by which the machine recognises them.
         """
         echo = Echo(federation=self._settings.federation, session=self._session, number=number)
         route = Route("", [self._topology.presence], durable=False, urgent=True)

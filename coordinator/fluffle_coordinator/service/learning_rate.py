@@ -27,19 +27,14 @@ class LearningRateSchedule:
     without restarts), ``exponential`` multiplies by a factor after each round, ``step`` after every
     ``rounds`` rounds. The coordinator evaluates the schedule: the plan of a round carries the rate.
 
-    Args:
-        kind: a key of ``_FORMS``.
-        factor: above 0 and at most 1; for ``exponential`` and ``step``.
-        rounds: the number of rounds of a step; for ``step``.
-
     >>> schedule = LearningRateSchedule.parse("step:2,0.5")
     >>> [schedule.at(number, rounds=5, base=0.8) for number in (1, 2, 3, 4, 5)]
     [0.8, 0.8, 0.4, 0.4, 0.2]
     """
 
-    kind: str = "constant"
-    factor: float = 1.0
-    rounds: int = 1
+    kind: str = "constant"  # a key of ``_FORMS``
+    factor: float = 1.0  # of ``exponential`` and ``step``; above 0 and at most 1
+    rounds: int = 1  # of a ``step``
 
     @classmethod
     def parse(cls, text: str) -> LearningRateSchedule:
@@ -76,13 +71,7 @@ class LearningRateSchedule:
         return self.kind + settings.get(self.kind, "")
 
     def at(self, number: int, rounds: int, base: float) -> float:
-        """Return the learning rate of a round.
-
-        Args:
-            number: the round, from 1.
-            rounds: the number of rounds of the run.
-            base: the rate of the first round.
-        """
+        """Return the rate of a round in a run of so many; ``base`` is that of the first round."""
         done = number - 1
         if self.kind == "cosine":
             multiplier = (1 + math.cos(math.pi * min(done, rounds - 1) / rounds)) / 2

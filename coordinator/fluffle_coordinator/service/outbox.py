@@ -54,13 +54,7 @@ class _Ahead:
 class Outbox:
     """Publishes the coordinator's messages.
 
-    Args:
-        topology: the names of the federation's queues and exchanges.
-        run: the run's id.
-        settings: the operator's settings, which include the training plan.
-        link: returns the current link, or None while disconnected.
-        a_link: waits for a link and returns it.
-        record: records a run event.
+    ``link`` returns the current link, or None while disconnected; ``a_link`` waits for one.
     """
 
     def __init__(
@@ -129,11 +123,8 @@ class Outbox:
     def bind(self, worker: str, session: str, *, again: bool) -> None:
         """Bind a worker's inbox and outbox, which the worker itself has no permission to do.
 
-        Args:
-            worker: the worker.
-            session: its session.
-            again: bind even if this session was bound already, since the worker may have
-                redeclared its queues, or somebody deleted the binding.
+        ``again`` binds even if this session was bound already, since the worker may have redeclared
+        its queues, or somebody deleted the binding.
         """
         link = self._link()
         if link is not self._bound_over:
@@ -156,12 +147,8 @@ class Outbox:
     ) -> None:
         """Send the message of an effect; effects without a message are ignored.
 
-        Args:
-            effect: the effect.
-            state: the machine's current state.
-            weights: the current model.
-            broadcast: the strategy's tensors that travel with the model to training workers.
-            frozen: the model's frozen tensors, for workers that lack them.
+        ``broadcast`` travels with the model to training workers, and ``frozen`` to those that lack
+        the model's frozen tensors.
         """
         job: Job
         match effect:
@@ -195,17 +182,11 @@ class Outbox:
     def begin(
         self, effect: fx.SendFit, state: rs.State, weights: Weights, broadcast: Weights
     ) -> None:
-        """Send work ahead of its effect, all but the last part of its weights.
+        """Send work ahead of the effect that is expected, all but the last part of its weights.
 
         ``perform`` sends the rest if the effect and the work turn out to be the same; otherwise, it
         sends the work in full, which replaces what was begun. Workers therefore cannot train from
         weights that are not on disk.
-
-        Args:
-            effect: the effect that the machine is expected to ask for.
-            state: the machine's state that is expected then.
-            weights: the weights, which take several parts.
-            broadcast: the strategy's tensors that travel with them.
         """
         if effect.frozen:
             return
@@ -245,11 +226,7 @@ class Outbox:
     def refuse(self, to: MinimalHello, reason: str, code: str, *, report: bool = False) -> None:
         """Send a refusal, in the worker's protocol version and once per session.
 
-        Args:
-            to: the hello that is refused.
-            reason: the reason, for people.
-            code: the reason, for programs.
-            report: whether to record an event when it is sent, as the machine does for its own.
+        ``report`` records an event when it is sent, as the machine does for its own refusals.
         """
         refusal = self._compose.refusal(to.session, reason, code)
         route = Route(self._topology.work, [to.worker])

@@ -16,11 +16,8 @@ class Rejections:
     """Publishes rejected messages in order, next to the other messages of the outbox.
 
     However many messages a worker sends that are rejected, the work of the others does not wait for
-    them, and their bodies take a bounded amount of memory.
-
-    Args:
-        queue: the name of the rejected queue.
-        publish: performs a publish over the current link.
+    them, and their bodies take a bounded amount of memory. ``publish`` performs a publish over the
+    current link.
     """
 
     def __init__(

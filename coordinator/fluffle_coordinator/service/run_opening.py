@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +14,19 @@ from typing import TYPE_CHECKING
 from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
-from fluffle_common.tensors.checkpoint import check_names, checkpoint_name, read_checkpoint
+from fluffle_common.tensors.checkpoint import (
+    check_names,
+    checkpoint_name,
+    classes_in,
+    read_checkpoint,
+)
 from fluffle_common.tensors.frozen import IN_METADATA, read_frozen
 from fluffle_common.tensors.weights import Weights, check_finite, check_signature
 from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.standby import Standby
-from fluffle_coordinator.service.strategy_loading import check_same
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.user_code.strategy_loading import check_same
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
@@ -40,12 +46,8 @@ async def open_run(
 ) -> Saved:
     """Lock a run folder and return the state of its run, which is new if there was none.
 
-    Args:
-        settings: the operator's settings.
-        topology: the federation's topology, for the record.
-        store: the run folder.
-        watcher: receives events about standby, repairs and ignored options.
-        fresh: move an existing run aside and begin a new one.
+    ``fresh`` moves an existing run aside and begins a new one. ``watcher`` receives events about
+    standby, repairs and ignored options.
 
     Raises:
         RunError: if the folder cannot be used.
@@ -114,7 +116,7 @@ def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) 
         raise UsageError(f"{file} cannot be used as the first weights: {wrong}") from None
     metadata = {
         "task": metadata.get("task", ""),
-        "classes": metadata.get("classes", "[]"),
+        "classes": json.dumps(classes_in(metadata)),
         "federation": federation,
         "run": saved.run,
         "round": "0",

@@ -10,59 +10,38 @@ from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
-from fluffle_coordinator.service.hooks import NO_HOOKS, Hooks
 from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule
 from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.user_code.hooks import NO_HOOKS, Hooks
 
 
 @dataclass(frozen=True)
 class CoordinatorSettings:
-    """The operator's decisions about a run and its process.
-
-    Args:
-        federation: the name of the federation.
-        rules: the rules of the round machine.
-        plan: the training settings for workers; ``whole_plan`` adds those decided elsewhere.
-        learning_rate_schedule: how the plan's learning rate changes from round to round.
-        strategy: how contributions become the next model.
-        schedule: when versions are made.
-        schedule_name: the schedule's name with its settings.
-        classes: the classes that workers must have; None takes those of the first worker.
-        init: a checkpoint to begin with; None requests first weights from a worker.
-        max_workers: the approximate limit of unacknowledged updates. If more workers answer, the
-            broker delivers the rest once a round is on disk, so a round that needs more updates
-            never reaches its quorum. AMQP allows no more than 65,535.
-        max_held_bytes: the limit of the updates in memory that wait to be folded; see
-            ``held_updates``.
-        max_model_bytes: the limit of a model or an update.
-        verify_users: reject messages whose broker user differs from the worker's id.
-        keep_updates: store every counted update as it arrived.
-        hooks: the user's functions, called after each commit.
-        stopping: when to end the run before its last round.
-        backoff: how to wait for an unreachable broker.
-        waiting_every_s: the interval between reports of what the run waits for, in seconds.
-    """
+    """The operator's decisions about a run and its process."""
 
     federation: str
     rules: rs.Rules
-    plan: Plan = field(default_factory=Plan)
+    plan: Plan = field(default_factory=Plan)  # ``whole_plan`` adds what is decided elsewhere
     learning_rate_schedule: LearningRateSchedule = CONSTANT
     strategy: NamedStrategy = FEDAVG
     schedule: Schedule[rs.State] = QUORUM
-    schedule_name: str = "quorum"
-    classes: tuple[str, ...] | None = None
-    init: Path | None = None
+    schedule_name: str = "quorum"  # with its settings
+    classes: tuple[str, ...] | None = None  # None takes those of the majority of the workers
+    init: Path | None = None  # a checkpoint to begin with; None asks a worker for first weights
+    # The approximate limit of unacknowledged updates. If more workers answer, the broker delivers
+    # the rest once a round is on disk, so a round that needs more updates never reaches its quorum.
+    # AMQP allows no more than 65,535.
     max_workers: int = 65_000
-    max_held_bytes: int = 2**30
-    max_model_bytes: int = 8 * 2**30
-    verify_users: bool = False
-    keep_updates: bool = False
+    max_held_bytes: int = 2**30  # of updates in memory that wait to be folded; see ``held_updates``
+    max_model_bytes: int = 8 * 2**30  # of a model or an update
+    verify_users: bool = False  # reject messages whose broker user differs from the worker's id
+    keep_updates: bool = False  # store every counted update as it arrived
     hooks: Hooks = NO_HOOKS
     stopping: Stopping = NO_STOPPING
-    backoff: Backoff = field(default_factory=Backoff)
-    waiting_every_s: float = 10.0
+    backoff: Backoff = field(default_factory=Backoff)  # while the broker is unreachable
+    waiting_every_s: float = 10.0  # between two reports of what the run waits for
 
     @property
     def whole_plan(self) -> Plan:

@@ -30,10 +30,8 @@ _PIECE_BYTES = 2**20  # read from the file at a time; fits into the processor's 
 class SpoolFile:
     """An unnamed temporary file, reused by one spool after another.
 
-    It is created at the first write and closed with its last reference, which a thread may hold.
-
-    Args:
-        folder: the folder of the file; None uses the system's temporary folder.
+    It is created at the first write, in ``folder`` or in the system's temporary folder, and closed
+    with its last reference, which a thread may hold.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
@@ -41,11 +39,7 @@ class SpoolFile:
         self._descriptor: int | None = None
 
     def write(self, start: int, payload: memoryview) -> None:
-        """Write at an offset.
-
-        Raises:
-            OSError: if the disk refuses.
-        """
+        """Write at an offset; ``OSError`` if the disk refuses."""
         if self._descriptor is None:
             with tempfile.TemporaryFile(dir=self._folder) as file:
                 self._descriptor = os.dup(file.fileno())
@@ -55,11 +49,7 @@ class SpoolFile:
             start, payload = start + count, payload[count:]
 
     def read(self, start: int, into: memoryview) -> None:
-        """Fill a buffer from an offset.
-
-        Raises:
-            OSError: if the disk refuses.
-        """
+        """Fill a buffer from an offset; ``OSError`` if the disk refuses."""
         assert self._descriptor is not None
         while into:
             count = os.preadv(self._descriptor, [into], start)
@@ -71,13 +61,8 @@ class SpoolFile:
 class Spool(Incoming):
     """The parts of one update; once complete, iterating yields its bytes in order, in pieces.
 
-    A piece is only valid until the next one, because pieces from the file share a buffer.
-
-    Args:
-        transfer: the announced transfer.
-        max_bytes: the largest permitted transfer.
-        layout: the layout of the tensors, all of one dtype.
-        file: stores what exceeds the memory; no other spool may use it meanwhile.
+    A piece is only valid until the next one, because pieces from the file share a buffer. The
+    tensors of ``layout`` are all of one dtype, and no other spool may use ``file`` meanwhile.
     """
 
     def __init__(self, transfer: Transfer, max_bytes: int, layout: Layout, file: SpoolFile) -> None:

@@ -14,10 +14,8 @@ _REPORT_EVERY_S = 30.0
 class Standby:
     """Reports that a coordinator waits as a standby: at once, then rarely, and when it takes over.
 
-    Args:
-        what: what another coordinator holds: the run folder, or the federation on a broker.
-        watcher: receives the reports.
-        warning: what follows from waiting for this, said with the first report.
+    ``what`` is what another coordinator holds: the run folder, or the federation on a broker. The
+    first report comes with a ``warning`` of what follows from waiting for this.
     """
 
     def __init__(self, what: str, watcher: Watcher, warning: str = "") -> None:

@@ -18,20 +18,14 @@ from fluffle_coordinator.storage.round_stats import seconds_of
 
 @dataclass(frozen=True)
 class Stopping:
-    """The rules of early stopping; a rule that is None does not apply.
+    """The rules of early stopping; a rule that is None does not apply."""
 
-    Args:
-        monitor: the metric that decides, and by which the best model is kept. None decides by the
-            loss and keeps no best model.
-        target: end the run when a model reaches this value.
-        patience: end the run when the best model is this many rounds old.
-        time_budget_s: end the run when its rounds, including those before a restart, took this
-            many seconds.
-    """
-
+    # The metric that decides, and by which the best model is kept. None decides by the loss and
+    # keeps no best model.
     monitor: str | None = None
-    target: float | None = None
-    patience: int | None = None
+    target: float | None = None  # end the run when a model reaches this value
+    patience: int | None = None  # end the run when the best model is this many rounds old
+    # End the run when its rounds, including those before a restart, took this many seconds.
     time_budget_s: float | None = None
 
     @property
@@ -44,11 +38,7 @@ NO_STOPPING = Stopping()
 
 
 class Standing:
-    """The progress of a run by its monitored metric.
-
-    Args:
-        stopping: the rules.
-        lines: the lines of the run's history so far.
+    """The progress of a run by its monitored metric, from the lines of its history on.
 
     Example:
         >>> standing = Standing(Stopping("accuracy", patience=2))
@@ -68,7 +58,7 @@ class Standing:
             if line["event"] in ("evaluated", "tested"):
                 self.note(line["round"], line)
             elif line["event"] == "committed":
-                self.add_time(line["timings"])
+                self.add_time(line.get("timings", {}))
 
     def add_time(self, timings: Mapping[str, float]) -> None:
         """Add the time of a round."""

@@ -48,4 +48,8 @@ def average_evaluations(evaluations: Mapping[str, Evaluated]) -> dict[str, Any]:
 def evaluation_metrics(line: Mapping[str, Any]) -> dict[str, float]:
     """Return the loss and the metrics of an evaluation's averages or line; NaN for None."""
     metrics = {"loss": line["loss"], **{n: v for n, v in line.items() if n not in _FIELDS}}
-    return {name: math.nan if value is None else value for name, value in metrics.items()}
+    return {
+        name: math.nan if value is None else value
+        for name, value in metrics.items()
+        if value is None or isinstance(value, float)  # else a field of a later version
+    }

@@ -17,6 +17,7 @@ from typing import Any
 from fluffle_common.cli.console import json_line
 from fluffle_common.durable_files import replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
+from fluffle_coordinator.storage.history_lines import check_line
 from fluffle_coordinator.storage.round_stats import add_uncounted
 from fluffle_coordinator.storage.run_file import RUN_FILE
 
@@ -53,38 +54,38 @@ class History:
         finally:
             os.close(history)
 
-    def mend(self) -> tuple[list[dict[str, Any]], list[str]]:
-        """Read the history, and cut off a last line that a crash or a power failure damaged.
+    def read(self) -> tuple[list[dict[str, Any]], bytes]:
+        """Read the history.
 
         Returns:
-            The lines, and a description of each repair.
+            The lines, and a last line that a crash or a power failure left incomplete, if any.
 
         Raises:
             RunError: if any other line is damaged.
         """
         if not self.path.exists():
-            return [], []
+            return [], b""
         data = self.path.read_bytes()
         whole = data[: data.rfind(b"\n") + 1]
         if whole == data:  # a power failure may leave zeros within a complete line
             start = data[:-1].rfind(b"\n") + 1
             try:
-                _parse(data[start:])
+                _decoded(data[start:])
             except ValueError:
                 whole = data[:start]
         try:
-            lines = _parse(whole)
+            return _parse(whole), data[len(whole) :]
         except ValueError as error:
             raise RunError(
                 f"{self.path}: {error}; repair the file, or start a new run with --fresh"
             ) from None
-        if whole == data:
-            return lines, []
-        self._archive_removed(data[len(whole) :])
+
+    def cut_off(self, incomplete: bytes) -> None:
+        """Move an incomplete last line to ``history.removed.jsonl``."""
+        self._archive_removed(incomplete)
         with self.path.open("r+b") as history:
-            history.truncate(len(whole))
+            history.truncate(history.seek(-len(incomplete), os.SEEK_END))
             os.fsync(history.fileno())
-        return lines, ["removed an incomplete last line from history.jsonl"]
 
     def forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:
         """Cut off the lines after a round, and append them to ``history.removed.jsonl``."""
@@ -129,7 +130,7 @@ def merged(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Merge the lines of a history as ``read_history`` does."""
     rounds: dict[int, dict[str, Any]] = {}
     for line in lines:
-        row = rounds.setdefault(line["round"], {})
+        row = rounds.setdefault(line["round"], {"round": line["round"]})
         if line["event"] == "ended":
             row.update(add_uncounted(row, line))
         else:
@@ -144,17 +145,18 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
         UsageError: if the folder has no history, or one that cannot be read.
     """
     path = folder / _NAME
-    if not path.exists():
-        if (folder / RUN_FILE).exists():
-            raise UsageError(f"the run in {folder} has not committed any rounds yet")
-        raise UsageError(
-            f"there is no history in {folder}; give a run folder, such as runs/letters"
-        )
-    data = path.read_bytes()
     try:
-        return _parse(data[: data.rfind(b"\n") + 1])
+        data = path.read_bytes() if path.exists() else b""
+        lines = _parse(data[: data.rfind(b"\n") + 1])
+    except OSError as why:
+        raise UsageError(f"{path} cannot be read ({why.strerror})") from None
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from None
+    if lines:
+        return lines
+    if (folder / RUN_FILE).exists():
+        raise UsageError(f"the run in {folder} has not committed any rounds yet")
+    raise UsageError(f"there is no history in {folder}; give a run folder, such as runs/letters")
 
 
 def _parse(data: bytes) -> list[dict[str, Any]]:
@@ -168,14 +170,23 @@ def _parse(data: bytes) -> list[dict[str, Any]]:
         if not text.strip():
             continue
         try:
-            line = json.loads(text, parse_float=_number, parse_constant=_number)
-            valid = _is_valid(line)
-        except (ValueError, KeyError, TypeError):
-            valid = False
-        if not valid:
-            raise ValueError(f"line {number} is damaged")
+            line = _decoded(text)
+        except ValueError:
+            raise ValueError(f"line {number} is damaged") from None
+        try:
+            check_line(line)
+        except ValueError as wrong:
+            raise ValueError(f"line {number} is damaged ({wrong})") from None
         lines.append(line)
     return lines
+
+
+def _decoded(text: bytes) -> Any:
+    """Decode a line; ValueError if it is not JSON."""
+    try:
+        return json.loads(text, parse_float=_number, parse_constant=_number)
+    except RecursionError as wrong:
+        raise ValueError(str(wrong)) from None
 
 
 def _number(text: str) -> float:
@@ -183,15 +194,3 @@ def _number(text: str) -> float:
     if not math.isfinite(number := float(text)):
         raise ValueError(text)
     return number
-
-
-def _is_valid(line: dict[str, Any]) -> bool:
-    """Whether a line has the fields that everything depends on; KeyError also means no."""
-    if not isinstance(line["event"], str) or not isinstance(line["round"], int):
-        return False
-    return line["event"] != "committed" or all(
-        isinstance(who["worker"], str)
-        and isinstance(who["num_examples"], int)
-        and who["num_examples"] > 0
-        for who in line["participants"]
-    )

@@ -32,20 +32,12 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 
 @dataclass(frozen=True)
 class Distance:
-    """How far apart two tensors of the same shape and dtype are.
+    """How far apart two tensors of the same shape and dtype are."""
 
-    Args:
-        equal: whether all bits are equal.
-        different: how many values differ in any bit.
-        largest: the largest absolute difference; infinite if a value is not finite.
-        ulps: the largest difference in units in the last place; of integers, the largest
-            difference.
-    """
-
-    equal: bool
-    different: int
-    largest: float
-    ulps: int
+    equal: bool  # all bits
+    different: int  # values that differ in any bit
+    largest: float  # the largest absolute difference; infinite if a value is not finite
+    ulps: int  # the largest difference in units in the last place; of integers, the difference
 
 
 @dataclass(frozen=True)
@@ -183,12 +175,7 @@ def _archived(
     plan: Plan,
 ) -> Contribution:
     """Read an archived update as the coordinator read it when it arrived."""
-    worker, discount = participant["worker"], participant.get("discount", 1.0)
-    if not isinstance(discount, int | float) or not 0 < discount <= 1:
-        raise UsageError(
-            f"the history is damaged: in round {line['round']}, the update of {worker} has the "
-            f"discount {discount!r}; expected a number above 0 and at most 1"
-        )
+    worker = participant["worker"]
     try:
         body, payload = read_update(path)
     except FileNotFoundError:
@@ -226,7 +213,7 @@ def _archived(
         num_examples=participant["num_examples"],
         delta=delta,
         staleness=participant.get("staleness", 0),
-        discount=discount,
+        discount=participant.get("discount", 1.0),
         extra=extra,
         metrics=message.metrics,
     )

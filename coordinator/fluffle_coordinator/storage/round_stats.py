@@ -78,10 +78,8 @@ class Counts:
 
 def add_uncounted(line: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
     """Return a round's line with the late and rejected updates of a later line added."""
-    return {**line, **{name: line.get(name, none) + later[name] for name, none in _NONE.items()}}
-
-
-_NONE: dict[str, Any] = vars(Counts())
+    none = vars(Counts())
+    return {**line, **{n: line.get(n, none[n]) + later.get(n, none[n]) for n in none}}
 
 
 @dataclass
@@ -110,14 +108,9 @@ class Clock:
         self.averaged_at = monotonic()
 
     def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
-        """Return the seconds of each step from the previous commit to this one.
+        """Return the seconds of each step, in order, between the times of two rounds on disk.
 
-        Args:
-            committed_at: when the previous round was on disk.
-            saved_at: when this round's checkpoint was.
-
-        Returns:
-            The steps in order; ``fold_s`` is a part of ``open_s``.
+        ``fold_s`` is a part of ``open_s``.
         """
         seconds = {
             "waiting_s": self.opened_at - committed_at,

@@ -1,8 +1,11 @@
-"""The checkpoints in a run folder: which of them a run can go on from."""
+"""The checkpoints in a run folder: which of them a run can go on from, and the best of them."""
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import Checkpoint, checkpoint_name, read_whole
 
 _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
+_BEST = "best.safetensors"
 
 
 def newest_checkpoint(folder: Path) -> int | None:
@@ -21,21 +25,20 @@ def newest_checkpoint(folder: Path) -> int | None:
 def last_intact(
     folder: Path, last: int, run: str, bases: Mapping[int, str]
 ) -> tuple[int, Checkpoint | None, str]:
-    """Return the newest checkpoint that can be read and belongs where it is.
+    """Return the newest checkpoint that can be read and belongs where it is, with its round.
 
-    Args:
-        folder: the run folder.
-        last: the round to begin with, going backwards.
-        run: the run's id.
-        bases: the name of each round's weights, as far as the history has it.
+    The search goes backwards from round ``last``. ``bases`` has the name of each round's weights,
+    as far as the history has it. What is wrong with the checkpoint of round ``last`` comes third,
+    empty if it is intact. If no checkpoint is intact, the result is ``(0, None, why)``.
 
-    Returns:
-        The round, its checkpoint, and what is wrong with that of round ``last`` (empty if it is
-        intact); ``(0, None, why)`` if no checkpoint is intact.
+    Raises:
+        OSError: if a checkpoint is there but cannot be opened, which says nothing about damage.
     """
     why = ""
     for number in range(last, -1, -1):
         path = folder / checkpoint_name(number)
+        with contextlib.suppress(FileNotFoundError), path.open("rb"):
+            pass
         try:
             checkpoint = read_whole(path)
             _check_place(path, checkpoint.metadata, number, run, bases.get(number))
@@ -64,3 +67,17 @@ def _check_place(
             f"{path} holds weights with the base {metadata['base']}, but history.jsonl names the "
             f"base {base} for round {number}"
         )
+
+
+def keep_best(folder: Path, number: int) -> None:
+    """Make ``best.safetensors`` the checkpoint of this round."""
+    checkpoint, best = folder / checkpoint_name(number), folder / _BEST
+    if best.exists() and best.samefile(checkpoint):
+        return  # to rename a hard link to another of the same file does nothing
+    partial = folder / f"{_BEST}.partial"
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint, partial)  # safe, since a checkpoint is never written to again
+    except OSError:  # the file system has no hard links
+        shutil.copyfile(checkpoint, partial)
+    os.replace(partial, best)

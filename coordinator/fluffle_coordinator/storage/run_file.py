@@ -5,13 +5,34 @@ from __future__ import annotations
 import contextlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
 
 from fluffle_common.clock import timestamp
 from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
+from fluffle_common.protocol.messages.base import Model
+from fluffle_common.protocol.messages.fields import Round, Train
 
 RUN_FILE = "run.json"
+
+
+class _Plan(Model):
+    train: Train | None = None
+
+
+class _Configuration(Model):
+    from_round: Round
+    rules: dict[str, Any] = Field(default_factory=dict)
+    plan: _Plan = _Plan()
+
+
+class _RunFile(Model):
+    """The fields that are read; a later version may write more."""
+
+    starts: Annotated[int, Field(ge=0, le=10**9)] = 0
+    configurations: list[_Configuration] = Field(default_factory=list)
 
 
 def read_run_file(folder: Path) -> dict[str, Any]:
@@ -22,22 +43,19 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN_FILE
     try:
-        content = json.loads(path.read_bytes())
+        content: dict[str, Any] = json.loads(path.read_bytes())
+        _RunFile.model_validate(content)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as why:
+    except ValidationError:
+        raise UsageError(f"{path} cannot be read (the file does not describe a run)") from None
+    except (OSError, ValueError, RecursionError) as why:
         raise UsageError(f"{path} cannot be read ({why})") from None
-    if not isinstance(content, dict) or not _is_valid(content):
-        raise UsageError(f"{path} cannot be read (the file does not describe a run)")
     return content
 
 
 def write_run_file(folder: Path, run: dict[str, Any]) -> None:
-    """Write the content of a ``run.json``.
-
-    Raises:
-        OSError: if the disk refuses; the earlier content is unchanged.
-    """
+    """Write the content of a ``run.json``."""
     with replacing(folder / RUN_FILE) as file:
         file.write(json.dumps(run, indent=1).encode() + b"\n")
 
@@ -56,11 +74,7 @@ def count_start(folder: Path) -> int:
 
 
 def add_configuration(run: dict[str, Any], configuration: dict[str, Any], committed: int) -> bool:
-    """Add a configuration to the content of a ``run.json``, unless it equals the last one.
-
-    Returns:
-        Whether it was added; it then holds from the round after ``committed`` on.
-    """
+    """Add a configuration to the content of a ``run.json``; return False if it is the last one."""
     configurations = run.setdefault("configurations", [])
     new = json.loads(json.dumps(configuration))
     if configurations:
@@ -71,18 +85,3 @@ def add_configuration(run: dict[str, Any], configuration: dict[str, Any], commit
             return False
     configurations.append({"from_round": committed + 1, "since": timestamp(), **new})
     return True
-
-
-def _is_valid(content: dict[str, Any]) -> bool:
-    starts, configurations = content.get("starts", 0), content.get("configurations", [])
-    return isinstance(starts, int) and _are_configurations(configurations)
-
-
-def _are_configurations(value: Any) -> bool:
-    return isinstance(value, list) and all(
-        isinstance(one, dict)
-        and isinstance(one.get("from_round"), int)
-        and isinstance(one.get("rules", {}), dict)
-        and isinstance(one.get("plan", {}), dict)
-        for one in value
-    )

@@ -15,7 +15,8 @@
 
 Files are written under a temporary name and then renamed, so each is complete. (After a power
 failure, a checkpoint may be incomplete, but then no history line names it.) A round is committed
-when its history line is on disk, which is written after its checkpoint.
+when its history line is on disk, which is written after its checkpoint. A function that writes one
+of these files raises ``OSError`` if the disk refuses; the file is then unchanged.
 """
 
 from __future__ import annotations
@@ -44,7 +45,6 @@ from fluffle_common.tensors.frozen import (
     save_frozen,
 )
 from fluffle_common.tensors.weights import Weights
-from fluffle_common.transport.base import Body
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
@@ -79,18 +79,6 @@ def new_base() -> str:
     return secrets.token_hex(6)
 
 
-def _most_examples(lines: Iterable[dict[str, Any]]) -> dict[str, int]:
-    most: dict[str, int] = {}
-    for who in (who for line in lines for who in line["participants"]):
-        most[who["worker"]] = max(who["num_examples"], most.get(who["worker"], 0))
-    return most
-
-
-def _last_seconds(lines: Iterable[dict[str, Any]]) -> dict[str, float]:
-    every = (who for line in lines for who in line["participants"])
-    return {who["worker"]: who["seconds"] for who in every if who.get("seconds") is not None}
-
-
 def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
     """Return the tickets of a round; lines of early versions of fluffle have no sequence."""
     return frozenset(
@@ -99,14 +87,11 @@ def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
 
 
 class RunStore:
-    """The folder of a run.
+    """The folder of a run, which is created if it does not exist.
 
     Attributes:
         folder: its absolute path, so that a user's code may change the working directory.
         shown: its path as given, for messages.
-
-    Args:
-        folder: created if it does not exist.
 
     Raises:
         RunError: if it cannot be created or written.
@@ -131,12 +116,11 @@ class RunStore:
         lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as why:
             lock.close()
-            return False
-        except OSError:  # the file system has no locks
-            lock.close()
-            raise
+            if isinstance(why, BlockingIOError):
+                return False
+            raise  # the file system has no locks
         self._lock = lock
         return True
 
@@ -178,7 +162,7 @@ class RunStore:
             leftover.unlink()
         identity = self._identity(federation)
         sync_folder(self.folder)  # a crash may have left renamed files that are not on disk
-        lines, repairs = self.history.mend()
+        lines, incomplete = self.history.read()
         committed = {line["round"]: line for line in lines if line["event"] == "committed"}
         self._check_complete(identity, committed)
         newest = max(committed, default=0)
@@ -188,13 +172,18 @@ class RunStore:
             raise RunError(
                 f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
             )
+        if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
+            raise RunError(
+                f"{damage}; the round cannot be repeated, because workers have already "
+                "received its model, and epsilon would not include a repeat; restore the file, "
+                "or start a new run with --fresh"
+            )
+        frozen = self._frozen(checkpoint) if checkpoint else NO_FROZEN
+        repairs = []  # all checks have passed: from here on, files are changed
+        if incomplete:
+            self.history.cut_off(incomplete)
+            repairs.append("removed an incomplete last line from history.jsonl")
         if last < newest:
-            if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
-                raise RunError(
-                    f"{damage}; the round cannot be repeated, because workers have already "
-                    "received its model, and epsilon would not include a repeat; restore the file, "
-                    "or start a new run with --fresh"
-                )
             self.history.forget_after(last, lines)
             repairs.append(
                 f"{damage}; continuing from the newest intact checkpoint, which belongs to round "
@@ -205,15 +194,19 @@ class RunStore:
         line = committed.get(last, {})
         commits = [line for line in committed.values() if line["round"] <= last]
         counted = {line["round"]: _tickets(line) for line in commits}
+        counts = [who for line in commits for who in line["participants"]]
+        announced: dict[str, int] = {}
+        for who in counts:
+            announced[who["worker"]] = max(who["num_examples"], announced.get(who["worker"], 0))
         return Saved(
             run=identity,
             committed=last,
-            announced=_most_examples(commits),
+            announced=announced,
             counted=counted,
             sequence=max((t.sequence for tickets in counted.values() for t in tickets), default=0),
             earlier=self._bases(commits),
             asked_in={name: line["round"] for line in commits for name in line.get("asked", ())},
-            train_s=_last_seconds(commits),
+            train_s={w["worker"]: w["seconds"] for w in counts if w.get("seconds") is not None},
             median_norms=median_norms(commits),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
@@ -222,7 +215,7 @@ class RunStore:
             repairs=tuple(repairs),
             strategy=line.get("strategy", FEDAVG.name),
             kept=checkpoint.strategy_state if checkpoint else {},
-            frozen=self._frozen(checkpoint) if checkpoint else NO_FROZEN,
+            frozen=frozen,
         )
 
     def _frozen(self, checkpoint: Checkpoint) -> Frozen:
@@ -248,11 +241,7 @@ class RunStore:
         metadata: dict[str, str],
         kept: Weights = NO_TENSORS,
     ) -> Path:
-        """Write the checkpoint of a round, with the state that its strategy keeps.
-
-        Raises:
-            OSError: if it cannot be written; an earlier file of that name is unchanged.
-        """
+        """Write the checkpoint of a round, with the state that its strategy keeps."""
         path = self.folder / checkpoint_name(number)
         # A power failure may leave an incomplete checkpoint of a later round, which is not read:
         # no history line names it.
@@ -260,51 +249,17 @@ class RunStore:
         return path
 
     def save_first(self, weights: Weights, metadata: dict[str, str], frozen: Frozen) -> None:
-        """Write the first weights, after the frozen tensors that belong to them.
-
-        Raises:
-            OSError: if the disk refuses.
-        """
+        """Write the first weights, after the frozen tensors that belong to them."""
         if frozen.digest:
             save_frozen(self.folder, frozen)
             metadata = {**metadata, IN_METADATA: frozen.digest}
         self.save_weights(0, weights, metadata)
 
-    def keep_update(
-        self,
-        number: int,
-        place: int,
-        worker: str,
-        body: Body,
-        payload: Iterable[memoryview] | None,
-    ) -> None:
-        """Archive an update of round ``number``; see ``update_archive.keep_update``.
-
-        Raises:
-            OSError: if the disk refuses.
-        """
-        update_archive.keep_update(
-            update_archive.update_path(self.folder, number, place, worker), body, payload
-        )
-
     def note_configuration(self, configuration: dict[str, Any], committed: int) -> None:
-        """Add a configuration to run.json, unless it equals the last one.
-
-        Args:
-            configuration: as a JSON object.
-            committed: the last committed round; the configuration holds from the next one on.
-
-        Raises:
-            RunError: if run.json cannot be written.
-        """
+        """Add a configuration to run.json, from the round after ``committed`` on, if it is new."""
         run = read_run_file(self.folder)
-        if not add_configuration(run, finite(configuration), committed):
-            return
-        try:
+        if add_configuration(run, finite(configuration), committed):
             write_run_file(self.folder, run)
-        except OSError as error:
-            path = self.folder / RUN_FILE
-            raise RunError(f"cannot write {path} ({error.strerror})") from None
 
     def _identity(self, federation: str) -> str:
         path = self.folder / RUN_FILE

@@ -40,16 +40,7 @@ def update_path(run: Path, number: int, place: int, worker: str) -> Path:
 
 
 def keep_update(path: Path, body: Body, payload: Iterable[memoryview] | None) -> None:
-    """Write an update.
-
-    Args:
-        path: the file of its message, see ``update_path``.
-        body: the message as it arrived.
-        payload: its tensors, in pieces, if they travelled in parts; None if they are in the body.
-
-    Raises:
-        OSError: if the disk refuses; the call can be repeated.
-    """
+    """Write an update's message, and its payload if that travelled in parts."""
     make_folder(path.parent)
     if payload is not None:  # written first: a message's payload must exist when the message does
         with replacing(path.with_suffix(".payload")) as file:
@@ -75,11 +66,7 @@ def read_update(path: Path) -> tuple[bytes, memoryview | None]:
 
 
 def forget_uncommitted(run: Path, committed: int) -> None:
-    """Remove the updates of rounds that are not committed; the broker redelivers them.
-
-    Raises:
-        OSError: if the disk refuses.
-    """
+    """Remove the updates of rounds that are not committed; the broker redelivers them."""
     for folder in (run / _UPDATES).glob("round-*"):
         number = folder.name.removeprefix("round-")
         if number.isdigit() and int(number) > committed:

@@ -157,15 +157,11 @@ class Strategy(Protocol[S]):
 class NamedStrategy:
     """A strategy with its name.
 
-    Args:
-        name: its name in run.json and the history: ``fedavg``, another name from ``names`` with all
-            arguments, ``module:name`` or ``file.py:name``.
-        strategy: the strategy.
-        file: the file that it was loaded from, if any.
-        ours: whether it is part of fluffle, so that its results need no checks and no copies.
+    Its name in run.json and the history is ``fedavg``, another name from ``names`` with all
+    arguments, ``module:name`` or ``file.py:name``.
     """
 
     name: str
     strategy: Strategy[Any]
-    file: str | None = None
-    ours: bool = False
+    file: str | None = None  # the one that it was loaded from, if any
+    ours: bool = False  # part of fluffle, so that its results need no checks and no copies

@@ -13,11 +13,11 @@ BLOCK = 32 * 1024
 """Elements per block: a few blocks of float64 fit into the processor's cache."""
 
 
-def cut(*vectors: Array, size: int | None = None) -> Iterator[tuple[Array, ...]]:
-    """Yield corresponding blocks of vectors of the same length, as views."""
+def cut(*arrays: Array, size: int | None = None) -> Iterator[tuple[Array, ...]]:
+    """Yield corresponding blocks of arrays whose last axes have the same length, as views."""
     step = size or BLOCK
-    for start in range(0, vectors[0].size, step):
-        yield tuple(vector[start : start + step] for vector in vectors)
+    for start in range(0, arrays[0].shape[-1], step):
+        yield tuple([array[..., start : start + step] for array in arrays])
 
 
 def in_blocks(

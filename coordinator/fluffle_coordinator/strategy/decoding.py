@@ -39,10 +39,7 @@ def check_announced(
 ) -> GroupedLayout:
     """Check the announcement of an update in parts, before any part is fetched.
 
-    Args:
-        message: the announcement.
-        base: the weights of the model; None if these are the first weights.
-        plan: the round's plan, which says which tensors it asks for.
+    ``base`` is None if these are the first weights.
 
     Returns:
         The layout of the tensors in the payload.
@@ -96,13 +93,7 @@ def decode_update(
     base: Weights,
     plan: Plan = EVERYTHING,
 ) -> tuple[Weights, float, Weights]:
-    """Read an update's tensors, decode them, and check them against the model.
-
-    Args:
-        message: the update, with its table of tensors and their encoding.
-        payload: the bytes of its tensors, or the tensors themselves, in pieces.
-        base: the weights of the model.
-        plan: the round's plan, which says which tensors it asks for.
+    """Read an update's tensors, whole or in pieces, decode them, and check them against the model.
 
     Returns:
         The delta, with the names, shapes and dtypes of ``base``; its norm (``finite_norm``); and

@@ -41,14 +41,10 @@ class _Quantile:
     Andrew et al., "Differentially Private Learning with Adaptive Clipping", NeurIPS 2021, algorithm
     1. Updates within the norm count as 1/2 each, others as -1/2, so that one worker changes the
     count by 1/2.
-
-    Args:
-        quantile: the fraction of the updates that should be within the norm.
-        noise: the standard deviation of the noise on the count (sigma_b).
     """
 
-    quantile: float
-    noise: float
+    quantile: float  # the fraction of the updates that should be within the norm
+    noise: float  # the standard deviation of the noise on the count (sigma_b)
 
     def next(self, norm: float, count: float, workers: float) -> float:
         """Return the norm of the next round, given this round's count, without noise."""

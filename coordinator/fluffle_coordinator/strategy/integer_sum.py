@@ -26,14 +26,7 @@ _STEPS = 4  # two suffice: each reduces the rest to 2**-52 of its size
 
 
 def add_scaled(high: Array, low: Array, values: Array, factor: int) -> None:
-    """Add ``factor * values`` to a sum, in place.
-
-    Args:
-        high: the upper halves of the sum, int64.
-        low: its lower halves, uint64.
-        values: int64.
-        factor: from 0 to ``MOST``.
-    """
+    """Add ``factor * values``, int64, to a sum, in place; ``factor`` is at most ``MOST``."""
     upper, lower = _product(values, factor)
     low += lower
     high += upper
@@ -43,11 +36,8 @@ def add_scaled(high: Array, low: Array, values: Array, factor: int) -> None:
 def rounded_mean(high: Array, low: Array, count: int, base: Array) -> Array:
     """Return ``base + sum / count``, rounded to the nearest, halves to even.
 
-    Args:
-        high: the upper halves of the sum.
-        low: its lower halves.
-        count: from 1 to ``MOST``.
-        base: integers of any dtype; the result has the same dtype, and saturates at its ends.
+    ``count`` is from 1 to ``MOST``. ``base`` has integers of any dtype; the result has the same
+    dtype, and saturates at its ends.
     """
     quotient, rest = _divide(high, low, count)
     parity = (quotient ^ base.astype(np.int64)) & 1
@@ -71,9 +61,8 @@ def mean(high: Array, low: Array, count: int) -> Array:
 def moved(base: Array, change: Array) -> Array:
     """Return ``base + change``, rounded to the nearest, halves to even.
 
-    Args:
-        base: integers of any dtype; the result has the same dtype, and saturates at its ends.
-        change: float64, finite; magnitudes above about 2**63 have no further effect.
+    ``base`` has integers of any dtype; the result has the same dtype, and saturates at its ends.
+    ``change`` is float64, finite; magnitudes above about 2**63 have no further effect.
 
     >>> moved(np.array([3, 4, 250], np.uint8), np.array([0.5, 0.5, 9.0]))
     array([  4,   4, 255], dtype=uint8)

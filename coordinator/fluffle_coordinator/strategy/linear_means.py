@@ -47,10 +47,8 @@ class LinearSum:
 class Linear:
     """The mean ``scale(sum of terms) * sum(factor * delta)``.
 
-    Args:
-        factor: returns the factor and the two terms of an update.
-        scale: returns the factor on the sum, given the sums of the terms.
-        needs: its requirements.
+    ``factor`` returns the factor and the two terms of an update, and ``scale`` the factor on the
+    sum, given the sums of the terms.
     """
 
     factor: Callable[[Contribution], tuple[float, float, float]]

@@ -31,13 +31,7 @@ _JOIN = re.compile(r"\+(?=\s*[A-Za-z_])")  # not the plus of 1e+3
 
 @dataclass(frozen=True)
 class Part:
-    """A named part of a strategy.
-
-    Args:
-        kind: its place in a pipeline.
-        make: the function that makes it from its arguments.
-        about: a description in one line.
-    """
+    """A named part of a strategy: its place in a pipeline, what makes it, and a description."""
 
     kind: Literal["transform", "mean", "server step", "whole strategy"]
     make: Callable[..., Any]

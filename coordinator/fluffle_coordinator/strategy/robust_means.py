@@ -57,11 +57,8 @@ Updates = tuple[tuple[str, Weights], ...]  # the worker and its delta, on disk
 class _RobustMean(Mean[Updates]):
     """A mean of all updates at once; its state is the updates.
 
-    The mean delta is float64, so integers beyond 2**53 are rounded.
-
-    Args:
-        rule: writes the mean of the updates into a delta.
-        min_updates: the fewest updates that it needs.
+    The mean delta is float64, so integers beyond 2**53 are rounded. ``rule`` writes the mean of the
+    updates into a delta.
     """
 
     rule: Callable[[Sequence[Weights], Tensors], None]

@@ -43,10 +43,6 @@ class Vector:
     The first piece is as large as the model and becomes the next model: the average is written over
     sums that were already read, so it needs no memory of its own. The second is reused in every
     round. A small model's sums are all in the second, because vectors in one piece take less time.
-
-    Args:
-        layout: the model's layout.
-        rest: the second piece, from an earlier round; None allocates it.
     """
 
     def __init__(self, layout: Layout, rest: Array | None = None) -> None:
@@ -109,13 +105,19 @@ class Weighted:
                 f"too many examples: the sum of {num_so_far} and {num_examples} exceeds the limit "
                 f"of {integer_sum.MOST}"
             )
-        add = _add_scaled if num_so_far else _set_scaled
+        factor = one.weight * _SCALE
         with np.errstate(over="ignore", invalid="ignore"):  # for the gaps between tensors
             for total, values in _side_by_side(state.totals, one.delta):
+                if not num_so_far:
+                    total[...] = 0 if total.dtype == _INTEGER else values
                 if total.dtype == _INTEGER:
-                    _add_integers(total, values, num_examples, first=not num_so_far)
+                    integer_sum.add_scaled(*_halves(total), values, num_examples)
+                elif num_so_far:
+                    scaled = values.astype(_FLOAT)  # NumPy would buffer a combined cast: slower
+                    scaled *= factor
+                    np.add(total, scaled, out=total)
                 else:
-                    add(total, values, one.weight * _SCALE)
+                    np.multiply(total, factor, out=total)
         return Sum(state.totals, num_so_far + num_examples, state.weight + one.weight)
 
     def finish(self, state: Sum, weights: Weights) -> tuple[Weights, Sum]:
@@ -147,10 +149,10 @@ class Weighted:
         else:
             averaged, emptied = layout.empty(), Sum(state.totals)
         for total, base, result in _side_by_side(state.totals, weights, averaged):
-            if is_float(base.dtype):
-                _average(result, total, base, state.weight * _SCALE)
+            if total.dtype == _INTEGER:
+                result[:] = integer_sum.rounded_mean(*_halves(total), count, base)
             else:
-                _average_integers(result, total, base, count)
+                _average(result, total, base, state.weight * _SCALE)
         assert averaged.memory is not None
         layout.clear_gaps(averaged.memory)  # bytes from the gaps of updates must not travel on
         return averaged, emptied
@@ -164,13 +166,7 @@ def weighted() -> Weighted:
 def apply_delta(weights: Weights, delta: Weights) -> Tensors:
     """Return ``weights + delta``, rounded once to the dtypes of ``weights``.
 
-    Args:
-        weights: the model.
-        delta: the change of each tensor, in floats of any dtype.
-
-    Returns:
-        New weights. Values saturate at the ends of their dtype; integers are rounded to nearest,
-        halves to even.
+    Values saturate at the ends of their dtype; integers are rounded to nearest, halves to even.
 
     Raises:
         NotFinite: if a tensor of ``delta`` has NaN or infinite values.
@@ -202,13 +198,18 @@ def _counted(state: Sum) -> int:
 
 
 def _side_by_side(totals: Vector | Tensors, *others: Weights) -> Iterator[tuple[Array, ...]]:
-    """Yield corresponding parts as vectors: tensor by tensor, or of all tensors as one vector."""
+    """Yield corresponding blocks, the sums first: of each tensor, or of all as one vector."""
     if isinstance(totals, Vector):
         layout = totals.layout
         yield from _cut_alike((totals.first, totals.rest), *(_vectors(o, layout) for o in others))
     else:
         for name, total in totals.items():
-            yield total.reshape(-1), *(other[name].reshape(-1) for other in others)
+            sums = total if total.dtype == _INTEGER else total.reshape(-1)
+            yield from cut(sums, *(other[name].reshape(-1) for other in others))
+
+
+def _halves(total: Array) -> tuple[Array, Array]:
+    return total[0], total[1].view(np.uint64)
 
 
 def _vectors(weights: Weights, layout: Layout) -> Iterable[Array]:
@@ -231,14 +232,14 @@ def _one_by_one(weights: Weights, layout: Layout) -> Iterator[Array]:
 
 
 def _cut_alike(*several: Iterable[Array]) -> Iterator[tuple[Array, ...]]:
-    """Cut vectors in pieces, of equal total length, so that their pieces have the same sizes.
+    """Cut vectors in pieces, of equal total length, into blocks that have the same sizes.
 
     >>> [a.size for a, _ in _cut_alike([np.ones(5), np.ones(2)], [np.ones(3), np.ones(4)])]
     [3, 2, 2]
     """
     remaining = [filter(len, pieces) for pieces in several]
     heads = [next(pieces, _NOTHING) for pieces in remaining]
-    while size := min(map(len, heads)):
+    while size := min(BLOCK, *map(len, heads)):
         yield tuple([head[:size] for head in heads])
         heads = [
             head[size:] if len(head) > size else next(pieces, _NOTHING)
@@ -246,62 +247,24 @@ def _cut_alike(*several: Iterable[Array]) -> Iterator[tuple[Array, ...]]:
         ]
 
 
-def _set_scaled(total: Array, values: Array, factor: float) -> None:
-    """Write ``factor * values`` into ``total``, in float64, without reading what was there."""
-    for part, block in cut(total, values):
-        part[...] = block
-        np.multiply(part, factor, out=part)
-
-
-def _add_scaled(total: Array, values: Array, factor: float) -> None:
-    """Add ``factor * values`` to ``total``, in place and in float64, a block at a time.
-
-    The cast is a step of its own: NumPy would buffer the input of a combined one, which is slower.
-    """
-    scratch = np.empty(min(BLOCK, total.size), _FLOAT)
-    for part, block in cut(total, values):
-        scaled = scratch[: part.size]
-        scaled[...] = block
-        scaled *= factor
-        np.add(part, scaled, out=part)
-
-
-def _add_integers(total: Array, values: Array, factor: int, *, first: bool) -> None:
-    """Add ``factor * values`` to the sums of an integer tensor, in place."""
-    if first:
-        total[:] = 0
-    for high, low, block in cut(*_halves(total), values):
-        integer_sum.add_scaled(high, low, block, factor)
-
-
-def _halves(total: Array) -> tuple[Array, Array]:
-    return total[: total.size // 2], total[total.size // 2 :].view(np.uint64)
-
-
 def _average(result: Array, total: Array, base: Array, count: float) -> None:
-    """Write ``base + total / count`` into ``result``, a block at a time.
-
-    ``result`` may overlap ``total`` if it starts no later: each block is read before it is
-    overwritten.
-    """
+    """Write ``base + total / count``, a block, into ``result``, which may overlap ``total``."""
     end = largest(base.dtype)
     narrow = base.dtype.itemsize < total.dtype.itemsize
     # Values saturate, both at the ends of float64 and at those of the dtype.
-    scratch = np.empty(min(BLOCK, total.size), _FLOAT)
     with np.errstate(over="raise" if narrow else "ignore", invalid="ignore"):
-        for part, sums, old in cut(result, total, base):
-            mean = np.divide(sums, count, out=scratch[: part.size])
-            if not narrow:
-                np.clip(mean, -end, end, out=mean)  # a rounding error may have made it infinite
-            mean += old
-            if narrow:
-                try:
-                    part[...] = mean if base.dtype != BFLOAT16 else _for_bfloat16(mean)
-                    continue
-                except FloatingPointError:  # a value overflows the dtype
-                    pass
-            np.clip(mean, -end, end, out=mean)
-            part[...] = mean
+        mean = total / count
+        if not narrow:
+            np.clip(mean, -end, end, out=mean)  # a rounding error may have made it infinite
+        mean += base
+        if narrow:
+            try:
+                result[...] = mean if base.dtype != BFLOAT16 else _for_bfloat16(mean)
+                return
+            except FloatingPointError:  # a value overflows the dtype
+                pass
+        np.clip(mean, -end, end, out=mean)
+        result[...] = mean
 
 
 def _for_bfloat16(values: Array) -> Array:
@@ -318,9 +281,3 @@ def _for_bfloat16(values: Array) -> Array:
         towards = np.where(exact > halfway, np.float32(np.inf), np.float32(-np.inf))
         rounded[middle] = np.where(exact == halfway, halfway, np.nextafter(halfway, towards))
     return rounded
-
-
-def _average_integers(result: Array, total: Array, base: Array, num_examples: int) -> None:
-    """Write ``base + total / num_examples`` into ``result``, rounded once, in blocks."""
-    for part, high, low, old in cut(result, *_halves(total), base):
-        part[...] = integer_sum.rounded_mean(high, low, num_examples, old)

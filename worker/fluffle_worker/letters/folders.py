@@ -35,15 +35,10 @@ _TO_CONVERT = {".heic": "HEIC", ".heif": "HEIF", ".avif": "AVIF", ".svg": "SVG",
 
 @dataclass(frozen=True)
 class ClassFolders:
-    """The contents of a folder ``<class>/<image>``.
+    """The contents of a folder ``<class>/<image>``."""
 
-    Args:
-        files: the image files of each class that has any, sorted by ``class_order``.
-        notes: lines to show to the user.
-    """
-
-    files: dict[str, tuple[Path, ...]]
-    notes: tuple[str, ...]
+    files: dict[str, tuple[Path, ...]]  # of each class that has any, sorted by ``class_order``
+    notes: tuple[str, ...]  # lines to show to the user
 
 
 def find_classes(folder: Path) -> ClassFolders:

@@ -23,32 +23,21 @@ _NAMED = 5  # unreadable images named one by one; the rest are counted
 
 @dataclass(frozen=True)
 class Images:
-    """A folder of images.
+    """A folder of images."""
 
-    Args:
-        inputs: float32, shape [n, 100, 100, 1], 0 (black) to 1 (white).
-        targets: int32, shape [n], indices into ``classes``.
-        classes: the names of the classes.
-        paths: the file of each image.
-        skipped: images that could not be read, each with the reason.
-        notes: lines to show to the user, among them a summary of ``skipped``.
-    """
-
-    inputs: Array
-    targets: Array
+    inputs: Array  # float32, shape [n, 100, 100, 1], 0 (black) to 1 (white)
+    targets: Array  # int32, shape [n], indices into ``classes``
     classes: tuple[str, ...]
-    paths: tuple[Path, ...]
-    skipped: tuple[str, ...]
-    notes: tuple[str, ...] = ()
+    paths: tuple[Path, ...]  # of each image
+    skipped: tuple[str, ...]  # images that could not be read, each with the reason
+    notes: tuple[str, ...] = ()  # lines to show to the user, with a summary of ``skipped``
 
 
 def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     """Read a folder ``<class>/<image>``, ordered by class, then by file name.
 
-    Args:
-        folder: the parent of the class folders.
-        classes: the classes in the order of the model's outputs; by default those of the folder,
-            whole numbers by value, then the others by code point.
+    ``classes`` are in the order of the model's outputs; by default, they are those of the folder,
+    whole numbers by value, then the others by code point.
 
     Raises:
         TaskError: if the folder does not exist, has no readable image, or has another class.

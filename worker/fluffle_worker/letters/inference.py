@@ -14,7 +14,7 @@ import numpy as np
 
 from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
-from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_common.tensors.checkpoint import classes_in, read_checkpoint
 from fluffle_common.tensors.weights import Array, check_finite
 from fluffle_worker.letters.images import Images
 from fluffle_worker.letters.pixels import SIDE
@@ -64,16 +64,12 @@ class LettersModel:
 
     def __init__(self, path: Path) -> None:
         weights, metadata = read_checkpoint(path)
-        try:
-            classes = json.loads(metadata.get("classes", "[]"))
-        except (ValueError, RecursionError):
-            classes = []
-        if not (isinstance(classes, list) and classes):
+        self.classes = classes_in(metadata)
+        if not self.classes:
             raise UsageError(
                 f"{path} is not a model of the letters task, because it has no list of classes "
                 f"(task of the model: {metadata.get('task') or 'unknown'})"
             )
-        self.classes: tuple[str, ...] = tuple(map(str, classes))
         dummy_data = np.zeros((1, SIDE, SIDE, 1), np.float32), np.zeros(1, np.int32)
         self._task = letters_task(self.classes, dummy_data, None)
         self._weights = weights

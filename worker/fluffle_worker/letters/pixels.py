@@ -32,15 +32,10 @@ _BRIGHT = 0.5
 
 @dataclass(frozen=True)
 class Picture:
-    """A decoded image file.
+    """A decoded image file."""
 
-    Args:
-        pixels: float32, shape [100, 100, 1], 0 (black) to 1 (white).
-        frames: the number of frames in the file; ``pixels`` is the first.
-    """
-
-    pixels: Array
-    frames: int = 1
+    pixels: Array  # of the first frame: float32, shape [100, 100, 1], 0 (black) to 1 (white)
+    frames: int = 1  # in the file
 
     @property
     def bright_border(self) -> bool:

@@ -58,9 +58,7 @@ def halved(images: jax.Array) -> jax.Array:
 def shifted(key: jax.Array, images: jax.Array) -> jax.Array:
     """Shift each image by up to 4 pixels each way, because the model is not shift-invariant.
 
-    Args:
-        key: the random key.
-        images: shape [batch, 100, 100, 1], on a black background.
+    They have the shape [batch, 100, 100, 1] and a black background.
     """
     padding = ((0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0))
     starts = jax.random.randint(key, (images.shape[0], 2), 0, 2 * _SHIFT + 1)
@@ -101,9 +99,7 @@ class LettersTask(FlaxTask):
 def fit_temperature(logits: Array, targets: Array) -> float:
     """Return the temperature, 0.5 to 8, at which the logits fit the targets best.
 
-    Args:
-        logits: shape [n, classes].
-        targets: int, shape [n].
+    ``logits`` has the shape [n, classes], and ``targets`` the shape [n].
     """
     grid = np.geomspace(0.5, 8.0, 33)
     scaled = logits.astype(np.float64) / grid[:, None, None]

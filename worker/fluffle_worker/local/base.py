@@ -88,16 +88,16 @@ def check_number(rule: str, name: str, value: float, *, zero: bool = False) -> N
         )
 
 
-class Identity:
-    """The rule that changes nothing."""
+class Plain:
+    """The rule that has no state and changes and keeps nothing; others override what differs."""
 
-    def begin(self, received: Named, broadcast: Named, kept: Named) -> None:
+    def begin(self, received: Named, broadcast: Named, kept: Named) -> Any:
         """Return no state."""
 
-    def gradient(self, gradient: Named, weights: Named, state: None) -> tuple[Named, None]:
+    def gradient(self, gradient: Named, weights: Named, state: Any) -> tuple[Named, Any]:
         """Return the gradient unchanged."""
         return gradient, state
 
-    def end(self, trained: Named, state: None) -> Named:
+    def end(self, trained: Named, state: Any) -> Named:
         """Keep nothing."""
         return {}

@@ -12,7 +12,7 @@ import numpy as np
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Weights, read_only
-from fluffle_worker.local.base import Identity, LocalRule, Named, kept_and_extra
+from fluffle_worker.local.base import LocalRule, Named, Plain, kept_and_extra
 from fluffle_worker.local.persistent_tensors import PersistentTensors, WorkId
 
 
@@ -24,7 +24,7 @@ class BoundRule:
     the same run. Every method raises ``TaskError`` if the rule fails or returns something invalid.
 
     Args:
-        rule: the rule; None for the identity.
+        rule: the rule; None if there is none.
         name: the rule's name in errors; by default, that of its class.
 
     Raises:
@@ -32,7 +32,7 @@ class BoundRule:
     """
 
     def __init__(self, rule: LocalRule[Any] | None = None, name: str = "") -> None:
-        self._rule: LocalRule[Any] = Identity() if rule is None else rule
+        self._rule: LocalRule[Any] = Plain() if rule is None else rule
         self.name = name or type(self._rule).__name__
         if isinstance(rule, type):
             raise UsageError(
@@ -58,8 +58,7 @@ class BoundRule:
     def check_batches(self, *, mixed: bool) -> None:
         """Check that the rule can have the gradients that it needs.
 
-        Args:
-            mixed: whether the model mixes the examples of a batch, as batch normalization does.
+        ``mixed`` says whether the model mixes the examples of a batch, as batch normalization does.
 
         Raises:
             TaskError: if the rule needs the gradient of each example, but ``mixed``.
@@ -72,8 +71,8 @@ class BoundRule:
 
     @property
     def changes_nothing(self) -> bool:
-        """Whether the rule is the identity."""
-        return isinstance(self._rule, Identity)
+        """Whether there is no rule."""
+        return type(self._rule) is Plain
 
     @property
     def key(self) -> int:

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluffle_common.errors import TaskError
-from fluffle_worker.local.base import Named, check_number
+from fluffle_worker.local.base import Named, Plain, check_number
 
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class DpSgd:
+class DpSgd(Plain):
     """Differentially private SGD; it protects single examples of this worker's data.
 
     Each example's gradient is scaled down to the norm ``clip``. Gaussian noise of standard
@@ -80,7 +80,3 @@ class DpSgd:
             dtype = jax.dtypes.canonicalize_dtype(gradient[name].dtype)  # float64 by x64 only
             private[name] = ((total + noise) / len(factors)).astype(dtype)
         return private, next_key
-
-    def end(self, trained: Named, state: Any) -> Named:
-        """Keep nothing."""
-        return {}

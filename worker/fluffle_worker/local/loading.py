@@ -16,7 +16,6 @@ from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.chain import Chain
-from fluffle_worker.user_code import CALLERS
 
 GROUP = "fluffle.local_rules"
 _OPTION = "--local-rule"
@@ -72,7 +71,7 @@ def _find_one(name: str) -> Any:
     if kind in OWN:
         rule = pkgutil.resolve_name(OWN[kind])
     elif kind in others:
-        rule = load_installed("local rule", others[kind], CALLERS)
+        rule = load_installed("local rule", others[kind])
     elif name.rpartition(":")[0].endswith(".py"):
         return load_object(name, _OPTION)
     else:

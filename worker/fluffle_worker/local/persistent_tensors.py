@@ -51,9 +51,7 @@ class PersistentTensors:
 
     Every method raises ``TaskError`` if a file cannot be read or written.
 
-    Args:
-        folder: the folder for the files; None to keep the tensors in memory only.
-        prefix: the prefix of the files' names.
+    Without a folder, they are in memory only. The files' names begin with ``prefix``.
     """
 
     def __init__(self, folder: Path | None = None, prefix: str = "local-rule") -> None:
@@ -142,7 +140,7 @@ def keep_in(folder: Path | None, name: str, task: Any) -> None:
     for owner in (task, getattr(task, "local_rule", None)):
         keep = getattr(owner, "keep_in", None)
         if callable(keep):
-            call_task(name, "keep_in()", keep, folder)
+            call_task(f"keep_in() of the task {name} fails", keep, folder)
 
 
 def _read(path: Path) -> _Kept:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fluffle_worker.local.base import Named, check_number
+from fluffle_worker.local.base import Named, Plain, check_number
 
 
 @dataclass(frozen=True)
-class Proximal:
+class Proximal(Plain):
     """Adds ``mu * (w - w0)`` to each gradient, the gradient of ``mu / 2 * |w - w0|²``.
 
     This limits how far workers with different data drift apart over many local steps. Source: Li et
@@ -42,7 +42,3 @@ class Proximal:
             name: one + self.mu * (weights[name] - state[name]) for name, one in gradient.items()
         }
         return pulled, state
-
-    def end(self, trained: Named, state: Named) -> Named:
-        """Keep nothing."""
-        return {}

@@ -9,19 +9,12 @@ from fluffle_worker.local.base import Named
 
 
 class ControlVariates(NamedTuple):
-    """The state of a training; arrays with the names and shapes of the tensors that travel.
+    """The state of a training; arrays with the names and shapes of the tensors that travel."""
 
-    Args:
-        server: ``c``, the mean of all workers' control variates, as broadcast.
-        own: ``c_k``, this worker's control variate; zeros at first.
-        mean: the mean uncorrected gradient of the steps so far.
-        steps: the number of steps so far.
-    """
-
-    server: Named
-    own: Named
-    mean: Named
-    steps: int
+    server: Named  # ``c``, the mean of all workers' control variates, as broadcast
+    own: Named  # ``c_k``, this worker's control variate; zeros at first
+    mean: Named  # of the uncorrected gradients of the steps so far
+    steps: int  # so far
 
 
 class Scaffold:

@@ -1,4 +1,4 @@
-"""Training data of a task, for any framework: arrays on the device, or a stream of batches."""
+"""Training data of a task, for any framework: arrays in memory or a stream, and their batches."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array
-from fluffle_worker.tasks.batches import index_batches, steps_of
 from fluffle_worker.tasks.checks import check_pair, check_seed, checked_array
 
 Examples = tuple[Any, Any]
@@ -25,13 +24,39 @@ _UNDIVIDED = (
 _MUCH = 10  # An epoch of so many times num_examples is one that never ends.
 
 
+def batch_size_of(plan: Plan, count: int) -> int:
+    """Return the batch size for ``count`` examples."""
+    return min(plan.batch_size, count)
+
+
+def steps_of(plan: Plan, count: int) -> int:
+    """Return the number of training steps on ``count`` examples."""
+    return plan.steps or plan.epochs * -(-count // batch_size_of(plan, count))
+
+
+def index_batches(plan: Plan, count: int, sample_seed: int) -> Iterator[Array]:
+    """Yield one int32 index array of shape [batch size] per step, shuffled in each epoch.
+
+    The last batch of an epoch is filled with examples from the start of that epoch's order, which
+    are then used twice. JAX would compile the step a second time for a smaller batch.
+
+    ``sample_seed`` decorrelates this worker's order from those of other workers.
+    """
+    size, left = batch_size_of(plan, count), steps_of(plan, count)
+    rng = np.random.default_rng([plan.seed, sample_seed])
+    while left:
+        order = rng.permutation(count).astype(np.int32)
+        filled = np.resize(order, -(-count // size) * size)
+        batches = np.split(filled, len(filled) // size)[:left]
+        left -= len(batches)
+        yield from batches
+
+
 class InMemory:
     """Arrays that stay on the device, so that a batch is gathered there instead of copied to it.
 
-    Args:
-        source: the examples, on the device.
-        arrays: their arrays in a list.
-        sample_seed: decorrelates this worker's batches from those of other workers.
+    ``arrays`` lists those in ``source``, which are on the device. ``sample_seed`` decorrelates this
+    worker's batches from those of other workers.
 
     Raises:
         TaskError: if the arrays differ in their number of examples, or the seed is invalid.
@@ -70,11 +95,9 @@ class Streamed:
 
     The stream decides on the batch sizes; the step is compiled once per size.
 
-    Args:
-        stream: returns the batches of an epoch.
-        num_examples: the number of examples in an epoch.
-        sample_seed: decorrelates each epoch's ``rng`` from those of other workers.
-        arrays_in: returns the arrays of a batch in a list.
+    ``stream`` returns the batches of an epoch, which has ``num_examples``, and ``arrays_in`` the
+    arrays of a batch in a list. ``sample_seed`` decorrelates each epoch's ``rng`` from those of
+    other workers.
 
     Raises:
         TaskError: if ``num_examples`` is not given, or the seed is invalid.

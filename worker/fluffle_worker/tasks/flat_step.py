@@ -63,13 +63,8 @@ class FlatStep:
     ) -> Iterator[tuple[Flat, Sequence[Any]]]:
         """Train on all batches; yield the state after each call, with the losses of its steps.
 
-        Args:
-            rate: the learning rate.
-            state: the state at the beginning.
-            frozen: tensors that the step reads and does not change.
-            source: the examples that batches index; None if a batch holds examples itself.
-            batches: index arrays of one shape, or examples.
-            key: the key of the training.
+        The step reads ``frozen`` and does not change it. ``batches`` index ``source``, or are
+        examples themselves if that is None.
 
         Raises:
             TaskError: if the step changes the structure of its state.

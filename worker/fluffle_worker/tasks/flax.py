@@ -7,10 +7,8 @@ own. The state of random number generators, such as dropout's, never travels.
 
 from __future__ import annotations
 
-import copy
 import functools
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,39 +18,28 @@ import optax
 from flax import nnx
 
 from fluffle_common.cli.settings import cache_folder
-from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Plan
-from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
 from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
-from fluffle_worker.local.persistent_tensors import PersistentTensors
-from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
+from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
-from fluffle_worker.tasks.examples import (
-    Examples,
-    InMemory,
-    Stream,
-    Streamed,
-    call,
-    count_of,
-    joined,
-)
+from fluffle_worker.tasks.examples import Examples, Stream, call, joined
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.jax_examples import key_of, on_device, picked, scored, summed
 from fluffle_worker.tasks.model_parts import ModelParts
-from fluffle_worker.tasks.step_losses import StepLosses
 from fluffle_worker.user_code import FailedMetric
 
-Loss = Callable[[Any, Any], Any]
 Augment = Callable[[jax.Array, Any], Any]
 _EVALUATION_BATCH = 256
 _NOTHING = np.zeros(0)
 
 
-class FlaxTask:
+class FlaxTask(AdaptedTask):
     """A task that trains and evaluates a Flax model.
 
     Every round starts with a new optimizer state. A worker therefore keeps nothing between rounds,
@@ -93,8 +80,6 @@ class FlaxTask:
         TaskError: if an argument is unusable, or a filter leaves nothing to its purpose.
     """
 
-    only_reads = True
-
     def __init__(
         self,
         model: Callable[[nnx.Rngs], nnx.Module],
@@ -116,62 +101,33 @@ class FlaxTask:
         score_trained: bool = False,
     ) -> None:
         keep_compiled()
-        self.whole: FlaxTask = self
-        self.classes = classes
-        self.local_rule = BoundRule(local_rule)
-        self._loss, self._metrics = loss, as_metrics(metrics)
-        self._failed: dict[str, Exception] = {}
-        self._augment = augment
         if not isinstance(optimizer, optax.GradientTransformation):
             check_function("optimizer", optimizer, "an optax optimizer, such as optax.adam")
         check_function("loss", loss, "a function of the outputs and targets")
+        self.classes, self.local_rule = classes, BoundRule(local_rule)
+        self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
-        self._data: InMemory | Streamed
-        if callable(train_data):
-            self._data = Streamed(train_data, num_examples, sample_seed, jax.tree.leaves)
-        else:
-            source = on_device(train_data, "train_data", classes)
-            self._data = InMemory(source, jax.tree.leaves(source), sample_seed)
-        self.num_examples = self._data.num_examples
-        valid = None if valid_data is None else on_device(valid_data, "valid_data", classes)
-        self._held_out = count_of(jax.tree.leaves(valid), "valid_data") if valid else 0
-        self._valid: Any = valid if self._held_out else None
-        self._sample_seed, self._score_trained = sample_seed, score_trained
+        self._score_trained = score_trained
+        place = functools.partial(on_device, classes=classes)
+        self._take_examples(
+            train_data,
+            valid_data,
+            num_examples,
+            sample_seed,
+            on_device=place,
+            arrays_in=jax.tree.leaves,
+        )
+        self._failed: dict[str, Exception] = {}
         self._parts = ModelParts(model, federated, frozen)
-        if share_frozen and not self.frozen():
-            raise TaskError(
-                "frozen= selects no tensor, so share_frozen= has no effect; remove share_frozen="
-            )
-        self.share_frozen = share_frozen
-        self._personal = PersistentTensors()
+        self._share_frozen(share_frozen)
         self._steps: dict[tuple[int, Any], FlatStep] = {}
         self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
-
-    def keep_in(self, folder: Path) -> None:
-        """Keep the personal tensors in this folder, so that they outlive a restart."""
-        self._personal = PersistentTensors(folder, "personal")
 
     @property
     def labels(self) -> Array:
         """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
         return joined([np.asarray(one) for one in self._data.targets()])
-
-    def part(self, rows: Array, sample_seed: int) -> FlaxTask:
-        """Return a task on a subset of the training examples, without held-out data.
-
-        Parts share the arrays and the compiled functions, so a thousand of them are cheap.
-
-        Args:
-            rows: indices of the part's examples, shape [part size].
-            sample_seed: decorrelates the part's batches from those of other parts.
-        """
-        made = copy.copy(self)
-        made.whole, made._data = self, self._data.part(rows, sample_seed)
-        made.num_examples, made._sample_seed = len(rows), sample_seed
-        made._valid, made._personal = None, PersistentTensors()
-        made.local_rule = self.local_rule.anew()
-        return made
 
     def model_form(self) -> dict[str, Any]:
         """Return the names, shapes and dtypes of the tensors that travel."""
@@ -200,8 +156,7 @@ class FlaxTask:
         self.check(weights)
         parts, data, rule = self._parts, self._data, self.local_rule
         rule.check_batches(mixed=parts.has_statistics)
-        work = work_of(plan)
-        learnt = parts.learnt(weights, self._personal.before(work))
+        learnt = parts.learnt(weights, self._personal.before(work_of(plan)))
         trained = _trained(plan)
         params = nnx.filter_state(learnt, trained)
         key = key_of(plan.seed ^ self._sample_seed)
@@ -219,22 +174,10 @@ class FlaxTask:
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
             rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
-        self._personal.keep(work, parts.personal(learnt))
-        metrics = losses.metrics()
-        if self._score_trained and self._valid is not None:
-            scores = self._scores(learnt, frozen, parts.at_home.rest)
-            metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}
-        return TrainResult(parts.travelling(learnt), self.num_examples, metrics)
+        return self._result(plan, parts.travelling(learnt), parts.personal(learnt), losses)
 
-    def evaluate(self, weights: Weights) -> EvalResult | None:
-        """Evaluate ``weights``, with the latest personal tensors; None without held-out data."""
-        if self._valid is None:
-            return None
-        scores = self._scores(*self._states(weights))
-        return EvalResult(scores.pop("loss"), self._held_out, scores)
-
-    def _scores(self, *states: Any) -> dict[str, float]:
-        """Return the mean loss and metrics of a model on the held-out data."""
+    def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
+        states = self._states(weights, personal)
         count = self._held_out
         size = min(_EVALUATION_BATCH, count)
         totals: dict[str, float] = {}
@@ -257,12 +200,11 @@ class FlaxTask:
 
     def outputs(self, weights: Weights, inputs: Any) -> Array:
         """Return the model's outputs for a batch of inputs, shape [batch, …]."""
-        return np.asarray(self._forward(*self._states(weights), inputs))
+        return np.asarray(self._forward(*self._states(weights, self._latest_personal()), inputs))
 
-    def _states(self, weights: Weights) -> tuple[Any, Any, Any]:
+    def _states(self, weights: Weights, personal: Weights) -> tuple[Any, Any, Any]:
         self.check(weights)
         _, frozen, rest = self._parts.at_home
-        personal = self._personal.latest(self.local_rule.run)
         return self._parts.learnt(weights, personal), frozen, rest
 
     def _transform(self, learning_rate: Any) -> optax.GradientTransformation:

@@ -23,17 +23,12 @@ AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 
 
 class AtHome(NamedTuple):
-    """The state that does not travel, as ``model(nnx.Rngs(0))`` initializes it.
+    """The state that does not travel, as ``model(nnx.Rngs(0))`` initializes it."""
 
-    Args:
-        personal: trained here and kept between rounds.
-        frozen: never trained; replaced by ``use_frozen`` alone.
-        rest: neither parameters nor running statistics, such as dropout's random state; reset at
-            the start of each training, for which ``seeded`` changes the random state.
-    """
-
-    personal: Any
-    frozen: Any
+    personal: Any  # trained here and kept between rounds
+    frozen: Any  # never trained; replaced by ``use_frozen`` alone
+    # Neither parameters nor running statistics, such as dropout's random state; reset at the start
+    # of each training, for which ``seeded`` changes the random state.
     rest: Any
 
 

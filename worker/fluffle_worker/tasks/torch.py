@@ -9,12 +9,11 @@ travel.
 
 from __future__ import annotations
 
-import copy
+import functools
 import operator
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,25 +28,13 @@ from torch import nn
 
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
-from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.local.persistent_tensors import PersistentTensors
-from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
+from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
-from fluffle_worker.tasks.examples import (
-    Examples,
-    InMemory,
-    Stream,
-    Streamed,
-    arrays_in,
-    call,
-    count_of,
-    joined,
-    mapped,
-)
-from fluffle_worker.tasks.step_losses import StepLosses
+from fluffle_worker.tasks.examples import Examples, Stream, arrays_in, call, joined, mapped
 from fluffle_worker.tasks.torch_gradients import (
     gradients_of_examples,
     mean_loss,
@@ -69,13 +56,12 @@ from fluffle_worker.tasks.torch_tensors import (
 )
 from fluffle_worker.user_code import FailedMetric
 
-Loss = Callable[[Any, Any], Any]
 _EVALUATION_BATCH = 256
 # Steps draw from torch's random state, which is global, so only one may be running in the process.
 _random_state = threading.RLock()  # a user's function may use another task
 
 
-class TorchTask:
+class TorchTask(AdaptedTask):
     """A task that trains and evaluates a PyTorch module.
 
     Every training works on its own copy of the module, with a new optimizer. A worker therefore
@@ -116,8 +102,6 @@ class TorchTask:
             nothing to its purpose.
     """
 
-    only_reads = True
-
     def __init__(
         self,
         model: Callable[[], nn.Module],
@@ -139,60 +123,26 @@ class TorchTask:
         score_trained: bool = False,
         device: str | torch.device | None = None,
     ) -> None:
-        self.whole: TorchTask = self
-        self.classes = classes
-        self.local_rule = BoundRule(local_rule)
-        self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         check_function("optimizer", optimizer, "an optimizer's class, such as torch.optim.Adam")
-        check_function("loss", loss, "a function of the outputs and targets")
-        self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        self._data: InMemory | Streamed
-        if callable(train_data):
-            self._data = Streamed(train_data, num_examples, sample_seed, arrays_in)
-        else:
-            source = on_device(train_data, "train_data", self._device)
-            self._data = InMemory(source, arrays_in(source), sample_seed)
-        self.num_examples = self._data.num_examples
-        self._valid = (
-            None if valid_data is None else on_device(valid_data, "valid_data", self._device)
+        check_function("loss", loss, "a function of the outputs and targets")
+        self.classes, self.local_rule = classes, BoundRule(local_rule)
+        self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
+        self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
+        self._score_trained = score_trained
+        place = functools.partial(on_device, device=self._device)
+        self._take_examples(
+            train_data, valid_data, num_examples, sample_seed, on_device=place, arrays_in=arrays_in
         )
-        self._held_out = 0 if valid_data is None else count_of(arrays_in(self._valid), "valid_data")
-        self._sample_seed, self._score_trained = sample_seed, score_trained
         self._model = model
         self._module = copy_of(self._made(0)).to(self._device)
         self._travel, self._frozen = self._split(federated, frozen)
-        if share_frozen and not self._frozen:
-            raise TaskError(
-                "frozen= selects no tensor, so share_frozen= has no effect; remove share_frozen="
-            )
-        self.share_frozen = share_frozen
-        self._personal = PersistentTensors()
-
-    def keep_in(self, folder: Path) -> None:
-        """Keep the personal tensors in this folder, so that they outlive a restart."""
-        self._personal = PersistentTensors(folder, "personal")
+        self._share_frozen(share_frozen)
 
     @property
     def labels(self) -> Array:
         """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
         return joined([as_array(one) for one in self._data.targets()])
-
-    def part(self, rows: Array, sample_seed: int) -> TorchTask:
-        """Return a task on a subset of the training examples, without held-out data.
-
-        Parts share the data and the module, so a thousand of them are cheap.
-
-        Args:
-            rows: indices of the part's examples, shape [part size].
-            sample_seed: decorrelates the part's batches from those of other parts.
-        """
-        made = copy.copy(self)
-        made.whole, made._data = self, self._data.part(rows, sample_seed)
-        made.num_examples, made._sample_seed = len(rows), sample_seed
-        made._valid, made._held_out, made._personal = None, 0, PersistentTensors()
-        made.local_rule = self.local_rule.anew()
-        return made
 
     def model_form(self) -> dict[str, Array]:
         """Return arrays with the names, shapes and dtypes of the tensors that travel."""
@@ -225,8 +175,7 @@ class TorchTask:
             ValueError: if ``weights`` do not fit this model.
         """
         rule, data = self.local_rule, self._data
-        work = work_of(plan)
-        module = self._filled(weights, self._personal.before(work)).train()
+        module = self._filled(weights, self._personal.before(work_of(plan))).train()
         params = trained_by(plan, module)
         rule.check_batches(mixed=any(map(mixes_examples, module.modules())))
         optimizer = self._optimizer(
@@ -248,25 +197,11 @@ class TorchTask:
             rule.end(copies_of(params), state)
         trained = arrays_of(module, self._travel.__contains__)
         personal = arrays_of(module, self._is_personal)
-        self._personal.keep(work, personal)
-        metrics = losses.metrics()
-        if self._score_trained and self._held_out:
-            # As evaluate() does: with the frozen statistics, which the training has changed.
-            scores = self._scores(self._filled(trained, personal))
-            metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}
-        return TrainResult(trained, self.num_examples, metrics)
+        return self._result(plan, trained, personal, losses)
 
-    def evaluate(self, weights: Weights) -> EvalResult | None:
-        """Evaluate ``weights``, with the latest personal tensors; None without held-out data."""
-        if not self._held_out:
-            return None
-        personal = self._personal.latest(self.local_rule.run)
-        scores = self._scores(self._filled(weights, personal))
-        return EvalResult(scores.pop("loss"), self._held_out, scores)
-
-    def _scores(self, module: nn.Module) -> dict[str, float]:
-        """Return the mean loss and metrics of a module on the held-out data."""
-        module.eval()
+    def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
+        # Not the module that was trained: training has changed its frozen statistics.
+        module = self._filled(weights, personal).eval()
         totals: dict[str, float] = {}
         failed: dict[str, FailedMetric] = {}
         with self._seeded(0), torch.no_grad():

@@ -8,7 +8,7 @@ import functools
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from types import CellType, FunctionType
+from types import CellType, FunctionType, MethodType
 from typing import Any
 
 import ml_dtypes
@@ -85,7 +85,8 @@ def copy_of(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Mo
     A module may have a tensor that its last call or a hook has computed, such as the ``weight`` of
     ``nn.utils.weight_norm``. PyTorch does not copy such a tensor, so the copy has its values. Nor
     does Python copy a function, such as a hook or ``self.body = lambda x: self.layer(x)``: that of
-    the copy must not go on to call the layer of the original, which is not trained.
+    the copy must not go on to call the layer of the original, which is not trained. Functions are
+    found in lists, tuples, dicts, partials, methods and other functions, but in no other object.
     """
     memo = dict(shared or {})
     for part in module.modules():
@@ -113,16 +114,20 @@ def _rebound(value: Any, copies: dict[int, Any]) -> Any:
         return copies[id(value)]
     copies[id(value)] = made = value  # it may contain itself
     if isinstance(value, CellType):
-        with contextlib.suppress(ValueError):  # an empty cell
-            if new := moved(value.cell_contents):
-                made = CellType(*new)
+        if new := moved(_contents(value)):
+            made = CellType(*new)
     elif isinstance(value, FunctionType):
         bound = value.__defaults__, value.__kwdefaults__, value.__closure__
         if new := moved(*bound):
             defaults, named, cells = new
+            own = CellType()  # of a function that calls itself
+            cells = cells and tuple(own if _contents(one) is value else one for one in cells)
             made = FunctionType(value.__code__, value.__globals__, value.__name__, defaults, cells)
-            made.__kwdefaults__ = named
+            own.cell_contents, made.__kwdefaults__ = made, named
             vars(made).update(vars(value))
+    elif isinstance(value, MethodType):
+        if new := moved(value.__func__, value.__self__):
+            made = MethodType(*new)
     elif isinstance(value, functools.partial):
         if new := moved(value.func, value.args, value.keywords):
             made = functools.partial(new[0], *new[1], **new[2])
@@ -132,6 +137,12 @@ def _rebound(value: Any, copies: dict[int, Any]) -> Any:
         made = type(value)(zip(value, new, strict=True))
     copies[id(value)] = made
     return made
+
+
+def _contents(cell: CellType) -> Any:
+    with contextlib.suppress(ValueError):  # an empty cell
+        return cell.cell_contents
+    return None
 
 
 def trained_by(plan: Plan, module: nn.Module) -> dict[str, Any]:

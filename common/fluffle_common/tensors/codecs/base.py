@@ -121,16 +121,23 @@ def _codec_frames(error: BaseException) -> types.TracebackType | None:
     return trace.tb_next if trace is not None and trace.tb_next is not None else trace
 
 
-def check_no_settings(text: str, name: str) -> None:
-    """Check that a text names a codec without settings.
+class WithoutSettings:
+    """The ``parse`` of a codec that takes no settings."""
 
-    Raises:
-        ValueError: if it has settings.
-    """
-    if text != name:
-        raise ValueError(
-            f"the codec '{name}' takes no settings; write '{name}' instead of '{text}'"
-        )
+    name: ClassVar[str]
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """Return the codec.
+
+        Raises:
+            ValueError: if the text has settings.
+        """
+        if text != cls.name:
+            raise ValueError(
+                f"the codec '{cls.name}' takes no settings; write '{cls.name}' instead of '{text}'"
+            )
+        return cls()
 
 
 def clip_to(tensor: Array, limit: float) -> Array:

@@ -7,24 +7,19 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, check_no_settings, clip_to
+from fluffle_common.tensors.codecs.base import Part, Shape, WithoutSettings, clip_to
 from fluffle_common.tensors.weights import Array, largest
 
 _MAX = largest(np.dtype(np.float16))
 
 
 @dataclass(frozen=True, slots=True)
-class F16:
+class F16(WithoutSettings):
     """The codec ``f16``; see ``Codec``."""
 
     name: ClassVar[str] = "f16"
     dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
     feeds_back: ClassVar[bool] = False
-
-    @classmethod
-    def parse(cls, text: str) -> F16:
-        check_no_settings(text, cls.name)
-        return cls()
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
         """Return the values as float16, clipped to its range."""

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, check_no_settings, clip_to
+from fluffle_common.tensors.codecs.base import Part, Shape, WithoutSettings, clip_to
 from fluffle_common.tensors.weights import FLOATS, Array, largest, not_finite
 
 BLOCK = 256  # values that share a scale
@@ -18,17 +18,12 @@ _MAX = float(np.nextafter(np.float32(largest(np.dtype(np.float32))), np.float32(
 
 
 @dataclass(frozen=True, slots=True)
-class Int8:
+class Int8(WithoutSettings):
     """The codec ``int8``; see ``Codec``."""
 
     name: ClassVar[str] = "int8"
     dtypes: ClassVar[tuple[str, ...]] = FLOATS
     feeds_back: ClassVar[bool] = True
-
-    @classmethod
-    def parse(cls, text: str) -> Int8:
-        check_no_settings(text, cls.name)
-        return cls()
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
         """Return the quantized values, and the scale of each block."""

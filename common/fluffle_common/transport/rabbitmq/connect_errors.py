@@ -52,12 +52,8 @@ def handshake_error(
 ) -> BrokerError | LinkLost:
     """Return the error for a broker that closed a connection during the handshake.
 
-    Args:
-        code: AMQP's reply code.
-        text: the broker's reply text.
-        url: the broker's URL.
-        was_connected: whether this process was connected before. If so, a reached limit is
-            temporary: the broker may still count connections that the network has cut.
+    ``code`` and ``text`` are the broker's. If this process was connected before, a reached limit is
+    temporary: the broker may still count connections that the network has cut.
     """
     where, user, vhost = display_url(url), url.user or "guest", url.path[1:] or "/"
     if code == _ACCESS_REFUSED:
@@ -136,10 +132,7 @@ def probe_tls_error(url: URL, context: ssl.SSLContext | None) -> WrongNode | Non
     asyncio hides the TLS alerts that arrive after the handshake, so this connects again with a
     plain socket. It blocks for a few seconds at most.
 
-    Args:
-        url: the broker's URL.
-        context: the TLS context in use; None for a plain connection, where the question is whether
-            the broker requires TLS.
+    Without a TLS ``context``, the question is whether the broker requires TLS.
     """
     probe_context = context
     if probe_context is None:

@@ -50,11 +50,8 @@ _QUEUED = struct.Struct("@i")
 class FrameSplitter:
     """Splits received bytes into frames for content channels and frames for aiormq.
 
-    Args:
-        feed: called with whole frames for aiormq, in order.
-        clock: a monotonic clock, in seconds.
-        on_blocked: called with the reason when the broker blocks publishers, and with None when it
-            unblocks them.
+    ``feed`` is called with whole frames for aiormq, in order, and ``on_blocked`` with the reason
+    when the broker blocks publishers, and with None when it unblocks them.
     """
 
     def __init__(

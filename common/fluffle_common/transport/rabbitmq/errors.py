@@ -29,8 +29,8 @@ for _name in ("aio_pika", "aiormq"):
 Right = Literal["configure", "read", "write", "bind"]
 TransportError = LinkLost | BrokerError | QueueInUse
 
-# What aio_pika and aiormq raise when a connection or a channel is no longer usable, besides a bare
-# RuntimeError (see `is_connection_error`).
+# What aio_pika and aiormq raise when a connection or a channel is no longer usable, besides
+# `_BARE_ERRORS`, which anyone may raise (see `is_connection_error`).
 _CONNECTION_ERRORS = (
     aiormq.exceptions.AMQPError,
     aiormq.exceptions.ChannelInvalidStateError,
@@ -38,6 +38,7 @@ _CONNECTION_ERRORS = (
     OSError,
     EOFError,
 )
+_BARE_ERRORS = (Exception, RuntimeError, StopAsyncIteration)
 _LIBRARIES = ("aiormq", "aio_pika")
 
 _IN_USE = re.compile(r"in exclusive use|RESOURCE_LOCKED", re.IGNORECASE)
@@ -62,12 +63,13 @@ RIGHTS_REMEDY = "grant the permissions that 'fluffle broker permissions' prints"
 def is_connection_error(error: BaseException) -> bool:
     """Return whether an exception means that a connection or a channel is no longer usable.
 
-    For a closed connection, aiormq and aio_pika also raise a bare ``RuntimeError``. One that was
-    raised outside their code is a bug and does not count.
+    For a closed connection, aiormq and aio_pika also raise a bare ``RuntimeError``, a bare
+    ``Exception`` or, during the handshake, ``StopAsyncIteration``. One that was raised outside
+    their code is a bug and does not count.
     """
     if isinstance(error, _CONNECTION_ERRORS):
         return True
-    if type(error) is not RuntimeError:
+    if type(error) not in _BARE_ERRORS:
         return False
     trace = error.__traceback__
     if trace is None:
@@ -82,9 +84,7 @@ def is_connection_error(error: BaseException) -> bool:
 def map_exceptions(user: str = "", right: Right | None = None) -> Iterator[None]:
     """Raise the contract's errors in place of aio_pika's.
 
-    Args:
-        user: the user that is logged in.
-        right: the permission that the request needs, for error texts that do not name it.
+    ``right`` is the permission that the request needs, for error texts that do not name it.
     """
     try:
         yield
@@ -94,7 +94,7 @@ def map_exceptions(user: str = "", right: Right | None = None) -> Iterator[None]
         if cancelled():
             raise
         raise LinkLost("the link was closed") from None
-    except (*_CONNECTION_ERRORS, RuntimeError) as error:
+    except Exception as error:
         if not is_connection_error(error):
             raise
         raise error_for_reply(error_text(error), user, right) from None
@@ -200,4 +200,6 @@ def _missing_permission(text: str, who: str, right: Right | None) -> str:
 def error_text(error: BaseException) -> str:
     """Return the text of an exception in one line, without credentials."""
     text = " ".join(str(part) for part in error.args) or str(error)
+    if not text and type(error) in _BARE_ERRORS:
+        return "the connection was closed"
     return without_credentials(" ".join(text.split())) or type(error).__name__

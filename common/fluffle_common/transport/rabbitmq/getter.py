@@ -22,10 +22,6 @@ class Getter:
 
     The owner of a queue may delete it, use it exclusively, or redeclare it as a stream. The broker
     then closes the channel that gets a message from it, and for a stream the whole connection.
-
-    Args:
-        connect: opens a connection.
-        lifetime: the lifetime of the link that this is a part of.
     """
 
     def __init__(self, connect: Callable[[], Awaitable[Connection]], lifetime: Lifetime) -> None:

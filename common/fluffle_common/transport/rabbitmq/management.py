@@ -29,43 +29,24 @@ _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 
 @dataclass(frozen=True)
 class QueueFigures:
-    """The figures of one queue; None where a figure is unknown.
-
-    Attributes:
-        name: its name on the broker.
-        purpose: what fluffle uses it for, in words.
-        ready: the number of messages that wait for a consumer.
-        unacknowledged: the number of messages that were delivered and not yet acknowledged.
-        consumers: the number of consumers.
-        size_bytes: the total size of its messages.
-        type: ``classic``, ``quorum`` or ``stream``.
-        known: whether fluffle uses a queue of this name.
-        in_rate: messages published to it, per second.
-        out_rate: messages delivered from it, per second, redeliveries included.
-        growth_rate: the change of ``ready``, in messages per second.
-        oldest_s: the age of the message at its head, in seconds.
-        published: messages published to it since the broker started.
-        settled: messages acknowledged, or delivered without acknowledgement, since then.
-        state: ``running``, or what is wrong with it.
-        limited: whether a policy limits its length; None if it needs no limit.
-    """
+    """The figures of one queue; None where a figure is unknown."""
 
     name: str
-    purpose: str
-    ready: int
+    purpose: str  # what fluffle uses it for, in words
+    ready: int  # messages that wait for a consumer
     unacknowledged: int | None
     consumers: int
-    size_bytes: int | None
-    type: str = "classic"
-    known: bool = True
-    in_rate: float | None = None
-    out_rate: float | None = None
-    growth_rate: float | None = None
-    oldest_s: float | None = None
-    published: int | None = None
-    settled: int | None = None
-    state: str = "running"
-    limited: bool | None = None
+    size_bytes: int | None  # of all its messages
+    type: str = "classic"  # or quorum, or stream
+    known: bool = True  # whether fluffle uses a queue of this name
+    in_rate: float | None = None  # messages published to it, per second
+    out_rate: float | None = None  # messages delivered from it, per second, also repeatedly
+    growth_rate: float | None = None  # the change of ``ready`` per second
+    oldest_s: float | None = None  # the age of the message at its head
+    published: int | None = None  # since the broker started
+    settled: int | None = None  # acknowledged, or delivered without, since then
+    state: str = "running"  # or what is wrong with it
+    limited: bool | None = None  # whether a policy limits its length; None if it needs no limit
 
     def as_dict(self) -> dict[str, Any]:
         """Return the figures as a JSON object."""
@@ -75,12 +56,9 @@ class QueueFigures:
 def ask(base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None) -> Any:
     """Send one request and return the decoded JSON response; None if it is empty.
 
-    Args:
-        base: the URL of the API, without a trailing slash.
-        path: the path of the resource, which starts with ``/api/``.
-        url: the broker's AMQP URL, for its user, password and TLS options; the first if there are
-            several.
-        put: the body of a PUT request; None sends a GET request.
+    ``base`` has no trailing slash, and ``path`` begins with ``/api/``. The user, the password and
+    the TLS options are those of the broker's AMQP ``url``, the first if there are several. ``put``
+    is the body of a PUT request; without it, this is a GET request.
 
     Raises:
         OSError: if there is no response or it is not a success.

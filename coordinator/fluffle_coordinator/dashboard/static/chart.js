@@ -2,7 +2,7 @@
 
 import { draw, figure, largest, make, mark, percent, say } from "./dom.js";
 
-const LEFT = 46;
+const LEFT = 58;
 const RIGHT = 14;
 const TOP = 20;
 const BOTTOM = 8;
@@ -11,15 +11,15 @@ const TALL = 128; // height of a panel if there are one or two
 const LOW = 96; // height of a panel if there are more
 const DOTS = 40; // a curve with more points is drawn without dots
 
-const painters = new WeakMap();
+const painted = new WeakMap(); // by node: the last paint, and the width it was called with
 
 /** Call paint(width) now and whenever the node's width changes. */
 function fit(node, paint) {
-  const painted = painters.get(node);
-  painters.set(node, paint);
-  if (!painted) new ResizeObserver(() => fit(node, painters.get(node))).observe(node);
+  if (!painted.has(node)) new ResizeObserver(() => fit(node, painted.get(node).paint)).observe(node);
+  const before = painted.get(node);
   const width = Math.floor(node.clientWidth);
-  if (width >= 80) paint(width);
+  painted.set(node, { paint, width });
+  if (width >= 80 && !(before?.paint === paint && before.width === width)) paint(width);
 }
 
 function picture(width, height, label) {
@@ -36,15 +36,26 @@ function ticks(low, high, most) {
   return values;
 }
 
-/** Draw the grid lines of a vertical scale, labelled with their values. */
-function scale(svg, low, high, y, width, words, most = 4) {
-  for (const value of ticks(low, high, most)) {
+/** Draw the grid lines of a vertical scale at round numbers of the unit, labelled with their values. */
+function scale(svg, low, high, y, width, words, most = 4, unit = 1) {
+  for (const value of ticks(low / unit, high / unit, most).map((each) => each * unit)) {
     svg.append(draw("line", { x1: LEFT, x2: width - RIGHT, y1: y(value), y2: y(value), class: "grid" }));
     svg.append(draw("text", { x: LEFT - 7, y: y(value) + 3.5, class: "tick end" }, words(value)));
   }
 }
 
-const plain = (value) => String(Number(value.toPrecision(6)));
+/** A number that fits beside the axis: 0.05, 20000, but 6e+5 and 2e-7. */
+function plain(value) {
+  const rounded = Number(value.toPrecision(6));
+  const [words, power] = [String(rounded), rounded.toExponential()];
+  return power.length < words.length ? power : words;
+}
+
+/** A name of at most so many characters. */
+function shortened(name, most) {
+  const letters = [...name]; // characters, of which an emoji is one
+  return letters.length > most ? `${letters.slice(0, most - 1).join("")}…` : name;
+}
 
 // --- curves --------------------------------------------------------------------------------------
 
@@ -72,14 +83,23 @@ export function newest(curves, name) {
   return curves[name]?.findLast((value) => value !== null);
 }
 
-/** Draw one panel per metric over a common axis of rounds; hovering shows the values. */
+/** The last round on the axis: the planned one, unless that leaves less than a quarter of the width to the curve. */
+function horizon(planned, newest) {
+  let last = 20;
+  while (last < 2 * newest) last *= 2;
+  return Math.max(Math.min(planned, last), newest, 2);
+}
+
+let pointed = null; // the round whose values are shown
+
+/** Draw one panel per metric over a common axis of rounds; the pointer or the arrow keys show a round's values. */
 export function chart(node, curves, rounds) {
   const names = metrics(curves);
   const panels = names.filter((name) => !names.includes(BESIDE[name]));
   const each = panels.length > 2 ? LOW : TALL;
   fit(node, (width) => {
     const height = panels.length * each + AXIS;
-    const last = Math.max(rounds ?? 0, curves.rounds.at(-1), 2);
+    const last = horizon(rounds ?? 0, curves.rounds.at(-1));
     const x = (round) => LEFT + ((width - LEFT - RIGHT) * (round - 1)) / (last - 1);
     const values = names.map((name) => `${name} ${wording(name)(newest(curves, name))}`);
     const svg = picture(width, height, `After round ${curves.rounds.at(-1)}: ${values.join(", ")}`);
@@ -94,11 +114,25 @@ export function chart(node, curves, rounds) {
     svg.append(draw("text", { x: 2, y: height - 5, class: "tick" }, "round"));
     const line = draw("line", { y1: TOP, y2: height - AXIS - BOTTOM, class: "cross", visibility: "hidden" });
     svg.append(line);
-    const tip = make("div", { class: "tip", hidden: "" });
+    const tip = node.querySelector(".tip") ?? make("div", { class: "tip", role: "status" });
     node.replaceChildren(svg, tip);
-    const hover = (event) => point(node, curves, names, x, tip, line, event?.clientX ?? null);
-    node.onpointermove = hover;
-    node.onpointerleave = () => hover(null);
+    const show = (index) => {
+      pointed = curves.rounds[index] ?? null;
+      point(node, curves, names, x, tip, line, index);
+    };
+    const nearest = (at) => closest(curves.rounds, (round) => Math.abs(x(round) - at));
+    node.onpointermove = ({ clientX }) => show(nearest(clientX - node.getBoundingClientRect().left));
+    node.onpointerdown = node.onpointermove;
+    node.onpointerleave = ({ pointerType }) => pointerType === "touch" || show(-1); // a finger is lifted to look
+    node.onblur = () => show(-1);
+    node.onkeydown = (event) => {
+      const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+      if (!step) return;
+      const last = curves.rounds.length - 1;
+      show(pointed === null ? last : Math.max(0, Math.min(curves.rounds.indexOf(pointed) + step, last)));
+      event.preventDefault();
+    };
+    show(curves.rounds.indexOf(pointed));
   });
 }
 
@@ -107,12 +141,13 @@ function panel(svg, names, curves, x, top, width, tall) {
   const is_share = isAccuracy(names[0]) && values.every((value) => value >= 0 && value <= 1);
   const low = is_share ? 0 : -largest(values.map((value) => -value), 0);
   const most = largest(values, low);
-  const high = is_share ? 1 : most + (most - low || 1) * 0.06;
+  const high = is_share ? 1 : most + (most - low || Math.abs(low) || 1) * 0.06;
   const base = top + tall - BOTTOM;
   const y = (value) => base - ((base - top - TOP) * (value - low)) / (high - low);
   let from = LEFT;
   for (const name of names) {
-    svg.append(draw("text", { x: from, y: top + 12, class: "title", "data-metric": name }, name));
+    const words = shortened(name, Math.floor((width - RIGHT - from) / 7.5));
+    svg.append(draw("text", { x: from, y: top + 12, class: "title", "data-metric": name }, words));
     from += 16 + 7 * name.length;
   }
   scale(svg, low, high, y, width, is_share ? (value) => `${Math.round(100 * value)} %` : plain);
@@ -136,17 +171,19 @@ function curve(svg, name, curves, x, y, base) {
   }
 }
 
-/** Show the values of the round nearest to the pointer; hide them if clientX is null. */
-function point(node, curves, names, x, tip, line, clientX) {
-  mark(tip, "hidden", clientX === null ? "" : null);
-  mark(line, "visibility", clientX === null ? "hidden" : "visible");
-  if (clientX === null) return;
-  const at = clientX - node.getBoundingClientRect().left;
-  const distance = (index) => Math.abs(x(curves.rounds[index]) - at);
-  const nearest = curves.rounds.reduce((best, _, index) => (distance(index) < distance(best) ? index : best), 0);
-  const values = names.map((name) => `${name} ${wording(name)(curves[name][nearest])}`);
-  say(tip, [`round ${curves.rounds[nearest]}`, ...values].join("\n"));
-  const place = x(curves.rounds[nearest]);
+/** The index of the item with the smallest distance. */
+function closest(items, distance) {
+  return items.reduce((best, item, index) => (distance(item) < distance(items[best]) ? index : best), 0);
+}
+
+/** Show the values of the round at an index; hide them if the index is -1. */
+function point(node, curves, names, x, tip, line, index) {
+  mark(tip, "data-shown", index < 0 ? null : "");
+  mark(line, "visibility", index < 0 ? "hidden" : "visible");
+  if (index < 0) return say(tip, "");
+  const values = names.map((name) => `${name} ${wording(name)(curves[name][index])}`);
+  say(tip, [`round ${curves.rounds[index]}`, ...values].join("\n"));
+  const place = x(curves.rounds[index]);
   mark(line, "x1", place);
   mark(line, "x2", place);
   const room = node.clientWidth - tip.offsetWidth - 4;
@@ -157,18 +194,20 @@ function point(node, curves, names, x, tip, line, clientX) {
 
 /**
  * Draw one stacked bar per label.
- * bars: [{label, parts: {name: value}}]; names: the parts, bottom first; words(value) formats.
+ * bars: [{label, parts: {name: value}}]; names: the parts, bottom first; words(value) formats; unit(high) is
+ * what the vertical scale counts in.
  */
-export function stacks(node, { title, axis, bars, names, words, height }) {
+export function stacks(node, { title, axis, bars, names, words, height, unit = () => 1 }) {
   fit(node, (width) => {
-    const svg = picture(width, height + AXIS, title);
+    const all = (name) => bars.reduce((sum, bar) => sum + (bar.parts[name] ?? 0), 0);
+    const svg = picture(width, height + AXIS, `${title}: ${names.map((name) => `${name} ${words(all(name))}`).join(", ")}`);
     const sums = bars.map((bar) => names.reduce((sum, name) => sum + (bar.parts[name] ?? 0), 0));
     const high = largest(sums, 0) * 1.04 || 1;
     const y = (value) => height - ((height - 8) * value) / high;
     const pitch = (width - LEFT - RIGHT) / bars.length;
     const thick = Math.min(48, Math.max(1, pitch * 0.72));
     const named = Math.ceil(bars.length / Math.max(2, Math.floor(width / 60)));
-    scale(svg, 0, high, y, width, words, Math.max(2, Math.floor(height / 45)));
+    scale(svg, 0, high, y, width, words, Math.max(2, Math.floor(height / 45)), unit(high));
     bars.forEach((bar, index) => {
       const middle = LEFT + pitch * (index + 0.5);
       let below = 0;
@@ -196,7 +235,8 @@ export function stacks(node, { title, axis, bars, names, words, height }) {
  */
 export function matrix(node, { title, columns, rows, newest }) {
   const HIGH = 26;
-  const names = rows.map((row) => (row.name.length > 22 ? `${row.name.slice(0, 21)}…` : row.name));
+  const names = rows.map((row) => shortened(row.name, 22));
+  const label = `${title}: ${rows.map((row) => `${row.name} ${row.end}`).join(", ")}`;
   const left = 12 + 7 * Math.max(...names.map((name) => name.length), 4);
   const right = 12 + 7 * Math.max(...rows.map((row) => row.end.length), 0);
   fit(node, (width) => {
@@ -205,7 +245,7 @@ export function matrix(node, { title, columns, rows, newest }) {
     const view = node.parentElement;
     const atEnd = newest && (!node.firstChild || view.scrollLeft + view.clientWidth >= view.scrollWidth - 1);
     const height = HIGH * rows.length + AXIS;
-    const svg = picture(Math.max(width, left + pitch * columns.length + right), height, title);
+    const svg = picture(Math.max(width, left + pitch * columns.length + right), height, label);
     rows.forEach((row, index) => {
       const top = HIGH * index;
       const middle = top + HIGH / 2 + 4;

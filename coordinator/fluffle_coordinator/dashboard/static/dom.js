@@ -133,6 +133,11 @@ export function span(seconds) {
   return `${Math.floor(seconds / unit)} ${names[0]}${rest ? ` ${rest} ${names[1]}` : ""}`;
 }
 
+/** The unit that `span` writes such a duration in, in seconds. */
+export function unit(seconds) {
+  return seconds < 120 ? 1 : seconds < 7200 ? 60 : 3600;
+}
+
 /** How long ago something was. */
 export function ago(seconds) {
   return seconds < 1.5 ? "now" : `${span(Math.round(seconds))} ago`;
@@ -153,6 +158,12 @@ export function size(bytes) {
 /** The local time of day. */
 export function clock(seconds) {
   return typeof seconds === "number" ? new Date(1000 * seconds).toTimeString().slice(0, 8) : "–";
+}
+
+/** The local time zone: UTC+02:00. */
+export function zone() {
+  const [, sign, hours, minutes] = /([+-])(..)(..)/.exec(new Date().toTimeString());
+  return `UTC${sign}${hours}:${minutes}`;
 }
 
 /** A period in UTC, to the minute. */

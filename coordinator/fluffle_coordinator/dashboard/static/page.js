@@ -51,6 +51,7 @@ function link() {
   const pill = $("link");
   let state = "good";
   let words = "live";
+  let since = "";
   if (snapshot) {
     state = "frozen";
     words = `report of ${moment(board.now).slice(0, 10)}`;
@@ -59,7 +60,8 @@ function link() {
     state = ended ? "wait" : "bad";
     words = ended
       ? "the run has ended and its coordinator is gone; waiting for another coordinator"
-      : `connection lost, retrying (${span(Math.round((Date.now() - lostAt) / 1000))})`;
+      : `connection lost, retrying; check that 'fluffle ${board.run?.source === "journal" ? "dashboard" : "coordinator"}' still runs`;
+    if (!ended) since = `(${span(Math.round((Date.now() - lostAt) / 1000))})`;
   } else if (!board.run) {
     state = "wait";
     words = "connecting";
@@ -70,11 +72,12 @@ function link() {
   mark(pill, "data-state", state);
   mark(document.body, "data-lost", lostAt !== null ? "" : null);
   say($("link-words"), words);
+  say($("link-since"), since); // outside of what screen readers announce
 }
 
 function watch() {
   if (Date.now() - heardAt > SILENT_MS && stream.readyState === EventSource.OPEN) {
-    lostAt ??= Date.now();
+    lostAt ??= heardAt;
     listen();
     heardAt = Date.now();
   }

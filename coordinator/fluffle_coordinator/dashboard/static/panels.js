@@ -1,6 +1,6 @@
 // One function per panel. Each gets the whole board, and `of` lists the sections that it draws.
 
-import { $, clock, either, keyed, make, mark, moment, period, say, size, span, whole } from "./dom.js";
+import { $, clock, either, keyed, make, mark, moment, period, say, size, span, whole, zone } from "./dom.js";
 import { frozen, reached, results } from "./results.js";
 import { over, people, seen, workers } from "./workers.js";
 
@@ -19,6 +19,7 @@ function run(board) {
   const first = frozen(board) && board.totals.opened_at;
   const when = first ? ` · ${period(first, board.rounds.at(-1).committed_at)}` : "";
   say($("run"), run.run ? `run ${run.run}${when}` : "");
+  mark($("phase"), "aria-live", run.phase === "ended" ? "polite" : "off"); // updates would interrupt a screen reader
   say($("phase"), run.words);
   mark($("phase"), "data-phase", run.outcome ?? run.phase);
   const bar = $("rounds-bar");
@@ -150,7 +151,7 @@ queues.of = ["queues", "run"];
 // --- the journal, and rejected messages ----------------------------------------------------------
 
 function journal(board) {
-  either("journal", board.journal.length > 0);
+  say($("journal-zone"), either("journal", board.journal.length > 0) ? `times in ${zone()}` : "");
   keyed(
     $("journal"),
     board.journal.toReversed(),
@@ -159,6 +160,7 @@ function journal(board) {
     (row, line) => {
       mark(row, "data-tone", line.tone);
       say(row.firstChild, clock(line.time));
+      mark(row.firstChild, "title", moment(line.time));
       say(row.lastChild, line.text);
     },
   );

@@ -1,6 +1,6 @@
 // The panels (see panels.js) about committed rounds and the configuration; the report has them too.
 
-import { $, either, figure, largest, make, mark, moment, percent, say, size, span, table, whole } from "./dom.js";
+import { $, either, figure, largest, make, mark, moment, percent, say, size, span, table, unit, whole } from "./dom.js";
 import { FIRST, chart, matrix, metrics, newest, stacks, wording } from "./chart.js";
 
 /** The phases between two commits, in the coordinator's order. */
@@ -51,7 +51,8 @@ curves.of = ["curves", "run"];
 
 function rounds(board) {
   const shown = committed(board).reverse();
-  const others = metrics(board.curves).filter((name) => !FIRST.includes(name));
+  const known = metrics(board.curves);
+  const others = known.filter((name) => !FIRST.includes(name));
   const column = (name, of, more = {}) => ({ name, of, n: true, ...more });
   const report = frozen(board)
     ? [
@@ -66,13 +67,13 @@ function rounds(board) {
     : [];
   const columns = [
     column("round", (round) => round.round),
-    column("accuracy", (round) => percent(round.metrics?.accuracy)),
+    known.includes("accuracy") && column("accuracy", (round) => percent(round.metrics?.accuracy)),
     column("loss", (round) => figure(round.loss)),
     column("updates", (round) => whole(round.updates), { title: (round) => round.participants?.join(", ") }),
     ...report,
     column("took", (round) => span(seconds(round)), { title: () => "from the previous commit to this one" }),
     { name: "where the time went", wide: true, fill: (cell, round) => shares(cell, round.phases ?? {}) },
-  ];
+  ].filter(Boolean);
   for (const node of document.querySelectorAll("[data-rounds]")) {
     say(node, shown.at(-1)?.round > 1 ? `last ${whole(shown.length)} rounds` : ""); // a page has no details of older ones
   }
@@ -107,7 +108,7 @@ function time(board) {
   const of = (name) => total(timed, (round) => round.phases[name]);
   const bars = timed.map((round) => ({ label: round.round, parts: round.phases }));
   legend("time-legend", PHASES.map((name) => [name, `${label(name)} ${span(of(name))} (${percent(of(name) / all)})`]));
-  stacks($("time"), { title: "Seconds of each phase by round", axis: "round", bars, names: PHASES, words: span, height: 180 });
+  stacks($("time"), { title: "Seconds of each phase by round", axis: "round", bars, names: PHASES, words: span, unit, height: 180 });
 }
 time.of = ["rounds"];
 
@@ -171,6 +172,7 @@ function refusals(board) {
   const shown = committed(board);
   const any = shown.some((round) => round.late || round.rejected);
   mark($("refusals"), "hidden", any ? null : "");
+  legend("refusals-legend", any ? [["late", "late"], ["rejected", "rejected"]] : []);
   if (!any) return;
   const bars = shown.map((round) => ({ label: round.round, parts: { late: round.late, rejected: round.rejected } }));
   const title = "Late updates and rejected messages, by the round that was open when they arrived";

@@ -26,9 +26,11 @@ export function workers(board, now) {
   latest = { board, now };
   const [label, count] = people(board);
   say($("workers-count"), board.workers.length ? `${whole(count)} ${label}` : "");
-  either("workers", board.workers.length > 0);
   mark($("workers-finder"), "hidden", board.workers.length > STEP ? null : "");
-  const matching = board.workers.filter((worker) => worker.name.includes($("workers-name").value.trim()));
+  const wanted = $("workers-name").value.trim().toLowerCase();
+  const matching = board.workers.filter((worker) => worker.name.toLowerCase().includes(wanted));
+  say($("workers-empty"), board.workers.length ? "No name matches." : "No worker has connected yet.");
+  either("workers", matching.length > 0);
   const order = $("workers-order").value;
   if (order !== "name") matching.sort((one, other) => (other[order] ?? -1) - (one[order] ?? -1));
   const left = Math.max(0, matching.length - limit);
@@ -60,7 +62,6 @@ export function workers(board, now) {
       mark(row, "data-absent", isHere(worker) || frozen(board) ? null : "");
       say(doing.firstChild, state);
       mark(doing.firstChild, "data-state", state);
-      mark(doing.firstChild, "title", worker.why || null);
       progress(progressing.firstChild, state === "done" ? { name: worker.name } : worker);
       say(loss, figure(worker.loss));
       say(examples, whole(worker.num_examples));
@@ -79,10 +80,12 @@ function progress(bar, worker) {
   const [gauge, words] = bar.children;
   const steps = worker.steps > 0;
   mark(bar, "data-idle", steps ? null : "");
+  mark(gauge, "hidden", !steps && worker.why ? "" : null);
   gauge.max = steps ? worker.steps : 1;
   gauge.value = steps ? worker.step : 0;
   mark(gauge, "aria-label", `local progress of ${worker.name}`);
-  say(words, steps ? `${worker.step}/${worker.steps}` : worker.round ? `round ${worker.round}` : "");
+  const idle = worker.why || (worker.round ? `round ${worker.round}` : "");
+  say(words, steps ? `${worker.step}/${worker.steps}` : idle);
 }
 
 function showCount(cell, count) {
@@ -108,6 +111,13 @@ export function seen(board, now) {
 function redraw() {
   if (latest) workers(latest.board, latest.now);
 }
+addEventListener("beforeprint", () => {
+  const onScreen = limit;
+  limit = Infinity; // paper has no button for more
+  redraw();
+  limit = onScreen;
+});
+addEventListener("afterprint", redraw);
 $("workers-name").addEventListener("input", redraw);
 $("workers-order").addEventListener("change", redraw);
 $("workers-more").addEventListener("click", () => {

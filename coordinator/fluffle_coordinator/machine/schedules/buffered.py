@@ -10,26 +10,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import Draw, select
+from fluffle_coordinator.machine.selection import Draw
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
 
 @dataclass(frozen=True)
 class Buffered(Schedule[State]):
-    """Versions of ``buffer`` updates each.
+    """Versions of ``buffer`` updates each."""
 
-    Args:
-        buffer: how many updates make a version; K in the paper.
-        concurrency: the most workers that train at a time; None sets no limit.
-        max_staleness: how many versions old an update may be; older ones are discarded.
-        phi: the discount of a stale update.
-    """
-
-    buffer: int = 10
-    concurrency: int | None = None
-    max_staleness: int = 20
-    phi: Discount = POLYNOMIAL
+    buffer: int = 10  # how many updates make a version; K in the paper
+    concurrency: int | None = None  # the most workers that train at a time; None sets no limit
+    max_staleness: int = 20  # how many versions old an update may be; older ones are discarded
+    phi: Discount = POLYNOMIAL  # of a stale update
 
     @property
     def continuous(self) -> bool:
@@ -50,8 +43,7 @@ class Buffered(Schedule[State]):
         room = len(idle)
         if self.concurrency is not None:
             room = max(0, self.concurrency - state.tally.unfolded)
-        rules, candidates = state.rules, state.candidates(idle)
-        return select(rules.selection, candidates, room, Draw(rules.seed, state.sequence))
+        return state.select(idle, room, Draw(state.rules.seed, state.sequence))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
         """Return this worker; if the concurrency is limited, any idle ones that it has room for."""

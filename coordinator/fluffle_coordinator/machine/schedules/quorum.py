@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Set
 from dataclasses import dataclass
 
 from fluffle_coordinator.machine.schedule import Schedule
-from fluffle_coordinator.machine.selection import Draw, by_chance, select
+from fluffle_coordinator.machine.selection import Draw, by_chance
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
 
@@ -21,10 +21,8 @@ from fluffle_coordinator.machine.state import State
 class QuorumRounds(Schedule[State]):
     """Rounds that close at the quorum, plus a grace for further updates.
 
-    Args:
-        max_staleness: how many rounds old a late update may be to count. It does not count towards
-            the quorum.
-        phi: the discount of such an update.
+    A late update that is at most ``max_staleness`` rounds old counts, discounted, but not towards
+    the quorum.
     """
 
     max_staleness: int = 0
@@ -88,9 +86,9 @@ def _selected_beside(
 ) -> tuple[str, ...]:
     """Select workers for the places that those in ``settled`` leave in the cohort."""
     rules = state.rules
-    others = state.candidates(name for name in state.workers if name not in settled)
+    others = [name for name in state.workers if name not in settled]
     room, least = rules.ask(len(state.workers)) - len(settled), rules.least - len(settled)
-    return select(rules.selection, others, room, draw, last=last, least=least)
+    return state.select(others, room, draw, last=last, least=least)
 
 
 def _drawn(state: State, secret: int, workers: Iterable[str]) -> tuple[str, ...]:

@@ -48,37 +48,21 @@ Path2D: TypeAlias = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class Style:
-    """One person's handwriting. Lengths are shares of the letter's height, or pixels (``_px``).
+    """One person's handwriting. Lengths are shares of the letter's height, or pixels (``_px``)."""
 
-    Args:
-        allographs: for each letter, the probabilities of its allographs.
-        pens: the probabilities of ``PENS_PX``.
-        habit: the seed of this person's lasting deviation from each allograph.
-        height_px: the height of a plain capital.
-        width: the stretch of the x axis, relative to ``strokes.py``.
-        slant: the shift to the right per unit of height; positive leans forward.
-        turn: the clockwise rotation of the letter, in radians.
-        centre_px: the place of the letter's centre, ``(x, y)``.
-        wobble: the standard deviation of a knot's place between attempts.
-        tremor_px: the standard deviation of the hand from its path.
-        stride_px: the distance between two positions that the mouse reports.
-        rounding: the length over which sharp corners are smoothed.
-        overshoot: how far strokes extend beyond their ends; negative if they stop short.
-    """
-
-    allographs: Mapping[str, tuple[float, ...]]
-    pens: tuple[float, ...]
-    habit: int
-    height_px: float
-    width: float
-    slant: float
-    turn: float
-    centre_px: tuple[float, float]
-    wobble: float
-    tremor_px: float
-    stride_px: float
-    rounding: float
-    overshoot: float
+    allographs: Mapping[str, tuple[float, ...]]  # the probabilities of each letter's allographs
+    pens: tuple[float, ...]  # the probabilities of ``PENS_PX``
+    habit: int  # the seed of this person's lasting deviation from each allograph
+    height_px: float  # of a plain capital
+    width: float  # the stretch of the x axis, relative to ``strokes.py``
+    slant: float  # the shift to the right per unit of height; positive leans forward
+    turn: float  # the clockwise rotation of the letter, in radians
+    centre_px: tuple[float, float]  # of the letter, ``(x, y)``
+    wobble: float  # the standard deviation of a knot's place between attempts
+    tremor_px: float  # the standard deviation of the hand from its path
+    stride_px: float  # between two positions that the mouse reports
+    rounding: float  # the length over which sharp corners are smoothed
+    overshoot: float  # of strokes beyond their ends; negative if they stop short
 
 
 def writer_style(rng: np.random.Generator, favourite_pen: int) -> Style:

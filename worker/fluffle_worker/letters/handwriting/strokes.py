@@ -25,31 +25,21 @@ Point: TypeAlias = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Stroke:
-    """One movement of the pen.
+    """One movement of the pen."""
 
-    Args:
-        knots: the points that the pen passes through, in order.
-        corners: indices of the knots where the pen turns sharply, including both ends. Between two
-            consecutive corners, the pen moves smoothly.
-    """
-
-    knots: tuple[Point, ...]
+    knots: tuple[Point, ...]  # the points that the pen passes through, in order
+    # The indices of the knots where the pen turns sharply, including both ends. Between two
+    # consecutive corners, the pen moves smoothly.
     corners: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Allograph:
-    """One construction of a letter.
+    """One construction of a letter."""
 
-    Args:
-        name: its name, unique within the letter.
-        share: how common it is, relative to the other allographs of the letter.
-        strokes: the strokes, in order.
-    """
-
-    name: str
-    share: float
-    strokes: tuple[Stroke, ...]
+    name: str  # unique within the letter
+    share: float  # how common it is, relative to the other allographs of the letter
+    strokes: tuple[Stroke, ...]  # in order
 
 
 def parse_strokes(path: str) -> tuple[Stroke, ...]:

@@ -15,23 +15,21 @@ from fluffle_common.installed import installed
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.service.guarded_strategy import GuardedStrategy
-from fluffle_coordinator.service.user_calls import call_guarded
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
+from fluffle_coordinator.user_code.calls import fields_of
+from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
 
 _GROUP = "fluffle.strategies"
 _METHODS = ("init", "broadcast", "fold", "finish", "dump", "load")
-_CALLERS = frozenset({__file__})
 
 
 def load_strategy(name: str) -> NamedStrategy:
     """Return the strategy that ``--strategy`` names.
 
-    Args:
-        name: the names of parts, an installed strategy's name, ``path.py:name`` or ``module:name``.
+    That is the names of parts, an installed strategy's name, ``path.py:name`` or ``module:name``.
 
     Raises:
         UsageError: if there is no such object, or it is not a strategy.
@@ -46,7 +44,7 @@ def load_strategy(name: str) -> NamedStrategy:
     if not colon or not (where.endswith(".py") or attribute.isidentifier() or not attribute):
         return NamedStrategy(name, _checked(name, _by_name(name)))
     place = Place.parse("strategy", name)
-    strategy = _checked(name, place.found(_CALLERS))
+    strategy = _checked(name, place.found())
     if not place.is_file:
         return NamedStrategy(name, strategy)
     return NamedStrategy(place.called, strategy, str(Path(place.where).resolve()))
@@ -55,7 +53,7 @@ def load_strategy(name: str) -> NamedStrategy:
 def _by_name(name: str) -> Any:
     entry_points = installed(_GROUP)
     if name in entry_points:
-        return load_installed("strategy", entry_points[name], _CALLERS)
+        return load_installed("strategy", entry_points[name])
     known = {*PARTS, *entry_points}
     raise UsageError(
         f"unknown strategy '{name}' (--strategy); {nearest(name.partition(':')[0], known)} "
@@ -76,10 +74,7 @@ def _checked(name: str, value: Any) -> Any:
             f"--strategy {name} is a class, not a strategy; create an instance in the file, such "
             f"as my_{attribute.lower()} = {attribute}(), and give the name of the instance"
         )
-    found = {
-        field: call_guarded(f"strategy {name}", field, getattr, value, field, None)
-        for field in (*_METHODS, "needs")
-    }
+    found = fields_of(f"strategy {name}", value, (*_METHODS, "needs"))
     missing = [f"{method}()" for method in _METHODS if not callable(found[method])]
     if not isinstance(found["needs"], Needs):
         missing.append("needs (a Needs object)")

@@ -13,8 +13,8 @@ from fluffle_common.errors import TaskError
 from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, read_only, same_form
-from fluffle_coordinator.service.user_calls import call_guarded, failed
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy, Needs
+from fluffle_coordinator.user_code.calls import blame, failed
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,7 @@ class GuardedStrategy:
 
     def fold(self, state: Any, contribution: Contribution) -> Any:
         """Return the state with one more contribution."""
-        of = f" of the update of {contribution.worker}"
-        return self._call("fold", state, contribution, of=of)
+        return self._call("fold", state, contribution, of=contribution.worker)
 
     def finish(self, state: Any, weights: Weights) -> tuple[Weights, Any]:
         """Close the round; return the new weights and the state of the next round.
@@ -105,9 +104,12 @@ class GuardedStrategy:
         return {name: read_only(tensor) for name, tensor in weights.items()}
 
     def _call(self, method: str, *on: Any, of: str = "") -> Any:
-        """Call a method of the strategy; ``of`` says what for, in messages."""
-        function = getattr(self.named.strategy, method)
-        return call_guarded(*self._where(f"{method}(){of}"), function, *on, ours=self.named.ours)
+        """Call a method of the strategy, about the update ``of`` a worker if there is one."""
+        try:
+            return getattr(self.named.strategy, method)(*on)
+        except BaseException as why:
+            update = f" of the update of {of}" if of else ""
+            blame(why, *self._where(f"{method}(){update}"), ours=self.named.ours)
 
     @contextlib.contextmanager
     def _checking(self, where: str, wrong: str) -> Iterator[None]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from typing import Any, NoReturn, TypeVar
 
@@ -20,7 +20,6 @@ from fluffle_common.protocol.events import Slow
 
 T = TypeVar("T")
 
-_CALLERS = frozenset({__file__})
 _SLOW_S = 30
 _THREAD = "user-call"
 
@@ -33,45 +32,42 @@ def failed(what: str, where: str, why: str) -> TaskError:
     )
 
 
-def call_guarded(
-    what: str, where: str, function: Callable[..., T], *on: Any, ours: bool = False
-) -> T:
-    """Call a user's function.
-
-    Args:
-        what: what it belongs to, such as ``schedule windows.py:minutes``.
-        where: its name, for messages.
-        function: the function.
-        on: its arguments.
-        ours: whether it is built in, so that no traceback of it is shown.
+def call_guarded(what: str, where: str, function: Callable[..., T], *on: Any) -> T:
+    """Call a user's function; ``what`` and ``where`` it is are for the message of an error.
 
     Raises:
         TaskError: if it fails; the traceback goes to stderr.
-        RunError: if the disk refuses an update that a strategy keeps there.
     """
     try:
         return function(*on)
-    except RunError:
-        raise
     except BaseException as why:
-        if is_ctrl_c(why):
-            raise
-        if not ours:
-            warn_in_full(why, what.partition(" ")[0], _CALLERS)
-        raise failed(what, where, one_line(why, _CALLERS)) from why
+        blame(why, what, where)
+
+
+def fields_of(what: str, value: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return fields of a user's object, None for those that it lacks; see ``call_guarded``."""
+    return {name: call_guarded(what, name, getattr, value, name, None) for name in names}
+
+
+def blame(why: BaseException, what: str, where: str, *, ours: bool = False) -> NoReturn:
+    """Raise the ``TaskError`` for an error of a user's code; see ``call_guarded``.
+
+    No traceback is shown if the code is ``ours``. A disk that refuses an update, which a strategy
+    keeps there, is not the code's error.
+    """
+    if isinstance(why, RunError) or is_ctrl_c(why):
+        raise why
+    if not ours:
+        warn_in_full(why, what.partition(" ")[0])
+    raise failed(what, where, one_line(why)) from why
 
 
 async def call_user(what: str, call: Callable[[], T], record: Callable[[Slow], object]) -> T:
     """Return the result of a function, which is called in a daemon thread.
 
     Cancelling this coroutine abandons the call. The thread is a daemon because the process waits
-    for all other threads before it exits.
-
-    Args:
-        what: what is called, for messages.
-        call: the function.
-        record: records a run event; called when the function has run for 30 s, 60 s, 120 s and so
-            on.
+    for all other threads before it exits. A call that has run for 30 s, 60 s, 120 s and so on is
+    recorded.
     """
     result = asyncio.get_running_loop().run_in_executor(_THREADS, call)
     running_s = pause_s = _SLOW_S

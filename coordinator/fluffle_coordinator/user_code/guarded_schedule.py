@@ -12,7 +12,7 @@ from fluffle_common.errors import TaskError
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.selection import Candidate, Choose, Draw
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.service.user_calls import call_guarded, failed
+from fluffle_coordinator.user_code.calls import call_guarded, failed
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,10 @@ from fluffle_coordinator.machine.schedules.quorum import QUORUM, QuorumRounds
 from fluffle_coordinator.machine.selection import Choose, Selection, parse_selection
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.service.guarded_schedule import GuardedSchedule, guarded_choice
-from fluffle_coordinator.service.user_calls import call_guarded
+from fluffle_coordinator.user_code.calls import fields_of
+from fluffle_coordinator.user_code.guarded_schedule import GuardedSchedule, guarded_choice
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
-_CALLERS = frozenset({__file__})
 _LATE_ROUNDS = 2  # the default --max-staleness of --late discount
 
 
@@ -33,14 +32,6 @@ def load_schedule(
     """Return the name of the schedule with its settings, and the schedule.
 
     The arguments are the options of ``fluffle coordinator``; None means that one was not given.
-
-    Args:
-        name: ``quorum``, ``buffered`` or ``path.py:name``.
-        buffer: the number of updates that make a version.
-        concurrency: the largest number of workers that train at a time.
-        max_staleness: the largest permitted staleness of an update, in versions.
-        staleness: the discount of a stale update's weight.
-        late: ``discard`` or ``discount``: the treatment of late updates in synchronous rounds.
 
     Raises:
         UsageError: if there is no such schedule, or an option does not apply to it.
@@ -96,7 +87,7 @@ def load_selection(text: str) -> Selection:
     if not where or text.startswith("fastest:"):
         return parse_selection(text)
     place = Place.parse("select", text)
-    function = place.load(_CALLERS)
+    function = place.load()
     if not callable(function) or isinstance(function, type):
         raise UsageError(
             f"--select {text} is not a function; give a function that takes (candidates, count, "
@@ -108,17 +99,14 @@ def load_selection(text: str) -> Selection:
 
 def _from_file(name: str) -> tuple[str, Schedule[State]]:
     place = Place.parse("schedule", name)
-    schedule = place.found(_CALLERS)
+    schedule = place.found()
     if isinstance(schedule, type):
         raise UsageError(
             f"--schedule {name} is a class, not a schedule; create an instance in the file, and "
             "give the name of the instance"
         )
-    what = f"schedule {place.called}"
-    fields = {
-        field: call_guarded(what, field, getattr, schedule, field, None)
-        for field in (*_METHODS, "max_staleness", "continuous")
-    }
+    names = (*_METHODS, "max_staleness", "continuous")
+    fields = fields_of(f"schedule {place.called}", schedule, names)
     missing = [f"{method}()" for method in _METHODS if not callable(fields[method])]
     missing += [
         f"{field} ({kind.__name__})"

@@ -20,10 +20,9 @@ from fluffle_common.cli.user_values import real
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.weights import Array, Weights, read_only
-from fluffle_coordinator.service.user_calls import call_user
+from fluffle_coordinator.user_code.calls import call_user
 
 T = TypeVar("T")
-_CALLERS = frozenset({__file__})
 
 
 class StopRun(Exception):
@@ -133,10 +132,8 @@ def _function(given: Any, option: str, argument: str) -> Any:
 class HookCalls:
     """Calls the hooks of one run, off the event loop.
 
-    Args:
-        hooks: the hooks.
-        record: records a run event: each distinct error of a hook, once, metrics that are not
-            finite, and a hook that is slow.
+    Each distinct error of a hook is recorded once, and so are metrics that are not finite, and a
+    hook that is slow.
     """
 
     def __init__(self, hooks: Hooks, record: Callable[[run_events.RunEvent], None]) -> None:
@@ -187,13 +184,13 @@ class HookCalls:
         """Return the result of a hook; if it fails, report the error and return None."""
         hook = f"the {name} hook of round {number}"
         result, why = await call_user(hook, lambda: _attempt(call), self._record)
-        if why is not None and self._is_new(text := one_line(why, _CALLERS)):
+        if why is not None and self._is_new(text := one_line(why)):
             what = f"round {number} is committed, but its {name} hook failed: {text}"
             self._record(run_events.Note(what=what))
             if isinstance(why, _WrongResult):
                 warn(f"the {name} hook failed: {text}")
             else:
-                warn_in_full(why, f"{name} hook", _CALLERS)
+                warn_in_full(why, f"{name} hook")
         return result
 
     def _is_new(self, text: str) -> bool:

@@ -1,0 +1,144 @@
+"""What the adapters of Flax and PyTorch share: the examples, their parts, and the results."""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from fluffle_common.errors import TaskError
+from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
+from fluffle_common.tensors.weights import Array, Weights
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.persistent_tensors import PersistentTensors
+from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
+from fluffle_worker.tasks.examples import Examples, InMemory, Stream, Streamed, count_of
+
+Loss = Callable[[Any, Any], Any]
+
+
+class AdaptedTask(ABC):
+    """A task that trains and scores a model of some framework on a data owner's examples."""
+
+    only_reads = True
+    local_rule: BoundRule
+    _score_trained: bool
+
+    def _take_examples(
+        self,
+        train_data: Examples | Stream,
+        valid_data: Examples | None,
+        num_examples: int | None,
+        sample_seed: int,
+        *,
+        on_device: Callable[[Any, str], Any],
+        arrays_in: Callable[[Any], Sequence[Any]],
+    ) -> None:
+        """Put the examples on the device; ``arrays_in`` returns their arrays in a list."""
+        self.whole = self
+        self._data: InMemory | Streamed
+        if callable(train_data):
+            self._data = Streamed(train_data, num_examples, sample_seed, arrays_in)
+        else:
+            source = on_device(train_data, "train_data")
+            self._data = InMemory(source, arrays_in(source), sample_seed)
+        self.num_examples, self._sample_seed = self._data.num_examples, sample_seed
+        self._valid: Any = None if valid_data is None else on_device(valid_data, "valid_data")
+        self._held_out = 0 if valid_data is None else count_of(arrays_in(self._valid), "valid_data")
+        self._personal = PersistentTensors()
+
+    def _share_frozen(self, share_frozen: bool) -> None:
+        self.share_frozen = share_frozen
+        if share_frozen and not self.frozen():
+            raise TaskError(
+                "frozen= selects no tensor, so share_frozen= has no effect; remove share_frozen="
+            )
+
+    def keep_in(self, folder: Path) -> None:
+        """Keep the personal tensors in this folder, so that they outlive a restart."""
+        self._personal = PersistentTensors(folder, "personal")
+
+    def part(self, rows: Array, sample_seed: int) -> Self:
+        """Return a task on a subset of the training examples, without held-out data.
+
+        Parts share the examples and the model, so a thousand of them are cheap.
+
+        Args:
+            rows: indices of the part's examples, shape [part size].
+            sample_seed: decorrelates the part's batches from those of other parts.
+        """
+        made = copy.copy(self)
+        made.whole, made._data = self, self._data.part(rows, sample_seed)
+        made.num_examples, made._sample_seed = len(rows), sample_seed
+        made._valid, made._held_out, made._personal = None, 0, PersistentTensors()
+        made.local_rule = self.local_rule.anew()
+        return made
+
+    def evaluate(self, weights: Weights) -> EvalResult | None:
+        """Evaluate ``weights``, with the latest personal tensors; None without held-out data."""
+        if not self._held_out:
+            return None
+        scores = self._scores(weights, self._latest_personal())
+        return EvalResult(scores.pop("loss"), self._held_out, scores)
+
+    def _latest_personal(self) -> Weights:
+        return self._personal.latest(self.local_rule.run)
+
+    def _result(
+        self, plan: Plan, trained: Weights, personal: Weights, losses: StepLosses
+    ) -> TrainResult:
+        """Keep the personal tensors of a training, and return its result."""
+        self._personal.keep(work_of(plan), personal)
+        metrics = losses.metrics()
+        if self._score_trained and self._held_out:
+            scores = self._scores(trained, personal)
+            metrics |= {f"{PERSONAL_PREFIX}{name}": value for name, value in scores.items()}
+        return TrainResult(trained, self.num_examples, metrics)
+
+    @abstractmethod
+    def frozen(self) -> Weights:
+        """Return the frozen tensors."""
+
+    @abstractmethod
+    def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
+        """Return the mean loss and metrics of a model on the held-out data."""
+
+
+class StepLosses:
+    """Collects the loss of each step, and reports the progress.
+
+    Reading a loss waits until the device has computed it. So each step reads the loss of the
+    previous one: this bounds how far the device lags behind the reported progress, without stalling
+    the current step.
+
+    ``progress`` is called after each step, with the step, the steps and the previous step's loss.
+    If ``private``, no loss is reported, because a loss is not noised.
+    """
+
+    def __init__(self, progress: Progress, steps: int, *, private: bool) -> None:
+        self._progress, self._steps, self._private = progress, steps, private
+        self._losses: list[Any] = []
+
+    def __len__(self) -> int:
+        return len(self._losses)
+
+    def add(self, loss: Any) -> None:
+        """Add the loss of the step that was just begun, a number of the framework."""
+        previous: float | None = None
+        if self._losses:  # keeps only the last one on the device
+            previous = self._losses[-1] = float(self._losses[-1])
+        self._losses.append(loss)
+        done = len(self._losses)
+        self._progress(done, max(done, self._steps), None if self._private else previous)
+
+    def metrics(self) -> dict[str, float]:
+        """Return the number of steps and, unless it is private, the mean loss."""
+        metrics = {"steps": float(len(self._losses))}
+        if not self._private:
+            metrics["loss"] = float(np.mean([float(one) for one in self._losses]))
+        return metrics
