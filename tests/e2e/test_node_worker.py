@@ -207,15 +207,19 @@ def test_what_it_does_with_each_kind_of_mail(federation: Federation, installed: 
     assert (first["round"], first["base"], first["num_examples"]) == (1, "b", 90)
     assert properties.message_id == "update/r/1/js"
     assert (properties.delivery_mode, properties.type) == (2, "update")
+    foreign.wait_for("sent 1")  # before that, it is at work, and ignores the same fit
     coordinator.fit()  # the same again: the same update again
     assert coordinator.hear(*work)[1:] == (first, delta)
+    foreign.wait_for("sent 1")
     coordinator.fit(attempt=1)  # a higher attempt: trained anew
     _, second, _ = coordinator.hear(*work)
     assert second["seconds"] != first["seconds"]
+    foreign.wait_for("sent 1")
     verdict = {"round": 1, "base": "b", "outcome": "rejected", "reason": "", "cause": "norm"}
     coordinator.send("verdict", **verdict)
     coordinator.fit(attempt=1)
     assert coordinator.hear(*work)[1] == second
+    foreign.wait_for("sent 1")
     coordinator.send("verdict", **verdict, train_again=True)
     coordinator.fit(attempt=1)
     assert coordinator.hear(*work)[1]["seconds"] != second["seconds"]
