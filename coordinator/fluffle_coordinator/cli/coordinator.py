@@ -52,9 +52,9 @@ def run_option(command: Any) -> Any:
     type=count(),
     metavar="N",
     help="Number N of workers that must be connected before the first round starts. If you set "
-    "this option, a round also never needs fewer updates than it would with N workers connected, "
-    "even if fewer are (not with --select poisson or path.py:name).  [default: --quorum if given "
-    "as a number, else 2]",
+    "this option, each round also needs at least as many updates as it would with N connected "
+    "workers, even while fewer are connected (except with --select poisson or path.py:name).  "
+    "[default: --quorum if given as a number, else 2]",
 )
 @click.option(
     "--quorum",
@@ -155,8 +155,8 @@ def run_option(command: Any) -> Any:
     "--max-examples",
     type=count(),
     metavar="N",
-    help="Maximum number of examples that an update counts for in the average.  [default: the "
-    "number of examples that the worker announced when it connected]",
+    help="Count an update as at most N examples in the average, whatever number it states.  "
+    "[default: the number that its worker announced when it connected]",
 )
 @click.option(
     "--max-norm-ratio",

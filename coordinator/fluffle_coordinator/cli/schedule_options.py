@@ -72,7 +72,7 @@ schedule_options = option_group(
         metavar="P",
         help="Over-selection factor: 1.3 selects 130 % of the workers that --fraction or --sample "
         "asks for, so that a round does not have to wait for stragglers. A fractional --quorum is "
-        "a fraction of the 100 %, the number before over-selection.",
+        "a fraction of the number that they ask for, not of the larger number that is selected.",
     ),
     click.option(
         "--select",

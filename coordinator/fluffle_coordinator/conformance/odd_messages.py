@@ -248,5 +248,5 @@ async def end_of_others(probe: Probe) -> str:
     await probe.send(Refusal(federation=federation, session=session, code="model", reason=reason))
     await probe.update(await probe.ask(probe.next_fit()))
     if any(probe.received(Bye, since)):
-        raise Unmet("the worker left; expected it to ignore both messages")
+        raise Unmet("the worker disconnected, but should have ignored both messages")
     return "both messages ignored, then an update"
