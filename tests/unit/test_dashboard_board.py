@@ -308,7 +308,7 @@ class TestWorkers:
     def test_a_worker_of_an_earlier_round_is_said_to_be_behind(self) -> None:
         workers = Workers()
         workers.sign_of_life(1.0, "north", worker("north", round=3, step=1, steps=2))
-        assert workers["north"].doing(4) == "training 1/2 of round 3"
+        assert workers["north"].doing(4) == "training 1/2 for round 3"
 
     def test_those_on_the_page_are_bounded(self) -> None:
         refused = [("refused", {"worker": f"w{n}", "reason": "classes"}) for n in range(2500)]

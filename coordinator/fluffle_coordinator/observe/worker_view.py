@@ -75,7 +75,7 @@ class WorkerView:
         if self.state == "idle":
             return "idle" if self.round == current else "idle at its last heartbeat"
         steps = f" {self.step}/{self.steps}" if self.steps else ""
-        behind = f" of round {self.round}" if self.round and self.round != current else ""
+        behind = f" for round {self.round}" if self.round and self.round != current else ""
         return f"{self.state}{steps}{behind}"
 
 
