@@ -269,7 +269,7 @@ def test_a_live_page_tells_how_many_rounds_it_details(browser: Browser) -> None:
         seen.wait("#history th", "57")
         for panel in ("history", "participation", "time"):
             seen.wait(f"#{panel}-title", "last 50 rounds")
-        assert texts(seen, "#history tr:first-child > *")[4] == "13 s"  # as its bar in Time
+        assert texts(seen, "#history tr:first-child > *")[3] == "13 s"  # as its bar in Time
         ends = seen.page.locator("#participation text.tick:not(.middle)").all_text_contents()
         assert ends == ["50 of 50"] * 2
         hidden_at_left, hidden_at_right = seen.page.locator("#participation").evaluate(
