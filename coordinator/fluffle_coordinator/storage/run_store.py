@@ -165,25 +165,13 @@ class RunStore:
         lines, incomplete = self.history.read()
         committed = {line["round"]: line for line in lines if line["event"] == "committed"}
         self._check_complete(identity, committed)
-        newest = max(committed, default=0)
-        bases = {number: line["base"] for number, line in committed.items() if "base" in line}
-        last, checkpoint, damage = last_intact(self.folder, newest, identity, bases)
-        if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
-            raise RunError(
-                f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
-            )
-        if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
-            raise RunError(
-                f"{damage}; the round cannot be repeated, because workers have already "
-                "received its model, and epsilon would not include a repeat; restore the file, "
-                "or start a new run with --fresh"
-            )
+        last, checkpoint, damage = self._newest_intact(identity, committed)
         frozen = self._frozen(checkpoint) if checkpoint else NO_FROZEN
         repairs = []  # all checks have passed: from here on, files are changed
         if incomplete:
             self.history.cut_off(incomplete)
             repairs.append("removed an incomplete last line from history.jsonl")
-        if last < newest:
+        if last < max(committed, default=0):
             self.history.forget_after(last, lines)
             repairs.append(
                 f"{damage}; continuing from the newest intact checkpoint, which belongs to round "
@@ -217,6 +205,29 @@ class RunStore:
             kept=checkpoint.strategy_state if checkpoint else {},
             frozen=frozen,
         )
+
+    def _newest_intact(
+        self, identity: str, committed: Mapping[int, dict[str, Any]]
+    ) -> tuple[int, Checkpoint | None, str]:
+        """Return what ``last_intact`` does for the newest round, if the run can go on from there.
+
+        Raises:
+            RunError: if no checkpoint is intact, or a private round would have to be repeated.
+        """
+        newest = max(committed, default=0)
+        bases = {number: line["base"] for number, line in committed.items() if "base" in line}
+        last, checkpoint, damage = last_intact(self.folder, newest, identity, bases)
+        if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
+            raise RunError(
+                f"no checkpoint in {self.shown} is intact ({damage}); start a new run with --fresh"
+            )
+        if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
+            raise RunError(
+                f"{damage}; the round cannot be repeated, because workers have already "
+                "received its model, and epsilon would not include a repeat; restore the file, "
+                "or start a new run with --fresh"
+            )
+        return last, checkpoint, damage
 
     def _frozen(self, checkpoint: Checkpoint) -> Frozen:
         try:
