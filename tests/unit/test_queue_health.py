@@ -6,13 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from fluffle_common.cli import settings
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.management import (
-    QueueFigures,
-    management_base,
-    read_queue,
-    vhost,
-)
+from fluffle_common.transport.rabbitmq.management import QueueFigures, read_queue, vhost
 from fluffle_common.transport.rabbitmq.queue_health import hint
 
 TOPOLOGY = Topology("f")
@@ -123,8 +119,9 @@ def test_a_sender_clock_ahead_of_ours_gives_age_zero():
         ),
     ],
 )  # fmt: skip
-def test_management_url(url, given, record, expected):
-    assert management_base(url, given, record) == expected
+def test_management_url(monkeypatch, url, given, record, expected):
+    monkeypatch.setattr(settings, "node_record", lambda _: record)
+    assert settings.management_of(url, given) == expected
 
 
 @pytest.mark.parametrize(

@@ -81,11 +81,18 @@ def management_of(url: str, given: str | None) -> str:
 
 
 def management_finder(given: str | None) -> Callable[[str], str]:
-    """Return a function that does what ``management_of`` does; see ``broker_url_finder``."""
-    from fluffle_common.transport.rabbitmq.management import management_base
+    """Return a function that does what ``management_of`` does; see ``broker_url_finder``.
 
+    Raises:
+        UsageError: as ``management_of`` does.
+    """
+    from fluffle_common.transport.rabbitmq.management import checked_base, management_base
+
+    if given:
+        base = checked_base(given)
+        return lambda _: base
     state = state_folder().absolute()
-    return lambda url: management_base(url, given, node_record(state))
+    return lambda url: management_base(url, node_record(state))
 
 
 def check_federation(name: str) -> str:

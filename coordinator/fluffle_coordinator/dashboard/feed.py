@@ -128,7 +128,6 @@ def queue_asker(
         UsageError: if ``management`` has a user.
     """
     find_base = management_finder(management)
-    find_base(find_url())
 
     def ask() -> Figures:
         url = find_url()

@@ -89,22 +89,25 @@ def ask(base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None)
     return json.loads(text) if text else None
 
 
-def management_base(url: str, given: str | None, record: Mapping[str, Any]) -> str:
-    """Return the URL of the management API of the broker at the AMQP URL ``url``.
-
-    ``given`` is the URL from the command line, if any, and ``record`` the record of the private
-    node (``fluffle_broker.node.record``).
+def checked_base(given: str) -> str:
+    """Return a given URL of the management API, without a trailing slash.
 
     Raises:
-        UsageError: if ``given`` has a user, because the API gets that of ``url``.
+        UsageError: if it has a user, because the API gets that of the broker's URL.
     """
-    if given:
-        if (shown := without_credentials(given)) != given:
-            raise UsageError(
-                f"the URL of the management API contains a user name; give {shown} instead, "
-                "because fluffle logs in to this API with the user name and the password of --url"
-            )
-        return given.rstrip("/")
+    if (shown := without_credentials(given)) != given:
+        raise UsageError(
+            f"the URL of the management API contains a user name; give {shown} instead, "
+            "because fluffle logs in to this API with the user name and the password of --url"
+        )
+    return given.rstrip("/")
+
+
+def management_base(url: str, record: Mapping[str, Any]) -> str:
+    """Return the URL of the management API of the broker at the AMQP URL ``url``.
+
+    ``record`` is the record of the private node (``fluffle_broker.node.record``).
+    """
     split = urllib.parse.urlsplit(split_urls(url)[0])
     own = _address(urllib.parse.urlsplit(str(record.get("url")))) == _address(split)
     if own and record.get("management_url"):
