@@ -75,21 +75,21 @@ class Console:
 
     def event(self, event: RunEvent) -> None:
         """Write an event: its sentence for people, its name and fields for programs."""
-        if self._json:
-            at = wall_time()
-            self._write(lambda: self._as_json(at, event.name, event.fields()))
-        else:
-            clock = time.localtime()
-            self._write(lambda: _as_text(clock, event.sentence()))
+        self._record(event.name, event.sentence, event.fields)
 
     def line(self, name: str, text: str, fields: Mapping[str, Any] | None = None) -> None:
         """Write a line: ``text`` for people, ``name`` and ``fields`` for programs."""
+        self._record(name, lambda: text, lambda: fields or {})
+
+    def _record(
+        self, name: str, sentence: Callable[[], str], fields: Callable[[], Mapping[str, Any]]
+    ) -> None:
         if self._json:
             at = wall_time()
-            self._write(lambda: self._as_json(at, name, fields or {}))
+            self._write(lambda: self._as_json(at, name, fields()))
         else:
             clock = time.localtime()
-            self._write(lambda: _as_text(clock, text))
+            self._write(lambda: _as_text(clock, sentence()))
 
     def _as_json(self, at: float, name: str, fields: Mapping[str, Any]) -> str:
         return json_line(
