@@ -108,15 +108,16 @@ class Weighted:
         factor = one.weight * _SCALE
         with np.errstate(over="ignore", invalid="ignore"):  # for the gaps between tensors
             for total, values in _side_by_side(state.totals, one.delta):
-                if not num_so_far:
-                    total[...] = 0 if total.dtype == _INTEGER else values
                 if total.dtype == _INTEGER:
+                    if not num_so_far:
+                        total[...] = 0
                     integer_sum.add_scaled(*_halves(total), values, num_examples)
                 elif num_so_far:
                     scaled = values.astype(_FLOAT)  # NumPy would buffer a combined cast: slower
                     scaled *= factor
                     np.add(total, scaled, out=total)
                 else:
+                    total[...] = values
                     np.multiply(total, factor, out=total)
         return Sum(state.totals, num_so_far + num_examples, state.weight + one.weight)
 
