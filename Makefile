@@ -38,8 +38,8 @@ test: install check browser
 
 # The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal,
 # and with fewer examples of each property.
-SLOW := $(addprefix unit/,attacked_training demo doctests drawing flax_parts flax_task front_door \
-	history_chart letters letters_images letters_scores local_rules mutants node printing private \
+SLOW := $(addprefix unit/,attacked_training cli demo doctests drawing flax_parts flax_task \
+	front_door history_chart letters letters_images letters_scores local_rules mutants node printing private \
 	rabbitmq_connection results rounds_machine run_store sentences server_steps sklearn_task \
 	strategy_names task_arguments task_loading torch_task) \
 	$(addprefix federation/,adapters local torch user_files)

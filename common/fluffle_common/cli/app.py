@@ -300,7 +300,7 @@ def main() -> NoReturn:
 
 def _exit_code() -> int:
     try:
-        return fluffle.main(standalone_mode=False) or 0
+        return fluffle.main(prog_name="fluffle", standalone_mode=False) or 0
     except click.exceptions.Exit as done:
         return done.exit_code
     except (click.Abort, KeyboardInterrupt):
