@@ -59,7 +59,9 @@ coverage: install
 		$(addprefix tests/unit/test_,private.py server_steps.py strategy_names.py) --cov-branch \
 		$(PURE:%=--cov=%) --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
-# Before a release: all tests, coverage, and a hundred random faults.
+# Before a release: all tests, with the long times of the faults, coverage, and a hundred random
+# faults.
+test-long: export FULL = 1
 test-long: test coverage chaos
 	$(BIN)/python -m pytest -m long $(ARGS)
 

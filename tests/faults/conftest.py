@@ -14,7 +14,7 @@ from fluffle_broker.node import node, record
 from fluffle_common.errors import BrokerError
 from tests.faults.harness import Federation
 
-CONSUMER_TIMEOUT_S = 10
+CONSUMER_TIMEOUT_S = 5
 
 
 @dataclass
@@ -40,7 +40,7 @@ def _conf() -> str:
 
 @pytest.fixture(scope="module")
 def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
-    """Run a broker with a delivery acknowledgement timeout of 10 s, checked every second."""
+    """Run a broker with a delivery acknowledgement timeout of 5 s, checked every second."""
     state = tmp_path_factory.mktemp("own")
     etc = record.broker_folder(state) / "etc"
     etc.mkdir(parents=True)
