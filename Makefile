@@ -31,7 +31,7 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 # Tests mostly wait for a broker or a process, so run several at once. Each job has its own RabbitMQ.
-JOBS ?= 3
+JOBS ?= 4
 
 test: install check browser
 	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
