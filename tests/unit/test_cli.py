@@ -1,7 +1,5 @@
 """The command line: help that teaches, and wrong use that is told in one line."""
 
-import sys
-from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -9,39 +7,28 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from fluffle_common.cli import app
+from tests import here
 
 COMMANDS = sorted({point.name for point in entry_points(group="fluffle.commands")})
-Call = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def call(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Call:
-    """Return a function that runs ``fluffle`` here; it returns exit code, stdout and stderr."""
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [*sys.path])  # loading a task changes it
-
-    def called(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fluffle", *words])
-        return (app._exit_code(), *capsys.readouterr())
-
-    return called
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["broker", "up"]])
-def test_help(call: Call, command: list[str]) -> None:
-    code, told, errors = call(*command, "--help")
+def test_help(command: list[str]) -> None:
+    code, told, errors = here.fluffle(*command, "--help")
     assert (code, errors) == (0, "")
     assert "Usage: fluffle" in told
     assert len(told.splitlines()) > 5
 
 
 @pytest.mark.parametrize("command", [[], ["broker"]])
-def test_a_command_without_arguments_shows_its_help(call: Call, command: list[str]) -> None:
-    _, told, _ = call(*command, "--help")
-    assert call(*command) == (2, "", told)
+def test_a_command_without_arguments_shows_its_help(command: list[str]) -> None:
+    _, told, _ = here.fluffle(*command, "--help")
+    assert here.fluffle(*command) == (2, "", told)
 
 
 @pytest.fixture
@@ -96,8 +83,8 @@ C = ["coordinator", "--federation", "f"]
         ([*C, "--url", "amqp://127.0.0.1:9", "--wait-broker", "0.1"], "no broker at"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(call: Call, words: list[str], told: str) -> None:
-    code, shown, errors = call(*words)
+def test_wrong_use_is_told_in_one_line(words: list[str], told: str) -> None:
+    code, shown, errors = here.fluffle(*words)
     assert code not in (0, 1)
     (line,) = errors.strip().splitlines()
     assert line.startswith("fluffle: ")
