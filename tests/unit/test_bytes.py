@@ -518,7 +518,7 @@ async def test_messages_that_cannot_be_rejected_do_not_use_up_the_prefetch():
     deliveries = await link.consume(TOPOLOGY.presence, prefetch=2)
     for _ in range(5):
         await link.publish(b"garbage", Properties(), exchange="", keys=[TOPOLOGY.presence])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             outgoing.reject(await anext(deliveries), MalformedMessage("it is garbage"))
             await outgoing.drained()
     assert link.unacked == []
