@@ -17,6 +17,7 @@ import pika
 import pytest
 from playwright.sync_api import Browser
 
+from fluffle_broker.node.network import free_ports
 from fluffle_broker.node.node import NodeInfo
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.transfer import pack
@@ -35,11 +36,6 @@ NAN = "tensor 'slopes' has 3 values that are NaN or infinite"
 def browser() -> Iterator[Browser]:
     with chromium() as opened:
         yield opened
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        return int(probe.getsockname()[1])
 
 
 def page_of(program: Program) -> str:
@@ -170,7 +166,7 @@ def test_no_complaint_on_a_phone_in_the_dark(
 def test_it_survives_a_restart_of_the_coordinator(
     federation: Federation, browser: Browser, tmp_path: Path
 ) -> None:
-    gate, address = tmp_path / "gate", f"127.0.0.1:{free_port()}"
+    gate, address = tmp_path / "gate", f"127.0.0.1:{free_ports(1)[0]}"
     flags = ("--quorum", 2, "--rounds", 3, "--dashboard", address)
     coordinator = federation.coordinator(*flags)
     url = page_of(coordinator)
@@ -223,7 +219,7 @@ def test_beside_a_federation(
             wait_until(lambda: unacknowledged(federation, broker_node) == 0, "it is acknowledged")
             coordinator.send(signal.SIGKILL)
             seen.wait("#phase", "no coordinator is connected")
-            proxy.aim(free_port())
+            proxy.aim(free_ports(1)[0])
             proxy.cut(1.0, random.Random(1))
             seen.wait("#link", "no broker at")
             proxy.aim(broker_node.ports.amqp)
