@@ -104,14 +104,12 @@ class Coordinator:
         )
         self._aggregator = Aggregator(
             topology,
-            saved.weights,
+            saved,
             self._committer,
             settings,
             link=lambda: self._link,
             post=self._post,
             record=self._record,
-            resumed=(saved.committed, saved.kept) if saved.committed else None,
-            frozen=saved.frozen.tensors,
             averaged=self._send_ahead,
             folder=store.folder,
         )
