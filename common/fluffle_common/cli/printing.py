@@ -15,7 +15,8 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from operator import add
 from typing import IO, TYPE_CHECKING, Any
 
 from fluffle_common.errors import FluffleError
@@ -118,7 +119,7 @@ def output_errors(*, quiet: bool = False) -> Iterator[None]:
             raise OutputError(f"cannot write the output ({reason})") from None
 
 
-def screen(*, width_in_a_pipe: int = _WIDTH_IN_A_PIPE) -> Console:
+def screen() -> Console:
     """Return a rich console on stdout, with a fixed width unless stdout is a terminal."""
     from rich.console import Console
 
@@ -130,7 +131,7 @@ def screen(*, width_in_a_pipe: int = _WIDTH_IN_A_PIPE) -> Console:
             with output_errors():
                 super()._write_buffer()
 
-    width = None if is_terminal(sys.stdout) else width_in_a_pipe
+    width = None if is_terminal(sys.stdout) else _WIDTH_IN_A_PIPE
     stream = sys.stdout or open(os.devnull, "w")
     return Screen(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
@@ -152,6 +153,29 @@ def table(*, caption: str | None = None, **options: Any) -> Table:
 
     caption = caption if caption is None else printable(caption)
     return Escaped(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", **options)
+
+
+def aligned(name: str, cells: Iterable[str], *, left: bool = False) -> list[str]:
+    """Return a column for ``text_table``: its name and its cells, escaped, in the same width.
+
+    >>> aligned("loss", ["0.5000", ""])
+    ['  loss', '0.5000', '      ']
+    """
+    from rich.cells import cell_len
+
+    texts = [printable(cell) for cell in (name, *cells)]
+    width = max(map(cell_len, texts))
+    spaces = [" " * (width - cell_len(text)) for text in texts]
+    return list(map(add, texts, spaces) if left else map(add, spaces, texts))
+
+
+def text_table(columns: Iterable[list[str]]) -> list[str]:
+    """Return the lines of a table, which may have very many rows: rich needs a minute for those.
+
+    >>> text_table([aligned("round", ["9", "10"]), aligned("loss", ["0.5000", ""])])
+    ['round    loss', '    9  0.5000', '   10        ']
+    """
+    return list(map("  ".join, zip(*columns, strict=True)))
 
 
 def is_terminal(stream: IO[str] | None) -> bool:
