@@ -14,7 +14,6 @@ from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
 from fluffle_coordinator.observe.round_view import metrics_of
-from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.round_stats import examples_by_worker, mean_train_loss, seconds_of
 from fluffle_worker.task import EvalResult
 
@@ -100,15 +99,11 @@ class History(Sequence[Round]):
     rounds: tuple[Round, ...]
 
     @classmethod
-    def read(cls, folder: Path, kept: object = None) -> History:
-        """Read the history in a run folder; the run may still be going on.
+    def of(cls, rows: Iterable[Mapping[str, Any]], folder: Path, kept: object = None) -> History:
+        """Return the committed rounds among the rows of a history (``read_history``).
 
         Each round refers to ``kept``, which keeps a temporary folder alive.
-
-        Raises:
-            UsageError: if the folder has no history, or it cannot be read.
         """
-        rows = read_history(folder)
         return cls(tuple(_round(row, folder, kept) for row in rows if "checkpoint" in row))
 
     @property
