@@ -16,6 +16,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
+from itertools import chain, islice
 from operator import add
 from typing import IO, TYPE_CHECKING, Any
 
@@ -33,6 +34,7 @@ _INVISIBLE = re.compile(
     "\U00013430-\U0001345f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e007f]"
 )
 _WIDTH_IN_A_PIPE = 140
+_PIECES_AT_ONCE = 10_000  # of JSON text
 
 
 class OutputError(FluffleError):
@@ -68,7 +70,7 @@ def echo(*lines: str, err: bool = False) -> None:
         ReaderGone: if the reader closed the pipe (``| head``).
         OutputError: if writing fails for another reason, such as a full disk.
     """
-    _write("".join(f"{printable(line)}\n" for line in lines or ("",)), err=err)
+    _write(["".join(f"{printable(line)}\n" for line in lines or ("",))], err=err)
 
 
 def echo_sentences(*lines: str, err: bool = False) -> None:
@@ -76,7 +78,7 @@ def echo_sentences(*lines: str, err: bool = False) -> None:
     if is_terminal(sys.stderr if err else sys.stdout):
         width = shutil.get_terminal_size().columns
         lines = tuple(wrapped(printable(line), width) for line in lines)
-        _write("".join(f"{line}\n" for line in lines), err=err)
+        _write(["".join(f"{line}\n" for line in lines)], err=err)
     else:
         echo(*lines, err=err)
 
@@ -88,7 +90,11 @@ def wrapped(line: str, width: int) -> str:
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:
     """Print ASCII JSON, on one line if ``indent`` is None; raise what ``echo`` does."""
-    _write(f"{visible_json(json.dumps(value, indent=indent, default=str))}\n")
+    encoder = json.JSONEncoder(indent=indent, default=str)
+    # The text of a long history takes more memory than the history: it is written in pieces.
+    pieces = iter([encoder.encode(value)] if indent is None else encoder.iterencode(value))
+    texts = iter(lambda: "".join(islice(pieces, _PIECES_AT_ONCE)), "")
+    _write(chain(map(visible_json, texts), "\n"))
 
 
 def visible_json(text: str) -> str:
@@ -96,12 +102,13 @@ def visible_json(text: str) -> str:
     return text.replace("\x7f", "\\u007f")
 
 
-def _write(text: str, *, err: bool = False) -> None:
+def _write(texts: Iterable[str], *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     if stream is None:  # closed before the process started (`>&-`)
         return
     with output_errors(quiet=err):
-        stream.write(text)
+        for text in texts:
+            stream.write(text)
         stream.flush()
 
 
