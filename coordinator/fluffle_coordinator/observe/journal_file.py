@@ -42,7 +42,7 @@ class JournalFile(Watcher):
             "session": self._entries.session,
             "number": self._number,
         }
-        self._unwritten.append(json_line({**ids, **entry.as_record().model_dump()}))
+        self._unwritten.append(json_line({**ids, **entry.model_dump()}))
         if isinstance(event, Committed) or len(self._unwritten) >= _MOST_UNWRITTEN:
             self.write()
 

@@ -34,7 +34,7 @@ from fluffle_common.transport.base import (
     QueueInUse,
     Unroutable,
 )
-from fluffle_coordinator.observe.journal_entries import Entries, Entry
+from fluffle_coordinator.observe.journal_entries import Entries
 from fluffle_coordinator.observe.watchers import Watcher
 
 _CAPACITY = 10_000  # a busy federation's events of some hours, a few megabytes
@@ -55,7 +55,7 @@ class Journal(Watcher):
 
     def __init__(self, topology: Topology, *, capacity: int = _CAPACITY) -> None:
         self._topology, self._entries = topology, Entries()
-        self._unsent: deque[Entry] = deque(maxlen=capacity)
+        self._unsent: deque[EventRecord] = deque(maxlen=capacity)
         self._window: list[EventRecord] = []
         self._next_number = 1  # of the first event in the window
         self._dropped = 0
@@ -140,11 +140,11 @@ class Journal(Watcher):
     def _fill_window(self) -> None:
         """Take the next events, after a ``gap`` if some were dropped."""
         if self._dropped and self._unsent:
-            gap = self._unsent[0]._replace(event=Gap(dropped=self._dropped))
-            self._window.append(gap.as_record())
+            gap = {"event": Gap.name, "fields": {"dropped": self._dropped}}
+            self._window.append(self._unsent[0].model_copy(update=gap))
             self._dropped = 0
         while self._unsent and len(self._window) < _WINDOW:
-            self._window.append(self._unsent.popleft().as_record())
+            self._window.append(self._unsent.popleft())
 
     async def _send_window(self, link: Link) -> None:
         """Publish the window in order, and wait for all confirms together."""
