@@ -153,7 +153,6 @@ def simulate(**options: Any) -> None:
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of
     from fluffle_coordinator.storage.run_store import RunStore
-    from fluffle_worker.cli import event_printer
 
     check_schedule_options(options)
     number: int = options["clients"]
@@ -182,7 +181,7 @@ def simulate(**options: Any) -> None:
             store,
             Follower(View(console)),
             task=options["task"],
-            record=event_printer(console, options["log_format"]),
+            record=console.event,
             fresh=options["fresh"],
         )
         state = run_until_signalled(run, lambda: loop)
