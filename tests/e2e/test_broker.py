@@ -45,7 +45,7 @@ def _command(*arguments: str | Path, state: Path) -> list[str]:
 
 
 def manage(info: NodeInfo, method: str, path: str, body: Any = None) -> Any:
-    link = http.client.HTTPConnection("127.0.0.1", info.ports.management, timeout=10)
+    link = http.client.HTTPConnection("127.0.0.1", info.ports.management, timeout=60)
     login = base64.b64encode(b"guest:guest").decode()
     headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
     try:

@@ -311,7 +311,7 @@ class Federation:
 
     def queues(self) -> dict[str, dict[str, Any]]:
         """Return the queues of this federation and their counts, from the management API."""
-        link = http.client.HTTPConnection("127.0.0.1", self.management_port, timeout=10)
+        link = http.client.HTTPConnection("127.0.0.1", self.management_port, timeout=60)
         login = base64.b64encode(b"guest:guest").decode()
         try:
             link.request("GET", _COUNTS_NOW, headers={"Authorization": f"Basic {login}"})

@@ -96,7 +96,8 @@ def test_the_queues_are_shown_after_the_first_round_of_this_run(stub, commits):
     os.utime(file, (0, 0))  # of an earlier run
     if not commits:
         (stub.parent / "earlier").touch()
-    (stub.parent / "coordinator").write_text("sleep 1")
+    shown = "until grep -q '^queues ' calls; do sleep 0.05; done"
+    (stub.parent / "coordinator").write_text(shown if commits else "sleep 1")
     demo = _start(stub)
     output, _ = demo.communicate(timeout=30)
     assert demo.returncode == 0, output
@@ -132,10 +133,8 @@ def test_a_part_that_fails_ends_it_with_its_code_and_names_the_log(stub, ending,
     for name in ("coordinator", "client-1", "client-3"):
         (stub.parent / name).write_text("exec sleep 60")
     (stub.parent / "client-2").write_text(f"echo no such data; {ending}")
-    began = time.monotonic()
     demo = _start(stub)
     output, _ = demo.communicate(timeout=30)
-    assert time.monotonic() - began < 20
     assert demo.returncode == code
     text = " ".join(output.split())
     assert f"client-2 ended with {reason}; see runs/demo-logs/client-2.log" in text
@@ -167,7 +166,7 @@ def test_a_signal_ends_everything(stub, number, where):
         (stub.parent / name).write_text("touch there; exec sleep 60")
     demo = _start(stub)
     assert demo.stdout is not None
-    until = time.monotonic() + 20
+    until = time.monotonic() + 30
     while not (stub.parent / "calls").exists() or not any(
         line.startswith(f"{where} ") for line in _calls(stub)
     ):

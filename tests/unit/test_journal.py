@@ -387,7 +387,7 @@ def test_a_reader_knows_what_a_run_waits_for_again_after_a_round():
     entries, view = Entries(), RunView()
     waits = Waiting(reason="waiting for workers: 1 of 2 are connected (a)", what="workers")
     for at, event in enumerate((waits, waits, Opened(round=1), Committed(round=1), waits, waits)):
-        if entries.entry_of(event) is not None:
+        if entries.record_of(event) is not None:
             view.add(float(at), event)
     assert view.waiting == (4.0, waits)
 

@@ -19,7 +19,7 @@ from fluffle_common.transport.rabbitmq.connection import FrameSplitter
 SMALL = 16 * 2**10
 SIZES = st.sampled_from([0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 3 * SMALL])
 FRAME_MAX = 131072
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 def framed(

@@ -25,8 +25,7 @@ from fluffle_common.tensors import checkpoint
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine.state import Rules
-from fluffle_coordinator.service.first_state import first_state
-from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.service.run_opening import begin_with_file, first_state
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_file
 from fluffle_coordinator.storage.evaluations import evaluation_metrics

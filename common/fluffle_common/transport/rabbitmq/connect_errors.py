@@ -6,6 +6,8 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
+from aiormq.exceptions import AuthenticationError
+
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.rabbitmq.urls import display_url
 
@@ -80,6 +82,24 @@ def handshake_error(
     return BrokerError(
         f"the broker at {where} denies user '{user}' access to vhost '{vhost}' ({text}); correct "
         "the vhost in --url, or grant the permissions that 'fluffle broker permissions' prints"
+    )
+
+
+def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
+    """Return the error for a broker that accepts no user and password; None if it is another."""
+    if not isinstance(error, AuthenticationError):
+        return None
+    return WrongNode(
+        f"the broker at {display_url(url)} accepts no user and password (it offers "
+        f"{error.args[0]}, not PLAIN); allow PLAIN with auth_mechanisms in rabbitmq.conf"
+    )
+
+
+def capability_error(missing: list[str], url: URL) -> WrongNode:
+    """Return the error for a broker that lacks these AMQP extensions."""
+    return WrongNode(
+        f"the broker at {display_url(url)} lacks {', '.join(missing)}, an AMQP "
+        "extension that fluffle needs; use RabbitMQ 3.10 or newer"
     )
 
 

@@ -12,7 +12,9 @@ from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
+    capability_error,
     handshake_error,
+    mechanism_error,
     probe_tls_error,
     tls_error,
 )
@@ -113,7 +115,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
             raise handshake_error(
                 *connection.close_reason, url, was_connected=was_connected
             ) from None
-        if (refusal := tls_error(error, url)) is not None:
+        if refusal := tls_error(error, url) or mechanism_error(error, url):
             raise refusal from None
         if not is_connection_error(error):
             raise
@@ -122,4 +124,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
             if refusal is not None:
                 raise refusal from None
         raise LinkLost(error_text(error)) from None
+    if missing := connection.missing_capabilities():
+        await close(connection)
+        raise capability_error(missing, url)
     return connection
