@@ -49,12 +49,16 @@ class Codec(Protocol):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the codec with the settings in a text such as ``topk:0.01``.
+        """Return the codec with the settings in a text such as ``topk:0.01``; here, it has none.
 
         Raises:
             ValueError: if the text is invalid; the message says what is expected.
         """
-        ...
+        if text != cls.name:
+            raise ValueError(
+                f"the codec '{cls.name}' takes no settings; write '{cls.name}' instead of '{text}'"
+            )
+        return cls()
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
         """Return the encoded parts of a finite float tensor, in the order of ``parts``.
@@ -119,25 +123,6 @@ def _codec_frames(error: BaseException) -> types.TracebackType | None:
     """Return the traceback without its first frame, which is ours."""
     trace = error.__traceback__
     return trace.tb_next if trace is not None and trace.tb_next is not None else trace
-
-
-class WithoutSettings:
-    """The ``parse`` of a codec that takes no settings."""
-
-    name: ClassVar[str]
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Return the codec.
-
-        Raises:
-            ValueError: if the text has settings.
-        """
-        if text != cls.name:
-            raise ValueError(
-                f"the codec '{cls.name}' takes no settings; write '{cls.name}' instead of '{text}'"
-            )
-        return cls()
 
 
 def clip_to(tensor: Array, limit: float) -> Array:
