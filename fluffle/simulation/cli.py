@@ -149,7 +149,6 @@ def simulate(**options: Any) -> None:
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_coordinator.observe.times import duration
-    from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of
     from fluffle_coordinator.storage.run_store import RunStore
@@ -179,7 +178,7 @@ def simulate(**options: Any) -> None:
             settings,
             clients_of(tasks, owned, availability, options["seed"]),
             store,
-            Follower(View(console)),
+            Follower(console),
             task=options["task"],
             record=console.event,
             fresh=options["fresh"],
