@@ -10,13 +10,13 @@ from typing import Any, TypeAlias, TypeVar
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import check_worker
-from fluffle_common.cli.user_code import is_ctrl_c, one_line, users_trace
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.events import Failure, NotCounted, RunEvent, Traceback, Unfit
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.user_errors import is_ctrl_c, one_line, users_trace
 from fluffle_coordinator.machine.state import State
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate

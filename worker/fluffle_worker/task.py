@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fluffle_common.cli.user_code import sendable
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import MAX_CLASS_NAME, MAX_NUM_EXAMPLES, Plan
 from fluffle_common.tensors.weights import Weights
+from fluffle_common.user_errors import sendable
 from fluffle_worker.user_code import call_task
 
 Progress = Callable[[int, int, float | None], None]
