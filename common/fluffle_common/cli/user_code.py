@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.user_errors import full_trace, is_ctrl_c, one_line
 
 
@@ -25,3 +28,17 @@ def task_error(why: BaseException, failure: str, traced: str = "") -> TaskError:
     if traced:
         warn_in_full(why, traced)
     return TaskError(f"{failure}: {one_line(why)}")
+
+
+def call_task(failure: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """Call a task's code and return its result; the text of an error begins with ``failure``.
+
+    Raises:
+        TaskError: if it raises an exception, other than fluffle's own for users.
+    """
+    try:
+        return call(*arguments)
+    except (TaskError, UsageError):
+        raise
+    except BaseException as why:
+        raise task_error(why, failure) from why
