@@ -73,7 +73,7 @@ def ours(state: Path) -> list[str]:
 
 def assert_gone(state: Path) -> None:
     """Check that nothing is left of a VM that exited; its helpers need a moment to notice."""
-    processes.wait_until(lambda: not ours(state), timeout_s=10)
+    processes.wait_until(lambda: not ours(state), timeout_s=60)
     assert ours(state) == []
 
 

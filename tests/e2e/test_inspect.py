@@ -161,8 +161,12 @@ def test_peek_reports_updates_that_it_cannot_see(federation, ask, tmp_path):
 def test_peeking_at_the_journal_leaves_no_consumer_behind(federation, ask, told):
     coordinator = federation.coordinator("--quorum", 2)
     coordinator.wait_for("connected")
-    events = [message["event"] for message in told("peek", "journal")]
-    assert "connected" in events
+
+    def peeked() -> list[str] | None:
+        names = [message["event"] for message in told("peek", "journal")]
+        return names if "connected" in names else None
+
+    events = harness.wait_until(peeked, "the journal has what the coordinator says")
     coordinator.send(signal.SIGINT)
     assert coordinator.end() == 130
 

@@ -19,7 +19,7 @@ from fluffle_common.transport.rabbitmq.management import Management
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
 pytestmark = pytest.mark.rabbit
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 # OpenSSL 3.4 and newer refuse a negative number of days, and older ones know no dates.
 _HELP = subprocess.run(["openssl", "x509", "-help"], capture_output=True, text=True, check=False)
 _EXPIRED = (

@@ -355,7 +355,6 @@ class Federation:
             wait_until(
                 lambda: self.queues().get("updates") == {"ready": 0, "unacked": 0},
                 "updates empty",
-                timeout_s=6,
             )
         queues = json.dumps(self.queues(), indent=1)
         (self.folder / "evidence/queues.json").write_text(queues)
@@ -364,7 +363,7 @@ class Federation:
     def gather_orphans(self) -> None:
         """Write the remaining processes into the evidence, after a moment for the last to end."""
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: not self.orphans(), "all have ended", timeout_s=5)
+            wait_until(lambda: not self.orphans(), "all have ended")
         (self.folder / "evidence/orphans.json").write_text(json.dumps(self.orphans()))
 
 

@@ -240,7 +240,7 @@ def flood(federation: Federation, messages: list[Hostile], rejected: dict[str, s
         return [f"{wanted[id].queue}: {wanted[id].what}" for id in wanted.keys() - rejected.keys()]
 
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: not lacking(), "all are rejected", timeout_s=30 + len(messages) / 100)
+        wait_until(lambda: not lacking(), "all are rejected", timeout_s=60 + len(messages) / 100)
     assert lacking() == []
     assert all(rejected[id] for id in wanted)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import os
 import pickle
 import re
@@ -31,6 +32,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.checkpoint import save_checkpoint
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.state import Phase, Rules
+from fluffle_coordinator.storage import history
 from fluffle_coordinator.storage.run_store import RunStore
 
 ROOT = Path(__file__).parents[2]
@@ -270,6 +272,15 @@ def test_a_resumed_run_does_not_keep_the_model_that_it_read(tmp_path, monkeypatc
     fluffle.run([Adder()], rounds=1, folder=tmp_path)
     fluffle.run([Adder()], rounds=2, folder=tmp_path, on_round=lambda _: kept.append(read[1]()))
     assert kept == [None]
+
+
+def test_a_resumed_run_reads_its_history_once(tmp_path, monkeypatch):
+    fluffle.run([Adder()], rounds=1, folder=tmp_path)
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    checked, read = [], []
+    monkeypatch.setattr(history, "check_line", checked.append)
+    fluffle.run([Adder()], rounds=2, folder=tmp_path, on_round=lambda _: read.extend(checked))
+    assert read == list(map(json.loads, lines))
 
 
 async def test_it_runs_in_a_notebook_with_a_running_event_loop():

@@ -21,7 +21,7 @@ from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.feed import Feed, Figures
 from fluffle_coordinator.dashboard.server import _events, is_loopback, listen, served, url_of
 
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Site:

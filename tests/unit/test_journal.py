@@ -41,7 +41,7 @@ from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.run_view import RunView
 
 TOPOLOGY = Topology("f")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Faulty:
@@ -580,7 +580,7 @@ async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
     monkeypatch.setattr(command, "warn", warnings.put_nowait)
     following = command._follow(TOPOLOGY.federation, None, None)
     first = asyncio.create_task(anext(following))
-    warning = await asyncio.wait_for(warnings.get(), 20)
+    warning = await asyncio.wait_for(warnings.get(), 60)
     assert "federation f has no journal on this broker yet; waiting" in warning
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)

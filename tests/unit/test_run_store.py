@@ -685,6 +685,7 @@ def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
     hole = len(last) - 1 if length is None else length
     damaged = before + bytes(hole) + last[hole:]
     three.history.path.write_bytes(damaged)
+    assert [row["round"] for row in read_history(three.folder)] == [1, 2, 3]
     saved = three.load("letters")
     assert (saved.committed, saved.repairs) == (
         3,

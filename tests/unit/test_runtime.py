@@ -121,7 +121,7 @@ fork = multiprocessing.get_context("fork")
 exit_soon(5, patience_s=0.2)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], timeout=30, check=False, capture_output=True, text=True
+        [sys.executable, "-c", program], timeout=60, check=False, capture_output=True, text=True
     )
     assert done.returncode == 5
     assert done.stderr.startswith("fluffle: exiting although code outside fluffle is still running")

@@ -67,7 +67,7 @@ async def test_a_slow_function_is_reported_ever_more_rarely(monkeypatch):
         if len(events) == 3:
             third.set()
 
-    await call_user("the evaluate hook of round 3", third.wait, record)
+    await call_user("the evaluate hook of round 3", lambda: third.wait(60), record)
     assert [event.running_s for event in events[:3]] == [0.2, 0.4, 0.8]
     assert events[0].sentence() == (
         "the evaluate hook of round 3 has been running for 0.2 s; the run waits for it"

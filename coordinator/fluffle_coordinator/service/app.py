@@ -36,7 +36,7 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
-from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.history import merged
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.user_code.calls import leave
@@ -265,7 +265,7 @@ async def coordinate(
     watcher = Watchers(*filter(None, watchers))
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
-        page.remember(read_history(store.folder))
+        page.remember(merged(saved.lines))
     for event in _beginning(settings, saved, store.shown):
         watcher.record(event)
     coordinator = Coordinator(
@@ -278,7 +278,7 @@ async def coordinate(
         journal=journal,
     )
     committed = saved.committed
-    del saved  # it holds a model and the tickets of all rounds
+    del saved  # it holds a model and the history
     state = await coordinator.run()
     rules = settings.rules
     if state.outcome == "finished" and committed < rules.rounds:

@@ -100,7 +100,12 @@ class Coordinator:
             record=self._record,
         )
         self._committer = Committer(
-            store, settings, metadata=self._metadata, record=self._record, post=self._post
+            store,
+            settings,
+            metadata=self._metadata,
+            record=self._record,
+            post=self._post,
+            lines=saved.lines,
         )
         self._aggregator = Aggregator(
             topology,
