@@ -181,6 +181,25 @@ def test_a_signal_ends_everything(stub, number, where):
     _assert_nothing_is_left(stub)
 
 
+def test_a_second_demo_in_the_same_folder_leaves_the_first_alone(stub):
+    for name in ("coordinator", "client-1"):
+        (stub.parent / name).write_text("touch there; exec sleep 60")
+    first = _start(stub)
+    until = time.monotonic() + 20
+    while not (stub.parent / "there").exists():
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    before = len([line for line in _calls(stub) if line.startswith("broker")])
+    second = _start(stub)
+    output, _ = second.communicate(timeout=30)
+    assert second.returncode == 1
+    assert "another demo is running in this folder" in " ".join(output.split())
+    assert len([line for line in _calls(stub) if line.startswith("broker")]) == before
+    assert first.poll() is None
+    first.send_signal(signal.SIGINT)
+    first.communicate(timeout=30)
+
+
 def test_nobody_who_reads_is_no_reason_to_end(stub):
     demo = _start(stub)
     assert demo.stdout is not None

@@ -39,6 +39,7 @@ from fluffle_coordinator.observe.journal_file import JournalFile, read_journal_f
 from fluffle_coordinator.observe.journal_reader import read_journal
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.watchers import Watchers
 
 TOPOLOGY = Topology("f")
 PATIENCE_S = 60.0
@@ -529,6 +530,20 @@ async def test_an_internal_error_ends_the_journal_and_not_the_run(broker, capsys
     errors = capsys.readouterr().err
     assert errors.count("the journal cannot be published") == 1
     assert "the run continues without a journal" in errors
+
+
+async def test_an_event_that_cannot_be_journalled_costs_one_entry(broker, capsys):
+    journal = Journal(TOPOLOGY)
+    watchers = Watchers(journal)
+    async with published(journal, await broker.open()):
+        for name in ("counted", "x" * 65, "counted"):
+            watchers.record(from_fields(name, {"round": 1}))
+        await drained(journal)
+    assert [(event.event, event.number) for event in raw(broker)] == [
+        ("counted", 1),
+        ("counted", 2),
+    ]
+    assert "Journal cannot show the event 'xxx" in capsys.readouterr().err
 
 
 async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkeypatch):

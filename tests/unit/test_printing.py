@@ -187,6 +187,10 @@ def test_debug_shows_the_traceback(raising, capsys, monkeypatch):
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "cannot write a file (No space left on"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory"),
+            "folder was removed; change",
+        ),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "'ulimit -n 4096'"),
         (OSError(errno.ENFILE, "Too many open files in system"), "files on this machine"),
         (ModuleNotFoundError("No module", name="rpds"), "the package 'rpds' is missing"),

@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import re
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,6 +17,7 @@ from rich.console import Console
 from fluffle_broker.inspect import queues
 from fluffle_broker.inspect.queues import QueueOverview
 from fluffle_broker.inspect.queues_table import build_table, group_quiet, hints, legend
+from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Counts
 from fluffle_common.transport.rabbitmq.management import Management, QueueFigures
@@ -202,3 +204,27 @@ def test_a_queue_without_statistics_yet_is_counted_and_the_rest_is_unknown(monke
     (updates,) = queues.read_overview(Management("amqp://h/", "http://h"), TOPOLOGY).queues
     assert (updates.ready, updates.consumers) == (3, 1)
     assert (updates.unacknowledged, updates.size_bytes) == (None, None)
+
+
+def test_a_user_who_may_not_count_gets_the_statistics_or_the_remedy(monkeypatch):
+    class Link:
+        async def counts(self, queue: str) -> Counts:
+            raise BrokerError(f"the broker does not let user 'eve' read queue '{queue}'; grant it")
+
+    @contextlib.asynccontextmanager
+    async def open_once(_: object) -> AsyncIterator[Link]:
+        yield Link()
+
+    figures = [queue("updates")]
+    api = Management("amqp://h/", "http://h")
+    monkeypatch.setattr(queues, "open_once", open_once)
+    monkeypatch.setattr(Management, "queue_figures", lambda *_: figures)
+    monkeypatch.setattr(Management, "alarms", lambda _: [])
+    assert queues.read_overview(api, TOPOLOGY).queues == figures
+
+    def no_answer(*_: object) -> list[QueueFigures]:
+        raise OSError("refused")
+
+    monkeypatch.setattr(Management, "queue_figures", no_answer)
+    with pytest.raises(BrokerError, match=r"user 'eve' read queue '.*'; give .* --management$"):
+        queues.read_overview(api, TOPOLOGY)

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Counts, QueueInUse
 from fluffle_common.transport.open_once import open_once
@@ -107,7 +108,10 @@ def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
     It collects statistics every five seconds, so a newer queue would look empty and unused.
     """
     new = [queue.name for queue in figures if queue.known and queue.published is None]
-    counted = asyncio.run(_counts(new, url)) if new else {}
+    counted: dict[str, Counts | None] = {}
+    if new:
+        with contextlib.suppress(BrokerError):  # the statistics follow
+            counted = asyncio.run(_counts(new, url))
     return [
         replace(
             queue,
@@ -126,8 +130,17 @@ async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
     counted: dict[str, Counts | None] = {}
     async with open_once(AmqpTransport(url, "fluffle queues")) as link:
         for name in names:
-            with contextlib.suppress(QueueInUse):  # exclusive, such as the queue of a tap
+            try:
                 counted[name] = await link.counts(name)
+            except QueueInUse:  # exclusive, such as the queue of a tap
+                continue
+            except (
+                BrokerError
+            ) as refused:  # RabbitMQ 4.3 lets a reader of the journal count nothing
+                cause = str(refused).partition(";")[0]
+                raise BrokerError(
+                    f"{cause}; give the address of the management API with --management"
+                ) from None
     return counted
 
 

@@ -31,6 +31,9 @@ class Entries:
         """Return the record of an event that happens now, as readers get it.
 
         It is None for an event that is not journalled, or a repetition.
+
+        Raises:
+            ValueError: if the event does not fit into a record.
         """
         if isinstance(event, Started | Resumed) and event.run:
             self._run = event.run

@@ -216,6 +216,11 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             f"round already closes with {quorum.number} updates; lower --min-updates to "
             f"{quorum.number} or less"
         )
+    if options["min_updates"] > 1 and options["on_deadline"] != "close":
+        raise UsageError(
+            f"--min-updates {options['min_updates']} has no effect with --on-deadline "
+            f"{options['on_deadline']}; add --on-deadline close, or remove --min-updates"
+        )
     return Rules(
         rounds=options["rounds"],
         min_workers=min_workers or quorum.number or 2,

@@ -25,8 +25,8 @@ from fluffle_common.tensors.checkpoint import (
     classes_in,
     read_checkpoint,
 )
-from fluffle_common.tensors.frozen import IN_METADATA, read_frozen
-from fluffle_common.tensors.weights import Weights, check_finite, check_signature
+from fluffle_common.tensors.frozen import IN_METADATA, Frozen, read_frozen
+from fluffle_common.tensors.weights import Array, Weights, check_finite, check_signature
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.state import State, Table
 from fluffle_coordinator.service.standby import Standby
@@ -40,6 +40,9 @@ if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
     from fluffle_coordinator.observe.watchers import Watcher
     from fluffle_coordinator.service.settings import CoordinatorSettings
+
+FirstModel = tuple[dict[str, Array], dict[str, str], Frozen]
+"""The weights, the metadata and the frozen tensors of a model file."""
 
 _STANDBY_POLL_S = 0.5
 
@@ -63,14 +66,18 @@ async def open_run(
     """
     with _usable(store.shown):
         await _lock(store, watcher)
+        first = None
         if fresh:
+            if settings.init is not None:  # it may be a model of the run that is moved aside
+                first = read_first_model(settings.init)
             aside = store.start_afresh()
             if aside is not None:
                 watcher.record(run_events.Repaired(what=f"the earlier run was moved to {aside}"))
         saved = store.load(settings.federation)
         check_same(settings.strategy, saved, store.shown)
         if settings.init is not None and saved.weights is None:
-            saved = begin_with_file(settings.init, store, saved, settings.federation)
+            first = first or read_first_model(settings.init)
+            saved = begin_with(first, store, saved, settings.federation)
         elif settings.init is not None:
             check_first_weights(settings.init, store, watcher)
         store.note_configuration(settings.configuration(topology), saved.committed)
@@ -107,8 +114,8 @@ def _usable(folder: Path) -> Iterator[None]:
         raise RunError(f"cannot use the run folder {folder} ({what}); {remedy}") from None
 
 
-def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:
-    """Begin a run with the weights of a model file, such as another run's last checkpoint.
+def read_first_model(file: Path) -> FirstModel:
+    """Read the model file of ``--init``, such as another run's last checkpoint.
 
     Raises:
         UsageError: if the file holds no valid model, or its frozen tensors are missing.
@@ -122,6 +129,12 @@ def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) 
         check_names(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} cannot be used as the first weights: {wrong}") from None
+    return weights, metadata, frozen
+
+
+def begin_with(first: FirstModel, store: RunStore, saved: Saved, federation: str) -> Saved:
+    """Begin a run with the model of a file."""
+    weights, metadata, frozen = first
     metadata = {
         "task": metadata.get("task", ""),
         "classes": json.dumps(classes_in(metadata)),
