@@ -101,6 +101,16 @@ def test_bodies_arrive_whole_however_the_bytes_are_split(sizes, cuts):
     assert ends.fed == beat * len(bodies)
 
 
+def test_the_bytes_of_incomplete_bodies_are_counted():
+    ends, (method, head, first, *rest) = Ends(1), deliver(1, 1, content(50_000, 1))
+    ends.splitter.data_received(method + head + first[:1007])
+    assert ends.splitter.incomplete_bytes == 1000
+    ends.splitter.data_received(first[1007:])
+    assert ends.splitter.incomplete_bytes == 10_000
+    ends.splitter.data_received(b"".join(rest))
+    assert ends.splitter.incomplete_bytes == 0
+
+
 def test_channels_may_interleave_and_other_frames_go_to_aiormq():
     one, two, three = content(50_000, 1), content(40_000, 2), content(30_000, 3)
     streams = [deliver(1, 7, one), deliver(2, 9, two), deliver(3, 1, three)]

@@ -79,8 +79,13 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     if name in state.evaluations if evaluating else state.answer(name) is not None:
         return state
     # A model that is still being received lost its remaining parts with a link, at either end.
-    patience_s, sent_at = state.rules.resend_s, issued.at if issued else 0.0
-    broken_off = worker.state == "receiving" and (
+    patience_s, sent_at = state.rules.resend_s, 0.0
+    if issued is not None:
+        patience_s, sent_at = issued.patience_s(patience_s), issued.at
+    lost = fresh or sent_at == -math.inf
+    arriving = worker.state == "idle" and worker.incomplete_bytes
+    receiving = worker.state == "receiving" or bool(arriving)
+    broken_off = receiving and (
         event.hello
         or sent_at == -math.inf
         or event.now - max(worker.moved_at, sent_at) >= patience_s
@@ -88,12 +93,13 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     at_work = state.busy(name) and not broken_off
     if issued is None:
         return _include(state, worker, at_work, event.now, out)
-    if at_work:
+    # Whatever it receives, its work follows.
+    if at_work or (receiving and not fresh and not broken_off):
         return state
     if state.done(name):
         patience_s *= 4  # its update may be on its way
-    if fresh or broken_off or event.now - sent_at >= patience_s:
-        return resend_work(state, name, event.now, out)
+    if lost or broken_off or event.now - sent_at >= patience_s:
+        return resend_work(state, name, event.now, out, repeat=not lost)
     return state
 
 

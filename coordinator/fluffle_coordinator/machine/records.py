@@ -44,6 +44,7 @@ class Worker:
     step: int = 0
     steps: int = 0
     loss: float | None = None
+    incomplete_bytes: int | None = None  # of messages that are arriving
     task: str = ""
     model: ModelForm | None = None
     features: tuple[str, ...] = ()
@@ -59,7 +60,8 @@ class Worker:
     @property
     def position(self) -> tuple[object, ...]:
         """Where its work stands: the worker advances whenever this changes."""
-        return self.session, self.state, self.run, self.round, self.sequence, self.base, self.step
+        work = self.state, self.run, self.round, self.sequence, self.base
+        return self.session, *work, self.step, self.incomplete_bytes
 
     @property
     def has_steps(self) -> bool:

@@ -56,9 +56,14 @@ class Content:
         """
         if len(data) > self.missing_bytes:
             raise ConnectionError("a message body is longer than its header declares")
-        filled = len(self._buffer) - self.missing_bytes
+        filled = self.filled_bytes
         self._buffer[filled : filled + len(data)] = data
         self.missing_bytes -= len(data)
+
+    @property
+    def filled_bytes(self) -> int:
+        """How many bytes of the body have arrived."""
+        return len(self._buffer) - self.missing_bytes
 
     @property
     def body(self) -> Body:
