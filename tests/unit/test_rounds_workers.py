@@ -646,3 +646,38 @@ def test_who_announces_parts_that_never_come_is_not_sent_the_model_every_time():
         run.at_work("a")
     run.arrived("a")
     assert fits(run.fold_failed("a", again=True)) == [True]
+
+
+def test_no_worker_can_fill_the_log_with_failures():
+    run = heard("a", "b", rules=Rules(rounds=3, quorum=Quorum(number=1)))
+    run.update("b")
+    run.committed("b")
+    effects = []
+    for number in (0, 2, 1, 3, 1, 2, 9):
+        effects += run.on(ev.Failed(run.now, "a", RUN, number, "boom"))
+        effects += run.on(ev.Failed(run.now, "z", RUN, number, "boom"))
+        effects += run.seen("a")
+    reported = only(effects, run_events.Failure)
+    assert [(one.worker, one.round) for one in reported] == [("a", 2), ("a", 1)]
+    assert set(run.state.failed) == {"a"}
+
+
+def test_max_examples_bounds_the_weight_of_an_evaluation():
+    run = opened_for_evaluation(Rules(rounds=1, max_examples=50))
+    run.on(
+        ev.EvaluationArrived(run.now, RUN, 1, "a", rs.Evaluated(10**12, 0.0, {}), run.state.base)
+    )
+    effects = run.on(
+        ev.EvaluationArrived(run.now, RUN, 1, "b", rs.Evaluated(20, 0.5, {}), run.state.base)
+    )
+    (recorded,) = only(effects, fx.RecordEvaluation)
+    assert [recorded.evaluations[name].num_examples for name in "ab"] == [50, 20]
+
+
+def opened_for_evaluation(rules: Rules) -> Run:
+    run = heard("a", "b", rules=rules)
+    run.update("a")
+    run.update("b")
+    run.committed("a", "b")
+    assert run.state.phase is Phase.EVALUATING
+    return run

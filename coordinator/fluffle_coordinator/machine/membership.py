@@ -36,11 +36,14 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         out.append(joined)
         if differs := other_frozen(state, worker):
             out.append(differs)
-    elif known.position != worker.position:
-        worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
     else:
+        moved = known.position != worker.position
         worker = replace(
-            worker, joined_at=known.joined_at, moved_at=known.moved_at, stalled=known.stalled
+            worker,
+            joined_at=known.joined_at,
+            moved_at=event.now if moved else known.moved_at,
+            stalled=known.stalled and not moved,
+            failed_round=known.failed_round,
         )
     failed = state.failed
     if restarted or event.hello:
@@ -146,15 +149,27 @@ def left(state: State, event: Left, out: Effects) -> State:
 
 
 def failed(state: State, event: Failed, out: Effects) -> State:
-    """Mark a worker as failed if the failed work is what it was asked for."""
-    failure = run_events.Failure(worker=event.worker, round=event.round, reason=event.reason)
-    out.append(failure)
+    """Mark a worker as failed if the failed work is what it was asked for.
+
+    A failure in an earlier round is only reported, and once: otherwise, one worker could fill the
+    log and the journal.
+    """
+    name, issued = event.worker, state.asked.get(event.worker)
+    known = state.workers.get(name)
+    failure = run_events.Failure(worker=name, round=event.round, reason=event.reason)
     if event.run != state.run:
         return state
-    if event.worker == state.init_asked and event.round == 0:
+    if name == state.init_asked and event.round == 0:
         state = state.replace(init_asked=None)
-    elif event.worker not in state.asked or event.round != state.asked[event.worker].round:
+    elif issued is None or event.round != issued.round:
+        if known is not None and known.failed_round < event.round < state.round:
+            out.append(failure)
+            late = replace(known, failed_round=event.round)
+            state = state.replace(workers=state.workers.insert(name, late))
         return state
+    elif name in state.failed:
+        return state
+    out.append(failure)
     return state.replace_for(event.worker, failed=state.failed.insert(event.worker, event.reason))
 
 

@@ -52,6 +52,7 @@ class Worker:
     joined_at: float = 0.0  # when this process was first heard
     moved_at: float = 0.0  # when its position last changed
     stalled: bool = False  # whether it was reported as stalled
+    failed_round: int = 0  # the last earlier round in which it was reported as failed
 
     def deadline(self, rules: Rules) -> float:
         """Return when it counts as gone unless it sends another heartbeat."""
