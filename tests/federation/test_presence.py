@@ -8,8 +8,9 @@ import pytest
 
 from fluffle_common.protocol.events import Resumed, from_fields
 from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryLink
 from fluffle_coordinator.observe.run_view import RunView
-from fluffle_coordinator.service import outbox
+from fluffle_coordinator.service import outbox, topology_watch
 from tests.federation.harness import Adder
 
 VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -298,6 +299,28 @@ def test_over_a_slow_line_the_coordinator_sends_each_model_once(federated, monke
         three(federation, size=100_000)
         await coordinator.end()
         assert sent == ["fit", "fit", "fit", "evaluate"]
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_over_a_slow_line_each_worker_is_bound_once(federated, monkeypatch):
+    bind, bound = MemoryLink.bind, []
+
+    async def bind_slowly(link, bindings):
+        bindings = list(bindings)
+        bound.append({binding.queue for binding in bindings})
+        await asyncio.sleep(8.0)
+        return await bind(link, bindings)
+
+    monkeypatch.setattr(MemoryLink, "bind", bind_slowly)
+    monkeypatch.setattr(topology_watch, "_EVERY_S", 3600.0)
+
+    async def scenario(federation):
+        three(federation)
+        coordinator = federation.coordinator(rounds=2, min_workers=3)
+        await coordinator.end()
+        assert len(bound) == 3  # although signs of life came every 2 s
         federation.check_averages(VALUES)
 
     federated(scenario)

@@ -74,7 +74,7 @@ class Outbox:
         self._digest: tuple[Weights, Weights, asyncio.Future[str]] | None = None
         self._ahead: _Ahead | None = None
         self._refused: dict[tuple[str, str], None] = {}  # (worker, session), in insertion order
-        # The session of each worker whose queues were bound over the link ``_bound_over``.
+        # The session of each worker whose queues are bound, or being bound, over ``_bound_over``.
         self._bound: dict[str, str] = {}
         self._bound_over: Link | None = None
         self._under_way = Counter[str]()  # how many messages with weights wait here, by worker
@@ -144,12 +144,13 @@ class Outbox:
         if link is not self._bound_over:
             self._bound, self._bound_over = {}, link
         if again or self._bound.get(worker) != session:
-            self._put(lambda over: self._bind(over, worker, session))
+            self._bound[worker] = session  # now, or every sign of life would add a job meanwhile
+            self._put(lambda over: self._bind(over, worker))
 
-    async def _bind(self, link: Link, worker: str, session: str) -> None:
+    async def _bind(self, link: Link, worker: str) -> None:
         bound = await link.bind(self._topology.bindings_of(worker))
-        if bound and link is self._bound_over:  # otherwise the next sign of life tries again
-            self._bound[worker] = session
+        if not bound and link is self._bound_over:
+            self._bound.pop(worker, None)  # the next sign of life tries again
 
     def perform(
         self,
