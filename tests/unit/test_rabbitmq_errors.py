@@ -257,7 +257,9 @@ def ssl_error(reason: str) -> ssl.SSLError:
         ("WRONG_VERSION_NUMBER", "amqp://"),
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "certfile"),
         ("TLSV1_ALERT_UNKNOWN_CA", "certfile"),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "certfile"),  # TLS 1.2 without the client's certificate
         ("SSLV3_ALERT_HANDSHAKE_FAILURE", "TLS 1.2"),
+        ("TLSV1_ALERT_PROTOCOL_VERSION", "TLS 1.2"),
     ],
 )
 def test_a_failed_tls_handshake_names_the_cause(reason, expected):

@@ -7,12 +7,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from aiormq.exceptions import AuthenticationError
+
 from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
     handshake_error,
+    mechanism_error,
     probe_tls_error,
     tls_error,
 )
@@ -109,6 +112,8 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
         raise LinkLost("the connection was closed while it was being opened") from None
     except TimeoutError:
         raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
+    except AuthenticationError as error:
+        raise mechanism_error(error, url) from None
     except Exception as error:
         if connection.close_reason is not None:
             raise handshake_error(
