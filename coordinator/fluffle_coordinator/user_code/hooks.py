@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.loading import load_object
-from fluffle_common.cli.user_code import one_line, sendable, warn_in_full
+from fluffle_common.cli.user_code import warn_in_full
 from fluffle_common.cli.user_values import real
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.weights import Array, Weights, read_only
+from fluffle_common.user_errors import one_line, sendable
 from fluffle_coordinator.user_code.calls import call_user
 
 T = TypeVar("T")
