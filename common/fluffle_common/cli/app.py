@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import itertools
 import math
 import os
@@ -33,6 +34,8 @@ from fluffle_common.installed import installed
 _GROUP = "fluffle.commands"
 _INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _FAILED = 1
+# A round creates thousands of small objects, and a long history has millions. Few are in cycles.
+_GC_THRESHOLDS = (10_000, 20, 20)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 _MOST_SECONDS = 1e9  # 30 years, about the most that clocks and timers can handle
 MOST_COUNT = 2**31 - 1
@@ -288,6 +291,7 @@ def main() -> NoReturn:
     """Run the program; an error becomes one line on stderr and an exit code."""
     reset_when_delivered(signal.SIGINT)  # a task that is being loaded may be in C code
     prepare_streams()
+    gc.set_threshold(*_GC_THRESHOLDS)
     code = _exit_code()
     settle_streams()
     exit_soon(code)
