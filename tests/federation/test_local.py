@@ -446,8 +446,10 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
                 time.sleep(0.01)
             return super().train(weights, plan, progress)
 
+    late = Late()
+    fluffle.run([late], folder=tmp_path, rounds=1)
     with pytest.raises(fluffle.RunError, match=r"the run stopped: .*to continue with round 2$"):
-        fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
+        fluffle.run([late], folder=tmp_path, rounds=2, deadline=0.2, max_round=0.3)
 
 
 def test_a_reason_is_said_once():

@@ -187,6 +187,10 @@ def test_debug_shows_the_traceback(raising, capsys, monkeypatch):
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "cannot write a file (No space left on"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory"),
+            "folder was removed; change",
+        ),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "'ulimit -n 4096'"),
         (OSError(errno.ENFILE, "Too many open files in system"), "files on this machine"),
         (ModuleNotFoundError("No module", name="rpds"), "the package 'rpds' is missing"),
@@ -229,7 +233,7 @@ def test_an_object_in_place_of_stdout_that_raises_is_dropped_at_the_end(monkeypa
 
 RUN_HISTORY = "".join(
     f'{{"event": "committed", "round": {number}, "participants": []}}\n'
-    for number in range(1, 3000)
+    for number in range(1, 1500)  # more than the 64 KiB that a pipe holds
 )
 
 

@@ -28,7 +28,6 @@ from fluffle_coordinator.cli.run_folder import report
 from fluffle_coordinator.dashboard.report import page, read_report, snapshot
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.observe.round_view import PHASES, RoundView, remembered
-from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.replay import strategy_of
 from fluffle_coordinator.storage.round_stats import Counts
@@ -430,10 +429,10 @@ def test_a_configuration_is_noted_when_it_is_another(tmp_path):
         assert (identity["run"], identity["federation"]) == (run, "letters")
         return identity["configurations"]
 
-    store.note_configuration(configuration(settings(), Topology("letters")), 0)
-    store.note_configuration(configuration(settings(), Topology("letters")), 1)
+    store.note_configuration(settings().configuration(Topology("letters")), 0)
+    store.note_configuration(settings().configuration(Topology("letters")), 1)
     assert [one["from_round"] for one in noted()] == [1]
-    store.note_configuration(configuration(settings(grace_s=5.0), Topology("letters")), 2)
+    store.note_configuration(settings(grace_s=5.0).configuration(Topology("letters")), 2)
     assert [one["from_round"] for one in noted()] == [1, 3]
     first, second = noted()
     assert first["rules"]["quorum"] == {"number": None, "fraction": 0.5}

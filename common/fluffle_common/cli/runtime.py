@@ -1,4 +1,4 @@
-"""Running a coroutine until it ends or a signal cancels it, with tuned GC and malloc."""
+"""Running a coroutine until it ends or a signal cancels it, with tuned malloc."""
 
 from __future__ import annotations
 

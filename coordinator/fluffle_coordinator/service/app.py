@@ -43,7 +43,7 @@ from fluffle_coordinator.user_code.calls import leave
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_coordinator.user_code.schedule_loading import load_schedule
 from fluffle_coordinator.user_code.strategy_loading import (
-    as_named,
+    load_strategy,
     rules_for,
     uncounted_sampling,
 )
@@ -97,7 +97,7 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
     """
     # First: the code of a strategy, a hook or a task may change the current folder.
     init = options["init"] and options["init"].absolute()
-    rules, strategy = _rules_of(options), as_named(options["strategy"])
+    rules, strategy = _rules_of(options), load_strategy(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
             f"--keep-updates conflicts with the strategy {strategy.name}, which protects updates "
@@ -215,6 +215,11 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             f"--min-updates {options['min_updates']} is more than --quorum {quorum.number}, but a "
             f"round already closes with {quorum.number} updates; lower --min-updates to "
             f"{quorum.number} or less"
+        )
+    if options["min_updates"] > 1 and options["on_deadline"] != "close":
+        raise UsageError(
+            f"--min-updates {options['min_updates']} has no effect with --on-deadline "
+            f"{options['on_deadline']}; add --on-deadline close, or remove --min-updates"
         )
     return Rules(
         rounds=options["rounds"],

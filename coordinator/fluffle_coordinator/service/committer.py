@@ -9,6 +9,8 @@ therefore loses no update: the broker delivers them again.
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +45,21 @@ from fluffle_coordinator.user_code.hooks import Commit, HookCalls, copied
 
 _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
+# Refusals that last until somebody changes the run folder. Room on the disk, or a file server, may
+# come back without that.
+_LASTING = frozenset(
+    (
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -137,7 +154,7 @@ class Committer:
 
         Raises:
             NoRoom: if the disk refuses.
-            RunError: if the run folder was removed.
+            RunError: if the run folder was removed or cannot be written.
         """
         return self._write(lambda: map_to_disk(delta, self._store.folder))
 
@@ -282,7 +299,7 @@ class Committer:
         """Await ``work()``; after a ``NoRoom``, report it once and do the work again.
 
         Raises:
-            RunError: if the run folder was removed.
+            RunError: if the run folder was removed or cannot be written.
         """
         reported = False
         while True:
@@ -301,7 +318,7 @@ class Committer:
                 await asyncio.sleep(_DISK_RETRY_S)
 
     def _write(self, write: Callable[[], _T]) -> _T:
-        """Call ``write``, and turn an ``OSError`` into one of the two errors of the run folder."""
+        """Call ``write``, and turn an ``OSError`` into one of the errors of the run folder."""
         try:
             return write()
         except OSError as why:
@@ -311,4 +328,11 @@ class Committer:
                     f"the run folder {folder} was removed during the run; restore the folder and "
                     "run the same command again (no update is lost)"
                 ) from None
-            raise NoRoom(folder, why.strerror or str(why)) from None
+            reason = why.strerror or str(why)
+            if why.errno in _LASTING:
+                path = os.fsdecode(why.filename) if why.filename else folder
+                raise RunError(
+                    f"cannot write to {path} ({reason}); make this path writable, or remove what "
+                    "is in its way, and run the same command again (no update is lost)"
+                ) from None
+            raise NoRoom(folder, reason) from None
