@@ -34,8 +34,6 @@ from fluffle_common.installed import installed
 _GROUP = "fluffle.commands"
 _INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _FAILED = 1
-# A round creates thousands of small objects, and a long history has millions. Few are in cycles.
-_GC_THRESHOLDS = (10_000, 20, 20)
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 # Imports, and the messages of a round, create thousands of small objects, few of them in reference
 # cycles. With Python's defaults, the collector takes 10 to 25 % of the time of a start.
@@ -278,7 +276,6 @@ def main() -> NoReturn:
     gc.set_threshold(*_GC_THRESHOLDS)
     reset_when_delivered(signal.SIGINT)  # a task that is being loaded may be in C code
     prepare_streams()
-    gc.set_threshold(*_GC_THRESHOLDS)
     code = _exit_code()
     settle_streams()
     exit_soon(code)
