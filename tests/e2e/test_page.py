@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, Route
 from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import as_json
-from tests.browser import chromium
+from tests.browser import PATIENCE_MS, chromium
 
 STATIC = files("fluffle_coordinator.dashboard") / "static"
 TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -47,6 +47,7 @@ def show(browser: Browser) -> Iterator[Callable[..., Show]]:
 
     def opened(width: int = 1280, **options: Any) -> Show:
         page = browser.new_page(viewport={"width": width, "height": 800}, **options)
+        page.set_default_timeout(PATIENCE_MS)
         pages.append(page)
         page.route("**/*", answer)
         page.add_init_script(STREAM)
@@ -198,11 +199,11 @@ def test_without_scripts_no_panel_claims_to_be_empty(browser: Browser) -> None:
 def test_paper_has_all_rows_and_columns(show: Callable[..., Show]) -> None:
     page = show(718)(board_of("a-name-of-a-hospital-that-is-long" * 2, rounds=30))
     page.emulate_media(media="print")
-    cut = (
+    cut = page.locator(".scroll").evaluate_all(
         "all => all.filter(one => one.scrollWidth > one.clientWidth"
-        " || one.scrollHeight > one.clientHeight)"
+        " || one.scrollHeight > one.clientHeight).map(one => one.id || one.innerText)"
     )
-    page.wait_for_function(f"({cut})([...document.querySelectorAll('.scroll')]).length === 0")
+    assert cut == []
 
 
 def test_a_chart_is_drawn_once_for_each_change(show: Callable[..., Show]) -> None:

@@ -19,7 +19,7 @@ from fluffle_common.transport.rabbitmq.connection import FrameSplitter
 SMALL = 16 * 2**10
 SIZES = st.sampled_from([0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 3 * SMALL])
 FRAME_MAX = 131072
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 def framed(
@@ -99,6 +99,32 @@ def test_bodies_arrive_whole_however_the_bytes_are_split(sizes, cuts):
     assert [one.body for _, one in ends.delivered] == bodies
     assert [one.tag for _, one in ends.delivered] == [*range(1, len(bodies) + 1)]
     assert ends.fed == beat * len(bodies)
+
+
+def test_the_bytes_of_incomplete_bodies_are_counted():
+    ends, (method, head, first, *rest) = Ends(1), deliver(1, 1, content(50_000, 1))
+    ends.splitter.data_received(method + head + first[:1007])
+    assert ends.splitter.incomplete_bytes == 1000
+    ends.splitter.data_received(first[1007:])
+    assert ends.splitter.incomplete_bytes == 10_000
+    ends.splitter.data_received(b"".join(rest))
+    assert ends.splitter.incomplete_bytes == 0
+
+
+@pytest.mark.parametrize(("size", "kept"), [(30_000, True), (35_000, False)])
+def test_huge_properties_are_dropped(size, kept):
+    deliver_ok = commands.Basic.Deliver("reader", 1, False, "", "key")
+    headers = {f"h{number}": "v" * 100 for number in range(size // 110)}
+    ends = Ends(1)
+    stream = framed(1, deliver_ok, b"body", headers=headers, user_id="w")
+    ends.splitter.data_received(b"".join(stream))
+    ((_, delivered),) = ends.delivered
+    told = frames.properties(delivered.header)
+    assert (delivered.body, told.user_id, bool(told.headers)) == (
+        b"body",
+        (kept and "w") or None,
+        kept,
+    )
 
 
 def test_channels_may_interleave_and_other_frames_go_to_aiormq():
@@ -311,7 +337,9 @@ async def test_a_closed_socket_is_not_written_to():
     assert not ends.written
 
 
-async def test_acknowledgements_are_batched_up_to_half_the_prefetch():
+async def test_acknowledgements_are_batched_up_to_half_the_prefetch(monkeypatch):
+    moment = "fluffle_common.transport.rabbitmq.channel._ACK_WITHIN_S"
+    monkeypatch.setattr(moment, 3600.0)  # no pause of this process is so long
     ends = Ends(1, prefetch=6)
     for tag in range(1, 5):
         ends.splitter.data_received(b"".join(deliver(1, tag, b"x")))
@@ -324,6 +352,7 @@ async def test_acknowledgements_are_batched_up_to_half_the_prefetch():
     (three,) = sent(bytes(ends.written))
     assert (three.delivery_tag, three.multiple) == (3, True)
     ends.news.clear()
+    monkeypatch.setattr(moment, 0.01)
     ends.channels[1].ack(4)
     async with asyncio.timeout(PATIENCE_S):
         await ends.news.wait()  # a moment later, it goes alone

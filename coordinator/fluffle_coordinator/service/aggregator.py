@@ -10,21 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
 from fluffle_common.tensors.groups import FROZEN, untrained
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
-from fluffle_common.transport.base import Link
 from fluffle_common.transport.fetch_parts import PartsGone
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
@@ -35,6 +32,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import new_base
+from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.decoding import check_metrics, decode_update
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -51,36 +49,28 @@ class Aggregator:
     Strategies other than FedAvg always run in a thread.
 
     Args:
-        topology: the names of the queues that hold the parts of large updates.
-        weights: the last committed weights; None before the first weights arrive.
+        fetcher: fetches the parts of large updates.
+        saved: the state of the run on disk, with its model.
         committer: stores first weights, averages and kept updates.
         settings: the operator's settings.
-        link: returns the current link, or None while disconnected.
         post: sends an event to the machine.
         record: records a run event.
-        resumed: the number of the round that produced ``weights``, and the strategy's state from
-            its checkpoint; None for a new run.
-        frozen: the model's frozen tensors.
         averaged: called with a round and the name of its new weights, which are being written.
-        folder: the folder of the files that hold large updates until they are checked.
     """
 
     def __init__(
         self,
-        topology: Topology,
-        weights: Weights | None,
+        fetcher: Fetcher,
+        saved: Saved,
         committer: Committer,
         settings: CoordinatorSettings,
         *,
-        link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
         record: Callable[[RunEvent], object] = lambda _: None,
-        resumed: tuple[int, Weights] | None = None,
-        frozen: Weights = NO_TENSORS,
         averaged: Callable[[int, str], object] = lambda *_: None,
-        folder: Path | None = None,
     ) -> None:
-        self.weights, self.frozen = weights, frozen
+        self.weights: Weights | None = saved.weights
+        self.frozen = saved.frozen.tensors
         self.broadcast: Weights = NO_TENSORS  # the strategy's tensors that travel with the weights
         self._committer, self._post, self._record = committer, post, record
         self._strategy, self._plan = settings.strategy, settings.whole_plan
@@ -88,23 +78,11 @@ class Aggregator:
         # Whether an update that missed one sum may go into the next.
         self._carries = settings.schedule.max_staleness > 0
         averages = self._strategy.name == FEDAVG.name
-        self._averaged, self._jobs = averaged, SerialQueue()
-        self._fetcher = Fetcher(
-            topology,
-            settings,
-            link=link,
-            weights=lambda: self.weights,
-            in_pieces=averages,  # other strategies need whole tensors, by name
-            folder=folder,
-        )
+        self._averaged, self._jobs, self._fetcher = averaged, SerialQueue(), fetcher
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
-        if weights is not None and resumed is not None:
-            number, saved_state = resumed
-            self._state = self._in_round(number + 1).load(saved_state, weights)
-            self.broadcast = self._in_round(number + 1).broadcast(self._state)
-        elif weights is not None:
-            self._init(weights)
+        if saved.weights is not None:
+            self._begin_sum(saved.weights, saved)
         self._participants: list[dict[str, Any]] = []
         self._closing = False
         self._max_header: int | None = None
@@ -138,7 +116,7 @@ class Aggregator:
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
         else:
-            self._fetcher.expect(held)
+            self._fetcher.expect(held, self._base)
             self._jobs.put(lambda: self._fold(held))
 
     def drop(self, held: Held) -> None:
@@ -179,23 +157,28 @@ class Aggregator:
     def _in_round(self, number: int) -> GuardedStrategy:
         return GuardedStrategy(self._strategy, number)
 
-    def _init(self, weights: Weights) -> None:
-        strategy = self._in_round(1)
-        self._state = strategy.init(weights)
+    def _begin_sum(self, weights: Weights, saved: Saved | None = None) -> None:
+        """Begin the first sum, from what the strategy saved if the run has committed rounds."""
+        committed = saved.committed if saved else 0
+        strategy = self._in_round(committed + 1)
+        if saved and committed:
+            self._state = strategy.load(saved.kept, weights)
+        else:
+            self._state = strategy.init(weights)
         self.broadcast = strategy.broadcast(self._state)
 
     async def begin_with(self, weights: Weights, frozen: Frozen = NO_FROZEN) -> None:
         """Save the first weights and start from them."""
         base, self.frozen = await self._committer.begin_with(weights, frozen)
         self.weights = weights
-        await self._off_loop(size_bytes(weights), self._init, weights)
+        await self._off_loop(size_bytes(weights), self._begin_sum, weights)
         self._post(ev.WeightsReady(monotonic(), base, frozen.digest))
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
         if self.weights is None:
             try:
-                payload = await self._fetcher.payload(held)
+                payload = await self._fetcher.payload(held, self.weights)
                 assert isinstance(payload, memoryview)
                 groups = read_groups(message.tensors, payload)
                 weights = groups[MODEL]
@@ -226,7 +209,7 @@ class Aggregator:
         assert held.how is not None
         update = held.how.update
         try:
-            payload = await self._fetcher.payload(held)
+            payload = await self._fetcher.payload(held, self.weights)
             # Folding touches the whole model, however small the encoded update is.
             nbytes = max(update.size_bytes, size_bytes(self._base))
             fold = partial(self._off_loop, nbytes, self._check_and_fold, held, payload)

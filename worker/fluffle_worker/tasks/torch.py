@@ -32,7 +32,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
 from fluffle_worker.tasks.examples import Examples, Stream, arrays_in, call, joined, mapped
@@ -55,7 +55,6 @@ from fluffle_worker.tasks.torch_tensors import (
     tensors_of,
     trained_by,
 )
-from fluffle_worker.user_code import FailedMetric
 
 _EVALUATION_BATCH = 256
 # Steps draw from torch's random state, which is global, so only one may be running in the process.

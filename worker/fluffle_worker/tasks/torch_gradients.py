@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fluffle_common.cli.user_code import one_line
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
+from fluffle_common.user_errors import one_line
 from fluffle_worker.tasks.examples import call, mapped
 
 

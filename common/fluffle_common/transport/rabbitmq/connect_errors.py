@@ -6,10 +6,13 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
+from aiormq.exceptions import AuthenticationError
+
 from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.rabbitmq.urls import display_url
 
 if TYPE_CHECKING:
+    from aiormq.exceptions import AuthenticationError
     from yarl import URL
 
 _ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
@@ -36,7 +39,6 @@ _NOT_TLS_REASONS = (
     "UNEXPECTED_MESSAGE",
 )
 _VERSION_ALERTS = (
-    "HANDSHAKE_FAILURE",
     "PROTOCOL_VERSION",
     "UNSUPPORTED_PROTOCOL",
     "NO_SHARED_CIPHER",
@@ -83,6 +85,29 @@ def handshake_error(
     )
 
 
+def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
+    """Return the error for a broker that does not offer the way to log in that the URL asks for.
+
+    None if it is another error.
+    """
+    if not isinstance(error, AuthenticationError):
+        return None
+    offered, auth = str(error.args[0] if error.args else ""), url.query.get("auth", "plain")
+    return WrongNode(
+        f"the broker at {display_url(url)} does not offer the login mechanism {auth.upper()} (it "
+        f"offers {offered or 'none'}); in --url, write ?auth=plain or ?auth=external, or enable "
+        "the mechanism on the broker"
+    )
+
+
+def capability_error(missing: list[str], url: URL) -> WrongNode:
+    """Return the error for a broker that lacks these AMQP extensions."""
+    return WrongNode(
+        f"the broker at {display_url(url)} lacks {', '.join(missing)}, an AMQP "
+        "extension that fluffle needs; use RabbitMQ 3.10 or newer"
+    )
+
+
 def tls_error(error: BaseException, url: URL) -> WrongNode | None:
     """Return the error for a failed TLS handshake; None if TLS was not the cause."""
     cause = _ssl_error(error)
@@ -117,6 +142,13 @@ def tls_error(error: BaseException, url: URL) -> WrongNode | None:
         return WrongNode(
             f"the port at {where} does not use TLS ({reason}); use amqp://… in --url, or give the "
             "port of the broker's TLS listener (usually 5671)"
+        )
+    if "HANDSHAKE_FAILURE" in reason:  # with TLS 1.2, this is all that the broker says
+        return WrongNode(
+            f"the broker at {where} refuses the TLS handshake ({reason}); if it requires a client "
+            "certificate, give one in --url, as in "
+            "amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem; otherwise, allow TLS 1.2 or "
+            "1.3 on the broker"
         )
     if any(word in reason for word in _VERSION_ALERTS):
         return WrongNode(

@@ -41,6 +41,8 @@ _FRAME_HEAD, _read_head = frames.FRAME.size, frames.FRAME.unpack_from
 _BODY, _END_BYTE = frames.BODY, frames.END_BYTE
 _NO_END = "an AMQP frame does not end with its frame-end byte"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
+# With a consumer, a broker that does not announce a deleted queue would be waited for forever.
+_NEEDED_CAPABILITIES = ("publisher_confirms", "basic.nack", "consumer_cancel_notify")
 _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
 _TLS_ALERT = b"\x15\x03"
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
@@ -76,6 +78,11 @@ class FrameSplitter:
         """Pass the messages of a channel to it from now on."""
         self._channels[channel.number] = channel
         self._partial.pop(channel.number, None)
+
+    @property
+    def incomplete_bytes(self) -> int:
+        """The bytes that have arrived of incomplete message bodies."""
+        return sum(content.filled_bytes for content in self._partial.values())
 
     def data_received(self, data: bytes) -> None:
         """Handle received bytes, which may begin and end anywhere in a frame.
@@ -237,6 +244,13 @@ class Connection(aio_pika.Connection):
         """Code and text with which the broker closed the connection; None if it did not."""
         return self._sockets.splitter.close_reason
 
+    def missing_capabilities(self) -> list[str]:
+        """Return the names of the AMQP extensions that fluffle needs and the broker lacks."""
+        properties = self.transport.connection.server_properties if self.transport else {}
+        offered = properties.get("capabilities")
+        offered = offered if isinstance(offered, dict) else {}
+        return [name for name in _NEEDED_CAPABILITIES if not offered.get(name)]
+
     @property
     def may_need_tls(self) -> bool:
         """Whether the broker has sent nothing, or has answered with a TLS alert."""
@@ -258,6 +272,10 @@ class Connection(aio_pika.Connection):
     def received_bytes(self) -> int:
         """Return the total size of the received bodies, behind which a confirmation may wait."""
         return self._sockets.splitter.received_bytes
+
+    def incomplete_bytes(self) -> int:
+        """Return how many bytes have arrived of message bodies that are still incomplete."""
+        return self._sockets.splitter.incomplete_bytes
 
     async def content_channel(
         self,

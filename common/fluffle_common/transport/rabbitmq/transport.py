@@ -12,7 +12,9 @@ from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
+    capability_error,
     handshake_error,
+    mechanism_error,
     probe_tls_error,
     tls_error,
 )
@@ -24,7 +26,8 @@ from fluffle_common.transport.rabbitmq.urls import display_url, parse_urls, tls_
 if TYPE_CHECKING:
     from yarl import URL
 
-_CONNECT_TIMEOUT_S = 15.0
+# Over TLS, opening a connection takes six round trips, of up to 4 s over a bad line.
+_CONNECT_TIMEOUT_S = 30.0
 # Silence of this length means that the other side is gone; both sides send twice in this time.
 _HEARTBEAT_S = 20
 
@@ -113,7 +116,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
             raise handshake_error(
                 *connection.close_reason, url, was_connected=was_connected
             ) from None
-        if (refusal := tls_error(error, url)) is not None:
+        if refusal := tls_error(error, url) or mechanism_error(error, url):
             raise refusal from None
         if not is_connection_error(error):
             raise
@@ -122,4 +125,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
             if refusal is not None:
                 raise refusal from None
         raise LinkLost(error_text(error)) from None
+    if missing := connection.missing_capabilities():
+        await close(connection)
+        raise capability_error(missing, url)
     return connection
