@@ -332,7 +332,7 @@ class Committer:
             if why.errno in _LASTING:
                 path = os.fsdecode(why.filename) if why.filename else folder
                 raise RunError(
-                    f"cannot write to {path} ({reason}); make this path writable, or remove what "
-                    "is in its way, and run the same command again (no update is lost)"
+                    f"cannot write to {path} ({reason}); make this path writable again, and run "
+                    "the same command again (no update is lost)"
                 ) from None
             raise NoRoom(folder, reason) from None
