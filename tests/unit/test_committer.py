@@ -143,5 +143,5 @@ async def test_a_run_whose_folder_is_removed_ends_with_one_line(run):
     await run.commit(1)
     shutil.rmtree(run.folder)
     with pytest.raises(RunError, match=r"the run folder .* was removed .*no update is lost"):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             await asyncio.gather(run.commit(2), run.running)

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 import unicodedata
 from pathlib import Path
 
@@ -206,6 +207,18 @@ def test_a_fluffle_error_is_escaped_and_keeps_its_exit_code(raising, capsys):
     assert capsys.readouterr().err == "fluffle: tensor 'a\\x1b[2J forged'\n"
     assert isinstance(OutputError("x"), FluffleError)
     assert one_line("a\n\tb\x1b") == "a b\\x1b"
+
+
+def test_the_json_of_a_long_list_is_written_in_pieces(monkeypatch):
+    written = []
+    stdout = types.SimpleNamespace(write=written.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    value = [{"round": n, "reason": "\x7f"} for n in range(10_000)]
+    echo_json(value)
+    text = "".join(written)
+    assert json.loads(text) == value
+    assert "\x7f" not in text
+    assert max(map(len, written)) < len(text) / 4
 
 
 def test_an_object_in_place_of_stdout_that_raises_is_dropped_at_the_end(monkeypatch):

@@ -25,7 +25,7 @@ from fluffle_common.transport.rabbitmq.errors import (
 )
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 NODE = URL("amqps://w:open-sesame@node.example:5671/v")
 
 

@@ -27,8 +27,12 @@ from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, 
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.observe.watchers import Watchers
-from fluffle_coordinator.service.first_state import first_state
-from fluffle_coordinator.service.run_opening import begin_with, open_run, read_first_model
+from fluffle_coordinator.service.run_opening import (
+    begin_with,
+    first_state,
+    open_run,
+    read_first_model,
+)
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_file
 from fluffle_coordinator.storage.evaluations import evaluation_metrics
@@ -690,6 +694,7 @@ def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
     hole = len(last) - 1 if length is None else length
     damaged = before + bytes(hole) + last[hole:]
     three.history.path.write_bytes(damaged)
+    assert [row["round"] for row in read_history(three.folder)] == [1, 2, 3]
     saved = three.load("letters")
     assert (saved.committed, saved.repairs) == (
         3,

@@ -27,7 +27,6 @@ from fluffle_common.tensors.checkpoint import (
 from fluffle_common.tensors.weights import NotFinite, check_delta
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.run_opening import begin_with, read_first_model
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.replay import strategy_of
@@ -330,7 +329,7 @@ def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     store.save_weights(0, model(), run)
     check_same(mine, store.load("f"), tmp_path)  # no round is committed yet
     settings = CoordinatorSettings("f", Rules(rounds=1), strategy=mine)
-    store.note_configuration(configuration(settings, Topology("f")), 0)
+    store.note_configuration(settings.configuration(Topology("f")), 0)
     store.save_weights(1, model(), run, {"v": np.ones(2)})
     line = {"event": "committed", "round": 1, "participants": [], "strategy": mine.name}
     store.history.append(line)

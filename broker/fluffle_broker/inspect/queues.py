@@ -18,11 +18,8 @@ from fluffle_common.transport.base import Counts, QueueInUse
 from fluffle_common.transport.open_once import open_once
 from fluffle_common.transport.rabbitmq.management import (
     REQUEST_ERRORS,
+    Management,
     QueueFigures,
-    alarms,
-    ask,
-    queue_figures,
-    vhost,
 )
 from fluffle_common.transport.rabbitmq.queue_health import hint
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
@@ -78,29 +75,29 @@ class QueueOverview:
         return [{**queue.as_dict(), "hint": self.hint(queue)} for queue in self.queues]
 
 
-def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
+def read_overview(api: Management, topology: Topology) -> QueueOverview:
     """Read the figures of a federation's queues.
 
     Raises:
         BrokerError: if the broker cannot be reached by AMQP either.
     """
     try:
-        figures = queue_figures(url, base, topology)
-        overview = QueueOverview(topology, _with_counts(figures, url), alarms(url, base))
-        return overview if overview.created else replace(overview, others=_federations(url, base))
+        figures = _with_counts(api.queue_figures(topology), api.url)
+        overview = QueueOverview(topology, figures, api.alarms())
+        return overview if overview.created else replace(overview, others=_federations(api))
     except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why
         note = (
-            f"the management API at {base} does not answer ({reason}), so unacknowledged messages, "
-            "bytes, rates, ages and the workers' queues are unknown; give the right address with "
-            "--management"
+            f"the management API at {api.base} does not answer ({reason}), so unacknowledged "
+            "messages, bytes, rates, ages and the workers' queues are unknown; give the right "
+            "address with --management"
         )
-    return QueueOverview(topology, _by_amqp(url, topology), [], note)
+    return QueueOverview(topology, _by_amqp(api.url, topology), [], note)
 
 
-def _federations(url: str, base: str) -> tuple[str, ...]:
+def _federations(api: Management) -> tuple[str, ...]:
     """Return the federations that a coordinator has created on the broker."""
-    names = [str(queue["name"]) for queue in ask(base, f"/api/queues/{vhost(url)}", url)]
+    names = [str(queue["name"]) for queue in api.queues()]
     owners = {name.partition(".")[0] for name in names}
     return tuple(sorted(owner for owner in owners if Topology(owner).updates in names))
 

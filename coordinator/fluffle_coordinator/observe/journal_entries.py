@@ -20,18 +20,20 @@ _OMITTED_FIELD = "address"  # of the broker: its readers know it
 
 
 class Entries:
-    """Turns the events of one coordinator, whose ``session`` this is, into entries."""
+    """Turns the events of one coordinator, whose ``session`` this is, into records."""
 
     def __init__(self) -> None:
         self.session = uuid.uuid4().hex[:12]
         self._run: str | None = None
         self._gists: dict[str, object] = {}  # of the latest report of each kind
 
-    def entry_of(self, event: RunEvent) -> EventRecord | None:
-        """Return the entry of an event; None for one that is not journalled, or a repetition.
+    def record_of(self, event: RunEvent) -> EventRecord | None:
+        """Return the record of an event that happens now, as readers get it.
+
+        It is None for an event that is not journalled, or a repetition.
 
         Raises:
-            ValueError: if the event does not fit into an entry.
+            ValueError: if the event does not fit into a record.
         """
         if isinstance(event, Started | Resumed) and event.run:
             self._run = event.run

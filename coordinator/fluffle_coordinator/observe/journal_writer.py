@@ -70,12 +70,12 @@ class Journal(Watcher):
 
     def record(self, event: RunEvent) -> None:
         """Queue an event for publishing."""
-        entry = self._entries.entry_of(event)
-        if entry is None or self._broken:
+        record = self._entries.record_of(event)
+        if record is None or self._broken:
             return
         if len(self._unsent) == self._unsent.maxlen:
             self._dropped += 1  # append() removes the oldest
-        self._unsent.append(entry)
+        self._unsent.append(record)
         if self._linked:
             self._at_rest.clear()
         self._not_empty.set()
@@ -140,7 +140,7 @@ class Journal(Watcher):
     def _fill_window(self) -> None:
         """Take the next events, after a ``gap`` if some were dropped."""
         if self._dropped and self._unsent:
-            gap = {"event": Gap.name, "fields": {"dropped": self._dropped}}
+            gap = {"event": Gap.name, "fields": Gap(dropped=self._dropped).fields()}
             self._window.append(self._unsent[0].model_copy(update=gap))
             self._dropped = 0
         while self._unsent and len(self._window) < _WINDOW:
@@ -170,8 +170,8 @@ class Journal(Watcher):
         if len(self._window) > _FEW:
             return [Events(**ids, number=first, events=tuple(self._window))]
         return [
-            Event(**ids, number=number, **dict(entry))
-            for number, entry in enumerate(self._window, start=first)
+            Event(**ids, number=number, **dict(record))
+            for number, record in enumerate(self._window, start=first)
         ]
 
     async def _send(self, link: Link, message: Event | Events) -> None:

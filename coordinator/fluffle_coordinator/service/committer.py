@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +29,7 @@ from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.stopping import NO_STOPPING, Standing
+from fluffle_coordinator.service.stopping import Standing
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.round_stats import (
@@ -91,7 +91,7 @@ class NoRoom(RunError):
 class Committer:
     """Writes everything that a run stores: checkpoints, history, kept updates, the best model.
 
-    ``metadata`` returns the metadata of a round's checkpoint.
+    ``metadata`` returns the metadata of a round's checkpoint; ``lines`` is the history so far.
     """
 
     def __init__(
@@ -102,6 +102,7 @@ class Committer:
         metadata: Callable[[int], dict[str, str]],
         record: Callable[[run_events.RunEvent], None],
         post: Callable[[ev.Event], None],
+        lines: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         hooks, stopping = settings.hooks, settings.stopping
         self.counts = Counts()
@@ -109,7 +110,6 @@ class Committer:
         self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
         self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
-        lines = store.history.read()[0] if hooks or stopping != NO_STOPPING else []
         self._standing = Standing(stopping, lines)
         # The last evaluated round and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
