@@ -304,7 +304,7 @@ def test_a_broken_connection_is_not_a_tls_error(error):
             {"capabilities": {"publisher_confirms": True, "basic.nack": False}},
             "lacks basic.nack, consumer_cancel_notify",
         ),
-        ("EXTERNAL SCRAM", {}, "it offers EXTERNAL SCRAM, not PLAIN"),
+        ("EXTERNAL SCRAM", {}, r"login method PLAIN \(it offers EXTERNAL SCRAM\); allow PLAIN"),
     ],
 )
 async def test_a_broker_that_lacks_what_fluffle_needs_is_an_error_at_once(

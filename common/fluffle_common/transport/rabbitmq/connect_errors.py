@@ -86,12 +86,14 @@ def handshake_error(
 
 
 def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
-    """Return the error for a broker that accepts no user and password; None if it is another."""
+    """Return the error for a broker without our login method; None if it is another error."""
     if not isinstance(error, AuthenticationError):
         return None
+    wanted = url.query.get("auth", "plain").upper()
     return WrongNode(
-        f"the broker at {display_url(url)} accepts no user and password (it offers "
-        f"{error.args[0]}, not PLAIN); allow PLAIN with auth_mechanisms in rabbitmq.conf"
+        f"the broker at {display_url(url)} does not offer the login method {wanted} (it offers "
+        f"{error.args[0]}); allow {wanted} with auth_mechanisms in rabbitmq.conf, or choose "
+        "?auth=plain or ?auth=external in --url"
     )
 
 

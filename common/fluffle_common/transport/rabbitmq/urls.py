@@ -10,7 +10,7 @@ import base64
 import re
 import ssl
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from fluffle_common.errors import UsageError
 
@@ -25,6 +25,7 @@ _AUTHORITY_END = re.compile(r"[/?#]")
 _TLS_OPTIONS = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ssl")
 _OPTIONS = (*_TLS_OPTIONS, "auth")
 _QUOTED = "#/?@:%[] "
+_MAX_VHOST = 127
 _FORM = "write amqp://user:password@host:port/vhost or amqps://…"
 _QUOTE = f"{_FORM}, and in the user, the password and the vhost, write " + ", ".join(
     f"'{char}' as %{ord(char):02X}" for char in _QUOTED
@@ -160,6 +161,8 @@ def _fault(url: str) -> str | None:
         _ = split.port
     except ValueError:
         return f"its port is not a number up to 65535; {_QUOTE}"
+    if len(unquote(split.path)) > _MAX_VHOST + 1:
+        return f"its vhost has more than {_MAX_VHOST} characters, which AMQP does not allow"
     return _wrong_option(split)
 
 
