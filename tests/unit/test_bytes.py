@@ -39,6 +39,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.fetcher import Fetcher
 from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
@@ -165,11 +166,10 @@ async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp
         post=events.append,
     )
     aggregator = Aggregator(
-        TOPOLOGY,
+        Fetcher(TOPOLOGY, settings, link=Untouched),  # type: ignore[arg-type]
         Saved("r", weights=None if first else MODEL),
         committer,
         settings,
-        link=Untouched,  # type: ignore[arg-type]
         post=events.append,
     )
     table = (TensorEntry("w", "float32", (2**30,), 0, 2**32),)
@@ -446,6 +446,18 @@ def test_endless_restarts_are_answered_a_few_times():
     assert hellos.admit(beat, 1.0) is None  # it would be answered like a hello
     assert hellos.admit(beat, 6.0) is beat
     assert hellos.admit(hello("other", worker="v"), 0.0) is not None
+
+
+def test_a_bye_and_a_heartbeat_are_not_answered_like_a_hello():
+    hellos = HelloLimiter()
+    hellos.admit(hello(), 0.0)
+    hellos.left("w", "another")
+    beat = Heartbeat(**{**ABOUT, "session": "s"})
+    assert hellos.admit(beat, 0.1) is beat
+    hellos.left("w", "s")
+    assert hellos.admit(beat, 0.2) is None  # it would be sent its work again, a whole model
+    assert hellos.admit(hello(), 60.0) is None
+    assert hellos.admit(hello("next"), 60.0) is not None
 
 
 @pytest.mark.parametrize(

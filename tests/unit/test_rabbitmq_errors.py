@@ -262,7 +262,9 @@ def ssl_error(reason: str) -> ssl.SSLError:
         ("WRONG_VERSION_NUMBER", "amqp://"),
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "certfile"),
         ("TLSV1_ALERT_UNKNOWN_CA", "certfile"),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "certfile"),  # TLS 1.2 without the client's certificate
         ("SSLV3_ALERT_HANDSHAKE_FAILURE", "TLS 1.2"),
+        ("TLSV1_ALERT_PROTOCOL_VERSION", "TLS 1.2"),
     ],
 )
 def test_a_failed_tls_handshake_names_the_cause(reason, expected):
@@ -304,7 +306,7 @@ def test_a_broken_connection_is_not_a_tls_error(error):
             {"capabilities": {"publisher_confirms": True, "basic.nack": False}},
             "lacks basic.nack, consumer_cancel_notify",
         ),
-        ("EXTERNAL SCRAM", {}, r"login method PLAIN \(it offers EXTERNAL SCRAM\); allow PLAIN"),
+        ("EXTERNAL SCRAM", {}, "it offers EXTERNAL SCRAM"),
     ],
 )
 async def test_a_broker_that_lacks_what_fluffle_needs_is_an_error_at_once(

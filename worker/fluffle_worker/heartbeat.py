@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fluffle_common.cli.user_code import sendable
 from fluffle_common.errors import BrokerError, LinkLost, TaskError
 from fluffle_common.protocol.messages import (
     MAX_TASK_CHARACTERS,
@@ -25,6 +24,7 @@ from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send
+from fluffle_common.user_errors import sendable
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
@@ -116,7 +116,7 @@ class Presence:
             if link.blocking.reason and self._being_sent:
                 continue  # one heartbeat is enough once the broker takes messages again
             # Behind a large message, its confirmation may take long.
-            self._start_sending(link, Heartbeat(**self._status()))
+            self._start_sending(link, Heartbeat(**self._status(link.incomplete_bytes)))
 
     async def greet(self, link: Link) -> bool:
         """Send a hello, on which the coordinator binds our queues; return whether it was queued."""
@@ -146,8 +146,9 @@ class Presence:
         failure = Failure(**self._ids, run=work.run, round=work.round, reason=reason)
         self._start_sending(link, failure)
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self, incomplete_bytes: int = 0) -> dict[str, Any]:
         status = {**self._ids, **self._about, "frozen": self._frozen.digests}
+        status["incomplete_bytes"] = incomplete_bytes or None
         if (work := self._work) is not None:
             status |= {
                 "run": work.run,

@@ -43,7 +43,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
 from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
-from fluffle_coordinator.machine.effects import Ack, Effects
+from fluffle_coordinator.machine.effects import Ack, Effects, Welcome
 from fluffle_coordinator.machine.evaluation import (
     evaluate_last_model,
     evaluation_arrived,
@@ -68,22 +68,21 @@ def start(
     committed: int = 0,
     counted: Mapping[int, frozenset[Ticket]] = MappingProxyType({}),
     earlier: Mapping[int, str] = MappingProxyType({}),
-    sequence: int = 0,
     earlier_starts: int = 0,
     evaluated: bool = True,
     **known: Any,
 ) -> State:
     """Return the initial state of a new run, or of one that goes on after its last commit.
 
-    ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets that
-    recent rounds counted, ``sequence`` is the highest one that any round counted,
-    ``earlier_starts`` is the number of coordinators that ran before, and ``earlier`` has the names
-    of the weights that rounds began with. ``evaluated`` says whether the evaluation of the last
-    model is on disk. ``known`` are other fields of ``State``; the workers decide on ``classes`` and
-    ``model`` if these are None.
+    ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets that each
+    round counted, ``earlier_starts`` is the number of coordinators that ran before, and ``earlier``
+    has the names of the weights that rounds began with. ``evaluated`` says whether the evaluation
+    of the last model is on disk. ``known`` are other fields of ``State``; the workers decide on
+    ``classes`` and ``model`` if these are None.
     """
     # A connected worker sends a heartbeat within this time (every 2 s by default).
     all_heard_s = 2.0 * rules.patience
+    sequence = max((t.sequence for tickets in counted.values() for t in tickets), default=0)
     state = State(
         rules=rules,
         run=run,
@@ -126,6 +125,7 @@ def _connected(state: State, event: ev.Connected, out: Effects) -> State:
     if state.link == 0:
         state = postpone(state, event.now - state.unlinked_since)
     workers = {n: replace(w, last_seen=event.now) for n, w in state.workers.items()}
+    out.extend(Welcome(name) for name in workers)  # the first may be lost
     # Work that was being sent may be lost: a worker that is idle at its next heartbeat gets it
     # again. Every delivery that is held is void, and the broker redelivers it.
     for copies in state.spares.values():
