@@ -3,7 +3,7 @@
     python -m benchmarks.compression --seeds 1,2,3
     python -m benchmarks.compression --seeds 1,2,3 --job digits --rounds 8 --epochs 3
 
-One job is trained once with each encoding, simulated in one process: the workers' ``job.execute``
+One job is trained once with each encoding, simulated in one process: the workers' ``job.Executor``
 with the real task, the messages' layout, the coordinator's ``decode_update`` and ``fedavg``.
 Only the broker is left out, which changes no byte.
 
@@ -34,7 +34,8 @@ from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.decoding import decode_update
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.job import Job, execute
+from fluffle_worker.frozen import FrozenTensors
+from fluffle_worker.job import Executor, Job
 from fluffle_worker.task import Task
 
 PLAIN = "none"
@@ -73,10 +74,9 @@ class Federation:
             plan=self._plan,
         )
         job = Job(fit, self.weights)
-        execute(
+        sender = {"federation": "bench", "worker": f"w{place}"}
+        Executor(task, sender, FrozenTensors(task)).execute(
             job,
-            task,
-            {"federation": "bench", "worker": f"w{place}"},
             evaluated=lambda: None,
             progress=lambda *_: None,
             residual=lambda: self._residuals[place],

@@ -34,7 +34,7 @@ from benchmarks.processes import (
 )
 from benchmarks.worker_crowd import Crowd
 from fluffle_broker.node.record import NodeInfo
-from fluffle_common.transport.rabbitmq.management import ask
+from fluffle_common.transport.rabbitmq.management import Management
 
 WARM_UP = 2
 _LOOK_S = 0.2
@@ -142,10 +142,10 @@ def _watch(
 
 def counts(broker: NodeInfo, federation: str) -> tuple[int, int]:
     """Return the broker's counts of all connections and of a federation's queues."""
-    base = broker.management_url.rstrip("/")
+    api = Management(broker.url, broker.management_url)
     try:
-        connections = ask(base, "/api/overview", broker.url)["object_totals"]["connections"]
-        queues = ask(base, "/api/queues?columns=name&disable_stats=true", broker.url)
+        connections = api.ask("/api/overview")["object_totals"]["connections"]
+        queues = api.ask("/api/queues?columns=name&disable_stats=true")
     except (OSError, ValueError, KeyError):
         return 0, 0
     return int(connections), sum(q["name"].startswith(f"{federation}.") for q in queues)

@@ -15,6 +15,7 @@ so it does not disturb anything else that runs here. The output of each process 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import io
 import os
 import shutil
@@ -27,7 +28,7 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import IO, Any
 
 FEDERATION = "demo"
 CLIENTS = 3
@@ -147,8 +148,10 @@ def main() -> int:
     for name in ("FLUFFLE_URL", "FLUFFLE_FEDERATION", "FLUFFLE_MANAGEMENT_URL"):
         os.environ.pop(name, None)  # they would select another broker
     programs: list[Program] = []
+    lock = None
     try:
         LOGS.mkdir(parents=True, exist_ok=True)
+        lock = hold_lock()
         say(bold(f"$ export FLUFFLE_STATE={STATE}"))
         run("broker", "up", "--port", "0")
         data = letters()
@@ -167,7 +170,7 @@ def main() -> int:
     finally:
         SIGNALS.ignore()
         stop([program.process for program in programs])
-        if STATE.is_dir():
+        if lock and STATE.is_dir():
             run("broker", "down", check=False)
     if not code:
         explain(
@@ -180,6 +183,24 @@ def main() -> int:
             f"FLUFFLE_STATE={STATE}' in each terminal and 'fluffle broker up' in one."
         )
     return code
+
+
+def hold_lock() -> IO[str]:
+    """Return an open file that keeps other demos out of this folder until the process ends.
+
+    Raises:
+        Failed: if another demo runs here; it has the same broker and files.
+    """
+    lock = (LOGS / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Failed(
+            "another demo is running in this folder; wait until it has ended, or run the demo in "
+            "another clone of the repository",
+            1,
+        ) from None
+    return lock
 
 
 def letters() -> Path:

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
 from fluffle.models import load_model
-from fluffle_common.cli.printing import one_line
+from fluffle_common.cli.printing import aligned, one_line, text_table
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
 from fluffle_coordinator.observe.round_view import metrics_of
-from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.round_stats import examples_by_worker, seconds_of, weighted_mean
+from fluffle_coordinator.storage.round_stats import examples_by_worker, mean_train_loss, seconds_of
 from fluffle_worker.task import EvalResult
 
 if TYPE_CHECKING:
@@ -100,15 +99,11 @@ class History(Sequence[Round]):
     rounds: tuple[Round, ...]
 
     @classmethod
-    def read(cls, folder: Path, kept: object = None) -> History:
-        """Read the history in a run folder; the run may still be going on.
+    def of(cls, rows: Iterable[Mapping[str, Any]], folder: Path, kept: object = None) -> History:
+        """Return the committed rounds among the rows of a history (``read_history``).
 
         Each round refers to ``kept``, which keeps a temporary folder alive.
-
-        Raises:
-            UsageError: if the folder has no history, or it cannot be read.
         """
-        rows = read_history(folder)
         return cls(tuple(_round(row, folder, kept) for row in rows if "checkpoint" in row))
 
     @property
@@ -152,27 +147,27 @@ class History(Sequence[Round]):
         return History(self.rounds[which]) if isinstance(which, slice) else self.rounds[which]
 
     def __repr__(self) -> str:
-        names, rows = self._table()
-        widths = [max(map(len, column)) for column in zip(names, *rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in (names, *rows)
-        )
+        return "\n".join(text_table(aligned(*column) for column in self._table().items()))
 
     def _repr_html_(self) -> str:
-        names, rows = self._table()
+        columns = self._table()
+        rows = zip(*columns.values(), strict=True)
         body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
-        return f"<table><thead><tr>{_cells('th', names)}</tr></thead><tbody>{body}</tbody></table>"
+        head = _cells("th", columns)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        names = ["round", "workers", "examples", *map(one_line, self.columns)]
-        rows = []
-        for each in self.rounds:
-            values = each.values()
-            numbers = [decimal(values[name]) if name in values else "" for name in self.columns]
-            counts = [each.number, len(each.participants), each.num_examples]
-            rows.append([*map(str, counts), *numbers])
-        return names, rows
+    def _table(self) -> dict[str, list[str]]:
+        """Return the cells of each column, by its name."""
+        values = [each.values() for each in self.rounds]
+        return {
+            "round": [str(each.number) for each in self.rounds],
+            "workers": [str(len(each.participants)) for each in self.rounds],
+            "examples": [str(each.num_examples) for each in self.rounds],
+            **{
+                one_line(name): [decimal(row[name]) if name in row else "" for row in values]
+                for name in self.columns
+            },
+        }
 
 
 def _cells(tag: str, texts: Iterable[str]) -> str:
@@ -186,11 +181,7 @@ def _round(row: Mapping[str, Any], folder: Path, kept: object) -> Round:
         number=row["round"],
         participants=examples_by_worker(participants),
         checkpoint=folder / row["checkpoint"],
-        train_loss=weighted_mean(
-            (each["num_examples"], each["train_loss"])
-            for each in participants
-            if each.get("train_loss") is not None
-        ),
+        train_loss=mean_train_loss(participants),
         loss=row.get("loss"),
         metrics={n: value for n, value in metrics.items() if not n.startswith(TEST_PREFIX)},
         evaluations={

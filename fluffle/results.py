@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fluffle.history import History, Round
 from fluffle_common.cli.printing import one_line
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.storage.history import read_history_lines
+from fluffle_coordinator.storage.history import merged, read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class Run:
     @cached_property
     def history(self) -> History:
         """The rounds, as rows (``run.history[-1]``) and columns (``run.history["loss"]``)."""
-        return History.read(self.folder, self._kept)
+        return History.of(merged(self._lines), self.folder, self._kept)
 
     @property
     def weights(self) -> dict[str, Array]:

@@ -9,15 +9,21 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import uvloop
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from fluffle_broker.node import node
 from fluffle_common.errors import BrokerError
 
-# The same examples every time and no deadline, since the machine is shared. HYPOTHESIS_PROFILE
-# names another profile: fewer examples for `make test-fast`, or a long search.
+# The same examples every time, however slowly they come, since the machine is shared.
+# HYPOTHESIS_PROFILE names another profile: fewer examples for `make test-fast`, or a long search.
 settings.register_profile(
-    "ci", deadline=None, derandomize=True, max_examples=60, stateful_step_count=40, database=None
+    "ci",
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+    derandomize=True,
+    max_examples=60,
+    stateful_step_count=40,
+    database=None,
 )
 settings.register_profile("fast", settings.get_profile("ci"), max_examples=20)
 settings.register_profile(

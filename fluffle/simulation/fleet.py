@@ -40,7 +40,7 @@ from fluffle_worker.error_feedback import Residual
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import ReceivedTensors, Record, read_work
-from fluffle_worker.job import Job, execute
+from fluffle_worker.job import Executor, Job
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
 from fluffle_worker.settings import WorkerSettings
@@ -224,22 +224,19 @@ class Fleet:
 
         moved = size_bytes(job.weights) + size_bytes(job.broadcast)
         form, frozen = self._model(client.task)
+        sender = {"federation": self._topology.federation, "worker": client.name}
+        executor = Executor(client.task, sender, frozen, form, self._results)
         async with self._turn:  # otherwise, all clients of a round would train in a single pass
             for _ in range(_PASSES):
                 await asyncio.sleep(0)
             self._acting = client.name
             try:
                 with hidden_loop():
-                    execute(
+                    executor.execute(
                         job,
-                        client.task,
-                        {"federation": self._topology.federation, "worker": client.name},
                         evaluated=lambda: None,
                         progress=progress,
                         residual=lambda: client.residual,
-                        results=self._results,
-                        form=form,
-                        frozen=frozen,
                     )
             except BaseException as why:  # as in Trainer, even SystemExit
                 trace = why.__traceback__  # begins with this function

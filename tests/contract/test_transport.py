@@ -41,7 +41,7 @@ from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 # How long a step may take before the test counts as hanging.
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Proxy:

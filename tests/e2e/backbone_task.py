@@ -1,18 +1,12 @@
-"""The regression of the examples on a frozen backbone of 20 MB, of which each worker makes another.
-
-``BACKBONE_MB`` sets another size.
-"""
-
-import os
-import time
+"""The waiting regression on a frozen backbone of 20 MB, of which each worker makes another."""
 
 import numpy as np
 
 from examples.numpy_regression import Regression
-from examples.numpy_regression import task as small
 from fluffle_worker.task import TrainResult
+from tests.e2e.waiting_task import task as small
 
-SIZE = int(os.environ.get("BACKBONE_MB", "20")) * 10**6 // 4
+SIZE = 20 * 10**6 // 4
 
 
 class OnABackbone:
@@ -37,8 +31,7 @@ class OnABackbone:
         return self.regression.init(seed)
 
     def train(self, weights, plan, progress) -> TrainResult:
-        """Train the regression, and take a moment for it."""
-        time.sleep(0.1)
+        """Train the regression."""
         result = self.regression.train(weights, plan, progress)
         metrics = {**result.metrics, "backbone": float(self.backbone[0])}
         return TrainResult(result.weights, self.num_examples, metrics)

@@ -29,7 +29,7 @@ class Stubborn:
         progress(1, 2, None)
         if self._mode == "blas":
             square = np.ones((3000, 3000))
-            for _ in range(200):
+            while True:
                 square @ square
         elif self._mode == "hash":
             hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)

@@ -45,7 +45,7 @@ def _command(*arguments: str | Path, state: Path) -> list[str]:
 
 
 def manage(info: NodeInfo, method: str, path: str, body: Any = None) -> Any:
-    link = http.client.HTTPConnection("127.0.0.1", info.ports.management, timeout=10)
+    link = http.client.HTTPConnection("127.0.0.1", info.ports.management, timeout=60)
     login = base64.b64encode(b"guest:guest").decode()
     headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
     try:
@@ -73,7 +73,7 @@ def ours(state: Path) -> list[str]:
 
 def assert_gone(state: Path) -> None:
     """Check that nothing is left of a VM that exited; its helpers need a moment to notice."""
-    processes.wait_until(lambda: not ours(state), timeout_s=10)
+    processes.wait_until(lambda: not ours(state), timeout_s=60)
     assert ours(state) == []
 
 

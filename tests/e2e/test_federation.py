@@ -49,7 +49,7 @@ def test_worker_coordinator_broker_worker_worker(tmp_path: Path) -> None:
 def test_a_late_worker_takes_part_in_a_later_round(federation: Federation, tmp_path: Path) -> None:
     gate = tmp_path / "gate"
     env = {"WAIT_FOR": str(gate), "WAIT_FROM": "3"}
-    coordinator = federation.coordinator("--quorum", 2, "--rounds", 4, "--grace", 20)
+    coordinator = federation.coordinator("--quorum", 2, "--rounds", 4, "--grace", 300)
     early = [federation.worker(f"shard:{n}/3", task=WAITING, env=env) for n in (0, 1)]
     coordinator.wait_for("round 3: opened for shard-0-3, shard-1-3")
     late = federation.worker("shard:2/3")

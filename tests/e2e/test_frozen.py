@@ -1,7 +1,6 @@
 """A frozen backbone of 20 MB over a real RabbitMQ: once to each worker, also after restarts."""
 
 import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +21,7 @@ class Copies:
     def __init__(self, federation: Federation) -> None:
         self._connection = pika.BlockingConnection(pika.URLParameters(federation.url))
         self._channel = self._connection.channel()
+        self._channel.exchange_declare(f"{federation.name}.work", "direct", durable=True)
         self._queues = {name: f"{federation.name}.copies.{name}" for name in WORKERS}
         for name, queue in self._queues.items():
             self._channel.queue_declare(queue, durable=True)
@@ -43,10 +43,6 @@ class Copies:
 
 @pytest.fixture
 def copies(federation: Federation) -> Iterator[Copies]:
-    """Yield the copies of a federation whose coordinator has made the exchange."""
-    coordinator = coordinate(federation)
-    coordinator.wait_for("connected")
-    time.sleep(0.5)
     made = Copies(federation)
     try:
         yield made
@@ -55,23 +51,28 @@ def copies(federation: Federation) -> Iterator[Copies]:
 
 
 def coordinate(federation: Federation) -> Program:
-    return federation.coordinator("--min-workers", 3, "--quorum", 2, "--rounds", 60)
+    return federation.coordinator("--min-workers", 3, "--quorum", 3, "--rounds", 4)
 
 
-def worker(federation: Federation, number: int) -> Program:
-    return federation.worker(f"shard:{number}/3", task=TASK)
+def test_a_backbone_crosses_once_a_worker(
+    federation: Federation, copies: Copies, tmp_path: Path
+) -> None:
+    gate = tmp_path / "gate"
 
+    def worker(number: int, waits_from: int = 1000) -> Program:
+        env = {"WAIT_FOR": str(gate), "WAIT_FROM": str(waits_from)}
+        return federation.worker(f"shard:{number}/3", task=TASK, env=env)
 
-def test_a_backbone_crosses_once_a_worker(federation: Federation, copies: Copies) -> None:
-    (coordinator,) = federation.programs
-    first, second, victim = (worker(federation, number) for number in range(3))
+    coordinator = coordinate(federation)
+    first, second, victim = worker(0), worker(1), worker(2, waits_from=2)
     coordinator.wait_for("update of shard-2-3 counted")  # so it has the backbone
     victim.send(signal.SIGKILL)
     victim.end()
-    again = worker(federation, 2)
+    again = worker(2, waits_from=1)
     coordinator.wait_for("shard-2-3 joined")
     coordinator.send(signal.SIGKILL)
     coordinator.end()
+    gate.touch()
     resumed = coordinate(federation)
     assert [program.end() for program in (resumed, first, second, again)] == [0, 0, 0, 0]
     assert len(list(Path(federation.run).glob("frozen-*.safetensors"))) == 1

@@ -79,7 +79,7 @@ def test_what_is_rejected_can_be_looked_at(
         "", f"{federation.name}.updates", body.replace(b"shard-0-2", b"mallory-2")
     )
     coordinator.wait_for("rejected a message")
-    for _, _, rejected in channel.consume(f"{federation.name}.rejected", inactivity_timeout=10):
+    for _, _, rejected in channel.consume(f"{federation.name}.rejected", inactivity_timeout=60):
         assert rejected == body.replace(b"shard-0-2", b"mallory-2")
         break
 

@@ -26,7 +26,7 @@ from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import encode, lay_out
 from fluffle_common.transport.open_once import open_once
-from fluffle_common.transport.rabbitmq import management
+from fluffle_common.transport.rabbitmq.management import Management
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 from tests.faults import harness
@@ -161,8 +161,12 @@ def test_peek_reports_updates_that_it_cannot_see(federation, ask, tmp_path):
 def test_peeking_at_the_journal_leaves_no_consumer_behind(federation, ask, told):
     coordinator = federation.coordinator("--quorum", 2)
     coordinator.wait_for("connected")
-    events = [message["event"] for message in told("peek", "journal")]
-    assert "connected" in events
+
+    def peeked() -> list[str] | None:
+        names = [message["event"] for message in told("peek", "journal")]
+        return names if "connected" in names else None
+
+    events = harness.wait_until(peeked, "the journal has what the coordinator says")
     coordinator.send(signal.SIGINT)
     assert coordinator.end() == 130
 
@@ -256,7 +260,7 @@ def test_fifty_peeks_on_every_queue_change_nothing(broker_node: node.NodeInfo, t
 def tapped(federation: Federation, broker: node.NodeInfo) -> set[str]:
     """Return the workers whose messages a tap copies."""
     path = f"/api/exchanges/%2F/{federation.name}.work/bindings/source"
-    bindings = management.ask(broker.management_url.rstrip("/"), path, broker.url)
+    bindings = Management(broker.url, broker.management_url).ask(path)
     return {one["routing_key"] for one in bindings if ".tap." in one["destination"]}
 
 

@@ -104,15 +104,16 @@ def test_a_killed_worker_is_named_by_explain_while_the_round_is_stuck(
     env = {"WAIT_FOR": str(gate)}
     workers = [federation.worker(f"shard:{n}/3") for n in range(2)]
     victim = federation.worker("shard:2/3", task=WAITING, env=env)
+    follower = look(federation, "journal", "--follow")  # the coordinator says it a moment earlier
     victim.wait_for("round 1: training")
-    coordinator.wait_for(r"counted, 90 examples \(2/3\)")
+    follower.wait_for(r"counted, 90 examples \(2/3\)")
 
     told = "\n".join(lines(federation, "explain"))
     assert "till waiting for shard-2-3: connected" in told
 
     victim.send(signal.SIGKILL)
     assert victim.end() == -signal.SIGKILL
-    coordinator.wait_for("shard-2-3 is gone")
+    follower.wait_for("shard-2-3 is gone")
     data = json.loads("\n".join(lines(federation, "explain", "--json")))
     assert (data["round"], data["open"], data["needed"]) == (1, True, 3)
     (missing,) = data["missing"]

@@ -21,11 +21,12 @@ from fluffle_broker.node.permissions import worker_permissions
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.permissions import COORDINATOR, PASSWORD, Narrow
-from tests.e2e.programs import Federation, Program
+from tests.e2e.programs import REGRESSION, ROOT, Federation, Program
 
 pytestmark = pytest.mark.rabbit
 
 ME, VICTIM = "mallory", "a.lice"
+WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
 F = "f"
 INBOX, OUTBOX = f"{F}.inbox.", f"{F}.outbox."
 
@@ -43,10 +44,12 @@ class Run(Federation):
         self.url = self._narrow.url(COORDINATOR)
         return self.coordinator("--verify-users", "--queue-type", "classic", *flags)
 
-    def site(self, name: str, shard: int) -> Program:
+    def site(
+        self, name: str, shard: int, *, task: str = REGRESSION, env: dict[str, str] | None = None
+    ) -> Program:
         """Start a worker."""
         self.url = self._narrow.url(name)
-        return self.worker(f"shard:{shard}/2", "--id", name)
+        return self.worker(f"shard:{shard}/2", "--id", name, task=task, env=env)
 
 
 @pytest.fixture
@@ -91,21 +94,28 @@ def test_a_federation_with_minimal_permissions_starts_in_any_order(run: Run, ord
     assert committed(run) == [["a.lice", "bob"]] * 3
 
 
-def test_with_minimal_permissions_killed_programs_recover(run: Run) -> None:
-    rounds = ("--quorum", 2, "--rounds", 200, "--grace", 0.1)
+def test_with_minimal_permissions_killed_programs_recover(run: Run, tmp_path: Path) -> None:
+    gate = tmp_path / "gate"
+
+    def alice(waits_from: int) -> Program:
+        env = {"WAIT_FOR": str(gate), "WAIT_FROM": str(waits_from)}
+        return run.site("a.lice", 0, task=WAITING, env=env)
+
+    rounds = ("--quorum", 2, "--rounds", 20)
     chief = run.chief(*rounds)
-    alice, bob = run.site("a.lice", 0), run.site("bob", 1)
+    killed, bob = alice(3), run.site("bob", 1)
     chief.wait_for("round 2: committed")
-    alice.send(signal.SIGKILL)
-    assert alice.end() == -signal.SIGKILL
-    again = run.site("a.lice", 0)
+    killed.send(signal.SIGKILL)
+    assert killed.end() == -signal.SIGKILL
+    again = alice(2)
     again.wait_for("update sent")
     chief.send(signal.SIGKILL)
     assert chief.end() == -signal.SIGKILL
     second = run.chief(*rounds)
     second.wait_for("continuing run")
+    gate.touch()
     assert [program.end() for program in (second, again, bob)] == [0, 0, 0]
-    assert committed(run) == [["a.lice", "bob"]] * 200
+    assert committed(run) == [["a.lice", "bob"]] * 20
 
 
 # --- what a user may not do --------------------------------------------------------------------

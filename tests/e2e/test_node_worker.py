@@ -19,10 +19,11 @@ from safetensors.numpy import load_file
 
 from fluffle_broker.node import node
 from fluffle_common.errors import BrokerError
-from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
+from tests.e2e.programs import FLUFFLE, PATIENCE_S, ROOT, Federation, Program
 
 HERE = ROOT / "examples/node_worker"
 NODE, NPM = shutil.which("node"), shutil.which("npm")
+WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
 EVERYBODY = ("--quorum", 3, "--min-workers", 3)
 
 
@@ -125,7 +126,7 @@ def test_alone_it_makes_the_first_weights_and_leaves_when_told(
     federation: Federation, installed: Path
 ) -> None:
     coordinator = federation.coordinator("--quorum", 1, "--rounds", 50)
-    foreign = start(federation, installed, "--pause", 0.05)
+    foreign = start(federation, installed, "--pause", 0.5)
     coordinator.wait_for("asking js for the first weights")
     foreign.wait_for("sent 2")
     foreign.send(signal.SIGTERM)
@@ -179,7 +180,9 @@ class Coordinator:
         more = {"round": number, "base": base, "evaluate": False, "plan": plan, **fields}
         self.send("fit", weights.ljust(68, b"\0"), tensors=[entry, scalar], **more)
 
-    def hear(self, *kinds: str, patience_s: float = 20.0) -> tuple[Any, dict[str, Any], bytes]:
+    def hear(
+        self, *kinds: str, patience_s: float = PATIENCE_S
+    ) -> tuple[Any, dict[str, Any], bytes]:
         """Return the next message of one of these kinds: its properties, header and payload."""
         end = time.monotonic() + patience_s
         while time.monotonic() < end:
@@ -253,11 +256,12 @@ def test_the_newest_work_wins(federation: Federation, installed: Path) -> None:
     foreign.wait_for("at the broker")
     coordinator = Coordinator(federation)
     coordinator.hear("hello")
-    coordinator.fit(1)
+    endless = {"epochs": 1000, "batch_size": 32, "seed": 0}
+    coordinator.fit(1, plan=endless)
     foreign.wait_for("fit 1")
     while coordinator.hear("heartbeat")[1]["step"] < 1:
         pass
-    coordinator.fit(1)
+    coordinator.fit(1, plan=endless)
     foreign.wait_for("at round 1 already")
     coordinator.fit(2)
     assert coordinator.hear("update")[1]["round"] == 2
@@ -286,13 +290,16 @@ def test_it_outlives_a_broker_that_is_killed(tmp_path: Path, installed: Path) ->
     try:
         coordinator = federation.coordinator(*EVERYBODY, "--rounds", 6)
         foreign = start(federation, installed, "--pause", 0.3)
-        ours = [federation.worker(f"shard:{n}/3") for n in (0, 1)]
+        gate = tmp_path / "gate"
+        env = {"WAIT_FOR": str(gate), "WAIT_FROM": "3"}
+        ours = [federation.worker(f"shard:{n}/3", task=WAITING, env=env) for n in (0, 1)]
         foreign.wait_for("fit 3")
         assert info.pid is not None
         os.kill(info.pid, signal.SIGKILL)
         foreign.wait_for("no broker")
         info = node.up(state, ports=info.ports)
         foreign.wait_for("connected")
+        gate.touch()
         assert [program.end() for program in (coordinator, foreign, *ours)] == [0] * 4
         assert [set(one) for one in counted(federation)] == [{"js", "shard-0-3", "shard-1-3"}] * 6
     finally:

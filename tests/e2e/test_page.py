@@ -198,11 +198,11 @@ def test_without_scripts_no_panel_claims_to_be_empty(browser: Browser) -> None:
 def test_paper_has_all_rows_and_columns(show: Callable[..., Show]) -> None:
     page = show(718)(board_of("a-name-of-a-hospital-that-is-long" * 2, rounds=30))
     page.emulate_media(media="print")
-    cut = (
+    cut = page.locator(".scroll").evaluate_all(
         "all => all.filter(one => one.scrollWidth > one.clientWidth"
-        " || one.scrollHeight > one.clientHeight)"
+        " || one.scrollHeight > one.clientHeight).map(one => one.id || one.innerText)"
     )
-    page.wait_for_function(f"({cut})([...document.querySelectorAll('.scroll')]).length === 0")
+    assert cut == []
 
 
 def test_a_chart_is_drawn_once_for_each_change(show: Callable[..., Show]) -> None:

@@ -17,7 +17,7 @@ from fluffle_broker.node.node import NodeInfo
 from fluffle_common.protocol import topology
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Properties, QueueFull
-from fluffle_common.transport.rabbitmq.management import ask
+from fluffle_common.transport.rabbitmq.management import Management
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import FLUFFLE, PATIENCE_S, Federation, Program
 
@@ -30,13 +30,12 @@ class Elsewhere:
     def __init__(self, info: NodeInfo) -> None:
         self.info, self.vhost = info, f"else-{uuid.uuid4().hex[:8]}"
         self.url = f"{info.url}{self.vhost}"
-        self.base = info.management_url.rstrip("/")
         self.api(f"/api/vhosts/{self.vhost}", {})
         everything = dict.fromkeys(("configure", "write", "read"), ".*")
         self.api(f"/api/permissions/{self.vhost}/guest", everything)
 
     def api(self, path: str, put: dict[str, Any] | None = None) -> Any:
-        return ask(self.base, path, self.info.url, put=put)
+        return Management(self.info.url, self.info.management_url).ask(path, put=put)
 
     def rabbitmqctl(self, *words: str) -> str:
         ctl = str(self.info.folder / "rabbitmqctl")
@@ -88,7 +87,7 @@ async def test_queues_reports_missing_policies_and_apply_policy_sets_them(
     names = Topology(federation.name)
     await declare(elsewhere.url, names)
     where = ("--federation", names.federation, "--url", elsewhere.url)
-    where = (*where, "--management", elsewhere.base)
+    where = (*where, "--management", elsewhere.info.management_url)
     wait_for_limits(elsewhere.api, elsewhere.vhost, names, none=True)
     told = run(federation, "queues", *where).lines
     assert any("no policy limits how much these 7 queues may hold" in line for line in told), told
@@ -137,8 +136,8 @@ async def test_a_private_node_limits_every_federation(
 ) -> None:
     names = Topology(federation.name)
     await declare(broker_node.url, names)
-    base, url = broker_node.management_url.rstrip("/"), broker_node.url
-    wait_for_limits(lambda path: ask(base, path, url), "%2F", names)
+    api = Management(broker_node.url, broker_node.management_url)
+    wait_for_limits(api.ask, "%2F", names)
 
 
 def test_a_queue_of_an_earlier_version_is_named_with_the_remedy(

@@ -17,7 +17,7 @@ from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import Federation
 
 pytestmark = pytest.mark.rabbit
-PATIENCE_S = 30.0
+PATIENCE_S = 60.0
 MOST_BYTES = 1_000_000
 
 

@@ -14,7 +14,7 @@ from fluffle_broker.node import node, record
 from fluffle_common.errors import BrokerError
 from tests.faults.harness import Federation
 
-CONSUMER_TIMEOUT_S = 10
+_CONF = "consumer_timeout = 10000"
 
 
 @dataclass
@@ -31,11 +31,7 @@ class OwnBroker:
 
     def start(self) -> None:
         """Start it again with the same data and ports."""
-        self.info = node.up(self.state, ports=self.info.ports, extra_conf=_conf())
-
-
-def _conf() -> str:
-    return f"consumer_timeout = {CONSUMER_TIMEOUT_S * 1000}"
+        self.info = node.up(self.state, ports=self.info.ports, extra_conf=_CONF)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +43,7 @@ def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
     # The interval of that check, which rabbitmq.conf cannot set.
     (etc / "advanced.config").write_text("[{rabbit, [{channel_tick_interval, 1000}]}].\n")
     try:
-        info = node.up(state, ports=node.Ports(0, 0, 0, 0, 0), extra_conf=_conf())
+        info = node.up(state, ports=node.Ports(0, 0, 0, 0, 0), extra_conf=_CONF)
     except BrokerError as why:
         pytest.skip(f"NOT TESTED against a broker that is killed, none can be started: {why}")
     try:

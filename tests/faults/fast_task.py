@@ -9,8 +9,9 @@ training is written to the folder ``$FAULTS_TRAINED`` as an ``.npz`` file before
 it: the digest of the received weights, the delta, the number of examples.
 
 The plan's ``config`` has ``train_s``, the duration of a training, and ``slow_s``, the same for
-shard 0. While the file ``$FAULTS_HOLD`` exists, no training ends. ``$FAULTS_KERNEL`` is the number
-of elements of the one large tensor.
+shard 0. While the file ``$FAULTS_HOLD`` exists, no training ends, or, if a number N is in it, none
+from the N-th of the process on. ``$FAULTS_KERNEL`` is the number of elements of the one large
+tensor.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ class FastTask:
         for step in range(1, steps + 1):
             time.sleep(max(0.0, began + step * seconds / steps - time.monotonic()))
             progress(step, steps, 1.0 / step)
-        while self._hold and self._hold.exists():
+        while self._is_held():
             time.sleep(_STEP_S)
             progress(steps, steps, 1.0 / steps)
         trained = self._learn(weights, f"{plan.seed}/{self._worker}")
@@ -75,6 +76,14 @@ class FastTask:
     def evaluate(self, weights: Weights) -> EvalResult:
         """Return the distance of the weights from zero as the loss."""
         return EvalResult(float(np.mean(np.square(weights["dense/kernel"]))), self.num_examples)
+
+    def _is_held(self) -> bool:
+        if self._hold is None:
+            return False
+        try:
+            return self._trained + 1 >= int(self._hold.read_text() or 1)
+        except FileNotFoundError:
+            return False
 
     def _learn(self, weights: Weights, lot: str) -> dict[str, np.ndarray[Any, Any]]:
         rng = np.random.default_rng(int.from_bytes(hashlib.sha256(lot.encode()).digest()[:8]))

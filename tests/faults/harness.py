@@ -311,7 +311,7 @@ class Federation:
 
     def queues(self) -> dict[str, dict[str, Any]]:
         """Return the queues of this federation and their counts, from the management API."""
-        link = http.client.HTTPConnection("127.0.0.1", self.management_port, timeout=10)
+        link = http.client.HTTPConnection("127.0.0.1", self.management_port, timeout=60)
         login = base64.b64encode(b"guest:guest").decode()
         try:
             link.request("GET", _COUNTS_NOW, headers={"Authorization": f"Basic {login}"})
@@ -355,7 +355,6 @@ class Federation:
             wait_until(
                 lambda: self.queues().get("updates") == {"ready": 0, "unacked": 0},
                 "updates empty",
-                timeout_s=6,
             )
         queues = json.dumps(self.queues(), indent=1)
         (self.folder / "evidence/queues.json").write_text(queues)
@@ -364,7 +363,7 @@ class Federation:
     def gather_orphans(self) -> None:
         """Write the remaining processes into the evidence, after a moment for the last to end."""
         with contextlib.suppress(AssertionError):
-            wait_until(lambda: not self.orphans(), "all have ended", timeout_s=5)
+            wait_until(lambda: not self.orphans(), "all have ended")
         (self.folder / "evidence/orphans.json").write_text(json.dumps(self.orphans()))
 
 

@@ -26,7 +26,7 @@ T = TypeVar("T")
 _CHUNK_BYTES = 2**16
 # Over a slow line, chunks are small, so that connections take turns and buffers stay short.
 _SLOW_CHUNK_BYTES, _SLOW_BUFFER_BYTES = 2**12, 2**15
-_PATIENCE_S = 10.0
+_PATIENCE_S = 60.0
 
 
 class Proxy:

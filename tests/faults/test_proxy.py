@@ -24,7 +24,7 @@ from fluffle_common.transport.rabbitmq.link import AmqpLink
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.faults.proxy import Proxy, Side
 
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 class Pair:
@@ -76,25 +76,23 @@ def test_cut_resets_both_sides(pair: Pair) -> None:
 
 def test_stall_holds_everything_back_for_a_while(pair: Pair) -> None:
     assert pair.passes()
+    began = time.monotonic()
     assert pair.proxy.stall(1.0, 0.5, random.Random(0)) == 1
     pair.client.sendall(b"late")
-    pair.server.settimeout(0.2)
-    with pytest.raises(TimeoutError):
-        pair.server.recv(4)
-    pair.server.settimeout(PATIENCE_S)
     assert pair.server.recv(4) == b"late"
+    assert time.monotonic() - began > 0.45
     assert pair.passes()
 
 
 def test_some_connections_are_slow_for_a_while(pair: Pair) -> None:
     assert pair.passes()
-    assert pair.proxy.slow_some(1.0, 100_000, 0.4, random.Random(0)) == 1
     began = time.monotonic()
-    pair.client.sendall(bytes(1_000_000))  # 10 s at this rate
+    assert pair.proxy.slow_some(1.0, 20_000, 0.4, random.Random(0)) == 1
+    pair.client.sendall(bytes(1_000_000))  # 50 s at this rate
     left = 1_000_000
     while left:
         left -= len(pair.server.recv(left))
-    assert 0.35 < time.monotonic() - began < PATIENCE_S
+    assert 0.35 < time.monotonic() - began < 45
     assert pair.passes()
 
 
@@ -102,15 +100,14 @@ def test_some_connections_are_slow_for_a_while(pair: Pair) -> None:
 def test_half_close_ends_only_one_side(pair: Pair, side: Side) -> None:
     assert pair.passes()
     ended, dark = (pair.client, pair.server) if side == "client" else (pair.server, pair.client)
+    began = time.monotonic()
     assert pair.proxy.half_close(1.0, side, 0.6, random.Random(0)) == 1
     assert ended.recv(1) == b""
     ended.close()
-    dark.settimeout(0.2)
-    dark.sendall(b"anybody?")
-    with pytest.raises(TimeoutError):
-        dark.recv(1)
-    dark.settimeout(PATIENCE_S)
+    with contextlib.suppress(ConnectionError):  # it may be over already
+        dark.sendall(b"anybody?")
     assert gone(dark)
+    assert time.monotonic() - began > 0.55
 
 
 def test_the_rate_limits_all_connections_together() -> None:
@@ -125,7 +122,7 @@ def test_the_rate_limits_all_connections_together() -> None:
                 left = 20_000
                 while left:
                     left -= len(pair.server.recv(left))
-            assert 0.35 < time.monotonic() - began < 2.0
+            assert time.monotonic() - began > 0.35
             proxy.slow(None)
             assert all(pair.passes() for pair in pairs)
             for pair in pairs:

@@ -22,7 +22,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.faults.checker import check
-from tests.faults.conftest import CONSUMER_TIMEOUT_S, OwnBroker
+from tests.faults.conftest import OwnBroker
 from tests.faults.harness import Federation, Program, wait_until
 from tests.faults.hostile import Foe, Hostile
 
@@ -33,11 +33,20 @@ Beat = ("--heartbeat", 0.5)
 
 
 def start(
-    federation: Federation, workers: int, *flags: object, **env: str
+    federation: Federation, workers: int, *flags: object, hold: Path | None = None, **env: str
 ) -> tuple[Program, list[Program]]:
-    """Start all workers, and a coordinator that waits for all of them."""
+    """Start all workers, and a coordinator that waits for all; the first heeds the hold file."""
     coordinator = federation.coordinator(*rules(workers), *flags)
-    return coordinator, [federation.worker(n, workers, *Beat, **env) for n in range(workers)]
+    first = {} if hold is None else {"FAULTS_HOLD": str(hold)}
+    others = [federation.worker(n, workers, *Beat, **env) for n in range(1, workers)]
+    return coordinator, [federation.worker(0, workers, *Beat, **env, **first), *others]
+
+
+def hold_from(hold: Path, number: int) -> None:
+    """Let no round end from this one on."""
+    new = hold.with_suffix(".new")
+    new.write_text(str(number))
+    new.rename(hold)
 
 
 def rules(workers: int) -> tuple[object, ...]:
@@ -67,39 +76,26 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
         coordinator, others = start(undisturbed, workers, "--rounds", rounds)
         assert [program.end() for program in (coordinator, *others)] == [0] * 4
 
-    rng = random.Random(20)
-    flags = ("--rounds", rounds, "--config", "train_s=0.6")
-    coordinator, others = start(federation, workers, *flags)
-
-    def opened() -> int:
-        return max((event["round"] for event in coordinator.events("opened")), default=0)
-
     def again() -> Program:
-        killed_in.add(federation.committed() + 1)  # the open round, or the next to open
         coordinator.kill()
         return federation.coordinator(*rules(workers), *flags)
 
-    killed_in: set[int] = set()
-    number = 0
-    while number < rounds:
-        wait_until(
-            lambda number=number: opened() > number or federation.committed() == rounds,
-            f"a round after {number} is open, or all are done",
-        )
-        if opened() <= number:
-            break  # the kill came so late that no round was left to open
-        time.sleep(rng.uniform(0.0, 0.33))  # at any time in the round
-        number = opened()
+    rng, hold = random.Random(20), tmp_path / "hold"
+    hold_from(hold, 1)
+    flags = ("--rounds", rounds, "--config", "train_s=0.4")
+    coordinator, others = start(federation, workers, *flags, hold=hold)
+    for number in range(1, rounds + 1):
+        coordinator.wait_for("opened", round=number)
+        time.sleep(rng.uniform(0.0, 0.6))  # at any time in the round
         coordinator = again()
         once_more = rng.random()
         if once_more < 0.3:  # before or shortly after its start
             time.sleep(rng.uniform(0.3, 1.5))
             coordinator = again()
-        elif once_more < 0.6:  # while it averages or writes
-            coordinator.wait_for("counted", updates=workers)
+        hold_from(hold, number + 1)
+        if 0.3 <= once_more < 0.6:  # while it averages or writes
+            coordinator.wait_for("counted", round=number, updates=workers)
             coordinator = again()
-    missed = set(range(1, rounds + 1)) - killed_in
-    assert len(missed) <= 2, missed  # on a slow machine, a kill can come a round too late
     assert_ended_well(federation, coordinator, *others)
 
     name = f"round-{rounds:04d}.safetensors"
@@ -110,31 +106,32 @@ def test_a_coordinator_killed_in_every_round_ends_with_the_same_weights(
 
 
 def test_a_standby_takes_over_from_a_killed_coordinator(federation: Federation) -> None:
-    flags = ("--rounds", 8, "--config", "train_s=0.3")
-    active = federation.coordinator(*rules(2), *flags)
+    hold, flags = federation.folder / "hold", ("--rounds", 8, "--config", "train_s=0.3")
+    hold_from(hold, 3)
+    active, workers = start(federation, 2, *flags, hold=hold)
     active.wait_for("connected")
     standby = federation.coordinator(*rules(2), *flags)
     standby.wait_for("standby")
-    workers = [federation.worker(number, 2, *Beat) for number in range(2)]
     federation.wait_committed(2)
     active.kill()
-    began = time.monotonic()
-    standby.wait_for("opened", timeout_s=10)
-    taken_s = time.monotonic() - began
+    hold.unlink()
+    standby.wait_for("opened")
     assert standby.events("resumed")[0]["round"] >= 2
     assert_ended_well(federation, standby, *workers)
-    assert taken_s < 10
 
 
 def test_a_counted_update_outlives_both_its_worker_and_the_coordinator(
     federation: Federation,
 ) -> None:
-    flags = ("--quorum", "all", "--rounds", 3, "--config", "train_s=0.2", "--config", "slow_s=3")
+    hold, flags = federation.folder / "hold", ("--quorum", "all", "--rounds", 3)
+    hold_from(hold, 2)
     coordinator = federation.coordinator(*flags, "--min-workers", 2)
-    slow, quick = (federation.worker(number, 2, *Beat) for number in (0, 1))
+    slow = federation.worker(0, 2, *Beat, FAULTS_HOLD=str(hold))
+    quick = federation.worker(1, 2, *Beat)
     coordinator.wait_for("counted", round=2, worker="w1")
     quick.kill()
     coordinator.kill()
+    hold.unlink()
     again = federation.coordinator(*flags, "--min-workers", 1)
     federation.wait_committed(2)
     line = next(line for line in federation.history("committed") if line["round"] == 2)
@@ -149,7 +146,9 @@ def test_a_broker_killed_in_the_middle_of_a_round(
     own_broker: OwnBroker, own_federation: Federation
 ) -> None:
     federation = own_federation
-    coordinator, workers = start(federation, 3, "--rounds", 4, "--config", "train_s=2")
+    hold = federation.folder / "hold"
+    hold_from(hold, 2)
+    coordinator, workers = start(federation, 3, "--rounds", 4, "--config", "train_s=1", hold=hold)
     for worker in workers:
         worker.wait_for("begin", round=2)
     own_broker.kill()
@@ -157,6 +156,7 @@ def test_a_broker_killed_in_the_middle_of_a_round(
         program.wait_for("no_broker")
     threading.Event().wait(10 if FULL else 3)
     own_broker.start()
+    hold.unlink()
     assert_ended_well(federation, coordinator, *workers)
     # No process was restarted.
     assert all(len(program.events("loaded")) == 1 for program in workers)
@@ -164,13 +164,16 @@ def test_a_broker_killed_in_the_middle_of_a_round(
 
 def test_a_round_longer_than_the_brokers_patience(own_federation: Federation) -> None:
     federation = own_federation
-    slow_s = 60 if FULL else 2.5 * CONSUMER_TIMEOUT_S
-    flags = ("--rounds", 1, "--config", "train_s=0.2", "--config", f"slow_s={slow_s}")
-    coordinator, workers = start(federation, 3, *flags)
-    federation.wait_committed(1, timeout_s=slow_s + 60)
-    # The broker closed the channel because of unacknowledged updates, more than once.
-    assert len(coordinator.events("disconnected")) >= 2
-    assert [program.end(slow_s + 60) for program in (coordinator, *workers)] == [0] * 4
+    hold = federation.folder / "hold"
+    hold_from(hold, 1)
+    coordinator, workers = start(federation, 3, "--rounds", 1, "--config", "train_s=0.2", hold=hold)
+    # The broker closes the channel because of unacknowledged updates, more than once.
+    for times in range(1, 6 if FULL else 3):
+        wait_until(
+            lambda times=times: len(coordinator.events("disconnected")) >= times,
+            f"the channel is closed {times} times",
+        )
+    hold.unlink()
     assert_ended_well(federation, coordinator, *workers)
 
 
@@ -237,7 +240,7 @@ def flood(federation: Federation, messages: list[Hostile], rejected: dict[str, s
         return [f"{wanted[id].queue}: {wanted[id].what}" for id in wanted.keys() - rejected.keys()]
 
     with contextlib.suppress(AssertionError):
-        wait_until(lambda: not lacking(), "all are rejected", timeout_s=30 + len(messages) / 100)
+        wait_until(lambda: not lacking(), "all are rejected", timeout_s=60 + len(messages) / 100)
     assert lacking() == []
     assert all(rejected[id] for id in wanted)
 
@@ -313,9 +316,12 @@ def small_disk(folder: Path) -> Iterator[Callable[[bool], None]]:
 
 def test_a_full_disk_pauses_the_run_until_there_is_room(federation: Federation) -> None:
     with small_disk(federation.run) as fill:
-        coordinator, workers = start(federation, 2, "--rounds", 6, "--config", "train_s=0.3")
+        hold = federation.folder / "hold"
+        hold_from(hold, 3)
+        coordinator, workers = start(federation, 2, "--rounds", 6, hold=hold)
         federation.wait_committed(2)
         fill(True)
+        hold.unlink()
         event = coordinator.wait_for("disk")
         assert event["folder"] == str(federation.run)
         assert "No space left" in event["reason"]
@@ -332,12 +338,13 @@ def test_a_full_disk_pauses_the_run_until_there_is_room(federation: Federation) 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of others: Linux only")
 def test_a_disk_that_refuses_large_files_pauses_the_run_too(federation: Federation) -> None:
     # The same without root: a resource limit keeps files from growing.
-    coordinator, workers = start(
-        federation, 2, "--rounds", 5, "--config", "train_s=0.3", FAULTS_KERNEL="400000"
-    )
+    hold = federation.folder / "hold"
+    hold_from(hold, 3)
+    coordinator, workers = start(federation, 2, "--rounds", 5, hold=hold, FAULTS_KERNEL="400000")
     federation.wait_committed(2)
     limits = resource.prlimit(coordinator.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(coordinator.pid, resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    hold.unlink()
     coordinator.wait_for("disk")
     assert not list(federation.run.glob("*.partial"))
     resource.prlimit(coordinator.pid, resource.RLIMIT_FSIZE, limits)
@@ -346,11 +353,13 @@ def test_a_disk_that_refuses_large_files_pauses_the_run_too(federation: Federati
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits of others: Linux only")
 def test_an_average_that_was_never_on_disk_was_never_sent(federation: Federation) -> None:
-    flags = ("--rounds", 5, "--config", "train_s=0.3")
-    coordinator, workers = start(federation, 2, *flags, FAULTS_KERNEL="400000")
+    hold, flags = federation.folder / "hold", ("--rounds", 5)
+    hold_from(hold, 3)
+    coordinator, workers = start(federation, 2, *flags, hold=hold, FAULTS_KERNEL="400000")
     federation.wait_committed(2)
     limits = resource.prlimit(coordinator.pid, resource.RLIMIT_FSIZE)
     resource.prlimit(coordinator.pid, resource.RLIMIT_FSIZE, (10**6, limits[1]))
+    hold.unlink()
     coordinator.wait_for("disk")
     last = federation.committed()
     coordinator.kill()
@@ -365,14 +374,17 @@ def test_an_average_that_was_never_on_disk_was_never_sent(federation: Federation
 
 
 def test_a_torn_line_and_a_half_written_checkpoint_are_repaired(federation: Federation) -> None:
-    coordinator, workers = start(federation, 2, "--rounds", 5, "--config", "train_s=0.5")
+    hold = federation.folder / "hold"
+    hold_from(hold, 3)
+    coordinator, workers = start(federation, 2, "--rounds", 5, hold=hold)
     federation.wait_committed(2)
     coordinator.kill()
+    hold.unlink()
     with (federation.run / "history.jsonl").open("a") as history:
         history.write('{"event":"committed","round":3,"partici')
     half_written = federation.run / "best.safetensors.partial"
     shutil.copy(federation.run / "round-0001.safetensors", half_written)
-    again = federation.coordinator(*rules(2), "--rounds", 5, "--config", "train_s=0.5")
+    again = federation.coordinator(*rules(2), "--rounds", 5)
     assert "incomplete last line" in again.wait_for("repaired")["what"]
     assert_ended_well(federation, again, *workers)
     assert not list(federation.run.glob("*.partial"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 import uuid
 from dataclasses import replace
 from pathlib import Path
@@ -29,21 +28,20 @@ def slow_url(broker_node: node.NodeInfo, proxy: Proxy) -> str:
     return broker_node.url.replace(f":{broker_node.ports.amqp}", f":{proxy.port}")
 
 
-def test_a_worker_behind_a_slow_line_counts_in_every_round(
+def test_a_worker_behind_a_slow_line_counts(
     federation: Federation, broker_node: node.NodeInfo
 ) -> None:
-    """Its upload takes 3.3 s, and it would be gone after 1.5 s without a heartbeat."""
+    """Its upload takes 4 s, and it would be gone after 3 s without a heartbeat."""
     kernel = {"FAULTS_KERNEL": str(16 * 1024)}  # 65 kB
-    coordinator = federation.coordinator("--min-workers", 3, "--rounds", 2)
-    with Proxy(broker_node.ports.amqp, rate=20_000) as proxy:
-        fast = [federation.worker(n, 3, "--heartbeat", 0.3, **kernel) for n in (1, 2)]
+    coordinator = federation.coordinator("--min-workers", 3, "--rounds", 1)
+    with Proxy(broker_node.ports.amqp, rate=16_000) as proxy:
+        fast = [federation.worker(n, 3, "--heartbeat", 0.6, **kernel) for n in (1, 2)]
         federation.url = slow_url(broker_node, proxy)
-        slow = federation.worker(0, 3, "--heartbeat", 0.3, **kernel)
+        slow = federation.worker(0, 3, "--heartbeat", 0.6, **kernel)
         assert [program.end() for program in (coordinator, slow, *fast)] == [0] * 4
     assert coordinator.events("gone") == []
-    for line in federation.history("committed"):
-        assert [one["worker"] for one in line["participants"]].count("w0") == 1
-        assert len(line["participants"]) == 3
+    (line,) = federation.history("committed")
+    assert sorted(one["worker"] for one in line["participants"]) == ["w0", "w1", "w2"]
 
 
 async def test_a_slow_upload_succeeds_and_does_not_delay_heartbeats(
@@ -70,14 +68,15 @@ async def test_a_slow_upload_succeeds_and_does_not_delay_heartbeats(
                 parts=replace(to_updates, keys=["part.w"]),
             )
         )
+        beats = 0  # confirmed while the upload goes on
         while not upload.done():
-            began = time.monotonic()
             await link.publish(
                 b"x", Properties(), exchange=names.results, keys=["heartbeat.w"], urgent=True
             )
-            assert time.monotonic() - began < 2.0
-            await asyncio.wait([upload], timeout=0.5)
+            beats += not upload.done()
+            await asyncio.wait([upload], timeout=0.1)
         await upload
+        assert beats > 2
         counts = await link.counts(names.outbox("w"))
         assert counts is not None
         assert counts.ready == 7

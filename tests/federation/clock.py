@@ -16,7 +16,7 @@ from typing import Any
 
 from fluffle.simulation.loop import SimulatedLoop
 
-_STUCK_S = 5.0  # of real time
+_STUCK_S = 60.0  # of real time
 
 
 class Stuck(Exception):

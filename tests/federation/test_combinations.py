@@ -10,7 +10,6 @@ import pytest
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.selection import parse_selection
-from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.storage.replay import replay
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.user_code.hooks import Hooks
@@ -36,9 +35,7 @@ async def configured(federation, *wait, **options):
     coordinator = federation.coordinator(**options)
     await coordinator.log.until("connected")
     store, settings = RunStore(federation.folder), coordinator.service._settings
-    store.note_configuration(
-        configuration(settings, federation.topology), len(federation.history())
-    )
+    store.note_configuration(settings.configuration(federation.topology), len(federation.history()))
     if wait:
         await coordinator.log.until(*wait)
         await coordinator.kill()

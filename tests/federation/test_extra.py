@@ -16,7 +16,6 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_coordinator.cli.run_folder import replay
-from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.strategy.base import Needs
 from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from fluffle_worker.local.bound import BoundRule
@@ -255,7 +254,7 @@ def test_tensors_that_the_plan_does_not_train_stay_unchanged_and_do_not_travel(
         sent = [one["bytes"] for line in federation.history() for one in line["participants"]]
         assert max(sent) < (2500 if compress else 8500)
         # run.json of a real run with this plan.
-        noted = configuration(coordinator.service._settings, federation.topology)
+        noted = coordinator.service._settings.configuration(federation.topology)
         run = json.dumps({"configurations": [{"from_round": 1, **noted}]})
         (federation.folder / "run.json").write_text(run)
         words = [str(federation.folder), "--round", "2"]
@@ -287,7 +286,7 @@ def test_no_step_of_the_server_changes_a_tensor_that_is_not_trained(federated, n
         before, after = federation.weights(2), federation.weights(4)
         assert (after["body"] == before["body"]).all()
         assert (after["head"] != before["head"]).all()
-        noted = configuration(coordinator.service._settings, federation.topology)
+        noted = coordinator.service._settings.configuration(federation.topology)
         run = json.dumps({"configurations": [{"from_round": 1, **noted}]})
         (federation.folder / "run.json").write_text(run)
         for number in ("3", "4"):

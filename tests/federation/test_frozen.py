@@ -18,7 +18,7 @@ from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, save_frozen
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine.schedules.buffered import Buffered
-from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.service.run_opening import begin_with, read_first_model
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker.task import TrainResult
 from tests.federation.harness import NAME, Adder, Federation, Process
@@ -121,7 +121,7 @@ def test_one_that_only_the_coordinator_has_crosses_once_to_each_worker(federated
 
     async def scenario(federation):
         store = RunStore(federation.folder)
-        begin_with_file(start, store, store.load(NAME), NAME)
+        begin_with(read_first_model(start), store, store.load(NAME), NAME)
         wire = Wire(federation)
         coordinator = federation.coordinator(rounds=5, min_workers=3)
         on_backbones(federation)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import json
 import os
 import pickle
 import re
@@ -31,6 +32,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.checkpoint import save_checkpoint
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.state import Phase, Rules
+from fluffle_coordinator.storage import history
 from fluffle_coordinator.storage.run_store import RunStore
 
 ROOT = Path(__file__).parents[2]
@@ -272,6 +274,15 @@ def test_a_resumed_run_does_not_keep_the_model_that_it_read(tmp_path, monkeypatc
     assert kept == [None]
 
 
+def test_a_resumed_run_reads_its_history_once(tmp_path, monkeypatch):
+    fluffle.run([Adder()], rounds=1, folder=tmp_path)
+    lines = (tmp_path / "history.jsonl").read_text().splitlines()
+    checked, read = [], []
+    monkeypatch.setattr(history, "check_line", checked.append)
+    fluffle.run([Adder()], rounds=2, folder=tmp_path, on_round=lambda _: read.extend(checked))
+    assert read == list(map(json.loads, lines))
+
+
 async def test_it_runs_in_a_notebook_with_a_running_event_loop():
     run = fluffle.run([Adder(), Adder()], rounds=2)
     assert run.weights["w"].tolist() == [2.0, 2.0]
@@ -435,8 +446,10 @@ def test_a_stopped_run_raises_the_reason_and_how_to_continue(tmp_path):
                 time.sleep(0.01)
             return super().train(weights, plan, progress)
 
+    late = Late()
+    fluffle.run([late], folder=tmp_path, rounds=1)
     with pytest.raises(fluffle.RunError, match=r"the run stopped: .*to continue with round 2$"):
-        fluffle.run([Late()], folder=tmp_path, deadline=0.2, max_round=0.3)
+        fluffle.run([late], folder=tmp_path, rounds=2, deadline=0.2, max_round=0.3)
 
 
 def test_a_reason_is_said_once():

@@ -23,7 +23,7 @@ from fluffle_common.tensors.compression import SMALLEST, compress, decompress
 from fluffle_common.tensors.weights import BFLOAT16, check_delta, check_finite, size_bytes
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_common.transport.messaging import Route, send_tensors
-from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.service.run_opening import begin_with, read_first_model
 from fluffle_coordinator.storage.replay import distance
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.base import Contribution
@@ -184,7 +184,7 @@ def test_a_checkpoint_is_readable_here_and_by_safetensors(tmp_path):
 
 def begin(file: Path, folder: Path) -> dict[str, np.ndarray]:
     store = RunStore(folder)
-    saved = begin_with_file(file, store, store.load("letters"), "letters")
+    saved = begin_with(read_first_model(file), store, store.load("letters"), "letters")
     assert saved.weights is not None
     return saved.weights
 

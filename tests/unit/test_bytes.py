@@ -44,6 +44,7 @@ from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.decoding import check_announced
 
 TOPOLOGY = Topology("f")
@@ -165,7 +166,7 @@ async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp
     )
     aggregator = Aggregator(
         TOPOLOGY,
-        None if first else MODEL,
+        Saved("r", weights=None if first else MODEL),
         committer,
         settings,
         link=Untouched,  # type: ignore[arg-type]
@@ -530,7 +531,7 @@ async def test_messages_that_cannot_be_rejected_do_not_use_up_the_prefetch():
     deliveries = await link.consume(TOPOLOGY.presence, prefetch=2)
     for _ in range(5):
         await link.publish(b"garbage", Properties(), exchange="", keys=[TOPOLOGY.presence])
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(60):
             outgoing.reject(await anext(deliveries), MalformedMessage("it is garbage"))
             await outgoing.drained()
     assert link.unacked == []

@@ -110,9 +110,29 @@ async def test_a_run_that_ends_before_its_first_round_has_no_line(run):
     assert not (run.folder / "history.jsonl").exists()
 
 
+def _folder_as_checkpoint(folder: Path) -> None:
+    (folder / "round-0001.safetensors").mkdir()
+
+
+def _dangling_checkpoint(folder: Path) -> None:
+    (folder / "round-0001.safetensors").symlink_to(folder / "unmounted" / "round")
+
+
+def _looping_history(folder: Path) -> None:
+    (folder / "history.jsonl").symlink_to("history.jsonl")
+
+
+@pytest.mark.parametrize("spoil", [_folder_as_checkpoint, _dangling_checkpoint, _looping_history])
+async def test_what_waiting_cannot_mend_ends_the_run_with_one_line(run, spoil):
+    spoil(run.folder)
+    with pytest.raises(RunError, match=r"cannot write to .*/(round|history).*no update is lost"):
+        async with asyncio.timeout(2):
+            await asyncio.gather(run.commit(1), run.running)
+
+
 async def test_a_run_whose_folder_is_removed_ends_with_one_line(run):
     await run.commit(1)
     shutil.rmtree(run.folder)
     with pytest.raises(RunError, match=r"the run folder .* was removed .*no update is lost"):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             await asyncio.gather(run.commit(2), run.running)

@@ -11,7 +11,6 @@ import math
 import os
 import select
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from fluffle_common.cli.background_stream import BackgroundStream
 from fluffle_common.cli.console import _WITHIN_S, Console, json_line
 from fluffle_common.protocol.events import RunEvent
 
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 class Stream(io.StringIO):
@@ -127,11 +126,10 @@ async def test_a_stuck_reader_does_not_block_the_writer():
     stream = Stream()
     stream.reads.clear()
     with Console("plain", {}, stream) as console:
-        began = time.monotonic()
         for _ in range(300):
             console.line("one", "x" * 10_000)  # more than may wait
             console._flush()
-        assert time.monotonic() - began < 1.0
+        assert stream.writes == 0  # none has ended
         stream.reads.set()
     assert "lines could not be written here" in stream.getvalue() or stream.writes
 

@@ -93,6 +93,10 @@ def test_what_the_buffered_schedule_would_ignore_is_refused(command, flags):
             "--over-provision 1.3 has no effect, .*; add --sample or --fraction",
         ),
         (
+            ("--min-updates", "2"),
+            "--min-updates 2 has no effect with --on-deadline reopen; add --on-deadline close",
+        ),
+        (
             ("--select", "weighted", "--schedule", "buffered"),
             "--select weighted has no effect with --schedule buffered, .*; add --concurrency",
         ),

@@ -227,6 +227,21 @@ def test_a_history_has_rows_and_columns():
         history["f1"]
 
 
+def test_a_run_is_read_once_so_that_its_history_and_its_end_fit_together(tmp_path):
+    lines = [
+        {"event": "committed", "round": n, "participants": [], "checkpoint": "x"} for n in (1, 2)
+    ]
+    end = {"event": "ended", "round": 1, "reason": "interrupted"}
+    file = tmp_path / "history.jsonl"
+    file.write_text("".join(f"{json.dumps(line)}\n" for line in (lines[0], end)))
+    run = fluffle.Run(tmp_path)
+    with file.open("a") as history:
+        history.write(f"{json.dumps(lines[1])}\n")
+    assert (len(run.history), run.reason) == (1, "interrupted")
+    again = fluffle.Run(tmp_path)
+    assert (len(again.history), again.reason) == (2, "")
+
+
 def test_a_folder_without_a_run_is_named(tmp_path):
     with pytest.raises(fluffle.UsageError, match="there is no history in"):
         fluffle.Run(tmp_path)

@@ -31,7 +31,7 @@ from fluffle_common.tensors.frozen import (
     save_frozen,
 )
 from fluffle_common.tensors.groups import FROZEN
-from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.service.run_opening import begin_with, read_first_model
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker import frozen as module
 from fluffle_worker.frozen import FrozenTensors
@@ -213,7 +213,7 @@ def test_a_run_does_not_begin_with_what_is_not_finite(tmp_path):
     save_checkpoint(tmp_path / "model", MODEL, {IN_METADATA: frozen.digest})
     store = RunStore(tmp_path / "run")
     with pytest.raises(UsageError, match="tensor 'b' has 1 .*NaN or infinite"):
-        begin_with_file(tmp_path / "model", store, store.load("f"), "f")
+        begin_with(read_first_model(tmp_path / "model"), store, store.load("f"), "f")
 
 
 @pytest.mark.parametrize("digest", ["", "d" * 63, "D" * 64, 5])

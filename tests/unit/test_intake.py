@@ -54,7 +54,7 @@ class Coordinator:
         await self.link.publish(encode(message, payload), Properties(), exchange="", keys=[queue])
 
     async def event(self) -> Any:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             return await self.events.get()
 
 
@@ -73,7 +73,7 @@ async def test_first_weights_that_nobody_wants_occupy_no_room(coordinator, asked
     unwanted = FirstWeights(federation="f", run="r", worker="w")
     for _ in range(10):  # together larger than the room
         await coordinator.send(unwanted, TOPOLOGY.updates, bytes(400))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while (await coordinator.link.counts(TOPOLOGY.updates)).ready or coordinator.link.unacked:
             assert not reading.done()
             await asyncio.sleep(0)
@@ -104,7 +104,7 @@ async def test_a_missing_presence_queue_does_not_end_the_run(coordinator):
         await asyncio.sleep(0)
     assert not sending.done()
     await link.declare(TOPOLOGY.shared())
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(60):
         while not (echo := await link.get(TOPOLOGY.presence)):  # noqa: ASYNC110
             await asyncio.sleep(0)
     assert decode(echo.body)[0].kind == "echo"

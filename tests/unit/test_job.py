@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 
 from fluffle_common.protocol.messages import Compression, Evaluate, Fit, Plan, Update
 from fluffle_common.tensors.compression import decompress
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.job import Job, execute
+from fluffle_worker.frozen import FrozenTensors
+from fluffle_worker.job import Executor, Job
 from fluffle_worker.machine import Work
 from fluffle_worker.task import EvalResult, TrainResult
 
@@ -48,15 +51,16 @@ class Steps:
         return EvalResult(0.0, 1)
 
 
+def executed(job: Job, task: Any, **options: Any) -> None:
+    executor = Executor(task, {"federation": "f", "worker": "w"}, FrozenTensors(task))
+    executor.execute(job, evaluated=lambda: None, progress=lambda *_: None, **options)
+
+
 def answered(how: str | None, number: int = 1, residual: Residual | None = None) -> Job:
     ids = {"federation": "f", "run": "r", "round": number, "base": "b"}
     fit = Fit(**ids, evaluate=False, plan=Plan(compress=how and Compression.parse(how)))
     job = Job(fit, {"w": np.zeros(COUNT, np.float32)})
-    execute(
-        job, Steps(), {"federation": "f", "worker": "w"},
-        evaluated=lambda: None, progress=lambda *_: None,
-        residual=lambda: residual or Residual(),
-    )  # fmt: skip
+    executed(job, Steps(), residual=lambda: residual or Residual())
     return job
 
 
@@ -64,10 +68,7 @@ def test_what_comes_of_weights_names_them():
     ids = {"federation": "f", "run": "r", "round": 3, "base": "b7"}
     for message in (Fit(**ids, evaluate=True, plan=Plan()), Evaluate(**ids)):
         job = Job(message, {"w": np.zeros(COUNT, np.float32)})
-        execute(
-            job, Steps(), {"federation": "f", "worker": "w"},
-            evaluated=lambda: None, progress=lambda *_: None,
-        )  # fmt: skip
+        executed(job, Steps())
         assert job.evaluation is not None
         assert job.evaluation.base == "b7"
         if isinstance(message, Fit):
@@ -78,10 +79,7 @@ def test_what_comes_of_weights_names_them():
 def test_a_task_may_do_with_the_mapping_what_it_likes():
     fit = Fit(federation="f", run="r", round=1, base="b", evaluate=True, plan=Plan())
     job = Job(fit, {"w": np.zeros(3, np.float32)})
-    execute(
-        job, InPlace(), {"federation": "f", "worker": "w"},
-        evaluated=lambda: None, progress=lambda *_: None,
-    )  # fmt: skip
+    executed(job, InPlace())
     assert job.answer is not None
     assert job.answer[1]["w"].tolist() == [1, 1, 1]
 

@@ -39,9 +39,10 @@ from fluffle_coordinator.observe.journal_file import JournalFile, read_journal_f
 from fluffle_coordinator.observe.journal_reader import read_journal
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.watchers import Watchers
 
 TOPOLOGY = Topology("f")
-PATIENCE_S = 20.0
+PATIENCE_S = 60.0
 
 
 class Faulty:
@@ -387,7 +388,7 @@ def test_a_reader_knows_what_a_run_waits_for_again_after_a_round():
     entries, view = Entries(), RunView()
     waits = Waiting(reason="waiting for workers: 1 of 2 are connected (a)", what="workers")
     for at, event in enumerate((waits, waits, Opened(round=1), Committed(round=1), waits, waits)):
-        if entries.entry_of(event) is not None:
+        if entries.record_of(event) is not None:
             view.add(float(at), event)
     assert view.waiting == (4.0, waits)
 
@@ -531,6 +532,20 @@ async def test_an_internal_error_ends_the_journal_and_not_the_run(broker, capsys
     assert "the run continues without a journal" in errors
 
 
+async def test_an_event_that_cannot_be_journalled_costs_one_entry(broker, capsys):
+    journal = Journal(TOPOLOGY)
+    watchers = Watchers(journal)
+    async with published(journal, await broker.open()):
+        for name in ("counted", "x" * 65, "counted"):
+            watchers.record(from_fields(name, {"round": 1}))
+        await drained(journal)
+    assert [(event.event, event.number) for event in raw(broker)] == [
+        ("counted", 1),
+        ("counted", 2),
+    ]
+    assert "Journal cannot show the event 'xxx" in capsys.readouterr().err
+
+
 async def test_a_denied_reader_learns_which_permission_is_missing(broker, monkeypatch):
     async def refused(*_: object, **__: object) -> None:
         raise QueueInUse("ACCESS_REFUSED")
@@ -580,7 +595,7 @@ async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
     monkeypatch.setattr(command, "warn", warnings.put_nowait)
     following = command._follow(TOPOLOGY.federation, None, None)
     first = asyncio.create_task(anext(following))
-    warning = await asyncio.wait_for(warnings.get(), 20)
+    warning = await asyncio.wait_for(warnings.get(), 60)
     assert "federation f has no journal on this broker yet; waiting" in warning
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)

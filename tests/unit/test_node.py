@@ -189,8 +189,13 @@ def test_port_0_alone_chooses_all_ports(
     assert cli.chosen_ports(*given) == chosen
 
 
-def test_free_ports_are_distinct() -> None:
-    assert len(set(network.free_ports(20))) == 20
+def test_free_ports_are_distinct_and_none_that_the_system_hands_out() -> None:
+    ports = set(network.free_ports(20))
+    assert len(ports) == 20
+    assert max(ports) < 32_768  # where Linux begins; macOS and Windows begin at 49152
+    with socket.socket() as held:
+        held.bind((network.LOOPBACK, min(ports)))
+        assert min(ports) not in network.free_ports(1)
 
 
 def test_a_port_that_was_given_is_not_chosen_again(monkeypatch) -> None:

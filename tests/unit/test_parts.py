@@ -38,6 +38,7 @@ from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Average
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
+from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy import weighted
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
 from fluffle_coordinator.strategy.fedavg import fedavg
@@ -187,7 +188,7 @@ class Sum:
         self.model = in_one_piece(values(0))
         self.aggregator = Aggregator(
             TOPOLOGY,
-            self.model,
+            Saved("r", weights=self.model),
             self,  # type: ignore[arg-type]
             CoordinatorSettings("f", Rules(rounds=1), max_model_bytes=2**20, **options),
             link=lambda: self.link,

@@ -19,7 +19,7 @@ from fluffle_common.cli.settings import management_of
 from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.protocol import topology
 from fluffle_common.protocol.topology import Queue, Topology
-from fluffle_common.transport.rabbitmq.management import read_queue
+from fluffle_common.transport.rabbitmq.management import Management, read_queue
 
 LETTERS = Topology("letters")
 
@@ -121,7 +121,7 @@ URL = "amqp://me:secret@127.0.0.1/v"
 def test_policies_are_set_in_the_vhost_of_the_url():
     wanted = topology.policies("letters")
     with Api() as api:
-        policies.apply(wanted, URL, api.base)
+        policies.apply(wanted, Management(URL, api.base))
     assert set(api.put) == {f"/api/policies/v/{one.name}" for one in wanted}
     put = api.put["/api/policies/v/fluffle.letters.updates"]
     assert put["apply-to"] == "queues"
@@ -131,7 +131,7 @@ def test_policies_are_set_in_the_vhost_of_the_url():
 def test_keep_leaves_existing_policies():
     wanted = topology.policies()
     with Api("fluffle.updates", "another") as api:
-        policies.apply(wanted, URL, api.base, keep=True)
+        policies.apply(wanted, Management(URL, api.base), keep=True)
     assert "/api/policies/v/fluffle.updates" not in api.put
     assert len(api.put) == len(wanted) - 1
 
@@ -141,14 +141,14 @@ def test_keep_leaves_existing_policies():
 )
 def test_a_refusal_names_the_remedy(code, message):
     with Api(refuses=code) as api, pytest.raises(BrokerError, match=message) as refused:
-        policies.apply(topology.policies("letters"), URL, api.base)
+        policies.apply(topology.policies("letters"), Management(URL, api.base))
     assert "--print" in str(refused.value)
     assert "secret" not in str(refused.value)
 
 
 def test_an_unreachable_api_is_named():
     with pytest.raises(BrokerError, match="does not answer .* --management"):
-        policies.apply(topology.policies("letters"), URL, "http://127.0.0.1:1")
+        policies.apply(topology.policies("letters"), Management(URL, "http://127.0.0.1:1"))
 
 
 # --- hints of `fluffle queues` -------------------------------------------------------------------
@@ -200,4 +200,4 @@ def test_a_user_in_the_url_of_the_management_api_is_refused_and_not_printed():
     ) as no:
         management_of("amqp://h/", "http://me:secret@h:15672")
     assert "secret" not in str(no.value)
-    assert management_of("amqp://h/", "http://h:1/") == "http://h:1"
+    assert management_of("amqp://h/", "http://h:1/").base == "http://h:1"

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+import types
 import unicodedata
 from pathlib import Path
 
@@ -186,6 +187,10 @@ def test_debug_shows_the_traceback(raising, capsys, monkeypatch):
         (PermissionError(13, "Permission denied", "/x/y"), "cannot use /x/y (Permission denied)"),
         (MemoryError(), "out of memory"),
         (OSError(errno.ENOSPC, "No space left on device"), "cannot write a file (No space left on"),
+        (
+            FileNotFoundError(errno.ENOENT, "No such file or directory"),
+            "folder was removed; change",
+        ),
         (OSError(errno.EMFILE, "Too many open files", "/x"), "'ulimit -n 4096'"),
         (OSError(errno.ENFILE, "Too many open files in system"), "files on this machine"),
         (ModuleNotFoundError("No module", name="rpds"), "the package 'rpds' is missing"),
@@ -202,6 +207,18 @@ def test_a_fluffle_error_is_escaped_and_keeps_its_exit_code(raising, capsys):
     assert capsys.readouterr().err == "fluffle: tensor 'a\\x1b[2J forged'\n"
     assert isinstance(OutputError("x"), FluffleError)
     assert one_line("a\n\tb\x1b") == "a b\\x1b"
+
+
+def test_the_json_of_a_long_list_is_written_in_pieces(monkeypatch):
+    written = []
+    stdout = types.SimpleNamespace(write=written.append, flush=lambda: None)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    value = [{"round": n, "reason": "\x7f"} for n in range(10_000)]
+    echo_json(value)
+    text = "".join(written)
+    assert json.loads(text) == value
+    assert "\x7f" not in text
+    assert max(map(len, written)) < len(text) / 4
 
 
 def test_an_object_in_place_of_stdout_that_raises_is_dropped_at_the_end(monkeypatch):

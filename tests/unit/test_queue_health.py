@@ -8,7 +8,7 @@ import pytest
 
 from fluffle_common.cli import settings
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.management import QueueFigures, read_queue, vhost
+from fluffle_common.transport.rabbitmq.management import Management, QueueFigures, read_queue
 from fluffle_common.transport.rabbitmq.queue_health import hint
 
 TOPOLOGY = Topology("f")
@@ -121,7 +121,7 @@ def test_a_sender_clock_ahead_of_ours_gives_age_zero():
 )  # fmt: skip
 def test_management_url(monkeypatch, url, given, record, expected):
     monkeypatch.setattr(settings, "node_record", lambda _: record)
-    assert settings.management_of(url, given) == expected
+    assert settings.management_of(url, given).base == expected
 
 
 @pytest.mark.parametrize(
@@ -129,4 +129,4 @@ def test_management_url(monkeypatch, url, given, record, expected):
     [("amqp://h/", "%2F"), ("amqp://h", "%2F"), ("amqp://h/%2Fa", "%2Fa"), ("amqp://h/v", "v")],
 )
 def test_the_vhost_of_a_url(url, expected):
-    assert vhost(url) == expected
+    assert Management(url, "http://h").quoted_vhost == expected

@@ -7,6 +7,7 @@ import io
 import os
 import pty
 import re
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -16,9 +17,10 @@ from rich.console import Console
 from fluffle_broker.inspect import queues
 from fluffle_broker.inspect.queues import QueueOverview
 from fluffle_broker.inspect.queues_table import build_table, group_quiet, hints, legend
+from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Counts
-from fluffle_common.transport.rabbitmq.management import QueueFigures, read_queue
+from fluffle_common.transport.rabbitmq.management import Management, QueueFigures
 
 TOPOLOGY = Topology("letters")
 SHARED = ("journal", "presence", "rejected", "unrouted", "updates")
@@ -155,17 +157,13 @@ def test_without_a_coordinator_the_federations_of_the_broker_are_named(monkeypat
 
     names = ["leters.inbox.w", "letters.updates", "digits.updates", "digits.journal", "other"]
 
-    def ask(base: str, path: str, url: str) -> list[dict[str, str]]:
-        return [{"name": name} for name in names] if "/queues/" in path else []
-
     mistyped = Topology("leters")
-    monkeypatch.setattr(
-        queues, "queue_figures", lambda *_: [QueueFigures(names[0], "", 0, 0, 0, 0)]
-    )
-    monkeypatch.setattr(queues, "ask", ask)
-    monkeypatch.setattr(queues, "alarms", lambda *_: [])
+    figures = [QueueFigures(names[0], "", 0, 0, 0, 0)]
+    monkeypatch.setattr(Management, "queue_figures", lambda *_: figures)
+    monkeypatch.setattr(Management, "queues", lambda _: [{"name": name} for name in names])
+    monkeypatch.setattr(Management, "alarms", lambda _: [])
     monkeypatch.setattr(queues, "_with_counts", lambda figures, _: figures)
-    overview = queues.read_overview("amqp://127.0.0.1/", "http://127.0.0.1", mistyped)
+    overview = queues.read_overview(Management("amqp://127.0.0.1/", "http://127.0.0.1"), mistyped)
     assert overview.others == ("digits", "letters")
     _show(overview)
     shown = " ".join(capsys.readouterr().out.split())
@@ -200,9 +198,33 @@ def test_a_queue_without_statistics_yet_is_counted_and_the_rest_is_unknown(monke
     async def counts(names: object, url: str) -> dict[str, Counts | None]:
         return {"letters.updates": Counts(ready=3, consumers=1)}
 
-    monkeypatch.setattr(queues, "queue_figures", lambda *_: [read_queue(entry, TOPOLOGY, 0.0)])
-    monkeypatch.setattr(queues, "alarms", lambda *_: [])
+    monkeypatch.setattr(Management, "queues", lambda _: [entry])
+    monkeypatch.setattr(Management, "alarms", lambda _: [])
     monkeypatch.setattr(queues, "_counts", counts)
-    (updates,) = queues.read_overview("amqp://h/", "http://h", TOPOLOGY).queues
+    (updates,) = queues.read_overview(Management("amqp://h/", "http://h"), TOPOLOGY).queues
     assert (updates.ready, updates.consumers) == (3, 1)
     assert (updates.unacknowledged, updates.size_bytes) == (None, None)
+
+
+def test_a_user_who_may_not_count_gets_the_statistics_or_the_remedy(monkeypatch):
+    class Link:
+        async def counts(self, queue: str) -> Counts:
+            raise BrokerError(f"the broker does not let user 'eve' read queue '{queue}'; grant it")
+
+    @contextlib.asynccontextmanager
+    async def open_once(_: object) -> AsyncIterator[Link]:
+        yield Link()
+
+    figures = [queue("updates")]
+    api = Management("amqp://h/", "http://h")
+    monkeypatch.setattr(queues, "open_once", open_once)
+    monkeypatch.setattr(Management, "queue_figures", lambda *_: figures)
+    monkeypatch.setattr(Management, "alarms", lambda _: [])
+    assert queues.read_overview(api, TOPOLOGY).queues == figures
+
+    def no_answer(*_: object) -> list[QueueFigures]:
+        raise OSError("refused")
+
+    monkeypatch.setattr(Management, "queue_figures", no_answer)
+    with pytest.raises(BrokerError, match=r"user 'eve' read queue '.*'; give .* --management$"):
+        queues.read_overview(api, TOPOLOGY)

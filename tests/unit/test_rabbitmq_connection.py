@@ -19,7 +19,7 @@ from fluffle_common.transport.rabbitmq.connection import FrameSplitter
 SMALL = 16 * 2**10
 SIZES = st.sampled_from([0, 1, 1000, SMALL - 1, SMALL, SMALL + 1, 3 * SMALL])
 FRAME_MAX = 131072
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 def framed(
@@ -337,7 +337,9 @@ async def test_a_closed_socket_is_not_written_to():
     assert not ends.written
 
 
-async def test_acknowledgements_are_batched_up_to_half_the_prefetch():
+async def test_acknowledgements_are_batched_up_to_half_the_prefetch(monkeypatch):
+    moment = "fluffle_common.transport.rabbitmq.channel._ACK_WITHIN_S"
+    monkeypatch.setattr(moment, 3600.0)  # no pause of this process is so long
     ends = Ends(1, prefetch=6)
     for tag in range(1, 5):
         ends.splitter.data_received(b"".join(deliver(1, tag, b"x")))
@@ -350,6 +352,7 @@ async def test_acknowledgements_are_batched_up_to_half_the_prefetch():
     (three,) = sent(bytes(ends.written))
     assert (three.delivery_tag, three.multiple) == (3, True)
     ends.news.clear()
+    monkeypatch.setattr(moment, 0.01)
     ends.channels[1].ack(4)
     async with asyncio.timeout(PATIENCE_S):
         await ends.news.wait()  # a moment later, it goes alone

@@ -9,6 +9,7 @@ import aiormq.exceptions
 import pytest
 from aiormq.abc import TaskWrapper
 from aiormq.connection import FrameReceiver
+from pamqp import commands, frame
 from yarl import URL
 
 from fluffle_common.errors import BrokerError, LinkLost
@@ -24,7 +25,7 @@ from fluffle_common.transport.rabbitmq.errors import (
 )
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 NODE = URL("amqps://w:open-sesame@node.example:5671/v")
 
 
@@ -285,3 +286,49 @@ def test_a_certificate_that_newer_python_refuses_is_not_called_untrusted():
 @pytest.mark.parametrize("error", [OSError("no route"), ssl_error("UNEXPECTED_EOF_WHILE_READING")])
 def test_a_broken_connection_is_not_a_tls_error(error):
     assert tls_error(error, NODE) is None
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "properties", "expected"),
+    [
+        ("PLAIN", {}, "lacks publisher_confirms, basic.nack, consumer_cancel_notify"),
+        (
+            "PLAIN",
+            {"capabilities": {"basic.nack": True, "consumer_cancel_notify": True}},
+            "lacks publisher_confirms, an AMQP extension",
+        ),
+        (
+            "PLAIN",
+            {"capabilities": {"publisher_confirms": True, "basic.nack": False}},
+            "lacks basic.nack, consumer_cancel_notify",
+        ),
+        ("EXTERNAL SCRAM", {}, r"mechanism PLAIN \(it offers EXTERNAL SCRAM\)"),
+    ],
+)
+async def test_a_broker_that_lacks_what_fluffle_needs_is_an_error_at_once(
+    mechanisms, properties, expected
+):
+    async def serve(reader, writer):
+        def send(method, channel=0):
+            writer.write(frame.marshal(method, channel))
+
+        await reader.readexactly(8)
+        start = commands.Connection.Start(server_properties=properties, mechanisms=mechanisms)
+        send(start)
+        while header := await reader.read(7):
+            size = int.from_bytes(header[3:7], "big")
+            method = frame.unmarshal(header + await reader.readexactly(size + 1))[2]
+            match method:
+                case commands.Connection.StartOk():
+                    send(commands.Connection.Tune(2047, 131072, 60))
+                case commands.Connection.Open():
+                    send(commands.Connection.OpenOk())
+                case commands.Connection.Close():
+                    send(commands.Connection.CloseOk())
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+        port = server.sockets[0].getsockname()[1]
+        with pytest.raises(BrokerError, match=expected):
+            async with asyncio.timeout(PATIENCE_S):
+                await AmqpTransport(f"amqp://127.0.0.1:{port}", "w").open()

@@ -38,6 +38,7 @@ from fluffle_coordinator.storage import replay
 from fluffle_coordinator.storage import update_archive as archive
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.saved_run import Saved
 
 RUN = "abc"
 TOPOLOGY = Topology("letters")
@@ -85,7 +86,7 @@ class Run:
         )
         self.aggregator = Aggregator(
             TOPOLOGY,
-            weights,
+            Saved("r", weights=weights),
             self.committer,
             settings,
             link=lambda: self.link,

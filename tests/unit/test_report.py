@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import io
 import json
 import math
 import os
@@ -16,7 +15,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
+from rich.cells import cell_len
 
 from fluffle_common.durable_files import replacing
 from fluffle_common.errors import RunError, UsageError
@@ -28,7 +27,6 @@ from fluffle_coordinator.cli.run_folder import report
 from fluffle_coordinator.dashboard.report import page, read_report, shortened, snapshot
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.observe.round_view import PHASES, RoundView, remembered
-from fluffle_coordinator.service.configuration import configuration
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.replay import strategy_of
 from fluffle_coordinator.storage.round_stats import Counts
@@ -424,10 +422,10 @@ def test_a_configuration_is_noted_when_it_is_another(tmp_path):
         assert (identity["run"], identity["federation"]) == (run, "letters")
         return identity["configurations"]
 
-    store.note_configuration(configuration(settings(), Topology("letters")), 0)
-    store.note_configuration(configuration(settings(), Topology("letters")), 1)
+    store.note_configuration(settings().configuration(Topology("letters")), 0)
+    store.note_configuration(settings().configuration(Topology("letters")), 1)
     assert [one["from_round"] for one in noted()] == [1]
-    store.note_configuration(configuration(settings(grace_s=5.0), Topology("letters")), 2)
+    store.note_configuration(settings(grace_s=5.0).configuration(Topology("letters")), 2)
     assert [one["from_round"] for one in noted()] == [1, 3]
     first, second = noted()
     assert first["rules"]["quorum"] == {"number": None, "fraction": 0.5}
@@ -499,30 +497,41 @@ def test_the_history_fits_the_terminal_and_no_cell_is_cut(width, names):
         }
         for number in range(1, 7)
     ]
-    out = io.StringIO()
-    Console(file=out, width=width).print(*history_tables(rounds, width))
-    lines = [line.rstrip() for line in out.getvalue().splitlines() if line.strip()]
-    assert len(lines) == 2 + 6
+    (lines,) = history_tables(rounds, width)
+    assert len(lines) == 1 + 6
     assert max(map(len, lines)) <= width
-    assert "…" not in out.getvalue()
+    assert "…" not in "".join(lines)
     assert "temperature" in lines[0]
-    assert ("client-1, client-2, client-3" in lines[2]) == names
+    assert ("client-1, client-2, client-3" in lines[1]) == names
     rounds[0]["late"] = 1
-    assert [c.header for c in history_tables(rounds, 80)[-1].columns][-1] == "late"
+    assert history_tables(rounds, 80)[-1][0].split()[-1] == "late"
 
 
 def test_metrics_that_do_not_fit_the_terminal_are_in_tables_of_their_own():
     metrics = {f"label_{n}_auc": 0.9 + n / 1000 for n in range(8)}
     rounds = [{"round": 1, "participants": [], "loss": 0.5, **metrics}]
     tables = history_tables(rounds, 80)
-    out = io.StringIO()
-    Console(file=out, width=80).print(*tables)
-    shown = out.getvalue().split()
+    shown = " ".join(line for lines in tables for line in lines).split()
     for name, value in metrics.items():
         assert name in shown
         assert f"{value:.4f}" in shown
-    assert [one.columns[0].header for one in tables] == ["round"] * len(tables)
+    assert all(len(line) <= 80 for lines in tables for line in lines)
+    assert [lines[0].split()[0] for lines in tables] == ["round"] * len(tables)
     assert len(tables) == 3
+
+
+def test_the_history_has_one_line_per_round_however_long_and_wide_names_are():
+    worker, metric = "病院\x1b[2J", "m" * 100
+    rounds = [
+        {"round": n, "participants": [{"worker": worker, "num_examples": n}], metric: 0.5}
+        for n in (9, 10)
+    ]
+    named, measured = history_tables(rounds, 60)
+    assert [line.split() for line in named[1:]] == [["9", "1", "9"], ["10", "1", "10"]]
+    assert measured[1:] == [f"    9  {'0.5000':>100}", f"   10  {'0.5000':>100}"]
+    (full,) = history_tables(rounds, 200)
+    assert {cell_len(line) for line in full} == {cell_len(full[0])}
+    assert full[1].startswith(f"    9  病院\\x1b[2J {'9':>10}  ")
 
 
 def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
@@ -532,8 +541,7 @@ def test_the_history_of_an_asynchronous_run_says_how_old_updates_were():
         {"round": 1, "participants": [quick, quick]},
         {"round": 2, "participants": [quick, slow, quick]},
     ]
-    (table,) = history_tables(rounds, 80)
-    columns = {str(column.header): list(column.cells) for column in table.columns}
-    assert columns["updates"] == ["2", "3"]
-    assert columns["stalest"] == ["0", "6"]
-    assert "stalest" not in [c.header for c in history_tables(rounds[:1], 80)[0].columns]
+    (lines,) = history_tables(rounds, 80)
+    assert lines[0].split()[:3] == ["round", "updates", "stalest"]
+    assert [line.split()[:3] for line in lines[1:]] == [["1", "2", "0"], ["2", "3", "6"]]
+    assert "stalest" not in history_tables(rounds[:1], 80)[0][0]

@@ -17,7 +17,8 @@ from fluffle_common.protocol.messages import Evaluate, Fit, InitRequest, Plan
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.storage.evaluations import average_evaluations
-from fluffle_worker.job import Job, NotWanted, execute
+from fluffle_worker.frozen import FrozenTensors
+from fluffle_worker.job import Executor, Job, NotWanted
 from fluffle_worker.results import Results
 from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import EvalResult, TrainResult
@@ -98,6 +99,11 @@ class Unnamed:
     __repr__ = __str__
 
 
+def executed(job: Job, task: Any, **fields: Any) -> None:
+    executor = Executor(task, SENDER, FrozenTensors(task), **fields)
+    executor.execute(job, evaluated=lambda: None, progress=lambda *_: None)
+
+
 class Seen:
     """An executed job and the reports about it."""
 
@@ -107,11 +113,12 @@ class Seen:
         self.steps: list[tuple[int, int, float | None]] = []
         message = message or Fit(**IDS, round=3, evaluate=True, plan=Plan())
         self.job = Job(message, received())
-        execute(
-            self.job, task, SENDER, evaluated=lambda: None,
+        results = results or Results(self.reports.append, self.traces.append)
+        Executor(task, SENDER, FrozenTensors(task), results=results).execute(
+            self.job,
+            evaluated=lambda: None,
             progress=lambda *arguments: self.steps.append(arguments),
-            results=results or Results(self.reports.append, self.traces.append),
-        )  # fmt: skip
+        )
 
     @property
     def evaluation(self) -> Any:
@@ -356,7 +363,7 @@ def test_a_task_that_writes_to_what_it_got_learns_what_it_learnt(write, plain):
     fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
     weights = received()
     job = Job(fit, dict(weights) if plain else weights)
-    execute(job, Writes(write), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+    executed(job, Writes(write))
     assert job.answer is not None
     assert job.answer[1]["w"].tolist() == [1, 1, 1, 1]
     assert weights["w"].tolist() == [0, 0, 0, 0]
@@ -386,7 +393,7 @@ def test_first_weights_are_not_those_that_the_task_goes_on_with():
 
     ask = InitRequest(federation="f", run="r", seed=1)
     job = Job(ask)
-    execute(job, Keeps(), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+    executed(job, Keeps())
     kept["w"] += 1
     assert job.answer is not None
     assert job.answer[1]["w"].tolist() == [0, 0, 0, 0]
@@ -421,10 +428,7 @@ def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_
     fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
     job = Job(fit, received())
     with pytest.raises(TaskError) as failed:
-        execute(
-            job, Wide(), SENDER, evaluated=lambda: None, progress=lambda *_: None,
-            form=signature_of_task(Wide()),
-        )  # fmt: skip
+        executed(job, Wide(), form=signature_of_task(Wide()))
     assert str(failed.value) == (
         "the federation's model differs from this task's model: tensor 'w' is float32 of shape "
         "(4,) in the federation, but float64 of shape (4,) in this task; with JAX, set "
@@ -436,7 +440,7 @@ def test_work_that_nobody_wants_ends_at_its_next_step():
     fit = Fit(**IDS, round=1, evaluate=False, plan=Plan())
     job = Job(fit, received(), wanted=False)
     with pytest.raises(NotWanted):
-        execute(job, Odd(step=(1, 2)), SENDER, evaluated=lambda: None, progress=lambda *_: None)
+        executed(job, Odd(step=(1, 2)))
 
 
 # --- the history -------------------------------------------------------------------------------

@@ -21,12 +21,18 @@ from safetensors.numpy import load_file, save_file
 
 import fluffle
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors import checkpoint
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine.state import Rules
-from fluffle_coordinator.service.first_state import first_state
-from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.observe.watchers import Watchers
+from fluffle_coordinator.service.run_opening import (
+    begin_with,
+    first_state,
+    open_run,
+    read_first_model,
+)
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_file
 from fluffle_coordinator.storage.evaluations import evaluation_metrics
@@ -587,7 +593,9 @@ def test_damaged_first_weights_are_not_treated_as_none(store):
 @pytest.mark.parametrize("classes", ["cat,dog", "5", "[1]", "null", "[" * 10_000])
 def test_what_another_program_calls_classes_is_passed_over(store, tmp_path, classes):
     save_file(weights(1), tmp_path / "first", {"classes": classes})
-    saved = begin_with_file(tmp_path / "first", store, store.load("letters"), "letters")
+    saved = begin_with(
+        read_first_model(tmp_path / "first"), store, store.load("letters"), "letters"
+    )
     assert saved.metadata["classes"] == "[]"
     saved.metadata["classes"] = classes  # as an earlier version copied them
     settings = CoordinatorSettings("letters", Rules(rounds=1))
@@ -686,6 +694,7 @@ def test_a_last_line_with_a_hole_in_it_is_cut_off(three, length):
     hole = len(last) - 1 if length is None else length
     damaged = before + bytes(hole) + last[hole:]
     three.history.path.write_bytes(damaged)
+    assert [row["round"] for row in read_history(three.folder)] == [1, 2, 3]
     saved = three.load("letters")
     assert (saved.committed, saved.repairs) == (
         3,
@@ -909,6 +918,21 @@ def test_a_fresh_start_moves_the_old_run_aside_whole(three):
     assert saved.run != before
     assert three.start_afresh() == three.folder.with_name("letters.2")
     assert {path.name: path.read_bytes() for path in aside.iterdir()} == old
+    release(three)
+
+
+async def test_a_fresh_start_may_begin_with_a_model_of_the_run_that_it_moves(three):
+    async def start(init: str) -> Saved:
+        settings = CoordinatorSettings("letters", Rules(rounds=9), init=three.folder / init)
+        return await open_run(settings, Topology("letters"), three, Watchers(), fresh=True)
+
+    before = names(three.folder)
+    with pytest.raises(UsageError, match="no model file"):
+        await start("round-0004.safetensors")
+    assert names(three.folder) >= before  # and a lock
+    saved = await start("round-0003.safetensors")
+    assert saved.committed == 0
+    assert_weights(saved.weights, 3)
     release(three)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import inspect
 import os
 import platform
@@ -11,9 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
-import time
 
-import psutil
 import pytest
 
 from fluffle_common.cli import app
@@ -21,6 +18,7 @@ from fluffle_common.cli.exit_now import Interrupted
 from fluffle_common.cli.runtime import run_until_signalled
 from fluffle_common.errors import RunError, TaskError
 from fluffle_coordinator.user_code.calls import call_guarded
+from tests.processes import press_ctrl_c_until_it_ends, wait_until_computed
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -123,7 +121,7 @@ fork = multiprocessing.get_context("fork")
 exit_soon(5, patience_s=0.2)
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], timeout=30, check=False, capture_output=True, text=True
+        [sys.executable, "-c", program], timeout=60, check=False, capture_output=True, text=True
     )
     assert done.returncode == 5
     assert done.stderr.startswith("fluffle: exiting although code outside fluffle is still running")
@@ -153,22 +151,10 @@ def test_a_second_ctrl_c_ends_a_program_whose_task_is_in_c_code_while_it_loads(t
         assert worker.stdout is not None
         assert worker.stdout.readline() == b"loading\n"
         try:
-            _until_it_has_computed_for(0.2, worker.pid)
-            for _ in range(2):
-                worker.send_signal(signal.SIGINT)
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    worker.wait(0.2)
-            assert worker.wait(10) == -signal.SIGINT
+            wait_until_computed(worker.pid, 0.2)
+            assert press_ctrl_c_until_it_ends(worker) == -signal.SIGINT
         finally:
             worker.kill()
-
-
-def _until_it_has_computed_for(seconds: float, pid: int) -> None:
-    """Only then is a program that has nothing left to do but one call of C in this call."""
-    process = psutil.Process(pid)
-    begun = process.cpu_times().user
-    while process.cpu_times().user < begun + seconds:
-        time.sleep(0.01)
 
 
 def test_a_program_that_a_signal_ended_exits_with_128_and_its_number(monkeypatch):

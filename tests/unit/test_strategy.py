@@ -27,8 +27,7 @@ from fluffle_common.tensors.checkpoint import (
 from fluffle_common.tensors.weights import NotFinite, check_delta
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.service.configuration import configuration
-from fluffle_coordinator.service.run_opening import begin_with_file
+from fluffle_coordinator.service.run_opening import begin_with, read_first_model
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.replay import strategy_of
 from fluffle_coordinator.storage.run_store import RunStore
@@ -330,7 +329,7 @@ def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     store.save_weights(0, model(), run)
     check_same(mine, store.load("f"), tmp_path)  # no round is committed yet
     settings = CoordinatorSettings("f", Rules(rounds=1), strategy=mine)
-    store.note_configuration(configuration(settings, Topology("f")), 0)
+    store.note_configuration(settings.configuration(Topology("f")), 0)
     store.save_weights(1, model(), run, {"v": np.ones(2)})
     line = {"event": "committed", "round": 1, "participants": [], "strategy": mine.name}
     store.history.append(line)
@@ -368,7 +367,7 @@ def test_a_model_of_another_program_may_use_any_tensor_names(tmp_path):
     with pytest.raises(
         UsageError, match="first weights: the name of tensor 'strategy/w' .*rename this tensor"
     ):
-        begin_with_file(tmp_path / "m", store, store.load("f"), "f")
+        begin_with(read_first_model(tmp_path / "m"), store, store.load("f"), "f")
     assert not (store.folder / checkpoint_name(0)).exists()
     with pytest.raises(ValueError, match="rename this tensor"):
         check_names({"w": np.zeros(1), "strategy/x": np.zeros(1)})

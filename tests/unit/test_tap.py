@@ -84,7 +84,7 @@ class Watched:
         self._new.set()
 
     async def until(self, condition: Callable[[], Any]) -> None:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not condition():
                 self._new.clear()
                 await self._new.wait()
@@ -95,7 +95,7 @@ class Watched:
         running = Tap(await self.broker.open(), TOPOLOGY, wanted, workers, self.take)
         task = asyncio.create_task(running.run(ready.set))
         try:
-            await asyncio.wait_for(ready.wait(), 20)
+            await asyncio.wait_for(ready.wait(), 60)
             yield
         finally:
             task.cancel()
@@ -156,7 +156,7 @@ async def test_a_new_worker_is_followed_once_it_is_noticed(watched):
     async with watched.tap(Wanted()):
         await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1"]))
         await say(watched, presence(Heartbeat, "w1"))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not watched.shown:  # until the tap is bound
                 await send(watched.link, STOP, Route(TOPOLOGY.work, ["w1"]))
                 await asyncio.sleep(0)
@@ -191,7 +191,7 @@ async def test_a_tap_does_not_hide_unroutable_messages(watched, monkeypatch):
                 await asyncio.sleep(0)
 
         with pytest.raises(Unroutable):
-            await asyncio.wait_for(gone(), 20)
+            await asyncio.wait_for(gone(), 60)
 
 
 async def test_a_federation_that_starts_later_is_followed(monkeypatch):
@@ -200,7 +200,7 @@ async def test_a_federation_that_starts_later_is_followed(monkeypatch):
     watched = Watched(broker, await broker.open())
     async with watched.tap(Wanted()):
         await watched.link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w1")])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not watched.shown:
                 await say(watched, presence(Hello, "w1"))
                 await asyncio.sleep(0)
@@ -214,7 +214,7 @@ async def test_a_worker_without_a_coordinator_does_not_end_the_tap(monkeypatch):
     await watched.link.declare(TOPOLOGY.queues_of("w1"))
     async with watched.tap(Wanted(), "w1"):
         await watched.link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w1")])
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not watched.shown:
                 await say(watched, presence(Hello, "w1"))
                 await asyncio.sleep(0)

@@ -22,7 +22,7 @@ from fluffle_worker.machine import Work
 from fluffle_worker.uploader import Uploader
 
 IDS: dict[str, Any] = {"federation": "f", "run": "r", "base": "b"}
-PATIENCE_S = 5.0
+PATIENCE_S = 60.0
 
 
 async def is_ready(_: object) -> None:

@@ -33,7 +33,7 @@ from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.task import TrainResult
 from fluffle_worker.trainer import TrainingThread
 
-PATIENCE_S = 10.0
+PATIENCE_S = 60.0
 TOPOLOGY = Topology("f")
 WEIGHTS = {"w": np.zeros(4, np.float32)}
 

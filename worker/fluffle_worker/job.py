@@ -79,62 +79,119 @@ def _work_of(message: Fit | Evaluate | InitRequest) -> Work:
             return Work("evaluate", message.run, message.round, message.base)
 
 
-def execute(
-    job: Job,
-    task: Task,
-    sender: Mapping[str, str],
-    *,
-    evaluated: Callable[[], object],
-    progress: Callable[[int, int, float | None], object],
-    residual: Callable[[], Residual] = Residual,
-    results: Results | None = None,
-    form: Signature = UNKNOWN,
-    frozen: FrozenTensors | None = None,
-    codecs: Registry = CODECS,
-) -> None:
-    """Run the task's code for a job and store the answer in the job; blocks.
+@dataclass(frozen=True)
+class Executor:
+    """Runs the code of a task for jobs.
 
-    ``sender`` is the fields ``federation`` and ``worker`` of the answer. ``evaluated`` is called
-    when ``job.evaluation`` is set and training begins, and ``progress`` after each step with the
-    step, steps and loss. ``residual`` is called after the training, and returns the residual of the
-    last update sent.
-
-    Raises:
-        NotWanted: at the next step, once the work is obsolete.
-        TaskError: if the federation's model is not the task's, or the task's result is unusable.
-        BaseException: whatever the task raises.
+    ``sender`` is the fields ``federation`` and ``worker`` of the answers. ``form`` is the signature
+    of the task's model.
     """
-    results = results or Results()
-    message = job.message
-    ids: dict[str, Any] = {**sender, "run": job.work.run}
-    if isinstance(message, InitRequest):
-        job.answer = FirstWeights(**ids), _first_weights(task, message.seed)
-        job.others = {FROZEN: frozen.to_share()} if frozen else {}
-        return
-    mismatch = difference(layout_for(job.weights).signature, form)
-    if mismatch:
-        raise TaskError(mismatch)
-    if frozen is not None:
-        frozen.use(message.frozen)
-    ids["base"] = message.base
-    if (rule := _rule_of(task)) is not None:
-        rule.of_work((job.work.run, job.work.round, job.work.sequence), job.broadcast)
-    job.evaluation = _evaluate(job.weights, message, task, ids, results)
-    if isinstance(message, Evaluate):
-        return
-    if job.evaluation is not None:
-        evaluated()
 
-    codec = _codec_of(message.plan, codecs)
-    report = _progress_of(job, results, progress)
-    update, change = _train(job, message, task, ids, progress=report, results=results)
-    if codec is None:
-        job.answer = update, change
-    else:
-        seed = _plan_of(message, job.work).seed
-        job.answer, left_out = _encode(update, change, codec, residual().before(job.work), seed)
-        job.residual = Residual(job.work, left_out)
-    job.weights, job.broadcast = {}, {}  # free memory: the answer may be kept for long
+    task: Task
+    sender: Mapping[str, str]
+    frozen: FrozenTensors
+    form: Signature = UNKNOWN
+    results: Results = field(default_factory=Results)
+    codecs: Registry = CODECS
+
+    def execute(
+        self,
+        job: Job,
+        *,
+        evaluated: Callable[[], object],
+        progress: Callable[[int, int, float | None], object],
+        residual: Callable[[], Residual] = Residual,
+    ) -> None:
+        """Run the task's code for a job and store the answer in the job; blocks.
+
+        ``evaluated`` is called when ``job.evaluation`` is set and training begins, and ``progress``
+        after each step with the step, steps and loss. ``residual`` is called after the training,
+        and returns the residual of the last update sent.
+
+        Raises:
+            NotWanted: at the next step, once the work is obsolete.
+            TaskError: if the federation's model is not the task's, or the task's result is
+                unusable.
+            BaseException: whatever the task raises.
+        """
+        message = job.message
+        ids: dict[str, Any] = {**self.sender, "run": job.work.run}
+        if isinstance(message, InitRequest):
+            job.answer = FirstWeights(**ids), _first_weights(self.task, message.seed)
+            job.others = {FROZEN: self.frozen.to_share()}
+            return
+        if mismatch := difference(layout_for(job.weights).signature, self.form):
+            raise TaskError(mismatch)
+        self.frozen.use(message.frozen)
+        ids["base"] = message.base
+        if (rule := _rule_of(self.task)) is not None:
+            rule.of_work((job.work.run, job.work.round, job.work.sequence), job.broadcast)
+        job.evaluation = self._evaluate(job.weights, message, ids)
+        if isinstance(message, Evaluate):
+            return
+        if job.evaluation is not None:
+            evaluated()
+
+        codec, plan = _codec_of(message.plan, self.codecs), _plan_of(message, job.work)
+        report = _progress_of(job, self.results, progress)
+        update, change = self._train(job, message, plan, report, ids)
+        if codec is None:
+            job.answer = update, change
+        else:
+            before = residual().before(job.work)
+            job.answer, left_out = _encode(update, change, codec, before, plan.seed)
+            job.residual = Residual(job.work, left_out)
+        job.weights, job.broadcast = {}, {}  # free memory: the answer may be kept for long
+
+    def _evaluate(
+        self, weights: Weights, message: Fit | Evaluate, ids: dict[str, Any]
+    ) -> Evaluation | None:
+        """Evaluate if the message asks for it; return the message to send, or None."""
+        number = message.round
+        if isinstance(message, Fit):
+            number -= 1  # the received model is the previous round's
+            if not message.evaluate:
+                return None
+        result = self.results.evaluated(lambda: self.task.evaluate(lent(weights, self.task)))
+        if result is None:
+            if isinstance(message, Fit):
+                return None
+            result = EvalResult(0.0, 0)  # tells the coordinator not to wait
+        return Evaluation(
+            **ids,
+            round=number,
+            num_examples=result.num_examples,
+            loss=result.loss,
+            metrics=dict(result.metrics),
+        )
+
+    def _train(
+        self, job: Job, fit: Fit, plan: RoundPlan, progress: Progress, ids: dict[str, Any]
+    ) -> tuple[Update, Weights]:
+        """Train; return the update's header and the delta."""
+        began = time.monotonic()
+        returned = self.task.train(lent(job.weights, self.task), plan, progress)
+        trained = self.results.trained(returned)
+        seconds = time.monotonic() - began
+        try:
+            change = delta(trained.weights, job.weights)
+        except ValueError as wrong:
+            raise TaskError(
+                f"train() returned weights that do not match the received weights: {wrong}"
+            ) from None
+        change = _planned(change, fit.plan)
+        rule = _rule_of(self.task)
+        of_rule = rule.sent if rule is not None else {}
+        job.others = {EXTRA: _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)}
+        update = Update(
+            **ids,
+            round=fit.round,
+            sequence=fit.sequence,
+            num_examples=trained.num_examples,
+            seconds=seconds,
+            metrics=dict(trained.metrics),
+        )
+        return update, change
 
 
 def _progress_of(
@@ -149,61 +206,6 @@ def _progress_of(
 
     report.__qualname__ = "progress"  # as the task's author knows it, for Python's TypeError
     return report
-
-
-def _evaluate(
-    weights: Weights,
-    message: Fit | Evaluate,
-    task: Task,
-    ids: dict[str, Any],
-    results: Results,
-) -> Evaluation | None:
-    """Evaluate if the message asks for it; return the message to send, or None."""
-    number = message.round
-    if isinstance(message, Fit):
-        number -= 1  # the received model is the previous round's
-        if not message.evaluate:
-            return None
-    result = results.evaluated(lambda: task.evaluate(lent(weights, task)))
-    if result is None:
-        if isinstance(message, Fit):
-            return None
-        result = EvalResult(0.0, 0)  # tells the coordinator not to wait
-    return Evaluation(
-        **ids,
-        round=number,
-        num_examples=result.num_examples,
-        loss=result.loss,
-        metrics=dict(result.metrics),
-    )
-
-
-def _train(
-    job: Job, fit: Fit, task: Task, ids: dict[str, Any], *, progress: Progress, results: Results
-) -> tuple[Update, Weights]:
-    """Train; return the update's header and the delta."""
-    plan, began = _plan_of(fit, job.work), time.monotonic()
-    trained = results.trained(task.train(lent(job.weights, task), plan, progress))
-    seconds = time.monotonic() - began
-    try:
-        change = delta(trained.weights, job.weights)
-    except ValueError as wrong:
-        raise TaskError(
-            f"train() returned weights that do not match the received weights: {wrong}"
-        ) from None
-    change = _planned(change, fit.plan)
-    rule = _rule_of(task)
-    of_rule = rule.sent if rule is not None else {}
-    job.others = {EXTRA: _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)}
-    update = Update(
-        **ids,
-        round=fit.round,
-        sequence=fit.sequence,
-        num_examples=trained.num_examples,
-        seconds=seconds,
-        metrics=dict(trained.metrics),
-    )
-    return update, change
 
 
 def _rule_of(task: Task) -> BoundRule | None:

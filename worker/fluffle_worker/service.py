@@ -51,7 +51,7 @@ from fluffle_worker.connection import Connection
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import Record, not_for_workers, read_work
-from fluffle_worker.job import Job
+from fluffle_worker.job import Executor, Job
 from fluffle_worker.local.persistent_tensors import keep_in
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
@@ -126,17 +126,14 @@ class WorkerService:
             sent=self._sent_parts,
             ready_outbox=self._connection.ready_outbox,
         )
+        sender = {"federation": settings.federation, "worker": settings.worker}
         self._trainer = Trainer(
-            task,
-            {"federation": settings.federation, "worker": settings.worker},
+            Executor(task, sender, self._frozen, form, codecs=codecs),
+            training or TrainingThread(),
             residual=self._uploader.residual,
             progress=self._progress,
             done=self._done,
             record=record,
-            training=training,
-            form=form,
-            frozen=self._frozen,
-            codecs=codecs,
         )
         self._ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
 

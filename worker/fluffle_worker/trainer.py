@@ -12,20 +12,17 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from fluffle_common.cli.user_code import one_line
 from fluffle_common.protocol.events import Traceback, Unfit
-from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_common.tensors.layout import Signature
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.inbox import Record
-from fluffle_worker.job import Job, NotWanted, execute
+from fluffle_worker.job import Executor, Job, NotWanted
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
-from fluffle_worker.task import Task
 
 
 class TrainingThread:
@@ -62,32 +59,27 @@ class Trainer:
 
     ``progress`` is called in the event loop with the work, step, steps and loss, ``done`` with the
     outcome of each job, and ``record`` with each of the task's faults, once. ``residual`` is called
-    in the training thread; see ``execute``, also for ``sender``.
+    in the training thread; see ``Executor``.
     """
 
     def __init__(
         self,
-        task: Task,
-        sender: dict[str, str],
+        executor: Executor,
+        training: TrainingThread,
         *,
         residual: Callable[[], Residual],
         progress: Callable[[Work, int, int, float | None], object],
         done: Callable[[machine.Event], object],
         record: Record,
-        form: Signature,
-        frozen: FrozenTensors | None = None,
-        training: TrainingThread | None = None,
-        codecs: Registry = CODECS,
     ) -> None:
-        self._task, self._sender, self._form, self._codecs = task, sender, form, codecs
-        self._frozen = frozen
         self._residual, self._progress, self._done = residual, progress, done
-        self._training = training or TrainingThread()
+        self._training = training
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         self._results = Results(
             report=lambda reason: self._to_loop(record, Unfit(reason=reason)),
             trace=lambda text: self._to_loop(record, Traceback(text=text)),
         )
+        self._executor = replace(executor, results=self._results)
         self._under_way = 0
         self._cut_short = False
 
@@ -112,17 +104,11 @@ class Trainer:
 
     def _do(self, job: Job, evaluated: Callable[[], object]) -> machine.Event:
         try:
-            execute(
+            self._executor.execute(
                 job,
-                self._task,
-                self._sender,
                 evaluated=functools.partial(self._to_loop, evaluated),
                 progress=functools.partial(self._to_loop, self._progress, job.work),
                 residual=self._residual,
-                results=self._results,
-                form=self._form,
-                frozen=self._frozen,
-                codecs=self._codecs,
             )
         except NotWanted:
             return machine.Abandoned(job.work)

@@ -133,10 +133,10 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
 
     The exit code is 0 if the broker is up, and 3 if it is not.
     """
-    from fluffle_broker.node import health, node
+    from fluffle_broker.node import node
 
     info = node.running_node(state)
-    figures = health.figures(info) if info else {}
+    figures = _health(info) if info else {}
     if as_json:
         echo_json(_as_dict(info, figures))
     elif info is None:
@@ -250,24 +250,21 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
       fluffle broker apply-policy --federation letters --url amqp://admin:pw@host
       fluffle broker apply-policy --federation letters --print
     """
-    from urllib.parse import unquote
-
     from fluffle_broker.cli.options import federation_and_broker
     from fluffle_broker.node import policies
     from fluffle_common.cli.settings import management_of
     from fluffle_common.protocol import topology
-    from fluffle_common.transport.rabbitmq.management import vhost
 
     _, address = federation_and_broker(federation, url)
+    api = management_of(address, management)
     wanted = topology.policies(federation)
-    vhost_name = unquote(vhost(address))
     if prints:
-        echo(*policies.shell_lines(wanted, vhost_name))
+        echo(*policies.shell_lines(wanted, api.vhost))
         return
-    policies.apply(wanted, address, management_of(address, management))
+    policies.apply(wanted, api)
     echo(
         f"set {len(wanted)} policies that limit the queues of federation {federation} in vhost "
-        f"{vhost_name}"
+        f"{api.vhost}"
     )
 
 
@@ -315,6 +312,17 @@ def _show(info: NodeInfo, state: Path) -> None:
     }
     for name, value in rows.items():
         echo(f"  {name:<12}{value}")
+
+
+def _health(info: NodeInfo) -> dict[str, float]:
+    """Return a node's uptime and memory use; empty if it has none yet, as in its first seconds."""
+    from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, Management
+
+    try:
+        stats = Management(info.url, info.management_url).ask(f"/api/nodes/{info.node_name}")
+        return {"uptime_s": stats["uptime"] / 1000, "memory_bytes": stats["mem_used"]}
+    except REQUEST_ERRORS:
+        return {}
 
 
 def _as_dict(info: NodeInfo | None, figures: dict[str, float]) -> dict[str, Any]:

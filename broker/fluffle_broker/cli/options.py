@@ -12,7 +12,7 @@ from fluffle_common.cli.app import federation_option, url_option
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
-    from fluffle_common.transport.rabbitmq.management import QueueFigures
+    from fluffle_common.transport.rabbitmq.management import Management, QueueFigures
 
 
 def inspection_options(json_help: str, federation: Any = federation_option) -> Callable[[Any], Any]:
@@ -36,10 +36,10 @@ def federation_and_broker(federation: str, url: str | None) -> tuple[Topology, s
     return Topology(check_federation(federation)), address
 
 
-def available_figures(address: str, base: str, topology: Topology) -> dict[str, QueueFigures]:
+def available_figures(api: Management, topology: Topology) -> dict[str, QueueFigures]:
     """Return the queues' figures by name; an empty dict if the management API has none."""
-    from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, queue_figures
+    from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS
 
     with contextlib.suppress(*REQUEST_ERRORS):
-        return {queue.name: queue for queue in queue_figures(address, base, topology)}
+        return {queue.name: queue for queue in api.queue_figures(topology)}
     return {}

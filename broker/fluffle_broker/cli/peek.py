@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fluffle_broker.inspect.decode import DecodedMessage
     from fluffle_broker.inspect.peek import Peeked
     from fluffle_common.protocol.topology import Topology
+    from fluffle_common.transport.rabbitmq.management import Management
 
 MOST_ROWS = 12
 _WIDE = 100  # columns
@@ -64,7 +65,7 @@ def peek(queue: str, count: int, **options: Any) -> None:
         echo_json([decoded.as_dict(now) for decoded in peeked.messages])
     else:
         _show(peeked, now)
-    held = _held(peeked, topology, address, management_of(address, options["management"]))
+    held = _held(peeked, topology, management_of(address, options["management"]))
     if held:
         warn(held)
 
@@ -78,12 +79,12 @@ async def _peek(address: str, topology: Topology, queue: str, count: int) -> Pee
         return await peeking.peek(link, topology, queue, count)
 
 
-def _held(peeked: Peeked, topology: Topology, address: str, base: str) -> str | None:
+def _held(peeked: Peeked, topology: Topology, api: Management) -> str | None:
     """Return a note about the updates that the coordinator holds, which peek cannot see."""
     if peeked.queue != topology.updates or not peeked.counts.consumers:
         return None
     journal = f"see their events with 'fluffle journal --federation {topology.federation}'"
-    figures = available_figures(address, base, topology).get(peeked.queue)
+    figures = available_figures(api, topology).get(peeked.queue)
     held = figures.unacknowledged if figures else None
     if held is None:
         return (

@@ -60,11 +60,10 @@ def queues(
     from fluffle_common.cli.settings import broker_url_finder, management_finder
 
     topology, _ = federation_and_broker(federation, url)
-    find_url, find_base = broker_url_finder(url), management_finder(management)
+    find_url, find_management = broker_url_finder(url), management_finder(management)
 
     def once() -> QueueOverview:
-        address = find_url()
-        return read_overview(address, find_base(address), topology)
+        return read_overview(find_management(find_url()), topology)
 
     if watch:
         _watch(once, as_json)

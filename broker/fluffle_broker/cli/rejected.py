@@ -101,7 +101,7 @@ def _list(at: _Target, most: int | None, management: str | None) -> None:
 
     topology, address, as_json = at
     rejects = _with_link(address, lambda link: list_rejected(link, topology))
-    figures = available_figures(address, management_of(address, management), topology)
+    figures = available_figures(management_of(address, management), topology)
     gone = dropped(figures.get(topology.rejected), len(rejects))
     now = time.time()
     listed = rejects if most is None else rejects[-most:]

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fluffle_broker.inspect.tap import Wanted
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.base import Link
+    from fluffle_common.transport.rabbitmq.management import Management
 
 _MOST_TRANSFERS = 256
 _WHO_WIDTH, _WIDEST_WHO = 12, 32
@@ -87,14 +88,14 @@ def tap(**options: Any) -> None:
     wanted = Wanted(kinds, options["worker"], bool(options["save"]) or "part" in kinds)
     archive = MessageArchive(options["save"]) if options["save"] else None
     printer = TapPrinter(wanted, options["as_json"], options["count"], archive)
-    workers = _known_workers(topology, address, management_of(address, options["management"]))
+    workers = _known_workers(topology, management_of(address, options["management"]))
     _run(topology, broker_url_finder(options["url"]), printer, workers)
 
 
-def _known_workers(topology: Topology, address: str, base: str) -> set[str]:
+def _known_workers(topology: Topology, api: Management) -> set[str]:
     """Return the workers that have an inbox; others are noticed by their heartbeats."""
     inbox = topology.inbox("")
-    names = available_figures(address, base, topology)
+    names = available_figures(api, topology)
     return {name.removeprefix(inbox) for name in names if name.startswith(inbox)}
 
 

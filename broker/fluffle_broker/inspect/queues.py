@@ -12,16 +12,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Counts, QueueInUse
 from fluffle_common.transport.open_once import open_once
 from fluffle_common.transport.rabbitmq.management import (
     REQUEST_ERRORS,
+    Management,
     QueueFigures,
-    alarms,
-    ask,
-    queue_figures,
-    vhost,
 )
 from fluffle_common.transport.rabbitmq.queue_health import hint
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
@@ -77,29 +75,29 @@ class QueueOverview:
         return [{**queue.as_dict(), "hint": self.hint(queue)} for queue in self.queues]
 
 
-def read_overview(url: str, base: str, topology: Topology) -> QueueOverview:
+def read_overview(api: Management, topology: Topology) -> QueueOverview:
     """Read the figures of a federation's queues.
 
     Raises:
         BrokerError: if the broker cannot be reached by AMQP either.
     """
     try:
-        figures = queue_figures(url, base, topology)
-        overview = QueueOverview(topology, _with_counts(figures, url), alarms(url, base))
-        return overview if overview.created else replace(overview, others=_federations(url, base))
+        figures = _with_counts(api.queue_figures(topology), api.url)
+        overview = QueueOverview(topology, figures, api.alarms())
+        return overview if overview.created else replace(overview, others=_federations(api))
     except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why
         note = (
-            f"the management API at {base} does not answer ({reason}), so unacknowledged messages, "
-            "bytes, rates, ages and the workers' queues are unknown; give the right address with "
-            "--management"
+            f"the management API at {api.base} does not answer ({reason}), so unacknowledged "
+            "messages, bytes, rates, ages and the workers' queues are unknown; give the right "
+            "address with --management"
         )
-    return QueueOverview(topology, _by_amqp(url, topology), [], note)
+    return QueueOverview(topology, _by_amqp(api.url, topology), [], note)
 
 
-def _federations(url: str, base: str) -> tuple[str, ...]:
+def _federations(api: Management) -> tuple[str, ...]:
     """Return the federations that a coordinator has created on the broker."""
-    names = [str(queue["name"]) for queue in ask(base, f"/api/queues/{vhost(url)}", url)]
+    names = [str(queue["name"]) for queue in api.queues()]
     owners = {name.partition(".")[0] for name in names}
     return tuple(sorted(owner for owner in owners if Topology(owner).updates in names))
 
@@ -110,7 +108,10 @@ def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
     It collects statistics every five seconds, so a newer queue would look empty and unused.
     """
     new = [queue.name for queue in figures if queue.known and queue.published is None]
-    counted = asyncio.run(_counts(new, url)) if new else {}
+    counted: dict[str, Counts | None] = {}
+    if new:
+        with contextlib.suppress(BrokerError):  # the statistics follow
+            counted = asyncio.run(_counts(new, url))
     return [
         replace(
             queue,
@@ -129,8 +130,17 @@ async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
     counted: dict[str, Counts | None] = {}
     async with open_once(AmqpTransport(url, "fluffle queues")) as link:
         for name in names:
-            with contextlib.suppress(QueueInUse):  # exclusive, such as the queue of a tap
+            try:
                 counted[name] = await link.counts(name)
+            except QueueInUse:  # exclusive, such as the queue of a tap
+                continue
+            except (
+                BrokerError
+            ) as refused:  # RabbitMQ 4.3 lets a reader of the journal count nothing
+                cause = str(refused).partition(";")[0]
+                raise BrokerError(
+                    f"{cause}; give the address of the management API with --management"
+                ) from None
     return counted
 
 

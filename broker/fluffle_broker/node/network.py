@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import random
 import socket
 import struct
 
@@ -10,6 +12,10 @@ from fluffle_broker.node import processes
 from fluffle_common.errors import BrokerError
 
 LOOPBACK = "127.0.0.1"
+
+# Below the ports that the system hands out, of which another program could get one before a node
+# listens on it, which takes seconds.
+_OURS = range(20_000, 32_768)
 
 _TIMEOUT_S = 2.0
 
@@ -22,12 +28,18 @@ _EPMD_KILL = b"\x00\x01k"
 
 
 def free_ports(count: int) -> list[int]:
-    """Return different free ports; each stays bound until all are chosen."""
+    """Return different free ports, chosen at random; each stays bound until all are chosen."""
     with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind((LOOPBACK, 0))
-        return [int(each.getsockname()[1]) for each in sockets]
+
+        def is_free(port: int) -> bool:
+            with contextlib.suppress(OSError):
+                held.enter_context(socket.socket()).bind((LOOPBACK, port))
+                return True
+            return False
+
+        # Not the shared generator, which several processes may have seeded alike.
+        some = random.SystemRandom().sample(_OURS, len(_OURS))
+        return list(itertools.islice(filter(is_free, some), count))
 
 
 def require_free(port: int, what: str, option: str) -> None:

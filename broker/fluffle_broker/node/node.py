@@ -31,6 +31,7 @@ from fluffle_broker.node.packages import Installation
 from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol import topology
+from fluffle_common.transport.rabbitmq.management import Management
 
 __all__ = ["NodeInfo", "Ports", "down", "running_node", "up"]
 
@@ -149,9 +150,8 @@ def _start(
 
 def _limit_queues(info: NodeInfo, report: Report) -> None:
     """Set the policies that limit queues, except those that an operator has changed."""
-    base = info.management_url.rstrip("/")
     try:
-        policies.apply(topology.policies(), info.url, base, keep=True)
+        policies.apply(topology.policies(), Management(info.url, info.management_url), keep=True)
     except BrokerError as why:  # for example, the password of guest was changed
         report(f"the queue limits are not set: {why}")
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Policy
-from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, ask, vhost
+from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, Management
 from fluffle_common.transport.rabbitmq.urls import parse_urls
 
 _APPLY_TO = "queues"
@@ -30,18 +30,18 @@ def shell_lines(policies: Sequence[Policy], vhost_name: str) -> list[str]:
     ]
 
 
-def apply(policies: Sequence[Policy], url: str, base: str, *, keep: bool = False) -> None:
+def apply(policies: Sequence[Policy], api: Management, *, keep: bool = False) -> None:
     """Set policies in a vhost through the management API.
 
     Existing policies of the same name are replaced, unless ``keep`` is set, because an operator may
-    have changed them. ``url`` is the AMQP URL of the broker, and ``base`` that of the management
-    API.
+    have changed them.
 
     Raises:
         BrokerError: if the API does not answer, or the user may not set policies.
     """
+    path = f"/api/policies/{api.quoted_vhost}"
     try:
-        existing = {one["name"] for one in ask(base, f"/api/policies/{vhost(url)}", url)}
+        existing = {one["name"] for one in api.ask(path)}
         for one in policies:
             if not (keep and one.name in existing):
                 value = {
@@ -50,21 +50,21 @@ def apply(policies: Sequence[Policy], url: str, base: str, *, keep: bool = False
                     "priority": one.priority,
                     "apply-to": _APPLY_TO,
                 }
-                ask(base, f"/api/policies/{vhost(url)}/{one.name}", url, put=value)
+                api.ask(f"{path}/{one.name}", put=value)
     except urllib.error.HTTPError as no:
         if no.code not in (401, 403):
             raise BrokerError(
-                f"the management API at {base} rejects a policy ({no.code} {no.reason}); check "
+                f"the management API at {api.base} rejects a policy ({no.code} {no.reason}); check "
                 f"the vhost in --url, {_INSTEAD}"
             ) from None
-        user = parse_urls(url)[0].user or "guest"
+        user = parse_urls(api.url)[0].user or "guest"
         raise BrokerError(
-            f"user '{user}' is not allowed to set policies on the broker at {base}; give this user "
-            f"the tag 'policymaker' and permissions in the vhost, {_INSTEAD}"
+            f"user '{user}' is not allowed to set policies on the broker at {api.base}; give this "
+            f"user the tag 'policymaker' and permissions in the vhost, {_INSTEAD}"
         ) from None
     except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why
         raise BrokerError(
-            f"the management API at {base} does not answer ({reason}); give the API's address with "
-            f"--management, {_INSTEAD}"
+            f"the management API at {api.base} does not answer ({reason}); give the API's address "
+            f"with --management, {_INSTEAD}"
         ) from None

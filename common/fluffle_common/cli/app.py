@@ -34,72 +34,55 @@ _GROUP = "fluffle.commands"
 _INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _FAILED = 1
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
-_MOST_SECONDS = 1e9  # 30 years, about the most that clocks and timers can handle
+_MOST_SECONDS = 10**9  # 30 years, about the most that clocks and timers can handle
 MOST_COUNT = 2**31 - 1
 MOST_SEED = 2**63 - 1
-
-
 # Limits of clocks, timers and the wire, which appear in errors but not in the help.
 _SILENT_LIMITS = (MOST_COUNT, MOST_SEED, _MOST_SECONDS)
 
 
-def _range_help(range_: click.IntRange | click.FloatRange, default: str) -> str:
-    """Return the help text of a range, without a silent upper limit."""
-    if range_.max not in (None, *_SILENT_LIMITS):
-        return default
-    return "" if range_.min is None else f"x{'>' if range_.min_open else '>='}{range_.min:g}"
+class _Range(click.ParamType[Any]):
+    """A range of numbers whose upper limit may be silent; NaN and infinity are in none."""
 
-
-class FiniteFloat(click.FloatRange):
-    """A range of finite numbers; `FloatRange` accepts NaN, and infinity if there is no limit."""
-
-    name = "number"
+    placeholder: str  # for the value in the help
+    number: click.ParamType[Any]  # parses a number, whatever its size
+    min: Any
+    max: Any
+    min_open: bool
 
     def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return the placeholder for the value in the help."""
-        return "X"
+        return self.placeholder
 
-    def convert(
-        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
-    ) -> float:
-        """Parse and validate a value."""
-        number = click.FLOAT.convert(value, param, ctx)
-        if not math.isfinite(number):
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        number = self.number.convert(value, param, ctx)
+        if isinstance(number, float) and not math.isfinite(number):
             self.fail(f"{value} is not a finite number", param, ctx)
         if self.max in _SILENT_LIMITS and number > self.max:
-            self.fail(f"{value} is too large; the maximum is {self.max:,.0f}", param, ctx)
-        return float(super().convert(value, param, ctx))
+            self.fail(f"{value} is too large; the maximum is {self.max:,}", param, ctx)
+        return super().convert(value, param, ctx)
 
     def _describe_range(self) -> str:
-        return _range_help(self, super()._describe_range())
+        if self.max not in (None, *_SILENT_LIMITS):
+            return str(super()._describe_range())  # type: ignore[misc]
+        return "" if self.min is None else f"x{'>' if self.min_open else '>='}{self.min:g}"
+
+
+class FiniteFloat(_Range, click.FloatRange):
+    """A range of finite numbers."""
+
+    name, placeholder, number = "number", "X", click.FLOAT
 
 
 class Seconds(FiniteFloat):
     """A duration in seconds."""
 
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return the placeholder for the value in the help."""
-        return "SECONDS"
+    placeholder = "SECONDS"
 
 
-class WholeNumber(click.IntRange):
+class WholeNumber(_Range, click.IntRange):
     """A range of whole numbers."""
 
-    name = "whole number"
-
-    def get_metavar(self, param: click.Parameter, ctx: click.Context | None = None) -> str:
-        """Return the placeholder for the value in the help."""
-        return "N"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Parse and validate a value."""
-        number = click.INT.convert(value, param, ctx)
-        if self.max in _SILENT_LIMITS and number > self.max:
-            self.fail(f"{value} is too large; the maximum is {self.max:,}", param, ctx)
-        return int(super().convert(value, param, ctx))
-
-    def _describe_range(self) -> str:
-        return _range_help(self, super()._describe_range())
+    name, placeholder, number = "whole number", "N", click.INT
 
 
 def seconds(least: float = 0.0, most: float = _MOST_SECONDS, *, min_open: bool = False) -> Any:
@@ -360,6 +343,8 @@ def unexpected(wrong: BaseException) -> str:
         return text
     if isinstance(wrong, OSError) and wrong.filename is not None:
         return f"cannot use {os.fsdecode(wrong.filename)} ({wrong.strerror})"
+    if isinstance(wrong, FileNotFoundError):  # from getcwd(), which names no file
+        return "the current folder was removed; change to an existing folder"
     if isinstance(wrong, OSError) and wrong.errno in _NO_ROOM:
         return f"cannot write a file ({wrong.strerror}); check the disk and its free space"
     if isinstance(wrong, ModuleNotFoundError) and not (wrong.name or "").startswith("fluffle"):

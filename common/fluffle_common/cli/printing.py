@@ -15,7 +15,9 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from operator import add
 from typing import IO, TYPE_CHECKING, Any
 
 from fluffle_common.errors import FluffleError
@@ -32,6 +34,7 @@ _INVISIBLE = re.compile(
     "\U00013430-\U0001345f\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0001-\U000e007f]"
 )
 _WIDTH_IN_A_PIPE = 140
+_PIECES_AT_ONCE = 10_000  # of JSON text
 
 
 class OutputError(FluffleError):
@@ -67,7 +70,7 @@ def echo(*lines: str, err: bool = False) -> None:
         ReaderGone: if the reader closed the pipe (``| head``).
         OutputError: if writing fails for another reason, such as a full disk.
     """
-    _write("".join(f"{printable(line)}\n" for line in lines or ("",)), err=err)
+    _write(["".join(f"{printable(line)}\n" for line in lines or ("",))], err=err)
 
 
 def echo_sentences(*lines: str, err: bool = False) -> None:
@@ -75,7 +78,7 @@ def echo_sentences(*lines: str, err: bool = False) -> None:
     if is_terminal(sys.stderr if err else sys.stdout):
         width = shutil.get_terminal_size().columns
         lines = tuple(wrapped(printable(line), width) for line in lines)
-        _write("".join(f"{line}\n" for line in lines), err=err)
+        _write(["".join(f"{line}\n" for line in lines)], err=err)
     else:
         echo(*lines, err=err)
 
@@ -87,7 +90,11 @@ def wrapped(line: str, width: int) -> str:
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:
     """Print ASCII JSON, on one line if ``indent`` is None; raise what ``echo`` does."""
-    _write(f"{visible_json(json.dumps(value, indent=indent, default=str))}\n")
+    encoder = json.JSONEncoder(indent=indent, default=str)
+    # The text of a long history takes more memory than the history: it is written in pieces.
+    pieces = iter([encoder.encode(value)] if indent is None else encoder.iterencode(value))
+    texts = iter(lambda: "".join(islice(pieces, _PIECES_AT_ONCE)), "")
+    _write(chain(map(visible_json, texts), "\n"))
 
 
 def visible_json(text: str) -> str:
@@ -95,12 +102,13 @@ def visible_json(text: str) -> str:
     return text.replace("\x7f", "\\u007f")
 
 
-def _write(text: str, *, err: bool = False) -> None:
+def _write(texts: Iterable[str], *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     if stream is None:  # closed before the process started (`>&-`)
         return
     with output_errors(quiet=err):
-        stream.write(text)
+        for text in texts:
+            stream.write(text)
         stream.flush()
 
 
@@ -118,7 +126,7 @@ def output_errors(*, quiet: bool = False) -> Iterator[None]:
             raise OutputError(f"cannot write the output ({reason})") from None
 
 
-def screen(*, width_in_a_pipe: int = _WIDTH_IN_A_PIPE) -> Console:
+def screen() -> Console:
     """Return a rich console on stdout, with a fixed width unless stdout is a terminal."""
     from rich.console import Console
 
@@ -130,7 +138,7 @@ def screen(*, width_in_a_pipe: int = _WIDTH_IN_A_PIPE) -> Console:
             with output_errors():
                 super()._write_buffer()
 
-    width = None if is_terminal(sys.stdout) else width_in_a_pipe
+    width = None if is_terminal(sys.stdout) else _WIDTH_IN_A_PIPE
     stream = sys.stdout or open(os.devnull, "w")
     return Screen(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
@@ -152,6 +160,29 @@ def table(*, caption: str | None = None, **options: Any) -> Table:
 
     caption = caption if caption is None else printable(caption)
     return Escaped(box=box.SIMPLE_HEAD, caption=caption, caption_justify="left", **options)
+
+
+def aligned(name: str, cells: Iterable[str], *, left: bool = False) -> list[str]:
+    """Return a column for ``text_table``: its name and its cells, escaped, in the same width.
+
+    >>> aligned("loss", ["0.5000", ""])
+    ['  loss', '0.5000', '      ']
+    """
+    from rich.cells import cell_len
+
+    texts = [printable(cell) for cell in (name, *cells)]
+    width = max(map(cell_len, texts))
+    spaces = [" " * (width - cell_len(text)) for text in texts]
+    return list(map(add, texts, spaces) if left else map(add, spaces, texts))
+
+
+def text_table(columns: Iterable[list[str]]) -> list[str]:
+    """Return the lines of a table, which may have very many rows: rich needs a minute for those.
+
+    >>> text_table([aligned("round", ["9", "10"]), aligned("loss", ["0.5000", ""])])
+    ['round    loss', '    9  0.5000', '   10        ']
+    """
+    return list(map("  ".join, zip(*columns, strict=True)))
 
 
 def is_terminal(stream: IO[str] | None) -> bool:

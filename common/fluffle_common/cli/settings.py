@@ -12,8 +12,12 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fluffle_common.errors import UsageError
+
+if TYPE_CHECKING:
+    from fluffle_common.transport.rabbitmq.management import Management
 
 DEFAULT_URL = "amqp://guest:guest@127.0.0.1:5672/"
 
@@ -71,8 +75,8 @@ def broker_url_finder(given: str | None) -> Callable[[], str]:
     return find
 
 
-def management_of(url: str, given: str | None) -> str:
-    """Return the URL of the management API of the broker at ``url``; ``given`` if set.
+def management_of(url: str, given: str | None) -> Management:
+    """Return the management API of the broker at ``url``, which has the URL ``given`` if set.
 
     Raises:
         UsageError: if ``given`` has a user, because the API gets that of ``url``.
@@ -80,19 +84,24 @@ def management_of(url: str, given: str | None) -> str:
     return management_finder(given)(url)
 
 
-def management_finder(given: str | None) -> Callable[[str], str]:
+def management_finder(given: str | None) -> Callable[[str], Management]:
     """Return a function that does what ``management_of`` does; see ``broker_url_finder``.
 
     Raises:
         UsageError: as ``management_of`` does.
     """
-    from fluffle_common.transport.rabbitmq.management import checked_base, management_base
+    from fluffle_common.transport.rabbitmq.management import Management, management_base
+    from fluffle_common.transport.rabbitmq.urls import without_credentials
 
+    if given and (shown := without_credentials(given)) != given:
+        raise UsageError(
+            f"the URL of the management API contains a user name; give {shown} instead, "
+            "because fluffle logs in to this API with the user name and the password of --url"
+        )
     if given:
-        base = checked_base(given)
-        return lambda _: base
+        return lambda url: Management(url, given)
     state = state_folder().absolute()
-    return lambda url: management_base(url, node_record(state))
+    return lambda url: Management(url, management_base(url, node_record(state)))
 
 
 def check_federation(name: str) -> str:

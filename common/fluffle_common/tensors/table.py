@@ -14,7 +14,7 @@ _Result = TypeVar("_Result")
 MAX_TENSORS = 100_000
 MAX_TENSOR_NAME, MAX_DIMENSIONS = 500, 32
 # Limits of the caches of tables, which bound what peers can make a process remember.
-CACHED_TABLES, MAX_CACHED_TENSORS = 8, 5_000
+_CACHED_TABLES, _MAX_CACHED_TENSORS = 8, 5_000
 
 MODEL = "model"
 """The group of the model's tensors, or of a delta."""
@@ -41,10 +41,10 @@ class TensorEntry(NamedTuple):
 
 def cached(function: Callable[[_Key], _Result]) -> Callable[[_Key], _Result]:
     """Cache the results of a function of a table, or of another tuple with an item per tensor."""
-    cached_function = functools.lru_cache(CACHED_TABLES)(function)
+    cached_function = functools.lru_cache(_CACHED_TABLES)(function)
 
     @functools.wraps(function)
     def call(key: _Key) -> _Result:
-        return (cached_function if len(key) <= MAX_CACHED_TENSORS else function)(key)
+        return (cached_function if len(key) <= _MAX_CACHED_TENSORS else function)(key)
 
     return call

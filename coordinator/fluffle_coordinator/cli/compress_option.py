@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.option_group import Parsed
 
@@ -17,23 +19,20 @@ def _compression(text: str) -> str:
             installed codec's name, optionally with ``:`` and its settings.
     """
     from fluffle_common.protocol.messages import Compression
+    from fluffle_common.tensors.codecs.registry import OWN_NAMES, encoding_of
 
     if text == "int8":
         return text
-    custom = _custom_codec(text)
-    if custom is not None:
+    if encoding_of(text) not in OWN_NAMES and (custom := _custom_codec(text)):
         return custom
-    kind, _, number = text.partition(":")
-    try:
-        fraction = float(number) if kind == "topk" else 0.0
-    except ValueError:
-        fraction = 0.0
-    if not _MIN_FRACTION <= fraction <= _MAX_FRACTION:
-        raise ValueError(
-            f"unknown compression '{text}'; give int8, topk:FRACTION with a fraction from "
-            f"{_MIN_FRACTION:f} to {_MAX_FRACTION:g}, or path.py:name for your own codec"
-        )
-    return str(Compression(kind="topk", fraction=fraction))
+    with contextlib.suppress(ValueError):
+        fraction = Compression.parse(text).fraction
+        if fraction is not None and _MIN_FRACTION <= fraction <= _MAX_FRACTION:
+            return str(Compression(kind="topk", fraction=fraction))
+    raise ValueError(
+        f"unknown compression '{text}'; give int8, topk:FRACTION with a fraction from "
+        f"{_MIN_FRACTION:f} to {_MAX_FRACTION:g}, or path.py:name for your own codec"
+    )
 
 
 def _custom_codec(text: str) -> str | None:
@@ -45,23 +44,16 @@ def _custom_codec(text: str) -> str | None:
     from fluffle_common.cli.loading import load_codec
     from fluffle_common.protocol.messages import Compression
     from fluffle_common.tensors.codecs.base import UnknownCodec
-    from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES, encoding_of
+    from fluffle_common.tensors.codecs.registry import CODECS, encoding_of
 
+    compression = text
     file, dot_py, rest = text.partition(".py:")
     if dot_py:
         attribute, colon, settings = rest.partition(":")
         compression = load_codec(f"{file}.py:{attribute}", "--compress") + colon + settings
-    elif encoding_of(text) in OWN_NAMES:
-        return None
-    else:
-        compression = text
     try:
+        CODECS.get(encoding_of(compression))
         Compression.parse(compression)
-    except ValueError as why:
-        if not dot_py:
-            return None
-        raise UsageError(f"--compress {text}: {why}") from None
-    try:
         CODECS.parse(compression)
     except UnknownCodec:
         return None

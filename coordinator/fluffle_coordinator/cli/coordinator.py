@@ -20,7 +20,7 @@ from fluffle_common.cli.app import (
 )
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
-from fluffle_common.cli.printing import echo, echo_json, screen
+from fluffle_common.cli.printing import echo, echo_json
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
 from fluffle_coordinator.cli.schedule_options import (
@@ -251,8 +251,8 @@ def history(folder: Path, as_json: bool) -> None:
         echo_json(rounds)
     else:
         # In a pipe, too, the reader usually is at a terminal: use its width.
-        console = screen(width_in_a_pipe=shutil.get_terminal_size().columns)
-        console.print(*history_tables(rounds, console.width), sep="\n")
+        first, *others = history_tables(rounds, shutil.get_terminal_size().columns)
+        echo(*first, *(line for lines in others for line in ("", *lines)))
 
 
 @click.command()

@@ -3,89 +3,72 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fluffle_common.cli.printing import table
+from fluffle_common.cli.printing import aligned, text_table
 from fluffle_common.protocol.events import decimal
-
-if TYPE_CHECKING:
-    from rich.table import Table
-
-from fluffle_coordinator.dashboard.snapshot import train_loss
-from fluffle_coordinator.observe.round_view import RoundView, metrics_of, remembered
+from fluffle_coordinator.observe.round_view import metrics_of
+from fluffle_coordinator.storage.round_stats import mean_train_loss
 
 _BLUE, _RUST = "#1f5fa8", "#c1502e"
 _DOTS = 40  # a curve with more points is drawn without dots
 _MOST_DRAWN = 1e300  # matplotlib computes with differences of the values, which may overflow
 
 
-def history_tables(rounds: list[dict[str, Any]], width: int) -> list[Table]:
-    """Return the history with one row per round, as one table if it has at most ``width`` columns.
+def history_tables(rounds: list[dict[str, Any]], width: int) -> list[list[str]]:
+    """Return the history with one row per round, as lines of text: one table if it fits ``width``.
 
-    The short form counts participants instead of naming them and omits empty columns. If it is
-    still too wide, further metrics are in tables of their own. A run with stale updates gets two
-    columns more: ``updates``, because one worker can have several in a round, and ``stalest``, the
-    largest staleness in versions.
+    Otherwise, a short form counts participants instead of naming them and omits empty columns. If
+    it is still too wide, further metrics are in tables of their own. A run with stale updates gets
+    two columns more: ``updates``, because one worker can have several in a round, and ``stalest``,
+    the largest staleness in versions.
     """
-    full = _table(_columns(rounds))
+    columns = {
+        name: aligned(name, cells, left=name == "participants")
+        for name, cells in _columns(rounds).items()
+    }
+    full = [column for name, column in columns.items() if name != "workers"]
     if _width(full) <= width:
-        return [full]
-    columns = _columns(rounds, short=True)
-    first, groups = {"round": columns.pop("round")}, [dict[str, list[str]]()]
-    for name, cells in columns.items():
-        if groups[-1] and _width(_table(first | groups[-1] | {name: cells}, edge=False)) > width:
-            groups.append({})
-        groups[-1][name] = cells
-    return [_table(first | group, edge=False) for group in groups]
+        return [text_table(full)]
+    del columns["participants"]
+    for name in ("loss", "late", "rejected"):
+        if {cell.strip() for cell in columns[name][1:]} <= {"", "0"}:
+            del columns[name]
+    first = columns.pop("round")
+    groups: list[list[list[str]]] = []
+    for column in columns.values():
+        if not groups or _width([*groups[-1], column]) > width:
+            groups.append([first])
+        groups[-1].append(column)
+    return list(map(text_table, groups))
 
 
-def _width(table: Table) -> int:
-    from rich.console import Console
+def _width(columns: list[list[str]]) -> int:
+    from rich.cells import cell_len
 
-    return Console(width=10_000, markup=False, emoji=False).measure(table).maximum
-
-
-def _table(columns: dict[str, list[str]], *, edge: bool = True) -> Table:
-    rows = table(padding=(0, 1), pad_edge=edge)
-    for name in columns:
-        rows.add_column(
-            name, justify="left" if name == "participants" else "right", overflow="fold"
-        )
-    for cells in zip(*columns.values(), strict=True):
-        rows.add_row(*cells)
-    return rows
+    return cell_len(text_table(column[:1] for column in columns)[0])
 
 
-def _columns(rounds: list[dict[str, Any]], *, short: bool = False) -> dict[str, list[str]]:
+def _columns(rounds: list[dict[str, Any]]) -> dict[str, list[str]]:
     """Return the cells of each column, by its name."""
     metrics = sorted({name for row in rounds for name in metrics_of(row)})
     if any(row.get("epsilon") is not None for row in rounds):
         metrics.append("epsilon")
-    counts = [
-        name for name in ("late", "rejected") if not short or any(row.get(name) for row in rounds)
-    ]
-    losses = [name for name in ("loss",) if not short or any(name in row for row in rounds)]
-    views = [remembered(row) for row in rounds]
-    stale = any(update.staleness for view in views for _, update in view.answers.values())
-    updates = [_updates(view, short=short, stale=stale) for view in views]
+    updates = [row.get("participants", ()) for row in rounds]
+    workers = [sorted({each["worker"] for each in row}) for row in updates]
+    counts = {"workers": [str(len(names)) for names in workers]}
+    stalest = [max((each.get("staleness", 0) for each in row), default=0) for row in updates]
+    if any(stalest):
+        counts = {"updates": [str(len(row)) for row in updates], "stalest": [*map(str, stalest)]}
     return {
-        "round": [str(view.number) for view in views],
-        **{name: [row[name] for row in updates] for name in (updates[0] if updates else ())},
-        "examples": [str(view.num_examples or 0) for view in views],
-        "train loss": [_number(train_loss(view)) for view in views],
-        **{name: [_number(row.get(name)) for row in rounds] for name in (*losses, *metrics)},
-        **{name: [str(row.get(name, "")) for row in rounds] for name in counts},
+        "round": [str(row["round"]) for row in rounds],
+        "participants": list(map(", ".join, workers)),
+        **counts,
+        "examples": [str(sum(each["num_examples"] for each in row)) for row in updates],
+        "train loss": [_number(mean_train_loss(row)) for row in updates],
+        **{name: [_number(row.get(name)) for row in rounds] for name in ("loss", *metrics)},
+        **{name: [str(row.get(name, "")) for row in rounds] for name in ("late", "rejected")},
     }
-
-
-def _updates(view: RoundView, *, short: bool, stale: bool) -> dict[str, str]:
-    """Return the cells about a round's updates, by column name."""
-    names = {"participants": ", ".join(sorted(view.participants))}
-    if not stale:
-        return {"workers": str(len(view.participants))} if short else names
-    stalest = max((update.staleness or 0 for _, update in view.answers.values()), default=0)
-    ages = {"updates": str(len(view.answers)), "stalest": str(stalest)}
-    return ages if short else names | ages
 
 
 def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:

@@ -31,7 +31,7 @@ def strategies() -> None:
         rows.add_column(head, overflow="fold")
     for name, part in PARTS.items():
         rows.add_row(name, part.kind, part.about, _arguments(part.make))
-    screen(width_in_a_pipe=140).print(rows)
+    screen().print(rows)
     echo("for your own strategy, give --strategy path.py:name (docs/strategies.md)")
 
 

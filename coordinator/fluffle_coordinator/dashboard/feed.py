@@ -18,7 +18,7 @@ from fluffle_common.cli.settings import management_finder
 from fluffle_common.clock import wall_time
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, queue_figures
+from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.storage.history import finite
 
@@ -117,7 +117,7 @@ class Feed:
 def queue_asker(
     topology: Topology, find_url: Callable[[], str], management: str | None
 ) -> Callable[[], Figures]:
-    """Return a function that fetches the queues' figures; it raises what ``queue_figures`` does.
+    """Return a function that fetches the queues' figures; it raises ``REQUEST_ERRORS``.
 
     Args:
         topology: the names of the federation.
@@ -127,13 +127,8 @@ def queue_asker(
     Raises:
         UsageError: if ``management`` has a user.
     """
-    find_base = management_finder(management)
-
-    def ask() -> Figures:
-        url = find_url()
-        return [figures.as_dict() for figures in queue_figures(url, find_base(url), topology)]
-
-    return ask
+    find = management_finder(management)
+    return lambda: [one.as_dict() for one in find(find_url()).queue_figures(topology)]
 
 
 def as_json(value: Any) -> str:

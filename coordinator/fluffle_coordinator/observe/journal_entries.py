@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from typing import NamedTuple
 
-from fluffle_common.clock import timestamp, wall_time
+from fluffle_common.clock import timestamp
 from fluffle_common.protocol.events import (
     Committed,
     Opened,
@@ -20,39 +19,31 @@ from fluffle_common.protocol.messages import EventRecord
 _OMITTED_FIELD = "address"  # of the broker: its readers know it
 
 
-class Entry(NamedTuple):
-    """An event of a run, and the time at which it happened, in seconds since 1970."""
-
-    event: RunEvent
-    at: float
-    run: str | None
-
-    def as_record(self) -> EventRecord:
-        """Return the entry as readers get it."""
-        fields = self.event.fields()
-        fields.pop(_OMITTED_FIELD, None)
-        return EventRecord(
-            event=self.event.name, time=timestamp(at=self.at), run=self.run, fields=fields
-        )
-
-
 class Entries:
-    """Turns the events of one coordinator, whose ``session`` this is, into entries."""
+    """Turns the events of one coordinator, whose ``session`` this is, into records."""
 
     def __init__(self) -> None:
         self.session = uuid.uuid4().hex[:12]
         self._run: str | None = None
         self._gists: dict[str, object] = {}  # of the latest report of each kind
 
-    def entry_of(self, event: RunEvent) -> Entry | None:
-        """Return the entry of an event; None for one that is not journalled, or a repetition."""
+    def record_of(self, event: RunEvent) -> EventRecord | None:
+        """Return the record of an event that happens now, as readers get it.
+
+        It is None for an event that is not journalled, or a repetition.
+
+        Raises:
+            ValueError: if the event does not fit into a record.
+        """
         if isinstance(event, Started | Resumed) and event.run:
             self._run = event.run
         if isinstance(event, Opened | Committed):  # readers forget what the run waited for
             self._gists.pop(Waiting.name, None)
         if not event.journalled or self._is_repetition(event):
             return None
-        return Entry(event, wall_time(), self._run)
+        fields = event.fields()
+        fields.pop(_OMITTED_FIELD, None)
+        return EventRecord(event=event.name, time=timestamp(), run=self._run, fields=fields)
 
     def _is_repetition(self, event: RunEvent) -> bool:
         """Whether a periodic report has the same gist as the last one."""

@@ -33,8 +33,8 @@ class JournalFile(Watcher):
 
     def record(self, event: RunEvent) -> None:
         """Keep an event; a commit writes what has been kept, which is lost if the disk refuses."""
-        entry = self._entries.entry_of(event)
-        if entry is None:
+        record = self._entries.record_of(event)
+        if record is None:
             return
         self._number += 1
         ids = {
@@ -42,7 +42,7 @@ class JournalFile(Watcher):
             "session": self._entries.session,
             "number": self._number,
         }
-        self._unwritten.append(json_line({**ids, **entry.as_record().model_dump()}))
+        self._unwritten.append(json_line({**ids, **record.model_dump()}))
         if isinstance(event, Committed) or len(self._unwritten) >= _MOST_UNWRITTEN:
             self.write()
 

@@ -34,7 +34,7 @@ from fluffle_common.transport.base import (
     QueueInUse,
     Unroutable,
 )
-from fluffle_coordinator.observe.journal_entries import Entries, Entry
+from fluffle_coordinator.observe.journal_entries import Entries
 from fluffle_coordinator.observe.watchers import Watcher
 
 _CAPACITY = 10_000  # a busy federation's events of some hours, a few megabytes
@@ -55,7 +55,7 @@ class Journal(Watcher):
 
     def __init__(self, topology: Topology, *, capacity: int = _CAPACITY) -> None:
         self._topology, self._entries = topology, Entries()
-        self._unsent: deque[Entry] = deque(maxlen=capacity)
+        self._unsent: deque[EventRecord] = deque(maxlen=capacity)
         self._window: list[EventRecord] = []
         self._next_number = 1  # of the first event in the window
         self._dropped = 0
@@ -70,12 +70,12 @@ class Journal(Watcher):
 
     def record(self, event: RunEvent) -> None:
         """Queue an event for publishing."""
-        entry = self._entries.entry_of(event)
-        if entry is None or self._broken:
+        record = self._entries.record_of(event)
+        if record is None or self._broken:
             return
         if len(self._unsent) == self._unsent.maxlen:
             self._dropped += 1  # append() removes the oldest
-        self._unsent.append(entry)
+        self._unsent.append(record)
         if self._linked:
             self._at_rest.clear()
         self._not_empty.set()
@@ -140,11 +140,11 @@ class Journal(Watcher):
     def _fill_window(self) -> None:
         """Take the next events, after a ``gap`` if some were dropped."""
         if self._dropped and self._unsent:
-            gap = self._unsent[0]._replace(event=Gap(dropped=self._dropped))
-            self._window.append(gap.as_record())
+            gap = {"event": Gap.name, "fields": Gap(dropped=self._dropped).fields()}
+            self._window.append(self._unsent[0].model_copy(update=gap))
             self._dropped = 0
         while self._unsent and len(self._window) < _WINDOW:
-            self._window.append(self._unsent.popleft().as_record())
+            self._window.append(self._unsent.popleft())
 
     async def _send_window(self, link: Link) -> None:
         """Publish the window in order, and wait for all confirms together."""
@@ -170,8 +170,8 @@ class Journal(Watcher):
         if len(self._window) > _FEW:
             return [Events(**ids, number=first, events=tuple(self._window))]
         return [
-            Event(**ids, number=number, **dict(entry))
-            for number, entry in enumerate(self._window, start=first)
+            Event(**ids, number=number, **dict(record))
+            for number, record in enumerate(self._window, start=first)
         ]
 
     async def _send(self, link: Link, message: Event | Events) -> None:

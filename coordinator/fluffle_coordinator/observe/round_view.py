@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -242,7 +241,8 @@ class RoundView:
 def remembered(row: Mapping[str, Any]) -> RoundView:
     """Return the view of a round in a history, given its row of ``history.read_history``.
 
-    Rows of older versions may lack fields; those are None or empty in the view.
+    That has checked the types. Rows of older versions may lack fields; those are None or empty in
+    the view.
     """
     view = RoundView(row["round"])
     if "committed_at" in row or "participants" in row:
@@ -253,20 +253,17 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
         participants = row.get("participants", ())
         for number, participant in enumerate(participants, start=1):
             key = view.answer_key(participant["worker"], number)
-            at = (opened_at or 0.0) + (_finite(participant.get("counted_s")) or 0.0)
+            at = (opened_at or 0.0) + (participant.get("counted_s") or 0.0)
             view.answers[key] = at, _counted(participant)
         view.participants = tuple(dict.fromkeys(each["worker"] for each in participants))
-        view.num_examples = sum(each.get("num_examples") or 0 for each in participants)
-        losses = (
-            (each.get("num_examples") or 0, _finite(each.get("train_loss")))
-            for each in participants
-        )
+        view.num_examples = sum(each["num_examples"] for each in participants)
+        losses = ((each["num_examples"], each.get("train_loss")) for each in participants)
         view.train_losses = tuple((n, loss) for n, loss in losses if loss is not None)
         view.timings = row.get("timings") or {}
         view.late, view.rejected = row.get("late", 0), row.get("rejected", 0)
-        view.epsilon = _finite(row.get("epsilon"))
+        view.epsilon = row.get("epsilon")
     if "loss" in row:
-        view.evaluated, view.loss = True, _finite(row["loss"])
+        view.evaluated, view.loss = True, row["loss"]
         view.evaluated_on = row.get("num_examples")
     view.metrics = metrics_of(row)
     return view
@@ -276,15 +273,15 @@ def _counted(participant: Mapping[str, Any]) -> run_events.Counted:
     return run_events.Counted(
         worker=participant["worker"],
         num_examples=participant.get("num_examples"),
-        train_s=_finite(participant.get("seconds")),
+        train_s=participant.get("seconds"),
         bytes=participant.get("bytes"),
         staleness=participant.get("staleness"),
-        weight=_finite(participant.get("weight")),
+        weight=participant.get("weight"),
     )
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
-    """Return the finite metrics in a row of a history, without its other fields.
+    """Return the metrics in a row of a history, without its other fields.
 
     Example:
         >>> metrics_of({"round": 3, "late": 0, "loss": 0.5, "accuracy": 0.75})
@@ -293,7 +290,7 @@ def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:
     return {
         name: value
         for name, value in row.items()
-        if isinstance(value, float) and name not in _NO_METRIC and math.isfinite(value)
+        if isinstance(value, float) and name not in _NO_METRIC
     }
 
 
@@ -301,14 +298,9 @@ def late_updates(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, str]]
     """Yield the round and worker of each late update, which is listed in a later round's row."""
     for row in rows:
         for update in row.get("late_updates", ()):
-            if isinstance(update.get("worker"), str) and isinstance(update.get("round"), int):
-                yield update["round"], update["worker"]
-
-
-def _finite(value: Any) -> float | None:
-    if isinstance(value, int | float) and math.isfinite(value):
-        return float(value)
-    return None
+            number, worker = update.get("round"), update.get("worker")
+            if number is not None and worker is not None:
+                yield number, worker
 
 
 def _epoch_seconds(text: Any) -> float | None:

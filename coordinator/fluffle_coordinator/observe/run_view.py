@@ -160,7 +160,7 @@ class RunView:
             self.rounds, self._open, self._joined_in, self.planned = {}, {}, {}, None
             self.causes.clear()
             self.rejections.clear()
-            self.workers.begin_run()
+            self.workers.clear()  # those that are connected join the new run
         self.run = run
 
     def _add_to_run(self, at: float, event: RunEvent) -> None:

@@ -79,36 +79,25 @@ class WorkerView:
         return f"{self.state}{steps}{behind}"
 
 
-class Workers:
-    """All known workers; beyond a limit, the one that has been absent for longest is forgotten.
+class Workers(dict[str, WorkerView]):
+    """All known workers by name; beyond a limit, the one absent for longest is forgotten.
 
     Only workers that joined, or whose updates were counted, get a row, because a rejected message
     may contain any name.
     """
 
-    def __init__(self) -> None:
-        self._rows: dict[str, WorkerView] = {}
-
-    def __getitem__(self, name: str) -> WorkerView:
-        """Return the row of a worker, new if it is unknown."""
-        row = self._rows.get(name)
-        if row is None:
-            if len(self._rows) >= _MAX_WORKERS:
-                forgotten = min(
-                    self._rows.values(), key=lambda row: (row.is_here, row.last_seen or 0.0)
-                )
-                del self._rows[forgotten.name]
-            row = self._rows[name] = WorkerView(name)
+    def __missing__(self, name: str) -> WorkerView:
+        """Return a new row, for a worker that is unknown."""
+        if len(self) >= _MAX_WORKERS:
+            forgotten = min(self.values(), key=lambda row: (row.is_here, row.last_seen or 0.0))
+            del self[forgotten.name]
+        row = self[name] = WorkerView(name)
         return row
-
-    def get(self, name: str) -> WorkerView | None:
-        """Return the row of a worker; None if it is unknown."""
-        return self._rows.get(name)
 
     def add(self, at: float, event: RunEvent) -> None:
         """Apply an event; those that name no worker change nothing."""
         name: str | None = getattr(event, "worker", None)
-        if name is None or (name not in self._rows and not isinstance(event, _OF_REAL_WORKERS)):
+        if name is None or (name not in self and not isinstance(event, _OF_REAL_WORKERS)):
             return
         row = self[name]
         match event:
@@ -147,39 +136,33 @@ class Workers:
 
     def remember(self, name: str) -> WorkerView:
         """Return the row of a worker that the history names; a new row begins as gone."""
-        row = self._rows.get(name)
-        if row is None:
-            row = self[name]
-            row.state = "gone"
-        return row
-
-    def begin_run(self) -> None:
-        """Forget the workers of the earlier run; those that are connected join the new one."""
-        self._rows.clear()
+        if name not in self:
+            self[name].state = "gone"
+        return self[name]
 
     def begin_coordinator(self) -> None:
         """Forget who has joined or departed, since a new coordinator knows no worker yet."""
-        for row in self._rows.values():
+        for row in self.values():
             row.joined, row.departed = False, None
 
     @property
     def present(self) -> set[str]:
         """The workers that the current coordinator has admitted and that have not departed."""
-        return {name for name, row in self._rows.items() if row.joined}
+        return {name for name, row in self.items() if row.joined}
 
     @property
     def departed(self) -> dict[str, tuple[float, Departure]]:
         """When and how each absent worker has departed."""
-        return {name: row.departed for name, row in self._rows.items() if row.departed is not None}
+        return {name: row.departed for name, row in self.items() if row.departed is not None}
 
     def in_order(self) -> list[WorkerView]:
         """Return all rows, connected workers first, then by name."""
-        return sorted(self._rows.values(), key=lambda row: (not row.is_here, row.name))
+        return sorted(self.values(), key=lambda row: (not row.is_here, row.name))
 
     def by_state(self) -> dict[str, int]:
         """Return the number of workers in each state, including states without any."""
         counts = dict.fromkeys((*STATES, *ABSENT), 0)
-        for row in self._rows.values():
+        for row in self.values():
             counts[row.state] += 1
         return counts
 

@@ -35,6 +35,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import new_base
+from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.decoding import check_metrics, decode_update
 from fluffle_coordinator.strategy.fedavg import FEDAVG
@@ -52,15 +53,12 @@ class Aggregator:
 
     Args:
         topology: the names of the queues that hold the parts of large updates.
-        weights: the last committed weights; None before the first weights arrive.
+        saved: the state of the run on disk, with its model.
         committer: stores first weights, averages and kept updates.
         settings: the operator's settings.
         link: returns the current link, or None while disconnected.
         post: sends an event to the machine.
         record: records a run event.
-        resumed: the number of the round that produced ``weights``, and the strategy's state from
-            its checkpoint; None for a new run.
-        frozen: the model's frozen tensors.
         averaged: called with a round and the name of its new weights, which are being written.
         folder: the folder of the files that hold large updates until they are checked.
     """
@@ -68,19 +66,18 @@ class Aggregator:
     def __init__(
         self,
         topology: Topology,
-        weights: Weights | None,
+        saved: Saved,
         committer: Committer,
         settings: CoordinatorSettings,
         *,
         link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
         record: Callable[[RunEvent], object] = lambda _: None,
-        resumed: tuple[int, Weights] | None = None,
-        frozen: Weights = NO_TENSORS,
         averaged: Callable[[int, str], object] = lambda *_: None,
         folder: Path | None = None,
     ) -> None:
-        self.weights, self.frozen = weights, frozen
+        self.weights: Weights | None = saved.weights
+        self.frozen = saved.frozen.tensors
         self.broadcast: Weights = NO_TENSORS  # the strategy's tensors that travel with the weights
         self._committer, self._post, self._record = committer, post, record
         self._strategy, self._plan = settings.strategy, settings.whole_plan
@@ -99,12 +96,8 @@ class Aggregator:
         )
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
-        if weights is not None and resumed is not None:
-            number, saved_state = resumed
-            self._state = self._in_round(number + 1).load(saved_state, weights)
-            self.broadcast = self._in_round(number + 1).broadcast(self._state)
-        elif weights is not None:
-            self._init(weights)
+        if saved.weights is not None:
+            self._begin_sum(saved.weights, saved)
         self._participants: list[dict[str, Any]] = []
         self._closing = False
         self._max_header: int | None = None
@@ -179,16 +172,21 @@ class Aggregator:
     def _in_round(self, number: int) -> GuardedStrategy:
         return GuardedStrategy(self._strategy, number)
 
-    def _init(self, weights: Weights) -> None:
-        strategy = self._in_round(1)
-        self._state = strategy.init(weights)
+    def _begin_sum(self, weights: Weights, saved: Saved | None = None) -> None:
+        """Begin the first sum, from what the strategy saved if the run has committed rounds."""
+        committed = saved.committed if saved else 0
+        strategy = self._in_round(committed + 1)
+        if saved and committed:
+            self._state = strategy.load(saved.kept, weights)
+        else:
+            self._state = strategy.init(weights)
         self.broadcast = strategy.broadcast(self._state)
 
     async def begin_with(self, weights: Weights, frozen: Frozen = NO_FROZEN) -> None:
         """Save the first weights and start from them."""
         base, self.frozen = await self._committer.begin_with(weights, frozen)
         self.weights = weights
-        await self._off_loop(size_bytes(weights), self._init, weights)
+        await self._off_loop(size_bytes(weights), self._begin_sum, weights)
         self._post(ev.WeightsReady(monotonic(), base, frozen.digest))
 
     async def _take_first(self, held: Held) -> None:

@@ -36,14 +36,14 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Stopping
-from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.history import merged
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.user_code.calls import leave
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_coordinator.user_code.schedule_loading import load_schedule
 from fluffle_coordinator.user_code.strategy_loading import (
-    as_named,
+    load_strategy,
     rules_for,
     uncounted_sampling,
 )
@@ -97,7 +97,7 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
     """
     # First: the code of a strategy, a hook or a task may change the current folder.
     init = options["init"] and options["init"].absolute()
-    rules, strategy = _rules_of(options), as_named(options["strategy"])
+    rules, strategy = _rules_of(options), load_strategy(options["strategy"])
     if options["keep_updates"] and not strategy.strategy.needs.repeatable:
         raise UsageError(
             f"--keep-updates conflicts with the strategy {strategy.name}, which protects updates "
@@ -216,6 +216,11 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             f"round already closes with {quorum.number} updates; lower --min-updates to "
             f"{quorum.number} or less"
         )
+    if options["min_updates"] > 1 and options["on_deadline"] != "close":
+        raise UsageError(
+            f"--min-updates {options['min_updates']} has no effect with --on-deadline "
+            f"{options['on_deadline']}; add --on-deadline close, or remove --min-updates"
+        )
     return Rules(
         rounds=options["rounds"],
         min_workers=min_workers or quorum.number or 2,
@@ -265,7 +270,7 @@ async def coordinate(
     watcher = Watchers(*filter(None, watchers))
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
-        page.remember(read_history(store.folder))
+        page.remember(merged(saved.lines))
     for event in _beginning(settings, saved, store.shown):
         watcher.record(event)
     coordinator = Coordinator(
@@ -278,7 +283,7 @@ async def coordinate(
         journal=journal,
     )
     committed = saved.committed
-    del saved  # it holds a model and the tickets of all rounds
+    del saved  # it holds a model and the history
     state = await coordinator.run()
     rules = settings.rules
     if state.outcome == "finished" and committed < rules.rounds:

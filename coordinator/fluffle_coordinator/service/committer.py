@@ -9,7 +9,9 @@ therefore loses no update: the broker delivers them again.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+import errno
+import os
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +29,7 @@ from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.stopping import NO_STOPPING, Standing
+from fluffle_coordinator.service.stopping import Standing
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.round_stats import (
@@ -43,6 +45,21 @@ from fluffle_coordinator.user_code.hooks import Commit, HookCalls, copied
 
 _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
+# Refusals that last until somebody changes the run folder. Room on the disk, or a file server, may
+# come back without that.
+_LASTING = frozenset(
+    (
+        errno.EACCES,
+        errno.EEXIST,
+        errno.EISDIR,
+        errno.ELOOP,
+        errno.ENAMETOOLONG,
+        errno.ENOENT,
+        errno.ENOTDIR,
+        errno.EPERM,
+        errno.EROFS,
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -74,7 +91,7 @@ class NoRoom(RunError):
 class Committer:
     """Writes everything that a run stores: checkpoints, history, kept updates, the best model.
 
-    ``metadata`` returns the metadata of a round's checkpoint.
+    ``metadata`` returns the metadata of a round's checkpoint; ``lines`` is the history so far.
     """
 
     def __init__(
@@ -85,6 +102,7 @@ class Committer:
         metadata: Callable[[int], dict[str, str]],
         record: Callable[[run_events.RunEvent], None],
         post: Callable[[ev.Event], None],
+        lines: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         hooks, stopping = settings.hooks, settings.stopping
         self.counts = Counts()
@@ -92,7 +110,6 @@ class Committer:
         self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
         self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
-        lines = store.history.read()[0] if hooks or stopping != NO_STOPPING else []
         self._standing = Standing(stopping, lines)
         # The last evaluated round and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
@@ -137,7 +154,7 @@ class Committer:
 
         Raises:
             NoRoom: if the disk refuses.
-            RunError: if the run folder was removed.
+            RunError: if the run folder was removed or cannot be written.
         """
         return self._write(lambda: map_to_disk(delta, self._store.folder))
 
@@ -282,7 +299,7 @@ class Committer:
         """Await ``work()``; after a ``NoRoom``, report it once and do the work again.
 
         Raises:
-            RunError: if the run folder was removed.
+            RunError: if the run folder was removed or cannot be written.
         """
         reported = False
         while True:
@@ -301,7 +318,7 @@ class Committer:
                 await asyncio.sleep(_DISK_RETRY_S)
 
     def _write(self, write: Callable[[], _T]) -> _T:
-        """Call ``write``, and turn an ``OSError`` into one of the two errors of the run folder."""
+        """Call ``write``, and turn an ``OSError`` into one of the errors of the run folder."""
         try:
             return write()
         except OSError as why:
@@ -311,4 +328,11 @@ class Committer:
                     f"the run folder {folder} was removed during the run; restore the folder and "
                     "run the same command again (no update is lost)"
                 ) from None
-            raise NoRoom(folder, why.strerror or str(why)) from None
+            reason = why.strerror or str(why)
+            if why.errno in _LASTING:
+                path = os.fsdecode(why.filename) if why.filename else folder
+                raise RunError(
+                    f"cannot write to {path} ({reason}); make this path writable, or remove what "
+                    "is in its way, and run the same command again (no update is lost)"
+                ) from None
+            raise NoRoom(folder, reason) from None

@@ -45,9 +45,9 @@ from fluffle_coordinator.observe.waiting import WaitingReport
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
-from fluffle_coordinator.service.first_state import first_state
 from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
+from fluffle_coordinator.service.run_opening import first_state
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import standby_of
 from fluffle_coordinator.service.topology_watch import keep_bound
@@ -100,18 +100,21 @@ class Coordinator:
             record=self._record,
         )
         self._committer = Committer(
-            store, settings, metadata=self._metadata, record=self._record, post=self._post
+            store,
+            settings,
+            metadata=self._metadata,
+            record=self._record,
+            post=self._post,
+            lines=saved.lines,
         )
         self._aggregator = Aggregator(
             topology,
-            saved.weights,
+            saved,
             self._committer,
             settings,
             link=lambda: self._link,
             post=self._post,
             record=self._record,
-            resumed=(saved.committed, saved.kept) if saved.committed else None,
-            frozen=saved.frozen.tensors,
             averaged=self._send_ahead,
             folder=store.folder,
         )

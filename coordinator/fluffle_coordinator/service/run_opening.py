@@ -1,4 +1,7 @@
-"""Opens a run folder: waits for its lock, then begins a run or resumes the one that is there."""
+"""Opens a run folder: waits for its lock, then begins a run or resumes the one that is there.
+
+``first_state`` is what the coordinator's machine then starts from.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluffle_common.cli.open_files import too_many_files
+from fluffle_common.clock import monotonic
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.model_form import model_form
 from fluffle_common.tensors.checkpoint import (
     check_names,
     checkpoint_name,
     classes_in,
     read_checkpoint,
 )
-from fluffle_common.tensors.frozen import IN_METADATA, read_frozen
-from fluffle_common.tensors.weights import Weights, check_finite, check_signature
-from fluffle_coordinator.service.configuration import configuration
+from fluffle_common.tensors.frozen import IN_METADATA, Frozen, read_frozen
+from fluffle_common.tensors.weights import Array, Weights, check_finite, check_signature
+from fluffle_coordinator.machine import machine
+from fluffle_coordinator.machine.state import State, Table
 from fluffle_coordinator.service.standby import Standby
+from fluffle_coordinator.storage.run_file import count_start
 from fluffle_coordinator.storage.run_store import RunStore, new_base
+from fluffle_coordinator.storage.sampling_secret import sampling_secret
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.user_code.strategy_loading import check_same
 
@@ -32,6 +40,9 @@ if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
     from fluffle_coordinator.observe.watchers import Watcher
     from fluffle_coordinator.service.settings import CoordinatorSettings
+
+FirstModel = tuple[dict[str, Array], dict[str, str], Frozen]
+"""The weights, the metadata and the frozen tensors of a model file."""
 
 _STANDBY_POLL_S = 0.5
 
@@ -55,17 +66,21 @@ async def open_run(
     """
     with _usable(store.shown):
         await _lock(store, watcher)
+        first = None
         if fresh:
+            if settings.init is not None:  # it may be a model of the run that is moved aside
+                first = read_first_model(settings.init)
             aside = store.start_afresh()
             if aside is not None:
                 watcher.record(run_events.Repaired(what=f"the earlier run was moved to {aside}"))
         saved = store.load(settings.federation)
         check_same(settings.strategy, saved, store.shown)
         if settings.init is not None and saved.weights is None:
-            saved = begin_with_file(settings.init, store, saved, settings.federation)
+            first = first or read_first_model(settings.init)
+            saved = begin_with(first, store, saved, settings.federation)
         elif settings.init is not None:
             check_first_weights(settings.init, store, watcher)
-        store.note_configuration(configuration(settings, topology), saved.committed)
+        store.note_configuration(settings.configuration(topology), saved.committed)
     for repair in saved.repairs:
         watcher.record(run_events.Repaired(what=repair))
     return saved
@@ -99,8 +114,8 @@ def _usable(folder: Path) -> Iterator[None]:
         raise RunError(f"cannot use the run folder {folder} ({what}); {remedy}") from None
 
 
-def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) -> Saved:
-    """Begin a run with the weights of a model file, such as another run's last checkpoint.
+def read_first_model(file: Path) -> FirstModel:
+    """Read the model file of ``--init``, such as another run's last checkpoint.
 
     Raises:
         UsageError: if the file holds no valid model, or its frozen tensors are missing.
@@ -114,6 +129,12 @@ def begin_with_file(file: Path, store: RunStore, saved: Saved, federation: str) 
         check_names(weights)
     except ValueError as wrong:
         raise UsageError(f"{file} cannot be used as the first weights: {wrong}") from None
+    return weights, metadata, frozen
+
+
+def begin_with(first: FirstModel, store: RunStore, saved: Saved, federation: str) -> Saved:
+    """Begin a run with the model of a file."""
+    weights, metadata, frozen = first
     metadata = {
         "task": metadata.get("task", ""),
         "classes": json.dumps(classes_in(metadata)),
@@ -156,4 +177,34 @@ def same_weights(one: Weights, other: Weights) -> bool:
         and one[name].shape == other[name].shape
         and one[name].tobytes() == other[name].tobytes()
         for name in one
+    )
+
+
+def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enough: str) -> State:
+    """Return the machine's first state, for a new run or a resumed one."""
+    rules = settings.rules
+    if settings.strategy.strategy.needs.rate is not None:
+        rules = replace(rules, secret=sampling_secret(folder))
+    return machine.start(
+        rules,
+        saved.run,
+        monotonic(),
+        schedule=settings.schedule,
+        committed=saved.committed,
+        counted=saved.counted,
+        sequence=saved.sequence,
+        earlier_starts=count_start(folder) if settings.schedule.continuous else 0,
+        earlier=saved.earlier,
+        asked_in=Table(saved.asked_in),
+        train_s=Table(saved.train_s),
+        median_norms=saved.median_norms,
+        announced=Table(saved.announced),
+        evaluated=saved.evaluated,
+        enough=enough,
+        has_weights=saved.weights is not None,
+        base=saved.base,
+        classes=settings.classes or classes_in(saved.metadata) or None,
+        model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
+        frozen=saved.frozen.digest,
+        decided_by="--classes" if settings.classes else "this run's first weights",
     )

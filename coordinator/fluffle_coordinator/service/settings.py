@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import platform
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from fluffle_common.protocol.messages import Plan
+from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedule import Schedule
@@ -15,6 +19,9 @@ from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.user_code.hooks import NO_HOOKS, Hooks
+
+# The packages that can affect the result or the files of a run.
+_PACKAGES = ("fluffle", "numpy", "ml-dtypes", "aio-pika", "msgpack", "pydantic", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -53,3 +60,30 @@ class CoordinatorSettings:
                 "extra": self.strategy.strategy.needs.extra,
             }
         )
+
+    def configuration(self, topology: Topology) -> dict[str, Any]:
+        """Return the settings and the versions of the software for ``run.json``, ready for JSON.
+
+        The broker's address is left out: it may contain a password and does not affect the result.
+        So is the sampling secret.
+        """
+        named, rules = self.strategy, asdict(self.rules)
+        del rules["secret"]
+        return {
+            "rules": {**rules, "selection": self.rules.selection.name},
+            # The excluded fields repeat the rules and the strategy.
+            "plan": self.plan.model_dump(exclude={"seed", "deadline_s", "extra"}),
+            "learning_rate_schedule": str(self.learning_rate_schedule),
+            "strategy": named.name,
+            **({"strategy_file": named.file} if named.file else {}),
+            "schedule": self.schedule_name,
+            "classes": self.classes,
+            "init": None if self.init is None else str(self.init),
+            "verify_users": self.verify_users,
+            "keep_updates": self.keep_updates,
+            **self.hooks.names(),
+            "stopping": asdict(self.stopping),
+            "queue_type": topology.queue_type,
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in _PACKAGES},
+        }

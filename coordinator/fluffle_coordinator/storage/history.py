@@ -63,18 +63,8 @@ class History:
         Raises:
             RunError: if any other line is damaged.
         """
-        if not self.path.exists():
-            return [], b""
-        data = self.path.read_bytes()
-        whole = data[: data.rfind(b"\n") + 1]
-        if whole == data:  # a power failure may leave zeros within a complete line
-            start = data[:-1].rfind(b"\n") + 1
-            try:
-                _decoded(data[start:])
-            except ValueError:
-                whole = data[:start]
         try:
-            return _parse(whole), data[len(whole) :]
+            return _read(self.path)
         except ValueError as error:
             raise RunError(
                 f"{self.path}: {error}; repair the file, or start a new run with --fresh"
@@ -146,8 +136,7 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / _NAME
     try:
-        data = path.read_bytes() if path.exists() else b""
-        lines = _parse(data[: data.rfind(b"\n") + 1])
+        lines, _ = _read(path)
     except OSError as why:
         raise UsageError(f"{path} cannot be read ({why.strerror})") from None
     except ValueError as error:
@@ -159,26 +148,33 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
     raise UsageError(f"there is no history in {folder}; give a run folder, such as runs/letters")
 
 
-def _parse(data: bytes) -> list[dict[str, Any]]:
-    """Parse complete lines of a history.
+def _read(path: Path) -> tuple[list[dict[str, Any]], bytes]:
+    """Return what ``History.read`` does.
 
     Raises:
-        ValueError: if one is damaged; the message has its number.
+        ValueError: if any line but the last is damaged; the message has its number.
     """
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(data.split(b"\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            line = _decoded(text)
-        except ValueError:
-            raise ValueError(f"line {number} is damaged") from None
-        try:
-            check_line(line)
-        except ValueError as wrong:
-            raise ValueError(f"line {number} is damaged ({wrong})") from None
-        lines.append(line)
-    return lines
+    if not path.exists():
+        return lines, b""
+    with path.open("rb") as file:
+        for number, text in enumerate(file, start=1):
+            if not text.strip():
+                continue
+            try:
+                line = _decoded(text)
+            except ValueError:
+                if not file.peek():  # a power failure may leave zeros within a complete last line
+                    return lines, text
+                raise ValueError(f"line {number} is damaged") from None
+            if not text.endswith(b"\n"):
+                return lines, text
+            try:
+                check_line(line)
+            except ValueError as wrong:
+                raise ValueError(f"line {number} is damaged ({wrong})") from None
+            lines.append(line)
+    return lines, b""
 
 
 def _decoded(text: bytes) -> Any:

@@ -35,6 +35,15 @@ def weighted_mean(values: Iterable[tuple[int, float]]) -> float | None:
     return mean if math.isfinite(mean) else float(sum(n * Fraction(v) for n, v in pairs) / total)
 
 
+def mean_train_loss(participants: Iterable[Mapping[str, Any]]) -> float | None:
+    """Return the participants' mean training loss, weighted by examples; None if there is none."""
+    return weighted_mean(
+        (each["num_examples"], each["train_loss"])
+        for each in participants
+        if each.get("train_loss") is not None
+    )
+
+
 def personal_means(participants: Iterable[Mapping[str, Any]]) -> dict[str, float]:
     """Return the participants' means of the metrics of what they trained, weighted by examples.
 

@@ -188,6 +188,7 @@ class RunStore:
             announced[who["worker"]] = max(who["num_examples"], announced.get(who["worker"], 0))
         return Saved(
             run=identity,
+            lines=lines,
             committed=last,
             announced=announced,
             counted=counted,

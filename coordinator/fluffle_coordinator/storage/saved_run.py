@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen
 from fluffle_common.tensors.weights import Array
@@ -16,6 +17,7 @@ class Saved:
     """The state of a run on disk; the defaults are those of a new run."""
 
     run: str  # its id
+    lines: Sequence[Mapping[str, Any]] = ()  # of its history
     committed: int = 0  # the last committed round; 0 for none
     # The largest number of examples that each worker was counted with.
     announced: Mapping[str, int] = field(default_factory=dict)

@@ -32,34 +32,29 @@ def failed(what: str, where: str, why: str) -> TaskError:
     )
 
 
-def call_guarded(what: str, where: str, function: Callable[..., T], *on: Any) -> T:
+def call_guarded(
+    what: str, where: str, function: Callable[..., T], *on: Any, ours: bool = False
+) -> T:
     """Call a user's function; ``what`` and ``where`` it is are for the message of an error.
 
+    A disk that refuses an update, which a strategy keeps there, is not the code's error.
+
     Raises:
-        TaskError: if it fails; the traceback goes to stderr.
+        TaskError: if it fails; the traceback goes to stderr, unless the code is ``ours``.
     """
     try:
         return function(*on)
     except BaseException as why:
-        blame(why, what, where)
+        if isinstance(why, RunError) or is_ctrl_c(why):
+            raise
+        if not ours:
+            warn_in_full(why, what.partition(" ")[0])
+        raise failed(what, where, one_line(why)) from why
 
 
 def fields_of(what: str, value: Any, names: Iterable[str]) -> dict[str, Any]:
     """Return fields of a user's object, None for those that it lacks; see ``call_guarded``."""
     return {name: call_guarded(what, name, getattr, value, name, None) for name in names}
-
-
-def blame(why: BaseException, what: str, where: str, *, ours: bool = False) -> NoReturn:
-    """Raise the ``TaskError`` for an error of a user's code; see ``call_guarded``.
-
-    No traceback is shown if the code is ``ours``. A disk that refuses an update, which a strategy
-    keeps there, is not the code's error.
-    """
-    if isinstance(why, RunError) or is_ctrl_c(why):
-        raise why
-    if not ours:
-        warn_in_full(why, what.partition(" ")[0])
-    raise failed(what, where, one_line(why)) from why
 
 
 async def call_user(what: str, call: Callable[[], T], record: Callable[[Slow], object]) -> T:

@@ -14,7 +14,7 @@ from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, read_only, same_form
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, NamedStrategy, Needs
-from fluffle_coordinator.user_code.calls import blame, failed
+from fluffle_coordinator.user_code.calls import call_guarded, failed
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,10 @@ class GuardedStrategy:
 
     def _call(self, method: str, *on: Any, of: str = "") -> Any:
         """Call a method of the strategy, about the update ``of`` a worker if there is one."""
-        try:
-            return getattr(self.named.strategy, method)(*on)
-        except BaseException as why:
-            update = f" of the update of {of}" if of else ""
-            blame(why, *self._where(f"{method}(){update}"), ours=self.named.ours)
+        update = f" of the update of {of}" if of else ""
+        what, where = self._where(f"{method}(){update}")
+        function = getattr(self.named.strategy, method)
+        return call_guarded(what, where, function, *on, ours=self.named.ours)
 
     @contextlib.contextmanager
     def _checking(self, where: str, wrong: str) -> Iterator[None]:

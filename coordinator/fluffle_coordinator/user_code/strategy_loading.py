@@ -26,15 +26,30 @@ _GROUP = "fluffle.strategies"
 _METHODS = ("init", "broadcast", "fold", "finish", "dump", "load")
 
 
-def load_strategy(name: str) -> NamedStrategy:
-    """Return the strategy that ``--strategy`` names.
+def load_strategy(given: str | Strategy[Any]) -> NamedStrategy:
+    """Return the strategy of ``--strategy``, or of an object.
 
-    That is the names of parts, an installed strategy's name, ``path.py:name`` or ``module:name``.
+    The option has the names of parts, an installed strategy's name, ``path.py:name`` or
+    ``module:name``.
 
     Raises:
         UsageError: if there is no such object, or it is not a strategy.
         TaskError: if its code fails to load.
     """
+    if isinstance(given, str):
+        return _by_name(given)
+    if given is FEDAVG.strategy:
+        return FEDAVG
+    if isinstance(given, type):
+        name = given.__name__
+        raise UsageError(
+            f"--strategy {name} is a class, not a strategy; give an instance, such as {name}()"
+        )
+    name = type(given).__name__
+    return NamedStrategy(name, _checked(name, given))
+
+
+def _by_name(name: str) -> NamedStrategy:
     if is_name(name):
         try:
             return named_strategy(name)
@@ -42,7 +57,7 @@ def load_strategy(name: str) -> NamedStrategy:
             raise UsageError(f"--strategy {name}: {wrong}") from None
     where, colon, attribute = name.rpartition(":")
     if not colon or not (where.endswith(".py") or attribute.isidentifier() or not attribute):
-        return NamedStrategy(name, _checked(name, _by_name(name)))
+        return NamedStrategy(name, _checked(name, _installed(name)))
     place = Place.parse("strategy", name)
     strategy = _checked(name, place.found())
     if not place.is_file:
@@ -50,7 +65,7 @@ def load_strategy(name: str) -> NamedStrategy:
     return NamedStrategy(place.called, strategy, str(Path(place.where).resolve()))
 
 
-def _by_name(name: str) -> Any:
+def _installed(name: str) -> Any:
     entry_points = installed(_GROUP)
     if name in entry_points:
         return load_installed("strategy", entry_points[name])
@@ -206,23 +221,3 @@ def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:
             f"{saved.committed}, but this command names {named.name}; give --strategy "
             f"{saved.strategy} to continue the run, or --fresh to begin a new run"
         )
-
-
-def as_named(given: str | Strategy[Any]) -> NamedStrategy:
-    """Return the named strategy for a name, as in ``load_strategy``, or for an object.
-
-    Raises:
-        UsageError: if it is not a strategy.
-        TaskError: if its code fails to load.
-    """
-    if isinstance(given, str):
-        return load_strategy(given)
-    if given is FEDAVG.strategy:
-        return FEDAVG
-    if isinstance(given, type):
-        name = given.__name__
-        raise UsageError(
-            f"--strategy {name} is a class, not a strategy; give an instance, such as {name}()"
-        )
-    name = type(given).__name__
-    return NamedStrategy(name, _checked(name, given))

@@ -4,15 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-import msgpack
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    Strict,
-    ValidatorFunctionWrapHandler,
-    WrapValidator,
-)
+from pydantic import BaseModel, ConfigDict, Field, Strict
 
 from fluffle_common.protocol.messages.fields import (
     Config,
@@ -26,35 +18,12 @@ from fluffle_common.protocol.messages.fields import (
     Signature,
     WorkerId,
 )
-from fluffle_common.tensors.table import CACHED_TABLES, MAX_CACHED_TENSORS, MAX_TENSORS, TensorEntry
+from fluffle_common.tensors.table import MAX_TENSORS, TensorEntry
 
 PROTOCOL: Literal[2] = 2
 """The protocol version that this package implements."""
 
 _IDENTITY = ("kind", "run", "round", "worker")
-
-_valid_tables: dict[bytes, tuple[TensorEntry, ...]] = {}
-
-
-def _validate_table(table: Any, validate: ValidatorFunctionWrapHandler) -> Any:
-    """Validate a tensor table, or return the earlier result for an identical one.
-
-    Most updates carry the same table. Two tables that pack into the same bytes have the same types
-    and values throughout.
-    """
-    if not isinstance(table, list) or len(table) > MAX_CACHED_TENSORS:
-        return validate(table)
-    try:
-        packed = msgpack.packb(table)
-    except (TypeError, ValueError, OverflowError):
-        return validate(table)
-    entries = _valid_tables.get(packed)
-    if entries is None:
-        entries = validate(table)
-        if len(_valid_tables) >= CACHED_TABLES:
-            del _valid_tables[next(iter(_valid_tables))]  # the oldest
-        _valid_tables[packed] = entries
-    return entries
 
 
 class Model(BaseModel):
@@ -114,7 +83,6 @@ class TensorHeader(Header):
         tuple[TensorEntry, ...],
         Strict(False),
         Field(max_length=MAX_TENSORS, fail_fast=True),
-        WrapValidator(_validate_table),
     ] = ()
 
 

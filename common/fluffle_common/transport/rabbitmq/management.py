@@ -17,9 +17,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, without_credentials
+from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context
 
 _TIMEOUT_S = 5.0
 # Everything that a request may raise.
@@ -53,54 +52,86 @@ class QueueFigures:
         return asdict(self)
 
 
-def ask(base: str, path: str, url: str, *, put: Mapping[str, Any] | None = None) -> Any:
-    """Send one request and return the decoded JSON response; None if it is empty.
+class Management:
+    """A client of the management API at the URL ``base``.
 
-    ``base`` has no trailing slash, and ``path`` begins with ``/api/``. The user, the password and
-    the TLS options are those of the broker's AMQP ``url``, the first if there are several. ``put``
-    is the body of a PUT request; without it, this is a GET request.
-
-    Raises:
-        OSError: if there is no response or it is not a success.
-        http.client.HTTPException: if the response is not HTTP.
-        ValueError: if the response is not JSON.
+    It uses the user, the password, the vhost and the TLS options of the broker's AMQP ``url``, the
+    first if there are several.
     """
-    split = urllib.parse.urlsplit(split_urls(url)[0])
-    user, password = (urllib.parse.unquote(s or "guest") for s in (split.username, split.password))
-    login = base64.b64encode(f"{user}:{password}".encode()).decode()
-    headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
-    body = None if put is None else json.dumps(put).encode()
-    request = urllib.request.Request(  # noqa: S310 - http(s)
-        base + path, body, headers, method="GET" if put is None else "PUT"
-    )
-    # AMQP reaches the broker's host directly, so HTTP bypasses any proxy, and uses the TLS options
-    # of the AMQP URL.
-    context = tls_context(split_urls(url)[0])
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({}),
-        *([urllib.request.HTTPSHandler(context=context)] if context else []),
-    )
-    try:
-        with direct.open(request, timeout=_TIMEOUT_S) as response:
-            text = response.read()
-    except urllib.error.HTTPError as error:
-        error.close()  # the exception keeps the connection open
-        raise
-    return json.loads(text) if text else None
 
+    def __init__(self, url: str, base: str) -> None:
+        self.url, self.base = url, base.rstrip("/")
+        self._node_url = split_urls(url)[0]
+        self._split = urllib.parse.urlsplit(self._node_url)
+        self.vhost = urllib.parse.unquote(self._split.path[1:]) or "/"
+        self.quoted_vhost = urllib.parse.quote(self.vhost, safe="")  # for a path of the API
 
-def checked_base(given: str) -> str:
-    """Return a given URL of the management API, without a trailing slash.
+    def ask(self, path: str, *, put: Mapping[str, Any] | None = None) -> Any:
+        """Send one request and return the decoded JSON response; None if it is empty.
 
-    Raises:
-        UsageError: if it has a user, because the API gets that of the broker's URL.
-    """
-    if (shown := without_credentials(given)) != given:
-        raise UsageError(
-            f"the URL of the management API contains a user name; give {shown} instead, "
-            "because fluffle logs in to this API with the user name and the password of --url"
+        ``path`` begins with ``/api/``. ``put`` is the body of a PUT request; without it, this is a
+        GET request.
+
+        Raises:
+            OSError: if there is no response or it is not a success.
+            http.client.HTTPException: if the response is not HTTP.
+            ValueError: if the response is not JSON.
+        """
+        user, password = (
+            urllib.parse.unquote(s or "guest") for s in (self._split.username, self._split.password)
         )
-    return given.rstrip("/")
+        login = base64.b64encode(f"{user}:{password}".encode()).decode()
+        headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
+        body = None if put is None else json.dumps(put).encode()
+        request = urllib.request.Request(  # noqa: S310 - http(s)
+            self.base + path, body, headers, method="GET" if put is None else "PUT"
+        )
+        # AMQP reaches the broker's host directly, so HTTP bypasses any proxy, and uses the TLS
+        # options of the AMQP URL.
+        context = tls_context(self._node_url)
+        direct = urllib.request.build_opener(
+            urllib.request.ProxyHandler({}),
+            *([urllib.request.HTTPSHandler(context=context)] if context else []),
+        )
+        try:
+            with direct.open(request, timeout=_TIMEOUT_S) as response:
+                text = response.read()
+        except urllib.error.HTTPError as error:
+            error.close()  # the exception keeps the connection open
+            raise
+        return json.loads(text) if text else None
+
+    def queues(self) -> list[dict[str, Any]]:
+        """Return the descriptions of all queues in the vhost; raises what ``ask`` raises."""
+        queues: list[dict[str, Any]] = self.ask(f"/api/queues/{self.quoted_vhost}")
+        return queues
+
+    def queue_figures(self, topology: Topology) -> list[QueueFigures]:
+        """Return the figures of a federation's queues, sorted by name.
+
+        Raises:
+            OSError, http.client.HTTPException, ValueError: as ``ask`` does.
+            KeyError, TypeError: if the response does not have RabbitMQ's format.
+        """
+        return [
+            read_queue(queue, topology, time.time())
+            for queue in sorted(self.queues(), key=lambda queue: str(queue["name"]))
+            if queue["name"].startswith(f"{topology.federation}.")
+        ]
+
+    def alarms(self) -> list[str]:
+        """Return the broker's resource alarms, ``memory`` and ``disk``, which block publishers.
+
+        The list is empty if the user may not see them. Raises what ``ask`` raises.
+        """
+        try:
+            nodes = self.ask("/api/nodes")
+        except urllib.error.HTTPError as error:  # the user needs the tag "monitoring"
+            if error.code in (401, 403):
+                return []
+            raise
+        words = {"mem_alarm": "memory", "disk_free_alarm": "disk"}
+        return [word for alarm, word in words.items() if any(node.get(alarm) for node in nodes)]
 
 
 def management_base(url: str, record: Mapping[str, Any]) -> str:
@@ -111,7 +142,7 @@ def management_base(url: str, record: Mapping[str, Any]) -> str:
     split = urllib.parse.urlsplit(split_urls(url)[0])
     own = _address(urllib.parse.urlsplit(str(record.get("url")))) == _address(split)
     if own and record.get("management_url"):
-        return str(record["management_url"]).rstrip("/")
+        return str(record["management_url"])
     scheme, port = ("https", 15671) if split.scheme == "amqps" else ("http", 15672)
     host = split.hostname or ""
     return f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}"
@@ -120,45 +151,6 @@ def management_base(url: str, record: Mapping[str, Any]) -> str:
 def _address(url: urllib.parse.SplitResult) -> tuple[str | None, int]:
     """Return the host and port of a broker, which a URL may spell in several ways."""
     return "127.0.0.1" if url.hostname == "localhost" else url.hostname, url.port or 5672
-
-
-def queue_figures(url: str, base: str, topology: Topology) -> list[QueueFigures]:
-    """Return the figures of a federation's queues, sorted by name.
-
-    ``url`` is the broker's AMQP URL, and ``base`` the URL of its management API.
-
-    Raises:
-        OSError, http.client.HTTPException, ValueError: as ``ask`` does.
-        KeyError, TypeError: if the response does not have RabbitMQ's format.
-    """
-    queues = ask(base, f"/api/queues/{vhost(url)}", url)
-    prefix = f"{topology.federation}."
-    return [
-        read_queue(queue, topology, time.time())
-        for queue in sorted(queues, key=lambda queue: str(queue["name"]))
-        if queue["name"].startswith(prefix)
-    ]
-
-
-def alarms(url: str, base: str) -> list[str]:
-    """Return the broker's resource alarms, ``memory`` and ``disk``, which block publishers.
-
-    The list is empty if the user may not see them. Raises what ``ask`` raises.
-    """
-    try:
-        nodes = ask(base, "/api/nodes", url)
-    except urllib.error.HTTPError as error:  # the user needs the tag "monitoring"
-        if error.code in (401, 403):
-            return []
-        raise
-    words = {"mem_alarm": "memory", "disk_free_alarm": "disk"}
-    return [word for alarm, word in words.items() if any(node.get(alarm) for node in nodes)]
-
-
-def vhost(url: str) -> str:
-    """Return the virtual host of an AMQP URL, quoted for a path of the API."""
-    name = urllib.parse.unquote(urllib.parse.urlsplit(split_urls(url)[0]).path[1:]) or "/"
-    return urllib.parse.quote(name, safe="")
 
 
 def read_queue(entry: Mapping[str, Any], topology: Topology, now: float) -> QueueFigures:

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aiormq.exceptions import AuthenticationError
-
 from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
+    capability_error,
     handshake_error,
     mechanism_error,
     probe_tls_error,
@@ -112,14 +111,12 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
         raise LinkLost("the connection was closed while it was being opened") from None
     except TimeoutError:
         raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
-    except AuthenticationError as error:
-        raise mechanism_error(error, url) from None
     except Exception as error:
         if connection.close_reason is not None:
             raise handshake_error(
                 *connection.close_reason, url, was_connected=was_connected
             ) from None
-        if (refusal := tls_error(error, url)) is not None:
+        if refusal := tls_error(error, url) or mechanism_error(error, url):
             raise refusal from None
         if not is_connection_error(error):
             raise
@@ -128,4 +125,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
             if refusal is not None:
                 raise refusal from None
         raise LinkLost(error_text(error)) from None
+    if missing := connection.missing_capabilities():
+        await close(connection)
+        raise capability_error(missing, url)
     return connection
