@@ -31,15 +31,15 @@ demo: install
 	$(BIN)/python examples/demo.py
 
 # Tests mostly wait for a broker or a process, so run several at once. Each job has its own RabbitMQ.
-JOBS ?= 3
+JOBS ?= 4
 
 test: install check browser
 	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal,
 # and with fewer examples of each property.
-SLOW := $(addprefix unit/,attacked_training demo doctests drawing flax_parts flax_task front_door \
-	history_chart letters letters_images letters_scores local_rules mutants node printing private \
+SLOW := $(addprefix unit/,attacked_training cli demo doctests drawing flax_parts flax_task \
+	front_door history_chart letters letters_images letters_scores local_rules mutants node printing private \
 	rabbitmq_connection results rounds_machine run_store sentences server_steps sklearn_task \
 	strategy_names task_arguments task_loading torch_task) \
 	$(addprefix federation/,adapters local torch user_files)
@@ -59,7 +59,9 @@ coverage: install
 		$(addprefix tests/unit/test_,private.py server_steps.py strategy_names.py) --cov-branch \
 		$(PURE:%=--cov=%) --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
-# Before a release: all tests, coverage, and a hundred random faults.
+# Before a release: all tests, with the long times of the faults, coverage, and a hundred random
+# faults.
+test-long: export FULL = 1
 test-long: test coverage chaos
 	$(BIN)/python -m pytest -m long $(ARGS)
 

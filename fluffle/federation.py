@@ -10,13 +10,14 @@ from typing import Any, TypeAlias, TypeVar
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import check_worker
-from fluffle_common.cli.user_code import is_ctrl_c, one_line, users_trace
+from fluffle_common.cli.user_code import call_task
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.events import Failure, NotCounted, RunEvent, Traceback, Unfit
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.memory import MemoryBroker
+from fluffle_common.user_errors import is_ctrl_c, one_line, users_trace
 from fluffle_coordinator.machine.state import State
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
@@ -28,7 +29,6 @@ from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import UNKNOWN, signature_of_task
 from fluffle_worker.task import Task, check_task
 from fluffle_worker.trainer import TrainingThread
-from fluffle_worker.user_code import call_task
 
 T = TypeVar("T")
 MakesTask: TypeAlias = Callable[[], Task]

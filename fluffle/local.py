@@ -93,26 +93,8 @@ def run(
         RunError: if the run stopped before its end.
         BrokerError: if the broker stays unreachable for 10 minutes.
     """
-    background = _start(
-        tasks,
-        rounds=rounds,
-        quorum=quorum,
-        strategy=strategy,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        config=config,
-        seed=seed,
-        evaluate=evaluate,
-        on_round=on_round,
-        folder=folder,
-        federation=federation,
-        url=url,
-        progress=progress,
-        parallel=parallel,
-        **options,
-    )
-    return background.wait()
+    arguments = locals()  # all of the above, by name
+    return _start(**arguments.pop("options"), **arguments).wait()
 
 
 def _with_parameters_of(other: Callable[P, Run]) -> Callable[[Callable[..., T]], Callable[P, T]]:

@@ -53,7 +53,7 @@ def chromium() -> Iterator[Browser]:
             pytest.fail(f"CI must test the page in a real browser: {told}")
         pytest.skip(f"NOT TESTED in a real browser: {told}")
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+        browser = playwright.chromium.launch(executable_path=path, args=_FLAGS, timeout=PATIENCE_MS)
         try:
             yield browser
         finally:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import uvloop
@@ -56,15 +57,23 @@ def _forget_modules_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterat
             del sys.modules[name]
 
 
+@pytest.fixture(scope="session")
+def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("jax")
+
+
 @pytest.fixture(scope="module")
-def compiled_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Let JAX use a temporary compilation cache instead of the user's."""
+def compiled_elsewhere(_compiled: Path) -> Iterator[None]:
+    """Let JAX compile quickly, since the models are tiny, and not into the user's cache."""
     import jax
 
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("jax")))
+    changed = {"jax_compilation_cache_dir": str(_compiled), "jax_disable_most_optimizations": True}
+    before = {name: jax.config.values[name] for name in changed}
+    for name, value in changed.items():
+        jax.config.update(name, value)
     yield
-    jax.config.update("jax_compilation_cache_dir", before)
+    for name, value in before.items():
+        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="session")

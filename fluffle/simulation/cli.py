@@ -149,11 +149,9 @@ def simulate(**options: Any) -> None:
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_coordinator.observe.times import duration
-    from fluffle_coordinator.observe.watchers import View
     from fluffle_coordinator.service import endings
     from fluffle_coordinator.service.app import settings_of
     from fluffle_coordinator.storage.run_store import RunStore
-    from fluffle_worker.cli import event_printer
 
     check_schedule_options(options)
     number: int = options["clients"]
@@ -180,9 +178,9 @@ def simulate(**options: Any) -> None:
             settings,
             clients_of(tasks, owned, availability, options["seed"]),
             store,
-            Follower(View(console)),
+            Follower(console),
             task=options["task"],
-            record=event_printer(console, options["log_format"]),
+            record=console.event,
             fresh=options["fresh"],
         )
         state = run_until_signalled(run, lambda: loop)

@@ -17,7 +17,6 @@ import numpy as np
 from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
 from fluffle.simulation.loop import hidden_loop
-from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.protocol.messages import (
@@ -36,6 +35,7 @@ from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import size_bytes
 from fluffle_common.transport.base import Body, Delivery, Link, Transport
 from fluffle_common.transport.messaging import Route, send, send_tensors
+from fluffle_common.user_errors import one_line
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.heartbeat import Presence

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.observe.watchers import View, Watcher
+from fluffle_coordinator.observe.watchers import View
 
 # Too many of these: a simulation can have thousands of clients.
 _UNSAID = (
@@ -16,17 +15,12 @@ _UNSAID = (
     run_events.Quorum,
     run_events.Waiting,
 )
-
-
 # At most so many participants are listed by name.
 _FEW = 10
 
 
-class Follower(Watcher):
-    """Passes all other events to a ``View``, and shortens commits with many participants."""
-
-    def __init__(self, view: View) -> None:
-        self._view = view
+class Follower(View):
+    """A view that passes over these events, and shortens commits with many participants."""
 
     def record(self, event: RunEvent) -> None:
         """See ``Watcher``."""
@@ -35,8 +29,4 @@ class Follower(Watcher):
             if count > _FEW:
                 event = run_events.Note(what=f"round {event.round}: committed with {count} updates")
         if not isinstance(event, _UNSAID):
-            self._view.record(event)
-
-    def show(self, state: State, now: float) -> None:
-        """See ``Watcher``."""
-        self._view.show(state, now)
+            super().record(event)

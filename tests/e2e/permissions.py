@@ -71,4 +71,4 @@ class Narrow:
         headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
         url = f"{base}/api/{urllib.parse.quote(path)}"
         request = urllib.request.Request(url, body, headers, method=method)
-        urllib.request.urlopen(request, timeout=20).close()
+        urllib.request.urlopen(request, timeout=60).close()

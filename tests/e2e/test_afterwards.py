@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 from playwright.sync_api import Browser
 
+from tests import here
 from tests.browser import chromium, window
 from tests.e2e.programs import FLUFFLE, Federation
 
@@ -25,9 +26,9 @@ def test_every_round_replays_bit_by_bit_and_the_report_stands_alone(federation: 
     assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0, 0]
 
     for number in (1, 2, 3):
-        replayed = federation.start(FLUFFLE, "replay", federation.run, "--round", number, "--json")
-        assert replayed.end() == 0
-        told = json.loads("\n".join(replayed.lines))
+        code, replayed, _ = here.fluffle("replay", federation.run, "--round", number, "--json")
+        assert code == 0
+        told = json.loads(replayed)
         assert told["equal"]
         assert len(told["participants"]) == 3
         assert all(tensor["second_opinion"]["ulps"] <= 2 for tensor in told["tensors"])
@@ -37,9 +38,9 @@ def test_every_round_replays_bit_by_bit_and_the_report_stands_alone(federation: 
     page = (federation.folder / "report.html").read_text()
     assert federation.name in page
     assert not re.search(r"https?:|url\(", page.replace("http://www.w3.org/2000/svg", ""))
-    as_json = federation.start(FLUFFLE, "report", federation.run, "--json")
-    assert as_json.end() == 0
-    numbers = json.loads("\n".join(as_json.lines))
+    code, as_json, _ = here.fluffle("report", federation.run, "--json")
+    assert code == 0
+    numbers = json.loads(as_json)
     assert numbers["run"]["words"] == "finished: 3 rounds are done"
     assert [row["counted"] for row in numbers["workers"]] == [3, 3, 3]
     assert [len(one["participants"]) for one in numbers["rounds"]] == [3, 3, 3]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -11,6 +12,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -77,13 +79,35 @@ def assert_gone(state: Path) -> None:
     assert ours(state) == []
 
 
-@pytest.fixture
-def state(tmp_path: Path) -> Iterator[Path]:
-    """A state folder with a difficult path; a node in it is stopped at the end."""
-    folder = tmp_path / "a state, größer"
+@contextlib.contextmanager
+def stopped_at_the_end(parent: Path) -> Iterator[Path]:
+    """Yield a state folder with a difficult path; stop the node in it at the end."""
+    folder = parent / "a state, größer"
     yield folder
     node.down(folder, grace_s=0)
     assert_gone(folder)
+
+
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    with stopped_at_the_end(tmp_path) as folder:
+        yield folder
+
+
+@dataclass(frozen=True)
+class Running:
+    """A node that no test stops."""
+
+    state: Path
+    info: NodeInfo
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Run one node with another configuration and a known cookie."""
+    with stopped_at_the_end(tmp_path_factory.mktemp("running")) as folder:
+        conf = "consumer_timeout = 10000"
+        yield Running(folder, node.up(folder, ports=_FREE, extra_conf=conf, cookie="shared"))
 
 
 @pytest.fixture
@@ -125,14 +149,12 @@ def test_up_status_down(state: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="tells sockets by /proc")
-def test_nothing_listens_beyond_the_loopback_interface(
-    state: Path, start: Callable[..., NodeInfo]
-) -> None:
-    info = start()
+def test_nothing_listens_beyond_the_loopback_interface(running: Running) -> None:
+    info = running.info
     listening = {
         socket.laddr
         for process in psutil.process_iter()
-        if process.pid == info.pid or (process.name() == "epmd" and _serves(process, state))
+        if process.pid == info.pid or (process.name() == "epmd" and _serves(process, running.state))
         for socket in process.net_connections(kind="inet")
         if socket.status == psutil.CONN_LISTEN
     }
@@ -185,37 +207,34 @@ def test_a_killed_node_restarts_on_its_ports_with_its_data(
     assert message["payload"] == "weights"
 
 
-def test_two_nodes_can_run_at_the_same_time(
-    state: Path, start: Callable[..., NodeInfo], tmp_path: Path
-) -> None:
-    first = start()
+def test_two_nodes_can_run_at_the_same_time(running: Running, tmp_path: Path) -> None:
+    first = running.info
     other = tmp_path / "other"
     try:
         second = node.up(other, ports=_FREE)
         assert not set(vars(first.ports).values()) & set(vars(second.ports).values())
-        assert node.running_node(state) == first
+        assert node.running_node(running.state) == first
     finally:
         assert node.down(other, grace_s=0)
-    assert node.running_node(state) == first
+    assert node.running_node(running.state) == first
     assert ours(other) == []
 
 
-def test_extra_configuration_and_cookie_override_the_defaults(
-    start: Callable[..., NodeInfo],
-) -> None:
-    info = start(extra_conf="consumer_timeout = 10000", cookie="shared")
+def test_extra_configuration_and_cookie_override_the_defaults(running: Running) -> None:
     ask = "{ok, V} = application:get_env(rabbit, consumer_timeout), {V, erlang:get_cookie()}."
     told = subprocess.run(
-        [info.folder / "rabbitmqctl", "eval", ask], capture_output=True, text=True, check=True
+        [running.info.folder / "rabbitmqctl", "eval", ask],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert told.stdout.strip() == "{10000,shared}"
 
 
 def test_the_epmd_of_a_cluster_runs_until_the_last_node_stops(
-    start: Callable[..., NodeInfo], tmp_path: Path
+    running: Running, tmp_path: Path
 ) -> None:
-    first = start()
-    shared = Ports(0, 0, 0, epmd=first.ports.epmd)
+    shared = Ports(0, 0, 0, epmd=running.info.ports.epmd)
     other = tmp_path / "other"
     try:
         node.up(other, ports=shared, node_name="other")
@@ -236,10 +255,8 @@ def test_a_failed_boot_is_one_line_and_leaves_nothing_behind(
     assert record.load(record.broker_folder(state)) is None
 
 
-def test_a_taken_port_is_one_line_and_exit_code_3(
-    state: Path, start: Callable[..., NodeInfo], tmp_path: Path
-) -> None:
-    port = start().ports.amqp
+def test_a_taken_port_is_one_line_and_exit_code_3(running: Running, tmp_path: Path) -> None:
+    port = running.info.ports.amqp
     refused = fluffle("broker", "up", "--port", str(port), state=tmp_path / "other")
     assert refused.returncode == 3
     assert refused.stdout == ""

@@ -21,7 +21,7 @@ from fluffle_broker.node.network import free_ports
 from fluffle_broker.node.node import NodeInfo
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.transfer import pack
-from fluffle_common.transport.rabbitmq import management
+from fluffle_common.transport.rabbitmq.management import Management
 from tests.browser import chromium, window
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 from tests.faults.harness import wait_until
@@ -43,7 +43,7 @@ def page_of(program: Program) -> str:
 
 
 def read(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=20) as answer:
+    with urllib.request.urlopen(url, timeout=60) as answer:
         return answer.read().decode()
 
 
@@ -75,7 +75,7 @@ def json_output(federation: Federation, command: str, *flags: str) -> str:
 def unacknowledged(federation: Federation, broker: NodeInfo) -> int:
     """Return how many updates the coordinator holds."""
     path = "/api/queues?disable_stats=true&enable_queue_totals=true"  # the others are 5 s old
-    queues = management.ask(broker.management_url.rstrip("/"), path, broker.url)
+    queues = Management(broker.url, broker.management_url).ask(path)
     (found,) = [one for one in queues if one["name"] == f"{federation.name}.updates"]
     return int(found["messages_unacknowledged"])
 

@@ -9,7 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from fluffle_broker.node import node
-from tests.e2e.programs import FLUFFLE, ROOT, Federation
+from tests import here
+from tests.e2e.programs import ROOT, Federation
 
 pytestmark = pytest.mark.rabbit
 WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
@@ -164,11 +165,11 @@ def test_a_quorum_larger_than_the_workers_is_a_visible_wait(federation: Federati
 def test_queues_tell_of_the_federation(federation: Federation, broker_node: node.NodeInfo) -> None:
     federation.coordinator("--quorum", 3).wait_for("connected")
     federation.worker("shard:0/3").wait_for("joined run")
-    looked = federation.start(
-        FLUFFLE, "queues", "--federation", federation.name, "--url", federation.url, "--json",
+    code, looked, _ = here.fluffle(
+        "queues", "--federation", federation.name, "--url", federation.url, "--json",
         "--management", broker_node.management_url,
     )  # fmt: skip
-    assert looked.end() == 0
-    told = {queue["name"]: queue for queue in json.loads("\n".join(looked.lines))}
+    assert code == 0
+    told = {queue["name"]: queue for queue in json.loads(looked)}
     assert f"{federation.name}.inbox.shard-0-3" in told
     assert "rejected" in told[f"{federation.name}.rejected"]["purpose"]

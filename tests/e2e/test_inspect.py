@@ -28,6 +28,7 @@ from fluffle_common.protocol.wire_format import encode, lay_out
 from fluffle_common.transport.open_once import open_once
 from fluffle_common.transport.rabbitmq.management import Management
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from tests import here
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 from tests.faults import harness
 from tests.faults.checker import check
@@ -46,26 +47,37 @@ def channel(federation: Federation) -> Iterator[Any]:
 
 
 @pytest.fixture
-def ask(federation: Federation, broker_node: node.NodeInfo) -> Callable[..., Program]:
-    """Return a function that starts an inspection command."""
-
-    def start(*words: object) -> Program:
-        env = {"FLUFFLE_MANAGEMENT_URL": broker_node.management_url}
-        named = ("--federation", federation.name, "--url", federation.url)
-        return federation.start(FLUFFLE, *words, *named, env=env)
-
-    return start
+def where(federation: Federation, broker_node: node.NodeInfo) -> tuple[str, ...]:
+    """Return the options of a command that inspects the federation."""
+    there = ("--federation", federation.name, "--url", federation.url)
+    return (*there, "--management", broker_node.management_url)
 
 
 @pytest.fixture
-def told(ask: Callable[..., Program]) -> Callable[..., Any]:
+def start(federation: Federation, where: tuple[str, ...]) -> Callable[..., Program]:
+    """Return a function that starts an inspection command."""
+    return lambda *words: federation.start(FLUFFLE, *words, *where)
+
+
+@pytest.fixture
+def ask(where: tuple[str, ...]) -> Callable[..., tuple[int, list[str]]]:
+    """Return a function that runs an inspection command; that returns exit code and lines."""
+
+    def run(*words: object) -> tuple[int, list[str]]:
+        code, told, errors = here.fluffle(*words, *where)
+        return code, [*told.splitlines(), *errors.splitlines()]
+
+    return run
+
+
+@pytest.fixture
+def told(where: tuple[str, ...]) -> Callable[..., Any]:
     """Return a function that runs an inspection command and decodes its JSON."""
 
     def run(*words: object) -> Any:
-        program = ask(*words, "--json")
-        assert program.end() == 0, program.lines
-        text = "\n".join(line for line in program.lines if not line.startswith("fluffle: "))
-        return json.loads(text)
+        code, told, errors = here.fluffle(*words, "--json", *where)
+        assert code == 0, errors
+        return json.loads(told)
 
     return run
 
@@ -134,9 +146,8 @@ def test_peek_refuses_queues_where_it_would_have_side_effects(federation, channe
         ("inbox.nobody", "has not connected"),
         ("nonsense", "has no queue 'nonsense'"),
     ):
-        program = ask("peek", queue)
-        assert program.end() == 2
-        (line,) = program.lines
+        code, (line,) = ask("peek", queue)
+        assert code == 2
         assert why in line
 
 
@@ -148,9 +159,9 @@ def test_peek_reports_updates_that_it_cannot_see(federation, ask, tmp_path):
     federation.worker("shard:1/3").wait_for("joined run")
 
     def held() -> str | None:
-        program = ask("peek", "updates")
-        assert program.end() == 0
-        return next((line for line in program.lines if "until its commit" in line), None)
+        code, lines = ask("peek", "updates")
+        assert code == 0
+        return next((line for line in lines if "until its commit" in line), None)
 
     # RabbitMQ's statistics lag behind.
     line = harness.wait_until(held, "what the coordinator holds is told")
@@ -158,7 +169,7 @@ def test_peek_reports_updates_that_it_cannot_see(federation, ask, tmp_path):
     assert "fluffle journal" in line
 
 
-def test_peeking_at_the_journal_leaves_no_consumer_behind(federation, ask, told):
+def test_peeking_at_the_journal_leaves_no_consumer_behind(federation, told):
     coordinator = federation.coordinator("--quorum", 2)
     coordinator.wait_for("connected")
 
@@ -264,11 +275,11 @@ def tapped(federation: Federation, broker: node.NodeInfo) -> set[str]:
     return {one["routing_key"] for one in bindings if ".tap." in one["destination"]}
 
 
-def test_tap_follows_a_run_and_saves_the_messages(federation, ask, tmp_path, broker_node):
+def test_tap_follows_a_run_and_saves_the_messages(federation, start, tmp_path, broker_node):
     coordinator = federation.coordinator("--quorum", 2, "--rounds", 2)
     coordinator.wait_for("connected")
     kept = tmp_path / "kept"
-    tap = ask("tap", "--json", "--save", kept)
+    tap = start("tap", "--json", "--save", kept)
     tap.wait_for("following federation")
     gate = tmp_path / "gate"
     workers = [
@@ -294,9 +305,9 @@ def test_tap_follows_a_run_and_saves_the_messages(federation, ask, tmp_path, bro
     assert json.loads(saved.read_text())["tensors"]
 
 
-def test_tap_stops_after_the_given_number_of_lines(federation, ask, channel):
+def test_tap_stops_after_the_given_number_of_lines(federation, start, channel):
     topology = declare(federation, "w1")
-    tap = ask("tap", "--kind", "update", "--worker", "w1", "-n", 2)
+    tap = start("tap", "--kind", "update", "--worker", "w1", "-n", 2)
     tap.wait_for("following federation")
     for number, worker in ((1, "w1"), (1, "w2"), (2, "w1"), (3, "w1")):
         body = update(federation.name, number, worker)
@@ -338,9 +349,9 @@ def test_rejected_lists_shows_requeues_and_purges(federation, channel, told, ask
     assert (sent["exchange"], sent["key"]) == (topology.results, "update.w1")
     coordinator.wait_for("rejected a message of w1: the message belongs to run r")  # still invalid
     harness.wait_until(both, "it is rejected again")
-    purge = ask("rejected", "purge", "--yes")
-    assert purge.end() == 0
-    assert "2 deleted" in purge.lines
+    code, lines = ask("rejected", "purge", "--yes")
+    assert code == 0
+    assert "2 deleted" in lines
     assert told("rejected")["messages"] == []
 
 
@@ -356,9 +367,9 @@ def test_rejected_reports_dropped_messages(federation, channel, told, ask):
     answer = harness.wait_until(known, "RabbitMQ's statistics are there")
     assert (answer["kept"], answer["dropped"]) == (1000, 200)
     assert answer["messages"][0]["first_bytes"] == b"200".hex(" ")
-    program = ask("rejected", "-n", 1)
-    assert program.end() == 0
-    assert "1,000 of 1,200 messages are kept; the queue's limit" in program.lines[0]
+    code, lines = ask("rejected", "-n", 1)
+    assert code == 0
+    assert "1,000 of 1,200 messages are kept; the queue's limit" in lines[0]
 
 
 # --- queues --------------------------------------------------------------------------------------
@@ -378,9 +389,9 @@ def test_queues_shows_a_worker_that_died(federation, told):
     assert told_of.startswith("worker shard-0-2 is not connected")
 
 
-def test_queues_watch_ends_with_ctrl_c(federation, ask):
+def test_queues_watch_ends_with_ctrl_c(federation, start):
     declare(federation)
-    program = ask("queues", "--watch")
+    program = start("queues", "--watch")
     for _ in range(2):
         program.wait_for("updates")
     program.wait_for("nobody is connected|no coordinator is connected")

@@ -10,23 +10,27 @@ from typing import Any
 
 import pytest
 
+from tests import here
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program
 
 pytestmark = pytest.mark.rabbit
 WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
 
 
-def look(federation: Federation, command: str, *words: object) -> Program:
-    """Start a command that looks into a federation."""
-    where = ("--federation", federation.name, "--url", federation.url)
-    return federation.start(FLUFFLE, command, *where, *words)
+def where(federation: Federation) -> tuple[str, ...]:
+    return ("--federation", federation.name, "--url", federation.url)
+
+
+def follow(federation: Federation) -> Program:
+    """Start a command that prints the journal as it grows."""
+    return federation.start(FLUFFLE, "journal", *where(federation), "--follow")
 
 
 def lines(federation: Federation, command: str, *words: object) -> list[str]:
-    """Return what such a command prints."""
-    program = look(federation, command, *words)
-    assert program.end() == 0, program.lines
-    return program.lines
+    """Return what a command that looks into a federation prints."""
+    code, told, errors = here.fluffle(command, *where(federation), *words)
+    assert code == 0, errors
+    return told.splitlines()
 
 
 def events(federation: Federation, *words: object) -> list[dict[str, Any]]:
@@ -74,16 +78,16 @@ def test_a_run_is_read_back_as_often_as_one_likes(federation: Federation) -> Non
     assert "is committed" in told
     assert re.search(r"shard-0-2 answered at .* after the opening: \d+ examples", told)
     assert "loss" in told
-    wrong = look(federation, "explain", 9)
-    assert wrong.end() == 2
-    assert "has rounds 1-3" in wrong.lines[-1]
+    code, _, wrong = here.fluffle("explain", *where(federation), 9)
+    assert code == 2
+    assert "has rounds 1-3" in wrong
 
 
 def test_whoever_follows_sees_it_as_it_happens_even_from_before_the_beginning(
     federation: Federation, tmp_path: Path
 ) -> None:
     gate = tmp_path / "gate"
-    follower = look(federation, "journal", "--follow")
+    follower = follow(federation)
     coordinator = federation.coordinator("--quorum", 2, "--rounds", 1)
     env = {"WAIT_FOR": str(gate)}
     workers = [federation.worker(f"shard:{n}/2", task=WAITING, env=env) for n in range(2)]
@@ -104,7 +108,7 @@ def test_a_killed_worker_is_named_by_explain_while_the_round_is_stuck(
     env = {"WAIT_FOR": str(gate)}
     workers = [federation.worker(f"shard:{n}/3") for n in range(2)]
     victim = federation.worker("shard:2/3", task=WAITING, env=env)
-    follower = look(federation, "journal", "--follow")  # the coordinator says it a moment earlier
+    follower = follow(federation)  # the coordinator says it a moment earlier
     victim.wait_for("round 1: training")
     follower.wait_for(r"counted, 90 examples \(2/3\)")
 
@@ -143,7 +147,7 @@ def test_a_coordinator_that_was_killed_or_stopped_appears_as_resumed(
     first = federation.coordinator(*flags)
     workers = [federation.worker(f"shard:{n}/2", task=WAITING, env=env) for n in range(2)]
     first.wait_for("round 2: opened")
-    follower = look(federation, "journal", "--follow")
+    follower = follow(federation)
     follower.wait_for("round 2: opened")
     first.send(signal.SIGKILL)
     assert first.end() == -signal.SIGKILL

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page, Route
 from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import as_json
-from tests.browser import chromium
+from tests.browser import PATIENCE_MS, chromium
 
 STATIC = files("fluffle_coordinator.dashboard") / "static"
 TYPES = {"css": "text/css", "html": "text/html", "js": "text/javascript", "svg": "image/svg+xml"}
@@ -47,6 +47,7 @@ def show(browser: Browser) -> Iterator[Callable[..., Show]]:
 
     def opened(width: int = 1280, **options: Any) -> Show:
         page = browser.new_page(viewport={"width": width, "height": 800}, **options)
+        page.set_default_timeout(PATIENCE_MS)
         pages.append(page)
         page.route("**/*", answer)
         page.add_init_script(STREAM)

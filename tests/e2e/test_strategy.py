@@ -2,13 +2,13 @@
 
 import shutil
 import signal
-import subprocess
 
 import numpy as np
 import pytest
 
 from fluffle_common.tensors.checkpoint import read_checkpoint, read_whole
-from tests.e2e.programs import FLUFFLE, ROOT, Federation
+from tests import here
+from tests.e2e.programs import ROOT, Federation
 from tests.federation.test_extra import STEPS, TARGETS, reference
 
 pytestmark = pytest.mark.rabbit
@@ -37,12 +37,10 @@ def test_a_stateful_strategy_outlives_its_coordinator_and_is_replayed(
     for number in (1, 2, ROUNDS):
         found = read_whole(federation.run / f"round-{number:04d}.safetensors")
         assert found.strategy_state.keys() == found.weights.keys()
-        again = subprocess.run(  # the file is found by what run.json says
-            [FLUFFLE, "replay", federation.run, "--round", str(number)],
-            capture_output=True, text=True, check=False, cwd=ROOT,
-        )  # fmt: skip
-        assert again.returncode == 0, again.stdout + again.stderr
-        assert "plain NumPy" not in again.stdout
+        # The file is found by what run.json says.
+        code, told, errors = here.fluffle("replay", federation.run, "--round", number)
+        assert code == 0, told + errors
+        assert "plain NumPy" not in told
 
 
 def test_a_strategy_that_fails_ends_the_coordinator_with_its_line_and_loses_nothing(

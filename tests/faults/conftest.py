@@ -14,7 +14,7 @@ from fluffle_broker.node import node, record
 from fluffle_common.errors import BrokerError
 from tests.faults.harness import Federation
 
-_CONF = "consumer_timeout = 10000"
+_CONF = "consumer_timeout = 5000"
 
 
 @dataclass
@@ -36,7 +36,7 @@ class OwnBroker:
 
 @pytest.fixture(scope="module")
 def own_broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OwnBroker]:
-    """Run a broker with a delivery acknowledgement timeout of 10 s, checked every second."""
+    """Run a broker with a delivery acknowledgement timeout of 5 s, checked every second."""
     state = tmp_path_factory.mktemp("own")
     etc = record.broker_folder(state) / "etc"
     etc.mkdir(parents=True)

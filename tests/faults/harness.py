@@ -45,7 +45,6 @@ _MARK = "FLUFFLE_FAULTS"
 _PYTHONPATH = os.environ.get("PYTHONPATH")  # needed if fluffle is not installed
 _LOOK_S = 0.05
 _COUNTS_NOW = "/api/queues?disable_stats=true&enable_queue_totals=true"  # the others are 5 s old
-_SETTLED_S = 8.0  # a worker that has lived for this long has sent its hello
 
 
 def wait_until(
@@ -68,7 +67,6 @@ class Program:
 
     def __init__(self, name: str, words: list[str], log: Path, env: dict[str, str]) -> None:
         self.name, self.log = name, log
-        self.began = time.monotonic()
         with log.open("ab") as output:
             self._popen = subprocess.Popen(
                 words,
@@ -216,11 +214,11 @@ class Federation:
     def unheard(self, why: str, **fields: object) -> Iterator[None]:
         """Note in the evidence when no worker could be heard, and which ones lived throughout."""
         began = now()
-        settled = time.monotonic() - _SETTLED_S
+        known = [one for one in self.programs if one.alive() and one.events("welcome")]
         try:
             yield
         finally:
-            living = [one.name for one in self.programs if one.alive() and one.began < settled]
+            living = [one.name for one in known if one.alive()]
             self.note("unheard", {"why": why, "began": began, "living": living, **fields})
 
     @contextlib.contextmanager

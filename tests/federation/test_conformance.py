@@ -323,13 +323,13 @@ def sends_what_a_broker_forgets(patch):
 
 
 def evaluates_another_round(patch):
-    real = job._evaluate
+    real = job.Executor._evaluate
 
     def evaluate(*arguments):
         evaluation = real(*arguments)
         return evaluation and evaluation.model_copy(update={"round": evaluation.round + 1})
 
-    patch(job, "_evaluate", evaluate)
+    patch(job.Executor, "_evaluate", evaluate)
 
 
 def is_silent_at_work(patch):

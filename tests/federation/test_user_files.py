@@ -139,8 +139,8 @@ def test_a_failing_encode_costs_its_worker_the_round(federated, documented):
             rounds=2, number=1, min_workers=2, plan=Plan(compress=Compression.parse(how))
         )
         federation.worker("a", Adder(federation.loop, size=SIZE), codecs=registry_with(path))
-        b = federation.worker("b", Adder(federation.loop, size=SIZE, steps=1))
-        b.service._trainer._codecs = registry_with(broken)
+        task = Adder(federation.loop, size=SIZE, steps=1)
+        b = federation.worker("b", task, codecs=registry_with(broken))
         await coordinator.end()
         assert federation.participants() == [["a"]] * 2
         reason = b.log.of("failure")[0]["reason"]

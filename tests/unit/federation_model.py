@@ -143,7 +143,6 @@ class CoordinatorModel:
             schedule=world.schedule,
             committed=last,
             counted=counted,
-            sequence=max((t.sequence for some in disk.counted for t in some), default=0),
             earlier_starts=disk.starts,
             earlier=self.issued,
             evaluated=not last or last in disk.evaluated,

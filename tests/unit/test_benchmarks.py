@@ -22,7 +22,7 @@ from benchmarks.simulated_jobs import JOBS
 from fluffle_common.cli.console import Console
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_worker.task import RoundPlan
-from tests.e2e.pull_task import COUNT, Pull, target
+from tests.federation.pull_task import COUNT, Pull, target
 
 
 @pytest.mark.parametrize("module", [command, flower_simulation, papers, stats])

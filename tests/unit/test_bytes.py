@@ -39,6 +39,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.fetcher import Fetcher
 from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
@@ -165,11 +166,10 @@ async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp
         post=events.append,
     )
     aggregator = Aggregator(
-        TOPOLOGY,
+        Fetcher(TOPOLOGY, settings, link=Untouched),  # type: ignore[arg-type]
         Saved("r", weights=None if first else MODEL),
         committer,
         settings,
-        link=Untouched,  # type: ignore[arg-type]
         post=events.append,
     )
     table = (TensorEntry("w", "float32", (2**30,), 0, 2**32),)

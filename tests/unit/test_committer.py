@@ -126,7 +126,7 @@ def _looping_history(folder: Path) -> None:
 async def test_what_waiting_cannot_mend_ends_the_run_with_one_line(run, spoil):
     spoil(run.folder)
     with pytest.raises(RunError, match=r"cannot write to .*/(round|history).*no update is lost"):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             await asyncio.gather(run.commit(1), run.running)
 
 

@@ -183,21 +183,21 @@ def test_a_signal_ends_everything(stub, number, where):
 
 def test_a_second_demo_in_the_same_folder_leaves_the_first_alone(stub):
     for name in ("coordinator", "client-1"):
-        (stub.parent / name).write_text("touch there; exec sleep 60")
+        (stub.parent / name).write_text("touch there; exec sleep 600")
     first = _start(stub)
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while not (stub.parent / "there").exists():
         assert time.monotonic() < until
         time.sleep(0.02)
     before = len([line for line in _calls(stub) if line.startswith("broker")])
     second = _start(stub)
-    output, _ = second.communicate(timeout=30)
+    output, _ = second.communicate(timeout=60)
     assert second.returncode == 1
     assert "another demo is running in this folder" in " ".join(output.split())
     assert len([line for line in _calls(stub) if line.startswith("broker")]) == before
     assert first.poll() is None
     first.send_signal(signal.SIGINT)
-    first.communicate(timeout=30)
+    first.communicate(timeout=60)
 
 
 def test_nobody_who_reads_is_no_reason_to_end(stub):

@@ -100,6 +100,38 @@ def moved(one: Weights, other: Weights) -> list[str]:
     return [name for name in one if not np.array_equal(one[name], other[name])]
 
 
+class Shifted(Line):
+    """A line whose inputs are shifted by an array that is not a variable."""
+
+    def __init__(self, rngs: nnx.Rngs, hold: Any) -> None:
+        super().__init__(rngs)
+        self.held = hold(jnp.full(FEATURES, 0.5))
+
+    def __call__(self, inputs: Any) -> Any:
+        return super().__call__(inputs + jax.tree.leaves(self.held)[0])
+
+
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda array: array,
+        nnx.data,
+        lambda array: nnx.data({"shift": array}),
+        lambda array: nnx.data([array]),
+    ],
+)
+def test_an_array_outside_of_a_variable_is_a_constant_of_the_model(hold: Any) -> None:
+    inputs, targets = numbers()
+    plain = task_of(Line, train_data=(inputs + 0.5, targets), valid_data=(inputs + 0.5, targets))
+    task = task_of(lambda rngs: Shifted(rngs, hold), valid_data=(inputs, targets))
+    weights = task.init(1)
+    assert not moved(weights, plain.init(1))
+    expected = train(plain, weights)
+    for name, one in train(task, weights).items():
+        np.testing.assert_allclose(one, expected[name], rtol=1e-6)
+    assert task.evaluate(weights).loss == pytest.approx(plain.evaluate(weights).loss)
+
+
 # --- what travels ------------------------------------------------------------------------------
 
 

@@ -14,7 +14,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from fluffle_common.cli.user_code import full_trace
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Evaluate, Fit, Plan
 from fluffle_common.protocol.model_form import model_form
@@ -31,6 +30,7 @@ from fluffle_common.tensors.frozen import (
     save_frozen,
 )
 from fluffle_common.tensors.groups import FROZEN
+from fluffle_common.user_errors import full_trace
 from fluffle_coordinator.service.run_opening import begin_with, read_first_model
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_worker import frozen as module

@@ -591,9 +591,8 @@ async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
     from fluffle_coordinator.cli import journal as command
 
     warnings: asyncio.Queue[str] = asyncio.Queue()
-    monkeypatch.setattr(command, "_where", lambda *_: (MemoryBroker(), TOPOLOGY))
     monkeypatch.setattr(command, "warn", warnings.put_nowait)
-    following = command._follow(TOPOLOGY.federation, None, None)
+    following = command._follow(MemoryBroker(), TOPOLOGY, None)
     first = asyncio.create_task(anext(following))
     warning = await asyncio.wait_for(warnings.get(), 60)
     assert "federation f has no journal on this broker yet; waiting" in warning
@@ -611,8 +610,7 @@ async def test_an_unreachable_broker_is_reported_once(capsys, monkeypatch):
         async def open(self) -> Link:
             raise LinkLost("refused")
 
-    monkeypatch.setattr(command, "_where", lambda *_: (Down(), TOPOLOGY))
     monkeypatch.setattr(command, "_GIVE_UP_S", 1.0)
     with pytest.raises(BrokerError, match="no broker at nowhere"):
-        await anext(command._events(TOPOLOGY.federation, None))
+        await anext(command._events(Down(), TOPOLOGY))
     assert capsys.readouterr().err.count("cannot read the journal now") == 1

@@ -36,6 +36,7 @@ from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.service import spool
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Average
+from fluffle_coordinator.service.fetcher import Fetcher
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.saved_run import Saved
@@ -186,14 +187,13 @@ class Sum:
         self.averages: asyncio.Queue[Average] = asyncio.Queue()
         self.running: asyncio.Future[None]
         self.model = in_one_piece(values(0))
+        settings = CoordinatorSettings("f", Rules(rounds=1), max_model_bytes=2**20, **options)
         self.aggregator = Aggregator(
-            TOPOLOGY,
+            Fetcher(TOPOLOGY, settings, link=lambda: self.link, folder=folder),
             Saved("r", weights=self.model),
             self,  # type: ignore[arg-type]
-            CoordinatorSettings("f", Rules(rounds=1), max_model_bytes=2**20, **options),
-            link=lambda: self.link,
+            settings,
             post=self.news.put_nowait,
-            folder=folder,
         )
 
     async def keep(self, place: int, held: Held, payload: Any) -> None:

@@ -302,7 +302,7 @@ def test_a_broken_connection_is_not_a_tls_error(error):
             {"capabilities": {"publisher_confirms": True, "basic.nack": False}},
             "lacks basic.nack, consumer_cancel_notify",
         ),
-        ("EXTERNAL SCRAM", {}, r"mechanism PLAIN \(it offers EXTERNAL SCRAM\)"),
+        ("EXTERNAL SCRAM", {}, "it offers EXTERNAL SCRAM"),
     ],
 )
 async def test_a_broker_that_lacks_what_fluffle_needs_is_an_error_at_once(

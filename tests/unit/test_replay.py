@@ -32,6 +32,7 @@ from fluffle_coordinator.machine.state import Handle, Rules
 from fluffle_coordinator.service import committer as module
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.fetcher import Fetcher
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import replay
@@ -85,11 +86,10 @@ class Run:
             post=self.events.put_nowait,
         )
         self.aggregator = Aggregator(
-            TOPOLOGY,
+            Fetcher(TOPOLOGY, settings, link=lambda: self.link),
             Saved("r", weights=weights),
             self.committer,
             settings,
-            link=lambda: self.link,
             post=self.events.put_nowait,
         )
 

@@ -19,9 +19,9 @@ from click.testing import CliRunner
 from flax import nnx
 
 from fluffle_common.cli.loading import load_object
-from fluffle_common.cli.user_code import full_trace, one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.layout import DTYPES
+from fluffle_common.user_errors import full_trace, one_line
 from fluffle_worker.cli import worker
 from fluffle_worker.signature import UNKNOWN, described, difference, signature_of_task
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of

@@ -229,6 +229,72 @@ def test_a_training_is_what_plain_pytorch_makes_of_it(
         np.testing.assert_allclose(one, expected[name], rtol=1e-5, atol=1e-7, err_msg=name)
 
 
+class Holder:
+    """An object that is no module and calls a function."""
+
+    def __init__(self, function: Callable[[Any], Any]) -> None:
+        self.call = function
+
+
+class ByAHolder(Line):
+    """A module whose function, which calls its layer, is found by no search."""
+
+    def __init__(self, hold: Callable[[nn.Module], Any] = lambda layer: layer) -> None:
+        super().__init__()
+        self.holder = Holder(hold(self.linear))
+
+    def forward(self, inputs: Any) -> Any:
+        return self.holder.call(inputs)[:, 0]
+
+
+@pytest.mark.parametrize("rule", [None, DpSgd(1.0, 0.0)])
+@pytest.mark.parametrize(
+    "hold",
+    [
+        lambda layer: lambda inputs: +layer(inputs),
+        lambda layer: (holder := Holder(layer)) and (lambda inputs: +holder.call(inputs)),
+        lambda layer: lambda inputs, weight=layer.weight: inputs @ weight.T,
+    ],
+)
+def test_a_module_that_calls_the_layer_of_its_original_is_refused(hold: Any, rule: Any) -> None:
+    pytest.importorskip("jax")
+    task = task_of(functools.partial(ByAHolder, hold), local_rule=rule)
+    with pytest.raises(TaskError, match=r"uses the tensor 'linear\.\w+' of the module that model="):
+        train(task)
+
+
+def test_a_module_may_call_a_frozen_layer_of_its_original_or_hold_its_own() -> None:
+    class Frozen(ByAHolder):
+        def __init__(self) -> None:
+            super().__init__(lambda layer: lambda inputs: +layer(inputs))
+            self.linear.requires_grad_(False)
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, inputs: Any) -> Any:
+            return self.scale * super().forward(inputs)
+
+    for model in (ByAHolder, Frozen):
+        task = task_of(model)
+        weights = task.init(0)
+        expected = by_torch(model(), {**weights, **task.frozen()}, torch.optim.SGD, INPUTS)
+        for name, one in train(task).items():
+            np.testing.assert_allclose(one, expected[name], rtol=1e-5, err_msg=name)
+
+
+def test_a_loss_that_uses_the_original_is_refused() -> None:
+    module = Line()
+
+    def decayed(outputs: Any, targets: Any) -> Any:
+        return squared(outputs, targets) + module.linear.weight.square().sum()
+
+    task = torch_task(lambda: module, decayed, torch.optim.SGD, (INPUTS, TARGETS), device="cpu")
+    for _ in range(2):  # the hooks of the first training are gone
+        with pytest.raises(TaskError, match=r"the loss uses the tensor 'linear\.weight' of"):
+            train(task)
+    decayed(module(INPUTS), TARGETS).mean().backward()
+    assert module.linear.weight.grad is not None
+
+
 def test_a_module_that_changes_its_inputs_leaves_the_held_out_data_as_they_are():
     class Centred(Line):
         def forward(self, inputs: Any) -> Any:
@@ -403,7 +469,7 @@ def test_a_loss_that_is_no_tensor_is_named_with_dp_sgd_too():
 def test_an_error_in_a_process_of_a_data_loader_is_named_without_its_traceback():
     from torch._utils import ExceptionWrapper
 
-    from fluffle_common.cli.user_code import one_line
+    from fluffle_common.user_errors import one_line
 
     try:
         raise KeyError("no such file: 7.png")

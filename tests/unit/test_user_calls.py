@@ -96,7 +96,7 @@ async def test_a_run_can_be_cancelled_while_users_code_hangs(what):
     try:
         assert await asyncio.to_thread(hangs.wait, 60)
         run.cancel()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(60):
             with pytest.raises(asyncio.CancelledError):
                 await run
     finally:

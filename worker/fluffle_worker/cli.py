@@ -15,12 +15,9 @@ import click
 from fluffle_common.cli.app import SEED, federation_option, queue_type_option, seconds, url_option
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
-from fluffle_common.cli.printing import echo
 
 if TYPE_CHECKING:
     from fluffle_common.cli.console import Console
-    from fluffle_common.protocol.events import RunEvent
-    from fluffle_worker.inbox import Record
     from fluffle_worker.service import WorkerService
     from fluffle_worker.task import Task
 
@@ -181,7 +178,6 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
     with Console(options["log_format"], {"federation": federation, "worker": name}) as console:
-        record = event_printer(console, options["log_format"])
 
         def make_service() -> WorkerService:
             return WorkerService(
@@ -189,19 +185,19 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
                 task,
                 transport=transport,
                 topology=Topology(federation, options["queue_type"]),
-                record=record,
+                record=console.event,
                 bar=console.bar,
                 form=form,
             )
 
-        record(
+        console.event(
             Loaded(
                 task=settings.task,
                 num_examples=num_examples_of(task),
                 classes=classes_of(task) or None,
             )
         )
-        code, at_work = _run_to_end(make_service, record)
+        code, at_work = _run_to_end(make_service, console)
     if at_work:
         exit_now(code)
     sys.exit(code)
@@ -230,7 +226,7 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
     return task
 
 
-def _run_to_end(make_service: Callable[[], WorkerService], record: Record) -> tuple[int, bool]:
+def _run_to_end(make_service: Callable[[], WorkerService], console: Console) -> tuple[int, bool]:
     """Run a worker; return the exit code, and whether the task's code may still be running."""
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.exit_now import Interrupted
@@ -252,7 +248,7 @@ def _run_to_end(make_service: Callable[[], WorkerService], record: Record) -> tu
         run_until_signalled(run())
         error = running.verdict() if running is not None else None
     except Interrupted as signalled:
-        record(Leaving())
+        console.event(Leaving())
         return signalled.exit_code, at_work()
     except FluffleError as why:
         error = why
@@ -265,17 +261,3 @@ def _run_to_end(make_service: Callable[[], WorkerService], record: Record) -> tu
         warn(str(error))
         return error.exit_code, at_work()
     return 0, at_work()
-
-
-def event_printer(console: Console, log_format: str) -> Record:
-    """Return a function that prints an event as a line for people or as JSON."""
-    from fluffle_common.protocol.events import Traceback
-
-    def record(event: RunEvent) -> None:
-        if isinstance(event, Traceback) and log_format != "json":
-            # Unabridged, for the author of the task.
-            echo(*event.sentence().splitlines(), err=True)
-        else:
-            console.event(event)
-
-    return record

@@ -11,7 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.user_code import warn_in_full
+from fluffle_common.cli.user_code import call_task, warn_in_full
 from fluffle_common.durable_files import make_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_metadata
@@ -28,7 +28,6 @@ from fluffle_common.tensors.layout import Weights, signature_of
 from fluffle_worker.results import arrays
 from fluffle_worker.signature import check_signature, difference
 from fluffle_worker.task import Task
-from fluffle_worker.user_code import call_task
 
 
 class FrozenTensors:

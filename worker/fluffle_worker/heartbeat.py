@@ -9,7 +9,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from fluffle_common.cli.user_code import sendable
 from fluffle_common.errors import BrokerError, LinkLost, TaskError
 from fluffle_common.protocol.messages import (
     MAX_TASK_CHARACTERS,
@@ -25,6 +24,7 @@ from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send
+from fluffle_common.user_errors import sendable
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import (
     Evaluate,
@@ -35,6 +34,7 @@ from fluffle_common.tensors.groups import (
 )
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
+from fluffle_common.user_errors import one_line
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.local.bound import BoundRule

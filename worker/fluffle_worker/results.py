@@ -13,14 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.cli.user_code import full_trace, one_line, sendable
 from fluffle_common.cli.user_values import count, number, shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import MAX_METRIC_NAME, MAX_METRICS, MAX_NUM_EXAMPLES
 from fluffle_common.tensors.layout import Tensors
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_worker.task import EvalResult, Task, TrainResult
-from fluffle_worker.user_code import FailedMetric
+from fluffle_common.user_errors import full_trace, one_line, sendable
+from fluffle_worker.task import EvalResult, FailedMetric, Task, TrainResult
 
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000

@@ -13,13 +13,14 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.user_code import is_ctrl_c, one_line, sendable, warn_in_full
+from fluffle_common.cli.user_code import warn_in_full
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
+from fluffle_common.user_errors import is_ctrl_c, one_line, sendable
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
 

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fluffle_common.cli.user_code import sendable
+from fluffle_common.cli.user_code import call_task
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import MAX_CLASS_NAME, MAX_NUM_EXAMPLES, Plan
 from fluffle_common.tensors.weights import Weights
-from fluffle_worker.user_code import call_task
+from fluffle_common.user_errors import sendable
 
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
@@ -61,6 +61,18 @@ class EvalResult:
     loss: float
     num_examples: int
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+class FailedMetric(float):
+    """NaN, in place of a metric whose function failed; ``why`` is its error."""
+
+    why: BaseException
+
+    def __new__(cls, why: BaseException) -> FailedMetric:
+        """Return NaN with this error."""
+        made = super().__new__(cls, "nan")
+        made.why = why
+        return made
 
 
 class RoundPlan(Plan):

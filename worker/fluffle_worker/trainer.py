@@ -15,8 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from fluffle_common.cli.user_code import one_line
 from fluffle_common.protocol.events import Traceback, Unfit
+from fluffle_common.user_errors import one_line
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.inbox import Record

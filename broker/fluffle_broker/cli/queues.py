@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import click
@@ -131,32 +132,26 @@ def _watch(once: Callable[[], QueueOverview], as_json: bool) -> None:
     from fluffle_broker.inspect.queues_table import build_table, hints
     from fluffle_common.errors import BrokerError
 
-    live = None
-    if is_terminal(sys.stdout) and not as_json:
-        live = Live(console=screen(), auto_refresh=False, screen=False)
-        live.start()
-    try:
+    redraws = is_terminal(sys.stdout) and not as_json
+    with Live(console=screen(), auto_refresh=False) if redraws else nullcontext() as live:
         while True:
             try:
                 overview = once()
             except BrokerError as why:  # it may be restarting
                 warn(str(why))
             else:
-                if as_json:
-                    echo_json(overview.as_dicts(), indent=None)
-                elif live is not None:
+                if live is not None:
                     # The end is cut off if it does not fit on the screen, so hints come first.
                     lines = [*hints(overview), *_notes(overview)]
                     marked = [Text(f"! {printable(line)}", style="bold yellow") for line in lines]
                     live.update(
                         Group(*marked, build_table(overview, live.console.width)), refresh=True
                     )
+                elif as_json:
+                    echo_json(overview.as_dicts(), indent=None)
                 else:
                     echo(time.strftime("%H:%M:%S"))
                     _show(overview)
                 if live is None:
                     _warn(overview)
             time.sleep(_EVERY_S)
-    finally:
-        if live is not None:
-            live.stop()

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from click.core import ParameterSource
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fluffle_broker.inspect.rejected import Rejected, Requeued
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.base import Link
+    from fluffle_common.transport.rabbitmq.management import Management
 
 T = TypeVar("T")
 # A narrower terminal has no room for the reason next to the other columns.
@@ -57,31 +58,27 @@ def rejected(ctx: click.Context, /, **options: Any) -> None:
       fluffle rejected requeue --all --federation letters
       fluffle rejected purge --federation letters
     """
+    from fluffle_common.cli.settings import management_of
+
     ctx.obj = options
     if ctx.invoked_subcommand is None:
-        at = _target(options)
+        topology, address, as_json = _target(options)
         given = ctx.get_parameter_source("count") is not ParameterSource.DEFAULT
         # JSON has all messages unless --count is given.
-        most = options["count"] if given or not at.as_json else None
-        _list(at, most, options["management"])
+        most = options["count"] if given or not as_json else None
+        _list(topology, management_of(address, options["management"]), most, as_json)
 
 
-class _Target(NamedTuple):
-    """The options in common: the federation, the broker and the output format."""
-
-    topology: Topology
-    address: str
-    as_json: bool
-
-
-def _target(options: Mapping[str, Any], group: Mapping[str, Any] | None = None) -> _Target:
-    """Return the options of a sub-command, completed by those of the group."""
+def _target(
+    options: Mapping[str, Any], group: Mapping[str, Any] | None = None
+) -> tuple[Topology, str, bool]:
+    """Return the federation, the broker's URL and ``--json``, given here or to the group."""
     merged = {**options}
     for name, value in (group or {}).items():
         merged[name] = merged.get(name) or value
     if not merged["federation"]:
         raise UsageError("no federation is given; use --federation or set FLUFFLE_FEDERATION")
-    return _Target(*federation_and_broker(merged["federation"], merged["url"]), merged["as_json"])
+    return *federation_and_broker(merged["federation"], merged["url"]), merged["as_json"]
 
 
 def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
@@ -95,13 +92,11 @@ def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
     return asyncio.run(visit())
 
 
-def _list(at: _Target, most: int | None, management: str | None) -> None:
+def _list(topology: Topology, api: Management, most: int | None, as_json: bool) -> None:
     from fluffle_broker.inspect.rejected import dropped, list_rejected
-    from fluffle_common.cli.settings import management_of
 
-    topology, address, as_json = at
-    rejects = _with_link(address, lambda link: list_rejected(link, topology))
-    figures = available_figures(management_of(address, management), topology)
+    rejects = _with_link(api.url, lambda link: list_rejected(link, topology))
+    figures = available_figures(api, topology)
     gone = dropped(figures.get(topology.rejected), len(rejects))
     now = time.time()
     listed = rejects if most is None else rejects[-most:]

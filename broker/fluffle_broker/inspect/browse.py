@@ -34,7 +34,8 @@ async def borrowed(
 ) -> AsyncGenerator[AsyncIterator[Delivery]]:
     """Take messages from the head of a queue, and return each to its position on exit.
 
-    The iterator takes one message at a time. The caller may drop a body that it no longer needs.
+    The iterator takes one message at a time. The caller may drop a body that it no longer needs,
+    and acknowledge a message that is not to return.
 
     ``link`` must be used for nothing else, so that its loss returns the messages as well. Once the
     messages have ``most_bytes`` in total, no more are taken.

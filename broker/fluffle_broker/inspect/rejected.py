@@ -133,27 +133,17 @@ async def requeue(
         if not 1 <= number <= count:
             raise _no_such(topology, number, count)
     results: list[Requeued] = []
-    returned: list[Delivery] = []
-    try:
-        for number in range(1, (count if numbers is None else max(numbers, default=0)) + 1):
-            delivery = await link.get(topology.rejected)
-            if delivery is None:
-                break
-            if numbers is not None and number not in numbers:
-                returned.append(delivery)
-                delivery.body = b""
-                continue
-            decoded = decode_message(delivery, topology.federation, values=False)
-            result = await _send_again(link, topology, Rejected(number, decoded))
-            results.append(result)
-            if result.left is None:
-                delivery.ack()
-            else:
-                returned.append(delivery)
+    number, last = 0, count if numbers is None else max(numbers, default=0)
+    async with borrowed(link, topology.rejected, count=last) as deliveries:
+        async for delivery in deliveries:
+            number += 1
+            if numbers is None or number in numbers:
+                decoded = decode_message(delivery, topology.federation, values=False)
+                result = await _send_again(link, topology, Rejected(number, decoded))
+                results.append(result)
+                if result.left is None:
+                    delivery.ack()
             delivery.body = b""
-    finally:
-        for delivery in returned:
-            delivery.release()
     return results
 
 

@@ -13,7 +13,7 @@ import click
 from pydantic_core import to_json
 
 from fluffle_common.cli.background_stream import BackgroundStream, warning_about
-from fluffle_common.cli.printing import echo_sentences, printable, visible_json, wrapped
+from fluffle_common.cli.printing import echo, echo_sentences, printable, visible_json, wrapped
 from fluffle_common.clock import timestamp, wall_time
 
 if TYPE_CHECKING:
@@ -74,8 +74,16 @@ class Console:
         return self._progress is not None
 
     def event(self, event: RunEvent) -> None:
-        """Write an event: its sentence for people, its name and fields for programs."""
-        self._record(event.name, event.sentence, event.fields)
+        """Write an event: its sentence for people, its name and fields for programs.
+
+        A traceback for people goes to stderr, unabridged, for the author of the task.
+        """
+        from fluffle_common.protocol.events import Traceback
+
+        if isinstance(event, Traceback) and not self._json:
+            echo(*event.sentence().splitlines(), err=True)
+        else:
+            self._record(event.name, event.sentence, event.fields)
 
     def line(self, name: str, text: str, fields: Mapping[str, Any] | None = None) -> None:
         """Write a line: ``text`` for people, ``name`` and ``fields`` for programs."""

@@ -17,8 +17,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fluffle_common.cli.user_code import one_line, task_error
+from fluffle_common.cli.user_code import task_error
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.user_errors import one_line
 
 # What an extra of fluffle brings, for the import names of its packages.
 _OF_THE_WORKER = "'fluffle[worker]', which includes JAX, Flax, optax and pillow"

@@ -7,7 +7,7 @@ from typing import IO, cast
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, RenderResult
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -15,14 +15,6 @@ from fluffle_common.cli.printing import is_terminal
 
 _BAR_WIDTH, _NARROW_BAR_WIDTH, _NARROW = 24, 12, 100
 _LABEL_WIDTH = 9
-
-
-class _Label(ProgressColumn):
-    """The label of a bar, padded so that all bars are aligned."""
-
-    def render(self, task: Task) -> Text:
-        """Return the label."""
-        return Text(f"{task.fields['label']:<{_LABEL_WIDTH}}", style="bold", no_wrap=True)
 
 
 class _Fitting:
@@ -50,7 +42,12 @@ def progress_on(stream: object) -> Progress:
     console = Console(file=cast("IO[str]", stream), highlight=False, emoji=False)
     width = _BAR_WIDTH if console.width >= _NARROW else _NARROW_BAR_WIDTH
     return Progress(
-        _Label(Column(no_wrap=True, min_width=_LABEL_WIDTH)),
+        TextColumn(
+            f"{{task.fields[label]:<{_LABEL_WIDTH}}}",  # padded, so that all bars are aligned
+            style="bold",
+            markup=False,
+            table_column=Column(no_wrap=True, min_width=_LABEL_WIDTH),
+        ),
         BarColumn(bar_width=width, table_column=Column(no_wrap=True, min_width=width)),
         MofNCompleteColumn(table_column=Column(no_wrap=True, min_width=4)),
         _Description(Column(no_wrap=True, ratio=1)),

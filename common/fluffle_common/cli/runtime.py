@@ -1,4 +1,4 @@
-"""Running a coroutine until it ends or a signal cancels it, with tuned GC and malloc."""
+"""Running a coroutine until it ends or a signal cancels it, with tuned malloc."""
 
 from __future__ import annotations
 
@@ -26,8 +26,6 @@ _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 # The event loop, a connection and the files of a run. Without its own, uvloop does not even end.
 _OPEN_FILES = 16
-# asyncio creates thousands of small objects per round, few of them in reference cycles.
-_GC_THRESHOLDS = (10_000, 20, 20)
 # Parameters of glibc's mallopt. Every round allocates messages and models of a few megabytes. Up to
 # these sizes, free memory is kept for the next round, because returning it to the system and
 # faulting it in again, page by page, takes about as long as filling it.
@@ -64,7 +62,6 @@ def run_until_signalled(
     async def watched() -> T:
         # Imported modules stay for good, so the garbage collector can skip them.
         gc.freeze()
-        gc.set_threshold(*_GC_THRESHOLDS)
         _keep_memory()
         running = asyncio.get_running_loop()
         task = asyncio.ensure_future(main)

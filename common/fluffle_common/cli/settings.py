@@ -90,18 +90,13 @@ def management_finder(given: str | None) -> Callable[[str], Management]:
     Raises:
         UsageError: as ``management_of`` does.
     """
-    from fluffle_common.transport.rabbitmq.management import Management, management_base
-    from fluffle_common.transport.rabbitmq.urls import without_credentials
+    from fluffle_common.transport.rabbitmq import management as api
 
-    if given and (shown := without_credentials(given)) != given:
-        raise UsageError(
-            f"the URL of the management API contains a user name; give {shown} instead, "
-            "because fluffle logs in to this API with the user name and the password of --url"
-        )
     if given:
-        return lambda url: Management(url, given)
+        api.check_base(given)
+        return lambda url: api.Management(url, given)
     state = state_folder().absolute()
-    return lambda url: Management(url, management_base(url, node_record(state)))
+    return lambda url: api.Management(url, api.management_base(url, node_record(state)))
 
 
 def check_federation(name: str) -> str:

@@ -7,7 +7,7 @@ import operator
 import reprlib
 from typing import Any
 
-from fluffle_common.cli.user_code import sendable
+from fluffle_common.user_errors import sendable
 
 
 def real(value: Any) -> float:

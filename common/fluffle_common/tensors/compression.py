@@ -38,7 +38,6 @@ from fluffle_common.tensors.codecs.base import (
     Part,
     Shape,
     codec_error,
-    location_of,
 )
 from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES
 from fluffle_common.tensors.layout import Forms, Place
@@ -52,6 +51,7 @@ from fluffle_common.tensors.weights import (
     is_float,
     read_only,
 )
+from fluffle_common.user_errors import place_of
 
 SMALLEST = 1024
 """Tensors with fewer values are not encoded."""
@@ -209,9 +209,9 @@ def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Arr
     except NotFinite as error:
         raise NotFinite(f"tensor '{name}', encoded as {codec.name}: {error}") from None
     except ValueError as error:
-        location = "" if codec.name in OWN_NAMES else location_of(error)
-        reason = f"tensor '{name}', encoded as {codec.name}: {error}"
-        raise ValueError(f"{reason[:400]}{location}") from error
+        reason = f"tensor '{name}', encoded as {codec.name}: {error}"[:400]
+        where = place_of(error)
+        raise ValueError(f"{reason} ({where})" if where else reason) from error
     except (Exception, SystemExit) as error:
         raise codec_error(codec, "decode", name, error) from error
     if isinstance(result, np.ndarray) and np.may_share_memory(result, blank):

@@ -133,9 +133,8 @@ def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
     folder, since, follow = options["folder"], options["since"], options["follow"]
     if folder is None:
         start = _since(since, datetime.now(UTC))
-        if follow:
-            return _follow(options["federation"], options["url"], start)
-        return _events(options["federation"], options["url"], start)
+        where = _where(options["federation"], options["url"])
+        return _follow(*where, start) if follow else _events(*where, start)
     if follow:
         raise UsageError(
             "--follow conflicts with --run, because only a journal on a broker can be followed; "
@@ -145,13 +144,13 @@ def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
 
 
 async def _follow(
-    federation: str | None, url: str | None, since: datetime | None
+    transport: Transport, topology: Topology, since: datetime | None
 ) -> AsyncGenerator[Event]:
     """Yield the events of a journal for ever; say so if it does not exist yet."""
     from fluffle_common.errors import BrokerError
     from fluffle_common.transport.open_once import open_once
 
-    transport, topology = _where(federation, url)
+    federation = topology.federation
     with contextlib.suppress(BrokerError):  # which reading reports, and waits
         async with open_once(transport) as link:
             if await link.counts(topology.journal) is None:
@@ -160,7 +159,7 @@ async def _follow(
                     f"name is wrong, 'fluffle queues --federation {federation}' lists the right "
                     "ones"
                 )
-    async with contextlib.aclosing(_events(federation, url, since, live=True)) as events:
+    async with contextlib.aclosing(_events(transport, topology, since, live=True)) as events:
         async for event in events:
             yield event
 
@@ -220,7 +219,7 @@ def explain(
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
     if folder is None:
-        events, coordinated = asyncio.run(_read(federation, url))
+        events, coordinated = asyncio.run(_read(*_where(federation, url)))
         now = datetime.now(UTC)  # not earlier, because reading takes a while
     else:
         events, coordinated = list(read_journal_file(folder)), None
@@ -280,14 +279,13 @@ def _spans(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-async def _read(federation: str | None, url: str | None) -> tuple[list[Event], bool | None]:
+async def _read(transport: Transport, topology: Topology) -> tuple[list[Event], bool | None]:
     """Return the journal, and whether a coordinator is connected: None when that is unknown."""
     from fluffle_common.errors import BrokerError
     from fluffle_common.transport.open_once import open_once
 
-    async with contextlib.aclosing(_events(federation, url)) as events:
+    async with contextlib.aclosing(_events(transport, topology)) as events:
         journal = [event async for event in events]
-    transport, topology = _where(federation, url)
     with contextlib.suppress(BrokerError):
         async with open_once(transport) as link:
             counts = await link.counts(topology.presence)
@@ -315,13 +313,11 @@ def _where(federation: str | None, url: str | None) -> tuple[Transport, Topology
 
 
 def _events(
-    federation: str | None, url: str | None, since: datetime | None = None, *, live: bool = False
+    transport: Transport, topology: Topology, since: datetime | None = None, *, live: bool = False
 ) -> AsyncGenerator[Event]:
     """Return the events of the journal on a broker."""
     from fluffle_common.transport.reconnect import Backoff
     from fluffle_coordinator.observe.journal_reader import read_journal
-
-    transport, topology = _where(federation, url)
 
     warned = False
 

@@ -7,19 +7,22 @@ import asyncio
 from fluffle_common.protocol.messages import Bye, Failure, Heartbeat, Hello, Refusal, Stop
 from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.received import Skipped, Unmet, check_rhythm
-from fluffle_coordinator.conformance.scenario import Section, requires
+from fluffle_coordinator.conformance.scenario import requires
 
 _POLL_S = 0.2
 _FAULTS_SHOWN = 3
 
 
-@requires(Section.HELLO, "a worker never misses five heartbeats in a row, not even during training")
+@requires(
+    "Hello and heartbeats",
+    "a worker never misses five heartbeats in a row, not even during training",
+)
 async def heartbeats(probe: Probe) -> str:
     """Check the intervals between all hellos and heartbeats."""
     return check_rhythm(probe.messages, asyncio.get_running_loop().time())
 
 
-@requires(Section.HELLO, "a worker's session changes only when its process restarts")
+@requires("Hello and heartbeats", "a worker's session changes only when its process restarts")
 async def one_session(probe: Probe) -> str:
     """Check the session of all presence messages."""
     sessions = _sessions(probe)
@@ -32,7 +35,7 @@ async def one_session(probe: Probe) -> str:
 
 
 @requires(
-    Section.MESSAGES,
+    "Messages",
     "every message is well-formed and has its routing key, its type and a message_id; updates, "
     "evaluations, first weights and failures are persistent",
 )
@@ -47,7 +50,7 @@ async def well_formed(probe: Probe) -> str:
     return all_are + (without if probe.without_user_id else "")
 
 
-@requires(Section.LEAVING, "after a stop of its run, a worker sends a bye or waits for another run")
+@requires("Leaving", "after a stop of its run, a worker sends a bye or waits for another run")
 async def stop(probe: Probe) -> str:
     """End the run."""
     since = len(probe.messages)
@@ -71,7 +74,7 @@ async def stop(probe: Probe) -> str:
     return await probe.until(find, "bye")
 
 
-@requires(Section.HELLO, "a worker leaves when its session is refused")
+@requires("Hello and heartbeats", "a worker leaves when its session is refused")
 async def refusal(probe: Probe) -> str:
     """Refuse the worker after it has been restarted."""
     if not probe.options.twice:

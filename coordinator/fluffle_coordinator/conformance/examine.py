@@ -15,39 +15,11 @@ from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.received import Unmet
 from fluffle_coordinator.conformance.scenario import Finding, Scenario
 
-SCENARIOS: tuple[Scenario, ...] = (
-    greeting.hello,
-    greeting.welcome,
-    greeting.first_weights,
-    work.fit,
-    work.evaluation_before_the_update,
-    work.last_work,
-    work.same_fit_again,
-    work.same_fit_while_at_work,
-    work.next_fit_at_once,
-    work.newer_fit,
-    work.older_fit,
-    work.another_base,
-    work.ticket,
-    work.part_of_the_model,
-    work.extra_tensors,
-    work.rejected_update,
-    work.evaluate,
-    work.evaluate_during_training,
-    work.frozen_tensors,
-    odd_messages.unknown_keys,
-    odd_messages.unknown_critical_key,
-    odd_messages.mail_for_nobody,
-    odd_messages.unsound_weights,
-    odd_messages.lost_part,
-    odd_messages.update_in_parts,
-    odd_messages.another_digest,
-    odd_messages.end_of_others,
-    ending.heartbeats,
-    ending.one_session,
-    ending.well_formed,
-    ending.stop,
-    ending.refusal,
+SCENARIOS = tuple(  # in the order of the modules, and of the functions in each
+    scenario
+    for module in (greeting, work, odd_messages, ending)
+    for scenario in vars(module).values()
+    if isinstance(scenario, Scenario)
 )
 # They judge what has been received, so they are possible after a failure too.
 _RETROSPECTIVE = (ending.one_session, ending.well_formed)

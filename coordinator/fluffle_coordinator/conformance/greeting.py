@@ -10,13 +10,13 @@ from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import check_finite
 from fluffle_coordinator.conformance.probe import Probe
 from fluffle_coordinator.conformance.received import Skipped, Unmet, signs_of_life
-from fluffle_coordinator.conformance.scenario import Section, requires
+from fluffle_coordinator.conformance.scenario import requires
 
 _HELLO_AGAIN_S = 5.0
 
 
 @requires(
-    Section.HELLO,
+    "Hello and heartbeats",
     f"a hello identifies the worker and its data, and offers protocol {PROTOCOL}",
     needed=True,
 )
@@ -42,7 +42,7 @@ async def hello(probe: Probe) -> str:
     )
 
 
-@requires(Section.HELLO, "a welcome is followed by a heartbeat")
+@requires("Hello and heartbeats", "a welcome is followed by a heartbeat")
 async def welcome(probe: Probe) -> str:
     """Send another welcome, and wait for a heartbeat."""
     beat = await probe.heartbeat()
@@ -50,7 +50,7 @@ async def welcome(probe: Probe) -> str:
 
 
 @requires(
-    Section.FIRST_WEIGHTS,
+    "First weights",
     "an init_request is answered with first weights; the first weights are named, finite tensors "
     "of the model that the hello announces",
     needed=True,

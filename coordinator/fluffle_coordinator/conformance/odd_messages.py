@@ -16,12 +16,12 @@ from fluffle_common.tensors.weights import size_bytes
 from fluffle_coordinator.conformance.listener import RUNS, SentFit
 from fluffle_coordinator.conformance.probe import Probe, altered, fresh_name
 from fluffle_coordinator.conformance.received import Skipped, Unmet
-from fluffle_coordinator.conformance.scenario import Section, requires
+from fluffle_coordinator.conformance.scenario import requires
 
 _UNKNOWN = "conformance_later"
 
 
-@requires(Section.MESSAGES, "a worker ignores unknown keys and the keys ext and pad")
+@requires("Messages", "a worker ignores unknown keys and the keys ext and pad")
 async def unknown_keys(probe: Probe) -> str:
     """Send work with keys of a future minor version."""
     fit = probe.next_fit()
@@ -32,7 +32,7 @@ async def unknown_keys(probe: Probe) -> str:
 
 
 @requires(
-    Section.MESSAGES,
+    "Messages",
     "a worker refuses a message with an unknown key in the list critical",
 )
 async def unknown_critical_key(probe: Probe) -> str:
@@ -45,7 +45,7 @@ async def unknown_critical_key(probe: Probe) -> str:
 
 
 @requires(
-    Section.REFUSED,
+    "What a worker refuses",
     "a worker ignores messages that are malformed, sealed, of another federation or of an unknown "
     "kind, and exchanges that it does not know",
 )
@@ -75,7 +75,8 @@ async def mail_for_nobody(probe: Probe) -> str:
 
 
 @requires(
-    Section.REFUSED, "a worker refuses tensors that are not finite or do not match their header"
+    "What a worker refuses",
+    "a worker refuses tensors that are not finite or do not match their header",
 )
 async def unsound_weights(probe: Probe) -> str:
     """Send such work, then sound work."""
@@ -148,7 +149,7 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
 
 
 @requires(
-    Section.PARTS,
+    "Large payloads",
     "a worker waits in state receiving while a part of the model is missing, and accepts the model "
     "when all parts are sent again as a new transfer",
 )
@@ -175,7 +176,7 @@ async def _send_strange_parts(probe: Probe) -> None:
 
 
 @requires(
-    Section.PARTS,
+    "Large payloads",
     "a payload of more than 4 MiB is sent in parts before its update, and sent again for a "
     "repeated fit; a digest of the transfer, if present, matches the parts",
 )
@@ -199,7 +200,7 @@ async def update_in_parts(probe: Probe) -> str:
 
 
 @requires(
-    Section.PARTS,
+    "Large payloads",
     "a worker that sends digests refuses a model in parts whose digest is not the announced one",
 )
 async def another_digest(probe: Probe) -> str:
@@ -234,9 +235,7 @@ def _in_parts(probe: Probe) -> int:
     return transfer.parts
 
 
-@requires(
-    Section.LEAVING, "a worker ignores a stop of another run and a refusal of another session"
-)
+@requires("Leaving", "a worker ignores a stop of another run and a refusal of another session")
 async def end_of_others(probe: Probe) -> str:
     """Send both, then work."""
     federation, since = probe.topology.federation, len(probe.messages)

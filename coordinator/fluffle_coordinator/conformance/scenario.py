@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Literal, NamedTuple
 
 from fluffle_coordinator.conformance.probe import Probe
@@ -14,21 +13,6 @@ Play = Callable[[Probe], Awaitable[str]]
 """Plays a scenario; returns what the worker did, or raises ``Unmet`` or ``Skipped``."""
 
 Outcome = Literal["ok", "failed", "skipped"]
-
-
-class Section(StrEnum):
-    """The sections of docs/protocol.md that require something of a worker."""
-
-    MESSAGES = "Messages"
-    HELLO = "Hello and heartbeats"
-    FIRST_WEIGHTS = "First weights"
-    WORK = "Work"
-    REFUSED = "What a worker refuses"
-    PARTS = "Large payloads"
-    OUTCOME = "What becomes of an update"
-    LEAVING = "Leaving"
-    EXTRA = "Extra tensors"
-    FROZEN = "Frozen tensors"
 
 
 class Finding(NamedTuple):
@@ -53,7 +37,7 @@ class Scenario:
     """
 
     name: str
-    section: Section
+    section: str
     requirement: str
     play: Play
     needed: bool
@@ -72,9 +56,7 @@ class Scenario:
         return Finding(self.name, outcome, seen, self.requirement, self.section)
 
 
-def requires(
-    section: Section, requirement: str, *, needed: bool = False
-) -> Callable[[Play], Scenario]:
+def requires(section: str, requirement: str, *, needed: bool = False) -> Callable[[Play], Scenario]:
     """Return a decorator that makes a scenario of a function and names it after that."""
 
     def decorate(play: Play) -> Scenario:

@@ -22,13 +22,13 @@ from fluffle_coordinator.conformance.received import (
     same_answer,
     signs_of_life,
 )
-from fluffle_coordinator.conformance.scenario import Section, requires
+from fluffle_coordinator.conformance.scenario import requires
 
 _SEQUENCES_AHEAD = 1000  # how far the sequence is ahead of the round, as in an asynchronous run
 
 
 @requires(
-    Section.WORK,
+    "Work",
     "a fit is answered with an update of the same run, round and base; the update's deltas "
     "(trained - received) are finite and have the names, shapes and dtypes of the fit",
     needed=True,
@@ -40,7 +40,7 @@ async def fit(probe: Probe) -> str:
 
 
 @requires(
-    Section.WORK,
+    "Work",
     "if a fit sets 'evaluate', a worker with held-out data first sends an evaluation (with round - "
     "1 and the fit's base), then the update",
 )
@@ -69,7 +69,7 @@ async def evaluation_before_the_update(probe: Probe) -> str:
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples, then the update"
 
 
-@requires(Section.WORK, "an idle worker reports the run and the round of its last work")
+@requires("Work", "an idle worker reports the run and the round of its last work")
 async def last_work(probe: Probe) -> str:
     """Play a round, then ask for a heartbeat."""
     update, _ = await probe.update(await probe.ask(probe.next_fit()))
@@ -87,7 +87,7 @@ async def last_work(probe: Probe) -> str:
     return f"idle after round {beat.round}"
 
 
-@requires(Section.WORK, "if a fit is repeated after its update, the worker sends that update again")
+@requires("Work", "if a fit is repeated after its update, the worker sends that update again")
 async def same_fit_again(probe: Probe) -> str:
     """Send the same fit twice, the second time after the answer."""
     sent = await probe.ask(probe.next_fit())
@@ -102,7 +102,7 @@ async def same_fit_again(probe: Probe) -> str:
     return "the same update again"
 
 
-@requires(Section.WORK, "a worker ignores a repeated fit while it trains for that fit")
+@requires("Work", "a worker ignores a repeated fit while it trains for that fit")
 async def same_fit_while_at_work(probe: Probe) -> str:
     """Send the same fit twice in a row."""
     sent = await probe.ask(probe.next_fit())
@@ -116,7 +116,7 @@ async def same_fit_while_at_work(probe: Probe) -> str:
     return "one update" if len(updates) == 1 else f"the same update {len(updates)} times"
 
 
-@requires(Section.WORK, "a worker answers a fit that arrives before its last update is confirmed")
+@requires("Work", "a worker answers a fit that arrives before its last update is confirmed")
 async def next_fit_at_once(probe: Probe) -> str:
     """Play rounds without a pause between them."""
     for _ in range(3):
@@ -124,7 +124,7 @@ async def next_fit_at_once(probe: Probe) -> str:
     return "updates of 3 rounds without a pause"
 
 
-@requires(Section.WORK, "a fit for a newer round replaces older work and is answered")
+@requires("Work", "a fit for a newer round replaces older work and is answered")
 async def newer_fit(probe: Probe) -> str:
     """Send the next round while the worker trains."""
     older = await probe.ask(probe.next_fit())
@@ -134,7 +134,7 @@ async def newer_fit(probe: Probe) -> str:
 
 
 @requires(
-    Section.WORK,
+    "Work",
     "a worker accepts or ignores a fit for an older round, but always answers the newer fit",
 )
 async def older_fit(probe: Probe) -> str:
@@ -153,7 +153,7 @@ async def older_fit(probe: Probe) -> str:
     return "an update of the older round; an update of the newer round after a repeated fit"
 
 
-@requires(Section.WORK, "a fit for the same round with another base is new work and is trained")
+@requires("Work", "a fit for the same round with another base is new work and is trained")
 async def another_base(probe: Probe) -> str:
     """Send the round under another base while the worker trains."""
     first = await probe.ask(probe.next_fit())
@@ -163,7 +163,7 @@ async def another_base(probe: Probe) -> str:
 
 
 @requires(
-    Section.WORK,
+    "Work",
     "an update has the sequence of its fit, or no sequence if the fit has no sequence; a fit for "
     "the same round and base with a higher sequence is new work and is trained",
 )
@@ -193,7 +193,7 @@ def _sequence(number: int | None) -> str:
 
 
 @requires(
-    Section.WORK,
+    "Work",
     "an update has only the tensors that match the plan's field 'train'; if no tensor matches, the "
     "worker sends a failure",
 )
@@ -216,7 +216,7 @@ async def part_of_the_model(probe: Probe) -> str:
 
 
 @requires(
-    Section.EXTRA,
+    "Extra tensors",
     "if the plan asks for extra tensors, the update has them, or the worker sends a failure",
 )
 async def extra_tensors(probe: Probe) -> str:
@@ -238,7 +238,7 @@ async def _failure_or_update(probe: Probe, sent: SentFit) -> Failure | None:
 
 
 @requires(
-    Section.OUTCOME,
+    "What becomes of an update",
     "after a verdict with train_again and a fit with the next attempt, the worker trains again",
 )
 async def rejected_update(probe: Probe) -> str:
@@ -263,7 +263,7 @@ async def rejected_update(probe: Probe) -> str:
 
 
 @requires(
-    Section.WORK,
+    "Work",
     "an evaluate is answered with an evaluation of the same round and base, even without held-out "
     "data",
 )
@@ -280,7 +280,7 @@ async def evaluate(probe: Probe) -> str:
     return f"loss {evaluation.loss:.4g} on {evaluation.num_examples:,} examples"
 
 
-@requires(Section.WORK, "a worker answers an evaluate while it trains for a fit of the same round")
+@requires("Work", "a worker answers an evaluate while it trains for a fit of the same round")
 async def evaluate_during_training(probe: Probe) -> str:
     """Send an evaluate while the worker trains, then the next round."""
     await probe.ask(probe.next_fit())
@@ -290,7 +290,7 @@ async def evaluate_during_training(probe: Probe) -> str:
 
 
 @requires(
-    Section.FROZEN,
+    "Frozen tensors",
     "a worker with the feature 'frozen' waits in the state 'receiving' until it has a fit's frozen "
     "tensors; the worker keeps received frozen tensors, lists their digest, and uses them again",
 )

@@ -16,18 +16,16 @@ import asyncio
 import contextlib
 import ipaddress
 import socket
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator
-from importlib.resources import files
-from importlib.resources.abc import Traversable
-from pathlib import PurePath
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from pathlib import Path
 
 import uvicorn
 from prometheus_client.exposition import choose_encoder
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
+from starlette.routing import Mount, Route
+from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fluffle_common.cli.console import warn
@@ -44,13 +42,7 @@ _QUEUES_EVERY_S = 3.0
 _QUEUES_FOR_METRICS_S = 5.0
 _SHUTDOWN_S = 2.0
 
-_STATIC = files("fluffle_coordinator.dashboard") / "static"
-_MEDIA_TYPES = {
-    ".html": "text/html; charset=utf-8",
-    ".css": "text/css; charset=utf-8",
-    ".js": "text/javascript; charset=utf-8",
-    ".svg": "image/svg+xml",
-}
+_STATIC = Path(__file__).with_name("static")
 _HEADERS = [
     (
         b"content-security-policy",
@@ -172,6 +164,9 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
     metrics = registry(feed)
     viewers = 0
 
+    async def page(_: Request) -> Response:
+        return FileResponse(_STATIC / "page.html")
+
     async def board(_: Request) -> Response:
         await feed.ask_queues(_QUEUES_EVERY_S)
         return Response(_joined(feed.sections()), media_type="application/json")
@@ -217,19 +212,10 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", prometheus),
-        Route("/", _file(_STATIC / "page.html")),
-        *(Route(f"/{file.name}", _file(file)) for file in _STATIC.iterdir()),
+        Route("/", page),
+        Mount("/", StaticFiles(directory=_STATIC)),
     ]
     return _read_only(Starlette(routes=routes), hosts)
-
-
-def _file(file: Traversable) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-    body, media_type = file.read_bytes(), _MEDIA_TYPES[PurePath(file.name).suffix]
-
-    async def answer(_: Request) -> Response:
-        return Response(body, media_type=media_type)
-
-    return answer
 
 
 async def _events(feed: Feed) -> AsyncGenerator[str, None]:

@@ -68,22 +68,21 @@ def start(
     committed: int = 0,
     counted: Mapping[int, frozenset[Ticket]] = MappingProxyType({}),
     earlier: Mapping[int, str] = MappingProxyType({}),
-    sequence: int = 0,
     earlier_starts: int = 0,
     evaluated: bool = True,
     **known: Any,
 ) -> State:
     """Return the initial state of a new run, or of one that goes on after its last commit.
 
-    ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets that
-    recent rounds counted, ``sequence`` is the highest one that any round counted,
-    ``earlier_starts`` is the number of coordinators that ran before, and ``earlier`` has the names
-    of the weights that rounds began with. ``evaluated`` says whether the evaluation of the last
-    model is on disk. ``known`` are other fields of ``State``; the workers decide on ``classes`` and
-    ``model`` if these are None.
+    ``committed`` is the last round on disk, 0 for a new run; ``counted`` has the tickets that each
+    round counted, ``earlier_starts`` is the number of coordinators that ran before, and ``earlier``
+    has the names of the weights that rounds began with. ``evaluated`` says whether the evaluation
+    of the last model is on disk. ``known`` are other fields of ``State``; the workers decide on
+    ``classes`` and ``model`` if these are None.
     """
     # A connected worker sends a heartbeat within this time (every 2 s by default).
     all_heard_s = 2.0 * rules.patience
+    sequence = max((t.sequence for tickets in counted.values() for t in tickets), default=0)
     state = State(
         rules=rules,
         run=run,

@@ -136,8 +136,7 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
             {"event": n.event.name, "at": iso(n.at), "worker": n.worker, "reason": n.reason}
             for n in this.notes
         ],
-        "longest_wait": wait
-        and {"seconds": wait.seconds, "until": wait.until, "after": wait.after},
+        "longest_wait": wait and wait._asdict(),
         "committed_at": iso(this.committed_at),
         "participants": list(this.participants),
         "timings": dict(this.timings),

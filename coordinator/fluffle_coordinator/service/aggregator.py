@@ -10,21 +10,18 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
 from fluffle_common.tensors.groups import FROZEN, untrained
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
-from fluffle_common.transport.base import Link
 from fluffle_common.transport.fetch_parts import PartsGone
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine.effects import Fold
@@ -52,29 +49,25 @@ class Aggregator:
     Strategies other than FedAvg always run in a thread.
 
     Args:
-        topology: the names of the queues that hold the parts of large updates.
+        fetcher: fetches the parts of large updates.
         saved: the state of the run on disk, with its model.
         committer: stores first weights, averages and kept updates.
         settings: the operator's settings.
-        link: returns the current link, or None while disconnected.
         post: sends an event to the machine.
         record: records a run event.
         averaged: called with a round and the name of its new weights, which are being written.
-        folder: the folder of the files that hold large updates until they are checked.
     """
 
     def __init__(
         self,
-        topology: Topology,
+        fetcher: Fetcher,
         saved: Saved,
         committer: Committer,
         settings: CoordinatorSettings,
         *,
-        link: Callable[[], Link | None],
         post: Callable[[ev.Event], None],
         record: Callable[[RunEvent], object] = lambda _: None,
         averaged: Callable[[int, str], object] = lambda *_: None,
-        folder: Path | None = None,
     ) -> None:
         self.weights: Weights | None = saved.weights
         self.frozen = saved.frozen.tensors
@@ -85,15 +78,7 @@ class Aggregator:
         # Whether an update that missed one sum may go into the next.
         self._carries = settings.schedule.max_staleness > 0
         averages = self._strategy.name == FEDAVG.name
-        self._averaged, self._jobs = averaged, SerialQueue()
-        self._fetcher = Fetcher(
-            topology,
-            settings,
-            link=link,
-            weights=lambda: self.weights,
-            in_pieces=averages,  # other strategies need whole tensors, by name
-            folder=folder,
-        )
+        self._averaged, self._jobs, self._fetcher = averaged, SerialQueue(), fetcher
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
         if saved.weights is not None:
@@ -131,7 +116,7 @@ class Aggregator:
         if self._quick and held.message.transfer is None and not self._keep_updates:
             self._fold_at_once(held)
         else:
-            self._fetcher.expect(held)
+            self._fetcher.expect(held, self._base)
             self._jobs.put(lambda: self._fold(held))
 
     def drop(self, held: Held) -> None:
@@ -193,7 +178,7 @@ class Aggregator:
         message = held.message
         if self.weights is None:
             try:
-                payload = await self._fetcher.payload(held)
+                payload = await self._fetcher.payload(held, self.weights)
                 assert isinstance(payload, memoryview)
                 groups = read_groups(message.tensors, payload)
                 weights = groups[MODEL]
@@ -224,7 +209,7 @@ class Aggregator:
         assert held.how is not None
         update = held.how.update
         try:
-            payload = await self._fetcher.payload(held)
+            payload = await self._fetcher.payload(held, self.weights)
             # Folding touches the whole model, however small the encoded update is.
             nbytes = max(update.size_bytes, size_bytes(self._base))
             fold = partial(self._off_loop, nbytes, self._check_and_fold, held, payload)

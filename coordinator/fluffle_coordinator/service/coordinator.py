@@ -45,6 +45,7 @@ from fluffle_coordinator.observe.waiting import WaitingReport
 from fluffle_coordinator.observe.watchers import Watcher
 from fluffle_coordinator.service.aggregator import Aggregator
 from fluffle_coordinator.service.committer import Committer
+from fluffle_coordinator.service.fetcher import Fetcher
 from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.run_opening import first_state
@@ -108,15 +109,13 @@ class Coordinator:
             lines=saved.lines,
         )
         self._aggregator = Aggregator(
-            topology,
+            Fetcher(topology, settings, link=lambda: self._link, folder=store.folder),
             saved,
             self._committer,
             settings,
-            link=lambda: self._link,
             post=self._post,
             record=self._record,
             averaged=self._send_ahead,
-            folder=store.folder,
         )
         self._intake = Intake(
             settings,

@@ -23,6 +23,7 @@ from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.spool import Spool, SpoolFile
 from fluffle_coordinator.strategy.decoding import check_announced
+from fluffle_coordinator.strategy.fedavg import FEDAVG
 
 Payload = memoryview | InPieces
 
@@ -31,10 +32,14 @@ class Fetcher:
     """Fetches the update that is folded next, and then at most one more.
 
     An update that may stay in pieces is spooled to disk and uses little memory, so it is fetched
-    ahead. Any other update needs one block of memory and is fetched when it is folded.
+    ahead. Any other update needs one block of memory and is fetched when it is folded. Only the
+    updates of ``fedavg`` may stay in pieces: other strategies need whole tensors, by name.
 
-    ``weights`` returns the current model, or None before the first weights. Spool files are in
-    ``folder``, or in the system's temporary folder.
+    Args:
+        topology: the names of the queues that hold the parts of large updates.
+        settings: the operator's settings.
+        link: returns the current link, or None while disconnected.
+        folder: the folder of spool files; None for the system's temporary folder.
     """
 
     def __init__(
@@ -43,12 +48,10 @@ class Fetcher:
         settings: CoordinatorSettings,
         *,
         link: Callable[[], Link | None],
-        weights: Callable[[], Weights | None],
-        in_pieces: bool,
-        folder: Path | None,
+        folder: Path | None = None,
     ) -> None:
-        self._topology, self._link, self._weights = topology, link, weights
-        self._plan, self._in_pieces = settings.whole_plan, in_pieces
+        self._topology, self._link, self._plan = topology, link, settings.whole_plan
+        self._in_pieces = settings.strategy.name == FEDAVG.name
         self._max_bytes, self._verify_users = settings.max_model_bytes, settings.verify_users
         self._folder, self._free_files = folder, list[SpoolFile]()
         self._expected: deque[Held] = deque()
@@ -57,19 +60,23 @@ class Fetcher:
         # arrive later, and up to five more parts of 4 MiB would be in memory.
         self._fetching = asyncio.Lock()
 
-    def expect(self, held: Held) -> None:
-        """Add an update to the end of the queue of those to fetch."""
+    def expect(self, held: Held, weights: Weights) -> None:
+        """Add an update of a model to the end of the queue of those to fetch."""
         if held.message.transfer is not None and not self._is_ahead(held):
             self._expected.append(held)
-            self._fetch_next()
+            self._fetch_next(weights)
 
     def postpone(self, held: Held) -> None:
         """Stop expecting an update until the next sum asks for it; keep its fetched parts."""
         if held in self._expected:
             self._expected.remove(held)
 
-    async def payload(self, held: Held) -> Payload:
+    async def payload(self, held: Held, weights: Weights | None) -> Payload:
         """Return the tensors of an update, as one block of bytes or in pieces.
+
+        Args:
+            held: the update, or first weights.
+            weights: the model; None before the first weights.
 
         Raises:
             MalformedMessage: if the announcement or the parts are invalid.
@@ -81,12 +88,13 @@ class Fetcher:
         if self._ahead is not None and self._is_ahead(held):
             task = self._ahead[1]
             self._ahead = None
-            self._fetch_next()
+            self._fetch_next(weights)
             return await task
         self.postpone(held)
-        layout = check_announced(held.message, self._weights(), self._plan)
-        self._fetch_next()
-        return await self._fetch(held, layout)
+        layout = check_announced(held.message, weights, self._plan)
+        self._fetch_next(weights)
+        in_pieces = self._stays_in_pieces(held.message, layout, weights)
+        return await self._fetch(held, layout, in_pieces=in_pieces)
 
     async def drop(self, held: Held) -> None:
         """Stop expecting an update, and stop fetching it."""
@@ -102,29 +110,30 @@ class Fetcher:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
 
-    def _fetch_next(self) -> None:
+    def _fetch_next(self, weights: Weights | None) -> None:
         """Start fetching the next expected update, if it may stay in pieces."""
         if self._ahead is not None or not self._expected:
             return
         held = self._expected[0]
         try:
-            layout = check_announced(held.message, self._weights(), self._plan)
+            layout = check_announced(held.message, weights, self._plan)
         except MalformedMessage:
             return  # payload() raises it
-        if self._stays_in_pieces(held.message, layout):
+        if self._stays_in_pieces(held.message, layout, weights):
             self.postpone(held)
-            self._ahead = held, asyncio.create_task(self._fetch(held, layout))
+            fetching = self._fetch(held, layout, in_pieces=True)
+            self._ahead = held, asyncio.create_task(fetching)
 
     def _is_ahead(self, held: Held) -> bool:
         return self._ahead is not None and self._ahead[0] is held
 
-    async def _fetch(self, held: Held, layout: GroupedLayout) -> Payload:
+    async def _fetch(self, held: Held, layout: GroupedLayout, *, in_pieces: bool) -> Payload:
         message, link = held.message, self._link()
         if link is None:
             raise LinkLost("the link was lost")
         assert message.transfer is not None
         into: Spool | Assembly
-        if self._stays_in_pieces(message, layout):
+        if in_pieces:
             file = self._free_files.pop() if self._free_files else SpoolFile(self._folder)
             into = Spool(message.transfer, self._max_bytes, layout.layouts[MODEL], file)
             weakref.finalize(into, self._free_files.append, file)
@@ -140,9 +149,10 @@ class Fetcher:
             )
         return into.payload()
 
-    def _stays_in_pieces(self, message: Update | FirstWeights, layout: GroupedLayout) -> bool:
+    def _stays_in_pieces(
+        self, message: Update | FirstWeights, layout: GroupedLayout, weights: Weights | None
+    ) -> bool:
         """Whether an update can be folded in pieces: not encoded, only the model, one dtype."""
-        weights = self._weights()
         if weights is None or not isinstance(message, Update) or message.encoding is not None:
             return False
         model = layout.layouts[MODEL]

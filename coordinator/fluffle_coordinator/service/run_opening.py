@@ -192,7 +192,6 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         schedule=settings.schedule,
         committed=saved.committed,
         counted=saved.counted,
-        sequence=saved.sequence,
         earlier_starts=count_start(folder) if settings.schedule.continuous else 0,
         earlier=saved.earlier,
         asked_in=Table(saved.asked_in),

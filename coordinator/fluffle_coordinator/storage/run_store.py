@@ -192,7 +192,6 @@ class RunStore:
             committed=last,
             announced=announced,
             counted=counted,
-            sequence=max((t.sequence for tickets in counted.values() for t in tickets), default=0),
             earlier=self._bases(commits),
             asked_in={name: line["round"] for line in commits for name in line.get("asked", ())},
             train_s={w["worker"]: w["seconds"] for w in counts if w.get("seconds") is not None},

@@ -22,7 +22,6 @@ class Saved:
     # The largest number of examples that each worker was counted with.
     announced: Mapping[str, int] = field(default_factory=dict)
     counted: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)  # in each round
-    sequence: int = 0  # the highest one in these tickets
     # The name of the weights that each round began with.
     earlier: Mapping[int, str] = field(default_factory=dict)
     asked_in: Mapping[str, int] = field(default_factory=dict)  # the last round of each worker

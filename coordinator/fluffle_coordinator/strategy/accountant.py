@@ -40,11 +40,12 @@ class Accountant:
         Raises:
             ValueError: if one round already exceeds it.
         """
-        # Composing loss distributions is slow. The search starts from what Rényi divergences, which
-        # are fast, allow: it is never too many rounds.
-        quick = Accountant(self.noise, self.delta, self.rate, "rdp")
-        first = _most(lambda n: quick.epsilon(n) <= budget) if self.method == "pld" else 0
-        most = _most(lambda n: self.epsilon(n) <= budget, first)
+        low, step = 0, 1  # by doubling steps, and then bisection
+        while low + step < _MOST_ROUNDS and self.epsilon(low + step) <= budget:
+            low += step
+            step *= 2
+        between = range(low + 1, low + step)
+        most = low + bisect.bisect_left(between, True, key=lambda n: self.epsilon(n) > budget)
         if not most:
             raise ValueError(
                 f"budget={budget:g} is too small for one round, which costs an epsilon of "
@@ -167,19 +168,3 @@ _METHODS: dict[str, Callable[[Accountant, int], float]] = {
     "pld": _pld,
     "rdp": _rdp,
 }
-
-
-def _most(allowed: Callable[[int], bool], first: int = 0) -> int:
-    """Return the largest number that is allowed, by doubling steps and then bisection.
-
-    Args:
-        allowed: monotonic: true up to some number, and of 0 in any case.
-        first: where to start.
-    """
-    low = first if first and allowed(first) else 0
-    step = max(1, low // 8)
-    while low + step < _MOST_ROUNDS and allowed(low + step):
-        low += step
-        step *= 2
-    between = range(low + 1, low + step)
-    return low + bisect.bisect_left(between, True, key=lambda rounds: not allowed(rounds))

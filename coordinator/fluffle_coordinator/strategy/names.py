@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from fluffle_common.arguments import nearest, read_arguments, write_arguments
 from fluffle_coordinator.strategy import clipping, linear_means, robust_means, server_steps
@@ -26,6 +26,7 @@ from fluffle_coordinator.strategy.pipeline import pipeline, replace
 from fluffle_coordinator.strategy.scaffold import scaffold
 from fluffle_coordinator.strategy.weighted import weighted
 
+Kind = Literal["transform", "mean", "server step", "whole strategy"]
 _JOIN = re.compile(r"\+(?=\s*[A-Za-z_])")  # not the plus of 1e+3
 
 
@@ -33,7 +34,7 @@ _JOIN = re.compile(r"\+(?=\s*[A-Za-z_])")  # not the plus of 1e+3
 class Part:
     """A named part of a strategy: its place in a pipeline, what makes it, and a description."""
 
-    kind: Literal["transform", "mean", "server step", "whole strategy"]
+    kind: Kind
     make: Callable[..., Any]
     about: str
 
@@ -85,12 +86,8 @@ def named_strategy(text: str) -> NamedStrategy:
         >>> named_strategy("fedavgm:0.5+clip:10").name
         'clip:norm=10.0+fedavgm:lr=0.5,momentum=0.9'
     """
-    parts: dict[str, list[tuple[str, Any]]] = {  # by kind: the full name and the part
-        "transform": [],
-        "mean": [],
-        "server step": [],
-        "whole strategy": [],
-    }
+    # By kind: the full name and the part.
+    parts: dict[str, list[tuple[str, Any]]] = {kind: [] for kind in get_args(Kind)}
     for words in _JOIN.split(text):
         name, _, arguments = (word.strip() for word in words.partition(":"))
         if name not in PARTS:

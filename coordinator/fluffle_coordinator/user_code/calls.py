@@ -14,9 +14,10 @@ from concurrent.futures import Executor, Future
 from typing import Any, NoReturn, TypeVar
 
 from fluffle_common.cli.exit_now import exit_now
-from fluffle_common.cli.user_code import is_ctrl_c, one_line, warn_in_full
+from fluffle_common.cli.user_code import warn_in_full
 from fluffle_common.errors import RunError, TaskError
 from fluffle_common.protocol.events import Slow
+from fluffle_common.user_errors import is_ctrl_c, one_line
 
 T = TypeVar("T")
 

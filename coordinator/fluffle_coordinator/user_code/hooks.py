@@ -15,11 +15,12 @@ from typing import Any, TypeVar
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.loading import load_object
-from fluffle_common.cli.user_code import one_line, sendable, warn_in_full
+from fluffle_common.cli.user_code import warn_in_full
 from fluffle_common.cli.user_values import real
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.weights import Array, Weights, read_only
+from fluffle_common.user_errors import one_line, sendable
 from fluffle_coordinator.user_code.calls import call_user
 
 T = TypeVar("T")
@@ -103,10 +104,6 @@ class Hooks:
 NO_HOOKS = Hooks()
 
 
-class _WrongResult(TaskError):
-    """A hook returned a value of a wrong type."""
-
-
 def _function(given: Any, option: str, argument: str) -> Any:
     function = load_object(given, option) if isinstance(given, str) else given
     if function is None:
@@ -172,7 +169,7 @@ class HookCalls:
             except StopRun as stop:
                 return sendable(str(stop)) or "the on_round hook stopped the run"
             if returned is not None and not isinstance(returned, str):
-                raise _WrongResult(
+                raise TaskError(
                     f"the function returned {type(returned).__name__}, but it must return None, "
                     "or a text with the reason to end the run"
                 )
@@ -187,7 +184,7 @@ class HookCalls:
         if why is not None and self._is_new(text := one_line(why)):
             what = f"round {number} is committed, but its {name} hook failed: {text}"
             self._record(run_events.Note(what=what))
-            if isinstance(why, _WrongResult):
+            if isinstance(why, TaskError):
                 warn(f"the {name} hook failed: {text}")
             else:
                 warn_in_full(why, f"{name} hook")
@@ -210,10 +207,10 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
     """Return the metrics as floats, and what is wrong with those that are left out.
 
     Raises:
-        _WrongResult: if ``returned`` is not a mapping.
+        TaskError: if ``returned`` is not a mapping.
     """
     if not isinstance(returned, Mapping):
-        raise _WrongResult(
+        raise TaskError(
             f"the function returned {type(returned).__name__}, but it must return a mapping of "
             "metric names to numbers"
         )

@@ -110,17 +110,14 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
         if picture.frames > 1:
             warn(f"{path} has {picture.frames} frames; only the first frame is read")
         pictures.append(picture)
-        prediction = loaded.predict(picture.pixels)
+        scores = loaded.predict(picture.pixels)
+        letter = max(scores, key=scores.__getitem__)
+        confidence = scores[letter]
         predictions.append(
-            {
-                "image": str(path),
-                "letter": prediction.label,
-                "confidence": prediction.confidence,
-                "scores": prediction.scores,
-            }
+            {"image": str(path), "letter": letter, "confidence": confidence, "scores": scores}
         )
         if not as_json:
-            echo(f"{path}: {shown[prediction.label]}  {100 * prediction.confidence:.1f} %")
+            echo(f"{path}: {shown[letter]}  {100 * confidence:.1f} %")
     if as_json:
         echo_json(predictions)
     for note in inverted_note(pictures):

@@ -6,7 +6,6 @@ import re
 import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 
 from fluffle_common.errors import TaskError
@@ -33,19 +32,12 @@ _JUNK = frozenset(
 _TO_CONVERT = {".heic": "HEIC", ".heif": "HEIF", ".avif": "AVIF", ".svg": "SVG", ".pdf": "PDF"}
 
 
-@dataclass(frozen=True)
-class ClassFolders:
-    """The contents of a folder ``<class>/<image>``."""
+def find_classes(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
+    """List the image files of each class of a folder, and lines to show to the user.
 
-    files: dict[str, tuple[Path, ...]]  # of each class that has any, sorted by ``class_order``
-    notes: tuple[str, ...]  # lines to show to the user
-
-
-def find_classes(folder: Path) -> ClassFolders:
-    """List the classes of a folder and their image files.
-
-    Names are normalised to Unicode's composed form (NFC), so that a folder from macOS and one from
-    Linux are the same class. Files and folders that are junk (``is_junk``) are skipped.
+    Classes without images are left out; the others are sorted by ``class_order``. Names are
+    normalised to Unicode's composed form (NFC), so that a folder from macOS and one from Linux are
+    the same class. Files and folders that are junk (``is_junk``) are skipped.
 
     Raises:
         TaskError: if there is no such folder, it cannot be read, or a class has an unusable name.
@@ -72,7 +64,7 @@ def find_classes(folder: Path) -> ClassFolders:
                 images.append(file)
             elif not file.is_dir():
                 ignored[_kind(file)] += 1
-        files[name] = tuple(images)
+        files[name] = images
     classes = {name: images for name, images in files.items() if images}
     notes = [*_spelling_notes(spellings), *_case_notes(classes)]
     if ignored:
@@ -82,7 +74,7 @@ def find_classes(folder: Path) -> ClassFolders:
     empty = files.keys() - classes.keys()
     if empty and classes:
         notes.append(f"folders without images: {some(sorted(empty, key=class_order))}")
-    return ClassFolders(classes, tuple(notes))
+    return classes, notes
 
 
 def class_name(name: str) -> str:

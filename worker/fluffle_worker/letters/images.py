@@ -43,17 +43,17 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
         TaskError: if the folder does not exist, has no readable image, or has another class.
         UsageError: if ``classes`` lists a class twice.
     """
-    class_folders = find_classes(folder)
-    if not class_folders.files:
+    files, notes = find_classes(folder)
+    if not files:
         missing = f"{folder} has no images; put images into {folder}/<class>/<image>.png"
-        raise TaskError("; ".join([missing, *class_folders.notes]))
-    names = tuple(map(class_name, class_folders.files if classes is None else classes))
+        raise TaskError("; ".join([missing, *notes]))
+    names = tuple(map(class_name, files if classes is None else classes))
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(
             f"--classes lists the same class more than once ({some(twice)}); list each class once"
         )
-    unexpected = [name for name in class_folders.files if name not in names]
+    unexpected = [name for name in files if name not in names]
     if unexpected:
         raise TaskError(
             f"{folder} has images of the classes {', '.join(unexpected)}, but only the classes "
@@ -62,7 +62,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
     pictures: list[Picture] = []
     targets, paths, skipped = [], [], []
     for index, name in enumerate(names):
-        for path in class_folders.files.get(name, ()):
+        for path in files.get(name, ()):
             try:
                 pictures.append(read_picture(path))
             except UsageError as why:
@@ -72,7 +72,7 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
             paths.append(path)
     if not pictures:
         raise TaskError(f"none of the images in {folder} can be read: {skipped[0]}")
-    notes = [*class_folders.notes, *_skipped_notes(skipped, len(pictures))]
+    notes += _skipped_notes(skipped, len(pictures))
     layered = sum(picture.frames > 1 for picture in pictures)
     if layered:
         notes.append(

@@ -22,23 +22,6 @@ from fluffle_worker.letters.task import letters_task
 
 
 @dataclass(frozen=True)
-class Prediction:
-    """A model's probability of each class for one image."""
-
-    scores: dict[str, float]
-
-    @property
-    def label(self) -> str:
-        """The most probable class."""
-        return max(self.scores, key=self.scores.__getitem__)
-
-    @property
-    def confidence(self) -> float:
-        """Its probability."""
-        return self.scores[self.label]
-
-
-@dataclass(frozen=True)
 class Score:
     """A confusion matrix: how often class i (row) was predicted as class j (column)."""
 
@@ -102,10 +85,10 @@ class LettersModel:
         predicted = self.probabilities(images.inputs[indices]).argmax(axis=1)
         return Score(confusion_counts(images.targets[indices], predicted, classes))
 
-    def predict(self, image: Array) -> Prediction:
-        """Classify one image, float32 [100, 100, 1]."""
+    def predict(self, image: Array) -> dict[str, float]:
+        """Return the probability of each class for one image, float32 [100, 100, 1]."""
         probabilities = self.probabilities(image[None])[0]
-        return Prediction(dict(zip(self.classes, map(float, probabilities), strict=True)))
+        return dict(zip(self.classes, map(float, probabilities), strict=True))
 
 
 def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> float:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Weights, read_only
+from fluffle_common.user_errors import one_line
 from fluffle_worker.local.base import LocalRule, Named, Plain, kept_and_extra
 from fluffle_worker.local.persistent_tensors import PersistentTensors, WorkId
 

@@ -11,9 +11,9 @@ from typing import Any
 
 from fluffle_common.arguments import nearest, read_arguments
 from fluffle_common.cli.loading import load_installed, load_object
-from fluffle_common.cli.user_code import one_line
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
+from fluffle_common.user_errors import one_line
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.chain import Chain
 

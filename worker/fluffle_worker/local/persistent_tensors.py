@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluffle_common.cli.user_code import call_task
 from fluffle_common.durable_files import make_folder
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import Weights, check_signature
 from fluffle_worker.local.base import Named
-from fluffle_worker.user_code import call_task
 
 WorkId = tuple[str, int, int]
 """The run, the round and the sequence of a piece of work; an asynchronous round can have several.

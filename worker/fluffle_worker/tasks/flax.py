@@ -25,14 +25,13 @@ from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
-from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
 from fluffle_worker.tasks.examples import Examples, Stream, call, joined
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.jax_examples import key_of, on_device, picked, scored, summed
 from fluffle_worker.tasks.model_parts import ModelParts
-from fluffle_worker.user_code import FailedMetric
 
 Augment = Callable[[jax.Array, Any], Any]
 _EVALUATION_BATCH = 256

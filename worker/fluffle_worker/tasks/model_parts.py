@@ -60,8 +60,8 @@ class ModelParts:
         # whole: run eagerly, each of its operations would be compiled separately.
         compiled: Callable[[Any], Any] = jax.jit
         try:
-            like = nnx.eval_shape(lambda: _made(model))
-        except jax.errors.JAXTypeError:  # the initializer branches on values: run eagerly
+            like = nnx.eval_shape(lambda: _traced(model))
+        except jax.errors.JAXTypeError:  # the initializer needs values: run eagerly
             like, compiled = _made(model), lambda make: make
         self._graph, travelling, at_home = self._split(like)
         self.form = nnx.to_flat_state(travelling)
@@ -174,6 +174,19 @@ def _made(model: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
     module = model(nnx.Rngs(0))
     if not isinstance(module, nnx.Module):
         raise TaskError(f"model= returned an object of type {type(module).__name__}; {_EXPECTED}")
+    return module
+
+
+def _traced(model: Callable[[nnx.Rngs], nnx.Module]) -> nnx.Module:
+    """Return the module, made while JAX traces.
+
+    Raises:
+        JAXTypeError: if the initializer branches on a value, or an attribute is a traced array
+            outside of a variable, which Flax takes for a constant.
+    """
+    module = _made(model)
+    if any(isinstance(each, jax.core.Tracer) for _, each in nnx.iter_graph(module)):
+        raise jax.errors.JAXTypeError("an attribute of the module is an array")
     return module
 
 

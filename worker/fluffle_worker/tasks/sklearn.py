@@ -13,10 +13,9 @@ from sklearn.metrics import accuracy_score, log_loss, mean_squared_error
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult
+from fluffle_worker.task import EvalResult, FailedMetric, Progress, RoundPlan, TrainResult
 from fluffle_worker.tasks.checks import as_metrics, check_pair, check_seed, checked_array
 from fluffle_worker.tasks.examples import batch_size_of, index_batches, steps_of
-from fluffle_worker.user_code import FailedMetric
 
 Score = Callable[[Any, Any, Any], float]
 _TENSORS = ("coef_", "intercept_")

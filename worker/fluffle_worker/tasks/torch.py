@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import operator
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -31,7 +32,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
 from fluffle_worker.tasks.examples import Examples, Stream, arrays_in, call, joined, mapped
@@ -54,11 +55,14 @@ from fluffle_worker.tasks.torch_tensors import (
     tensors_of,
     trained_by,
 )
-from fluffle_worker.user_code import FailedMetric
 
 _EVALUATION_BATCH = 256
 # Steps draw from torch's random state, which is global, so only one may be running in the process.
 _random_state = threading.RLock()  # a user's function may use another task
+# For each task's module, the parameters of the one that ``model`` made, if these are still in use.
+# Not in the task, because a weak reference cannot be pickled.
+_originals: weakref.WeakKeyDictionary[nn.Module, list[tuple[str, weakref.ref[nn.Parameter]]]]
+_originals = weakref.WeakKeyDictionary()
 
 
 class TorchTask(AdaptedTask):
@@ -135,7 +139,11 @@ class TorchTask(AdaptedTask):
             train_data, valid_data, num_examples, sample_seed, on_device=place, arrays_in=arrays_in
         )
         self._model = model
-        self._module = copy_of(self._made(0)).to(self._device)
+        made = self._made(0)
+        self._module = copy_of(made).to(self._device)
+        _originals[self._module] = [
+            (name, weakref.ref(one)) for name, one in made.named_parameters()
+        ]
         self._travel, self._frozen = self._split(federated, frozen)
         self._share_frozen(share_frozen)
 
@@ -170,8 +178,9 @@ class TorchTask(AdaptedTask):
         """Train from ``weights`` and return the result; see ``task.Task.train``.
 
         Raises:
-            TaskError: if the plan trains no parameter, or the local rule needs the gradient of each
-                example and the model has batch normalization.
+            TaskError: if the plan trains no parameter, the local rule needs the gradient of each
+                example and the model has batch normalization, or a gradient is that of the module
+                of which the trained one is a copy.
             ValueError: if ``weights`` do not fit this model.
         """
         rule, data = self.local_rule, self._data
@@ -185,7 +194,8 @@ class TorchTask(AdaptedTask):
         batches = data.batches(plan)
         losses = StepLosses(progress, data.steps(plan), private=rule.per_example)
         while True:
-            with self._seeded(plan.seed, self._sample_seed, len(losses)):
+            seeded = self._seeded(plan.seed, self._sample_seed, len(losses))
+            with seeded, self._original_refused():
                 batch = next(batches, None)
                 if batch is None:
                     break
@@ -228,7 +238,9 @@ class TorchTask(AdaptedTask):
         rule, (inputs, targets) = self.local_rule, examples
         if rule.per_example:
             loss = 0.0
-            gradients = gradients_of_examples(module, params, self._loss, inputs, targets)
+            gradients, value = gradients_of_examples(module, params, self._loss, inputs, targets)
+            if value.requires_grad:  # because of tensors outside of the module
+                value.sum().backward()
         else:
             value = mean_loss(self._loss, call(module, inputs), targets)
             value.backward()
@@ -298,6 +310,28 @@ class TorchTask(AdaptedTask):
 
     def _is_personal(self, name: str) -> bool:
         return name not in self._travel and name not in self._frozen
+
+    @contextmanager
+    def _original_refused(self) -> Iterator[None]:
+        """Refuse gradients of the module that ``model`` made, because they would train nothing."""
+
+        def refuse(name: str, _: Any) -> None:
+            raise TaskError(
+                f"the model or the loss uses the tensor '{name}' of the module that model= made, "
+                "but each training works on a copy of this module; use the layers as self.…, and "
+                "do not use them in loss= or in a function inside another object"
+            )
+
+        hooks = [
+            one.register_hook(functools.partial(refuse, name))
+            for name, ref in _originals.get(self._module, ())
+            if (one := ref()) is not None and one.requires_grad
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     @contextmanager
     def _seeded(self, *seed: int) -> Iterator[None]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fluffle_common.cli.user_code import one_line
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
+from fluffle_common.user_errors import one_line
 from fluffle_worker.tasks.examples import call, mapped
 
 
@@ -39,8 +39,8 @@ def gradients_of_examples(
     loss: Callable[[Any, Any], Any],
     inputs: Any,
     targets: Any,
-) -> dict[str, Any]:
-    """Return the gradients of the examples of a batch, of shape [batch, …].
+) -> tuple[dict[str, Any], Any]:
+    """Return the gradients and the losses of the examples of a batch, of shape [batch, …].
 
     Raises:
         TaskError: if ``torch.func.vmap`` fails, for example because it lacks a layer of the model.
@@ -53,14 +53,15 @@ def gradients_of_examples(
         one, target = mapped(operator.itemgetter(None), example)
         return mean_loss(loss, call(model, one), target)
 
-    grad = torch.func.vmap(torch.func.grad(of_example), in_dims=(None, 0, 0), randomness="same")
+    grad = torch.func.grad_and_value(of_example)
+    each = torch.func.vmap(grad, in_dims=(None, 0, 0), randomness="same")
     values = {name: one.detach() for name, one in params.items()}
     try:
-        gradients: dict[str, Any] = grad(values, inputs, targets)
+        gradients, losses = each(values, inputs, targets)
     except RuntimeError as why:
         raise TaskError(
             "the local rule needs the gradient of each example, but torch.func.vmap cannot compute "
             f"it ({one_line(why)}); if a layer of the model does not support torch.func.vmap, use "
             "another layer"
         ) from why
-    return gradients
+    return gradients, losses

@@ -86,7 +86,8 @@ def copy_of(module: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Mo
     ``nn.utils.weight_norm``. PyTorch does not copy such a tensor, so the copy has its values. Nor
     does Python copy a function, such as a hook or ``self.body = lambda x: self.layer(x)``: that of
     the copy must not go on to call the layer of the original, which is not trained. Functions are
-    found in lists, tuples, dicts, partials, methods and other functions, but in no other object.
+    found in lists, tuples, dicts, partials, methods and other functions, but in no other object;
+    training refuses a module with such a function elsewhere.
     """
     memo = dict(shared or {})
     for part in module.modules():

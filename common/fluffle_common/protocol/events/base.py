@@ -21,7 +21,6 @@ Integer = int | None
 Number = float | None
 Names = tuple[str, ...] | None
 Numbers = Mapping[str, float] | None
-_TUPLES = ("Names", "Doings")
 
 
 def _is_noun(spec: str) -> bool:
@@ -64,18 +63,16 @@ class RunEvent:
     journalled: ClassVar[bool] = True
     field_names: ClassVar[tuple[str, ...]] = ()
     template_fields: ClassVar[tuple[str, ...]] = ()  # those that occur in the template
-    tuple_fields: ClassVar[tuple[str, ...]] = ()  # those that are tuples
 
     def fields(self) -> dict[str, Any]:
         """Return the fields that are not missing, as plain data for the log and the wire."""
-        present = {
-            name: value for name in self.field_names if (value := getattr(self, name)) is not None
-        }
-        for name in self.tuple_fields:
-            if name in present:
-                present[name] = [
-                    item.fields() if isinstance(item, Doing) else item for item in present[name]
-                ]
+        present: dict[str, Any] = {}
+        for name in self.field_names:
+            value = getattr(self, name)
+            if isinstance(value, tuple):
+                value = [item.fields() if isinstance(item, Doing) else item for item in value]
+            if value is not None:
+                present[name] = value
         return present
 
     def sentence(self) -> str:
@@ -167,7 +164,6 @@ def event(
         in_template = {field for _, field, _, _ in Formatter().parse(template)}
         event_class.template_fields = tuple(n for n in event_class.field_names if n in in_template)
         types = {field.name: str(field.type) for field in fields_of(event_class)}
-        event_class.tuple_fields = tuple(n for n, kind in types.items() if kind in _TUPLES)
         REGISTRY[name] = event_class
         _field_readers[name] = {field: _READERS[kind] for field, kind in types.items()}
         return event_class

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import types
 from typing import ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
 from fluffle_common.tensors.weights import Array, largest
+from fluffle_common.user_errors import one_line
 
 Shape = tuple[int, ...]
 MAX_SUFFIX = 10  # characters
@@ -49,12 +49,16 @@ class Codec(Protocol):
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Return the codec with the settings in a text such as ``topk:0.01``.
+        """Return the codec with the settings in a text such as ``topk:0.01``; here, it has none.
 
         Raises:
             ValueError: if the text is invalid; the message says what is expected.
         """
-        ...
+        if text != cls.name:
+            raise ValueError(
+                f"the codec '{cls.name}' takes no settings; write '{cls.name}' instead of '{text}'"
+            )
+        return cls()
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
         """Return the encoded parts of a finite float tensor, in the order of ``parts``.
@@ -91,53 +95,9 @@ def codec_error(codec: type[Codec], action: str, tensor: str, error: BaseExcepti
     """Return a ``CodecError`` that says in one line what a codec's code raised, and where."""
     wrapped = CodecError(
         f"the codec '{codec.name}' fails to {action} tensor '{tensor[:60]}': {one_line(error)}"
-        f"{location_of(error)}"
     )
-    wrapped.__cause__ = error.with_traceback(_codec_frames(error))
+    wrapped.__cause__ = error
     return wrapped
-
-
-def one_line(error: BaseException) -> str:
-    """Return an exception's type and text in one line."""
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]
-
-
-def location_of(error: BaseException) -> str:
-    """Return the file and line of the innermost frame in the file whose code was called."""
-    frames = _codec_frames(error)
-    if frames is None:
-        return ""
-    file, line = frames.tb_frame.f_code.co_filename, frames.tb_lineno
-    while frames is not None:
-        if frames.tb_frame.f_code.co_filename == file:
-            line = frames.tb_lineno
-        frames = frames.tb_next
-    return f" ({file.rpartition('/')[2]}:{line})"
-
-
-def _codec_frames(error: BaseException) -> types.TracebackType | None:
-    """Return the traceback without its first frame, which is ours."""
-    trace = error.__traceback__
-    return trace.tb_next if trace is not None and trace.tb_next is not None else trace
-
-
-class WithoutSettings:
-    """The ``parse`` of a codec that takes no settings."""
-
-    name: ClassVar[str]
-
-    @classmethod
-    def parse(cls, text: str) -> Self:
-        """Return the codec.
-
-        Raises:
-            ValueError: if the text has settings.
-        """
-        if text != cls.name:
-            raise ValueError(
-                f"the codec '{cls.name}' takes no settings; write '{cls.name}' instead of '{text}'"
-            )
-        return cls()
 
 
 def clip_to(tensor: Array, limit: float) -> Array:

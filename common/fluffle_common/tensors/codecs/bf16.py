@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, WithoutSettings, clip_to
+from fluffle_common.tensors.codecs.base import Codec, Part, Shape, clip_to
 from fluffle_common.tensors.weights import BFLOAT16, Array, largest
 
 _MAX = largest(BFLOAT16)
 
 
 @dataclass(frozen=True, slots=True)
-class Bf16(WithoutSettings):
+class Bf16(Codec):
     """The codec ``bf16``; see ``Codec``."""
 
     name: ClassVar[str] = "bf16"

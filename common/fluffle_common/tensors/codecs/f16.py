@@ -7,14 +7,14 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, WithoutSettings, clip_to
+from fluffle_common.tensors.codecs.base import Codec, Part, Shape, clip_to
 from fluffle_common.tensors.weights import Array, largest
 
 _MAX = largest(np.dtype(np.float16))
 
 
 @dataclass(frozen=True, slots=True)
-class F16(WithoutSettings):
+class F16(Codec):
     """The codec ``f16``; see ``Codec``."""
 
     name: ClassVar[str] = "f16"

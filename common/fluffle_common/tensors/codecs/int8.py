@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, WithoutSettings, clip_to
+from fluffle_common.tensors.codecs.base import Codec, Part, Shape, clip_to
 from fluffle_common.tensors.weights import FLOATS, Array, largest, not_finite
 
 BLOCK = 256  # values that share a scale
@@ -18,7 +18,7 @@ _MAX = float(np.nextafter(np.float32(largest(np.dtype(np.float32))), np.float32(
 
 
 @dataclass(frozen=True, slots=True)
-class Int8(WithoutSettings):
+class Int8(Codec):
     """The codec ``int8``; see ``Codec``."""
 
     name: ClassVar[str] = "int8"

@@ -20,8 +20,6 @@ from fluffle_common.tensors.codecs.base import (
     Codec,
     Part,
     UnknownCodec,
-    location_of,
-    one_line,
 )
 from fluffle_common.tensors.codecs.bf16 import Bf16
 from fluffle_common.tensors.codecs.f16 import F16
@@ -29,6 +27,7 @@ from fluffle_common.tensors.codecs.int8 import Int8
 from fluffle_common.tensors.codecs.topk import TopK
 from fluffle_common.tensors.layout import DTYPES
 from fluffle_common.tensors.table import ENCODING_PATTERN
+from fluffle_common.user_errors import one_line
 
 GROUP = "fluffle.codecs"
 _BUILT_IN: tuple[type[Codec], ...] = (Bf16, F16, Int8, TopK)
@@ -117,7 +116,6 @@ class Registry:
         except (Exception, SystemExit) as error:
             raise BrokenCodec(
                 f"parse('{spec[:60]}') of the codec '{codec.name}' fails: {one_line(error)}"
-                f"{location_of(error)}"
             ) from error
         if not isinstance(parsed, codec):
             raise BrokenCodec(

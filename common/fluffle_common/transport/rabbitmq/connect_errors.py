@@ -12,6 +12,7 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.rabbitmq.urls import display_url
 
 if TYPE_CHECKING:
+    from aiormq.exceptions import AuthenticationError
     from yarl import URL
 
 _ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
@@ -85,14 +86,17 @@ def handshake_error(
 
 
 def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
-    """Return the error for a broker that does not offer ``?auth=``; None if it is another."""
+    """Return the error for a broker that does not offer the way to log in that the URL asks for.
+
+    None if it is another error.
+    """
     if not isinstance(error, AuthenticationError):
         return None
-    auth = url.query.get("auth", "plain").upper()
+    offered, auth = str(error.args[0] if error.args else ""), url.query.get("auth", "plain")
     return WrongNode(
-        f"the broker at {display_url(url)} does not offer the login mechanism {auth} (it offers "
-        f"{error.args[0]}); choose ?auth=plain or ?auth=external in --url, or allow {auth} with "
-        "auth_mechanisms in rabbitmq.conf"
+        f"the broker at {display_url(url)} does not offer the login mechanism {auth.upper()} (it "
+        f"offers {offered or 'none'}); in --url, write ?auth=plain or ?auth=external, or enable "
+        "the mechanism on the broker"
     )
 
 

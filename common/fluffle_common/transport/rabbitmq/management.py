@@ -17,8 +17,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context
+from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, without_credentials
 
 _TIMEOUT_S = 5.0
 # Everything that a request may raise.
@@ -132,6 +133,15 @@ class Management:
             raise
         words = {"mem_alarm": "memory", "disk_free_alarm": "disk"}
         return [word for alarm, word in words.items() if any(node.get(alarm) for node in nodes)]
+
+
+def check_base(given: str) -> None:
+    """Raise ``UsageError`` if a URL of the API has a user: the API gets that of the broker's."""
+    if (shown := without_credentials(given)) != given:
+        raise UsageError(
+            f"the URL of the management API contains a user name; give {shown} instead, "
+            "because fluffle logs in to this API with the user name and the password of --url"
+        )
 
 
 def management_base(url: str, record: Mapping[str, Any]) -> str:

@@ -32,8 +32,3 @@ class Pull:
 def target(seed: int) -> np.ndarray:
     """Return where an owner pulls to."""
     return np.random.default_rng(seed).normal(size=COUNT).astype(np.float32)
-
-
-def task(options):
-    """Make the task of ``--data owner-<N>``."""
-    return Pull(int(options.data.rpartition("-")[2]))

@@ -1,6 +1,5 @@
 """The command line: help that teaches, and wrong use that is told in one line."""
 
-import subprocess
 from importlib.metadata import entry_points
 from pathlib import Path
 
@@ -8,46 +7,44 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from tests.e2e.programs import FLUFFLE
+from tests import here
 
 COMMANDS = sorted({point.name for point in entry_points(group="fluffle.commands")})
 
 
-def call(cwd: Path, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [FLUFFLE, *map(str, words)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, check=False)
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.mark.parametrize("command", [[], *([name] for name in COMMANDS), ["broker", "up"]])
-def test_help(tmp_path: Path, command: list[str]) -> None:
-    told = call(tmp_path, *command, "--help")
-    assert told.returncode == 0
-    assert "Usage: fluffle" in told.stdout
-    assert len(told.stdout.splitlines()) > 5
-    assert told.stderr == ""
+def test_help(command: list[str]) -> None:
+    code, told, errors = here.fluffle(*command, "--help")
+    assert (code, errors) == (0, "")
+    assert "Usage: fluffle" in told
+    assert len(told.splitlines()) > 5
 
 
 @pytest.mark.parametrize("command", [[], ["broker"]])
-def test_a_command_without_arguments_shows_its_help(tmp_path: Path, command: list[str]) -> None:
-    shown = call(tmp_path, *command)
-    assert shown.returncode == 2
-    assert shown.stderr == call(tmp_path, *command, "--help").stdout
+def test_a_command_without_arguments_shows_its_help(command: list[str]) -> None:
+    _, told, _ = here.fluffle(*command, "--help")
+    assert here.fluffle(*command) == (2, "", told)
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def _files(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.py").write_text("import no_such_package\n")
     (tmp_path / "plain.py").write_text("x = 1\n")
     (tmp_path / "half.safetensors").write_bytes(b"\x10\0\0\0\0\0\0\0{")
     save_file({"w": np.zeros(3)}, tmp_path / "other.safetensors", metadata={"task": "other"})
-    return tmp_path
 
 
 W = ["worker", "--federation", "f", "--data", "empty"]
 C = ["coordinator", "--federation", "f"]
 
 
+@pytest.mark.usefixtures("_files")
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -86,11 +83,10 @@ C = ["coordinator", "--federation", "f"]
         ([*C, "--url", "amqp://127.0.0.1:9", "--wait-broker", "0.1"], "no broker at"),
     ],
 )
-def test_wrong_use_is_told_in_one_line(folder: Path, words: list[str], told: str) -> None:
-    done = call(folder, *words)
-    assert done.returncode not in (0, 1)
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("fluffle: ")
-    assert told in lines[0]
-    assert "Traceback" not in done.stdout
+def test_wrong_use_is_told_in_one_line(words: list[str], told: str) -> None:
+    code, shown, errors = here.fluffle(*words)
+    assert code not in (0, 1)
+    (line,) = errors.strip().splitlines()
+    assert line.startswith("fluffle: ")
+    assert told in line
+    assert "Traceback" not in shown
