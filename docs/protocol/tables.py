@@ -133,7 +133,8 @@ TIMERS: dict[str, tuple[str | None, str]] = {
     "resend_s": (
         None,
         "if a worker still reports `idle`, or `receiving` without progress, its work is sent "
-        "again; if it reports the round as done but the update is missing, after 4 times as long",
+        "again; if it reports the round as done but the update is missing, after 4 times as long. "
+        "The time doubles with each repetition",
     ),
     "grace_s": ("--grace", "after the quorum, the round closes without the missing updates"),
     "deadline_s": (

@@ -212,6 +212,27 @@ async def test_an_unreadable_certificate_file_is_named():
         await opened("amqps://w:open-sesame@127.0.0.1:1/?cafile=/nowhere/ca.pem")
 
 
+async def test_a_login_mechanism_that_the_broker_does_not_offer_is_refused(broker_node):
+    said = await refused(f"amqp://w:open-sesame@127.0.0.1:{broker_node.ports.amqp}/?auth=external")
+    assert "does not offer the login mechanism EXTERNAL (it offers " in said
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("no_verify_ssl=false", "needs 0 or 1"),  # would otherwise accept any certificate
+        ("auth=token", "needs external or plain"),
+        ("cafile=", "?cafile= needs a value"),
+        ("keyfile=/k.pem", "?keyfile= needs ?certfile="),
+        ("capath=/nowhere", "'/nowhere'.*Not a directory"),
+        ("cadata=%25%25", "?cadata="),
+    ],
+)
+async def test_options_that_would_have_no_effect_are_refused(options, expected):
+    with pytest.raises(UsageError, match=expected.replace("?c", "[?]c").replace("?k", "[?]k")):
+        await opened(f"amqps://w:open-sesame@127.0.0.1:1/?{options}")
+
+
 async def test_a_server_that_closes_silently_is_retried():
     async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()

@@ -75,19 +75,25 @@ class Line(Transport):
 
 
 class _Slow(Link):
-    """A link over a line; only publishing and consuming are delayed."""
+    """A link over a line; publishing, consuming and some requests are delayed."""
 
     def __init__(self, link: MemoryLink, line: Line) -> None:
-        self._link, self._line = link, line
+        self._link, self._line, self._consumes = link, line, False
 
     def __getattribute__(self, name: str) -> Any:
-        ours = ("_link", "_line", "publish", "consume", "get", "_deliveries", "declare")
+        ours = ("_link", "_line", "publish", "consume", "get", "_deliveries", "declare", "exists")
+        ours += ("_consumes",)
         if name in ours or name.startswith("__"):
             return super().__getattribute__(name)
         return getattr(self._link, name)
 
     async def declare(self, entities: Iterable[Entity]) -> None:
         await self._link.declare(entities)
+
+    async def exists(self, exchange: str) -> bool:
+        if self._consumes:  # the answer waits behind the messages
+            await self._line.passes()
+        return await self._link.exists(exchange)
 
     async def publish(
         self,
@@ -107,6 +113,7 @@ class _Slow(Link):
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
     ) -> AsyncGenerator[Delivery]:
+        self._consumes = True
         return self._deliveries(
             await self._link.consume(queue, prefetch=prefetch, exclusive=exclusive)
         )

@@ -344,7 +344,7 @@ def is_silent_at_work(patch):
 
 def hides_its_frozen_tensors(patch):
     real = Presence._status
-    patch(Presence, "_status", lambda self: {**real(self), "frozen": ()})
+    patch(Presence, "_status", lambda self, *on: {**real(self, *on), "frozen": ()})
 
 
 def sends_everything_in_one_piece(patch):

@@ -138,3 +138,25 @@ def test_after_a_move_to_an_empty_broker_no_part_of_an_update_misses_its_outbox(
         assert not coordinator.log.of("resend")
 
     federated(scenario)
+
+
+def test_workers_are_bound_before_they_are_asked_over_a_new_link(federated, monkeypatch):
+    bind, cut = MemoryLink.bind, []
+
+    async def cut_at_first(link, bindings):
+        if not cut:
+            cut.append(link)
+            link.cut()
+        return await bind(link, bindings)
+
+    monkeypatch.setattr(MemoryLink, "bind", cut_at_first)
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=1, min_workers=1)
+        worker = federation.worker("a")
+        await coordinator.log.until("opened", within_s=60.0)  # not after --deadline
+        await coordinator.end()
+        assert cut
+        assert worker.log.of("welcome")
+
+    federated(scenario)

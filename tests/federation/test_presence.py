@@ -8,7 +8,9 @@ import pytest
 
 from fluffle_common.protocol.events import Resumed, from_fields
 from fluffle_common.transport.base import Properties
+from fluffle_common.transport.memory import MemoryLink
 from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.service import outbox, topology_watch
 from tests.federation.harness import Adder
 
 VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
@@ -260,5 +262,65 @@ def test_rejections_that_wait_behind_a_large_model_do_not_delay_heartbeats(feder
         federation.worker("a")
         await coordinator.log.until("joined", within_s=60)
         sent.set()
+
+    federated(scenario)
+
+
+def test_a_worker_that_reconnects_is_heard_while_its_inbox_arrives_slowly(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, min_workers=3)
+        three(federation, step_s=2.0)
+        slow = federation.processes[-1]
+        await coordinator.log.until("opened")
+        slow.line.hold(incoming=True)
+        slow.line.cut()
+        await asyncio.sleep(60.0)
+        slow.line.release()
+        await coordinator.end()
+        assert not coordinator.log.of("gone")
+        assert federation.participants() == [["a", "b", "c"]] * 2
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_over_a_slow_line_the_coordinator_sends_each_model_once(federated, monkeypatch):
+    sent, real = [], outbox.send_tensors
+
+    async def send_tensors(link, message, *on, **how):
+        sent.append(message.kind)
+        await real(link, message, *on, **how)
+
+    monkeypatch.setattr(outbox, "send_tensors", send_tensors)
+
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=3, min_workers=3)
+        coordinator.line.bytes_per_s = 4_000.0  # 100 s for a model
+        three(federation, size=100_000)
+        await coordinator.end()
+        assert sent == ["fit", "fit", "fit", "evaluate"]
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_over_a_slow_line_each_worker_is_bound_once(federated, monkeypatch):
+    bind, bound = MemoryLink.bind, []
+
+    async def bind_slowly(link, bindings):
+        bindings = list(bindings)
+        bound.append({binding.queue for binding in bindings})
+        await asyncio.sleep(8.0)
+        return await bind(link, bindings)
+
+    monkeypatch.setattr(MemoryLink, "bind", bind_slowly)
+    monkeypatch.setattr(topology_watch, "_EVERY_S", 3600.0)
+
+    async def scenario(federation):
+        three(federation)
+        coordinator = federation.coordinator(rounds=2, min_workers=3)
+        await coordinator.end()
+        assert len(bound) == 3  # although signs of life came every 2 s
+        federation.check_averages(VALUES)
 
     federated(scenario)

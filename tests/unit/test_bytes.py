@@ -448,6 +448,18 @@ def test_endless_restarts_are_answered_a_few_times():
     assert hellos.admit(hello("other", worker="v"), 0.0) is not None
 
 
+def test_a_bye_and_a_heartbeat_are_not_answered_like_a_hello():
+    hellos = HelloLimiter()
+    hellos.admit(hello(), 0.0)
+    hellos.left("w", "another")
+    beat = Heartbeat(**{**ABOUT, "session": "s"})
+    assert hellos.admit(beat, 0.1) is beat
+    hellos.left("w", "s")
+    assert hellos.admit(beat, 0.2) is None  # it would be sent its work again, a whole model
+    assert hellos.admit(hello(), 60.0) is None
+    assert hellos.admit(hello("next"), 60.0) is not None
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [

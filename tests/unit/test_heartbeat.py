@@ -107,11 +107,13 @@ class Slow:
     """A link that never confirms a heartbeat."""
 
     def __init__(self) -> None:
-        self.blocking = Blocking()
+        self.blocking, self.incomplete_bytes = Blocking(), 0
         self.published: list[tuple[str, bool]] = []
         self.enough = asyncio.Event()
+        self.bodies: list[bytes] = []
 
     async def publish(self, body: bytes, properties: Properties, *, urgent: bool, **_: object):
+        self.bodies.append(body)
         self.published.append((properties.type, urgent))
         if len(self.published) == 4:
             self.enough.set()
@@ -133,6 +135,19 @@ async def test_signs_of_life_are_urgent_and_do_not_wait_for_each_others_confirma
     assert link.published[:3] == [("hello", True), ("heartbeat", True), ("heartbeat", True)]
     for telling in presence._being_sent:
         telling.cancel()
+
+
+async def test_a_heartbeat_says_how_much_of_incomplete_messages_has_arrived():
+    presence, link = presence_of(Nothing(), heartbeat_s=0.01), Slow()
+    link.incomplete_bytes = 700_000
+    speaking = asyncio.ensure_future(presence.signs_of_life(link))
+    async with asyncio.timeout(5):
+        await link.enough.wait()
+    speaking.cancel()
+    for telling in presence._being_sent:
+        telling.cancel()
+    beat, _ = decode(link.bodies[1])
+    assert (beat.kind, beat.state, beat.incomplete_bytes) == ("heartbeat", "idle", 700_000)
 
 
 class Forbidden:

@@ -60,7 +60,8 @@ def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, 
 @contextmanager
 def served(reply: bytes) -> Iterator[int]:
     """Answer one connection with fixed bytes and close it; yield the port."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
+    with pytest.MonkeyPatch.context() as patch, socket.create_server(("127.0.0.1", 0)) as server:
+        patch.setattr(network, "_TIMEOUT_S", 60.0)
 
         def answer() -> None:
             link, _ = server.accept()
@@ -229,23 +230,29 @@ def test_another_service_is_not_mistaken_for_epmd() -> None:
 
 
 class Epmd:
-    """A fake epmd that lists these nodes on successive requests, repeating the last list."""
+    """A fake epmd that lists these nodes on successive requests, repeating the last list.
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: list[str]) -> None:
+    None is no answer in time.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *names: list[str] | None) -> None:
         self._names, self.ended = list(names), False
         monkeypatch.setattr(network, "_ask_epmd", self.ask)
+        monkeypatch.setattr(network, "answers", lambda _: not self.ended)
 
     def ask(self, port: int, request: bytes) -> bytes | None:
         if self.ended:
             return None
         self.ended = request.endswith(b"k")
         names = self._names[0] if len(self._names) == 1 else self._names.pop(0)
+        if names is None:
+            return None
         reply = "".join(f"name {name} at port 1\n" for name in names)
         return port.to_bytes(4) + reply.encode()
 
 
 @pytest.mark.parametrize(
-    "before", [["fluffle"], ["fluffle_prelaunch_7"], ["epmd-starter-935311281"], []]
+    "before", [["fluffle"], ["fluffle_prelaunch_7"], ["epmd-starter-935311281"], [], None]
 )
 def test_epmd_is_stopped_once_the_nodes_are_gone(monkeypatch, before) -> None:
     epmd = Epmd(monkeypatch, before, before, [])

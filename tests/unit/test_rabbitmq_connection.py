@@ -101,6 +101,32 @@ def test_bodies_arrive_whole_however_the_bytes_are_split(sizes, cuts):
     assert ends.fed == beat * len(bodies)
 
 
+def test_the_bytes_of_incomplete_bodies_are_counted():
+    ends, (method, head, first, *rest) = Ends(1), deliver(1, 1, content(50_000, 1))
+    ends.splitter.data_received(method + head + first[:1007])
+    assert ends.splitter.incomplete_bytes == 1000
+    ends.splitter.data_received(first[1007:])
+    assert ends.splitter.incomplete_bytes == 10_000
+    ends.splitter.data_received(b"".join(rest))
+    assert ends.splitter.incomplete_bytes == 0
+
+
+@pytest.mark.parametrize(("size", "kept"), [(30_000, True), (35_000, False)])
+def test_huge_properties_are_dropped(size, kept):
+    deliver_ok = commands.Basic.Deliver("reader", 1, False, "", "key")
+    headers = {f"h{number}": "v" * 100 for number in range(size // 110)}
+    ends = Ends(1)
+    stream = framed(1, deliver_ok, b"body", headers=headers, user_id="w")
+    ends.splitter.data_received(b"".join(stream))
+    ((_, delivered),) = ends.delivered
+    told = frames.properties(delivered.header)
+    assert (delivered.body, told.user_id, bool(told.headers)) == (
+        b"body",
+        (kept and "w") or None,
+        kept,
+    )
+
+
 def test_channels_may_interleave_and_other_frames_go_to_aiormq():
     one, two, three = content(50_000, 1), content(40_000, 2), content(30_000, 3)
     streams = [deliver(1, 7, one), deliver(2, 9, two), deliver(3, 1, three)]

@@ -147,17 +147,21 @@ def test_declaring_distinguishes_arguments_from_queue_types(text, error):
 
 
 @pytest.mark.parametrize(
-    ("argument", "expected"),
+    ("argument", "what", "expected"),
     [
-        ("x-queue-type", "use the same --queue-type for the"),
+        ("x-queue-type", "queue", "use the same --queue-type for the"),
+        ("type", "exchange", "^exchange 'f.updates' already exists .*; delete the exchange"),
         (
             "x-max-length-bytes",
+            "queue",
             "already exists with different arguments.* 'rabbitmqctl delete_queue f.updates'",
         ),
     ],
 )
-def test_a_queue_with_different_arguments_is_named_with_the_remedy(argument, expected):
-    text = f"PRECONDITION_FAILED - inequivalent arg '{argument}' for queue 'f.updates' in vhost '/'"
+def test_an_entity_with_different_arguments_is_named_with_the_remedy(argument, what, expected):
+    text = (
+        f"PRECONDITION_FAILED - inequivalent arg '{argument}' for {what} 'f.updates' in vhost '/'"
+    )
     with (
         pytest.raises(OtherArguments, match=expected),
         map_declare_errors(),
@@ -258,7 +262,9 @@ def ssl_error(reason: str) -> ssl.SSLError:
         ("WRONG_VERSION_NUMBER", "amqp://"),
         ("TLSV13_ALERT_CERTIFICATE_REQUIRED", "certfile"),
         ("TLSV1_ALERT_UNKNOWN_CA", "certfile"),
+        ("SSLV3_ALERT_HANDSHAKE_FAILURE", "certfile"),  # TLS 1.2 without the client's certificate
         ("SSLV3_ALERT_HANDSHAKE_FAILURE", "TLS 1.2"),
+        ("TLSV1_ALERT_PROTOCOL_VERSION", "TLS 1.2"),
     ],
 )
 def test_a_failed_tls_handshake_names_the_cause(reason, expected):
@@ -300,7 +306,7 @@ def test_a_broken_connection_is_not_a_tls_error(error):
             {"capabilities": {"publisher_confirms": True, "basic.nack": False}},
             "lacks basic.nack, consumer_cancel_notify",
         ),
-        ("EXTERNAL SCRAM", {}, "it offers EXTERNAL SCRAM, not PLAIN"),
+        ("EXTERNAL SCRAM", {}, "it offers EXTERNAL SCRAM"),
     ],
 )
 async def test_a_broker_that_lacks_what_fluffle_needs_is_an_error_at_once(

@@ -63,7 +63,7 @@ def test_they_are_sent_again_if_nothing_of_them_comes_for_long():
     run.now += 59
     run.seen("a", **HOLDS)
     assert sent(run.seen("b", **TAKES)) == {"b": False}  # the work alone
-    run.now += 15
+    run.now += 30
     run.seen("a", **HOLDS)
     assert sent(run.seen("b", **TAKES)) == {"b": True}
 
@@ -114,7 +114,7 @@ def test_a_worker_that_was_stopped_finds_them_in_its_inbox():
     assert sent(run.seen("b", **TAKES)) == {"b": False}
     run.now += 59
     assert sent(run.seen("b", **TAKES)) == {"b": False}
-    run.now += 15
+    run.now += 30
     assert sent(run.seen("b", **TAKES)) == {"b": True}
 
 

@@ -592,3 +592,92 @@ def test_the_tally_equals_a_new_count():
 def test_there_is_no_wakeup_after_the_clock_has_stopped():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60))
     assert rounds.wakeup(replace(run.state, heard_at=run.now - 10)) == math.inf
+
+
+# --- work that is sent again -------------------------------------------------------------------
+
+
+def fits(effects: fx.Effects) -> list[bool]:
+    """Return whether each message with work is a repetition."""
+    return [fit.repeat for fit in only(effects, fx.SendFit)]
+
+
+def test_work_is_repeated_less_and_less_often_while_its_worker_stays_idle():
+    run = heard("a", "b", rules=Rules(rounds=2, deadline_s=600))
+    opened_at, repeated = run.now, []
+    while run.now < opened_at + 220:
+        effects = pass_time(run, 2.0, "a")
+        assert all(fits(effects))
+        repeated += [run.now - opened_at] * len(fits(effects))
+    assert repeated == [16.0, 46.0, 106.0]  # 15 s, 30 s, 60 s and 120 s, noticed every 2 s
+    assert fits(run.seen("a", hello=True)) == [False]  # its connection lost what was on its way
+
+
+@pytest.mark.parametrize(
+    "arriving", [{}, {"state": "receiving", "run": RUN, "round": 1, "steps": 9}]
+)
+def test_no_work_is_repeated_while_bytes_of_a_message_arrive(arriving):
+    run = heard("a", "b", rules=Rules(rounds=2, deadline_s=600))
+    for step in range(1, 100):
+        run.now += 2.0
+        run.echo()
+        run.seen("b", state="training", run=RUN, round=1)
+        # Over a slow line, it cannot know what it is until all of it has arrived.
+        assert not fits(run.seen("a", **arriving, incomplete_bytes=40_000 * step))
+    for _ in range(10):
+        run.now += 2.0
+        run.echo()
+        stuck = run.seen("a", **arriving, incomplete_bytes=40_000 * step)
+        if fits(stuck):
+            break
+    assert fits(stuck) == [True]
+
+
+def test_who_announces_parts_that_never_come_is_not_sent_the_model_every_time():
+    run = heard("a", "b")
+    requests = []
+    for _ in range(100):
+        run.now += 0.1
+        run.arrived("a")
+        requests += fits(run.fold_failed("a", again=True))
+    assert requests == [True]
+    for _ in range(20):
+        pass_time(run, 2, "b")
+        run.at_work("a")
+    run.arrived("a")
+    assert fits(run.fold_failed("a", again=True)) == [True]
+
+
+def test_no_worker_can_fill_the_log_with_failures():
+    run = heard("a", "b", rules=Rules(rounds=3, quorum=Quorum(number=1)))
+    run.update("b")
+    run.committed("b")
+    effects = []
+    for number in (0, 2, 1, 3, 1, 2, 9):
+        effects += run.on(ev.Failed(run.now, "a", RUN, number, "boom"))
+        effects += run.on(ev.Failed(run.now, "z", RUN, number, "boom"))
+        effects += run.seen("a")
+    reported = only(effects, run_events.Failure)
+    assert [(one.worker, one.round) for one in reported] == [("a", 2), ("a", 1)]
+    assert set(run.state.failed) == {"a"}
+
+
+def test_max_examples_bounds_the_weight_of_an_evaluation():
+    run = opened_for_evaluation(Rules(rounds=1, max_examples=50))
+    run.on(
+        ev.EvaluationArrived(run.now, RUN, 1, "a", rs.Evaluated(10**12, 0.0, {}), run.state.base)
+    )
+    effects = run.on(
+        ev.EvaluationArrived(run.now, RUN, 1, "b", rs.Evaluated(20, 0.5, {}), run.state.base)
+    )
+    (recorded,) = only(effects, fx.RecordEvaluation)
+    assert [recorded.evaluations[name].num_examples for name in "ab"] == [50, 20]
+
+
+def opened_for_evaluation(rules: Rules) -> Run:
+    run = heard("a", "b", rules=rules)
+    run.update("a")
+    run.update("b")
+    run.committed("a", "b")
+    assert run.state.phase is Phase.EVALUATING
+    return run

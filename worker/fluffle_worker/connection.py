@@ -147,6 +147,8 @@ class Connection:
         await self._declare_queues(link)
         if first:
             await self._empty_inbox(link, inbox)
+        # Over a slow line, an answer would wait behind the messages in the inbox.
+        created = await link.exists(self._topology.results)
         messages = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
         self._opened()
         self.current = link
@@ -154,7 +156,7 @@ class Connection:
         self._record(Connected(address=self._transport.address))
         await run_all(
             self._read(link, messages),
-            self._send_heartbeats(link),
+            self._send_heartbeats(link, created=created),
             _until_lost(link),
             self._report_waiting(link),
             self._keep_queues(link),
@@ -177,14 +179,13 @@ class Connection:
             else:
                 delivery.ack()
 
-    async def _send_heartbeats(self, link: Link) -> None:
-        """Send heartbeats as soon as a coordinator has declared the exchange that they go to."""
-        reported = False
-        while not await link.exists(self._topology.results):
-            if not reported:
-                self._record(Alone(federation=self._settings.federation))
-            reported = True
+    async def _send_heartbeats(self, link: Link, *, created: bool) -> None:
+        """Send heartbeats as soon as a coordinator has created the exchange that they go to."""
+        if not created:
+            self._record(Alone(federation=self._settings.federation))
+        while not created:
             await asyncio.sleep(_LOOK_AGAIN_S)
+            created = await link.exists(self._topology.results)
         await self._refusals.send_waiting(link)
         await self._presence.signs_of_life(link)
 

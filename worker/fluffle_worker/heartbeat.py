@@ -116,7 +116,7 @@ class Presence:
             if link.blocking.reason and self._being_sent:
                 continue  # one heartbeat is enough once the broker takes messages again
             # Behind a large message, its confirmation may take long.
-            self._start_sending(link, Heartbeat(**self._status()))
+            self._start_sending(link, Heartbeat(**self._status(link.incomplete_bytes)))
 
     async def greet(self, link: Link) -> bool:
         """Send a hello, on which the coordinator binds our queues; return whether it was queued."""
@@ -146,8 +146,9 @@ class Presence:
         failure = Failure(**self._ids, run=work.run, round=work.round, reason=reason)
         self._start_sending(link, failure)
 
-    def _status(self) -> dict[str, Any]:
+    def _status(self, incomplete_bytes: int = 0) -> dict[str, Any]:
         status = {**self._ids, **self._about, "frozen": self._frozen.digests}
+        status["incomplete_bytes"] = incomplete_bytes or None
         if (work := self._work) is not None:
             status |= {
                 "run": work.run,

@@ -164,6 +164,10 @@ class Link(Protocol):
 
     blocking: Blocking
 
+    @property
+    def incomplete_bytes(self) -> int:
+        """How many bytes have arrived of messages that are still incomplete."""
+
     async def declare(self, entities: Iterable[Entity]) -> None:
         """Create the queues, exchanges and bindings that do not exist yet.
 

@@ -46,6 +46,8 @@ _LOG = logger("transport.link")
 class MemoryLink(Link):
     """A link to a ``MemoryBroker``."""
 
+    incomplete_bytes = 0
+
     def __init__(self, broker: MemoryBroker) -> None:
         self.blocking = broker.blocking
         self.unacked: list[MemoryDelivery] = []

@@ -64,7 +64,7 @@ class SendFit(Effect):
 
     Each gets the ticket (worker, ``sequence``). ``attempt`` counts how often its update for that
     ticket was rejected; for a new attempt, it trains again. ``frozen``: the frozen tensors go with
-    it.
+    it. ``repeat``: they were sent it before, and nothing suggests that it was lost.
     """
 
     workers: tuple[str, ...]
@@ -72,17 +72,19 @@ class SendFit(Effect):
     sequence: int
     attempt: int = 0
     frozen: bool = False
+    repeat: bool = False
 
 
 @dataclass(frozen=True)
 class SendEvaluate(Effect):
     """Send the last model to these workers, for evaluation only.
 
-    ``frozen``: the frozen tensors go with it.
+    ``frozen`` and ``repeat`` are as in ``SendFit``.
     """
 
     workers: tuple[str, ...]
     frozen: bool = False
+    repeat: bool = False
 
 
 @dataclass(frozen=True)

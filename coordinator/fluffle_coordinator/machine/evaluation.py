@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Effects, End, RecordEvaluation
@@ -21,14 +22,16 @@ def evaluation_arrived(state: State, event: EvaluationArrived, out: Effects) -> 
     """Take in a worker's evaluation; ignore it if that model's line is already written."""
     if event.run != state.run:
         return state
-    number = event.round
+    number, evaluated = event.round, event.evaluated
+    if (limit := state.rules.max_examples) is not None:
+        evaluated = replace(evaluated, num_examples=min(evaluated.num_examples, limit))
     if number in state.unevaluated and event.base == state.base_of(number + 1):
         # No worker that began with this older version was done in time; the first one since is.
-        out.append(RecordEvaluation(number, {event.worker: event.evaluated}))
+        out.append(RecordEvaluation(number, {event.worker: evaluated}))
         return state.replace(unevaluated=state.unevaluated - {number})
     if (number, event.base) != (state.round - 1, state.base) or not state.evaluate_pending:
         return state
-    evaluations = state.evaluations.insert(event.worker, event.evaluated)
+    evaluations = state.evaluations.insert(event.worker, evaluated)
     return state.replace_for(event.worker, evaluations=evaluations)
 
 

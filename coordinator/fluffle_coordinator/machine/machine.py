@@ -43,7 +43,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
 from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
-from fluffle_coordinator.machine.effects import Ack, Effects
+from fluffle_coordinator.machine.effects import Ack, Effects, Welcome
 from fluffle_coordinator.machine.evaluation import (
     evaluate_last_model,
     evaluation_arrived,
@@ -125,6 +125,7 @@ def _connected(state: State, event: ev.Connected, out: Effects) -> State:
     if state.link == 0:
         state = postpone(state, event.now - state.unlinked_since)
     workers = {n: replace(w, last_seen=event.now) for n, w in state.workers.items()}
+    out.extend(Welcome(name) for name in workers)  # the first may be lost
     # Work that was being sent may be lost: a worker that is idle at its next heartbeat gets it
     # again. Every delivery that is held is void, and the broker redelivers it.
     for copies in state.spares.values():

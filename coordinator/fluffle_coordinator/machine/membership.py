@@ -36,11 +36,14 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         out.append(joined)
         if differs := other_frozen(state, worker):
             out.append(differs)
-    elif known.position != worker.position:
-        worker = replace(worker, joined_at=known.joined_at, moved_at=event.now)
     else:
+        moved = known.position != worker.position
         worker = replace(
-            worker, joined_at=known.joined_at, moved_at=known.moved_at, stalled=known.stalled
+            worker,
+            joined_at=known.joined_at,
+            moved_at=event.now if moved else known.moved_at,
+            stalled=known.stalled and not moved,
+            failed_round=known.failed_round,
         )
     failed = state.failed
     if restarted or event.hello:
@@ -79,8 +82,13 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     if name in state.evaluations if evaluating else state.answer(name) is not None:
         return state
     # A model that is still being received lost its remaining parts with a link, at either end.
-    patience_s, sent_at = state.rules.resend_s, issued.at if issued else 0.0
-    broken_off = worker.state == "receiving" and (
+    patience_s, sent_at = state.rules.resend_s, 0.0
+    if issued is not None:
+        patience_s, sent_at = issued.patience_s(patience_s), issued.at
+    lost = fresh or sent_at == -math.inf
+    arriving = worker.state == "idle" and worker.incomplete_bytes
+    receiving = worker.state == "receiving" or bool(arriving)
+    broken_off = receiving and (
         event.hello
         or sent_at == -math.inf
         or event.now - max(worker.moved_at, sent_at) >= patience_s
@@ -88,12 +96,13 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     at_work = state.busy(name) and not broken_off
     if issued is None:
         return _include(state, worker, at_work, event.now, out)
-    if at_work:
+    # Whatever it receives, its work follows.
+    if at_work or (receiving and not fresh and not broken_off):
         return state
     if state.done(name):
         patience_s *= 4  # its update may be on its way
-    if fresh or broken_off or event.now - sent_at >= patience_s:
-        return resend_work(state, name, event.now, out)
+    if lost or broken_off or event.now - sent_at >= patience_s:
+        return resend_work(state, name, event.now, out, repeat=not lost)
     return state
 
 
@@ -140,15 +149,27 @@ def left(state: State, event: Left, out: Effects) -> State:
 
 
 def failed(state: State, event: Failed, out: Effects) -> State:
-    """Mark a worker as failed if the failed work is what it was asked for."""
-    failure = run_events.Failure(worker=event.worker, round=event.round, reason=event.reason)
-    out.append(failure)
+    """Mark a worker as failed if the failed work is what it was asked for.
+
+    A failure in an earlier round is only reported, and once: otherwise, one worker could fill the
+    log and the journal.
+    """
+    name, issued = event.worker, state.asked.get(event.worker)
+    known = state.workers.get(name)
+    failure = run_events.Failure(worker=name, round=event.round, reason=event.reason)
     if event.run != state.run:
         return state
-    if event.worker == state.init_asked and event.round == 0:
+    if name == state.init_asked and event.round == 0:
         state = state.replace(init_asked=None)
-    elif event.worker not in state.asked or event.round != state.asked[event.worker].round:
+    elif issued is None or event.round != issued.round:
+        if known is not None and known.failed_round < event.round < state.round:
+            out.append(failure)
+            late = replace(known, failed_round=event.round)
+            state = state.replace(workers=state.workers.insert(name, late))
         return state
+    elif name in state.failed:
+        return state
+    out.append(failure)
     return state.replace_for(event.worker, failed=state.failed.insert(event.worker, event.reason))
 
 

@@ -44,6 +44,7 @@ class Worker:
     step: int = 0
     steps: int = 0
     loss: float | None = None
+    incomplete_bytes: int | None = None  # of messages that are arriving
     task: str = ""
     model: ModelForm | None = None
     features: tuple[str, ...] = ()
@@ -51,6 +52,7 @@ class Worker:
     joined_at: float = 0.0  # when this process was first heard
     moved_at: float = 0.0  # when its position last changed
     stalled: bool = False  # whether it was reported as stalled
+    failed_round: int = 0  # the last earlier round in which it was reported as failed
 
     def deadline(self, rules: Rules) -> float:
         """Return when it counts as gone unless it sends another heartbeat."""
@@ -59,7 +61,8 @@ class Worker:
     @property
     def position(self) -> tuple[object, ...]:
         """Where its work stands: the worker advances whenever this changes."""
-        return self.session, self.state, self.run, self.round, self.sequence, self.base, self.step
+        work = self.state, self.run, self.round, self.sequence, self.base
+        return self.session, *work, self.step, self.incomplete_bytes
 
     @property
     def has_steps(self) -> bool:

@@ -50,6 +50,11 @@ class Issued(NamedTuple):
     at: float  # when it was sent; -inf if it may be lost
     sequence: int
     round: int  # the round whose weights it starts from
+    repeats: int = 0  # how often it was sent again since, for no reason but the time
+
+    def patience_s(self, resend_s: float) -> float:
+        """Return how long to wait before it is sent again, which doubles with each repetition."""
+        return resend_s * 2.0 ** min(self.repeats, 10)
 
 
 class Tally(NamedTuple):

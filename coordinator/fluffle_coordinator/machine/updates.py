@@ -236,7 +236,12 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
             state = state.replace(doubted=state.doubted.insert(worker, event.reason))
             return settle_doubt(state, worker)
     if was_asked and worker in state.workers and state.phase is Phase.OPEN:
-        return resend_work(state, worker, event.now, out)
+        issued = state.asked[worker]
+        again = event.again and issued.repeats
+        patience_s = issued.patience_s(state.rules.resend_s) if again else 0.0
+        # Whoever announces parts that never come must not be sent the model every time.
+        if event.now - issued.at >= patience_s:
+            return resend_work(state, worker, event.now, out, repeat=event.again)
     return state
 
 

@@ -8,10 +8,12 @@ from fluffle_coordinator.machine.effects import Effects, SendEvaluate, SendFit
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
 
 
-def send_work(state: State, workers: tuple[str, ...], now: float, out: Effects) -> State:
+def send_work(
+    state: State, workers: tuple[str, ...], now: float, out: Effects, *, repeat: bool = False
+) -> State:
     """Send these workers what ``State.asked`` says, and the frozen tensors that they lack.
 
-    Each effect is one message.
+    Each effect is one message, which says that it is a ``repeat``.
     """
     evaluating = state.phase is Phase.EVALUATING
     recipients: dict[tuple[bool, int, int], list[str]] = {}
@@ -21,9 +23,10 @@ def send_work(state: State, workers: tuple[str, ...], now: float, out: Effects) 
     for (lacking, sequence, attempt), listed in sorted(recipients.items()):
         names = tuple(listed)
         if evaluating:
-            out.append(SendEvaluate(names, lacking))
+            out.append(SendEvaluate(names, lacking, repeat))
         else:
-            out.append(SendFit(names, state.evaluate_pending, sequence, attempt, lacking))
+            evaluate = state.evaluate_pending
+            out.append(SendFit(names, evaluate, sequence, attempt, lacking, repeat))
         if lacking:
             out.append(run_events.FrozenSent(workers=names, digest=state.frozen))
             sessions = (state.workers[name].session for name in names)
@@ -79,10 +82,16 @@ def next_sequence(state: State) -> State:
     return state.replace(sequence=state.sequence + 1 if continuous else state.round)
 
 
-def resend_work(state: State, worker: str, now: float, out: Effects) -> State:
-    """Send a worker its work again, or new work if there are newer weights."""
+def resend_work(
+    state: State, worker: str, now: float, out: Effects, *, repeat: bool = False
+) -> State:
+    """Send a worker its work again, or new work if there are newer weights.
+
+    ``repeat``: for no reason but the time that has passed.
+    """
     issued = state.asked[worker]
     if state.phase is Phase.OPEN and issued.round != state.round:
         return assign_work(state, (worker,), now, out)
-    state = state.replace_for(worker, asked=state.asked.insert(worker, issued._replace(at=now)))
-    return send_work(state, (worker,), now, out)
+    issued = issued._replace(at=now, repeats=issued.repeats + repeat)
+    state = state.replace_for(worker, asked=state.asked.insert(worker, issued))
+    return send_work(state, (worker,), now, out, repeat=repeat)

@@ -19,6 +19,7 @@ class _Bucket(NamedTuple):
     session: str
     tokens: float
     updated_at: float
+    left: bool = False  # whether the session has ended with a bye
 
 
 class HelloLimiter:
@@ -35,10 +36,13 @@ class HelloLimiter:
 
         Returns:
             ``sign`` if it is within the limit; a heartbeat instead of a surplus hello of the same
-            session; None for a surplus hello of a new session.
+            session; None for a surplus hello of a new session, and for any sign of a session that
+            has left: else a bye and a heartbeat would be as good as a hello.
         """
         bucket = self._buckets.get(sign.worker)
         new_session = bucket is None or bucket.session != sign.session
+        if not new_session and bucket is not None and bucket.left:
+            return None
         if not new_session and isinstance(sign, Heartbeat):
             return sign
         tokens = _BURST
@@ -52,3 +56,9 @@ class HelloLimiter:
             del self._buckets[next(iter(self._buckets))]  # the least recently updated
         self._buckets[sign.worker] = _Bucket(sign.session, tokens - 1, now)
         return sign
+
+    def left(self, worker: str, session: str) -> None:
+        """Note that a session has ended with a bye."""
+        bucket = self._buckets.get(worker)
+        if bucket is not None and bucket.session == session:
+            self._buckets[worker] = bucket._replace(left=True)

@@ -191,6 +191,7 @@ class Intake:
                     if link == self._state().link:
                         self._caught_up.set()
             case Bye(worker=worker_name, session=session, reason=reason):
+                self._hellos.left(worker_name, session)
                 self._post(ev.Left(now, worker_name, session, reason))
             case Failure(worker=worker_name, run=run, round=number, reason=reason):
                 self._post(ev.Failed(now, worker_name, run, number, reason))

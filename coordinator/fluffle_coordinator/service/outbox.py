@@ -7,6 +7,7 @@ what is still needed.
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -73,9 +74,10 @@ class Outbox:
         self._digest: tuple[Weights, Weights, asyncio.Future[str]] | None = None
         self._ahead: _Ahead | None = None
         self._refused: dict[tuple[str, str], None] = {}  # (worker, session), in insertion order
-        # The session of each worker whose queues were bound over the link ``_bound_over``.
+        # The session of each worker whose queues are bound, or being bound, over ``_bound_over``.
         self._bound: dict[str, str] = {}
         self._bound_over: Link | None = None
+        self._under_way = Counter[str]()  # how many messages with weights wait here, by worker
         self._jobs = SerialQueue()
         self._rejections = Rejections(topology.rejected, self._do)
         self.reject = self._rejections.put
@@ -91,6 +93,18 @@ class Outbox:
 
     def _put(self, job: Job) -> None:
         self._jobs.put(lambda: self._do(job))
+
+    def _put_work(self, job: Job, workers: Sequence[str]) -> None:
+        self._under_way.update(workers)
+
+        async def send_work() -> None:
+            try:
+                await self._do(job)
+            finally:
+                for worker in workers:
+                    self._under_way[worker] -= 1
+
+        self._jobs.put(send_work)
 
     async def _do(self, job: Job) -> None:
         link = self._link()
@@ -130,12 +144,13 @@ class Outbox:
         if link is not self._bound_over:
             self._bound, self._bound_over = {}, link
         if again or self._bound.get(worker) != session:
-            self._put(lambda over: self._bind(over, worker, session))
+            self._bound[worker] = session  # now, or every sign of life would add a job meanwhile
+            self._put(lambda over: self._bind(over, worker))
 
-    async def _bind(self, link: Link, worker: str, session: str) -> None:
+    async def _bind(self, link: Link, worker: str) -> None:
         bound = await link.bind(self._topology.bindings_of(worker))
-        if bound and link is self._bound_over:  # otherwise the next sign of life tries again
-            self._bound[worker] = session
+        if not bound and link is self._bound_over:
+            self._bound.pop(worker, None)  # the next sign of life tries again
 
     def perform(
         self,
@@ -162,15 +177,21 @@ class Outbox:
                 job = self._to(self._compose.verdict(effect), [effect.update.ticket.worker])
             case fx.AskInit(worker):
                 job = self._to(self._compose.init_request(state), [worker])
+            case fx.SendFit() | fx.SendEvaluate() if effect.repeat and any(
+                self._under_way[worker] for worker in effect.workers
+            ):
+                return  # over a slow line, the first copy has not left yet
             case fx.SendFit(workers, frozen=lacking):
                 fit = self._compose.fit(effect, state)
                 beside = broadcast, frozen if lacking else NO_TENSORS
                 in_full = self._with_weights(fit, weights, workers, *beside)
-                job = self._rest_of(effect, fit, in_full)
+                self._put_work(self._rest_of(effect, fit, in_full), workers)
+                return
             case fx.SendEvaluate(workers, lacking):
                 evaluate = self._compose.evaluate(state)
                 beside = NO_TENSORS, frozen if lacking else NO_TENSORS
-                job = self._with_weights(evaluate, weights, workers, *beside)
+                self._put_work(self._with_weights(evaluate, weights, workers, *beside), workers)
+                return
             case fx.End(workers=workers) if workers:
                 stop = self._compose.stop(effect, state)
                 self._jobs.put(lambda: self._until_sent(self._to(stop, workers)))

@@ -36,7 +36,9 @@ class _Presence(Header):
 
     ``run``, ``round``, ``base`` and ``sequence`` identify the work that the worker is doing or did
     last; ``sequence`` is None if that was not training. ``model`` is the form of its task's initial
-    weights, if known. ``loss`` is the training loss at ``step`` of ``steps``. ``features`` lists
+    weights, if known. ``loss`` is the training loss at ``step`` of ``steps``.
+    ``incomplete_bytes`` is how many bytes have arrived of messages that are still incomplete, as
+    over a slow line: it shows that the worker need not be sent them again. ``features`` lists
     its optional capabilities, and ``frozen`` the digests of the frozen tensors that it holds (see
     ``tensors.frozen``).
     """
@@ -56,6 +58,7 @@ class _Presence(Header):
     step: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=0)] = 0
     loss: Metric | None = None
+    incomplete_bytes: Annotated[int, Field(ge=1)] | None = None
     features: Annotated[
         tuple[Annotated[str, Field(max_length=64)], ...],
         Strict(False),

@@ -22,6 +22,9 @@ from fluffle_common.transport.rabbitmq import frames
 
 # Below this size, one write of a joined copy is faster than several writes without a copy.
 LARGE_BYTES = 16 * 2**10
+# A rejected message has the largest properties. Larger ones are dropped, because thousands of
+# messages may wait here, each with 128 KiB of properties.
+_MAX_PROPERTIES_BYTES = 32 * 2**10
 # How long an acknowledgement may wait for others: a batch costs hardly more than one.
 _ACK_WITHIN_S = 0.02
 
@@ -43,7 +46,7 @@ class Content:
 
     def begin_body(self, header: bytes) -> None:
         """Take the header, and make room for the body of the size that it declares."""
-        self.header = header
+        self.header = header if len(header) <= _MAX_PROPERTIES_BYTES else frames.NO_PROPERTIES
         self.missing_bytes = frames.body_size(header)
         # Not zeroed, because all of it is overwritten.
         self._buffer = np.empty(self.missing_bytes, np.uint8).data
@@ -56,9 +59,14 @@ class Content:
         """
         if len(data) > self.missing_bytes:
             raise ConnectionError("a message body is longer than its header declares")
-        filled = len(self._buffer) - self.missing_bytes
+        filled = self.filled_bytes
         self._buffer[filled : filled + len(data)] = data
         self.missing_bytes -= len(data)
+
+    @property
+    def filled_bytes(self) -> int:
+        """How many bytes of the body have arrived."""
+        return len(self._buffer) - self.missing_bytes
 
     @property
     def body(self) -> Body:

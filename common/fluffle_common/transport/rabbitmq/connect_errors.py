@@ -12,6 +12,7 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.rabbitmq.urls import display_url
 
 if TYPE_CHECKING:
+    from aiormq.exceptions import AuthenticationError
     from yarl import URL
 
 _ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
@@ -38,7 +39,6 @@ _NOT_TLS_REASONS = (
     "UNEXPECTED_MESSAGE",
 )
 _VERSION_ALERTS = (
-    "HANDSHAKE_FAILURE",
     "PROTOCOL_VERSION",
     "UNSUPPORTED_PROTOCOL",
     "NO_SHARED_CIPHER",
@@ -86,12 +86,17 @@ def handshake_error(
 
 
 def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
-    """Return the error for a broker that accepts no user and password; None if it is another."""
+    """Return the error for a broker that does not offer the way to log in that the URL asks for.
+
+    None if it is another error.
+    """
     if not isinstance(error, AuthenticationError):
         return None
+    offered, auth = str(error.args[0] if error.args else ""), url.query.get("auth", "plain")
     return WrongNode(
-        f"the broker at {display_url(url)} accepts no user and password (it offers "
-        f"{error.args[0]}, not PLAIN); allow PLAIN with auth_mechanisms in rabbitmq.conf"
+        f"the broker at {display_url(url)} does not offer the login mechanism {auth.upper()} (it "
+        f"offers {offered or 'none'}); in --url, write ?auth=plain or ?auth=external, or enable "
+        "the mechanism on the broker"
     )
 
 
@@ -137,6 +142,13 @@ def tls_error(error: BaseException, url: URL) -> WrongNode | None:
         return WrongNode(
             f"the port at {where} does not use TLS ({reason}); use amqp://… in --url, or give the "
             "port of the broker's TLS listener (usually 5671)"
+        )
+    if "HANDSHAKE_FAILURE" in reason:  # with TLS 1.2, this is all that the broker says
+        return WrongNode(
+            f"the broker at {where} refuses the TLS handshake ({reason}); if it requires a client "
+            "certificate, give one in --url, as in "
+            "amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem; otherwise, allow TLS 1.2 or "
+            "1.3 on the broker"
         )
     if any(word in reason for word in _VERSION_ALERTS):
         return WrongNode(

@@ -79,6 +79,11 @@ class FrameSplitter:
         self._channels[channel.number] = channel
         self._partial.pop(channel.number, None)
 
+    @property
+    def incomplete_bytes(self) -> int:
+        """The bytes that have arrived of incomplete message bodies."""
+        return sum(content.filled_bytes for content in self._partial.values())
+
     def data_received(self, data: bytes) -> None:
         """Handle received bytes, which may begin and end anywhere in a frame.
 
@@ -267,6 +272,10 @@ class Connection(aio_pika.Connection):
     def received_bytes(self) -> int:
         """Return the total size of the received bodies, behind which a confirmation may wait."""
         return self._sockets.splitter.received_bytes
+
+    def incomplete_bytes(self) -> int:
+        """Return how many bytes have arrived of message bodies that are still incomplete."""
+        return self._sockets.splitter.incomplete_bytes
 
     async def content_channel(
         self,

@@ -37,6 +37,7 @@ _SIZE_AT = _KIND_SIZE  # the offset of the body size in a header frame, after cl
 _SIZE, _TAG = struct.Struct(">Q"), struct.Struct(">Q")
 _SETTLED = struct.Struct(">4sQB")
 _HEAD = struct.Struct(">HHQH")  # of a header frame: class, weight, body size, flags
+NO_PROPERTIES = _HEAD.pack(_BASIC, 0, 0, 0)  # the payload of a header frame without properties
 _MULTIPLE, _REQUEUE = 1, 2
 _MANDATORY = 1
 

@@ -85,6 +85,10 @@ class AmqpLink(Link):
         self._probe_channel: AbstractChannel | None = None
         self._probe_lock = asyncio.Lock()
 
+    @property
+    def incomplete_bytes(self) -> int:
+        return self._connections[1].incomplete_bytes()
+
     async def start(self) -> AmqpLink:
         """Open the channels."""
         for connection in self._connections:

@@ -26,7 +26,8 @@ from fluffle_common.transport.rabbitmq.urls import display_url, parse_urls, tls_
 if TYPE_CHECKING:
     from yarl import URL
 
-_CONNECT_TIMEOUT_S = 15.0
+# Over TLS, opening a connection takes six round trips, of up to 4 s over a bad line.
+_CONNECT_TIMEOUT_S = 30.0
 # Silence of this length means that the other side is gone; both sides send twice in this time.
 _HEARTBEAT_S = 20
 

@@ -7,10 +7,13 @@ No error text contains anything before the last ``@`` of a URL, which may be a p
 from __future__ import annotations
 
 import base64
+import errno
+import os
 import re
 import ssl
+from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from fluffle_common.errors import UsageError
 
@@ -24,7 +27,9 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _AUTHORITY_END = re.compile(r"[/?#]")
 _TLS_OPTIONS = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ssl")
 _OPTIONS = (*_TLS_OPTIONS, "auth")
+_VALUES = {"no_verify_ssl": {"0", "1"}, "auth": {"plain", "external"}}
 _QUOTED = "#/?@:%[] "
+_MAX_VHOST = 127
 _FORM = "write amqp://user:password@host:port/vhost or amqps://…"
 _QUOTE = f"{_FORM}, and in the user, the password and the vhost, write " + ", ".join(
     f"'{char}' as %{ord(char):02X}" for char in _QUOTED
@@ -83,11 +88,16 @@ def tls_context(url: str) -> ssl.SSLContext | None:
     if split.scheme != "amqps":
         return None
     options = {name: values[-1] for name, values in parse_qs(split.query).items()}
-    file = options.get("cafile") or options.get("capath") or ""
+    folder = options.get("capath")
+    file = options.get("cafile") or folder or "?cadata="
     try:
-        cadata = base64.b64decode(options["cadata"]) if options.get("cadata") else None
+        if folder and not Path(folder).is_dir():  # OpenSSL would ignore it
+            raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        cadata = None
+        if text := options.get("cadata"):
+            cadata = base64.b64decode(text, validate=True)
         context = ssl.create_default_context(
-            cafile=options.get("cafile"), capath=options.get("capath"), cadata=cadata
+            cafile=options.get("cafile"), capath=folder, cadata=cadata
         )
         if certificate := options.get("certfile"):
             file = certificate
@@ -160,13 +170,22 @@ def _fault(url: str) -> str | None:
         _ = split.port
     except ValueError:
         return f"its port is not a number up to 65535; {_QUOTE}"
+    if len(unquote(split.path)) > _MAX_VHOST + 1:
+        return f"its vhost has more than {_MAX_VHOST} characters, which AMQP does not allow"
     return _wrong_option(split)
 
 
 def _wrong_option(split: SplitResult) -> str | None:
-    for name in parse_qs(split.query, keep_blank_values=True):
+    options = parse_qs(split.query, keep_blank_values=True)
+    for name, values in options.items():
         if name not in _OPTIONS:
             return f"it has the unknown option ?{name:.40}=; choose from {', '.join(_OPTIONS)}"
         if split.scheme == "amqp" and name in _TLS_OPTIONS:
             return f"its option ?{name}= needs TLS; write amqps://… instead of amqp://…"
+        allowed = _VALUES.get(name)
+        if "" in values or (allowed and not allowed.issuperset(map(str.lower, values))):
+            needs = " or ".join(sorted(allowed)) if allowed else "a value"
+            return f"its option ?{name}= needs {needs}"
+    if "keyfile" in options and "certfile" not in options:
+        return "its option ?keyfile= needs ?certfile= with the certificate of this key"
     return None
