@@ -47,10 +47,13 @@ def channel(federation: Federation) -> Iterator[Any]:
 
 
 @pytest.fixture
-def where(federation: Federation, broker_node: node.NodeInfo) -> tuple[str, ...]:
+def where(
+    federation: Federation, broker_node: node.NodeInfo, monkeypatch: pytest.MonkeyPatch
+) -> tuple[str, ...]:
     """Return the options of a command that inspects the federation."""
-    there = ("--federation", federation.name, "--url", federation.url)
-    return (*there, "--management", broker_node.management_url)
+    # In the environment, since not every command has the option.
+    monkeypatch.setenv("FLUFFLE_MANAGEMENT_URL", broker_node.management_url)
+    return ("--federation", federation.name, "--url", federation.url)
 
 
 @pytest.fixture
