@@ -6,6 +6,7 @@ everything that runs on it.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import threading
 import time
@@ -60,3 +61,14 @@ def timestamp(timespec: str = "milliseconds", at: float | None = None) -> str:
     return datetime.fromtimestamp(wall_time() if at is None else at, UTC).isoformat(
         timespec=timespec
     )
+
+
+async def real_sleep(seconds: float) -> None:
+    """Sleep in real time, for something outside of the process, such as room on the disk.
+
+    A simulation stands still meanwhile.
+    """
+    if _thread.simulated is not None:
+        time.sleep(seconds)  # noqa: ASYNC251 - nothing else may run, or simulated time would pass
+        seconds = 0.0
+    await asyncio.sleep(seconds)

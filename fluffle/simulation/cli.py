@@ -12,6 +12,7 @@ import click
 
 from fluffle_common.cli.app import count
 from fluffle_common.cli.config_file import ConfiguredCommand
+from fluffle_common.cli.settings import draw_into_files
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.cli.schedule_options import check_schedule_options
@@ -230,6 +231,7 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
         )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
     file = options["plot_partition"]
+    draw_into_files()
     try:
         plot_partition(whole, **asked).savefig(file, dpi=150)
     except (OSError, ValueError) as why:

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 import fluffle
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.journal import explain, journal
+from fluffle_coordinator.observe import journal_file
 from fluffle_coordinator.observe.journal_file import read_journal_file
 from tests.simulation.test_simulation import Adder
 
@@ -58,6 +59,20 @@ def test_the_commands_read_it_as_that_of_a_real_run(tmp_path):
     said = printed(explain, "--run", tmp_path, 1)
     assert "The longest wait was for cyd: it trained for 4 min" in said
     assert "The run has finished: 2 rounds are done." in said
+
+
+def test_the_first_event_is_printed_before_the_last_is_read(tmp_path, monkeypatch):
+    simulated(tmp_path)
+    first = next(read_journal_file(tmp_path))
+
+    def read_one(_folder):
+        yield first
+        raise UsageError("no more")
+
+    monkeypatch.setattr(journal_file, "read_journal_file", read_one)
+    done = CliRunner().invoke(journal, ["--run", str(tmp_path), "--json"])
+    assert json.loads(done.output)["event"] == first.event
+    assert isinstance(done.exception, UsageError)
 
 
 def test_an_age_counts_from_the_end_of_the_simulation(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import functools
 import json
 import math
@@ -11,6 +12,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -403,6 +405,23 @@ def test_no_further_client_trains_after_ctrl_c(tmp_path):
         runner.run(until_ctrl_c())
     store.unlock()
     assert trained == [0.0]
+
+
+def test_simulated_time_stands_still_while_the_disk_is_full(tmp_path, monkeypatch):
+    expected, _ = run(tmp_path / "roomy", {"a": Adder(1.0)}, rounds=1)
+    slept: list[float] = []
+    save = RunStore.save_weights
+
+    def full_at_first(*args: Any, **named: Any) -> Path:
+        if len(slept) < 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return save(*args, **named)
+
+    monkeypatch.setattr(RunStore, "save_weights", full_at_first)
+    monkeypatch.setattr(time, "sleep", slept.append)
+    found, _ = run(tmp_path / "full", {"a": Adder(1.0)}, rounds=1)
+    assert slept == [5.0, 5.0]
+    assert found.simulated_s == expected.simulated_s
 
 
 def test_two_tasks_of_one_name_are_refused():

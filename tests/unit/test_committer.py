@@ -130,6 +130,15 @@ async def test_what_waiting_cannot_mend_ends_the_run_with_one_line(run, spoil):
             await asyncio.gather(run.commit(1), run.running)
 
 
+async def test_a_removed_history_is_not_begun_anew(run):
+    await run.commit(1)
+    (run.folder / "history.jsonl").unlink()
+    with pytest.raises(RunError, match=r"cannot write to .*/history\.jsonl \(No such file"):
+        async with asyncio.timeout(2):
+            await asyncio.gather(run.commit(2), run.running)
+    assert not (run.folder / "history.jsonl").exists()
+
+
 async def test_a_run_whose_folder_is_removed_ends_with_one_line(run):
     await run.commit(1)
     shutil.rmtree(run.folder)

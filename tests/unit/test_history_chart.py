@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from fluffle_coordinator.cli.history_table import draw_history
@@ -47,3 +51,19 @@ def test_a_worker_cannot_prevent_the_drawing_with_an_extreme_loss(tmp_path) -> N
     ]
     draw_history(rounds, tmp_path / "history.png")
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_backend_that_is_not_installed_does_not_prevent_a_chart(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
+    code = (
+        "import sys\n"
+        "from fluffle_coordinator.cli.coordinator import plot\n"
+        "from fluffle_coordinator.storage import history\n"
+        "history.read_history = lambda _: [{'round': 1, 'loss': 0.5}]\n"
+        "plot(['--run', '.', '--out', sys.argv[1]])\n"
+    )
+    chart = tmp_path / "history.png"
+    # Jupyter names its own for all commands, which may have another environment's packages.
+    environment = {**os.environ, "MPLBACKEND": "nowhere"}
+    subprocess.run([sys.executable, "-c", code, chart], env=environment, check=True)
+    assert chart.read_bytes().startswith(b"\x89PNG")

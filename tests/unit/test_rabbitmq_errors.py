@@ -147,17 +147,21 @@ def test_declaring_distinguishes_arguments_from_queue_types(text, error):
 
 
 @pytest.mark.parametrize(
-    ("argument", "expected"),
+    ("argument", "what", "expected"),
     [
-        ("x-queue-type", "use the same --queue-type for the"),
+        ("x-queue-type", "queue", "use the same --queue-type for the"),
+        ("type", "exchange", "^exchange 'f.updates' already exists .*; delete the exchange"),
         (
             "x-max-length-bytes",
+            "queue",
             "already exists with different arguments.* 'rabbitmqctl delete_queue f.updates'",
         ),
     ],
 )
-def test_a_queue_with_different_arguments_is_named_with_the_remedy(argument, expected):
-    text = f"PRECONDITION_FAILED - inequivalent arg '{argument}' for queue 'f.updates' in vhost '/'"
+def test_an_entity_with_different_arguments_is_named_with_the_remedy(argument, what, expected):
+    text = (
+        f"PRECONDITION_FAILED - inequivalent arg '{argument}' for {what} 'f.updates' in vhost '/'"
+    )
     with (
         pytest.raises(OtherArguments, match=expected),
         map_declare_errors(),

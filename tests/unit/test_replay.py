@@ -245,10 +245,17 @@ async def test_a_full_disk_pauses_and_leaves_no_half_file(tmp_path, monkeypatch)
 
 def test_an_incomplete_file_never_has_the_final_name(tmp_path, monkeypatch):
     path = archive.update_path(tmp_path, 1, 1, "a")
+    path.parent.mkdir(parents=True)
     monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "bad")))
     with pytest.raises(OSError, match="bad"):
         archive.keep_update(path, b"body", [memoryview(b"pay"), memoryview(b"load")])
     assert files(tmp_path, 1) == []
+
+
+def test_a_run_folder_that_was_removed_is_not_created_anew(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        archive.keep_update(archive.update_path(tmp_path / "moved", 1, 1, "a"), b"body", None)
+    assert not (tmp_path / "moved").exists()
 
 
 def test_after_a_crash_an_uncommitted_round_starts_over(folder):

@@ -94,6 +94,13 @@ def test_an_unknown_option_of_a_url_is_an_error(query):
         parse_urls(f"amqps://me:open-sesame@host/?{query}")
 
 
+def test_a_vhost_too_long_for_amqp_is_an_error():
+    parse_urls("amqp://host/" + "v" * 127)
+    parse_urls("amqp://host/" + "%2F" * 127)
+    with pytest.raises(UsageError, match="its vhost has more than 127 characters"):
+        parse_urls("amqp://host/" + "v" * 128)
+
+
 def test_credentials_are_removed_from_any_text():
     text = "at amqps://me:op@en@host/v and amqp://a:b@two/ it failed"
     assert without_credentials(text) == "at amqps://host/v and amqp://two/ it failed"

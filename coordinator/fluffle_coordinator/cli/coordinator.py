@@ -21,6 +21,7 @@ from fluffle_common.cli.app import (
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.cli.printing import echo, echo_json
+from fluffle_common.cli.settings import draw_into_files
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
 from fluffle_coordinator.cli.schedule_options import (
@@ -274,6 +275,7 @@ def plot(folder: Path, out: Path) -> None:
     rounds = [row for row in read_history(folder) if "loss" in row]
     if not rounds:
         raise UsageError(f"no round of {folder} has been evaluated yet")
+    draw_into_files()
     try:
         draw_history(rounds, out)
     except ImportError:

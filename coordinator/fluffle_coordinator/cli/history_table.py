@@ -73,9 +73,6 @@ def _columns(rounds: list[dict[str, Any]]) -> dict[str, list[str]]:
 
 def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
     """Write a PNG with the accuracy (left axis) and the loss (right axis) after each round."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
     import matplotlib.pyplot as plt
 
     from fluffle_common.durable_files import replacing

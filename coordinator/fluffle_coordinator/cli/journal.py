@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
+from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -167,9 +168,10 @@ async def _follow(
 async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Event]:
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
-    events = list(read_journal_file(folder))
-    start = _since(since, _end_of(events))
-    for event in events:
+    start = None
+    if since is not None:
+        start = _since(since, _end_of(deque(read_journal_file(folder), maxlen=1)))
+    for event in read_journal_file(folder):
         if start is None or (event.moment or start) >= start:
             yield event
 

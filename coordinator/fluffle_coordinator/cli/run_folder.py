@@ -180,18 +180,18 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
       fluffle report runs/letters --out report.html
     """
     from fluffle_common.durable_files import replacing
-    from fluffle_coordinator.dashboard.report import page, read_report, shortened
+    from fluffle_coordinator.dashboard.report import MAX_DETAILED, page, read_report
 
     if as_json and out is not None:
         raise UsageError("--out conflicts with --json, which writes no page; remove one of them")
-    data = read_report(folder, time.time())
     if as_json:
-        echo_json(data)
+        echo_json(read_report(folder, time.time()))
         return
+    data = read_report(folder, time.time(), MAX_DETAILED)
     out = out or folder / "report.html"
     try:
         with replacing(out) as file:
-            file.write(page(shortened(data)).encode())
+            file.write(page(data).encode())
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     echo(f"report written to {out}")

@@ -54,15 +54,8 @@ async def well_formed(probe: Probe) -> str:
 async def stop(probe: Probe) -> str:
     """End the run."""
     since = len(probe.messages)
-    await probe.send(
-        Stop(
-            federation=probe.topology.federation,
-            run=probe.run,
-            round=probe.round,
-            outcome="finished",
-            reason="the conformance check is done",
-        )
-    )
+    reason = "the conformance check is done"
+    await probe.send(Stop(**probe.of_run(), round=probe.round, outcome="finished", reason=reason))
 
     def find() -> str | None:
         if any(probe.received(Bye, since)):
@@ -88,14 +81,9 @@ async def refusal(probe: Probe) -> str:
         lambda each: each.session not in earlier,
         within_s=probe.options.patience_s,
     )
-    await probe.send(
-        Refusal(
-            federation=probe.topology.federation,
-            session=again.session,
-            code="model",
-            reason="the conformance check tests a refusal",
-        )
-    )
+    federation, session = probe.topology.federation, again.session
+    reason = "the conformance check tests a refusal"
+    await probe.send(Refusal(federation=federation, session=session, code="model", reason=reason))
     try:
         async with asyncio.timeout(probe.options.patience_s):
             while not await probe.gone():  # noqa: ASYNC110 - the broker does not announce it

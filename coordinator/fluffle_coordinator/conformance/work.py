@@ -246,8 +246,7 @@ async def rejected_update(probe: Probe) -> str:
     sent = await probe.ask(probe.next_fit())
     rejected = await probe.update(sent)
     verdict = Verdict(
-        federation=probe.topology.federation,
-        run=probe.run,
+        **probe.of_run(),
         round=sent.fit.round,
         base=sent.fit.base,
         outcome="rejected",

@@ -10,6 +10,7 @@ import base64
 import hashlib
 import math
 import re
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from importlib.metadata import version
@@ -23,27 +24,34 @@ from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import merged, read_history_lines
+from fluffle_coordinator.storage.round_stats import seconds_of
+from fluffle_coordinator.storage.run_checkpoints import checkpoint_files
 from fluffle_coordinator.storage.run_file import read_run_file
 
 # In dependency order.
 _SCRIPTS = ("dom.js", "chart.js", "results.js", "workers.js", "panels.js", "page.js")
-# With 30,000 rounds, a browser needs minutes to draw their details.
-_MAX_DETAILED = 1000
+MAX_DETAILED = 1000
+"""The rounds whose details a page has: for 30,000, a browser needs minutes to draw them."""
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
 _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 
 
-def read_report(folder: Path, now: float) -> dict[str, Any]:
+def read_report(folder: Path, now: float, most: int = sys.maxsize) -> dict[str, Any]:
     """Return everything that a report shows, including the SHA-256 of every checkpoint.
+
+    ``most`` limits the details of rounds and the checkpoints to those of the last rounds.
 
     Raises:
         UsageError: if the folder holds no run, or its files cannot be read.
     """
     lines = read_history_lines(folder)
     rows, last = merged(lines), lines[-1:]
-    checkpoints = [_checkpoint(file) for file in sorted(folder.glob("round-*.safetensors"))]
+    files = list(checkpoint_files(folder).values())
+    checkpoints = list(map(_checkpoint, files[-most:]))
     end = next((line for line in last if line["event"] == "ended"), None)
-    return snapshot(rows, read_run_file(folder), checkpoints, end, now)
+    data = snapshot(rows, read_run_file(folder), checkpoints, end, now)
+    data["totals"]["checkpoints"] = len(files)
+    return {**data, "rounds": data["rounds"][-most:]}
 
 
 def snapshot(
@@ -78,14 +86,13 @@ def snapshot(
         "rounds": planned,
         "committed": view.committed,
     }
-    seconds = (sum(each.phases.values()) for each in view.done if each.phases)
     return {
         "now": now,
         "run": run,
         "totals": {
             "opened_at": view.done[0].opened_at if view.done else None,
             "updates": sum(len(each.answers) for each in view.done),
-            "seconds": sum(seconds),
+            "seconds": sum(seconds_of(each.timings) for each in view.done),
             "checkpoints": len(checkpoints),
         },
         **results(view, view.next),
@@ -104,12 +111,6 @@ def _used(configurations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
             used.append(each)
         until = min(until, from_round)
     return used[::-1]
-
-
-def shortened(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a snapshot with the curves of all rounds, but only the last rounds and checkpoints."""
-    latest = {name: data[name][-_MAX_DETAILED:] for name in ("rounds", "checkpoints")}
-    return {**data, **latest}
 
 
 def page(data: Mapping[str, Any]) -> str:

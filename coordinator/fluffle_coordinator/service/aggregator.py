@@ -18,7 +18,7 @@ from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
 from fluffle_common.tensors.checkpoint import check_names
-from fluffle_common.tensors.frozen import NO_FROZEN, Frozen, frozen_of
+from fluffle_common.tensors.frozen import Frozen, frozen_of
 from fluffle_common.tensors.groups import FROZEN, untrained
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
@@ -167,13 +167,6 @@ class Aggregator:
             self._state = strategy.init(weights)
         self.broadcast = strategy.broadcast(self._state)
 
-    async def begin_with(self, weights: Weights, frozen: Frozen = NO_FROZEN) -> None:
-        """Save the first weights and start from them."""
-        base, self.frozen = await self._committer.begin_with(weights, frozen)
-        self.weights = weights
-        await self._off_loop(size_bytes(weights), self._begin_sum, weights)
-        self._post(ev.WeightsReady(monotonic(), base, frozen.digest))
-
     async def _take_first(self, held: Held) -> None:
         message = held.message
         if self.weights is None:
@@ -195,7 +188,10 @@ class Aggregator:
             except (MalformedMessage, ValueError) as wrong:
                 self._post(ev.Failed(monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
-                await self.begin_with(weights, frozen)
+                base, self.frozen = await self._committer.begin_with(weights, frozen)
+                self.weights = weights
+                await self._off_loop(size_bytes(weights), self._begin_sum, weights)
+                self._post(ev.WeightsReady(monotonic(), base, frozen.digest))
         held.delivery.ack()
         held.free()
 

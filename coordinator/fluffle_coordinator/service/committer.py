@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fluffle_common.clock import monotonic, timestamp
+from fluffle_common.clock import monotonic, real_sleep, timestamp
 from fluffle_common.errors import RunError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.metric_names import add_test_prefix
@@ -315,7 +315,7 @@ class Committer:
                         )
                     )
                 reported = True
-                await asyncio.sleep(_DISK_RETRY_S)
+                await real_sleep(_DISK_RETRY_S)
 
     def _write(self, write: Callable[[], _T]) -> _T:
         """Call ``write``, and turn an ``OSError`` into one of the errors of the run folder."""
@@ -332,7 +332,7 @@ class Committer:
             if why.errno in _LASTING:
                 path = os.fsdecode(why.filename) if why.filename else folder
                 raise RunError(
-                    f"cannot write to {path} ({reason}); make this path writable, or remove what "
-                    "is in its way, and run the same command again (no update is lost)"
+                    f"cannot write to {path} ({reason}); make this path writable again, and run "
+                    "the same command again (no update is lost)"
                 ) from None
             raise NoRoom(folder, reason) from None

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fluffle_common.cli.open_files import too_many_files
-from fluffle_common.clock import monotonic
+from fluffle_common.clock import monotonic, real_sleep
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.model_form import model_form
@@ -92,7 +92,7 @@ async def _lock(store: RunStore, watcher: Watcher) -> None:
     try:
         while not store.try_lock():
             standby.waits()
-            await asyncio.sleep(_STANDBY_POLL_S)
+            await real_sleep(_STANDBY_POLL_S)
     except asyncio.CancelledError:
         watcher.record(run_events.Interrupted(folder=str(store.shown)))
         raise

@@ -29,6 +29,7 @@ class History:
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / _NAME
+        self._begun = False  # from then on, a missing file was removed
 
     def append(self, line: dict[str, Any]) -> None:
         """Append a line; it is on disk when this returns.
@@ -38,13 +39,15 @@ class History:
         """
         data = _line(line).encode()
         written = 0
-        history = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
+        create = 0 if self._begun else os.O_CREAT
+        history = os.open(self.path, os.O_WRONLY | os.O_APPEND | create, 0o666)
         try:
             is_new = not os.fstat(history).st_size
             written = os.write(history, data)
             if written != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(history)
+            self._begun = True
             if is_new:
                 sync_folder(self.path.parent)
         except OSError:
@@ -63,6 +66,7 @@ class History:
         Raises:
             RunError: if any other line is damaged.
         """
+        self._begun = self.path.exists()
         try:
             return _read(self.path)
         except ValueError as error:

@@ -16,10 +16,10 @@ _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
 _BEST = "best.safetensors"
 
 
-def newest_checkpoint(folder: Path) -> int | None:
-    """Return the highest round that has a checkpoint, intact or not."""
-    names = map(_CHECKPOINT.fullmatch, (path.name for path in folder.iterdir()))
-    return max((int(name[1]) for name in names if name), default=None)
+def checkpoint_files(folder: Path) -> dict[int, Path]:
+    """Return the checkpoints of all rounds that have one, intact or not, by round, in order."""
+    named = ((_CHECKPOINT.fullmatch(path.name), path) for path in folder.iterdir())
+    return dict(sorted((int(name[1]), path) for name, path in named if name))
 
 
 def last_intact(

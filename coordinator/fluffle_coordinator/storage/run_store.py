@@ -49,7 +49,7 @@ from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
 from fluffle_coordinator.storage.round_stats import median_norms
-from fluffle_coordinator.storage.run_checkpoints import last_intact, newest_checkpoint
+from fluffle_coordinator.storage.run_checkpoints import checkpoint_files, last_intact
 from fluffle_coordinator.storage.run_file import (
     RUN_FILE,
     add_configuration,
@@ -288,7 +288,7 @@ class RunStore:
                     "another folder with --run, or move that run aside with --fresh"
                 )
             return run
-        if newest_checkpoint(self.folder) is not None or self.history.path.exists():
+        if checkpoint_files(self.folder) or self.history.path.exists():
             raise RunError(
                 f"{self.shown} holds a run, but run.json is missing; restore run.json, or move the "
                 "run aside with --fresh"
@@ -308,7 +308,7 @@ class RunStore:
                     f"in {self.shown}, history.jsonl belongs to run {line['run']}, but run.json "
                     f"belongs to run {run}; restore these files, or move the run aside with --fresh"
                 )
-        last, newest = max(committed, default=0), newest_checkpoint(self.folder) or 0
+        last, newest = (max(of, default=0) for of in (committed, checkpoint_files(self.folder)))
         if (missing := next(n for n in count(1) if n not in committed)) < last:
             raise RunError(
                 f"in {self.shown}, history.jsonl has no line for the commit of round {missing}; "

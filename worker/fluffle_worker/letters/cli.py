@@ -11,6 +11,7 @@ import click
 from fluffle_common.cli.app import SEED, count
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo, echo_json
+from fluffle_common.cli.settings import draw_into_files
 from fluffle_common.errors import TaskError, UsageError
 
 if TYPE_CHECKING:
@@ -182,6 +183,7 @@ def confusion(**options: Any) -> None:
     _warn_of_participant(data, loaded.participants, options["unseen"], trained)
     score, of_what, lines = _scored(loaded, images, options, trained)
     title = f"{model.stem} on {data.name}: {score.accuracy:.2f} %\nof {of_what}"
+    draw_into_files()
     try:
         draw_confusion(score.counts, loaded.classes, title, out)
     except ImportError:

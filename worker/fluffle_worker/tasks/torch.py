@@ -193,16 +193,16 @@ class TorchTask(AdaptedTask):
         state = None if rule.changes_nothing else rule.begin(copies_of(params))
         batches = data.batches(plan)
         losses = StepLosses(progress, data.steps(plan), private=rule.per_example)
-        while True:
-            seeded = self._seeded(plan.seed, self._sample_seed, len(losses))
-            with seeded, self._original_refused():
-                batch = next(batches, None)
-                if batch is None:
-                    break
-                optimizer.zero_grad()
-                loss, state = self._differentiate(module, params, self._examples(batch), state)
-                optimizer.step()
-            losses.add(loss)
+        with self._original_refused():
+            while True:
+                with self._seeded(plan.seed, self._sample_seed, len(losses)):
+                    batch = next(batches, None)
+                    if batch is None:
+                        break
+                    optimizer.zero_grad()
+                    loss, state = self._differentiate(module, params, self._examples(batch), state)
+                    optimizer.step()
+                losses.add(loss)
         if not rule.changes_nothing:
             rule.end(copies_of(params), state)
         trained = arrays_of(module, self._travel.__contains__)

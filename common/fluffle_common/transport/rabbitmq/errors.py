@@ -52,7 +52,9 @@ _TOO_LARGE = re.compile(r"message size (?P<size>\d+) is larger than (?:configure
 _OTHER_USER = re.compile(
     r"user_id property set to '[^']*' but authenticated user was '(?P<user>[^']*)'"
 )
-_ARGUMENT = re.compile(r"inequivalent arg '(?P<argument>[^']*)' for queue '(?P<name>[^']*)'")
+_ARGUMENT = re.compile(
+    r"inequivalent arg '(?P<argument>[^']*)' for (?P<what>queue|exchange) '(?P<name>[^']*)'"
+)
 _QUEUE_TYPE = re.compile(
     r"invalid arg 'x-queue-type'|queue.type|of type 'rabbit_\w+_queue'|NOT_IMPLEMENTED"
 )
@@ -122,6 +124,11 @@ def map_declare_errors() -> Iterator[None]:
 def _conflict(text: str) -> str:
     """Describe a conflict with an existing queue or exchange, and the remedy."""
     match = _ARGUMENT.search(text)
+    if match is not None and match["what"] == "exchange":
+        return (
+            f"exchange '{match['name']}' already exists with different arguments ({text}); "
+            "delete the exchange on RabbitMQ's management page, or choose another --federation"
+        )
     if match is None or match["argument"] in ("x-queue-type", "type"):
         return (
             f"a queue already exists on the broker with different arguments ({text}); use the same "

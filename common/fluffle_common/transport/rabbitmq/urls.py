@@ -13,7 +13,7 @@ import re
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, parse_qs, unquote, urlsplit
 
 from fluffle_common.errors import UsageError
 
@@ -29,6 +29,7 @@ _TLS_OPTIONS = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_
 _OPTIONS = (*_TLS_OPTIONS, "auth")
 _VALUES = {"no_verify_ssl": {"0", "1"}, "auth": {"plain", "external"}}
 _QUOTED = "#/?@:%[] "
+_MAX_VHOST = 127
 _FORM = "write amqp://user:password@host:port/vhost or amqps://…"
 _QUOTE = f"{_FORM}, and in the user, the password and the vhost, write " + ", ".join(
     f"'{char}' as %{ord(char):02X}" for char in _QUOTED
@@ -169,6 +170,8 @@ def _fault(url: str) -> str | None:
         _ = split.port
     except ValueError:
         return f"its port is not a number up to 65535; {_QUOTE}"
+    if len(unquote(split.path)) > _MAX_VHOST + 1:
+        return f"its vhost has more than {_MAX_VHOST} characters, which AMQP does not allow"
     return _wrong_option(split)
 
 
