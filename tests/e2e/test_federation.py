@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from fluffle_broker.node import node
 from tests import here
 from tests.e2e.programs import ROOT, Federation
+from tests.faults.harness import wait_until
 
 pytestmark = pytest.mark.rabbit
 WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
@@ -165,11 +166,15 @@ def test_a_quorum_larger_than_the_workers_is_a_visible_wait(federation: Federati
 def test_queues_tell_of_the_federation(federation: Federation, broker_node: node.NodeInfo) -> None:
     federation.coordinator("--quorum", 3).wait_for("connected")
     federation.worker("shard:0/3").wait_for("joined run")
-    code, looked, _ = here.fluffle(
-        "queues", "--federation", federation.name, "--url", federation.url, "--json",
-        "--management", broker_node.management_url,
-    )  # fmt: skip
-    assert code == 0
-    told = {queue["name"]: queue for queue in json.loads(looked)}
-    assert f"{federation.name}.inbox.shard-0-3" in told
+
+    def queues() -> dict[str, dict] | None:
+        code, looked, _ = here.fluffle(
+            "queues", "--federation", federation.name, "--url", federation.url, "--json",
+            "--management", broker_node.management_url,
+        )  # fmt: skip
+        assert code == 0
+        found = {queue["name"]: queue for queue in json.loads(looked)}
+        return found if f"{federation.name}.inbox.shard-0-3" in found else None
+
+    told = wait_until(queues, "RabbitMQ's list of queues, which may lag behind, has the inbox")
     assert "rejected" in told[f"{federation.name}.rejected"]["purpose"]

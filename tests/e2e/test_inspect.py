@@ -51,6 +51,7 @@ def where(
     federation: Federation, broker_node: node.NodeInfo, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[str, ...]:
     """Return the options of a command that inspects the federation."""
+    # Not every command has the option --management.
     monkeypatch.setenv("FLUFFLE_MANAGEMENT_URL", broker_node.management_url)
     return ("--federation", federation.name, "--url", federation.url)
 
