@@ -147,27 +147,27 @@ class History(Sequence[Round]):
         return History(self.rounds[which]) if isinstance(which, slice) else self.rounds[which]
 
     def __repr__(self) -> str:
-        return "\n".join(text_table(aligned(*column) for column in self._table().items()))
+        return "\n".join(text_table(aligned(*column) for column in self._table()))
 
     def _repr_html_(self) -> str:
-        columns = self._table()
-        rows = zip(*columns.values(), strict=True)
+        names, columns = zip(*self._table(), strict=True)
+        rows = zip(*columns, strict=True)
         body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
-        head = _cells("th", columns)
+        head = _cells("th", names)
         return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
 
-    def _table(self) -> dict[str, list[str]]:
-        """Return the cells of each column, by its name."""
+    def _table(self) -> list[tuple[str, list[str]]]:
+        """Return the name and the cells of each column; a metric may be called like another."""
         values = [each.values() for each in self.rounds]
-        return {
-            "round": [str(each.number) for each in self.rounds],
-            "workers": [str(len(each.participants)) for each in self.rounds],
-            "examples": [str(each.num_examples) for each in self.rounds],
-            **{
-                one_line(name): [decimal(row[name]) if name in row else "" for row in values]
+        return [
+            ("round", [str(each.number) for each in self.rounds]),
+            ("workers", [str(len(each.participants)) for each in self.rounds]),
+            ("examples", [str(each.num_examples) for each in self.rounds]),
+            *(
+                (one_line(name), [decimal(row[name]) if name in row else "" for row in values])
                 for name in self.columns
-            },
-        }
+            ),
+        ]
 
 
 def _cells(tag: str, texts: Iterable[str]) -> str:

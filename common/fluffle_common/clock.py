@@ -63,12 +63,17 @@ def timestamp(timespec: str = "milliseconds", at: float | None = None) -> str:
     )
 
 
+def time_is_simulated() -> bool:
+    """Whether this thread runs in simulated time."""
+    return _thread.simulated is not None
+
+
 async def real_sleep(seconds: float) -> None:
     """Sleep in real time, for something outside of the process, such as room on the disk.
 
     A simulation stands still meanwhile.
     """
-    if _thread.simulated is not None:
+    if time_is_simulated():
         time.sleep(seconds)  # noqa: ASYNC251 - nothing else may run, or simulated time would pass
         seconds = 0.0
     await asyncio.sleep(seconds)

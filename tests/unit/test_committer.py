@@ -134,7 +134,7 @@ async def test_a_removed_history_is_not_begun_anew(run):
     await run.commit(1)
     (run.folder / "history.jsonl").unlink()
     with pytest.raises(RunError, match=r"cannot write to .*/history\.jsonl \(No such file"):
-        async with asyncio.timeout(2):
+        async with asyncio.timeout(60):
             await asyncio.gather(run.commit(2), run.running)
     assert not (run.folder / "history.jsonl").exists()
 

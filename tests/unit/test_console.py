@@ -19,6 +19,7 @@ from rich.text import Text
 
 from fluffle_common.cli.background_stream import BackgroundStream
 from fluffle_common.cli.console import _WITHIN_S, Console, json_line
+from fluffle_common.clock import in_time_of
 from fluffle_common.protocol.events import RunEvent
 
 PATIENCE_S = 60.0
@@ -63,6 +64,20 @@ def test_without_an_event_loop_lines_are_written_at_once():
         assert events(stream) == ["one"]
         console.line("two", "", {"round": 3})
         assert json.loads(stream.getvalue().splitlines()[1])["round"] == 3
+
+
+async def test_in_simulated_time_lines_are_written_at_once():
+    class Stopped:
+        def time(self) -> float:
+            return 0.0
+
+        wall_time = time
+
+    stream = Stream()
+    with Console("plain", {}, stream) as console, in_time_of(Stopped()):
+        console.line("disk", "the disk is full")
+        console._stream.settle(PATIENCE_S)
+        assert "the disk is full" in stream.getvalue()
 
 
 async def test_lines_in_quick_succession_are_written_together():

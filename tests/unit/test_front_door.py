@@ -227,6 +227,15 @@ def test_a_history_has_rows_and_columns():
         history["f1"]
 
 
+def test_a_metric_may_be_called_like_another_column():
+    metrics = {"examples": 7.0, "workers": 9.0}
+    history = fluffle.History((fluffle.Round(1, {"a": 10}, Path("x"), metrics=metrics),))
+    head, row = repr(history).splitlines()
+    assert head.split() == ["round", "workers", "examples", "examples", "workers"]
+    assert row.split() == ["1", "1", "10", "7.0000", "9.0000"]
+    assert history._repr_html_().count("<td>") == 5
+
+
 def test_a_run_is_read_once_so_that_its_history_and_its_end_fit_together(tmp_path):
     lines = [
         {"event": "committed", "round": n, "participants": [], "checkpoint": "x"} for n in (1, 2)

@@ -221,6 +221,13 @@ def test_the_json_of_a_long_list_is_written_in_pieces(monkeypatch):
     assert max(map(len, written)) < len(text) / 4
 
 
+def test_what_json_cannot_hold_is_no_fault_of_the_output():
+    circle: list[object] = []
+    circle.append(circle)
+    with pytest.raises(ValueError, match="Circular"):
+        echo_json(circle)
+
+
 def test_an_object_in_place_of_stdout_that_raises_is_dropped_at_the_end(monkeypatch):
     class Raising:
         def flush(self) -> None:

@@ -295,16 +295,16 @@ def test_a_broken_connection_is_not_a_tls_error(error):
 @pytest.mark.parametrize(
     ("mechanisms", "properties", "expected"),
     [
-        ("PLAIN", {}, "lacks publisher_confirms, basic.nack, consumer_cancel_notify"),
+        ("PLAIN", {}, "needs: publisher_confirms, basic.nack, consumer_cancel_notify"),
         (
             "PLAIN",
             {"capabilities": {"basic.nack": True, "consumer_cancel_notify": True}},
-            "lacks publisher_confirms, an AMQP extension",
+            "needs: publisher_confirms;",
         ),
         (
             "PLAIN",
             {"capabilities": {"publisher_confirms": True, "basic.nack": False}},
-            "lacks basic.nack, consumer_cancel_notify",
+            "needs: basic.nack, consumer_cancel_notify",
         ),
         ("EXTERNAL SCRAM", {}, "it offers EXTERNAL SCRAM"),
     ],

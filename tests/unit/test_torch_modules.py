@@ -295,6 +295,38 @@ def test_a_loss_that_uses_the_original_is_refused() -> None:
     assert module.linear.weight.grad is not None
 
 
+def test_a_loss_may_use_a_layer_of_the_original_that_the_task_freezes():
+    module = Line()
+
+    def decayed(outputs: Any, targets: Any) -> Any:
+        return squared(outputs, targets) + module.linear.weight.square().sum()
+
+    task = torch_task(
+        lambda: module,
+        decayed,
+        torch.optim.SGD,
+        (INPUTS, TARGETS),
+        frozen=lambda name: name == "linear.weight",
+        device="cpu",
+    )
+    assert not np.array_equal(train(task)["linear.bias"], task.init(0)["linear.bias"])
+
+
+def test_a_loss_per_example_may_use_a_tensor_that_was_computed_before():
+    pytest.importorskip("jax")
+    weights = torch.ones(2, requires_grad=True)
+    computed = weights * weights  # part of a graph that outlives the steps
+
+    def weighted(outputs: Any, targets: Any) -> Any:
+        return squared(outputs, targets) * computed.sum()
+
+    task = torch_task(
+        Line, weighted, torch.optim.SGD, (INPUTS, TARGETS), local_rule=DpSgd(1.0, 0.0), device="cpu"
+    )
+    assert not np.array_equal(train(task)["linear.bias"], task.init(0)["linear.bias"])
+    assert weights.grad is None
+
+
 def test_a_module_that_changes_its_inputs_leaves_the_held_out_data_as_they_are():
     class Centred(Line):
         def forward(self, inputs: Any) -> Any:

@@ -97,8 +97,10 @@ def test_an_unknown_option_of_a_url_is_an_error(query):
 def test_a_vhost_too_long_for_amqp_is_an_error():
     parse_urls("amqp://host/" + "v" * 127)
     parse_urls("amqp://host/" + "%2F" * 127)
-    with pytest.raises(UsageError, match="its vhost has more than 127 characters"):
+    with pytest.raises(UsageError, match="its vhost has more than 127 bytes"):
         parse_urls("amqp://host/" + "v" * 128)
+    with pytest.raises(UsageError, match="its vhost has more than 127 bytes"):
+        parse_urls("amqp://host/" + "字" * 43)
 
 
 def test_credentials_are_removed_from_any_text():

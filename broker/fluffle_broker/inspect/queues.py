@@ -134,9 +134,8 @@ async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
                 counted[name] = await link.counts(name)
             except QueueInUse:  # exclusive, such as the queue of a tap
                 continue
-            except (
-                BrokerError
-            ) as refused:  # RabbitMQ 4.3 lets a reader of the journal count nothing
+            except BrokerError as refused:
+                # RabbitMQ 4.3 lets a reader of the journal count nothing.
                 cause = str(refused).partition(";")[0]
                 raise BrokerError(
                     f"{cause}; give the address of the management API with --management"

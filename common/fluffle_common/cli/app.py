@@ -348,7 +348,7 @@ def unexpected(wrong: BaseException) -> str:
         return text
     if isinstance(wrong, OSError) and wrong.filename is not None:
         return f"cannot use {os.fsdecode(wrong.filename)} ({wrong.strerror})"
-    if isinstance(wrong, FileNotFoundError):  # from getcwd(), which names no file
+    if isinstance(wrong, FileNotFoundError) and wrong.errno:  # from getcwd(), which names no file
         return "the current folder was removed; change to an existing folder"
     if isinstance(wrong, OSError) and wrong.errno in _NO_ROOM:
         return f"cannot write a file ({wrong.strerror}); check the disk and its free space"

@@ -14,7 +14,7 @@ from pydantic_core import to_json
 
 from fluffle_common.cli.background_stream import BackgroundStream, warning_about
 from fluffle_common.cli.printing import echo, echo_sentences, printable, visible_json, wrapped
-from fluffle_common.clock import timestamp, wall_time
+from fluffle_common.clock import time_is_simulated, timestamp, wall_time
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.events import RunEvent
@@ -112,13 +112,16 @@ class Console:
             self._hold(render)
 
     def _hold(self, render: Callable[[], str]) -> None:
-        """Collect lines for a moment if an event loop runs; otherwise write the line at once.
+        """Collect lines for a moment of real time if an event loop runs; else write at once.
 
         They are rendered when they are written, because that costs less for several at once, and
         no message of a round waits for it.
         """
         self._pending.append(render)
         if len(self._pending) > 1:
+            return
+        if time_is_simulated():
+            self._flush()
             return
         try:
             loop = asyncio.get_running_loop()

@@ -106,9 +106,10 @@ def _write(texts: Iterable[str], *, err: bool = False) -> None:
     stream = sys.stderr if err else sys.stdout
     if stream is None:  # closed before the process started (`>&-`)
         return
-    with output_errors(quiet=err):
-        for text in texts:
+    for text in texts:
+        with output_errors(quiet=err):
             stream.write(text)
+    with output_errors(quiet=err):
         stream.flush()
 
 

@@ -36,8 +36,8 @@ _WINDOW = 4
 # A body that is not a valid message is cut to this size, so that a flood of them cannot push older
 # entries out of the queue. A valid message is kept whole, so that it can be inspected or resent.
 _KEPT_BYTES = 64 * 2**10
-# The most headers of a rejected message that are kept, and the most characters of one.
-_HEADERS, _HEADER_CHARACTERS = 32, 500
+# The most headers of a rejected message that are kept, and the most bytes of one.
+_HEADERS, _HEADER_BYTES = 32, 500
 
 # The header that holds the original size of a rejected message that was cut.
 CUT = "cut_from_bytes"
@@ -241,7 +241,11 @@ async def reject(
 
 def _bounded_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
     """Return the headers that fit into an AMQP frame together with our own."""
-    short = [(k, v) for k, v in headers.items() if len(k) + len(str(v)) <= _HEADER_CHARACTERS]
+    short = [
+        (k, v)
+        for k, v in headers.items()
+        if len(f"{k}{v}".encode(errors="surrogatepass")) <= _HEADER_BYTES
+    ]
     return dict(short[:_HEADERS])
 
 

@@ -239,8 +239,9 @@ class TorchTask(AdaptedTask):
         if rule.per_example:
             loss = 0.0
             gradients, value = gradients_of_examples(module, params, self._loss, inputs, targets)
-            if value.requires_grad:  # because of tensors outside of the module
-                value.sum().backward()
+            if value.requires_grad and (outside := [one for _, one in self._originals_in_use()]):
+                # The hooks of these tensors notice that the value depends on them.
+                torch.autograd.grad(value.sum(), outside, retain_graph=True, allow_unused=True)
         else:
             value = mean_loss(self._loss, call(module, inputs), targets)
             value.backward()
@@ -311,6 +312,14 @@ class TorchTask(AdaptedTask):
     def _is_personal(self, name: str) -> bool:
         return name not in self._travel and name not in self._frozen
 
+    def _originals_in_use(self) -> list[tuple[str, torch.Tensor]]:
+        """Return the trainable parameters that are left of the module that ``model`` made."""
+        return [
+            (name, one)
+            for name, ref in _originals.get(self._module, ())
+            if (one := ref()) is not None and one.requires_grad and name not in self._frozen
+        ]
+
     @contextmanager
     def _original_refused(self) -> Iterator[None]:
         """Refuse gradients of the module that ``model`` made, because they would train nothing."""
@@ -324,8 +333,7 @@ class TorchTask(AdaptedTask):
 
         hooks = [
             one.register_hook(functools.partial(refuse, name))
-            for name, ref in _originals.get(self._module, ())
-            if (one := ref()) is not None and one.requires_grad
+            for name, one in self._originals_in_use()
         ]
         try:
             yield

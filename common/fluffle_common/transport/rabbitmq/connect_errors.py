@@ -12,7 +12,6 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.transport.rabbitmq.urls import display_url
 
 if TYPE_CHECKING:
-    from aiormq.exceptions import AuthenticationError
     from yarl import URL
 
 _ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
@@ -103,8 +102,8 @@ def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
 def capability_error(missing: list[str], url: URL) -> WrongNode:
     """Return the error for a broker that lacks these AMQP extensions."""
     return WrongNode(
-        f"the broker at {display_url(url)} lacks {', '.join(missing)}, an AMQP "
-        "extension that fluffle needs; use RabbitMQ 3.10 or newer"
+        f"the broker at {display_url(url)} lacks AMQP extensions that fluffle needs: "
+        f"{', '.join(missing)}; use RabbitMQ 3.10 or newer"
     )
 
 

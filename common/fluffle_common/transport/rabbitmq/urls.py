@@ -170,8 +170,8 @@ def _fault(url: str) -> str | None:
         _ = split.port
     except ValueError:
         return f"its port is not a number up to 65535; {_QUOTE}"
-    if len(unquote(split.path)) > _MAX_VHOST + 1:
-        return f"its vhost has more than {_MAX_VHOST} characters, which AMQP does not allow"
+    if len(unquote(split.path).encode()) > _MAX_VHOST + 1:
+        return f"its vhost has more than {_MAX_VHOST} bytes, which AMQP does not allow"
     return _wrong_option(split)
 
 
