@@ -456,7 +456,10 @@ def test_a_bye_and_a_heartbeat_are_not_answered_like_a_hello():
     assert hellos.admit(beat, 0.1) is beat
     hellos.left("w", "s")
     assert hellos.admit(beat, 0.2) is None  # it would be sent its work again, a whole model
-    assert hellos.admit(hello(), 60.0) is None
+    taken = [hellos.admit(hello(), 0.3) for _ in range(5)]
+    assert [one.kind for one in taken] == ["hello"] * 3 + ["heartbeat"] * 2
+    hellos.left("w", "s")
+    assert hellos.admit(hello(), 0.4) is None
     assert hellos.admit(hello("next"), 60.0) is not None
 
 

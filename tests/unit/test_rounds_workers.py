@@ -633,6 +633,47 @@ def test_no_work_is_repeated_while_bytes_of_a_message_arrive(arriving):
     assert fits(stuck) == [True]
 
 
+def test_a_round_stays_open_while_a_model_arrives_however_slowly():
+    run = heard("a", "b", rules=Rules(rounds=2, deadline_s=60, max_round_s=3600))
+    run.update("b")
+    effects = []
+    for step in range(1, 500):
+        run.now += 2.0
+        effects += run.echo()
+        effects += run.seen("b")
+        effects += run.seen("a", incomplete_bytes=40_000 * step)
+    assert len(only(effects, run_events.Reopened)) > 10
+    assert not fits(effects)
+    assert not only(effects, fx.End)
+
+
+def test_no_work_is_repeated_behind_an_earlier_one():
+    run = heard("a", "b", rules=Rules(rounds=3, quorum=Quorum(number=1), deadline_s=600))
+    run.update("b")
+    run.committed("b")
+    for step in range(1, 100):
+        run.now += 2.0
+        run.echo()
+        trains = {"state": "training", "run": RUN, "round": 1, "step": 1}
+        assert not fits(run.seen("a", **trains, incomplete_bytes=40_000 * step))
+    stalled = run.state.workers["a"]
+    assert (stalled.moved_at, stalled.received_at) == (run.now - 196.0, run.now)
+
+
+def test_the_reason_of_a_failure_after_a_stall_is_reported():
+    run = heard("a", "b", rules=Rules(rounds=1, stall_timeout_s=60))
+    run.update("a")
+    train_for(run, 62, "", "b")
+    reasons = [
+        one.reason
+        for _ in range(3)
+        for one in only(
+            run.on(ev.Failed(run.now, "b", RUN, 1, "out of memory")), run_events.Failure
+        )
+    ]
+    assert reasons == ["out of memory"]
+
+
 def test_who_announces_parts_that_never_come_is_not_sent_the_model_every_time():
     run = heard("a", "b")
     requests = []
@@ -658,7 +699,7 @@ def test_no_worker_can_fill_the_log_with_failures():
         effects += run.on(ev.Failed(run.now, "z", RUN, number, "boom"))
         effects += run.seen("a")
     reported = only(effects, run_events.Failure)
-    assert [(one.worker, one.round) for one in reported] == [("a", 2), ("a", 1)]
+    assert [(one.worker, one.round) for one in reported] == [("a", 2), ("a", 1), ("a", 2)]
     assert set(run.state.failed) == {"a"}
 
 

@@ -49,7 +49,10 @@ def postpone(state: State, seconds: float) -> State:
     workers = Table(
         {
             name: replace(
-                worker, last_seen=worker.last_seen + seconds, moved_at=worker.moved_at + seconds
+                worker,
+                last_seen=worker.last_seen + seconds,
+                moved_at=worker.moved_at + seconds,
+                received_at=worker.received_at + seconds,
             )
             for name, worker in state.workers.items()
         }

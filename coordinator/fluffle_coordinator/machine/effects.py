@@ -64,7 +64,7 @@ class SendFit(Effect):
 
     Each gets the ticket (worker, ``sequence``). ``attempt`` counts how often its update for that
     ticket was rejected; for a new attempt, it trains again. ``frozen``: the frozen tensors go with
-    it. ``repeat``: they were sent it before, and nothing suggests that it was lost.
+    it. ``repeat``: it was sent before, and nothing suggests that it was lost.
     """
 
     workers: tuple[str, ...]

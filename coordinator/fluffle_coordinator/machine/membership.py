@@ -38,10 +38,12 @@ def seen(state: State, event: Seen, out: Effects) -> State:
             out.append(differs)
     else:
         moved = known.position != worker.position
+        receives = worker.incomplete_bytes not in (None, known.incomplete_bytes)
         worker = replace(
             worker,
             joined_at=known.joined_at,
             moved_at=event.now if moved else known.moved_at,
+            received_at=event.now if receives else known.received_at,
             stalled=known.stalled and not moved,
             failed_round=known.failed_round,
         )
@@ -86,18 +88,16 @@ def _offer(state: State, worker: Worker, event: Seen, fresh: bool, out: Effects)
     if issued is not None:
         patience_s, sent_at = issued.patience_s(patience_s), issued.at
     lost = fresh or sent_at == -math.inf
-    arriving = worker.state == "idle" and worker.incomplete_bytes
-    receiving = worker.state == "receiving" or bool(arriving)
-    broken_off = receiving and (
+    broken_off = worker.state == "receiving" and (
         event.hello
         or sent_at == -math.inf
-        or event.now - max(worker.moved_at, sent_at) >= patience_s
+        or event.now - max(worker.moved_at, worker.received_at, sent_at) >= patience_s
     )
     at_work = state.busy(name) and not broken_off
     if issued is None:
         return _include(state, worker, at_work, event.now, out)
-    # Whatever it receives, its work follows.
-    if at_work or (receiving and not fresh and not broken_off):
+    # Its work is, or is queued behind, what it is receiving.
+    if at_work or (state.receives(name, event.now) and not lost):
         return state
     if state.done(name):
         patience_s *= 4  # its update may be on its way
@@ -151,8 +151,8 @@ def left(state: State, event: Left, out: Effects) -> State:
 def failed(state: State, event: Failed, out: Effects) -> State:
     """Mark a worker as failed if the failed work is what it was asked for.
 
-    A failure in an earlier round is only reported, and once: otherwise, one worker could fill the
-    log and the journal.
+    Any other failure, such as one after a stall, is only reported, and once a round: otherwise, one
+    worker could fill the log and the journal. Those of unknown workers are ignored.
     """
     name, issued = event.worker, state.asked.get(event.worker)
     known = state.workers.get(name)
@@ -161,13 +161,11 @@ def failed(state: State, event: Failed, out: Effects) -> State:
         return state
     if name == state.init_asked and event.round == 0:
         state = state.replace(init_asked=None)
-    elif issued is None or event.round != issued.round:
-        if known is not None and known.failed_round < event.round < state.round:
+    elif issued is None or event.round != issued.round or name in state.failed:
+        if known is not None and known.failed_round < event.round <= state.round:
             out.append(failure)
-            late = replace(known, failed_round=event.round)
-            state = state.replace(workers=state.workers.insert(name, late))
-        return state
-    elif name in state.failed:
+            reported = replace(known, failed_round=event.round)
+            state = state.replace(workers=state.workers.insert(name, reported))
         return state
     out.append(failure)
     return state.replace_for(event.worker, failed=state.failed.insert(event.worker, event.reason))

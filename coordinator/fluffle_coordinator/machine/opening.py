@@ -108,4 +108,6 @@ def _ask(
         out.append(run_events.Opened(**about))
         return state
     out.append(run_events.Reopened(**about, reason=reason))
+    if not state.schedule.continuous:  # what is on its way is the same work
+        unanswered = tuple(name for name in unanswered if not state.receives(name, now))
     return send_work(state, tuple(n for n in unanswered if not state.busy(n)), now, out)

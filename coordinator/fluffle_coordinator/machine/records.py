@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -51,6 +52,7 @@ class Worker:
     frozen: tuple[str, ...] = ()  # the digests of the frozen tensors that it holds
     joined_at: float = 0.0  # when this process was first heard
     moved_at: float = 0.0  # when its position last changed
+    received_at: float = -math.inf  # when more of an incomplete message had last arrived
     stalled: bool = False  # whether it was reported as stalled
     failed_round: int = 0  # the last earlier round in which it was reported as failed
 
@@ -61,8 +63,7 @@ class Worker:
     @property
     def position(self) -> tuple[object, ...]:
         """Where its work stands: the worker advances whenever this changes."""
-        work = self.state, self.run, self.round, self.sequence, self.base
-        return self.session, *work, self.step, self.incomplete_bytes
+        return self.session, self.state, self.run, self.round, self.sequence, self.base, self.step
 
     @property
     def has_steps(self) -> bool:

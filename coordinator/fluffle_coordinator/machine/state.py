@@ -311,11 +311,18 @@ class State:
         elsewhere = ("idle", "training") if self.phase is Phase.EVALUATING else ("idle",)
         return known.state not in elsewhere
 
+    def receives(self, worker: str, now: float) -> bool:
+        """Whether a message has lately been arriving at a worker, as over a slow line."""
+        known = self.workers.get(worker)
+        return known is not None and now - known.received_at < self.rules.resend_s
+
     def advancing(self, worker: str) -> bool:
-        """Whether a worker is busy and has advanced since the round was last opened."""
-        if worker in self.failed or not self.busy(worker):
+        """Whether a worker has advanced since the round was last opened, or its work has."""
+        known = self.workers.get(worker)
+        if known is None or worker in self.failed:
             return False
-        return self.workers[worker].moved_at > self.opened_at
+        since = known.moved_at if self.busy(worker) else known.received_at
+        return since > self.opened_at
 
     def issued_before(self, worker: Worker, now: float) -> Issued | None:
         """Return the work that an earlier coordinator gave to a worker that still does it."""

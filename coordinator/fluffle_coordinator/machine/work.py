@@ -28,7 +28,8 @@ def send_work(
             evaluate = state.evaluate_pending
             out.append(SendFit(names, evaluate, sequence, attempt, lacking, repeat))
         if lacking:
-            out.append(run_events.FrozenSent(workers=names, digest=state.frozen))
+            if not repeat:  # which may be dropped (see Outbox)
+                out.append(run_events.FrozenSent(workers=names, digest=state.frozen))
             sessions = (state.workers[name].session for name in names)
             sent = {**state.frozen_sent, **dict.fromkeys(sessions, now)}
             state = state.replace(frozen_sent=Table(sent))
@@ -92,6 +93,6 @@ def resend_work(
     issued = state.asked[worker]
     if state.phase is Phase.OPEN and issued.round != state.round:
         return assign_work(state, (worker,), now, out)
-    issued = issued._replace(at=now, repeats=issued.repeats + repeat)
+    issued = issued._replace(at=now, repeats=issued.repeats + 1 if repeat else 0)
     state = state.replace_for(worker, asked=state.asked.insert(worker, issued))
     return send_work(state, (worker,), now, out, repeat=repeat)

@@ -28,7 +28,7 @@ class Entries:
         self._gists: dict[str, object] = {}  # of the latest report of each kind
 
     def record_of(self, event: RunEvent) -> EventRecord | None:
-        """Return the record of an event that happens now, as readers get it.
+        """Return the record of an event that happens now.
 
         It is None for an event that is not journalled, or a repetition.
 

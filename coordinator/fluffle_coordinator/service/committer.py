@@ -45,8 +45,8 @@ from fluffle_coordinator.user_code.hooks import Commit, HookCalls, copied
 
 _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
-# Refusals that last until somebody changes the run folder. Room on the disk, or a file server, may
-# come back without that.
+# Refusals that last until somebody changes the run folder or its permissions. A full disk or an I/O
+# error of a file server may pass without that.
 _LASTING = frozenset(
     (
         errno.EACCES,
@@ -332,7 +332,7 @@ class Committer:
             if why.errno in _LASTING:
                 path = os.fsdecode(why.filename) if why.filename else folder
                 raise RunError(
-                    f"cannot write to {path} ({reason}); make this path writable again, and run "
-                    "the same command again (no update is lost)"
+                    f"cannot write to {path} ({reason}); restore this path or its permissions, and "
+                    "run the same command again (no update is lost)"
                 ) from None
             raise NoRoom(folder, reason) from None

@@ -340,7 +340,7 @@ class Coordinator:
         self._link = link
         self._linked.set()
         self._intake.link_opened()
-        for worker in self.state.workers.values():  # before anything is sent to them
+        for worker in self.state.workers.values():  # before the machine sends them anything
             self._outbox.bind(worker.name, worker.session, again=False)
         self._post(ev.Connected(monotonic(), number))
         tasks = [

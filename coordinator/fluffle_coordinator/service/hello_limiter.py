@@ -36,21 +36,20 @@ class HelloLimiter:
 
         Returns:
             ``sign`` if it is within the limit; a heartbeat instead of a surplus hello of the same
-            session; None for a surplus hello of a new session, and for any sign of a session that
-            has left: else a bye and a heartbeat would be as good as a hello.
+            session; None for a surplus hello of another session or of one that has left, and for a
+            heartbeat of one that has left: else a bye and a heartbeat would be as good as a hello.
         """
         bucket = self._buckets.get(sign.worker)
         new_session = bucket is None or bucket.session != sign.session
-        if not new_session and bucket is not None and bucket.left:
-            return None
+        has_left = not new_session and bucket is not None and bucket.left
         if not new_session and isinstance(sign, Heartbeat):
-            return sign
+            return None if has_left else sign
         tokens = _BURST
         if bucket is not None:
             tokens = min(_BURST, bucket.tokens + (now - bucket.updated_at) / _REFILL_S)
         if tokens < 1:
             surplus = {**sign.__dict__, "kind": "heartbeat"}
-            return None if new_session else Heartbeat.model_construct(**surplus)
+            return None if new_session or has_left else Heartbeat.model_construct(**surplus)
         self._buckets.pop(sign.worker, None)
         if len(self._buckets) >= _MAX_WORKERS:
             del self._buckets[next(iter(self._buckets))]  # the least recently updated

@@ -101,8 +101,7 @@ class Outbox:
             try:
                 await self._do(job)
             finally:
-                for worker in workers:
-                    self._under_way[worker] -= 1
+                self._under_way -= Counter(workers)  # which drops those that are at 0
 
         self._jobs.put(send_work)
 

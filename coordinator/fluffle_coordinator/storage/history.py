@@ -168,7 +168,8 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bytes]:
             try:
                 line = _decoded(text)
             except ValueError:
-                if not file.peek():  # a power failure may leave zeros within a complete last line
+                # A power failure may leave zeros within a complete last line.
+                if not text.endswith(b"\n") or not file.peek():
                     return lines, text
                 raise ValueError(f"line {number} is damaged") from None
             if not text.endswith(b"\n"):

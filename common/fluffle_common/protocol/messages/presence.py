@@ -38,7 +38,7 @@ class _Presence(Header):
     last; ``sequence`` is None if that was not training. ``model`` is the form of its task's initial
     weights, if known. ``loss`` is the training loss at ``step`` of ``steps``.
     ``incomplete_bytes`` is how many bytes have arrived of messages that are still incomplete, as
-    over a slow line: it shows that the worker need not be sent them again. ``features`` lists
+    over a slow line: it shows that they need not be sent again. ``features`` lists
     its optional capabilities, and ``frozen`` the digests of the frozen tensors that it holds (see
     ``tensors.frozen``).
     """
