@@ -105,17 +105,24 @@ async def test_limits_of_a_vhost_are_named(picky, ctl):
 async def test_a_memory_alarm_blocks_publishing_until_it_clears(picky, ctl):
     link = await AmqpTransport(picky.url, "test").open()
     await link.declare([Queue("blocked", "of a test")])
+
+    async def publish() -> None:
+        await link.publish(b"x", Properties(), exchange="", keys=["blocked"])
+
+    async def keep_publishing() -> None:  # the alarm may come after the first message
+        while True:
+            await publish()
+
     news = link.blocking.changes()
     await asyncio.to_thread(ctl, "set_vm_memory_high_watermark", "0")
+    publishing = asyncio.ensure_future(keep_publishing())
     try:
-        publishing = asyncio.ensure_future(
-            link.publish(b"x", Properties(), exchange="", keys=["blocked"])
-        )
         assert await asyncio.wait_for(anext(news), PATIENCE_S) == "low on memory"
         assert link.blocking.reason == "low on memory"
     finally:
         await asyncio.to_thread(ctl, "set_vm_memory_high_watermark", "0.4")
     assert await asyncio.wait_for(anext(news), PATIENCE_S) is None
-    await asyncio.wait_for(publishing, PATIENCE_S)
+    publishing.cancel()
+    await asyncio.wait_for(publish(), PATIENCE_S)
     await news.aclose()
     await link.close()
