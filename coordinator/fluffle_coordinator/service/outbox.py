@@ -101,7 +101,10 @@ class Outbox:
             try:
                 await self._do(job)
             finally:
-                self._under_way -= Counter(workers)  # which drops those that are at 0
+                for worker in workers:
+                    self._under_way[worker] -= 1
+                    if not self._under_way[worker]:
+                        del self._under_way[worker]
 
         self._jobs.put(send_work)
 
