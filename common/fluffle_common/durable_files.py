@@ -63,15 +63,15 @@ def sync_folder(folder: str | Path) -> None:
         os.close(descriptor)
 
 
-def make_folder(folder: Path) -> None:
+def make_folder(folder: Path, *, parents: bool = True) -> None:
     """Create a folder and its parents durably, unless it exists.
 
     Raises:
-        OSError: if it cannot be created.
+        OSError: if it cannot be created, or a parent is missing and ``parents`` is false.
     """
     if folder.is_dir():
         return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=parents, exist_ok=True)
     for path in reversed(missing):
         sync_folder(path.parent)

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Policy
 from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, Management
-from fluffle_common.transport.rabbitmq.urls import parse_urls
 
 _APPLY_TO = "queues"
 _INSTEAD = "or print the commands for an administrator with --print"
@@ -57,10 +56,9 @@ def apply(policies: Sequence[Policy], api: Management, *, keep: bool = False) ->
                 f"the management API at {api.base} rejects a policy ({no.code} {no.reason}); check "
                 f"the vhost in --url, {_INSTEAD}"
             ) from None
-        user = parse_urls(api.url)[0].user or "guest"
         raise BrokerError(
-            f"user '{user}' is not allowed to set policies on the broker at {api.base}; give this "
-            f"user the tag 'policymaker' and permissions in the vhost, {_INSTEAD}"
+            f"user '{api.user}' is not allowed to set policies on the broker at {api.base}; give "
+            f"this user the tag 'policymaker' and permissions in the vhost, {_INSTEAD}"
         ) from None
     except REQUEST_ERRORS as why:
         reason = getattr(why, "reason", None) or why

@@ -78,9 +78,7 @@ class Console:
 
         A traceback for people goes to stderr, unabridged, for the author of the task.
         """
-        from fluffle_common.protocol.events import Traceback
-
-        if isinstance(event, Traceback) and not self._json:
+        if event.verbatim and not self._json:
             echo(*event.sentence().splitlines(), err=True)
         else:
             self._record(event.name, event.sentence, event.fields)

@@ -164,9 +164,6 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
     metrics = registry(feed)
     viewers = 0
 
-    async def page(_: Request) -> Response:
-        return FileResponse(_STATIC / "page.html")
-
     async def board(_: Request) -> Response:
         await feed.ask_queues(_QUEUES_EVERY_S)
         return Response(_joined(feed.sections()), media_type="application/json")
@@ -212,10 +209,14 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         Route("/healthz", healthz),
         Route("/readyz", readyz),
         Route("/metrics", prometheus),
-        Route("/", page),
+        Route("/", _page),
         Mount("/", StaticFiles(directory=_STATIC)),
     ]
     return _read_only(Starlette(routes=routes), hosts)
+
+
+async def _page(_: Request) -> Response:
+    return FileResponse(_STATIC / "page.html")
 
 
 async def _events(feed: Feed) -> AsyncGenerator[str, None]:

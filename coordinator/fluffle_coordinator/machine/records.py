@@ -54,7 +54,7 @@ class Worker:
     moved_at: float = 0.0  # when its position last changed
     received_at: float = -math.inf  # when more of an incomplete message had last arrived
     stalled: bool = False  # whether it was reported as stalled
-    failed_round: int = 0  # the last earlier round in which it was reported as failed
+    failed_round: int = 0  # the last of which a failure was only reported
 
     def deadline(self, rules: Rules) -> float:
         """Return when it counts as gone unless it sends another heartbeat."""

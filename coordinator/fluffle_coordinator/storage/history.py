@@ -165,15 +165,14 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bytes]:
         for number, text in enumerate(file, start=1):
             if not text.strip():
                 continue
+            if not text.endswith(b"\n"):
+                return lines, text
             try:
                 line = _decoded(text)
             except ValueError:
-                # A power failure may leave zeros within a complete last line.
-                if not text.endswith(b"\n") or not file.peek():
+                if not file.peek():  # a power failure may leave zeros within a complete last line
                     return lines, text
                 raise ValueError(f"line {number} is damaged") from None
-            if not text.endswith(b"\n"):
-                return lines, text
             try:
                 check_line(line)
             except ValueError as wrong:

@@ -19,7 +19,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from fluffle_common.durable_files import replacing, sync_folder
+from fluffle_common.durable_files import make_folder, replacing
 from fluffle_common.transport.base import Body
 
 _UPDATES = "updates"
@@ -42,9 +42,7 @@ def update_path(run: Path, number: int, place: int, worker: str) -> Path:
 def keep_update(path: Path, body: Body, payload: Iterable[memoryview] | None) -> None:
     """Write an update's message, and its payload if that travelled in parts."""
     for folder in (path.parent.parent, path.parent):
-        if not folder.is_dir():
-            folder.mkdir()  # without parents: a run folder that was removed is not created anew
-            sync_folder(folder.parent)
+        make_folder(folder, parents=False)  # a run folder that was removed is not created anew
     if payload is not None:  # written first: a message's payload must exist when the message does
         with replacing(path.with_suffix(".payload")) as file:
             file.writelines(payload)

@@ -54,13 +54,14 @@ class RunEvent:
 
     ``name`` is the name on the wire. ``template`` is the sentence; its placeholders are fields, or
     keys of ``_derived``; ``{updates:update}`` becomes "1 update" or "3 updates". An event that is
-    not ``journalled`` appears in the log only.
+    not ``journalled`` appears in the log only. A ``verbatim`` one is written unabridged for people.
     """
 
     name: ClassVar[str] = ""
     severity: ClassVar[Severity] = "plain"
     template: ClassVar[str] = ""
     journalled: ClassVar[bool] = True
+    verbatim: ClassVar[bool] = False
     field_names: ClassVar[tuple[str, ...]] = ()
     template_fields: ClassVar[tuple[str, ...]] = ()  # those that occur in the template
 

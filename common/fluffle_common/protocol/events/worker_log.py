@@ -147,6 +147,8 @@ class Unfit(WorkerEvent):
 class Traceback(WorkerEvent):
     """The traceback of the task's own code, in ``text``."""
 
+    verbatim: ClassVar[bool] = True
+
     text: Text = None
 
 

@@ -63,8 +63,11 @@ class Management:
     def __init__(self, url: str, base: str) -> None:
         self.url, self.base = url, base.rstrip("/")
         self._node_url = split_urls(url)[0]
-        self._split = urllib.parse.urlsplit(self._node_url)
-        self.vhost = urllib.parse.unquote(self._split.path[1:]) or "/"
+        split = urllib.parse.urlsplit(self._node_url)
+        self.user, self._password = (
+            urllib.parse.unquote(text or "guest") for text in (split.username, split.password)
+        )
+        self.vhost = urllib.parse.unquote(split.path[1:]) or "/"
         self.quoted_vhost = urllib.parse.quote(self.vhost, safe="")  # for a path of the API
 
     def ask(self, path: str, *, put: Mapping[str, Any] | None = None) -> Any:
@@ -78,10 +81,7 @@ class Management:
             http.client.HTTPException: if the response is not HTTP.
             ValueError: if the response is not JSON.
         """
-        user, password = (
-            urllib.parse.unquote(s or "guest") for s in (self._split.username, self._split.password)
-        )
-        login = base64.b64encode(f"{user}:{password}".encode()).decode()
+        login = base64.b64encode(f"{self.user}:{self._password}".encode()).decode()
         headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
         body = None if put is None else json.dumps(put).encode()
         request = urllib.request.Request(  # noqa: S310 - http(s)
