@@ -365,7 +365,8 @@ def test_rejected_reports_dropped_messages(federation, channel, told, ask):
 
     def known() -> dict[str, Any] | None:
         answer: dict[str, Any] = told("rejected")
-        return answer if answer["dropped"] is not None else None
+        # The broker may count the messages of the queue before all that were published.
+        return answer if (answer["dropped"] or 0) >= 200 else None
 
     answer = harness.wait_until(known, "RabbitMQ's statistics are there")
     assert (answer["kept"], answer["dropped"]) == (1000, 200)
