@@ -39,6 +39,8 @@ def history_chart(numbers: Sequence[int], columns: Mapping[str, Sequence[float |
             values = np.clip(np.array(columns[name], float), -_MOST_DRAWN, _MOST_DRAWN)
             axes.plot(numbers, values, "o-" if len(numbers) <= _DOTS else "-", label=name)
         axes.set_xlabel("round")
+        label = "loss" if panel is losses else panel[0] if len(panel) == 1 else "metrics"
+        axes.set_ylabel(label, parse_math=False)
         axes.grid(alpha=0.3)
         for text in axes.legend(axes.lines, panel, frameon=False).get_texts():
             text.set_parse_math(False)  # the name of a metric may be any text
