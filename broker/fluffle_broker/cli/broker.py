@@ -71,19 +71,11 @@ def broker() -> None:
 @_port_option("--port", "AMQP", 5673, zero="a free port, also for each port option that you omit")
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
-@click.option(
-    "--node-name",
-    default="fluffle",
-    show_default=True,
-    metavar="NAME",
-    help="Erlang name of the RabbitMQ node; the node's data is stored under this name.",
-)
 def up(
     state: Path,
     port: int | None,
     management_port: int | None,
     prometheus_port: int | None,
-    node_name: str,
 ) -> None:
     """Start the broker of this folder and wait until it is ready.
 
@@ -105,7 +97,7 @@ def up(
         return
     ports = chosen_ports(port, management_port, prometheus_port)
     with _progress() as report:
-        info = node.up(state, ports=ports, node_name=node_name, report=report)
+        info = node.up(state, ports=ports, report=report)
     echo(f"RabbitMQ {info.version} is up")
     _show(info, state)
 
