@@ -210,7 +210,7 @@ def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
     assert (run.best, run.history.columns) == (run.history[-1], ())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(fluffle.UsageError, match=r"pip install 'fluffle\[plot\]'"):
-        run.plot()
+        fluffle.run([Adder()], rounds=1).plot()
 
 
 def test_a_temporary_folder_goes_with_its_run(tmp_path):
