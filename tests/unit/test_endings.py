@@ -154,6 +154,17 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
         await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
 
 
+async def test_a_checkpoint_that_cannot_be_opened_is_an_error_about_this_file(store):
+    begin(store, {"w": np.zeros(2, np.float32)})
+    checkpoint = store.folder / checkpoint_name(0)
+    checkpoint.unlink()
+    checkpoint.mkdir()
+    with pytest.raises(RunError, match=f"{checkpoint}: Is a directory.*; make this file readable"):
+        settings = SimpleNamespace(federation="f")
+        await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
+    store.unlock()
+
+
 # --- what a worker is doing ----------------------------------------------------------------------
 
 
