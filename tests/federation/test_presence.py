@@ -324,3 +324,15 @@ def test_over_a_slow_line_each_worker_is_bound_once(federated, monkeypatch):
         federation.check_averages(VALUES)
 
     federated(scenario)
+
+
+def test_a_worker_that_joins_a_finished_run_joins_its_last_round(federated):
+    async def scenario(federation):
+        for _ in range(2):
+            worker = federation.worker("a")
+            await federation.coordinator(rounds=2, min_workers=1).end()
+            await worker.end()
+        (welcome,) = worker.log.of("welcome")
+        assert (welcome["round"], welcome["rounds"]) == (2, 2)
+
+    federated(scenario)

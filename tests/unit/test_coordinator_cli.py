@@ -60,10 +60,19 @@ def test_the_plan_contains_the_options(monkeypatch, flags, compress):
     assert str(settings[0].plan.compress) == str(compress)
 
 
-def test_upload_dtype_and_compress_exclude_each_other():
-    flags = ["--federation", "f", "--upload-dtype", "bf16", "--compress", "int8"]
-    with pytest.raises(UsageError, match="conflicts with"):
-        CliRunner().invoke(coordinator, flags, catch_exceptions=False)
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--upload-dtype bf16 --compress int8", "--upload-dtype conflicts with --compress"),
+        ("--epochs 2 --steps 3", "--epochs conflicts with --steps"),
+        ("--fraction 0.5 --sample 3", "--fraction conflicts with --sample"),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(flags, message):
+    with pytest.raises(UsageError, match=message):
+        CliRunner().invoke(
+            coordinator, ["--federation", "f", *flags.split()], catch_exceptions=False
+        )
 
 
 def test_a_quorum_that_no_sample_can_reach_is_refused():

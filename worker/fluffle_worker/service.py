@@ -211,7 +211,7 @@ class WorkerService:
                 self._presence.speak_up()
                 if self._welcomed != (run, number, rounds):  # not shown yet
                     self._welcomed = (run, number, rounds)
-                    self._record(Welcomed(run=run, round=number, rounds=rounds))
+                    self._record(Welcomed(run=run, round=min(number, rounds), rounds=rounds))
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():

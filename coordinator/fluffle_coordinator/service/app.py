@@ -153,8 +153,10 @@ def _plan_of(options: dict[str, Any]) -> Plan:
     """Return the plan that the options describe.
 
     Raises:
-        UsageError: if an option is malformed, or exceeds a limit of the protocol.
+        UsageError: if an option is malformed or exceeds a limit, or two options contradict.
     """
+    if options["steps"] is not None and options["epochs"] > 1:
+        raise UsageError("--epochs conflicts with --steps; use only one of them")
     codec = options["compress"] or options["upload_dtype"]
     compress = None if codec == "float32" else Compression.parse(codec)
     config = parse_config(options["config"])
