@@ -82,7 +82,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     "--image *.png.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes, as JSON.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
     """Classify the letter in an image, with the model's confidence.
 
