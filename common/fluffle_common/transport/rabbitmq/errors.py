@@ -139,7 +139,8 @@ def _conflict(text: str) -> str:
     if match is None or match["argument"] in ("x-queue-type", "type"):
         return (
             f"a queue already exists on the broker with different arguments ({text}); use the same "
-            "--queue-type for the coordinator and all workers, or delete the old queue"
+            "--queue-type for the coordinator and all workers, or delete the federation's old "
+            "queues"
         )
     return (
         f"queue '{match['name']}' already exists with different arguments, for example because "
