@@ -176,7 +176,7 @@ def confusion(**options: Any) -> None:
         raise UsageError("--all conflicts with --unseen; use only one of them")
     model, data, out = options["model"], options["data"], options["out"]
     loaded = LettersModel(model)
-    images = read_images(data, loaded.classes)
+    images = read_images(data, loaded.classes, "the model")
     for note in images.notes:
         warn(note)
     trained = id_from(str(data)) in loaded.participants
