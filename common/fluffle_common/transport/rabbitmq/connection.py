@@ -41,6 +41,8 @@ _FRAME_HEAD, _read_head = frames.FRAME.size, frames.FRAME.unpack_from
 _BODY, _END_BYTE = frames.BODY, frames.END_BYTE
 _NO_END = "an AMQP frame does not end with its frame-end byte"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
+# With a consumer, a broker that does not announce a deleted queue would be waited for forever.
+_NEEDED_CAPABILITIES = ("publisher_confirms", "basic.nack", "consumer_cancel_notify")
 _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
 _TLS_ALERT = b"\x15\x03"
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
@@ -241,6 +243,13 @@ class Connection(aio_pika.Connection):
     def close_reason(self) -> tuple[int, str] | None:
         """Code and text with which the broker closed the connection; None if it did not."""
         return self._sockets.splitter.close_reason
+
+    def missing_capabilities(self) -> list[str]:
+        """Return the names of the AMQP extensions that fluffle needs and the broker lacks."""
+        properties = self.transport.connection.server_properties if self.transport else {}
+        offered = properties.get("capabilities")
+        offered = offered if isinstance(offered, dict) else {}
+        return [name for name in _NEEDED_CAPABILITIES if not offered.get(name)]
 
     @property
     def may_need_tls(self) -> bool:

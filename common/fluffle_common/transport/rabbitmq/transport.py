@@ -12,6 +12,7 @@ from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
+    capability_error,
     handshake_error,
     mechanism_error,
     probe_tls_error,
@@ -124,4 +125,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
             if refusal is not None:
                 raise refusal from None
         raise LinkLost(error_text(error)) from None
+    if missing := connection.missing_capabilities():
+        await close(connection)
+        raise capability_error(missing, url)
     return connection
