@@ -21,7 +21,7 @@ def committed(number: int, *participants: dict[str, Any], **fields: Any) -> dict
         "event": "committed", "run": RUN, "round": number, "base": f"base{number}", "asked": [],
         "participants": list(participants), "opened_at": "1970-01-01T00:00:10.000+00:00",
         "late": 0, "rejected": 0, "late_updates": [], "rejections": [],
-        "checkpoint": f"round-{number:04d}.safetensors", "timings": {},
+        "checkpoint": f"round-{number:04d}.safetensors", "timings": {}, "strategy": "fedavg",
         "committed_at": "1970-01-01T00:00:15.000+00:00", **fields,
     }  # fmt: skip
 

@@ -60,7 +60,7 @@ class _Committed(_Counting):
     opened_at: _Time
     committed_at: _Time
     checkpoint: _Text
-    strategy: _Text = ""
+    strategy: _Text
     epsilon: Metric | None = None
     delta: Metric | None = None
     timings: dict[_Text, Metric]
