@@ -290,12 +290,12 @@ def needing(**needs):
         (
             {"min_updates": 3},
             {"quorum": Quorum(number=2)},
-            "needs at least 3 updates per round, but --quorum 2 closes a round with 2",
+            "needs at least 3 updates per round, but --quorum 2 closes a round with fewer",
         ),
         (
             {"min_updates": 3},
             {"sample": 2},
-            "needs at least 3 updates per round, but --sample 2 asks for 2 updates; give --sa",
+            "needs at least 3 updates per round, but --sample 2 asks for fewer; give --sa",
         ),
     ],
 )
