@@ -190,8 +190,8 @@ class RunStore:
             announced=announced,
             counted=counted,
             earlier=self._bases(commits),
-            asked_in={name: line["round"] for line in commits for name in line.get("asked", ())},
-            train_s={w["worker"]: w["seconds"] for w in counts if w.get("seconds") is not None},
+            asked_in={name: line["round"] for line in commits for name in line["asked"]},
+            train_s={w["worker"]: w["seconds"] for w in counts if w["seconds"] is not None},
             median_norms=median_norms(commits),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
