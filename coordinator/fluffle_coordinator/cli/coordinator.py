@@ -266,20 +266,18 @@ def history(folder: Path, as_json: bool) -> None:
     help="File to write the chart to.",
 )
 def plot(folder: Path, out: Path) -> None:
-    """Draw the federated accuracy and loss after each round."""
-    from fluffle_coordinator.cli.history_table import draw_history
+    """Draw the losses and the other metrics after each round."""
+    from fluffle_common.durable_files import replacing
+    from fluffle_coordinator.cli.history_chart import history_figure
     from fluffle_coordinator.storage.history import read_history
 
     if out.suffix.lower() not in ("", ".png"):
         raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
-    rounds = [row for row in read_history(folder) if "loss" in row]
-    if not rounds:
-        raise UsageError(f"no round of {folder} has been evaluated yet")
     draw_into_files()
+    figure = history_figure(read_history(folder))
     try:
-        draw_history(rounds, out)
-    except ImportError:
-        raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
+        with replacing(out) as file:
+            figure.savefig(file, dpi=150, format="png")
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     echo(f"chart written to {out}")
