@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fluffle.history import History, Round
 from fluffle_common.cli.printing import one_line
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.cli.history_chart import history_figure
+from fluffle_coordinator.cli.history_chart import history_chart
 from fluffle_coordinator.storage.history import merged, read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 
@@ -81,7 +81,10 @@ class Run:
         Raises:
             UsageError: if matplotlib is not installed, or no round has a metric.
         """
-        figure = history_figure(merged(self._lines))
+        columns = {name: self.history[name] for name in self.history.columns}
+        if not columns:
+            raise UsageError(f"no round of {self.folder} has a loss or a metric to draw")
+        figure = history_chart([each.number for each in self.history], columns)
         if file is not None:
             figure.savefig(file, dpi=150)
         return figure

@@ -7,60 +7,54 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
-from fluffle_coordinator.cli.history_chart import history_figure
-
-pytest.importorskip("matplotlib")
-
-
-def panels(figure):
-    return [[line.get_label() for line in axes.lines] for axes in figure.axes]
+from fluffle_coordinator.cli import history_chart as history_chart_module
+from fluffle_coordinator.cli.coordinator import plot
+from fluffle_coordinator.cli.history_chart import history_chart
+from fluffle_coordinator.storage import history
 
 
 def test_the_chart_of_many_rounds_has_few_ticks():
-    rounds = [{"round": number, "loss": 1 / number, "accuracy": 0.5} for number in range(1, 501)]
-    figure = history_figure(rounds)
+    pytest.importorskip("matplotlib")
+    numbers = range(1, 501)
+    figure = history_chart(numbers, {"loss": [1 / n for n in numbers], "accuracy": [0.5] * 500})
     assert {line.get_marker() for axes in figure.axes for line in axes.lines} == {"None"}
-    for axes in figure.axes:
-        assert axes.get_legend()
-        low, high = axes.get_xlim()
-        ticks = [tick for tick in axes.get_xticks() if low <= tick <= high]
-        assert 3 < len(ticks) < 20
-        assert all(tick == int(tick) for tick in ticks)
-
-
-def test_a_metric_shares_its_panel_with_its_test():
-    measured = {"mae": 0.5, "test/mae": 0.6, "test/loss": 0.1, "recall": 0.2, "f1": 0.3}
-    updates = [{"worker": "a", "num_examples": 1, "train_loss": 0.4}]
-    figure = history_figure([{"round": 1, "participants": updates, "epsilon": 2.0, **measured}])
-    losses, *others = panels(figure)
-    assert losses == ["train_loss", "test/loss"]
-    assert others == [["mae", "test/mae"], ["recall"], ["f1"], ["epsilon"]]
-
-
-def test_the_chart_shows_losses_below_zero_and_gaps():
-    figure = history_figure([{"round": 1, "loss": -1.0}, {"round": 2}, {"round": 3, "loss": 1.0}])
-    (axes,) = figure.axes
-    low, high = axes.get_ylim()
-    assert low < -1
-    assert high > 1
+    ticks = figure.axes[0].get_xticks()
+    assert 3 < len(ticks) < 20
+    assert all(tick == int(tick) for tick in ticks)
 
 
 def test_a_worker_cannot_prevent_the_drawing_with_an_extreme_loss(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
     losses = (1.7e308, -1.7e308, 0.5)
-    rounds = [
-        {"round": number, "loss": loss, "accuracy": loss} for number, loss in enumerate(losses)
-    ]
-    history_figure(rounds).savefig(tmp_path / "history.png")
+    figure = history_chart([1, 2, 3], {"loss": losses, "accuracy": losses})
+    figure.savefig(tmp_path / "history.png")
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_command_draws_every_metric_also_of_a_run_that_is_only_tested(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    row = {"round": 1, "test/loss": 0.5, "test/mae": 0.25}
+    monkeypatch.setattr(history, "read_history", lambda _: [row])
+    drawn = []
+    monkeypatch.setattr(
+        history_chart_module,
+        "history_chart",
+        lambda *given: drawn.append(given) or history_chart(*given),
+    )
+    flags = ["--run", str(tmp_path), "--out", str(tmp_path / "history.png")]
+    CliRunner().invoke(plot, flags, catch_exceptions=False)
+    assert drawn == [([1], {"test/loss": [0.5], "test/mae": [0.25]})]
+
+
 def test_a_backend_that_is_not_installed_does_not_prevent_a_chart(tmp_path) -> None:
+    pytest.importorskip("matplotlib")
     code = (
         "import sys\n"
         "from fluffle_coordinator.cli.coordinator import plot\n"
         "from fluffle_coordinator.storage import history\n"
-        "history.read_history = lambda _: [{'round': 1, 'test/loss': 0.5}]\n"
+        "history.read_history = lambda _: [{'round': 1, 'loss': 0.5}]\n"
         "plot(['--run', '.', '--out', sys.argv[1]])\n"
     )
     chart = tmp_path / "history.png"

@@ -266,18 +266,28 @@ def history(folder: Path, as_json: bool) -> None:
     help="File to write the chart to.",
 )
 def plot(folder: Path, out: Path) -> None:
-    """Draw the losses and the other metrics after each round."""
+    """Draw the loss and the metrics after each round."""
     from fluffle_common.durable_files import replacing
-    from fluffle_coordinator.cli.history_chart import history_figure
+    from fluffle_coordinator.cli.history_chart import history_chart
+    from fluffle_coordinator.observe.round_view import metrics_of
     from fluffle_coordinator.storage.history import read_history
 
     if out.suffix.lower() not in ("", ".png"):
         raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
+    rounds = read_history(folder)
+    drawn = sorted({name for row in rounds for name in metrics_of(row)})
+    if any("loss" in row for row in rounds):
+        drawn.insert(0, "loss")
+    if not drawn:
+        raise UsageError(f"no round of {folder} has been evaluated yet")
     draw_into_files()
-    figure = history_figure(read_history(folder))
+    chart = history_chart(
+        [row["round"] for row in rounds],
+        {name: [row.get(name) for row in rounds] for name in drawn},
+    )
     try:
         with replacing(out) as file:
-            figure.savefig(file, dpi=150, format="png")
+            chart.savefig(file, dpi=150, format="png")
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     echo(f"chart written to {out}")

@@ -56,8 +56,8 @@ from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import SEQUENCE_GAP, Phase, State, Table
 
-# The events that arrive in the queue of heartbeats.
 _ALL_HEARD_S = 10.0  # a connected worker sends a heartbeat within this time, every 2 s by default
+# The events that arrive in the queue of heartbeats.
 _HEARD = (ev.Seen, ev.Left, ev.Failed, ev.Echoed)
 
 

@@ -251,8 +251,15 @@ class FlaxTask(AdaptedTask):
         if self.local_rule.per_example:
             grad = _each(grad)
         (value, (others, rest)), gradient = grad(params, (inputs, targets))
-        transform = self._transform(learning_rate)
-        change, optimizer_state = transform.update(gradient, optimizer_state, params)
+        transform = optax.with_extra_args_support(self._transform(learning_rate))
+        known: dict[str, Any] = {}
+        if not self.local_rule.per_example:  # the optimizer must not see past such a rule's noise
+            known = {
+                "value": value,
+                "grad": gradient,
+                "value_fn": lambda at: mean_loss(at, (inputs, targets))[0],
+            }
+        change, optimizer_state = transform.update(gradient, optimizer_state, params, **known)
         params = optax.apply_updates(params, change)
         return (nnx.merge_state(params, still, others), rest, optimizer_state), value
 
