@@ -422,6 +422,18 @@ def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(cap
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("call", [fluffle.run, fluffle.simulate])
+def test_a_task_whose_weights_cannot_be_sent_is_named(call):
+    class Nested(Adder):
+        def init(self, seed):
+            return {"p": super().init(seed)}
+
+    with pytest.raises(
+        fluffle.TaskError, match="the task 'south' cannot take part: .* nested .* as 'p/w'$"
+    ):
+        call({"north": Adder(), "south": Nested()}, rounds=1)
+
+
 def test_a_place_in_fluffles_own_code_is_not_named():
     class Wrong(Adder):
         train = len
