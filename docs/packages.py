@@ -1,7 +1,7 @@
 """Generates the diagram and the table of packages in ``architecture.md``.
 
-    python docs/rooms.py            updates architecture.md
-    python docs/rooms.py --check    exits with 1 if architecture.md is out of date
+    python docs/packages.py            updates architecture.md
+    python docs/packages.py --check    exits with 1 if architecture.md is out of date
 
 A room is a package with modules in it, described by the first line of its docstring. An arrow leads
 from a room to each room that it imports.
@@ -18,7 +18,7 @@ import grimp
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("architecture.md")
 SIDES = ("fluffle", "broker", "coordinator", "worker", "common")
-BEGIN, END = "<!-- rooms: made by docs/rooms.py -->", "<!-- rooms: end -->"
+BEGIN, END = "<!-- rooms: made by docs/packages.py -->", "<!-- rooms: end -->"
 
 
 def rooms() -> dict[str, Path]:
