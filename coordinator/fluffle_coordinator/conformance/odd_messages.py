@@ -49,7 +49,7 @@ async def unknown_critical_key(probe: Probe) -> str:
     "a worker ignores messages that are malformed, sealed, of another federation or of an unknown "
     "kind, and exchanges that it does not know",
 )
-async def mail_for_nobody(probe: Probe) -> str:
+async def messages_to_ignore(probe: Probe) -> str:
     """Send such messages, then work."""
     elsewhere = probe.mark_sent(probe.next_fit())
     _, body, _ = pack(elsewhere.fit, _small(probe))
@@ -236,7 +236,7 @@ def _in_parts(probe: Probe) -> int:
 
 
 @requires("Leaving", "a worker ignores a stop of another run and a refusal of another session")
-async def end_of_others(probe: Probe) -> str:
+async def stop_of_another_run(probe: Probe) -> str:
     """Send both, then work."""
     federation, since = probe.topology.federation, len(probe.messages)
     run, session = RUNS + fresh_name(), fresh_name()
