@@ -66,10 +66,19 @@ def test_upload_dtype_and_compress_exclude_each_other():
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)
 
 
-def test_a_quorum_that_no_sample_can_reach_is_refused():
-    flags = ["--federation", "f", "--quorum", "3", "--sample", "2"]
-    with pytest.raises(UsageError, match="--quorum 3 needs more updates than --sample 2 asks for"):
+def test_steps_and_epochs_exclude_each_other():
+    flags = ["--federation", "f", "--steps", "5", "--epochs", "3"]
+    with pytest.raises(UsageError, match="--epochs conflicts with --steps; use only one"):
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("flags", [["--quorum"], ["--on-deadline", "close", "--min-updates"]])
+def test_more_updates_than_a_sample_can_send_are_refused(flags):
+    wrong = f"{flags[-1]} 3 needs more updates than --sample 2 asks for; lower {flags[-1]} or raise"
+    with pytest.raises(UsageError, match=wrong):
+        CliRunner().invoke(
+            coordinator, ["--federation", "f", *flags, "3", "--sample", "2"], catch_exceptions=False
+        )
 
 
 @pytest.mark.parametrize("command", [coordinator, simulate])

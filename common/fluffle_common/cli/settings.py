@@ -116,6 +116,11 @@ def check_federation(name: str) -> str:
         raise UsageError(
             f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and '_'"
         )
+    if name == "amq":
+        raise UsageError(
+            "the federation name 'amq' is not possible, because RabbitMQ reserves names that begin "
+            "with 'amq.'; choose another name"
+        )
     return name
 
 

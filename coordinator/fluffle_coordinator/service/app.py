@@ -153,8 +153,10 @@ def _plan_of(options: dict[str, Any]) -> Plan:
     """Return the plan that the options describe.
 
     Raises:
-        UsageError: if an option is malformed, or exceeds a limit of the protocol.
+        UsageError: if options conflict, or one is malformed or exceeds a limit of the protocol.
     """
+    if options["steps"] is not None and options["epochs"] > 1:
+        raise UsageError("--epochs conflicts with --steps; use only one of them")
     codec = options["compress"] or options["upload_dtype"]
     compress = None if codec == "float32" else Compression.parse(codec)
     config = parse_config(options["config"])
@@ -201,11 +203,12 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             f"--over-provision {options['over_provision']:g} has no effect, because each round "
             "asks all workers; add --sample or --fraction, or remove --over-provision"
         )
-    if sample is not None and (quorum.number or 1) > sample:
-        raise UsageError(
-            f"--quorum {quorum.number} needs more updates than --sample {sample} asks for; lower "
-            "--quorum or raise --sample"
-        )
+    for option, needed in ("quorum", quorum.number or 1), ("min-updates", options["min_updates"]):
+        if sample is not None and needed > sample:
+            raise UsageError(
+                f"--{option} {needed} needs more updates than --sample {sample} asks for; lower "
+                f"--{option} or raise --sample"
+            )
     least = quorum.number or 1
     if min_workers and options["select"].fixed:  # else, any number of workers may be asked
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
