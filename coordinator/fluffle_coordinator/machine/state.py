@@ -25,6 +25,9 @@ __all__ = ["Evaluated", "Handle", "Quorum", "Rules", "State", "Table", "Ticket",
 # takes about as long with four workers as with four thousand.
 Table = HashTrieMap
 
+FIRST_WEIGHTS = "this run's first weights"
+"""What decided on the model and the classes, if no worker and no option did."""
+
 SEQUENCE_GAP = 10_000
 """How many sequences a coordinator skips for each start of the run, if work outlives its round.
 
@@ -111,7 +114,9 @@ class State:
     classes: tuple[str, ...] | None = None
     model: ModelForm | None = None
     decided: bool = False  # whether the workers have voted on these two
-    decided_by: str = ""  # who decided on these two, for messages
+    # Who or what decided on each of the two, for messages.
+    classes_by: str = FIRST_WEIGHTS
+    model_by: str = FIRST_WEIGHTS
     init_asked: str | None = None  # the worker that was asked for the first weights
     init_asked_at: float = 0.0
 
