@@ -223,10 +223,10 @@ def _array(name: Any, value: Any, method: str, what: str) -> Array:
             f"{method} returned tensor '{sendable(str(name), 60)}' as a {type(value).__name__}, "
             f"which NumPy cannot convert to an array: {one_line(why)}"
         ) from None
-    if array.dtype == object:
+    if array.dtype == object or isinstance(value, np.ma.MaskedArray):  # asarray drops the mask
         raise TaskError(
             f"{method} returned tensor '{sendable(str(name), 60)}' as {shown(value)}; expected an "
-            "array of numbers"
+            "unmasked array of numbers"
         )
     return array
 
