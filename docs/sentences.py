@@ -18,7 +18,8 @@ _MIN_WORDS = 4  # a shorter text is a name, not a sentence
 
 def of_page(path: Path) -> list[str]:
     """Return the sentences of a page, without tables, code and headings."""
-    text = re.sub(r"(?ms)^```.*?^```|^[|#!].*?$", "", path.read_text(encoding="utf-8"))
+    no_prose = r"(?ms)^ *```.*?^ *```|^ *(?:[|#!]|<!--).*?$"
+    text = re.sub(no_prose, "", path.read_text(encoding="utf-8"))
     text = re.sub(r"(?m)^ *([-*]|\d+\.) ", "\n\n", text)  # each item of a list begins anew
     sentences = [each.split() for each in re.split(r"(?<=[.:])\s+(?=[A-Z*`-])|\n\n", text)]
     return [" ".join(words) for words in sentences if len(words) >= _MIN_WORDS]

@@ -4,7 +4,7 @@
 
 It starts a private broker, draws handwritten letters, and starts a coordinator and three workers as
 separate processes. Then it shows how well the model reads the letters that the workers held out,
-and those of a fourth writer whom no worker trained on. Everything runs as an ordinary ``fluffle``
+and the letters of a fourth writer, on which no worker trained. Each step is an ordinary ``fluffle``
 command, which is printed first; the README runs the same commands by hand in five terminals.
 
 The demo has its own broker, federation and run folder (``.fluffle/demo``, ``demo``, ``runs/demo``),
@@ -204,7 +204,7 @@ def hold_lock() -> IO[str]:
 
 
 def letters() -> Path:
-    """Return the folder of the letters; draw them if it does not have them yet."""
+    """Return the folder of the letters; generate them if they do not exist yet."""
     names = [*(f"client-{number}" for number in range(1, CLIENTS + 1)), UNSEEN]
     for folder in (DATA, DATA_ELSEWHERE):
         if all((folder / name).is_dir() for name in names):
@@ -258,8 +258,8 @@ def show(data: Path) -> None:
     run("plot", "--run", RUN, "--out", RUN / "accuracy.png")
     explain(
         "Those letters are new to the model, but their writers are not. No client has a letter of "
-        f"{UNSEEN}, so the next figures show how well the model reads a stranger: first one "
-        "letter, then all."
+        f"{UNSEEN}, so the next figures show how well the model reads an unknown writer: "
+        "first one letter, then all letters."
     )
     image = min((data / UNSEEN).glob("*/*.png"))
     run("predict", "--model", MODEL, "--image", image)
@@ -343,7 +343,7 @@ def explain(text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print, and go on if the reader of our output has closed it."""
+    """Print, and continue even if nobody reads the output any more."""
     try:
         print(f"{text}\n", end="", flush=True)
     except OSError:

@@ -8,7 +8,7 @@ Run these in the project's folder, in five terminals, in any order (needs scikit
     fluffle worker --federation digits --task examples/digits.py:task --data shard:1/3
     fluffle worker --federation digits --task examples/digits.py:task --data shard:2/3
 
-Or simulate a hundred clients, among whom all digits are divided::
+Or divide all digits among a hundred simulated clients::
 
     fluffle simulate --task examples/digits.py:task --clients 100 --partition dirichlet:0.5
 """

@@ -9,7 +9,8 @@ Run these in the project's folder, in five terminals, in any order::
     fluffle worker --federation regression --task examples/numpy_regression.py:task --data shard:2/3
 
 The data are y = x @ SLOPES + INTERCEPT plus a little noise, so the federated loss falls to the
-variance of the noise, and ``runs/regression/round-0010.safetensors`` holds nearly those numbers.
+variance of the noise, and ``runs/regression/round-0010.safetensors`` contains values that are close
+to SLOPES and INTERCEPT.
 """
 
 from __future__ import annotations

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fluffle.history import History, Round
 from fluffle_common.cli.printing import one_line
 from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.history_chart import history_chart
 from fluffle_coordinator.storage.history import merged, read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 
@@ -80,27 +81,10 @@ class Run:
         Raises:
             UsageError: if matplotlib is not installed, or no round has a metric.
         """
-        try:
-            from matplotlib.figure import Figure
-        except ImportError:
-            raise UsageError("plot() needs matplotlib; run pip install 'fluffle[plot]'") from None
-        names = self.history.columns
-        if not names:
+        columns = {name: self.history[name] for name in self.history.columns}
+        if not columns:
             raise UsageError(f"no round of {self.folder} has a loss or a metric to draw")
-        losses = [name for name in names if name.endswith("loss")]
-        others = [name for name in names if name not in losses]
-        panels = [panel for panel in (losses, others) if panel]
-        figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-        numbers = [each.number for each in self.history]
-        columns = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, panel in zip(columns, panels, strict=True):
-            for name in panel:
-                axes.plot(numbers, _without_none(self.history[name]), "o-", label=name)
-            axes.set_xlabel("round")
-            axes.grid(alpha=0.3)
-            for text in axes.legend(axes.lines, panel, frameon=False).get_texts():
-                text.set_parse_math(False)  # the name of a metric may be any text
-            axes.xaxis.get_major_locator().set_params(integer=True)
+        figure = history_chart([each.number for each in self.history], columns)
         if file is not None:
             figure.savefig(file, dpi=150)
         return figure
@@ -127,7 +111,3 @@ def folder_path(folder: Any) -> Path:
     if not isinstance(given, str) or "\0" in given:
         raise UsageError(f"folder = {folder!r} is not a path; use text such as 'runs/letters'")
     return Path(given)
-
-
-def _without_none(values: list[float | None]) -> list[Any]:
-    return [float("nan") if value is None else value for value in values]

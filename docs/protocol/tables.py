@@ -133,8 +133,8 @@ TIMERS: dict[str, tuple[str | None, str]] = {
     "resend_s": (
         None,
         "if a worker still reports `idle`, or `receiving` without progress, its work is sent "
-        "again; if it reports the round as done but the update is missing, after 4 times as long. "
-        "The time doubles with each repetition",
+        "again; if it reports the round as done but its update is missing, its work is sent again "
+        "after 4 times as long. The time doubles with each repetition",
     ),
     "grace_s": ("--grace", "after the quorum, the round closes without the missing updates"),
     "deadline_s": (
@@ -145,11 +145,13 @@ TIMERS: dict[str, tuple[str | None, str]] = {
     ),
     "max_reopenings": (
         None,
-        "if the round makes no progress, it is reopened this often; then the run stops",
+        "if the round has been reopened this often in a row without progress, the run stops at "
+        "the next deadline",
     ),
     "max_round_s": (
         "--max-round",
-        "if a round is open for this long, even with progress, the run stops",
+        "if a round has been open for this long, even with progress, the run stops; if it has its "
+        "quorum, or enough updates for `--on-deadline close`, the round is closed instead",
     ),
     "stall_s": (
         None,
@@ -157,7 +159,7 @@ TIMERS: dict[str, tuple[str | None, str]] = {
     ),
     "stall_timeout_s": (
         "--stall-timeout",
-        "if they do not advance for this long, the worker counts as failed in this round",
+        "if a worker's steps do not advance for this long, it counts as failed in this round",
     ),
 }
 

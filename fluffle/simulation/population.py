@@ -56,7 +56,10 @@ def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0
         columns = getattr(whole, "columns", {})
         if partition.column != "label" and partition.column not in columns:
             there = ", ".join(["label", *columns])
-            raise UsageError(f"the data has no column '{partition.column}'; choose from {there}")
+            raise UsageError(
+                f"the task has no column '{partition.column}'; choose from {there}, or add the "
+                "column to the task's attribute 'columns'"
+            )
         labels = _single(np.asarray(columns.get(partition.column, labels)))
     return partition.deal(labels, clients, seed)
 

@@ -31,7 +31,6 @@ def test_every_round_replays_bit_by_bit_and_the_report_stands_alone(federation: 
         told = json.loads(replayed)
         assert told["equal"]
         assert len(told["participants"]) == 3
-        assert all(tensor["second_opinion"]["ulps"] <= 2 for tensor in told["tensors"])
 
     reported = federation.start(FLUFFLE, "report", federation.run, "--out", "report.html")
     assert reported.end() == 0

@@ -393,6 +393,20 @@ def test_queues_shows_a_worker_that_died(federation, told):
     assert told_of.startswith("worker shard-0-2 is not connected")
 
 
+def test_queues_shows_the_rate_of_a_message_a_second_each_time(federation, channel, broker_node):
+    topology = declare(federation)
+    api = Management(broker_node.url, broker_node.management_url)
+    rates = [0.0]
+
+    def four_in_a_row() -> bool:
+        channel.basic_publish("", topology.unrouted, b"")
+        found = {one.name: one for one in api.queue_figures(topology)}[topology.unrouted]
+        rates.append(found.in_rate or 0.0)
+        return all(rates[-4:])
+
+    harness.wait_until(four_in_a_row, "the rate is shown each time", look_s=1.0)
+
+
 def test_queues_watch_ends_with_ctrl_c(federation, start):
     declare(federation)
     program = start("queues", "--watch")

@@ -210,7 +210,7 @@ def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
     assert (run.best, run.history.columns) == (run.history[-1], ())
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(fluffle.UsageError, match=r"pip install 'fluffle\[plot\]'"):
-        run.plot()
+        fluffle.run([Adder()], rounds=1).plot()
 
 
 def test_a_temporary_folder_goes_with_its_run(tmp_path):
@@ -661,6 +661,17 @@ def test_progress_is_shown_on_request(capsys):
     assert "round 1: loss 1.0000, accuracy 0.5000 on 5 held-out examples" in capsys.readouterr().err
     fluffle.run([Adder()], rounds=1)  # no terminal
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_update_that_is_far_too_large_is_shown_with_the_keyword_that_rejects_it(capsys):
+    class Wild(Adder):
+        def train(self, weights, plan, progress):
+            return fluffle.TrainResult({"w": weights["w"] - 100}, 10)
+
+    fluffle.run([Adder(), Adder(), Wild()], rounds=1, progress=True)
+    shown = capsys.readouterr().err
+    assert "the norm of the update of worker-2 is 141, but the median is 1.41" in shown
+    assert shown.splitlines()[0].endswith("or reject such updates with max_norm_ratio=")
 
 
 def test_the_last_evaluation_fits_next_to_the_bar_of_a_narrow_terminal(monkeypatch, capsys):

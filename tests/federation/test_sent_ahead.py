@@ -12,6 +12,7 @@ import pytest
 
 from fluffle_coordinator.service import outbox
 from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.user_code.strategy_loading import load_strategy
 from tests.federation.test_faults import VALUES, start
 
 ROUNDS = 3
@@ -97,6 +98,23 @@ def test_a_worker_that_restarts_meanwhile_gets_it_in_full(federated, monkeypatch
 
     while_written(federated, monkeypatch, restarts)
     assert in_full == ["fit", "fit", "evaluate"]
+
+
+def test_a_private_model_leaves_only_after_its_commit(federated, monkeypatch, in_full):
+    strategy = load_strategy("dp:clip=1,noise=4,workers=2")
+
+    async def scenario(federation) -> None:
+        disk = FullDisk(monkeypatch)
+        workers = [start(federation, name) for name in "ab"]
+        coordinator = federation.coordinator(rounds=2, min_workers=2, strategy=strategy)
+        await coordinator.log.until("disk")
+        await asyncio.sleep(20.0)
+        assert [worker.service._assembly for worker in workers] == [None, None]
+        disk.full = False
+        assert (await coordinator.end()).outcome == "finished"
+        assert in_full == ["fit", "fit", "evaluate"]
+
+    federated(scenario)
 
 
 @pytest.mark.parametrize("whose", ["coordinator", "a"])

@@ -64,6 +64,14 @@ def test_by_a_column_each_value_is_a_client():
         By("writer").deal(writers, 4, 0)
 
 
+def test_a_column_is_one_of_the_task():
+    whole = SimpleNamespace(labels=np.zeros(3), columns={"writer": ["x", "y", "x"]})
+    assert [part.tolist() for part in parts_of(whole, By("writer"), 2)] == [[0, 2], [1]]
+    expected = r"no column 'age'; choose from label, writer, or add the column to the task's"
+    with pytest.raises(UsageError, match=expected):
+        parts_of(whole, By("age"), 2)
+
+
 @pytest.mark.parametrize(("partition", "clients"), [(Dirichlet(0.5), 2), (By("writer"), 3)])
 def test_examples_whose_label_is_missing_are_dealt_too(partition, clients):
     parts = partition.deal(np.array([np.nan, 1.0, 2.0, np.nan, 1.0]), clients, 0)

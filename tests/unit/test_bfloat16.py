@@ -145,6 +145,15 @@ def test_values_just_above_the_middle_are_rounded_up():
     assert got["w"].tolist() == [1.0, 1.0 + 2.0**-7, 1.0]
 
 
+@pytest.mark.parametrize("beyond", [2.0**119, 2.0**120, 2.0**126])  # the first is half a step
+def test_values_beyond_the_largest_saturate(beyond):
+    largest = float(ml_dtypes.finfo(BFLOAT16).max)
+    base = {"w": np.array([largest, -largest], BFLOAT16)}
+    delta = {"w": np.array([beyond, -beyond], BFLOAT16)}
+    got, _ = fedavg.finish(fold(fedavg.init(base), delta, 3), base)
+    assert got["w"].tolist() == [largest, -largest]
+
+
 def test_many_updates_are_not_summed_in_bfloat16():
     base = {"w": np.zeros(2, BFLOAT16)}
     state = fedavg.init(base)

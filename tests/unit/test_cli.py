@@ -63,7 +63,7 @@ C = ["coordinator", "--federation", "f"]
         (W, "has no images"),
         ([*W, "--task", "nowhere:task"], "there is no module nowhere"),
         ([*W, "--task", "nowhere.py:task"], "there is no file nowhere.py"),
-        ([*W, "--task", "plain.py:task"], "has no function 'task'"),
+        ([*W, "--task", "plain.py:task"], "plain.py has no 'task'"),
         ([*W, "--task", "broken.py:task"], "no_such_package"),
         ([*W, "--task", "task"], "module:name"),
         (["worker", "--federation", "f", "--data", "nowhere"], "there is no folder"),

@@ -44,7 +44,12 @@ class Run:
         )
 
     async def commit(self, number: int) -> None:
-        participant: dict[str, Any] = {"worker": "a", "num_examples": 10, "train_loss": None}
+        participant: dict[str, Any] = {
+            "worker": "a",
+            "sequence": 1,
+            "num_examples": 10,
+            "train_loss": None,
+        }
         participant |= {"seconds": 1.0, "counted_s": 1.0, "bytes": 4, "norm": 1.0}
         clock = Clock()
         clock.open()

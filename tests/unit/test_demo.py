@@ -73,7 +73,7 @@ def test_it_says_what_was_measured_on_what_and_scores_a_writer_that_no_client_ha
     (named,) = [line for line in calls if line.startswith("predict")]
     assert "data/writer-4/a/0000.png" in named
     assert "held out a tenth" in " ".join(output.split())
-    assert "how well the model reads a stranger" in " ".join(output.split())
+    assert "how well the model reads an unknown writer" in " ".join(output.split())
     assert "by the temperature calibrates" in " ".join(output.split())
     assert "first run 'export FLUFFLE_STATE=.fluffle/demo'" in " ".join(output.split())
     assert "Traceback" not in output

@@ -15,6 +15,7 @@ from flax import nnx
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights, same_form
+from fluffle_worker.local.dp_sgd import DpSgd
 from fluffle_worker.task import RoundPlan
 from fluffle_worker.tasks import flat_step
 from fluffle_worker.tasks import flax as training
@@ -310,6 +311,32 @@ def test_an_optimizer_that_is_complete_takes_no_learning_rate():
     )
     assert same(slow, fast)
     assert same(slow, line().train(weights, Plan(learning_rate=0.02), ignore).weights)
+
+
+def test_an_optimizer_that_needs_the_loss_is_told_it():
+    """Compare a step of Polyak's rule with NumPy."""
+    inputs, targets = numbers(COUNT)
+    task = line(optimizer=lambda rate: optax.polyak_sgd(max_learning_rate=rate))
+    weights = task.init(1)
+    trained = task.train(weights, Plan(batch_size=COUNT, learning_rate=10.0), ignore).weights
+    kernel = weights["linear/kernel"][:, 0].astype(np.float64)
+    wrong = inputs @ kernel + float(weights["linear/bias"][0]) - targets
+    gradient = 2 * (wrong[:, None] * inputs).mean(axis=0)
+    rate = (wrong**2).mean() / ((gradient**2).sum() + (2 * wrong.mean()) ** 2)
+    np.testing.assert_allclose(trained["linear/kernel"][:, 0], kernel - rate * gradient, rtol=1e-4)
+
+
+def test_a_line_search_evaluates_the_loss_of_the_batch():
+    task = line(optimizer=optax.lbfgs())
+    plan = Plan(epochs=20, batch_size=COUNT)
+    trained = task.train(task.init(1), plan, ignore).weights
+    np.testing.assert_allclose(trained["linear/kernel"][:, 0], [1, -2, 3, 0.5], atol=1e-4)
+
+
+def test_an_optimizer_is_not_told_the_loss_that_a_private_rule_hides():
+    task = line(optimizer=optax.polyak_sgd(), local_rule=DpSgd(1.0, 1.0))
+    with pytest.raises(TypeError, match="value"):
+        task.train(task.init(1), PLAN, ignore)
 
 
 def test_the_optimizer_starts_afresh_in_every_round():

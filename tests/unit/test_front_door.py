@@ -237,9 +237,8 @@ def test_a_metric_may_be_called_like_another_column():
 
 
 def test_a_run_is_read_once_so_that_its_history_and_its_end_fit_together(tmp_path):
-    lines = [
-        {"event": "committed", "round": n, "participants": [], "checkpoint": "x"} for n in (1, 2)
-    ]
+    line = {"event": "committed", "run": "r", "base": "b", "participants": [], "checkpoint": "x"}
+    lines = [{**line, "round": number} for number in (1, 2)]
     end = {"event": "ended", "round": 1, "reason": "interrupted"}
     file = tmp_path / "history.jsonl"
     file.write_text("".join(f"{json.dumps(line)}\n" for line in (lines[0], end)))

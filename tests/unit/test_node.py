@@ -121,12 +121,6 @@ def test_up_refuses(tmp_path: Path, state: str, ports: Ports, extra: str, messag
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("name", ["rabbit@host", "my node", "a.b", "ü", "x" * 65])
-def test_up_refuses_a_name_that_erlang_does_not_accept(tmp_path: Path, name: str) -> None:
-    with pytest.raises(BrokerError, match="cannot be the name of a node; in --node-name, use"):
-        node.up(tmp_path, ports=Ports(0, 0, 0), node_name=name)
-
-
 def test_up_refuses_a_disk_on_which_publishers_would_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""The permission patterns of workers and the coordinator, and how they are granted."""
+"""The permission patterns of workers and the coordinator, and the commands that grant them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import subprocess
 import pytest
 
 from fluffle_broker.node import permissions
-from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Exchange, Queue, Topology, lock_of
 
 TYPES = ["classic", "quorum"]
@@ -61,67 +60,6 @@ def test_the_coordinator_may_do_nothing_outside_its_federation(queue_type):
         assert not allows(pattern, "of.updates")
 
 
-class Ctl:
-    """A fake rabbitmqctl."""
-
-    def __init__(self, users: str = "guest\t[administrator]\n") -> None:
-        self.users = users
-        self.ran: list[list[str]] = []
-        self.typed: list[str | None] = []
-
-    def __call__(self, arguments, text):
-        self.ran.append(list(arguments))
-        self.typed.append(text)
-        return self.users if arguments[0] == "list_users" else ""
-
-
-def test_a_new_users_password_is_not_on_the_command_line():
-    ctl = Ctl()
-    mine = permissions.worker_permissions(Topology("f"), "w")
-    password = permissions.apply(mine, "/", ctl)
-    assert ctl.ran == [["list_users", "--silent"], ["add_user", "w"], *mine.commands("/")]
-    assert len(password) >= 24
-    assert ctl.typed[1] == f"{password}\n"
-    assert not any(password in word for words in ctl.ran for word in words)
-
-
-@pytest.mark.parametrize("exists", [True, False])
-def test_a_new_user_without_permissions_is_deleted(exists):
-    class WithoutVhost(Ctl):
-        def __call__(self, arguments, text):
-            done = super().__call__(arguments, text)
-            if arguments[0] == "set_permissions":
-                raise BrokerError("no such vhost")
-            return done
-
-    ctl = WithoutVhost("w\t[]\n" if exists else "")
-    with pytest.raises(BrokerError, match="no such vhost"):
-        permissions.apply(permissions.worker_permissions(Topology("f"), "w"), "v", ctl)
-    assert (["delete_user", "w"] in ctl.ran) == (not exists)
-
-
-def test_an_existing_user_gets_no_permissions_without_the_topic_permissions():
-    class WithoutExchange(Ctl):
-        def __call__(self, arguments, text):
-            done = super().__call__(arguments, text)
-            if arguments[0] == "set_topic_permissions":
-                raise BrokerError("Exchange f.results does not exist")
-            return done
-
-    ctl = WithoutExchange("w\t[]\n")
-    with pytest.raises(BrokerError, match="does not exist"):
-        permissions.apply(permissions.worker_permissions(Topology("f"), "w"), "v", ctl)
-    assert "set_permissions" not in [words[0] for words in ctl.ran]
-
-
-def test_an_existing_user_keeps_its_password():
-    ctl = Ctl("w\t[]\n")
-    mine = permissions.worker_permissions(Topology("f"), "w")
-    assert permissions.apply(mine, "v", ctl) is None
-    assert ctl.ran[1:] == mine.commands("v")
-    assert all(words[1:3] == ["--vhost", "v"] for words in ctl.ran[1:])
-
-
 @pytest.mark.parametrize("failing", ["nothing", "add_user", "set_topic_permissions"])
 def test_printed_commands_are_quoted_and_stop_at_the_first_failure(failing):
     mine = permissions.worker_permissions(Topology("f"), "w")
@@ -145,16 +83,3 @@ def test_printed_commands_fit_a_terminal(queue_type):
     lines = permissions.shell_lines(its, "/") + permissions.shell_lines(mine, "/")
     # The lock of a quorum queue repeats its name, so this may be longer.
     assert max(map(len, lines)) <= (80 if queue_type == "classic" else 120)
-
-
-def test_an_error_of_rabbitmqctl_is_reported():
-    run = permissions.runner(["sh", "-c", "echo 'no such vhost' >&2; exit 64", "sh"])
-    with pytest.raises(BrokerError, match="set_permissions failed: no such vhost"):
-        run(["set_permissions"], None)
-    run = permissions.runner(
-        ["sh", "-c", "echo 'Exchange f.results does not exist'; exit 69", "sh"]
-    )
-    with pytest.raises(BrokerError, match="does not exist; start the coordinator first"):
-        run(["set_topic_permissions"], None)
-    with pytest.raises(BrokerError, match="cannot run"):
-        permissions.runner(["/nowhere/rabbitmqctl"])(["list_users"], None)

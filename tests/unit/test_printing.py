@@ -239,7 +239,7 @@ def test_an_object_in_place_of_stdout_that_raises_is_dropped_at_the_end(monkeypa
 
 
 RUN_HISTORY = "".join(
-    f'{{"event": "committed", "round": {number}, "participants": []}}\n'
+    f'{{"event": "committed", "round": {number}, "run": "r", "base": "b", "participants": []}}\n'
     for number in range(1, 1500)  # more than the 64 KiB that a pipe holds
 )
 

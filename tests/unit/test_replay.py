@@ -295,7 +295,6 @@ def test_a_round_is_equal_bit_by_bit(folder, number):
     assert result.participants[0] == (("c" if number == 1 else "a"), 3)
     for tensor in result.tensors:
         assert tensor.replayed == replay.Distance(True, 0, 0.0, 0)
-        assert tensor.second_opinion.ulps <= (8 if tensor.dtype == "float64" else 1)
 
 
 async def test_an_update_in_parts_is_kept_and_replayed(tmp_path):
@@ -361,7 +360,6 @@ def test_one_altered_bit_is_found_and_its_tensor_named(folder, of):
     assert tensor.replayed.different == 1
     assert tensor.replayed.largest > 0
     assert tensor.replayed.ulps >= 1
-    assert not tensor.second_opinion.equal
     if of == "checkpoint":
         assert tensor.replayed.ulps == 1
 

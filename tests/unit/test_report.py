@@ -40,14 +40,14 @@ EVIL = "<script>alert('x')</script>\"&"
 def participant(worker: str, **more: Any) -> dict[str, Any]:
     return {
         "worker": worker, "num_examples": 100, "train_loss": 1.0, "seconds": 4.0, "counted_s": 5.0,
-        "bytes": 1000, **more,
+        "bytes": 1000, "sequence": 1, **more,
     }  # fmt: skip
 
 
 def committed(number: int, *participants: dict[str, Any], **more: Any) -> dict[str, Any]:
     return {
         "event": "committed", "run": "abc", "round": number, "participants": list(participants),
-        "asked": ["a", "b"], "late": 0, "rejected": 0, "timings": TIMINGS,
+        "base": "b", "asked": ["a", "b"], "late": 0, "rejected": 0, "timings": TIMINGS,
         "opened_at": f"2026-03-01T10:0{number}:00.000+00:00",
         "committed_at": f"2026-03-01T10:0{number}:30.000+00:00",
         "checkpoint": f"round-{number:04d}.safetensors", **more,
@@ -149,7 +149,7 @@ def test_no_phase_is_negative_whatever_a_worker_says(participants):
     assert sum(result.values()) == pytest.approx(13.25)
 
 
-def test_an_older_history_tells_less_and_that_is_no_error():
+def test_a_line_without_timings_or_times_is_no_error():
     line = {"event": "committed", "round": 1, "participants": [{"worker": "a", "num_examples": 5}]}
     data = shown([line])
     (one,) = data["rounds"]

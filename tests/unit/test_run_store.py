@@ -37,10 +37,12 @@ from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_file
 from fluffle_coordinator.storage.evaluations import evaluation_metrics
 from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.run_file import count_start, read_run_file
+from fluffle_coordinator.storage.run_file import count_start, read_run_file, write_run_file
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.storage.update_archive import keep_update, update_path
+
+RUN = "0123456789ab"
 
 
 def weights(value: float) -> dict[str, np.ndarray]:
@@ -67,8 +69,13 @@ def participants(saved: Saved) -> frozenset[str]:
 
 
 def committed(number: int, *workers: str) -> dict[str, Any]:
-    participants = [{"worker": worker, "num_examples": 5} for worker in workers]
-    return {"event": "committed", "round": number, "participants": participants}
+    who = [{"worker": worker, "num_examples": 5, "sequence": number} for worker in workers]
+    line = {"event": "committed", "round": number, "participants": who}
+    return {**line, "run": RUN, "base": f"base{number}"}
+
+
+def metadata(number: int) -> dict[str, str]:
+    return {"run": RUN, "round": str(number), "base": f"base{number}"}
 
 
 def evaluated(number: int, **metrics: float) -> dict[str, Any]:
@@ -76,20 +83,22 @@ def evaluated(number: int, **metrics: float) -> dict[str, Any]:
 
 
 def commit(store: RunStore, number: int) -> None:
-    store.save_weights(number, weights(number), {"round": str(number)})
+    store.save_weights(number, weights(number), metadata(number))
     store.history.append(committed(number, "a", f"b{number}"))
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> RunStore:
-    return RunStore(tmp_path / "runs" / "letters")
+    store = RunStore(tmp_path / "runs" / "letters")
+    write_run_file(store.folder, {"run": RUN, "federation": "letters"})
+    return store
 
 
 @pytest.fixture
 def three(store: RunStore) -> RunStore:
     """Make a run with first weights and three committed rounds."""
     store.load("letters")
-    store.save_weights(0, weights(0), {})
+    store.save_weights(0, weights(0), metadata(0))
     for number in (1, 2, 3):
         commit(store, number)
     return store
@@ -238,16 +247,14 @@ def test_a_checkpoint_and_its_name_are_on_disk_when_it_is_saved(
 
 
 @pytest.mark.parametrize("left", [0, 1, 100])
-def test_an_incomplete_checkpoint_that_no_line_names_is_ignored(tmp_path, left):
-    store = RunStore(tmp_path)
-    identity = store.load("f").run
-    store.save_weights(0, weights(1), {"base": "zero"})
+def test_an_incomplete_checkpoint_that_no_line_names_is_ignored(store, left):
+    store.save_weights(0, weights(1), metadata(0))
     commit(store, 1)
-    path = store.save_weights(2, weights(3), {"base": "two"})
+    path = store.save_weights(2, weights(3), metadata(2))
     path.write_bytes(path.read_bytes()[:left])
-    saved = RunStore(tmp_path).load("f")
-    assert (saved.run, saved.committed, saved.repairs) == (identity, 1, ())
-    store.save_weights(2, weights(3), {"base": "two"})
+    saved = store.load("letters")
+    assert (saved.run, saved.committed, saved.repairs) == (RUN, 1, ())
+    store.save_weights(2, weights(3), metadata(2))
     assert_weights(read_checkpoint(path)[0], 3)
 
 
@@ -359,7 +366,7 @@ def test_a_run_continues_where_it_stopped(three):
     saved = three.load("letters")
     assert (saved.committed, saved.evaluated, saved.repairs) == (3, False, ())
     assert participants(saved) == {"a", "b3"}
-    assert saved.metadata == {"round": "3"}
+    assert saved.metadata == metadata(3)
     assert_weights(saved.weights, 3)
     three.history.append(evaluated(2, loss=0.5))
     assert not three.load("letters").evaluated
@@ -369,7 +376,7 @@ def test_a_run_continues_where_it_stopped(three):
 
 def test_a_run_with_only_first_weights_has_not_begun(store):
     store.load("letters")
-    store.save_weights(0, weights(5), {})
+    store.save_weights(0, weights(5), metadata(0))
     saved = store.load("letters")
     assert saved.committed == 0
     assert_weights(saved.weights, 5)
@@ -412,7 +419,7 @@ def test_a_torn_last_line_is_cut_off(three, keep):
 
 def test_a_run_with_only_a_torn_history_line_has_not_begun(store):
     store.load("letters")
-    store.save_weights(0, weights(0), {})
+    store.save_weights(0, weights(0), metadata(0))
     store.history.path.write_bytes(b'{"event":"comm')
     saved = store.load("letters")
     assert saved.committed == 0
@@ -506,7 +513,7 @@ def test_the_history_of_another_run_is_refused(three):
 
 
 def test_a_private_run_does_not_repeat_rounds_whose_models_were_sent(three):
-    three.save_weights(4, weights(4), {"round": "4"})
+    three.save_weights(4, weights(4), metadata(4))
     three.history.append({**committed(4, "a"), "epsilon": 0.5, "delta": 1e-5})
     assert three.load("letters").committed == 4
     (three.folder / checkpoint_name(4)).write_bytes(b"rubbish")
@@ -584,7 +591,7 @@ def test_a_run_without_its_run_file_is_refused(three, also):
 
 def test_damaged_first_weights_are_not_treated_as_none(store):
     store.load("letters")
-    store.save_weights(0, weights(0), {})
+    store.save_weights(0, weights(0), metadata(0))
     (store.folder / checkpoint_name(0)).write_bytes(b"rubbish")
     with pytest.raises(RunError, match="no checkpoint"):
         store.load("letters")
@@ -617,8 +624,9 @@ def test_a_damaged_run_file_is_reported_in_one_line(three, text):
 
 
 def counting(num_examples: str, field: str = '"late": 0') -> str:
-    who = f'{{"worker": "a", "num_examples": {num_examples}}}'
-    return f'{{"event": "committed", "round": 2, "participants": [{who}], {field}}}'
+    who = f'{{"worker": "a", "sequence": 2, "num_examples": {num_examples}}}'
+    line = '{"event": "committed", "round": 2, "run": "r", "base": "b", "participants": '
+    return f"{line}[{who}], {field}}}"
 
 
 @pytest.mark.parametrize(
@@ -936,7 +944,8 @@ async def test_a_fresh_start_may_begin_with_a_model_of_the_run_that_it_moves(thr
     release(three)
 
 
-def test_a_fresh_start_in_an_empty_folder_moves_nothing(store):
+def test_a_fresh_start_in_an_empty_folder_moves_nothing(tmp_path):
+    store = RunStore(tmp_path / "runs" / "letters")
     assert store.start_afresh() is None
     assert store.try_lock()
     assert store.start_afresh() is None

@@ -326,13 +326,14 @@ def test_a_run_that_meets_a_strategys_needs_is_accepted():
 def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     store, mine = RunStore(tmp_path), load_strategy(f"{MOMENTUM}:momentum")
     run = {"run": store.load("f").run}
-    store.save_weights(0, model(), run)
+    store.save_weights(0, model(), {**run, "round": "0"})
     check_same(mine, store.load("f"), tmp_path)  # no round is committed yet
     settings = CoordinatorSettings("f", Rules(rounds=1), strategy=mine)
     store.note_configuration(settings.configuration(Topology("f")), 0)
-    store.save_weights(1, model(), run, {"v": np.ones(2)})
+    run["base"] = "b"
+    store.save_weights(1, model(), {**run, "round": "1"}, {"v": np.ones(2)})
     line = {"event": "committed", "round": 1, "participants": [], "strategy": mine.name}
-    store.history.append(line)
+    store.history.append({**line, **run})
     saved = store.load("f")
     assert (saved.strategy, list(saved.kept), list(saved.weights)) == (
         mine.name, ["v"], sorted(model())

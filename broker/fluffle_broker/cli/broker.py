@@ -71,19 +71,11 @@ def broker() -> None:
 @_port_option("--port", "AMQP", 5673, zero="a free port, also for each port option that you omit")
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
-@click.option(
-    "--node-name",
-    default="fluffle",
-    show_default=True,
-    metavar="NAME",
-    help="Erlang name of the RabbitMQ node; the node's data is stored under this name.",
-)
 def up(
     state: Path,
     port: int | None,
     management_port: int | None,
     prometheus_port: int | None,
-    node_name: str,
 ) -> None:
     """Start the broker of this folder and wait until it is ready.
 
@@ -105,7 +97,7 @@ def up(
         return
     ports = chosen_ports(port, management_port, prometheus_port)
     with _progress() as report:
-        info = node.up(state, ports=ports, node_name=node_name, report=report)
+        info = node.up(state, ports=ports, report=report)
     echo(f"RabbitMQ {info.version} is up")
     _show(info, state)
 
@@ -136,16 +128,12 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     from fluffle_broker.node import node
 
     info = node.running_node(state)
-    figures = _health(info) if info else {}
     if as_json:
-        echo_json(_as_dict(info, figures))
+        echo_json(_as_dict(info))
     elif info is None:
         echo(f"no broker is running in {state}; start one with 'fluffle broker up'")
     else:
         echo(f"RabbitMQ {info.version} is up")
-        if figures:
-            echo(f"  uptime      {_duration(figures['uptime_s'])}")
-            echo(f"  memory      {figures['memory_bytes'] / 1e6:.0f} MB")
         _show(info, state)
     if info is None:
         ctx.exit(_NOT_RUNNING)
@@ -173,30 +161,16 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     "--vhost", default="/", show_default=True, metavar="NAME", help="Name of the RabbitMQ vhost."
 )
 @queue_type_option
-@click.option(
-    "--apply",
-    "applies",
-    is_flag=True,
-    help="Grant the permissions on the private broker that was started in this folder. If a "
-    "user is missing, create it with a random password, and print the password once on "
-    "standard output.",
-)
-@click.option(
-    "--ask-password", is_flag=True, help="With --apply, prompt for the password of each user."
-)
-@_state_option
 def permissions(**options: Any) -> None:
     """Print the minimal permissions of a RabbitMQ user.
 
-    The command prints rabbitmqctl commands for any broker. With --apply, it grants the permissions
-    on the private broker of this folder instead. The new permissions replace all earlier
+    The command prints rabbitmqctl commands for any broker. The new permissions replace all earlier
     permissions of the user in the vhost. Start the coordinator with --verify-users, so that no
     worker can impersonate another worker. docs/permissions.md explains each permission.
 
     \b
       fluffle broker permissions --federation letters --coordinator
       fluffle broker permissions --federation letters --worker alice --worker bob
-      fluffle broker permissions --federation letters --worker alice --apply
     """
     from fluffle_broker.node import permissions
     from fluffle_common.cli.settings import check_federation, check_worker
@@ -212,17 +186,8 @@ def permissions(**options: Any) -> None:
         wanted.insert(0, permissions.coordinator_permissions(topology, name))
     if not wanted:
         raise UsageError("no user is named; give --worker NAME, --coordinator, or both")
-    run = permissions.runner([_rabbitmqctl(options["state"])]) if options["applies"] else None
     for each in wanted:
-        if run is None:
-            echo(*permissions.shell_lines(each, options["vhost"]))
-            continue
-        password = None
-        if options["ask_password"]:
-            password = click.prompt(f"password of {each.user}", hide_input=True, err=True)
-        generated = permissions.apply(each, options["vhost"], run, password)
-        created = f"; created with the password {generated}" if generated else ""
-        echo(f"user {each.user} has its permissions in vhost {options['vhost']}{created}")
+        echo(*permissions.shell_lines(each, options["vhost"]))
 
 
 @broker.command("apply-policy")
@@ -268,22 +233,6 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
     )
 
 
-def _rabbitmqctl(state: Path) -> str:
-    """Return the path of the ``rabbitmqctl`` script for a folder's node."""
-    from fluffle_broker.node import node
-    from fluffle_common.errors import BrokerError
-
-    info = node.running_node(state)
-    if info is None:
-        raise BrokerError(f"no broker is running in {state}; start one with 'fluffle broker up'")
-    if info.started_as == "docker":
-        raise BrokerError(
-            "--apply does not work with a broker in a container; remove --apply and run the "
-            "printed commands with 'docker exec'"
-        )
-    return str(info.folder / "rabbitmqctl")
-
-
 def chosen_ports(amqp: int | None, management: int | None, prometheus: int | None) -> Ports:
     """Fill in the ports that were not given: free ones with ``--port 0``, else the defaults."""
     from fluffle_broker.node.record import Ports
@@ -314,18 +263,7 @@ def _show(info: NodeInfo, state: Path) -> None:
         echo(f"  {name:<12}{value}")
 
 
-def _health(info: NodeInfo) -> dict[str, float]:
-    """Return a node's uptime and memory use; empty if it has none yet, as in its first seconds."""
-    from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, Management
-
-    try:
-        stats = Management(info.url, info.management_url).ask(f"/api/nodes/{info.node_name}")
-        return {"uptime_s": stats["uptime"] / 1000, "memory_bytes": stats["mem_used"]}
-    except REQUEST_ERRORS:
-        return {}
-
-
-def _as_dict(info: NodeInfo | None, figures: dict[str, float]) -> dict[str, Any]:
+def _as_dict(info: NodeInfo | None) -> dict[str, Any]:
     import dataclasses
 
     from fluffle_common.transport.rabbitmq.urls import without_credentials
@@ -334,17 +272,7 @@ def _as_dict(info: NodeInfo | None, figures: dict[str, float]) -> dict[str, Any]
     if info is not None:
         fields |= {**dataclasses.asdict(info), "folder": str(info.folder), "logs": str(info.logs)}
         fields["url"] = without_credentials(info.url)
-        fields |= {"uptime_s": None, "memory_bytes": None, **figures}
     return fields
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    days, hours = divmod(hours, 24)
-    parts = [(days, "d"), (hours, "h"), (minutes, "min"), (rest, "s")]
-    nonzero = [f"{number} {unit}" for number, unit in parts if number]
-    return " ".join(nonzero[:2]) or "0 s"
 
 
 @contextmanager

@@ -37,9 +37,6 @@ _SYSTEM_ERRORS = {
     "eacces": "RabbitMQ has no access to the state folder; check who owns the folder",
     "erofs": "the state folder is on a read-only disk; choose another --state",
     "emfile": "too many files are open; raise the limit with 'ulimit -n'",
-    "duplicate_node_name": (
-        "another Erlang node on this machine has the same name; choose another --node-name"
-    ),
 }
 
 # The shell exits at once, so that the node is not our child: it leaves no zombie, and the program

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -43,7 +42,6 @@ _CONTAINER_ENDED = (
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _UNQUOTABLE = frozenset("'\"`")
-_NODE_NAME = re.compile("[A-Za-z0-9_-]{1,64}")
 
 
 def running_node(state: Path) -> NodeInfo | None:
@@ -87,7 +85,6 @@ def up(
         wanted = ports or Ports()
         _require_free(wanted)
         _require_plain_path(folder)
-        _require_plain_name(node_name)
         _require_space(folder, extra_conf)
         installation = _find_or_unpack(report)
         info = _describe(folder, _with_free_ports(wanted), node_name, installation)
@@ -239,15 +236,6 @@ def _require_plain_path(folder: Path) -> None:
         raise BrokerError(
             f"RabbitMQ cannot start in {folder}, because the path contains "
             f"{' and '.join(sorted(quotes))}; choose another folder with --state"
-        )
-
-
-def _require_plain_name(node_name: str) -> None:
-    """Refuse a name that Erlang does not accept; with a host in it, RabbitMQ waits for the host."""
-    if not _NODE_NAME.fullmatch(node_name):
-        raise BrokerError(
-            f"'{node_name[:80]}' cannot be the name of a node; in --node-name, use only letters, "
-            "digits, '-' and '_', and leave out '@' and the host's name"
         )
 
 

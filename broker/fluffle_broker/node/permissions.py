@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-import secrets
 import shlex
-import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Exchange, Queue, Topology, lock_of
 
 NOTHING = "^$"
 _LINE = 77  # characters, before the backslash of a continued line
 # Publishing to a queue by its name and dead-lettering need write access to this exchange.
 _DEFAULT_EXCHANGE = "amq.default"
-_MISSING = re.compile(r"Exchange \S+ does not exist").match  # RabbitMQ 4.3
 _REPLACED = re.compile(r"[^A-Za-z0-9_-]")
-
-Run = Callable[[Sequence[str], str | None], str]
 
 
 @dataclass(frozen=True)
@@ -104,61 +97,6 @@ def shell_lines(permissions: Permissions, vhost: str) -> list[str]:
                 lines[-1] += " \\"
                 lines.append(f"  {word}")
     return lines
-
-
-def apply(
-    permissions: Permissions, vhost: str, run: Run, password: str | None = None
-) -> str | None:
-    """Grant permissions on a broker, and create the user if it does not exist.
-
-    The permissions replace those that the user has in the vhost. Without a ``password``, an
-    existing user keeps its own, and a new user gets a generated one.
-
-    Returns:
-        The generated password, or None.
-
-    Raises:
-        BrokerError: if ``rabbitmqctl`` fails.
-    """
-    listed = run(["list_users", "--silent"], None).splitlines()
-    generated = None
-    exists = permissions.user in (line.partition("\t")[0] for line in listed)
-    if not exists:
-        generated = None if password else secrets.token_urlsafe(24)
-        # By standard input, because all users of the machine can see command lines.
-        run(["add_user", permissions.user], f"{password or generated}\n")
-    elif password:
-        run(["change_password", permissions.user], f"{password}\n")
-    try:
-        for command in permissions.commands(vhost):
-            run(command, None)
-    except BaseException:
-        if not exists:  # nobody would learn its password
-            with contextlib.suppress(BrokerError):
-                run(["delete_user", permissions.user], None)
-        raise
-    return generated
-
-
-def runner(rabbitmqctl: Sequence[str]) -> Run:
-    """Return a function that runs ``rabbitmqctl``."""
-
-    def run(arguments: Sequence[str], text: str | None) -> str:
-        try:
-            done = subprocess.run(
-                [*rabbitmqctl, *arguments], input=text or "", capture_output=True, text=True,
-                check=False,
-            )  # fmt: skip
-        except OSError as wrong:
-            raise BrokerError(f"cannot run {rabbitmqctl[0]}: {wrong.strerror}") from None
-        if done.returncode:
-            output = done.stderr.strip() or done.stdout.strip() or "it gives no reason"
-            reason = output.splitlines()[-1]
-            remedy = "; start the coordinator first, which declares it" * bool(_MISSING(reason))
-            raise BrokerError(f"rabbitmqctl {arguments[0]} failed: {reason}{remedy}")
-        return done.stdout
-
-    return run
 
 
 def _one_of(names: Sequence[str]) -> str:

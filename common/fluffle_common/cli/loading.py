@@ -69,23 +69,15 @@ class Place:
         """Whether this is a path, not the name of a module."""
         return self.where.endswith(".py")
 
-    def load(self) -> object:
-        """Import the module and return the object; None if the module has no such attribute.
+    def load(self) -> Any:
+        """Import the module and return the object, which is not None.
 
         Raises:
-            UsageError: if the module or file does not exist, or needs a module that is missing.
+            UsageError: if the module, the file or the object does not exist, or a module that it
+                needs is missing.
             TaskError: if its own code fails; the traceback goes to stderr.
         """
-        return getattr(self._module(), self.attribute, None)
-
-    def found(self) -> Any:
-        """Return the object, as ``load`` does, but never None.
-
-        Raises:
-            UsageError: as ``load`` does, or if the module has no such attribute.
-            TaskError: as ``load`` does.
-        """
-        loaded = self.load()
+        loaded = getattr(self._module(), self.attribute, None)
         if loaded is None:
             raise UsageError(
                 f"{self.where} has no '{self.attribute}'; correct the name in --{self.what}"
@@ -191,7 +183,7 @@ def load_object(name: str, option: str) -> Any:
     place = Place.parse(option.removeprefix("--"), name)
     if not place.is_file:
         raise UsageError(f"{option} expects path.py:name, not '{name}'")
-    return place.found()
+    return place.load()
 
 
 def load_codec(name: str, option: str) -> str:

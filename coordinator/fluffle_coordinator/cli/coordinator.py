@@ -267,7 +267,8 @@ def history(folder: Path, as_json: bool) -> None:
 )
 def plot(folder: Path, out: Path) -> None:
     """Draw the federated accuracy and loss after each round."""
-    from fluffle_coordinator.cli.history_table import draw_history
+    from fluffle_common.durable_files import replacing
+    from fluffle_coordinator.cli.history_chart import history_chart
     from fluffle_coordinator.storage.history import read_history
 
     if out.suffix.lower() not in ("", ".png"):
@@ -276,10 +277,14 @@ def plot(folder: Path, out: Path) -> None:
     if not rounds:
         raise UsageError(f"no round of {folder} has been evaluated yet")
     draw_into_files()
+    drawn = [name for name in ("loss", "accuracy") if any(name in row for row in rounds)]
+    chart = history_chart(
+        [row["round"] for row in rounds],
+        {name: [row.get(name) for row in rounds] for name in drawn},
+    )
     try:
-        draw_history(rounds, out)
-    except ImportError:
-        raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
+        with replacing(out) as file:
+            chart.savefig(file, dpi=150, format="png")
     except OSError as why:
         raise RunError(f"cannot write {out} ({why.strerror})") from None
     echo(f"chart written to {out}")

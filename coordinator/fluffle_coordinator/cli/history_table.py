@@ -1,18 +1,13 @@
-"""A run's history as tables and as a chart."""
+"""A run's history as tables."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from fluffle_common.cli.printing import aligned, text_table
 from fluffle_common.protocol.events import decimal
 from fluffle_coordinator.observe.round_view import metrics_of
 from fluffle_coordinator.storage.round_stats import mean_train_loss
-
-_BLUE, _RUST = "#1f5fa8", "#c1502e"
-_DOTS = 40  # a curve with more points is drawn without dots
-_MOST_DRAWN = 1e300  # matplotlib computes with differences of the values, which may overflow
 
 
 def history_tables(rounds: list[dict[str, Any]], width: int) -> list[list[str]]:
@@ -69,47 +64,6 @@ def _columns(rounds: list[dict[str, Any]]) -> dict[str, list[str]]:
         **{name: [_number(row.get(name)) for row in rounds] for name in ("loss", *metrics)},
         **{name: [str(row.get(name, "")) for row in rounds] for name in ("late", "rejected")},
     }
-
-
-def draw_history(rounds: list[dict[str, Any]], out: Path) -> None:
-    """Write a PNG with the accuracy (left axis) and the loss (right axis) after each round."""
-    import matplotlib.pyplot as plt
-
-    from fluffle_common.durable_files import replacing
-
-    numbers = [row["round"] for row in rounds]
-    figure, left = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    left.set_xlabel("round")
-    left.locator_params(axis="x", integer=True)
-    lines = []
-    losses = left
-    dot, square = ("o", "s") if len(rounds) <= _DOTS else ("", "")
-    if all("accuracy" in row for row in rounds):
-        percent = [100 * row["accuracy"] for row in rounds]
-        lines += left.plot(numbers, percent, f"{dot}-", color=_BLUE, label="accuracy")
-        left.set_ylabel("federated accuracy (%, held-out)", color=_BLUE)
-        left.set_ylim(0, 100)
-        left.grid(alpha=0.3)
-        left.annotate(
-            f"{percent[-1]:.1f} %",
-            (numbers[-1], percent[-1]),
-            textcoords="offset points",
-            xytext=(0, 8),
-            ha="center",
-            color=_BLUE,
-        )
-        losses = left.twinx()
-    values = [max(-_MOST_DRAWN, min(row["loss"], _MOST_DRAWN)) for row in rounds]
-    lines += losses.plot(numbers, values, f"{square}--", color=_RUST, label="loss")
-    losses.set_ylabel("federated loss (held-out)", color=_RUST)
-    if losses.dataLim.ymin >= 0:  # a log-likelihood may be negative
-        losses.set_ylim(bottom=0)
-    losses.legend(handles=lines, loc="lower right", frameon=False)
-    run = rounds[-1].get("run", "")
-    left.set_title(f"after each of {len(rounds)} rounds{f' (run {run})' if run else ''}")
-    with replacing(out) as file:
-        figure.savefig(file, dpi=150, format="png")
-    plt.close(figure)
 
 
 def _number(value: float | None) -> str:

@@ -63,9 +63,7 @@ def replay(
     RUN is the run folder, such as runs/letters, of a coordinator that ran with --keep-updates.
     Replay starts from the model of the previous round. The round's updates go through the
     coordinator's checks and the run's strategy again, in their original order. The resulting model
-    is compared bit by bit with the committed model. For federated averaging, the command also
-    computes the average independently with plain NumPy. The NumPy average may differ in the last
-    bit, because NumPy sums in another order.
+    is compared bit by bit with the committed model.
 
     The exit code is 0 if the models are equal, 1 if they differ, and 2 if a file is missing or
     damaged.
@@ -117,15 +115,11 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
 def _print(comparison: Replay) -> None:
     tensors = comparison.tensors
     rows = table()
-    heads = ["tensor", "dtype", "shape", "committed"]
-    if tensors[0].second_opinion:
-        heads.append("plain NumPy")
-    for name in heads:
+    for name in ("tensor", "dtype", "shape", "committed"):
         rows.add_column(name, overflow="fold")
     for tensor in tensors:
         shape = " x ".join(map(str, tensor.shape)) or "()"
-        distances = [_words(each) for each in (tensor.replayed, tensor.second_opinion) if each]
-        rows.add_row(tensor.name, tensor.dtype, shape, *distances)
+        rows.add_row(tensor.name, tensor.dtype, shape, _words(tensor.replayed))
     screen().print(rows)
     workers = ", ".join(f"{worker} ({count})" for worker, count in comparison.participants)
     echo_sentences(

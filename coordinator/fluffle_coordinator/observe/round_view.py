@@ -241,8 +241,7 @@ class RoundView:
 def remembered(row: Mapping[str, Any]) -> RoundView:
     """Return the view of a round in a history, given its row of ``history.read_history``.
 
-    That has checked the types. Rows of older versions may lack fields; those are None or empty in
-    the view.
+    That has checked the types. Fields that a row lacks are None or empty in the view.
     """
     view = RoundView(row["round"])
     if "committed_at" in row or "participants" in row:

@@ -55,7 +55,8 @@ class Aggregator:
         settings: the operator's settings.
         post: sends an event to the machine.
         record: records a run event.
-        averaged: called with a round and the name of its new weights, which are being written.
+        averaged: called with a round and the name of its new weights, which are being written;
+            not called if their privacy cost is accounted for.
     """
 
     def __init__(
@@ -313,7 +314,10 @@ class Aggregator:
         self.weights, self._state, self.broadcast = average.weights, state, broadcast
         self._clock = Clock()
         self._participants, self._closing = [], False
-        self._averaged(average.number, average.base)
+        # A private model leaves only after its privacy cost is on disk: after a crash, the round
+        # would be averaged again with other noise, and two models would leave for the cost of one.
+        if not average.spent:
+            self._averaged(average.number, average.base)
 
     async def _off_loop(self, nbytes: int, work: Callable[..., _T], *on: Any) -> _T:
         """Call ``work``, whose time grows with ``nbytes``: in a thread, unless that is small."""

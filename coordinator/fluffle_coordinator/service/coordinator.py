@@ -50,7 +50,7 @@ from fluffle_coordinator.service.intake import Intake
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.run_opening import first_state
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.standby import standby_of
+from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.service.topology_watch import keep_bound
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.saved_run import Saved
@@ -90,7 +90,7 @@ class Coordinator:
         self._link: Link | None = None
         self._linked = asyncio.Event()
         self._next_tick_at = 0.0
-        self._standby = standby_of(settings.federation, saved.run, store.shown, watcher)
+        self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
             topology,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from fluffle_common.clock import monotonic
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.observe.watchers import Watcher
@@ -14,19 +12,16 @@ _REPORT_EVERY_S = 30.0
 class Standby:
     """Reports that a coordinator waits as a standby: at once, then rarely, and when it takes over.
 
-    ``what`` is what another coordinator holds: the run folder, or the federation on a broker. The
-    first report comes with a ``warning`` of what follows from waiting for this.
+    ``what`` is what another coordinator holds: the run folder, or the federation on a broker.
     """
 
-    def __init__(self, what: str, watcher: Watcher, warning: str = "") -> None:
-        self._what, self._watcher, self._warning = what, watcher, warning
+    def __init__(self, what: str, watcher: Watcher) -> None:
+        self._what, self._watcher = what, watcher
         self._reported_at: float | None = None
 
     def waits(self) -> None:
         """Note another attempt that failed because of the other coordinator."""
         now = monotonic()
-        if self._reported_at is None and self._warning:
-            self._watcher.record(run_events.Note(what=self._warning))
         if self._reported_at is None or now - self._reported_at >= _REPORT_EVERY_S:
             self._reported_at = now
             self._watcher.record(run_events.Standby(what=self._what))
@@ -37,14 +32,3 @@ class Standby:
             self._reported_at = None
             what = f"no other coordinator holds {self._what} any more; taking over"
             self._watcher.record(run_events.Note(what=what))
-
-
-def standby_of(federation: str, run: str, folder: Path, watcher: Watcher) -> Standby:
-    """Return the reports of a coordinator with a run of its own, which waits for the broker."""
-    return Standby(
-        f"federation {federation} on this broker",
-        watcher,
-        f"this coordinator has its own run {run} in {folder}; when the other coordinator "
-        "disconnects, this one takes over and rejects the other run's updates. To continue the "
-        "other run instead, stop this coordinator and give that run's folder with --run",
-    )

@@ -1,7 +1,6 @@
 """The form of the history's lines: the fields that its readers use, and their types.
 
-A line may have more fields: metrics under any name, and the fields of later versions. Lines of
-early versions of fluffle have fewer.
+A line may have more fields: metrics under any name, and the fields of later versions.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ _Metrics = dict[_Text, Metric | None]  # None stands for a value that is not fin
 class _Participant(Model):
     worker: _Text
     num_examples: NumExamples
-    sequence: Sequence = 1
+    sequence: Sequence
     train_loss: Metric | None = None
     seconds: Metric | None = None
     counted_s: Metric | None = None
@@ -49,8 +48,8 @@ class _Line(Model):
 
 class _Committed(_Line):
     round: Annotated[Round, Field(ge=1)]
-    run: _Text = ""
-    base: _Text = ""
+    run: _Text
+    base: _Text
     asked: list[_Text] = Field(default_factory=list)
     participants: list[_Participant]
     opened_at: _Text = ""

@@ -1,16 +1,13 @@
 """Replay: a round's model computed again from its archived updates, and compared bit by bit.
 
-A replay uses the coordinator's checks and strategy, and the same order of updates. For federated
-averaging, there is also a second opinion: the average by NumPy, which shares no code with ours.
+A replay uses the coordinator's checks and strategy, and the same order of updates.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from fractions import Fraction
-from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -42,16 +39,12 @@ class Distance:
 
 @dataclass(frozen=True)
 class Tensor:
-    """A tensor of a replayed round, compared with the checkpoint.
-
-    ``second_opinion`` is None unless the strategy is ``fedavg``.
-    """
+    """A tensor of a replayed round, compared with the checkpoint."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     replayed: Distance
-    second_opinion: Distance | None
 
 
 @dataclass(frozen=True)
@@ -76,9 +69,8 @@ class Replay:
             {"worker": worker, "num_examples": examples} for worker, examples in self.participants
         ]
         for tensor in fields["tensors"]:
-            for distance in (tensor["replayed"], tensor["second_opinion"]):
-                if distance and math.isinf(distance["largest"]):
-                    distance["largest"] = None  # JSON has no infinity
+            if math.isinf(tensor["replayed"]["largest"]):
+                tensor["replayed"]["largest"] = None  # JSON has no infinity
         return {"equal": self.equal, **fields}
 
 
@@ -88,7 +80,7 @@ def strategy_of(run: Path, number: int) -> tuple[str, str | None]:
     Raises:
         UsageError: if the round is not committed.
     """
-    name = _strategy_name(_committed_line(run, number))
+    name = str(_committed_line(run, number).get("strategy", FEDAVG.name))
     file = None
     for configuration in _configurations(run, number):
         if configuration.get("strategy") == name:
@@ -129,25 +121,19 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
         )
     before = read_whole(run / checkpoint_name(number - 1))
     base = before.weights
-    committed, _ = read_checkpoint(run / line.get("checkpoint", checkpoint_name(number)))
+    committed, _ = read_checkpoint(run / checkpoint_name(number))
     plan = _plan(run, number, strategy)
-    contributions = [
-        _archived(update_path(run, number, place, who["worker"]), line, who, base, plan)
-        for place, who in enumerate(participants, start=1)
-    ]
     state = strategy.init(base) if number == 1 else strategy.load(before.strategy_state, base)
-    for contribution in contributions:
-        state = strategy.fold(state, contribution)
-    unchanged = untrained(base, plan.train)
-    replayed = {**strategy.finish(state, base)[0], **unchanged}
-    averages = _strategy_name(line) == FEDAVG.name
-    opinion = _second_opinion(base, contributions, unchanged) if averages else None
+    for place, who in enumerate(participants, start=1):
+        path = update_path(run, number, place, who["worker"])
+        state = strategy.fold(state, _archived(path, line, who, base, plan))
+    replayed = {**strategy.finish(state, base)[0], **untrained(base, plan.train)}
     return Replay(
-        run=str(line.get("run", "")),
+        run=line["run"],
         round=number,
         checkpoint=checkpoint_name(number),
         participants=tuple((who["worker"], who["num_examples"]) for who in participants),
-        tensors=_compared(committed, replayed, opinion),
+        tensors=_compared(committed, replayed),
     )
 
 
@@ -161,10 +147,6 @@ def _committed_line(run: Path, number: int) -> dict[str, Any]:
             f"round {number} of {run} is not committed; the last committed round is {last}"
         )
     return committed[number]
-
-
-def _strategy_name(line: Mapping[str, Any]) -> str:
-    return str(line.get("strategy", FEDAVG.name))
 
 
 def _archived(
@@ -219,59 +201,13 @@ def _archived(
     )
 
 
-def _second_opinion(
-    base: Weights, contributions: Sequence[Contribution], unchanged: Weights
-) -> Callable[[str], Array]:
-    """Return a function that averages one tensor, by its name, without the code of ``fedavg``.
-
-    The tensors in ``unchanged`` were not trained.
-    """
-    deltas = [contribution.delta for contribution in contributions]
-    examples = [contribution.num_examples for contribution in contributions]
-    weights = [contribution.weight for contribution in contributions]
-
-    def average(name: str) -> Array:
-        if name in unchanged:
-            return unchanged[name]
-        dtype = base[name].dtype
-        if dtype.kind in "iu":
-            return _exactly(base[name], [delta[name] for delta in deltas], examples)
-        # Scaled by 2**-64 so that no sum overflows float64.
-        scaled = [np.ldexp(delta[name].astype(np.float64), -64) for delta in deltas]
-        with np.errstate(over="ignore", invalid="ignore"):  # the dtype may overflow
-            mean = np.ldexp(np.average(scaled, axis=0, weights=weights), 64)
-            return np.asarray(base[name] + mean).astype(dtype)
-
-    return average
-
-
-def _exactly(base: Array, deltas: Sequence[Array], examples: Sequence[int]) -> Array:
-    """Average integers in Python's exact arithmetic."""
-    limits, count = np.iinfo(base.dtype), sum(examples)
-
-    def average(old: int, *changes: int) -> int:
-        exact = round(Fraction(sum(map(mul, examples, changes)), count) + old)
-        return min(max(exact, limits.min), limits.max)
-
-    columns = (tensor.ravel().tolist() for tensor in (base, *deltas))
-    return np.array(list(map(average, *columns)), base.dtype).reshape(base.shape)
-
-
-def _compared(
-    committed: Weights, replayed: Weights, opinion: Callable[[str], Array] | None
-) -> tuple[Tensor, ...]:
+def _compared(committed: Weights, replayed: Weights) -> tuple[Tensor, ...]:
     if {n: (t.shape, t.dtype) for n, t in committed.items()} != {
         n: (t.shape, t.dtype) for n, t in replayed.items()
     }:
         raise UsageError("the checkpoints before and after the round belong to different models")
     return tuple(
-        Tensor(
-            name=name,
-            dtype=tensor.dtype.name,
-            shape=tensor.shape,
-            replayed=distance(tensor, replayed[name]),
-            second_opinion=distance(tensor, opinion(name)) if opinion else None,
-        )
+        Tensor(name, tensor.dtype.name, tensor.shape, distance(tensor, replayed[name]))
         for name, tensor in committed.items()
     )
 

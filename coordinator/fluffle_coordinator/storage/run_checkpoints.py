@@ -52,19 +52,19 @@ def last_intact(
 def _check_place(
     path: Path, metadata: Mapping[str, str], number: int, run: str, base: str | None
 ) -> None:
-    """Check that a file holds its own round; early versions of fluffle noted less about it.
+    """Check that a file holds its own round.
 
     Raises:
         UsageError: if it is a copy of another checkpoint.
     """
-    of_round, of_run = metadata.get("round", str(number)), metadata.get("run", run)
+    of_round, of_run, of_base = (metadata.get(name) for name in ("round", "run", "base"))
     if (of_round, of_run) != (str(number), run):
         raise UsageError(
             f"{path} holds round {of_round} of run {of_run}, not round {number} of run {run}"
         )
-    if base is not None and metadata.get("base", base) != base:
+    if base not in (None, of_base):
         raise UsageError(
-            f"{path} holds weights with the base {metadata['base']}, but history.jsonl names the "
+            f"{path} holds weights with the base {of_base}, but history.jsonl names the "
             f"base {base} for round {number}"
         )
 

@@ -80,10 +80,7 @@ def new_base() -> str:
 
 
 def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
-    """Return the tickets of a round; lines of early versions of fluffle have no sequence."""
-    return frozenset(
-        Ticket(who["worker"], who.get("sequence", line["round"])) for who in line["participants"]
-    )
+    return frozenset(Ticket(who["worker"], who["sequence"]) for who in line["participants"])
 
 
 class RunStore:
@@ -215,7 +212,7 @@ class RunStore:
             RunError: if no checkpoint is intact, or a private round would have to be repeated.
         """
         newest = max(committed, default=0)
-        bases = {number: line["base"] for number, line in committed.items() if "base" in line}
+        bases = {number: line["base"] for number, line in committed.items()}
         last, checkpoint, damage = last_intact(self.folder, newest, identity, bases)
         if checkpoint is None and (committed or (self.folder / checkpoint_name(0)).exists()):
             raise RunError(
@@ -240,9 +237,9 @@ class RunStore:
 
     def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:
         """Return the names of the weights that each round began with, as far as they are known."""
-        bases = {line["round"] + 1: line["base"] for line in committed if "base" in line}
-        with contextlib.suppress(UsageError):
-            bases[1] = read_metadata(self.folder / checkpoint_name(0)).get("base", "unnamed")
+        bases = {line["round"] + 1: line["base"] for line in committed}
+        with contextlib.suppress(UsageError, KeyError):
+            bases[1] = read_metadata(self.folder / checkpoint_name(0))["base"]
         return bases
 
     def save_weights(
@@ -303,7 +300,7 @@ class RunStore:
         A crash leaves at most one checkpoint without a line, and a repair only damaged ones.
         """
         for line in committed.values():
-            if line.get("run", run) != run:
+            if line["run"] != run:
                 raise RunError(
                     f"in {self.shown}, history.jsonl belongs to run {line['run']}, but run.json "
                     f"belongs to run {run}; restore these files, or move the run aside with --fresh"

@@ -37,5 +37,5 @@ class Saved:
 
     @property
     def base(self) -> str:
-        """The name of the weights; checkpoints of early versions of fluffle have none."""
-        return self.metadata.get("base", "unnamed")
+        """The name of the weights; empty if there are none yet."""
+        return self.metadata.get("base", "")

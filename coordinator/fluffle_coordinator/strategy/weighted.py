@@ -258,14 +258,15 @@ def _average(result: Array, total: Array, base: Array, count: float) -> None:
         if not narrow:
             np.clip(mean, -end, end, out=mean)  # a rounding error may have made it infinite
         mean += base
-        if narrow:
+        is_bfloat16 = base.dtype == BFLOAT16
+        if narrow and not is_bfloat16:  # a cast to bfloat16 does not report an overflow
             try:
-                result[...] = mean if base.dtype != BFLOAT16 else _for_bfloat16(mean)
+                result[...] = mean
                 return
             except FloatingPointError:  # a value overflows the dtype
                 pass
         np.clip(mean, -end, end, out=mean)
-        result[...] = mean
+        result[...] = _for_bfloat16(mean) if is_bfloat16 else mean
 
 
 def _for_bfloat16(values: Array) -> Array:

@@ -99,7 +99,7 @@ def load_selection(text: str) -> Selection:
 
 def _from_file(name: str) -> tuple[str, Schedule[State]]:
     place = Place.parse("schedule", name)
-    schedule = place.found()
+    schedule = place.load()
     if isinstance(schedule, type):
         raise UsageError(
             f"--schedule {name} is a class, not a schedule; create an instance in the file, and "

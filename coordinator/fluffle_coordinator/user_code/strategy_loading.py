@@ -59,7 +59,7 @@ def _by_name(name: str) -> NamedStrategy:
     if not colon or not (where.endswith(".py") or attribute.isidentifier() or not attribute):
         return NamedStrategy(name, _checked(name, _installed(name)))
     place = Place.parse("strategy", name)
-    strategy = _checked(name, place.found())
+    strategy = _checked(name, place.load())
     if not place.is_file:
         return NamedStrategy(name, strategy)
     return NamedStrategy(place.called, strategy, str(Path(place.where).resolve()))

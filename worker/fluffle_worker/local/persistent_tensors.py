@@ -146,8 +146,8 @@ def keep_in(folder: Path | None, name: str, task: Any) -> None:
 def _read(path: Path) -> _Kept:
     try:
         arrays, metadata = read_checkpoint(path)
-        sequence = int(metadata.get("sequence", metadata["round"]))
-        return _Kept(metadata["run"], int(metadata["round"]), sequence, arrays)
+        number, sequence = int(metadata["round"]), int(metadata["sequence"])
+        return _Kept(metadata["run"], number, sequence, arrays)
     except (UsageError, KeyError, ValueError) as wrong:
         raise TaskError(
             f"the worker's state is damaged: {wrong}; remove {path} to continue without this state"

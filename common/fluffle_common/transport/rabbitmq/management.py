@@ -25,6 +25,9 @@ _TIMEOUT_S = 5.0
 # Everything that a request may raise.
 REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
+# RabbitMQ samples every 5 s. Without this, its rates are 0 whenever the newest sample is older than
+# collect_statistics_interval, which is 1 s in our own node.
+_RATES_OF_SAMPLES = "msg_rates_age=5&msg_rates_incr=5"
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Management:
 
     def queues(self) -> list[dict[str, Any]]:
         """Return the descriptions of all queues in the vhost; raises what ``ask`` raises."""
-        queues: list[dict[str, Any]] = self.ask(f"/api/queues/{self.quoted_vhost}")
+        path = f"/api/queues/{self.quoted_vhost}?{_RATES_OF_SAMPLES}"
+        queues: list[dict[str, Any]] = self.ask(path)
         return queues
 
     def queue_figures(self, topology: Topology) -> list[QueueFigures]:
