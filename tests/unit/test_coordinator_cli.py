@@ -102,6 +102,10 @@ def test_what_the_buffered_schedule_would_ignore_is_refused(command, flags):
             "--over-provision 1.3 has no effect, .*; add --sample or --fraction",
         ),
         (
+            ("--select", "round-robin"),
+            "--select round-robin has no effect, .*; add --sample or --fraction, or remove --sel",
+        ),
+        (
             ("--min-updates", "2"),
             "--min-updates 2 has no effect with --on-deadline reopen; add --on-deadline close",
         ),

@@ -198,11 +198,8 @@ def _rules_of(options: dict[str, Any]) -> Rules:
     sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
         raise UsageError("--fraction conflicts with --sample; use only one of them")
-    if options["over_provision"] > 1 and sample is None and fraction == 1:
-        raise UsageError(
-            f"--over-provision {options['over_provision']:g} has no effect, because each round "
-            "asks all workers; add --sample or --fraction, or remove --over-provision"
-        )
+    if sample is None and fraction == 1:
+        _check_asks_all(options)
     for option, needed in ("quorum", quorum.number or 1), ("min-updates", options["min_updates"]):
         if sample is not None and needed > sample:
             raise UsageError(
@@ -244,6 +241,24 @@ def _rules_of(options: dict[str, Any]) -> Rules:
         seed=options["seed"],
         wait_s=options["wait_workers"],
     )
+
+
+def _check_asks_all(options: dict[str, Any]) -> None:
+    """Check that no option has an effect only on rounds that do not ask all workers.
+
+    Raises:
+        UsageError: if one has; the message names it.
+    """
+    select, synchronous = options["select"], options["schedule"] == "quorum"
+    for option, value, given in (
+        ("--over-provision", f"{options['over_provision']:g}", options["over_provision"] > 1),
+        ("--select", select.name, synchronous and select.fixed and select != UNIFORM),
+    ):
+        if given:
+            raise UsageError(
+                f"{option} {value} has no effect, because each round asks all workers; add "
+                f"--sample or --fraction, or remove {option}"
+            )
 
 
 async def coordinate(
