@@ -57,6 +57,8 @@ C = ["coordinator", "--federation", "f"]
         ([*C, "--quorum", "1.5"], "invalid quorum"),
         ([*C, "--url", "http://x"], "is not the URL of a broker"),
         (["coordinator", "--federation", "a.b"], "is not a valid federation name"),
+        (["coordinator", "--federation", "_a"], "and begin with a letter or digit"),
+        ([*W, "--id", ".a"], "which begins with a letter or digit"),
         (["coordinator", "--federation", "amq"], "RabbitMQ reserves names"),
         ([*C, "--init", "missing.safetensors"], "there is no model file"),
         ([*C, "--config", "x"], "KEY=VALUE"),
