@@ -564,6 +564,19 @@ def test_a_model_that_the_run_began_with_is_named_with_the_options_that_replace_
     assert refused.reason.endswith("or begin a new run with other first weights (--fresh, --init)")
 
 
+def test_who_was_refused_is_named_as_long_as_the_run_waits():
+    run = Run(Rules(rounds=1, wait_s=60), model=FLOAT64)
+    run.connect()
+    for name in "ba":
+        run.seen(name, hello=True, model=FLOAT32)
+    waiting = waiting_for(run.state, run.now)
+    assert waiting is not None
+    assert waiting.reason.endswith("0 of 2 are connected (nobody); refused: a, b")
+    run.seen("b", hello=True, model=FLOAT64, session="another")
+    run.tick(60)
+    assert run.state.reason == "0 of 2 workers joined in 60 s (--wait-workers); refused: a"
+
+
 def test_a_refusal_is_sent_once_per_session_and_for_every_hello():
     run = Run(Rules(rounds=1), has_weights=False, classes=("a",))
     run.connect()

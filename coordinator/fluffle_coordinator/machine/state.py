@@ -249,6 +249,11 @@ class State:
         return tuple(n for n in self.known if n not in self.workers and n not in self.refused)
 
     @property
+    def and_refused(self) -> str:
+        """Which workers were refused and have not joined since, for the end of a message."""
+        return f"; refused: {', '.join(sorted(self.refused))}" if self.refused else ""
+
+    @property
     def missing(self) -> tuple[str, ...]:
         """The workers that were asked and have not answered."""
         return tuple(sorted(w for w in self.asked if self.answer(w) is None))
