@@ -575,6 +575,7 @@ def test_who_was_refused_is_named_as_long_as_the_run_waits():
     run.seen("b", hello=True, model=FLOAT64, session="another")
     run.tick(60)
     assert run.state.reason == "0 of 2 workers joined in 60 s (--wait-workers); refused: a"
+    assert run.state.unheard == ("b",)
 
 
 def test_a_refusal_is_sent_once_per_session_and_for_every_hello():
