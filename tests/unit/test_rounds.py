@@ -521,8 +521,16 @@ def test_reopenings_without_a_new_update_are_bounded():
     run.sleep()
     assert run.state.outcome == "stopped"
     assert run.state.reason.endswith(
-        "missing: b; the round was reopened 3 times without progress (--deadline)"
+        "missing: b; the round was reopened at its --deadline 3 times without progress"
     )
+
+
+def test_a_round_that_stops_for_a_rejected_update_says_why():
+    run = deadline("stop")
+    run.arrived("b")
+    run.fold_failed("b")
+    run.sleep()
+    assert run.state.reason.endswith("missing: b; the update of b was rejected: it has a NaN")
 
 
 def test_an_update_between_reopenings_resets_their_count():
@@ -607,7 +615,9 @@ def test_other_classes_are_refused():
     run.seen("a", hello=True, classes=("cat", "dog"))
     effects = run.seen("b", hello=True, classes=("cat",))
     (refused,) = only(effects, fx.Refuse)
-    assert refused.reason.startswith("worker b lacks the class dog (set by a)")
+    assert refused.reason.startswith(
+        "worker b lacks the class dog; the federation's classes come from a;"
+    )
     assert "b" not in run.state.workers
 
 

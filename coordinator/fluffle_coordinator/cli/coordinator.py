@@ -52,10 +52,10 @@ def run_option(command: Any) -> Any:
     "--min-workers",
     type=count(),
     metavar="N",
-    help="Number N of workers that must be connected before the first round starts. If you set "
-    "this option, each round also needs at least as many updates as it would with N connected "
-    "workers, even while fewer are connected (except with --select poisson or path.py:name).  "
-    "[default: --quorum if given as a number, else 2]",
+    help="Number of workers that must be connected before the first round starts. If you set this "
+    "option, a round also never needs fewer updates than it would with N connected workers: with "
+    "'--min-workers 4 --quorum 0.5', at least 2. This lower limit does not apply with --select "
+    "poisson or path.py:name.  [default: --quorum if given as a number, else 2]",
 )
 @click.option(
     "--quorum",
@@ -134,7 +134,7 @@ def run_option(command: Any) -> Any:
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Run folder.  [default: runs/FEDERATION]",
+    help="Folder for the models and the history of this run.  [default: runs/FEDERATION]",
 )
 @click.option(
     "--max-round",
@@ -156,7 +156,7 @@ def run_option(command: Any) -> Any:
     "--max-examples",
     type=count(),
     metavar="N",
-    help="Count an update as at most N examples in the average, whatever number it states.  "
+    help="Maximum number of examples that an update counts for in the average.  "
     "[default: the number that its worker announced when it connected]",
 )
 @click.option(
@@ -187,8 +187,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Require each worker to log in to the broker with its worker ID as the user name. All "
-    "other messages are rejected.",
+    help="Require each worker to log in to the broker with its worker ID as the user name, and "
+    "reject messages that another user sent.",
 )
 @click.option(
     "--keep-updates",
@@ -266,18 +266,21 @@ def history(folder: Path, as_json: bool) -> None:
     help="File to write the chart to.",
 )
 def plot(folder: Path, out: Path) -> None:
-    """Draw the federated accuracy and loss after each round."""
+    """Draw the loss and the metrics after each round."""
     from fluffle_common.durable_files import replacing
     from fluffle_coordinator.cli.history_chart import history_chart
+    from fluffle_coordinator.observe.round_view import metrics_of
     from fluffle_coordinator.storage.history import read_history
 
     if out.suffix.lower() not in ("", ".png"):
         raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
-    rounds = [row for row in read_history(folder) if "loss" in row]
-    if not rounds:
+    rounds = read_history(folder)
+    drawn = sorted({name for row in rounds for name in metrics_of(row)})
+    if any("loss" in row for row in rounds):
+        drawn.insert(0, "loss")
+    if not drawn:
         raise UsageError(f"no round of {folder} has been evaluated yet")
     draw_into_files()
-    drawn = [name for name in ("loss", "accuracy") if any(name in row for row in rounds)]
     chart = history_chart(
         [row["round"] for row in rounds],
         {name: [row.get(name) for row in rounds] for name in drawn},
@@ -286,5 +289,7 @@ def plot(folder: Path, out: Path) -> None:
         with replacing(out) as file:
             chart.savefig(file, dpi=150, format="png")
     except OSError as why:
-        raise RunError(f"cannot write {out} ({why.strerror})") from None
+        raise RunError(
+            f"cannot write {out} ({why.strerror}); choose another file with --out"
+        ) from None
     echo(f"chart written to {out}")

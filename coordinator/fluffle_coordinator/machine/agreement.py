@@ -67,9 +67,9 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
     if state.classes is not None and worker.classes != state.classes:
         return Misfit(
             "classes",
-            f"worker {worker.name} {_difference(worker.classes, state.classes)} (set by "
-            f"{state.classes_by}); give this worker --classes or other data, or start the "
-            "coordinator with --classes",
+            f"worker {worker.name} {_difference(worker.classes, state.classes)}; the federation's "
+            f"classes come from {state.classes_by}; start this worker with --classes or other "
+            "data, or the coordinator with --classes",
         )
     model = state.model
     if model is not None and worker.model is not None and worker.model.digest != model.digest:
@@ -82,8 +82,8 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
             remedy += ", or begin a new run with other first weights (--fresh, --init)"
         return Misfit(
             "model",
-            f"the model of worker {worker.name} has {difference} (set by {state.model_by}); give "
-            f"this worker {remedy}",
+            f"the model of worker {worker.name} has {difference}; that model comes from "
+            f"{state.model_by}; give this worker {remedy}",
         )
     if state.frozen and FROZEN not in worker.features:
         return Misfit(

@@ -13,6 +13,7 @@ from typing import Any
 
 from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, lower_is_better
+from fluffle_coordinator.observe.times import duration
 from fluffle_coordinator.storage.round_stats import seconds_of
 
 
@@ -58,7 +59,7 @@ class Standing:
             if line["event"] in ("evaluated", "tested"):
                 self.note(line["round"], line)
             elif line["event"] == "committed":
-                self.add_time(line.get("timings", {}))
+                self.add_time(line["timings"])
 
     def add_time(self, timings: Mapping[str, float]) -> None:
         """Add the time of a round."""
@@ -100,7 +101,7 @@ class Standing:
                 return f"{name} has not improved for {rounds}; the best is {of} (--patience)"
         if rules.time_budget_s is not None and self._seconds >= rules.time_budget_s:
             return (
-                f"all rounds together took {self._seconds:.0f} s (--time-budget "
+                f"all rounds together took {duration(self._seconds)} (--time-budget "
                 f"{rules.time_budget_s:g})"
             )
         return ""
