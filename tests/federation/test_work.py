@@ -284,7 +284,7 @@ def test_the_majority_decides_on_classes_and_the_odd_one_leaves(federated):
             federation.worker(name, Adder(federation.loop, classes=("x", "z")))
         assert (await coordinator.end()).outcome == "finished"
         assert federation.participants() == [["b", "c", "d"]]
-        with pytest.raises(Exception, match=r"has the class y, .*lacks the class z \(set by"):
+        with pytest.raises(Exception, match=r"has the class y, .*lacks the class z; .* from b, c;"):
             await odd.end()
 
     federated(scenario)

@@ -178,6 +178,7 @@ def test_bfloat16_tensors_form_one_vector():
         ),
         (np.zeros(2, [("a", "f4")]), "'w' is .*; keep this tensor out of the weights$"),
         ([1.0], "'w' is of type list, not an array"),
+        (np.ma.masked_less([1.0, 2.0], 2), "'w' is a masked array; fill it, for example with"),
         (None, "'w' is of type NoneType, not an array"),
         (  # as a tensor of PyTorch
             SimpleNamespace(dtype="torch.float32", shape=(2,)),
