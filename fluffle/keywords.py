@@ -19,6 +19,7 @@ _UNAVAILABLE = {
     "log_format": "use progress= to choose what is shown",
     "dashboard": "use 'fluffle dashboard' for a run over RabbitMQ, or 'fluffle report' afterwards",
     "management": "remove management=, which only the live page needs",
+    "local_rule": "give local_rule= to flax_task or torch_task",
 }
 # An option in the text of an error, but not in the command lines in it, which are quoted.
 _OPTION = re.compile(r"'fluffle [^']*'|(?<![\w-])--[a-z][a-z-]*")
@@ -36,13 +37,18 @@ _KEYWORDS = {
 }
 
 
+def with_keywords(text: str) -> str:
+    """Name keywords instead of options in a text: ``quorum=`` instead of ``--quorum``."""
+    return _OPTION.sub(lambda found: _KEYWORDS.get(found[0], found[0]), text)
+
+
 @contextmanager
 def as_keywords() -> Iterator[None]:
-    """Name keywords instead of options in errors: ``quorum=`` instead of ``--quorum``."""
+    """Name keywords instead of options in errors."""
     try:
         yield
     except FluffleError as why:
-        why.args = (_OPTION.sub(lambda found: _KEYWORDS.get(found[0], found[0]), str(why)),)
+        why.args = (with_keywords(str(why)),)
         raise
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from typing import Any, Self
 
+from fluffle.keywords import with_keywords
 from fluffle_common.cli.printing import echo, is_terminal, printable
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
@@ -71,7 +72,7 @@ class Progress(Watcher):
         elif self._lines or self._bar is not None:
             noted = self._under_way and isinstance(event, run_events.Note)
             if noted or event.severity in ("odd", "bad"):
-                self._print(event.sentence())
+                self._print(with_keywords(event.sentence()))
 
     def _print_if_none_left(self, done: int, rounds: int) -> None:
         if done >= rounds and (self._lines or self._bar is not None):

@@ -20,9 +20,12 @@ from fluffle_coordinator.cli.schedule_options import check_schedule_options
 if TYPE_CHECKING:
     from fluffle_worker.task import Task
 
+# Not the federation that a TOML file names, whose run a simulation must not continue.
+_FEDERATION = "simulation"
 # Options without a meaning in a simulation. They are accepted, so that the TOML file of a real
 # coordinator can be simulated as it is.
 _PASSED_OVER = {
+    "federation",
     "url",
     "management",
     "dashboard",
@@ -47,7 +50,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
         ours = copy.copy(option)
         ours.hidden = ours.hidden or option.name in _PASSED_OVER
         if option.name == "federation":
-            ours.required, ours.default = False, "simulation"
+            ours.required, ours.default = False, _FEDERATION
         taken.append(ours)
     return taken
 
@@ -157,7 +160,7 @@ def simulate(**options: Any) -> None:
     check_schedule_options(options)
     number: int = options["clients"]
     availability = parse_availability(options["availability"])
-    settings = settings_of({**options, "min_workers": number})
+    settings = settings_of({**options, "federation": _FEDERATION, "min_workers": number})
     here = Path.cwd()
     whole, tasks = _tasks(options)
     with contextlib.chdir(here):  # which the code of the task may have left

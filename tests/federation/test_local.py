@@ -663,6 +663,17 @@ def test_progress_is_shown_on_request(capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_an_update_that_is_far_too_large_is_shown_with_the_keyword_that_rejects_it(capsys):
+    class Wild(Adder):
+        def train(self, weights, plan, progress):
+            return fluffle.TrainResult({"w": weights["w"] - 100}, 10)
+
+    fluffle.run([Adder(), Adder(), Wild()], rounds=1, progress=True)
+    shown = capsys.readouterr().err
+    assert "the norm of the update of worker-2 is 141, but the median is 1.41" in shown
+    assert shown.splitlines()[0].endswith("or reject such updates with max_norm_ratio=")
+
+
 def test_the_last_evaluation_fits_next_to_the_bar_of_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setattr("fluffle.progress.is_terminal", lambda _: True)

@@ -133,16 +133,10 @@ def test_three_owners_learn_the_digits_and_the_model_is_their_weighted_average()
     assert counted == [5 * round(3 * (19 * 600 + 13 * 400 + 16 * 500) / 1500)]
 
 
-@pytest.mark.parametrize("rule", ["proximal", "scaffold"])
+@pytest.mark.parametrize("rule", ["proximal:0.01", "scaffold"])
 def test_a_local_rule_and_its_strategy_work_with_torch(rule):
-    from fluffle_worker.local.proximal import Proximal
-    from fluffle_worker.local.scaffold import Scaffold
-
-    def made() -> Any:
-        return Proximal(0.01) if rule == "proximal" else Scaffold()
-
     tasks = {
-        name: task_of(Softmax, rows, torch.optim.SGD, local_rule=made())
+        name: task_of(Softmax, rows, torch.optim.SGD, local_rule=rule)
         for name, rows in OWNERS.items()
     }
     strategy = "scaffold" if rule == "scaffold" else None

@@ -63,6 +63,10 @@ class Adder:
         return TrainResult({"w": weights["w"] + np.float32(self.value)}, self.num_examples)
 
 
+def one_each(options: Any) -> Adder:
+    return Adder(float(options.data))
+
+
 class Told(Watcher):
     def __init__(self) -> None:
         self.events: list[Any] = []
@@ -176,6 +180,13 @@ def test_a_run_continues_where_it_stopped(tmp_path):
     assert [one["round"] for one in rounds] == [1, 2, 3, 4]
     weights, _ = read_checkpoint(tmp_path / "round-0004.safetensors")
     assert np.all(weights["w"] == 4.0)
+
+
+def test_a_finished_run_does_not_wait_for_clients_that_no_longer_exist(tmp_path):
+    run(tmp_path, {name: Adder(1.0) for name in names(6)}, rounds=1)
+    found, _ = run(tmp_path, {name: Adder(1.0) for name in names(2)}, rounds=1)
+    assert found.state.reason == "1 round is done"
+    assert found.simulated_s < 60
 
 
 def test_a_task_that_fails_is_left_out_and_named(tmp_path):
@@ -453,6 +464,17 @@ def test_the_file_of_a_task_may_change_the_working_directory(tmp_path):
     subprocess.run([sys.executable, "-c", *run, *given], cwd=tmp_path, env=env, check=True)
     assert (tmp_path / "runs" / "simulation" / "round-0001.safetensors").exists()
     assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_simulation_never_continues_the_run_of_the_federation_in_its_file(tmp_path):
+    (tmp_path / "f.toml").write_text('federation = "letters"\n')
+    task = "--task", f"{__name__}:one_each", "--data", "{client}", "--clients", "2"
+    run = "from fluffle_common.cli.app import main; main()", "simulate", "f.toml", "--rounds", "1"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", *run, *task], cwd=tmp_path, env=env, check=True)
+    assert [folder.name for folder in (tmp_path / "runs").iterdir()] == ["simulation"]
+    held = json.loads((tmp_path / "runs" / "simulation" / "run.json").read_text())
+    assert held["federation"] == "simulation"
 
 
 def test_a_task_that_cannot_be_made_leaves_no_run_folder(tmp_path):

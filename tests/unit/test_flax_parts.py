@@ -256,6 +256,15 @@ def test_personal_tensors_outlive_their_worker(tmp_path):
     assert not moved(train(again, first, 2), train(alone, first, 2))
 
 
+def test_a_local_rule_may_be_given_by_its_name():
+    weights = task_of(Scaled).init(0)
+    named, made = (task_of(Scaled, local_rule=rule) for rule in ("clip:0.1", Clip(0.1)))
+    clipped = train(named, weights)
+    assert any((clipped[name] != train(task_of(Scaled), weights)[name]).any() for name in clipped)
+    for name, array in train(made, weights).items():
+        np.testing.assert_array_equal(clipped[name], array)
+
+
 def test_a_model_is_evaluated_with_the_personal_tensors_of_its_run():
     filters = {"federated": nnx.PathContains("linear"), "valid_data": numbers(1)}
     task = task_of(Scaled, **filters)

@@ -56,6 +56,7 @@ from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import SEQUENCE_GAP, Phase, State, Table
 
+_ALL_HEARD_S = 10.0  # a connected worker sends a heartbeat within this time, every 2 s by default
 # The events that arrive in the queue of heartbeats.
 _HEARD = (ev.Seen, ev.Left, ev.Failed, ev.Echoed)
 
@@ -80,8 +81,6 @@ def start(
     of the last model is on disk. ``known`` are other fields of ``State``; the workers decide on
     ``classes`` and ``model`` if these are None.
     """
-    # A connected worker sends a heartbeat within this time (every 2 s by default).
-    all_heard_s = 2.0 * rules.patience
     sequence = max((t.sequence for tickets in counted.values() for t in tickets), default=0)
     state = State(
         rules=rules,
@@ -98,7 +97,7 @@ def start(
         **{"schedule": QUORUM, **known},
     )
     if state.has_weights:
-        gate_until = now + all_heard_s if committed else math.inf
+        gate_until = now + _ALL_HEARD_S if committed else math.inf
         state = state.replace(resumed_at=committed + 1, gate_until=gate_until)
     earlier = {number: name for number, name in earlier.items() if number <= committed}
     return updates.remember(state, counted, earlier)

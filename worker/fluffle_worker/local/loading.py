@@ -1,4 +1,4 @@
-"""Lookup of the local rule that ``--local-rule`` names."""
+"""Lookup of a local rule by the name that ``--local-rule`` or a task gives it."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fluffle_common.cli.loading import load_installed, load_object
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_common.user_errors import one_line
+from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.chain import Chain
 
@@ -42,7 +43,17 @@ def use_local_rule(task: Any, name: str) -> None:
             "task with flax_task or torch_task, or call self.local_rule in the task's train() "
             "(docs/tasks.md)"
         )
-    task.local_rule = BoundRule(find_rule(name), name)
+    task.local_rule = bound_rule(name)
+
+
+def bound_rule(rule: LocalRule[Any] | str | None) -> BoundRule:
+    """Return a rule, which may be given by its name, as a task calls it; see ``find_rule``.
+
+    Raises:
+        UsageError: if there is no such rule, or it is not a rule.
+        TaskError: if the rule's file fails to load.
+    """
+    return BoundRule(find_rule(rule), rule) if isinstance(rule, str) else BoundRule(rule)
 
 
 def find_rule(name: str) -> Any:

@@ -23,7 +23,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
-from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
@@ -63,7 +63,8 @@ class FlaxTask(AdaptedTask):
         augment: ``(key, inputs) -> inputs``, a random change to each training batch.
         classes: the names of a classifier's outputs.
         sample_seed: decorrelates this worker's batches from those of other workers.
-        local_rule: a change to each gradient before the optimizer sees it.
+        local_rule: a change to each gradient before the optimizer sees it: a rule, or the name of
+            one, such as ``"proximal:0.1"``.
         federated: a Flax filter of the tensors that travel. The others are personal: each worker
             trains its own and keeps them between the rounds of a run, in its state folder too.
         frozen: a Flax filter of the tensors that neither travel nor train. Every worker has them
@@ -92,7 +93,7 @@ class FlaxTask(AdaptedTask):
         augment: Augment | None = None,
         classes: tuple[str, ...] = (),
         sample_seed: int = 0,
-        local_rule: LocalRule[Any] | None = None,
+        local_rule: LocalRule[Any] | str | None = None,
         federated: Any = True,
         frozen: Any = False,
         share_frozen: bool = False,
@@ -103,7 +104,7 @@ class FlaxTask(AdaptedTask):
         if not isinstance(optimizer, optax.GradientTransformation):
             check_function("optimizer", optimizer, "an optax optimizer, such as optax.adam")
         check_function("loss", loss, "a function of the outputs and targets")
-        self.classes, self.local_rule = classes, BoundRule(local_rule)
+        self.classes, self.local_rule = classes, bound_rule(local_rule)
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._score_trained = score_trained

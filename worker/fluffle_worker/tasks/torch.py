@@ -31,7 +31,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
-from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
@@ -89,7 +89,8 @@ class TorchTask(AdaptedTask):
         augment: ``inputs -> inputs``, a random change to each training batch.
         classes: the names of a classifier's outputs.
         sample_seed: decorrelates this worker's batches from those of other workers.
-        local_rule: a change to each gradient before the optimizer sees it.
+        local_rule: a change to each gradient before the optimizer sees it: a rule, or the name of
+            one, such as ``"proximal:0.1"``.
         federated: selects the tensors that travel. The others are personal: each worker trains its
             own and keeps them between the rounds of a run, in its state folder too.
         frozen: selects the tensors that neither travel nor train; a parameter with
@@ -119,7 +120,7 @@ class TorchTask(AdaptedTask):
         augment: Callable[[Any], Any] | None = None,
         classes: tuple[str, ...] = (),
         sample_seed: int = 0,
-        local_rule: LocalRule[Any] | None = None,
+        local_rule: LocalRule[Any] | str | None = None,
         federated: Filter = True,
         frozen: Filter = False,
         share_frozen: bool = False,
@@ -130,7 +131,7 @@ class TorchTask(AdaptedTask):
         check_function("optimizer", optimizer, "an optimizer's class, such as torch.optim.Adam")
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_function("loss", loss, "a function of the outputs and targets")
-        self.classes, self.local_rule = classes, BoundRule(local_rule)
+        self.classes, self.local_rule = classes, bound_rule(local_rule)
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._score_trained = score_trained

@@ -128,6 +128,7 @@ class Failure(RunEvent):
     "stalled",
     "round {round}: {worker} sends heartbeats, but has made no progress for {still_s:.0f} s "
     "({state}, step {step} of {steps}); see --stall-timeout",
+    "odd",
 )
 class Stalled(RunEvent):
     worker: Text = None
@@ -142,6 +143,7 @@ class Stalled(RunEvent):
     "overweight",
     "round {round}: the update of {worker} claims {num_examples:example}, but is weighted as "
     "{limit:example}, the maximum that {worker} announced or that --max-examples sets",
+    "odd",
 )
 class Overweight(RunEvent):
     worker: Text = None
@@ -154,6 +156,7 @@ class Overweight(RunEvent):
     "outlier",
     "round {round}: the norm of the update of {worker} is {norm:.3g}, but the median is "
     "{median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
+    "odd",
 )
 class Outlier(RunEvent):
     round: Integer = None

@@ -69,11 +69,11 @@ class NoBroker(BrokerEvent):
 
     def _derived(self) -> dict[str, str]:
         local = (urlsplit(self.address or "").hostname or "") in _THIS_MACHINE
-        remedy = (
-            " (start a broker with 'fluffle broker up', or change to the folder in which you "
-            "started it)"
+        start = (
+            "start a broker with 'fluffle broker up', change to the folder in which you started "
+            "it, or "
         )
-        return {"remedy": remedy if local else ""}
+        return {"remedy": f" ({start if local else ''}correct --url)"}
 
 
 @event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
@@ -103,6 +103,7 @@ class Slow(RunEvent):
 @event(
     "blocked",
     "the broker accepts no messages for now ({reason}); outgoing messages are waiting",
+    "odd",
 )
 class Blocked(RunEvent):
     reason: Text = None
@@ -171,6 +172,7 @@ class Waiting(RunEvent):
     "untold",
     "could not tell the workers that the run has ended, because no broker answered for "
     "{waited_s:.0f} s; stop the workers by hand",
+    "odd",
 )
 class Untold(RunEvent):
     waited_s: Number = None
