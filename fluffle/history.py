@@ -192,9 +192,9 @@ def _round(row: Mapping[str, Any], folder: Path, kept: object) -> Round:
             n.removeprefix(TEST_PREFIX): v for n, v in metrics.items() if n.startswith(TEST_PREFIX)
         },
         epsilon=row.get("epsilon"),
-        seconds=seconds_of(row.get("timings", {})),
-        late=row.get("late", 0),
-        rejected=row.get("rejected", 0),
+        seconds=seconds_of(row["timings"]),
+        late=row["late"],
+        rejected=row["rejected"],
     )
     vars(made)["_kept"] = kept  # not a field, so that it is in no table of the rounds
     return made

@@ -23,6 +23,8 @@ _UNAVAILABLE = {
 }
 # An option in the text of an error, but not in the command lines in it, which are quoted.
 _OPTION = re.compile(r"'fluffle [^']*'|(?<![\w-])--[a-z][a-z-]*")
+# A broker in memory loses what it holds.
+_AGAIN = re.compile(r"run the same command again( \(no update is lost\))?")
 _KEYWORDS = {
     **{
         flag: f"{flag.removeprefix('--').replace('-', '_')}="
@@ -39,6 +41,7 @@ _KEYWORDS = {
 
 def with_keywords(text: str) -> str:
     """Name keywords instead of options in a text: ``quorum=`` instead of ``--quorum``."""
+    text = _AGAIN.sub("repeat the call", text)
     return _OPTION.sub(lambda found: _KEYWORDS.get(found[0], found[0]), text)
 
 

@@ -167,10 +167,7 @@ def _framework_of(module: Any) -> Any:
 def _with_frozen(file: Path) -> tuple[Weights, Weights]:
     """Read the model in a checkpoint, and the frozen tensors that belong to it."""
     weights, metadata = read_checkpoint(file)
-    try:
-        return weights, read_frozen(file.parent, metadata.get(IN_METADATA, "")).tensors
-    except UsageError as why:
-        raise UsageError(f"the frozen tensors that belong to {file} are missing: {why}") from None
+    return weights, read_frozen(file.parent, metadata.get(IN_METADATA, "")).tensors
 
 
 def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:

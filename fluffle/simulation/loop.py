@@ -46,7 +46,10 @@ class _Selector(selectors.DefaultSelector):
         if found or (timeout is not None and timeout <= 0):
             return found
         if timeout is None:
-            raise RunError("the simulation is stuck, because no further event is due")
+            raise RunError(
+                "the simulation is stuck, because the coordinator and all clients wait for each "
+                "other; report this bug in fluffle, with the command"
+            )
         self.loop.now_s += timeout
         return found
 

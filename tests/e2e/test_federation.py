@@ -153,7 +153,7 @@ def test_a_worker_of_other_classes_is_refused(federation: Federation, tmp_path: 
     refused = federation.worker("shard:0/2")
     assert refused.end() == 6
     (told,) = [line for line in refused.lines if line.startswith("fluffle: ")]
-    assert "has no classes, but the federation has x, y (set by --classes)" in told
+    assert "has no classes, but the federation has x, y; " in told
 
 
 def test_a_quorum_larger_than_the_workers_is_a_visible_wait(federation: Federation) -> None:

@@ -22,6 +22,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.permissions import COORDINATOR, PASSWORD, Narrow
 from tests.e2e.programs import REGRESSION, ROOT, Federation, Program
+from tests.here import fluffle
 
 pytestmark = pytest.mark.rabbit
 
@@ -291,3 +292,35 @@ def test_a_user_without_permissions_gets_the_remedy(besieged: Narrow, tmp_path: 
     assert "fluffle broker permissions" in said
     assert PASSWORD not in "\n".join(worker.lines)
     assert not any("another worker" in line for line in worker.lines)
+
+
+@pytest.mark.parametrize(
+    ("command", "remedy"),
+    [
+        (["peek", "updates"], "; in --url, give a user with all permissions in the vhost"),
+        (["rejected"], "; in --url, give a user with all permissions in the vhost"),
+        (["tap"], "; in --url, give a user with all permissions in the vhost"),
+        (["journal"], "; grant the user permission to read f.journal"),
+        (["explain"], "; grant the user permission to read f.journal"),
+        (["dashboard", "--listen", "127.0.0.1:0"], "; the page needs the permissions 'configure'"),
+    ],
+)
+def test_commands_that_inspect_name_the_permissions_that_they_need(
+    besieged: Narrow, command: list[str], remedy: str
+) -> None:
+    # Not those that `fluffle broker permissions` prints, which are of coordinators and workers.
+    code, _, stderr = fluffle(*command, "--federation", F, "--url", besieged.url(ME))
+    assert code == 3
+    assert remedy in stderr
+    assert "fluffle broker permissions" not in stderr
+
+
+def test_a_user_without_a_tag_learns_that_the_management_api_refuses_it(
+    besieged: Narrow, broker_node: NodeInfo
+) -> None:
+    _, _, stderr = fluffle(
+        *("queues", "--federation", F, "--url", besieged.url(ME)),
+        *("--management", broker_node.management_url),
+    )
+    assert "give the user" in stderr
+    assert "the tag 'monitoring'" in stderr

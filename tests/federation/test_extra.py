@@ -304,6 +304,7 @@ def test_a_plan_that_trains_no_tensor_of_the_model_is_reported(federated):
         federation.worker("a", Adder(federation.loop))
         reason = (await coordinator.log.until("failure"))["reason"]
         assert "--train selects the tensors head/*, tail, but this task's model has" in reason
+        assert "; correct --train (tensors of the model: " in reason
         await coordinator.kill()
 
     federated(scenario)

@@ -470,11 +470,13 @@ def test_a_task_without_examples_is_told_to_check_its_data():
 
 
 def test_errors_name_keywords_and_leave_command_lines_as_they_are():
-    text = "--max-round, --run and --elsewhere; 'fluffle history --run x' (--deadline)"
+    again = "run the same command again (no update is lost)"  # in memory, it would be
+    text = f"--max-round, --run and --elsewhere; 'fluffle history --run x' (--deadline); {again}"
     with pytest.raises(fluffle.RunError) as named, as_keywords():
         raise fluffle.RunError(text)
     assert str(named.value) == (
-        "max_round=, folder= and --elsewhere; 'fluffle history --run x' (deadline=)"
+        "max_round=, folder= and --elsewhere; 'fluffle history --run x' (deadline=); "
+        "repeat the call"
     )
 
 

@@ -116,14 +116,16 @@ def test_a_damaged_journal_shows_the_lines_that_can_be_read(tmp_path):
             printed(command, "--run", tmp_path)
 
 
-def test_a_round_that_is_not_in_it_is_told(tmp_path):
+def test_what_is_not_in_it_is_told(tmp_path):
     simulated(tmp_path)
     with pytest.raises(UsageError, match="round 99 is not in the journal, which has rounds 1-2"):
         printed(journal, "--run", tmp_path, "--round", 99)
     with pytest.raises(UsageError, match="round 1 is not in the journal after --since, which has"):
         printed(journal, "--run", tmp_path, "--round", 1, "--since", "2999-01-01")
-    with pytest.raises(UsageError, match="round 1 is not in the journal, which has no round"):
-        printed(journal, "--run", tmp_path, "--round", 1, "--run-id", "another")
+    with pytest.raises(UsageError, match=r"run another is not in the journal; choose from \w+"):
+        printed(journal, "--run", tmp_path, "--run-id", "another")
+    with pytest.raises(UsageError, match="unknown --kind comitted; did you mean 'committed'"):
+        printed(journal, "--run", tmp_path, "--kind", "comitted")
     (tmp_path / "journal.jsonl").write_text("")
     with pytest.raises(UsageError, match="round 99 is not in the journal, which has no round"):
         printed(journal, "--run", tmp_path, "--round", 99)

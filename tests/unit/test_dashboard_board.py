@@ -20,6 +20,7 @@ from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Table, Worker
 from fluffle_coordinator.observe.counters import OUTCOMES
 from fluffle_coordinator.observe.worker_view import Workers
+from tests.history_lines import committed, evaluated, participant
 
 RUN = "0123456789ab"
 
@@ -251,15 +252,8 @@ class TestRounds:
         board = Board("letters")
         board.view.remember(
             [
-                {
-                    "round": 1,
-                    "participants": [{"worker": "north", "num_examples": 7}],
-                    "opened_at": "1970-01-01T00:00:10.000+00:00",
-                    "committed_at": "1970-01-01T00:00:15.000+00:00",
-                    "loss": 0.5,
-                    "accuracy": 0.25,
-                    "evaluators": ["north"],
-                }
+                committed(1, participant("north", num_examples=7))
+                | evaluated(1, accuracy=0.25, evaluators=["north"])
             ]
         )
         board.add(100.0, from_fields("resumed", {"run": RUN, "round": 1}))
@@ -326,11 +320,11 @@ class TestAsynchrony:
     def test_staleness_is_there_when_it_is_told(self) -> None:
         board = Board("letters")
         there = [
-            {"worker": "a", "num_examples": 100, "staleness": 0, "weight": 100.0},
-            {"worker": "b", "num_examples": 100, "staleness": 3, "weight": 50.0},
-            {"worker": "c", "num_examples": 50},  # a fresh one, as a coordinator writes it
+            participant("a", num_examples=100, staleness=0, weight=100.0),
+            participant("b", num_examples=100, staleness=3, weight=50.0),
+            participant("c", num_examples=50),  # a fresh one, as a coordinator writes it
         ]
-        board.view.remember([{"round": 1, "participants": there, "epsilon": 1.5}])
+        board.view.remember([committed(1, *there, epsilon=1.5)])
         shown = board.snapshot()
         assert shown["staleness"] == {"counts": {"0": 2, "3": 1}, "lost": 0.2}
         assert shown["curves"] == {"rounds": [1], "epsilon": [1.5]}

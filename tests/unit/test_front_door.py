@@ -17,6 +17,7 @@ from flax import nnx
 
 import fluffle
 from fluffle_common.tensors.checkpoint import save_checkpoint
+from tests.history_lines import committed, ended
 
 
 def test_every_public_name_is_there_and_documented():
@@ -237,9 +238,7 @@ def test_a_metric_may_be_called_like_another_column():
 
 
 def test_a_run_is_read_once_so_that_its_history_and_its_end_fit_together(tmp_path):
-    line = {"event": "committed", "run": "r", "base": "b", "participants": [], "checkpoint": "x"}
-    lines = [{**line, "round": number} for number in (1, 2)]
-    end = {"event": "ended", "round": 1, "reason": "interrupted"}
+    lines, end = [committed(1), committed(2)], ended(1, reason="interrupted")
     file = tmp_path / "history.jsonl"
     file.write_text("".join(f"{json.dumps(line)}\n" for line in (lines[0], end)))
     run = fluffle.Run(tmp_path)

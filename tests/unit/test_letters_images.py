@@ -324,8 +324,8 @@ def test_files_that_are_ignored_are_counted_by_suffix(tmp_path):
 def test_the_parent_of_data_folders_names_the_likely_folder(tmp_path):
     _save(tmp_path, "client-1/a/1.png", "client-1/b/1.png", "client-2/a/1.png")
     first = tmp_path / "client-1"
-    expected = f"ignored 3 folders inside class folders; if {first / 'a'} is a class, set --data to"
-    with pytest.raises(TaskError, match=re.escape(f"{expected} {first}")):
+    expected = f".png; if {first / 'a'} is a class, set --data to {first} instead"
+    with pytest.raises(TaskError, match=re.escape(expected)):
         read_images(tmp_path)
 
 
@@ -422,3 +422,13 @@ def test_black_on_white_is_noticed_once_and_left_as_it_is(tmp_path):
     np.testing.assert_allclose(images.inputs[0], 1 - WANTED, atol=1e-6)
     _save(tmp_path, "a/4.png")
     assert read_images(tmp_path).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("source", "remedy"),
+    [("--classes", "elsewhere, or add their names"), ("the model", "elsewhere$")],
+)
+def test_an_unexpected_class_is_named_with_a_remedy_that_is_possible(tmp_path, source, remedy):
+    _save(tmp_path, "a/1.png", "c/1.png")
+    with pytest.raises(TaskError, match=rf"the classes c, but {source} has only a, b; .* {remedy}"):
+        read_images(tmp_path, ("a", "b"), source)

@@ -350,8 +350,7 @@ def test_every_port_of_the_container_is_bound_to_the_loopback_interface() -> Non
         (
             "  Starting broker...\nBOOT FAILED\n===========\nError during startup: {error,\n"
             '   {could_not_start_listener,"127.0.0.1",45671,\n      {listen_error,eaddrinuse}}}\n',
-            "another program uses one of RabbitMQ's ports; choose other ports, or --port 0 "
-            "(port 45671)",
+            "another program uses port 45671; choose other ports, or --port 0",
         ),
         (
             "BOOT FAILED\n===========\nException during startup:\n\n"
@@ -510,6 +509,16 @@ def test_an_error_of_docker_is_one_line(
     programs("docker", "echo pulling >&2; echo 'port is already allocated' >&2; exit 1")
     with pytest.raises(BrokerError, match=r"^docker compose up failed: port is already allocated"):
         container.start(info, "")
+
+
+def test_the_log_of_a_failed_container_survives_its_removal(
+    info: NodeInfo, programs: Callable[[str, str], None]
+) -> None:
+    log = 'case "$*" in *" logs "*) echo "rabbit: bad configuration" ;; '
+    programs("docker", f"{log}*) echo 'container exited (1)' >&2; exit 1 ;; esac")
+    with pytest.raises(BrokerError, match=r"up failed: container exited \(1\) \(.* log is in "):
+        container.start(info, "")
+    assert (info.logs / "startup.log").read_text() == "rabbit: bad configuration\n"
 
 
 def test_a_container_cannot_be_stopped_once_docker_is_gone(

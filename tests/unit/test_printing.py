@@ -31,6 +31,7 @@ from fluffle_common.cli.printing import (
 from fluffle_common.cli.progress_bars import progress_on
 from fluffle_common.errors import FluffleError, RunError
 from fluffle_common.protocol.events import REGISTRY, from_fields
+from tests.history_lines import committed
 
 ROOT = Path(__file__).resolve().parents[2]
 ACTING = {"Cc", "Cf", "Cs", "Zl", "Zp"}
@@ -239,7 +240,7 @@ def test_an_object_in_place_of_stdout_that_raises_is_dropped_at_the_end(monkeypa
 
 
 RUN_HISTORY = "".join(
-    f'{{"event": "committed", "round": {number}, "run": "r", "base": "b", "participants": []}}\n'
+    f"{json.dumps(committed(number))}\n"
     for number in range(1, 1500)  # more than the 64 KiB that a pipe holds
 )
 

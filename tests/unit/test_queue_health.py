@@ -42,7 +42,7 @@ def figures(name: str, ready: int = 0, consumers: int = 1, **more: object) -> Qu
         (figures("f.unrouted", 1, consumers=0), "1 message matched no queue; see 'fluffle peek"),
         (figures("f.updates", 50, growth_rate=3.0), "growing by 3 messages per second"),
         (figures("f.mine"), "foreign: fluffle uses no queue of this name in federation f"),
-        (figures("f.updates", state="down"), "this queue as down"),
+        (figures("f.updates", state="down"), "the state 'down'; check"),
         (replace(figures("f.updates"), consumers=0, ready=30, growth_rate=2.0), "; growing by 2"),
     ],
 )

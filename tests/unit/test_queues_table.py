@@ -19,7 +19,7 @@ from fluffle_broker.inspect.queues import QueueOverview
 from fluffle_broker.inspect.queues_table import build_table, group_quiet, hints, legend
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.base import Counts
+from fluffle_common.transport.base import AccessRefused, Counts
 from fluffle_common.transport.rabbitmq.management import Management, QueueFigures
 
 TOPOLOGY = Topology("letters")
@@ -209,7 +209,7 @@ def test_a_queue_without_statistics_yet_is_counted_and_the_rest_is_unknown(monke
 def test_a_user_who_may_not_count_gets_the_statistics_or_the_remedy(monkeypatch):
     class Link:
         async def counts(self, queue: str) -> Counts:
-            raise BrokerError(f"the broker does not let user 'eve' read queue '{queue}'; grant it")
+            raise AccessRefused(f"the broker does not let user 'eve' read queue '{queue}'")
 
     @contextlib.asynccontextmanager
     async def open_once(_: object) -> AsyncIterator[Link]:
@@ -226,5 +226,5 @@ def test_a_user_who_may_not_count_gets_the_statistics_or_the_remedy(monkeypatch)
         raise OSError("refused")
 
     monkeypatch.setattr(Management, "queue_figures", no_answer)
-    with pytest.raises(BrokerError, match=r"user 'eve' read queue '.*'; give .* --management$"):
+    with pytest.raises(BrokerError, match=r"user 'eve' read queue '.*'; give .*'monitoring'"):
         queues.read_overview(api, TOPOLOGY)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import ssl
 
 import aiormq.exceptions
@@ -217,6 +218,14 @@ def test_texts_of_errors_are_one_line_without_credentials():
     error = RuntimeError("<Connection: 'amqp://me:open-se@same@node/v'>\n closed")
     assert error_text(error) == "<Connection: 'amqp://node/v'> closed"
     assert error_text(TimeoutError()) == "TimeoutError"
+
+
+@pytest.mark.parametrize(
+    "form", ["{0} {1}", "Multiple exceptions: [Errno {0}] {1}, [Errno {0}] {1}"]
+)
+def test_a_refused_connection_is_told_in_the_words_of_the_system(form):
+    text = form.format(errno.ECONNREFUSED, "Connect call failed ('::1', 5672, 0, 0)")
+    assert error_text(OSError(text)) == f"{errno.ECONNREFUSED} Connection refused"
 
 
 @pytest.mark.parametrize(

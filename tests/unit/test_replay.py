@@ -121,6 +121,7 @@ class Run:
 
     async def commit(self, number: int) -> None:
         await self.aggregator.drained()
+        self.aggregator.opened()
         self.aggregator.commit(number, ())
         await self.aggregator.drained()
         await self.committer.drained()

@@ -14,6 +14,7 @@ from fluffle_coordinator.machine.state import Evaluated
 from fluffle_coordinator.observe.round_view import RoundView, remembered
 from fluffle_coordinator.storage.evaluations import average_evaluations
 from fluffle_coordinator.storage.round_stats import weighted_mean
+from tests.history_lines import committed, participant
 
 MOST = sys.float_info.max
 pairs = st.lists(st.tuples(st.integers(1, 10**12), st.floats(-MOST, MOST)), min_size=1, max_size=6)
@@ -45,7 +46,6 @@ def test_the_largest_losses_have_a_finite_evaluation():
 
 
 def test_the_training_loss_is_averaged_likewise():
-    rows = [{"worker": name, "num_examples": 10, "train_loss": 1.7e308} for name in "ab"]
-    row = {"round": 1, "participants": [*rows, {"worker": "c", "num_examples": 5}]}
-    assert train_loss(remembered(row)) == 1.7e308
+    rows = [participant(name, num_examples=10, train_loss=1.7e308) for name in "ab"]
+    assert train_loss(remembered(committed(1, *rows, participant("c")))) == 1.7e308
     assert train_loss(RoundView(1)) is None

@@ -521,7 +521,7 @@ def test_reopenings_without_a_new_update_are_bounded():
     run.sleep()
     assert run.state.outcome == "stopped"
     assert run.state.reason.endswith(
-        "missing: b; the round was reopened 3 times without progress (--deadline)"
+        "missing: b; the round was reopened at its --deadline 3 times without progress"
     )
 
 
@@ -607,7 +607,9 @@ def test_other_classes_are_refused():
     run.seen("a", hello=True, classes=("cat", "dog"))
     effects = run.seen("b", hello=True, classes=("cat",))
     (refused,) = only(effects, fx.Refuse)
-    assert refused.reason.startswith("worker b lacks the class dog (set by a)")
+    assert refused.reason.startswith(
+        "worker b lacks the class dog; the federation's classes come from a;"
+    )
     assert "b" not in run.state.workers
 
 

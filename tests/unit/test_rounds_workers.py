@@ -522,8 +522,8 @@ def test_the_majority_decides_on_the_classes():
     (refused,) = only(effects, fx.Refuse)
     assert refused.worker == "odd"
     assert refused.reason.startswith(
-        "worker odd has the classes x, y, which the federation lacks, and lacks the classes a, b "
-        "(set by p, q); "
+        "worker odd has the classes x, y, which the federation lacks, and lacks the classes a, b; "
+        "the federation's classes come from p, q; "
     )
     assert "--classes" in refused.reason
 
@@ -534,7 +534,7 @@ def test_the_operator_decides_on_the_classes():
     effects = run.seen("w", hello=True, classes=("a", "b", "c"))
     (refused,) = only(effects, fx.Refuse)
     assert "has the class c, which the federation lacks" in refused.reason
-    assert "set by --classes" in refused.reason
+    assert "the federation's classes come from --classes;" in refused.reason
 
 
 def test_the_majority_decides_on_the_form_of_the_model():
@@ -545,7 +545,7 @@ def test_the_majority_decides_on_the_form_of_the_model():
     assert refused.worker == "a"
     assert "float64 8" in refused.reason
     assert "float32 8" in refused.reason
-    assert "set by b, c" in refused.reason
+    assert "that model comes from b, c;" in refused.reason
 
 
 def test_a_late_joiner_with_another_model_is_refused_at_once():

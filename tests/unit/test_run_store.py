@@ -41,8 +41,8 @@ from fluffle_coordinator.storage.run_file import count_start, read_run_file, wri
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.storage.update_archive import keep_update, update_path
-
-RUN = "0123456789ab"
+from tests import history_lines
+from tests.history_lines import RUN, ended, evaluated, participant
 
 
 def weights(value: float) -> dict[str, np.ndarray]:
@@ -63,23 +63,17 @@ def assert_weights(got: Any, value: float) -> None:
         assert got[name].tobytes() == array.tobytes()
 
 
-def participants(saved: Saved) -> frozenset[str]:
+def participants_of(saved: Saved) -> frozenset[str]:
     """The participants of the last committed round."""
     return frozenset(ticket.worker for ticket in saved.counted.get(saved.committed, ()))
 
 
 def committed(number: int, *workers: str) -> dict[str, Any]:
-    who = [{"worker": worker, "num_examples": 5, "sequence": number} for worker in workers]
-    line = {"event": "committed", "round": number, "participants": who}
-    return {**line, "run": RUN, "base": f"base{number}"}
+    return history_lines.committed(number, *map(participant, workers))
 
 
 def metadata(number: int) -> dict[str, str]:
     return {"run": RUN, "round": str(number), "base": f"base{number}"}
-
-
-def evaluated(number: int, **metrics: float) -> dict[str, Any]:
-    return {"event": "evaluated", "round": number, **metrics}
 
 
 def commit(store: RunStore, number: int) -> None:
@@ -351,7 +345,7 @@ def test_a_missing_or_damaged_model_file_is_reported_in_one_line(tmp_path):
 
 def test_a_new_run_has_an_id_and_nothing_else(store):
     saved = store.load("letters")
-    assert (saved.committed, saved.weights, participants(saved)) == (0, None, frozenset())
+    assert (saved.committed, saved.weights, participants_of(saved)) == (0, None, frozenset())
     assert saved.evaluated
     assert saved.repairs == ()
     assert len(saved.run) == 12
@@ -365,7 +359,7 @@ def test_runs_have_different_ids(tmp_path):
 def test_a_run_continues_where_it_stopped(three):
     saved = three.load("letters")
     assert (saved.committed, saved.evaluated, saved.repairs) == (3, False, ())
-    assert participants(saved) == {"a", "b3"}
+    assert participants_of(saved) == {"a", "b3"}
     assert saved.metadata == metadata(3)
     assert_weights(saved.weights, 3)
     three.history.append(evaluated(2, loss=0.5))
@@ -452,7 +446,7 @@ def test_damaged_checkpoints_fall_back_to_the_last_readable_one(three, damage, b
     saved = three.load("letters")
     assert saved.committed == last
     assert_weights(saved.weights, last)
-    assert participants(saved) == ({"a", f"b{last}"} if last else set())
+    assert participants_of(saved) == ({"a", f"b{last}"} if last else set())
     assert saved.evaluated == (last == 0)
     continuing = f"newest intact checkpoint, which belongs to round {last}"
     assert any(continuing in repair for repair in saved.repairs)
@@ -624,9 +618,9 @@ def test_a_damaged_run_file_is_reported_in_one_line(three, text):
 
 
 def counting(num_examples: str, field: str = '"late": 0') -> str:
-    who = f'{{"worker": "a", "sequence": 2, "num_examples": {num_examples}}}'
-    line = '{"event": "committed", "round": 2, "run": "r", "base": "b", "participants": '
-    return f"{line}[{who}], {field}}}"
+    who = f'{json.dumps(participant("a"))[:-1]}, "num_examples": {num_examples}}}'
+    line = json.dumps(committed(2)).replace('"participants": []', f'"participants": [{who}]')
+    return f"{line[:-1]}, {field}}}"
 
 
 @pytest.mark.parametrize(
@@ -655,15 +649,15 @@ def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
     assert three.history.path.read_bytes() == before
 
 
-def test_the_fields_of_a_later_version_and_missing_ones_are_no_damage(three):
+def test_the_fields_of_a_later_version_are_no_damage(three):
     later = {"level": {"deep": [1]}, "level/b": "x"}
     three.history.append({**evaluated(3, loss=0.5, accuracy=0.5), **later})
-    three.history.append({"event": "ended", "round": 3, **later})
+    three.history.append({**ended(3), **later})
     assert evaluation_metrics({**evaluated(3, loss=0.5), **later}) == {"loss": 0.5}
     assert three.load("letters").committed == 3
     assert fluffle.Run(three.folder).reason == ""
-    three.history.append({**committed(4, "a"), "checkpoint": checkpoint_name(4), **later})
-    assert fluffle.Run(three.folder).history[-1].seconds == 0.0
+    three.history.append({**committed(4, "a"), **later})
+    assert fluffle.Run(three.folder).history[-1].number == 4
 
 
 def test_a_last_line_that_no_crash_leaves_is_damaged_and_not_cut_off(three):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
@@ -9,6 +11,8 @@ from fluffle_coordinator.machine.state import Issued, Phase, State, Table, Worke
 from fluffle_coordinator.machine.state import Rules as RoundRules
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.waiting import waiting_for
+from tests import history_lines
+from tests.history_lines import participant
 
 
 def view_of(*events: RunEvent, whole: bool = False) -> RunView:
@@ -150,14 +154,9 @@ def test_old_rounds_keep_only_their_result():
     assert view.rounds[1].participants == ("a",)
 
 
-def history(number: int, **more: object) -> dict[str, object]:
-    there = [{"worker": "a", "num_examples": 5, "seconds": 2.0, "counted_s": 3.0, "bytes": 40}]
-    return {
-        "round": number, "participants": there, "asked": ["a", "b"],
-        "opened_at": "1970-01-01T00:00:10.000+00:00",
-        "committed_at": "1970-01-01T00:00:15.000+00:00",
-        **more,
-    }  # fmt: skip
+def history(number: int, **more: Any) -> dict[str, Any]:
+    there = participant("a", seconds=2.0, counted_s=3.0, bytes=40)
+    return history_lines.committed(number, there, asked=["a", "b"], **more)
 
 
 def test_a_history_and_the_events_of_a_round_give_the_same_view():

@@ -37,6 +37,7 @@ from fluffle_coordinator.strategy.pipeline import Server, pipeline, replace
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta, weighted
 from fluffle_coordinator.user_code import strategy_loading as module
 from fluffle_coordinator.user_code.strategy_loading import check_same, load_strategy, rules_for
+from tests.history_lines import committed
 
 ROOT = Path(__file__).parents[2]
 MOMENTUM = ROOT / "tests" / "federation" / "momentum.py"
@@ -289,12 +290,12 @@ def needing(**needs):
         (
             {"min_updates": 3},
             {"quorum": Quorum(number=2)},
-            "needs at least 3 updates per round, but --quorum 2 closes a round with 2",
+            "needs at least 3 updates per round, but --quorum 2 closes a round with fewer",
         ),
         (
             {"min_updates": 3},
             {"sample": 2},
-            "needs at least 3 updates per round, but --sample 2 asks for 2 updates; give --sa",
+            "needs at least 3 updates per round, but --sample 2 asks for fewer; give --sa",
         ),
     ],
 )
@@ -332,8 +333,7 @@ def test_a_run_continues_only_with_its_own_strategy(tmp_path):
     store.note_configuration(settings.configuration(Topology("f")), 0)
     run["base"] = "b"
     store.save_weights(1, model(), {**run, "round": "1"}, {"v": np.ones(2)})
-    line = {"event": "committed", "round": 1, "participants": [], "strategy": mine.name}
-    store.history.append({**line, **run})
+    store.history.append(committed(1, strategy=mine.name, **run))
     saved = store.load("f")
     assert (saved.strategy, list(saved.kept), list(saved.weights)) == (
         mine.name, ["v"], sorted(model())

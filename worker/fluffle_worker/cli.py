@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     metavar="DIR",
-    help="Data of this worker. For the letters task: a folder of images, laid out as "
-    "<class>/<image>.",
+    help="Data of this worker; your own task gets this text as options.data. For the letters task: "
+    "a folder of images, laid out as <class>/<image>.",
 )
 @click.option(
     "--task",
@@ -50,9 +50,9 @@ if TYPE_CHECKING:
     "--local-rule",
     metavar="NAME",
     help=(
-        "Rule that changes each gradient during training: proximal:MU; clip:NORM; "
-        "dp_sgd:CLIP,NOISE; scaffold; path.py:name; or several rules joined by + "
-        "(docs/tasks.md).  "
+        "Rule that changes each gradient during training: proximal:MU (FedProx); clip:NORM "
+        "(gradient clipping); dp_sgd:CLIP,NOISE (DP-SGD); scaffold (SCAFFOLD); path.py:name (your "
+        "own rule); or several rules joined by + (docs/tasks.md).  "
         "[default: none]"
     ),
     show_default=False,

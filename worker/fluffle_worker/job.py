@@ -31,6 +31,7 @@ from fluffle_common.tensors.groups import (
     Groups,
     check_extra,
     select_tensors,
+    tensors_of_model,
 )
 from fluffle_common.tensors.layout import Signature, layout_for, signature_of
 from fluffle_common.tensors.weights import Weights, check_finite, delta
@@ -224,7 +225,7 @@ def _planned(change: Weights, plan: Plan) -> Weights:
         names = ", ".join(plan.train or ())
         raise TaskError(
             f"the coordinator's --train selects the tensors {names[:200]}, but this task's model "
-            "has none of these tensors; correct --train ('fluffle peek' shows the names)"
+            f"has none of these tensors; correct --train {tensors_of_model(change)}"
         )
     return planned
 

@@ -104,7 +104,7 @@ class Results:
         return EvalResult(loss, num_examples, self._metrics("evaluate", result))
 
     def _unusable(self, key: str, wrong: str) -> EvalResult:
-        sentence = f"evaluate() {wrong}; this worker does not report such evaluations"
+        sentence = f"evaluate() {wrong}; invalid evaluations are not sent"
         self._once(sentence, key=f"evaluate {key}")
         return _NOTHING
 

@@ -46,9 +46,9 @@ def queues(
     in/s out/s messages published and delivered per second
     oldest     age of the message at the head, by its sender's clock
 
-    Below the table, each line with "!" names a problem and its remedy. Several empty queues of
-    one kind share a row. A wide terminal also shows the purpose of each queue; --json prints
-    every queue with all figures.
+    Below the table, each line with "!" names a problem. Several empty queues of one kind share a
+    row. A wide terminal also shows the purpose of each queue; --json prints every queue with all
+    figures.
 
     The figures are RabbitMQ's statistics, which are up to 5 seconds old. If the management API is
     unreachable, the command shows only the ready messages and the consumers of the shared queues.

@@ -69,9 +69,9 @@ def tap(**options: Any) -> None:
     once more. To exclude models, use '--kind update'. The parts of updates are copied only with
     --save or '--kind part'.
 
-    The command copies only messages for queues that exist. A copy of an undeliverable message would
-    make the message look delivered. The command looks for new queues every 10 seconds, so it may
-    miss the first messages to a new worker.
+    The command does not show a message whose queue does not exist, because copying the message
+    would make it look delivered. The command looks for new queues every 10 seconds, so it may miss
+    the first messages to a new worker.
     """
     from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_broker.inspect.tap import KINDS, Wanted
@@ -105,8 +105,8 @@ def _run(
     from fluffle_broker.inspect.tap import Tap
     from fluffle_common.cli.console import warn
     from fluffle_common.cli.runtime import run_until_signalled
-    from fluffle_common.errors import BrokerError, LinkLost
-    from fluffle_common.transport.base import QueueInUse
+    from fluffle_common.errors import LinkLost
+    from fluffle_common.transport.open_once import explain_refusals
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff, reconnecting
 
@@ -151,12 +151,8 @@ def _run(
                     end.cancel()
                     await asyncio.gather(run, end, return_exceptions=True)
 
-    try:
+    with explain_refusals():
         run_until_signalled(follow())
-    except QueueInUse as no:
-        raise BrokerError(
-            f"another process uses the queue of this command ({no}); run the command again"
-        ) from None
 
 
 class TapPrinter:

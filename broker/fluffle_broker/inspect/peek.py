@@ -46,7 +46,7 @@ def full_name(topology: Topology, name: str) -> str:
             return full
     raise UsageError(
         f"federation {topology.federation} has no queue '{name}'; choose updates, presence, "
-        "rejected, unrouted, journal, inbox.WORKER or outbox.WORKER"
+        "rejected, unrouted, journal or inbox.WORKER"
     )
 
 

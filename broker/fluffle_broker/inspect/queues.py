@@ -14,12 +14,13 @@ from typing import Any
 
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Queue, Topology
-from fluffle_common.transport.base import Counts, QueueInUse
+from fluffle_common.transport.base import AccessRefused, Counts, QueueInUse
 from fluffle_common.transport.open_once import open_once
 from fluffle_common.transport.rabbitmq.management import (
     REQUEST_ERRORS,
     Management,
     QueueFigures,
+    fault_and_remedy,
 )
 from fluffle_common.transport.rabbitmq.queue_health import hint
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
@@ -86,11 +87,10 @@ def read_overview(api: Management, topology: Topology) -> QueueOverview:
         overview = QueueOverview(topology, figures, api.alarms())
         return overview if overview.created else replace(overview, others=_federations(api))
     except REQUEST_ERRORS as why:
-        reason = getattr(why, "reason", None) or why
+        fault, remedy = fault_and_remedy(why)
         note = (
-            f"the management API at {api.base} does not answer ({reason}), so unacknowledged "
-            "messages, bytes, rates, ages and the workers' queues are unknown; give the right "
-            "address with --management"
+            f"the management API at {api.base} {fault}, so unacknowledged messages, bytes, rates, "
+            f"ages and the workers' queues are unknown; {remedy}"
         )
     return QueueOverview(topology, _by_amqp(api.url, topology), [], note)
 
@@ -134,11 +134,11 @@ async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
                 counted[name] = await link.counts(name)
             except QueueInUse:  # exclusive, such as the queue of a tap
                 continue
-            except BrokerError as refused:
+            except AccessRefused as refused:
                 # RabbitMQ 4.3 lets a reader of the journal count nothing.
-                cause = str(refused).partition(";")[0]
                 raise BrokerError(
-                    f"{cause}; give the address of the management API with --management"
+                    f"{refused.lacking}; give the user the tag 'monitoring', so that the "
+                    "management API (--management) answers"
                 ) from None
     return counted
 

@@ -29,7 +29,27 @@ def start(info: NodeInfo, extra_conf: str) -> None:
     # The image sets the listeners; compose.yaml maps this machine's ports to them.
     conf.write_text(f"{launch.base_configuration()}\n{extra_conf}\n")
     conf.chmod(0o644)  # the container reads it as another user
-    _compose(info, "up", "--detach", "--wait")
+    try:
+        _compose(info, "up", "--detach", "--wait")
+    except BrokerError as failed:
+        raise BrokerError(f"{failed}{saved_log(info)}") from None
+
+
+def saved_log(info: NodeInfo) -> str:
+    """Save the log of a container that failed, and return where, as the end of an error.
+
+    The log goes with the container, which ``stop`` removes.
+    """
+    try:
+        text = _compose(info, "logs", "--no-color", "--no-log-prefix")
+    except BrokerError:
+        text = ""
+    if not text.strip():  # no container was made
+        return ""
+    log = launch.startup_log(info)
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text(text)
+    return f" (the container's log is in {log})"
 
 
 def stop(info: NodeInfo) -> None:
@@ -37,13 +57,17 @@ def stop(info: NodeInfo) -> None:
     _compose(info, "down")
 
 
-def _compose(info: NodeInfo, *arguments: str) -> None:
+def _compose(info: NodeInfo, *arguments: str) -> str:
+    """Run a command of docker compose and return its output."""
     # One project for each folder, so that several nodes can run at the same time.
     project = "fluffle-" + hashlib.sha256(os.fsencode(info.folder)).hexdigest()[:12]
     compose = str(launch.packaged_file("compose.yaml"))
     docker = shutil.which("docker")
     if docker is None:  # removed since the container was started
-        raise BrokerError("a container runs RabbitMQ, but the command 'docker' is not installed")
+        raise BrokerError(
+            "a container runs RabbitMQ, but the command 'docker' is not installed; install Docker, "
+            "and run this command again"
+        )
     done = subprocess.run(
         [docker, "compose", "--project-name", project, "--file", compose, *arguments],
         env={
@@ -60,7 +84,5 @@ def _compose(info: NodeInfo, *arguments: str) -> None:
     )
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or ["no reason given"]
-        raise BrokerError(
-            f"docker compose {arguments[0]} failed: {lines[-1]}; see the log with 'docker compose "
-            f"--project-name {project} logs'"
-        )
+        raise BrokerError(f"docker compose {arguments[0]} failed: {lines[-1]}")
+    return done.stdout

@@ -30,10 +30,11 @@ _LOOPBACK_ONLY = "-kernel inet_dist_use_interface {127,0,0,1}"
 _LOG_PREFIX = re.compile(r"^\d{4}-\S+ \S+ \[\w+\] <[\d.]+> ?")
 _LONGEST_REASON = 240
 
+_A_PORT = "one of RabbitMQ's ports"
 # Erlang's error codes, which may appear anywhere in the nested terms of a failure.
 _SYSTEM_ERRORS = {
     "enospc": "there is no space left on the disk; make room or choose another --state",
-    "eaddrinuse": "another program uses one of RabbitMQ's ports; choose other ports, or --port 0",
+    "eaddrinuse": f"another program uses {_A_PORT}; choose other ports, or --port 0",
     "eacces": "RabbitMQ has no access to the state folder; check who owns the folder",
     "erofs": "the state folder is on a read-only disk; choose another --state",
     "emfile": "too many files are open; raise the limit with 'ulimit -n'",
@@ -190,7 +191,7 @@ def failure_reason(log: str) -> str:
     for code, meaning in _SYSTEM_ERRORS.items():
         if re.search(rf"\b{code}\b", log):
             port = re.search(r'could_not_start_listener,"[^"]*",\s*(\d+)', log)
-            return f"{meaning} (port {port[1]})" if port else meaning
+            return meaning.replace(_A_PORT, f"port {port[1]}") if port else meaning
     # Otherwise the start of the first paragraph, which is usually a nested Erlang term.
     text = "\n".join(lines)
     failed = text.rpartition("BOOT FAILED\n===========\n")[2].strip() or "it printed nothing"

@@ -36,9 +36,6 @@ __all__ = ["NodeInfo", "Ports", "down", "running_node", "up"]
 
 Report = Callable[[str], None]
 
-_CONTAINER_ENDED = (
-    "the container with RabbitMQ ended at once; see its exit code with 'docker ps --all'"
-)
 _BOOT_TIMEOUT_S = 120.0
 _POLL_S = 0.05
 _UNQUOTABLE = frozenset("'\"`")
@@ -138,7 +135,10 @@ def _start(
         if ready := _await_ready(info):
             _limit_queues(ready, report)
             return ready
-        raise BrokerError(_CONTAINER_ENDED if installation is None else launch.boot_failure(info))
+        if installation is None:
+            log = container.saved_log(info)
+            raise BrokerError(f"the container with RabbitMQ ended at once{log}")
+        raise BrokerError(launch.boot_failure(info))
     except BaseException:  # Ctrl-C as well: leave nothing running
         with contextlib.suppress(BrokerError):  # the first error is the one to report
             _clean_up(info, grace_s=0)
@@ -172,8 +172,8 @@ def _await_ready(info: NodeInfo) -> NodeInfo | None:
         if time.monotonic() > end:
             raise BrokerError(
                 f"RabbitMQ (pid {info.pid}) does not answer on port {info.ports.amqp} after "
-                f"{_BOOT_TIMEOUT_S:.0f} s; read the logs in {info.logs}, and stop RabbitMQ with "
-                "'fluffle broker down'"
+                f"{_BOOT_TIMEOUT_S:.0f} s; read the logs in {info.logs}, and run 'fluffle broker "
+                "down' before you try again"
             )
         time.sleep(_POLL_S)
     return None
@@ -206,7 +206,8 @@ def _find_or_unpack(report: Report) -> Installation | None:
         except BrokerError as failed:
             if not container.available():
                 raise
-            report(f"{failed}; trying Docker")
+            cause, _, _ = str(failed).partition(";")  # without the remedy
+            report(f"{cause}; trying Docker")
             return None
     if container.available():
         return None

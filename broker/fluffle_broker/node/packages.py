@@ -26,8 +26,8 @@ _SYSTEM_LIB = Path("/usr/lib/rabbitmq/lib")
 _SERVER = "rabbitmq-server"
 
 REMEDIES = (
-    "install rabbitmq-server, start Docker, or give the URL of another RabbitMQ with --url "
-    "(FLUFFLE_URL)"
+    "install rabbitmq-server, start Docker, or give the coordinator and the workers the --url of "
+    "another RabbitMQ"
 )
 
 Report = Callable[[str], None]

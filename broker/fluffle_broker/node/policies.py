@@ -9,10 +9,14 @@ from collections.abc import Sequence
 
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Policy
-from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, Management
+from fluffle_common.transport.rabbitmq.management import (
+    REQUEST_ERRORS,
+    Management,
+    fault_and_remedy,
+)
 
 _APPLY_TO = "queues"
-_INSTEAD = "or print the commands for an administrator with --print"
+_INSTEAD = "or print the commands for an administrator with 'fluffle broker apply-policy --print'"
 
 
 def shell_lines(policies: Sequence[Policy], vhost_name: str) -> list[str]:
@@ -61,8 +65,7 @@ def apply(policies: Sequence[Policy], api: Management, *, keep: bool = False) ->
             f"this user the tag 'policymaker' and permissions in the vhost, {_INSTEAD}"
         ) from None
     except REQUEST_ERRORS as why:
-        reason = getattr(why, "reason", None) or why
+        fault, remedy = fault_and_remedy(why)
         raise BrokerError(
-            f"the management API at {api.base} does not answer ({reason}); give the API's address "
-            f"with --management, {_INSTEAD}"
+            f"the management API at {api.base} {fault}; {remedy}, {_INSTEAD}"
         ) from None

@@ -52,7 +52,8 @@ def exit_soon(code: int, patience_s: float = _PATIENCE_S) -> NoReturn:
         threading.Event().wait(patience_s)  # the code may have replaced time.sleep
         echo_sentences(
             f"fluffle: exiting although code outside fluffle is still running after "
-            f"{patience_s:.0f} s ({one_line(_left_running())}); end it in that code",
+            f"{patience_s:.0f} s ({one_line(_left_running())}); let your code end its "
+            "threads and child processes",
             err=True,
         )
         exit_now(code)

@@ -193,9 +193,7 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(
-            f"{path} is not a complete model file ({error}); use another file"
-        ) from None
+        raise UsageError(f"{path} is not a complete model file ({error})") from None
 
 
 def classes_in(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -80,10 +80,13 @@ def read_frozen(folder: Path, digest: str) -> Frozen:
     if not digest:
         return NO_FROZEN
     path = frozen_file(folder, digest)
-    found = frozen_of(map_tensors(path))
-    if found.digest != digest:
+    try:
+        found = frozen_of(map_tensors(path))
+        if found.digest != digest:
+            raise UsageError(f"{path} holds other tensors, with the digest {found.digest[:16]}…")
+    except UsageError as why:
         raise UsageError(
-            f"the frozen tensors in {path} have the digest {found.digest[:16]}…, but the digest "
-            f"{digest[:16]}… was expected; restore this file"
-        )
+            f"the model's frozen tensors cannot be read ({why}); put this file of the run beside "
+            "the model"
+        ) from None
     return found

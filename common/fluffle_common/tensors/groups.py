@@ -7,7 +7,7 @@ group occupies one contiguous range of the payload and has a ``Layout`` of its o
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Literal
 
 from fluffle_common.tensors.layout import (
@@ -21,6 +21,8 @@ from fluffle_common.tensors.layout import (
     size_mismatch,
 )
 from fluffle_common.tensors.table import MODEL, TensorEntry, cached
+
+_NAMES_SHOWN = 8  # of a model's tensors, in an error
 
 EXTRA = "extra"
 """The group of tensors that a strategy adds to the model, and workers add to their delta."""
@@ -113,6 +115,16 @@ def select_tensors(weights: Weights, train: Sequence[str] | None) -> Weights:
     names = {pattern for pattern in train if not pattern.endswith("*")}
     prefixes = tuple(pattern[:-1] for pattern in train if pattern.endswith("*"))
     return {n: w for n, w in weights.items() if n in names or n.startswith(prefixes)}
+
+
+def tensors_of_model(names: Collection[str]) -> str:
+    """Return the first names of a model's tensors, as the end of an error message.
+
+    >>> tensors_of_model(["bias", "kernel"])
+    '(tensors of the model: bias, kernel)'
+    """
+    more = ", …" if len(names) > _NAMES_SHOWN else ""
+    return f"(tensors of the model: {', '.join([*names][:_NAMES_SHOWN]) or 'none'}{more})"
 
 
 def untrained(weights: Weights, train: Sequence[str] | None) -> Weights:

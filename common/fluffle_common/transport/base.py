@@ -46,6 +46,19 @@ class QueueInUse(Exception):
     """Another consumer has exclusive use of the queue."""
 
 
+class AccessRefused(BrokerError):
+    """The broker's user lacks a permission: ``lacking`` says which, without the remedy.
+
+    The remedy is that of a coordinator or worker; commands that inspect need other permissions.
+    """
+
+    def __init__(self, lacking: str) -> None:
+        self.lacking = lacking
+        super().__init__(
+            f"{lacking}; grant the permissions that 'fluffle broker permissions' prints"
+        )
+
+
 class OtherArguments(BrokerError):
     """A declared queue or exchange already exists with different arguments."""
 

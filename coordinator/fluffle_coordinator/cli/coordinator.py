@@ -52,10 +52,10 @@ def run_option(command: Any) -> Any:
     "--min-workers",
     type=count(),
     metavar="N",
-    help="Number N of workers that must be connected before the first round starts. If you set "
-    "this option, each round also needs at least as many updates as it would with N connected "
-    "workers, even while fewer are connected (except with --select poisson or path.py:name).  "
-    "[default: --quorum if given as a number, else 2]",
+    help="Number of workers that must be connected before the first round starts. If you set this "
+    "option, a round also never needs fewer updates than it would with N connected workers: with "
+    "'--min-workers 4 --quorum 0.5', at least 2. This lower limit does not apply with --select "
+    "poisson or path.py:name.  [default: --quorum if given as a number, else 2]",
 )
 @click.option(
     "--quorum",
@@ -134,7 +134,7 @@ def run_option(command: Any) -> Any:
     "folder",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Run folder.  [default: runs/FEDERATION]",
+    help="Folder for the models and the history of this run.  [default: runs/FEDERATION]",
 )
 @click.option(
     "--max-round",
@@ -156,7 +156,7 @@ def run_option(command: Any) -> Any:
     "--max-examples",
     type=count(),
     metavar="N",
-    help="Count an update as at most N examples in the average, whatever number it states.  "
+    help="Maximum number of examples that an update counts for in the average.  "
     "[default: the number that its worker announced when it connected]",
 )
 @click.option(
@@ -187,8 +187,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--verify-users",
     is_flag=True,
-    help="Require each worker to log in to the broker with its worker ID as the user name. All "
-    "other messages are rejected.",
+    help="Require each worker to log in to the broker with its worker ID as the user name, and "
+    "reject messages that another user sent.",
 )
 @click.option(
     "--keep-updates",
@@ -286,5 +286,7 @@ def plot(folder: Path, out: Path) -> None:
         with replacing(out) as file:
             chart.savefig(file, dpi=150, format="png")
     except OSError as why:
-        raise RunError(f"cannot write {out} ({why.strerror})") from None
+        raise RunError(
+            f"cannot write {out} ({why.strerror}); choose another file with --out"
+        ) from None
     echo(f"chart written to {out}")

@@ -109,11 +109,16 @@ def journal(**options: Any) -> None:
       fluffle journal --run runs/simulation
     """
     show = _print_json if options["as_json"] else _SentencePrinter()
+    runs: dict[str, None] = {}
     rounds: set[int] = set()
+    kinds: set[str] = set()
 
     async def run() -> None:
         async with contextlib.aclosing(_events_of(options)) as events:
             async for event in events:
+                kinds.add(event.event)
+                if event.run is not None:
+                    runs[event.run] = None
                 if options["run_id"] not in (None, event.run):
                     continue
                 if isinstance(event.fields.get("round"), int):
@@ -122,11 +127,27 @@ def journal(**options: Any) -> None:
                     show(event)
 
     asyncio.run(run())
+    _check_found(options, list(runs), rounds, kinds)
+
+
+def _check_found(
+    options: Mapping[str, Any], runs: Sequence[str], rounds: set[int], kinds: set[str]
+) -> None:
+    """Raise ``UsageError`` if the journal lacks what the options select."""
+    from fluffle_common.arguments import nearest
+    from fluffle_common.protocol.events.base import REGISTRY
+
+    what = "the journal" if options["since"] is None else "the journal after --since"
+    if options["run_id"] not in (None, *runs):
+        have = f"; choose from {', '.join(runs)}" if runs else ", which has no run"
+        raise UsageError(f"run {options['run_id']} is not in {what}{have}")
     number = options["number"]
     if number is not None and number not in rounds:
         have = f"rounds {_spans(rounds)}" if rounds else "no round"
-        what = "the journal" if options["since"] is None else "the journal after --since"
         raise UsageError(f"round {number} is not in {what}, which has {have}")
+    for kind in options["kinds"]:
+        if kind not in REGISTRY and kind not in kinds:  # not of another version either
+            raise UsageError(f"unknown --kind {kind}; {nearest(kind, REGISTRY)}")
 
 
 def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:

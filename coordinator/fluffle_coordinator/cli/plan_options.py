@@ -26,15 +26,17 @@ plan_options = option_group(
         "--learning-rate-schedule",
         default="constant",
         metavar="NAME",
-        help="Change of --learning-rate over the rounds: constant; cosine; exponential:FACTOR; "
-        "or step:ROUNDS,FACTOR.",
+        help="Change of --learning-rate over the rounds: constant; cosine (falls to almost 0 in "
+        "the last round); exponential:FACTOR (multiplied by FACTOR after each round); or "
+        "step:ROUNDS,FACTOR (multiplied by FACTOR after every ROUNDS rounds).",
     ),
     click.option(
         "--config",
         type=KeyValue(),
         multiple=True,
         metavar="KEY=VALUE",
-        help="Extra setting for the workers' tasks; may be given several times.",
+        help="Extra setting, which the workers' tasks read from plan.config; may be given several "
+        "times.",
     ),
     click.option(
         "--upload-dtype",

@@ -187,5 +187,7 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
         with replacing(out) as file:
             file.write(page(data).encode())
     except OSError as why:
-        raise RunError(f"cannot write {out} ({why.strerror})") from None
+        raise RunError(
+            f"cannot write {out} ({why.strerror}); choose another file with --out"
+        ) from None
     echo(f"report written to {out}")

@@ -70,9 +70,9 @@ schedule_options = option_group(
         type=FiniteFloat(1, 100),
         default=1.0,
         metavar="P",
-        help="Over-selection factor: 1.3 selects 130 % of the workers that --fraction or --sample "
-        "asks for, so that a round does not have to wait for stragglers. A fractional --quorum is "
-        "a fraction of the number that they ask for, not of the larger number that is selected.",
+        help="Over-selection factor: with 1.3, a round selects 30 % more workers than --fraction "
+        "or --sample asks for, so that it does not have to wait for stragglers. A --quorum of "
+        "'all' or a fraction does not count these extra workers.",
     ),
     click.option(
         "--select",
@@ -118,8 +118,9 @@ schedule_options = option_group(
         "--staleness",
         type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
-        help="Function that reduces the weight of a stale update: constant; polynomial:a; "
-        "hinge:a,b; or threshold:b (docs/schedules.md).  [default: polynomial:0.5]",
+        help="Factor on the weight of an update with staleness s: constant (1); polynomial:a "
+        "(1/(1+s)^a); hinge:a,b (1 up to s=b, then 1/(a(s-b)+1)); or threshold:b (1 up to s=b, "
+        "then 0).  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",

@@ -21,7 +21,7 @@ from fluffle_common.protocol.events import Left, from_fields
 from fluffle_common.protocol.messages import Bye, Heartbeat, Hello
 from fluffle_common.protocol.topology import Binding, Topology
 from fluffle_common.protocol.wire_format import decode
-from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport
+from fluffle_common.transport.base import AccessRefused, Delivery, Link, Transport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed, Figures
@@ -78,12 +78,11 @@ class BrokerSource:
                     self._set_link(
                         False, f"lost the connection to the broker ({why}); reconnecting"
                     )
-                except QueueInUse as why:
+                except AccessRefused as why:
                     raise BrokerError(
-                        f"this broker user lacks the permissions that the page needs ({why}); "
-                        "grant the user the permissions 'configure', 'write' and 'read' on "
-                        f"{self._topology.federation}.tap.*, and the permission 'read' on "
-                        f"{self._topology.results}"
+                        f"{why.lacking}; the page needs the permissions 'configure', 'write' and "
+                        f"'read' on {self._topology.federation}.tap.*, and 'read' on "
+                        f"{self._topology.results} and {self._topology.journal}"
                     ) from None
 
     def _no_broker(self, reason: str, _: float) -> None:

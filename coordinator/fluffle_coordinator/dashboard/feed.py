@@ -18,7 +18,7 @@ from fluffle_common.cli.settings import management_finder
 from fluffle_common.clock import wall_time
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS
+from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, fault_and_remedy
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.storage.history import finite
 
@@ -105,8 +105,8 @@ class Feed:
             try:
                 figures = list(await asyncio.to_thread(self._ask_queues))
             except REQUEST_ERRORS as why:
-                reason = getattr(why, "reason", None) or why
-                self._board.queues((), f"RabbitMQ's management API does not answer ({reason})")
+                fault, remedy = fault_and_remedy(why)
+                self._board.queues((), f"RabbitMQ's management API {fault}; {remedy}")
                 self._ask_again_at = loop.time() + max(max_age_s, _AFTER_A_FAILURE_S)
             else:
                 self._board.queues(figures)

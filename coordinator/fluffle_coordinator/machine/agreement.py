@@ -64,12 +64,15 @@ class Misfit(NamedTuple):
 
 def unfit(state: State, worker: Worker) -> Misfit | None:
     """Return why a worker cannot take part; None if it can."""
-    source = f" (set by {state.decided_by})" if state.decided_by else ""
+    classes_from = model_from = ""
+    if state.decided_by:
+        classes_from = f"; the federation's classes come from {state.decided_by}"
+        model_from = f"; that model comes from {state.decided_by}"
     if state.classes is not None and worker.classes != state.classes:
         return Misfit(
             "classes",
-            f"worker {worker.name} {_difference(worker.classes, state.classes)}{source}; give this "
-            "worker --classes or other data, or start the coordinator with --classes",
+            f"worker {worker.name} {_difference(worker.classes, state.classes)}{classes_from}; "
+            "start this worker with --classes or other data, or the coordinator with --classes",
         )
     model = state.model
     if model is not None and worker.model is not None and worker.model.digest != model.digest:
@@ -79,8 +82,8 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
             difference = f"tensors with other names or shapes than the federation's model ({ours})"
         return Misfit(
             "model",
-            f"the model of worker {worker.name} has {difference}{source}; give this worker the "
-            "same task and the same JAX_ENABLE_X64 as the other workers",
+            f"the model of worker {worker.name} has {difference}{model_from}; give this worker "
+            "the same task and the same JAX_ENABLE_X64 as the other workers",
         )
     if state.frozen and FROZEN not in worker.features:
         return Misfit(

@@ -159,7 +159,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
         fruitless = state.reopenings + 1 if state.folded == state.reopened_with else 1
     if fruitless > rules.max_reopenings:
         times = "once" if rules.max_reopenings == 1 else f"{rules.max_reopenings} times"
-        reason = f"{reason}; the round was reopened {times} without progress (--deadline)"
+        reason = f"{reason}; the round was reopened at its --deadline {times} without progress"
         return end(state, "stopped", reason, out)
     state = state.replace(reopenings=fruitless, reopened_with=state.folded)
     return reopen(state, reason, now, out)
@@ -167,7 +167,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 def _too_long(state: State) -> str:
     progress = _progress_after(state, state.rules.max_round_s)
-    return f"{progress}; a round may not stay open longer (--max-round)"
+    return f"{progress}; a round may not stay open longer than --max-round"
 
 
 def _progress_after(state: State, seconds: float) -> str:

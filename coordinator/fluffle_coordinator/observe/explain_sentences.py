@@ -284,7 +284,7 @@ def _deadline(explanation: Explanation) -> str:
     if explanation.view.waiting is not None and explanation.view.waiting[0] > this.deadline_at:
         return f"{passed}; the round stays open while workers advance or an update is being added."
     if explanation.coordinated:
-        return f"{passed}; the coordinator is connected, and has not reported what follows yet."
+        return f"{passed}; the coordinator is connected, but has not reported yet what it does now."
     return (
         f"{passed}, but the journal has no later event; the coordinator is not running, or cannot "
         "reach the broker."

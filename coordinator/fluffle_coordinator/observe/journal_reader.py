@@ -11,7 +11,7 @@ from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, Usage
 from fluffle_common.protocol.messages import Event, Events
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import decode
-from fluffle_common.transport.base import Delivery, Link, QueueInUse, Since, Transport
+from fluffle_common.transport.base import AccessRefused, Delivery, Link, Since, Transport
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
 # A stream starts at a time by the broker's clock, but events have the coordinator's clock, and are
@@ -68,10 +68,9 @@ async def read_journal(
                 return
             except LinkLost as why:
                 waiting(str(why), 0.0)
-            except QueueInUse as why:
+            except AccessRefused as why:
                 raise BrokerError(
-                    f"the broker does not let this user read the journal ({why}); grant the user "
-                    f"permission to read {topology.journal}"
+                    f"{why.lacking}; grant the user permission to read {topology.journal}"
                 ) from None
 
 

@@ -241,29 +241,26 @@ class RoundView:
 def remembered(row: Mapping[str, Any]) -> RoundView:
     """Return the view of a round in a history, given its row of ``history.read_history``.
 
-    That has checked the types. Fields that a row lacks are None or empty in the view.
+    That has checked the fields. A row without participants is of a model that was only evaluated.
     """
     view = RoundView(row["round"])
-    if "committed_at" in row or "participants" in row:
-        opened_at = _epoch_seconds(row.get("opened_at"))
+    if "participants" in row:
+        opened_at = datetime.fromisoformat(row["opened_at"]).timestamp()
         view.opened_at = view.asked_at = opened_at
-        view.committed_at = _epoch_seconds(row.get("committed_at")) or 0.0
-        view.asked = tuple(row.get("asked", ()))
-        participants = row.get("participants", ())
+        view.committed_at = datetime.fromisoformat(row["committed_at"]).timestamp()
+        view.asked = tuple(row["asked"])
+        participants = row["participants"]
         for number, participant in enumerate(participants, start=1):
             key = view.answer_key(participant["worker"], number)
-            at = (opened_at or 0.0) + (participant.get("counted_s") or 0.0)
-            view.answers[key] = at, _counted(participant)
+            view.answers[key] = opened_at + participant["counted_s"], _counted(participant)
         view.participants = tuple(dict.fromkeys(each["worker"] for each in participants))
         view.num_examples = sum(each["num_examples"] for each in participants)
-        losses = ((each["num_examples"], each.get("train_loss")) for each in participants)
+        losses = ((each["num_examples"], each["train_loss"]) for each in participants)
         view.train_losses = tuple((n, loss) for n, loss in losses if loss is not None)
-        view.timings = row.get("timings") or {}
-        view.late, view.rejected = row.get("late", 0), row.get("rejected", 0)
-        view.epsilon = row.get("epsilon")
+        view.timings, view.epsilon = row["timings"], row.get("epsilon")
+        view.late, view.rejected = row["late"], row["rejected"]
     if "loss" in row:
-        view.evaluated, view.loss = True, row["loss"]
-        view.evaluated_on = row.get("num_examples")
+        view.evaluated, view.loss, view.evaluated_on = True, row["loss"], row["num_examples"]
     view.metrics = metrics_of(row)
     return view
 
@@ -271,9 +268,9 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
 def _counted(participant: Mapping[str, Any]) -> run_events.Counted:
     return run_events.Counted(
         worker=participant["worker"],
-        num_examples=participant.get("num_examples"),
-        train_s=participant.get("seconds"),
-        bytes=participant.get("bytes"),
+        num_examples=participant["num_examples"],
+        train_s=participant["seconds"],
+        bytes=participant["bytes"],
         staleness=participant.get("staleness"),
         weight=participant.get("weight"),
     )
@@ -297,14 +294,4 @@ def late_updates(rows: Iterable[Mapping[str, Any]]) -> Iterable[tuple[int, str]]
     """Yield the round and worker of each late update, which is listed in a later round's row."""
     for row in rows:
         for update in row.get("late_updates", ()):
-            number, worker = update.get("round"), update.get("worker")
-            if number is not None and worker is not None:
-                yield number, worker
-
-
-def _epoch_seconds(text: Any) -> float | None:
-    """Return an ISO 8601 time as seconds since 1970; None if it is not one."""
-    try:
-        return datetime.fromisoformat(text).timestamp()
-    except (TypeError, ValueError, OverflowError):
-        return None
+            yield update["round"], update["worker"]

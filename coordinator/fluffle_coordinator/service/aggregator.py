@@ -80,6 +80,7 @@ class Aggregator:
         self._carries = settings.schedule.max_staleness > 0
         averages = self._strategy.name == FEDAVG.name
         self._averaged, self._jobs, self._fetcher = averaged, SerialQueue(), fetcher
+        self.drained = self._jobs.drained
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
         if saved.weights is not None:
@@ -95,10 +96,6 @@ class Aggregator:
             await self._jobs.run()
         finally:
             await self._fetcher.close()
-
-    async def drained(self) -> None:
-        """Wait until all jobs are done."""
-        await self._jobs.drained()
 
     def opened(self) -> None:
         """Start the clock of the round."""

@@ -40,7 +40,6 @@ from fluffle_coordinator.storage.round_stats import (
 )
 from fluffle_coordinator.storage.run_checkpoints import keep_best
 from fluffle_coordinator.storage.run_store import RunStore, new_base
-from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.user_code.hooks import Commit, HookCalls, copied
 
 _T = TypeVar("_T")
@@ -111,6 +110,7 @@ class Committer:
         self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
         self._standing = Standing(stopping, lines)
+        self.enough = self._standing.enough
         # The last evaluated round and its federated metrics.
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
         for line in lines:
@@ -119,10 +119,6 @@ class Committer:
         self._jobs = SerialQueue()
         self.run, self.drained = self._jobs.run, self._jobs.drained
         self._committed_at = monotonic()
-
-    def enough(self) -> str:
-        """Return the reason to end the run before its last round; empty to continue."""
-        return self._standing.enough()
 
     async def begin_with(self, weights: Weights, frozen: Frozen) -> tuple[str, Weights]:
         """Save the first weights as the checkpoint of round 0.
@@ -190,9 +186,8 @@ class Committer:
             "opened_at": clock.opened,
             **self._take_counts(),
             "checkpoint": checkpoint_name(number),
+            "strategy": self._strategy,
         }
-        if self._strategy != FEDAVG.name:
-            line["strategy"] = self._strategy
         personal = personal_means(average.participants)
         line |= {**average.spent, **personal}
 

@@ -357,9 +357,9 @@ class Coordinator:
         if self._journal is not None:
             try:
                 await link.declare([journal])
-            except UnknownQueueType as why:
+            except UnknownQueueType:
                 self._journal = None
-                self._record(run_events.NoJournal(reason=str(why)))
+                self._record(run_events.NoJournal(reason="the broker does not support streams"))
 
     async def _a_link(self) -> Link:
         while self._link is None:

@@ -58,7 +58,7 @@ class Standing:
             if line["event"] in ("evaluated", "tested"):
                 self.note(line["round"], line)
             elif line["event"] == "committed":
-                self.add_time(line.get("timings", {}))
+                self.add_time(line["timings"])
 
     def add_time(self, timings: Mapping[str, float]) -> None:
         """Add the time of a round."""

@@ -5,15 +5,17 @@ A line may have more fields: metrics under any name, and the fields of later ver
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Annotated, Any
 
-from pydantic import Field, InstanceOf, ValidationError
+from pydantic import AfterValidator, Field, InstanceOf, ValidationError
 
 from fluffle_common.protocol.messages.base import Model
 from fluffle_common.protocol.messages.fields import Metric, NumExamples, Round, Sequence
 
 _Text = InstanceOf[str]  # a file name in it may not be valid Unicode, which pydantic's str refuses
 _Count = Annotated[int, Field(ge=0)]
+_Time = Annotated[_Text, AfterValidator(lambda text: datetime.fromisoformat(text).timestamp())]
 _Metrics = dict[_Text, Metric | None]  # None stands for a value that is not finite
 
 
@@ -21,11 +23,11 @@ class _Participant(Model):
     worker: _Text
     num_examples: NumExamples
     sequence: Sequence
-    train_loss: Metric | None = None
-    seconds: Metric | None = None
-    counted_s: Metric | None = None
-    bytes: _Count | None = None
-    norm: Metric | None = None
+    train_loss: Metric | None
+    seconds: Metric | None
+    counted_s: Metric
+    bytes: _Count
+    norm: Metric | None
     staleness: _Count = 0
     discount: Annotated[Metric, Field(gt=0, le=1)] = 1.0
     weight: Metric | None = None
@@ -33,32 +35,35 @@ class _Participant(Model):
 
 
 class _Late(Model):
-    worker: _Text | None = None
-    round: Round | None = None
+    worker: _Text
+    round: Round
 
 
 class _Line(Model):
     event: _Text
     round: Round
-    late: _Count = 0
-    rejected: _Count = 0
-    late_updates: list[_Late] = Field(default_factory=list)
-    rejections: list[dict[_Text, Any]] = Field(default_factory=list)
 
 
-class _Committed(_Line):
+class _Counting(_Line):
+    late: _Count
+    rejected: _Count
+    late_updates: list[_Late]
+    rejections: list[dict[_Text, Any]]
+
+
+class _Committed(_Counting):
     round: Annotated[Round, Field(ge=1)]
     run: _Text
     base: _Text
-    asked: list[_Text] = Field(default_factory=list)
+    asked: list[_Text]
     participants: list[_Participant]
-    opened_at: _Text = ""
-    committed_at: _Text = ""
-    checkpoint: _Text = ""
-    strategy: _Text = ""
+    opened_at: _Time
+    committed_at: _Time
+    checkpoint: _Text
+    strategy: _Text
     epsilon: Metric | None = None
     delta: Metric | None = None
-    timings: dict[_Text, Metric] = Field(default_factory=dict)
+    timings: dict[_Text, Metric]
 
 
 class _Evaluation(Model):
@@ -70,14 +75,14 @@ class _Evaluation(Model):
 
 class _Evaluated(_Line):
     loss: Metric | None
-    num_examples: _Count = 0
-    evaluators: list[_Text] = Field(default_factory=list)
-    evaluations: list[_Evaluation] = Field(default_factory=list)
+    num_examples: _Count
+    evaluators: list[_Text]
+    evaluations: list[_Evaluation]
 
 
-class _Ended(_Line):
-    outcome: _Text = ""
-    reason: _Text = ""
+class _Ended(_Counting):
+    outcome: _Text
+    reason: _Text
 
 
 _FORMS: dict[str, type[_Line]] = {"committed": _Committed, "evaluated": _Evaluated, "ended": _Ended}

@@ -24,7 +24,7 @@ from fluffle_coordinator.storage.run_file import read_run_file
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
 from fluffle_coordinator.strategy.base import Contribution, Strategy
 from fluffle_coordinator.strategy.decoding import decode_update
-from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
+from fluffle_coordinator.strategy.fedavg import fedavg
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def strategy_of(run: Path, number: int) -> tuple[str, str | None]:
     Raises:
         UsageError: if the round is not committed.
     """
-    name = str(_committed_line(run, number).get("strategy", FEDAVG.name))
+    name = str(_committed_line(run, number)["strategy"])
     file = None
     for configuration in _configurations(run, number):
         if configuration.get("strategy") == name:

@@ -40,7 +40,7 @@ def mean_train_loss(participants: Iterable[Mapping[str, Any]]) -> float | None:
     return weighted_mean(
         (each["num_examples"], each["train_loss"])
         for each in participants
-        if each.get("train_loss") is not None
+        if each["train_loss"] is not None
     )
 
 
@@ -146,7 +146,7 @@ def median_norms(commits: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
     """Return the medians of the updates' norms that the machine remembered after these commits."""
     medians: tuple[float, ...] = ()
     for line in commits:
-        medians = with_median(medians, [who.get("norm") or 0.0 for who in line["participants"]])
+        medians = with_median(medians, [who["norm"] or 0.0 for who in line["participants"]])
     return medians
 
 

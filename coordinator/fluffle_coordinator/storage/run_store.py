@@ -190,8 +190,8 @@ class RunStore:
             announced=announced,
             counted=counted,
             earlier=self._bases(commits),
-            asked_in={name: line["round"] for line in commits for name in line.get("asked", ())},
-            train_s={w["worker"]: w["seconds"] for w in counts if w.get("seconds") is not None},
+            asked_in={name: line["round"] for line in commits for name in line["asked"]},
+            train_s={w["worker"]: w["seconds"] for w in counts if w["seconds"] is not None},
             median_norms=median_norms(commits),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
@@ -230,10 +230,7 @@ class RunStore:
         try:
             return read_frozen(self.folder, checkpoint.metadata.get(IN_METADATA, ""))
         except UsageError as why:
-            raise RunError(
-                f"the frozen tensors of this run are missing: {why}; put the file back, or begin a "
-                "new run with --fresh"
-            ) from None
+            raise RunError(f"{why}, or begin a new run with --fresh") from None
 
     def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:
         """Return the names of the weights that each round began with, as far as they are known."""

@@ -44,7 +44,7 @@ def load_schedule(
         )
     if name != "quorum" and late == "discount":
         raise UsageError(
-            "--late discount needs --schedule quorum; add --schedule quorum, or remove --late"
+            f"--late discount needs --schedule quorum, not {name}; remove --late or --schedule"
         )
     phi = staleness or POLYNOMIAL
     if name == "buffered":

@@ -134,20 +134,19 @@ def rules_for(
     if quorum is not None and quorum < fewest:
         raise UsageError(
             f"the strategy {named.name} needs at least {fewest} updates per round, but --quorum "
-            f"{quorum} closes a round with {quorum} updates; give --quorum {fewest}, a higher "
-            "number, or --quorum all"
+            f"{quorum} closes a round with fewer; give --quorum {fewest}, a higher number, or "
+            "--quorum all"
         )
     if rules.sample is not None and rules.sample < fewest:
         raise UsageError(
             f"the strategy {named.name} needs at least {fewest} updates per round, but --sample "
-            f"{rules.sample} asks for {rules.sample} updates; give --sample {fewest} or more"
+            f"{rules.sample} asks for fewer; give --sample {fewest} or more"
         )
     buffer = getattr(schedule, "buffer", fewest)  # only Buffered has one
     if buffer < fewest:
         raise UsageError(
             f"the strategy {named.name} needs at least {fewest} updates per version, but "
-            f"--buffer {buffer} makes a version from {buffer} updates; give --buffer {fewest} or "
-            "more"
+            f"--buffer {buffer} makes a version from fewer; give --buffer {fewest} or more"
         )
     if needs.once:
         _check_once(named, rules, schedule_name)

@@ -82,7 +82,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     "--image *.png.",
 )
 @click.argument("more", nargs=-1, type=_FILE)
-@click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes.")
+@click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes, as JSON.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
     """Classify the letter in an image, with the model's confidence.
 
@@ -176,7 +176,7 @@ def confusion(**options: Any) -> None:
         raise UsageError("--all conflicts with --unseen; use only one of them")
     model, data, out = options["model"], options["data"], options["out"]
     loaded = LettersModel(model)
-    images = read_images(data, loaded.classes)
+    images = read_images(data, loaded.classes, "the model")
     for note in images.notes:
         warn(note)
     trained = id_from(str(data)) in loaded.participants

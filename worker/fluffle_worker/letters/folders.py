@@ -157,10 +157,11 @@ def _case_notes(names: Iterable[str]) -> Iterable[str]:
 
 
 def _nested_note(folders: list[Path], classes: Collection[str]) -> str:
-    note = f"ignored {len(folders)} folder{'s' if len(folders) > 1 else ''} inside class folders"
     if classes:
-        return note
-    return f"{note}; if {folders[0]} is a class, set --data to {folders[0].parent}"
+        return (
+            f"ignored {len(folders)} folder{'s' if len(folders) > 1 else ''} inside class folders"
+        )
+    return f"if {folders[0]} is a class, set --data to {folders[0].parent} instead"
 
 
 def _ignored_note(ignored: Counter[str]) -> str:

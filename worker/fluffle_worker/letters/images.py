@@ -33,11 +33,13 @@ class Images:
     notes: tuple[str, ...] = ()  # lines to show to the user, with a summary of ``skipped``
 
 
-def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
+def read_images(
+    folder: Path, classes: Sequence[str] | None = None, source: str = "--classes"
+) -> Images:
     """Read a folder ``<class>/<image>``, ordered by class, then by file name.
 
-    ``classes`` are in the order of the model's outputs; by default, they are those of the folder,
-    whole numbers by value, then the others by code point.
+    ``classes``, which ``source`` gives, are in the order of the model's outputs; by default, they
+    are those of the folder, whole numbers by value, then the others by code point.
 
     Raises:
         TaskError: if the folder does not exist, has no readable image, or has another class.
@@ -55,9 +57,10 @@ def read_images(folder: Path, classes: Sequence[str] | None = None) -> Images:
         )
     unexpected = [name for name in files if name not in names]
     if unexpected:
+        or_add = ", or add their names to --classes" if source == "--classes" else ""
         raise TaskError(
-            f"{folder} has images of the classes {', '.join(unexpected)}, but only the classes "
-            f"{', '.join(names)} were expected; rename or remove the folders of other classes"
+            f"{folder} has images of the classes {', '.join(unexpected)}, but {source} has only "
+            f"{', '.join(names)}; move the folders of the other classes elsewhere{or_add}"
         )
     pictures: list[Picture] = []
     targets, paths, skipped = [], [], []

@@ -10,6 +10,7 @@ import numpy as np
 
 from fluffle_common.cli.user_values import number, shown
 from fluffle_common.errors import TaskError
+from fluffle_common.tensors.groups import tensors_of_model
 
 _NUMBERS = "biufcV"  # kinds of dtypes; V has those of ml_dtypes, such as bfloat16
 
@@ -124,8 +125,7 @@ def check_filters(names: Sequence[str], *, sends: bool, freezes: bool, trains: b
     Raises:
         TaskError: if one of these is false.
     """
-    listed = ", ".join(names[:8]) + (", …" if len(names) > 8 else "") or "none"
-    of_model = f"(tensors of the model: {listed})"
+    of_model = tensors_of_model(names)
     if not sends:
         raise TaskError(
             "with these federated= and frozen= filters, the model has no tensor left to send; "

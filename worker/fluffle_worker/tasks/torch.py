@@ -328,8 +328,8 @@ class TorchTask(AdaptedTask):
         def refuse(name: str, _: Any) -> None:
             raise TaskError(
                 f"the model or the loss uses the tensor '{name}' of the module that model= made, "
-                "but each training works on a copy of this module; use the layers as self.…, and "
-                "do not use them in loss= or in a function inside another object"
+                "but training changes only a copy of this module; call its layers through self, "
+                "not through a function or object that holds them, and not in loss="
             )
 
         hooks = [

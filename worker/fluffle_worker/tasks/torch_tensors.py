@@ -20,7 +20,7 @@ from torch.nn.parameter import is_lazy
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
-from fluffle_common.tensors.groups import select_tensors
+from fluffle_common.tensors.groups import select_tensors, tensors_of_model
 from fluffle_common.tensors.weights import BFLOAT16, Array
 from fluffle_worker.tasks.checks import check_pair, checked_array
 from fluffle_worker.tasks.examples import mapped
@@ -157,7 +157,8 @@ def trained_by(plan: Plan, module: nn.Module) -> dict[str, Any]:
     if not params:
         raise TaskError(
             f"the coordinator's --train selects the tensors {', '.join(plan.train or ())[:200]}, "
-            "but this task's model trains none of these tensors; correct --train"
+            "but this task's model trains none of these tensors; correct --train "
+            f"{tensors_of_model(able)}"
         )
     for name in able.keys() - params.keys():
         able[name].requires_grad_(False)

@@ -127,7 +127,7 @@ class Failure(RunEvent):
 @event(
     "stalled",
     "round {round}: {worker} sends heartbeats, but has made no progress for {still_s:.0f} s "
-    "({state}, step {step} of {steps}); see --stall-timeout",
+    "({state}, step {step} of {steps}); to count this as a failure, set --stall-timeout",
     "odd",
 )
 class Stalled(RunEvent):
@@ -183,7 +183,7 @@ class Privacy(RunEvent):
 
 
 _EVALUATED = "round {round}: loss {loss}{more}"
-_PERSONAL = "round {round}: after local training{more}"
+_PERSONAL = "round {round}: each worker's model before averaging{more}"
 
 
 @event("evaluated", f"{_EVALUATED} on {{num_examples}} held-out examples", "good")

@@ -62,10 +62,6 @@ class Registry:
         self._codecs[checked.name] = checked
         return checked
 
-    def remove(self, name: str) -> None:
-        """Remove a codec that was added."""
-        del self._codecs[name]
-
     def get(self, name: str) -> type[Codec]:
         """Return the codec of this name, loading an installed one on first use.
 

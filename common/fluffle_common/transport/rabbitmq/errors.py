@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import re
 from collections.abc import Iterator
 from typing import Literal
@@ -19,7 +20,12 @@ import pamqp.exceptions
 
 from fluffle_common.concurrency import cancelled
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
+from fluffle_common.transport.base import (
+    AccessRefused,
+    OtherArguments,
+    QueueInUse,
+    UnknownQueueType,
+)
 from fluffle_common.transport.rabbitmq.urls import without_credentials
 
 # These libraries log what they also raise, and our errors report that.
@@ -38,6 +44,8 @@ _CONNECTION_ERRORS = (
     OSError,
     EOFError,
 )
+# What asyncio says about an address, in place of the system's words.
+_ASYNCIO = re.compile(r"(\d+)\]? Connect call failed \(")
 _BARE_ERRORS = (Exception, RuntimeError, StopAsyncIteration)
 _LIBRARIES = ("aiormq", "aio_pika")
 
@@ -58,8 +66,6 @@ _ARGUMENT = re.compile(
 _QUEUE_TYPE = re.compile(
     r"invalid arg 'x-queue-type'|queue.type|of type 'rabbit_\w+_queue'|NOT_IMPLEMENTED"
 )
-
-RIGHTS_REMEDY = "grant the permissions that 'fluffle broker permissions' prints"
 
 
 def is_connection_error(error: BaseException) -> bool:
@@ -114,7 +120,8 @@ def map_declare_errors() -> Iterator[None]:
         text = str(error)
         if "inequivalent arg" not in text and _QUEUE_TYPE.search(text):
             raise UnknownQueueType(
-                f"the broker does not support this type of queue ({text})"
+                f"the broker does not support this type of queue ({text}); choose another "
+                "--queue-type"
             ) from None
         if "PRECONDITION_FAILED" not in text:
             raise
@@ -132,7 +139,8 @@ def _conflict(text: str) -> str:
     if match is None or match["argument"] in ("x-queue-type", "type"):
         return (
             f"a queue already exists on the broker with different arguments ({text}); use the same "
-            "--queue-type for the coordinator and all workers, or delete the old queue"
+            "--queue-type for the coordinator and all workers, or delete the federation's old "
+            "queues"
         )
     return (
         f"queue '{match['name']}' already exists with different arguments, for example because "
@@ -164,7 +172,7 @@ def error_for_reply(text: str, user: str = "", right: Right | None = None) -> Tr
     if _IN_USE.search(text):
         return QueueInUse(text)
     if "ACCESS_REFUSED" in text:
-        return BrokerError(f"{_missing_permission(text, who, right)}; {RIGHTS_REMEDY}")
+        return AccessRefused(_missing_permission(text, who, right))
     if match := _TOO_LARGE.search(text):
         return BrokerError(
             f"a message of {int(match['size']):,} bytes exceeds the broker's limit of "
@@ -207,6 +215,10 @@ def _missing_permission(text: str, who: str, right: Right | None) -> str:
 def error_text(error: BaseException) -> str:
     """Return the text of an exception in one line, without credentials."""
     text = " ".join(str(part) for part in error.args) or str(error)
+    if refused := _ASYNCIO.findall(text):  # for each address of the host
+        return ", ".join(
+            f"{number} {os.strerror(int(number))}" for number in dict.fromkeys(refused)
+        )
     if not text and type(error) in _BARE_ERRORS:
         return "the connection was closed"
     return without_credentials(" ".join(text.split())) or type(error).__name__

@@ -78,9 +78,11 @@ class AmqpLink(Link):
         self._request_channel: AbstractChannel
         self._publish_channel: ContentChannel
         self._get_channel: ContentChannel  # urgent messages are published there too
-        # One for each channel that is published on.
+        # One for each channel that is published on. While a quorum queue elects a new leader, a
+        # channel can get into a state in which RabbitMQ never confirms its messages again, or
+        # refuses all of them as if the queue were full. Only a new link's channels help.
         self._watch, self._urgent_watch = (
-            ConfirmWatch(connection, self._on_overdue) for connection in self._connections
+            ConfirmWatch(connection, self._lifetime.give_up) for connection in self._connections
         )
         self._probe_channel: AbstractChannel | None = None
         self._probe_lock = asyncio.Lock()
@@ -219,7 +221,7 @@ class AmqpLink(Link):
             if not self._quorum or not await self._takes(head_on, properties.message_id, body):
                 raise
             why = "the broker refused a message on one channel, but not on another"
-            self._lifetime.give_up(why)  # for the reason in _on_overdue
+            self._lifetime.give_up(why)  # see ``_watch``
             raise self._lifetime.error() from None
         finally:
             watch.discard(unconfirmed)
@@ -281,15 +283,6 @@ class AmqpLink(Link):
             if not any(connection.blocking.reason for connection in self._connections):
                 return self._get_channel, self._urgent_watch
         return self._publish_channel, self._watch
-
-    def _on_overdue(self, why: str) -> None:
-        """End the link.
-
-        While a quorum queue elects a new leader, a channel can get into a state in which RabbitMQ
-        never confirms its messages again, or refuses all of them as if the queue were full. Only a
-        new channel helps, which a new link opens.
-        """
-        self._lifetime.give_up(why)
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False

@@ -143,6 +143,18 @@ class Management:
         return [word for alarm, word in words.items() if any(node.get(alarm) for node in nodes)]
 
 
+def fault_and_remedy(why: Exception) -> tuple[str, str]:
+    """Return what is wrong with the API after one of ``REQUEST_ERRORS``, and the remedy.
+
+    >>> fault_and_remedy(OSError("Connection refused"))
+    ('does not answer (Connection refused)', 'give its address with --management')
+    """
+    if isinstance(why, urllib.error.HTTPError) and why.code in (401, 403):
+        return "refuses this user", "give the user of --url the tag 'monitoring'"
+    reason = getattr(why, "reason", None) or why
+    return f"does not answer ({reason})", "give its address with --management"
+
+
 def check_base(given: str) -> None:
     """Raise ``UsageError`` if a URL of the API has a user: the API gets that of the broker's."""
     if (shown := without_credentials(given)) != given:

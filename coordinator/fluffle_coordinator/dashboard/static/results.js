@@ -216,7 +216,7 @@ const SETTINGS = new Map([
   ["patience", "heartbeats missed until gone"],
   ["stall", "report a stalled worker after"],
   ["resend", "send work again after"],
-  ["hearing", "stop the clock after silence of"],
+  ["hearing", "pause deadlines after silence of"],
   ["stopping monitor", "monitor"],
   ["stopping target", "target"],
   ["stopping patience", "patience"],
