@@ -47,14 +47,19 @@ class LocalTask:
     """A task with the name of its worker; remembers the exceptions that the task's code raises.
 
     Raises:
-        TaskError: if the task cannot make first weights.
+        TaskError: if the task cannot make first weights, or weights that can be sent.
     """
 
     def __init__(self, name: str, task: Task) -> None:
         self.name, self.task = name, task
         self.error: BaseException | None = None
         self.signature: Signature = UNKNOWN
-        self.signature = signature_of_task(self)
+        try:
+            self.signature = signature_of_task(self)
+        except TaskError as why:
+            if self.error is not None:  # from init() below
+                raise
+            raise self.failure(f"cannot take part: {why}") from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)

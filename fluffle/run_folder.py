@@ -81,7 +81,8 @@ class RunFolder:
             RunError: if the run stopped before its end.
         """
         if state.outcome == "stopped":
-            is_named = any(why in state.reason for why in state.failed.values())
+            known = (*state.failed.values(), *state.doubted.values())
+            is_named = any(why in state.reason for why in known)
             reason = f"{state.reason}; {fault}" if fault and not is_named else state.reason
             raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
         run = Run(self.store.folder)

@@ -134,7 +134,7 @@ class Fleet:
         settings = WorkerSettings(
             self._topology.federation, client.name, self._task, heartbeat_s=_HEARTBEAT_S
         )
-        client.presence = Presence(settings, client.task, self._topology, *self._model(client.task))
+        client.presence = Presence(settings, client.task, self._topology, *self._model(client))
         await client.presence.greet(self._link)
 
     async def _come_and_go(self, client: Client) -> None:
@@ -154,12 +154,16 @@ class Fleet:
             client.at_work[1].cancel()
             client.at_work = None
 
-    def _model(self, task: Task) -> tuple[Signature, FrozenTensors]:
-        """Return the signature and the frozen tensors of a task's model."""
-        whole = getattr(task, "whole", task)
+    def _model(self, client: Client) -> tuple[Signature, FrozenTensors]:
+        """Return the signature and the frozen tensors of the model of a client's task."""
+        whole = getattr(client.task, "whole", client.task)
         if id(whole) not in self._models:
-            with hidden_loop():
-                self._models[id(whole)] = signature_of_task(task), FrozenTensors(whole)
+            try:
+                with hidden_loop():
+                    form = signature_of_task(client.task)
+            except TaskError as why:
+                raise TaskError(f"the task '{client.name}' cannot take part: {why}") from None
+            self._models[id(whole)] = form, FrozenTensors(whole)
         return self._models[id(whole)]
 
     # --- messages received ---------------------------------------------------------------------
@@ -203,7 +207,7 @@ class Fleet:
 
     def _work(self, client: Client, message: Fit | Evaluate, received: ReceivedTensors) -> None:
         weights, broadcast, frozen = received
-        self._model(client.task)[1].receive(frozen)
+        self._model(client)[1].receive(frozen)
         self._begin(client, Job(message, weights, broadcast))
 
     def _begin(self, client: Client, job: Job) -> None:
@@ -223,7 +227,7 @@ class Fleet:
             steps = of
 
         moved = size_bytes(job.weights) + size_bytes(job.broadcast)
-        form, frozen = self._model(client.task)
+        form, frozen = self._model(client)
         sender = {"federation": self._topology.federation, "worker": client.name}
         executor = Executor(client.task, sender, frozen, form, self._results)
         async with self._turn:  # otherwise, all clients of a round would train in a single pass

@@ -422,6 +422,18 @@ def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(cap
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("call", [fluffle.run, fluffle.simulate])
+def test_a_task_whose_weights_cannot_be_sent_is_named(call):
+    class Nested(Adder):
+        def init(self, seed):
+            return {"p": super().init(seed)}
+
+    with pytest.raises(
+        fluffle.TaskError, match="the task 'south' cannot take part: .* nested .* as 'p/w'$"
+    ):
+        call({"north": Adder(), "south": Nested()}, rounds=1)
+
+
 def test_a_place_in_fluffles_own_code_is_not_named():
     class Wrong(Adder):
         train = len
@@ -485,7 +497,7 @@ def test_errors_name_keywords_and_leave_command_lines_as_they_are():
 )
 def test_a_run_that_stops_says_its_reason_once(tmp_path, failed, more):
     reason = "every worker failed; b: it has a NaN" if failed else "round 1 has 0 of 1 updates"
-    state: Any = SimpleNamespace(outcome="stopped", reason=reason, failed=failed)
+    state: Any = SimpleNamespace(outcome="stopped", reason=reason, failed=failed, doubted={})
     with RunFolder(tmp_path) as folder, pytest.raises(fluffle.RunError) as stopped:
         folder.result(state, "b was rejected: it has a NaN")
     assert str(stopped.value) == f"the run stopped: {reason}{more}"

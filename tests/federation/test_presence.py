@@ -11,7 +11,7 @@ from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryLink
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.service import outbox, topology_watch
-from tests.federation.harness import Adder
+from tests.federation.harness import NAME, Adder
 
 VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
 
@@ -222,6 +222,11 @@ def test_workers_and_coordinator_start_in_any_order(federated):
     async def scenario(federation):
         three(federation)
         await asyncio.sleep(40)
+        assert [waiting["reason"] for waiting in federation.processes[0].log.of("waiting")] == [
+            f"no coordinator of federation {NAME} has answered for {seconds} s; start it at any "
+            "time, or correct --federation"
+            for seconds in (15, 30)
+        ]
         coordinator = federation.coordinator(rounds=1, min_workers=3)
         began = federation.loop.time()
         await coordinator.log.until("opened")

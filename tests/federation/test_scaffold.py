@@ -18,6 +18,7 @@ from tests.federation.clock import VirtualLoop
 TARGETS = {"a": 1.0, "b": 4.0}
 CURVES = {"a": 1.0, "b": 3.0}
 STEPS = {"a": 2, "b": 5}
+EXAMPLES = {"a": 10, "b": 1000}  # without influence: all workers have the same weight
 RATE = 0.125
 SIZE = 4
 
@@ -25,10 +26,8 @@ SIZE = 4
 class Descent:
     """Gradient descent on a quadratic; each worker has its own curvature and target."""
 
-    num_examples = 10
-
     def __init__(self, name: str) -> None:
-        self.name = name
+        self.name, self.num_examples = name, EXAMPLES[name]
         self.local_rule = BoundRule()
         use_local_rule(self, "scaffold")
 

@@ -7,8 +7,12 @@ import subprocess
 import sys
 
 import pytest
+from click.testing import CliRunner
 
+from fluffle_coordinator.cli import history_chart as history_chart_module
+from fluffle_coordinator.cli.coordinator import plot
 from fluffle_coordinator.cli.history_chart import history_chart
+from fluffle_coordinator.storage import history
 
 
 def test_the_chart_of_many_rounds_has_few_ticks():
@@ -27,6 +31,21 @@ def test_a_worker_cannot_prevent_the_drawing_with_an_extreme_loss(tmp_path) -> N
     figure = history_chart([1, 2, 3], {"loss": losses, "accuracy": losses})
     figure.savefig(tmp_path / "history.png")
     assert (tmp_path / "history.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_command_draws_every_metric_also_of_a_run_that_is_only_tested(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    row = {"round": 1, "test/loss": 0.5, "test/mae": 0.25}
+    monkeypatch.setattr(history, "read_history", lambda _: [row])
+    drawn = []
+    monkeypatch.setattr(
+        history_chart_module,
+        "history_chart",
+        lambda *given: drawn.append(given) or history_chart(*given),
+    )
+    flags = ["--run", str(tmp_path), "--out", str(tmp_path / "history.png")]
+    CliRunner().invoke(plot, flags, catch_exceptions=False)
+    assert drawn == [([1], {"test/loss": [0.5], "test/mae": [0.25]})]
 
 
 def test_a_backend_that_is_not_installed_does_not_prevent_a_chart(tmp_path) -> None:

@@ -525,6 +525,14 @@ def test_reopenings_without_a_new_update_are_bounded():
     )
 
 
+def test_a_round_that_stops_for_a_rejected_update_says_why():
+    run = deadline("stop")
+    run.arrived("b")
+    run.fold_failed("b")
+    run.sleep()
+    assert run.state.reason.endswith("missing: b; the update of b was rejected: it has a NaN")
+
+
 def test_an_update_between_reopenings_resets_their_count():
     run = opened(*"abc", rules=Rules(rounds=1, min_workers=3, patience=10_000, max_reopenings=1))
     for name in "ab":

@@ -202,8 +202,9 @@ class Connection:
             await asyncio.sleep(_WAITING_EVERY_S)
             if not self._joined() and link.blocking.reason is None:
                 reason = (
-                    "no coordinator of this federation has answered for "
-                    f"{time.monotonic() - began:.0f} s; you can start the coordinator at any time"
+                    f"no coordinator of federation {self._settings.federation} has answered for "
+                    f"{time.monotonic() - began:.0f} s; start it at any time, or correct "
+                    "--federation"
                 )
                 self._record(Waiting(reason=reason, what="coordinator"))
 

@@ -254,11 +254,12 @@ async def _must_be_classic(link: Link, topology: Topology) -> None:
     queue = topology.find(topology.rejected)
     assert queue is not None
     if not await is_classic(link, queue):
+        at = f"--federation {topology.federation}"
         raise UsageError(
             f"cannot list {queue.name}, because it is not a classic queue; to see what was "
-            f"rejected, use 'fluffle journal --federation {topology.federation}'; to send all "
-            "messages again, use 'fluffle rejected requeue --all'; to delete them, use 'fluffle "
-            "rejected purge'"
+            f"rejected, use 'fluffle journal {at} --kind rejected'; to send all messages again, "
+            f"use 'fluffle rejected requeue --all {at}'; to delete them, use 'fluffle rejected "
+            f"purge {at}'"
         )
 
 

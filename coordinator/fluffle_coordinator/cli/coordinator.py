@@ -266,18 +266,21 @@ def history(folder: Path, as_json: bool) -> None:
     help="File to write the chart to.",
 )
 def plot(folder: Path, out: Path) -> None:
-    """Draw the federated accuracy and loss after each round."""
+    """Draw the loss and the metrics after each round."""
     from fluffle_common.durable_files import replacing
     from fluffle_coordinator.cli.history_chart import history_chart
+    from fluffle_coordinator.observe.round_view import metrics_of
     from fluffle_coordinator.storage.history import read_history
 
     if out.suffix.lower() not in ("", ".png"):
         raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
-    rounds = [row for row in read_history(folder) if "loss" in row]
-    if not rounds:
+    rounds = read_history(folder)
+    drawn = sorted({name for row in rounds for name in metrics_of(row)})
+    if any("loss" in row for row in rounds):
+        drawn.insert(0, "loss")
+    if not drawn:
         raise UsageError(f"no round of {folder} has been evaluated yet")
     draw_into_files()
-    drawn = [name for name in ("loss", "accuracy") if any(name in row for row in rounds)]
     chart = history_chart(
         [row["round"] for row in rounds],
         {name: [row.get(name) for row in rounds] for name in drawn},

@@ -173,7 +173,7 @@ def _too_long(state: State) -> str:
 def _progress_after(state: State, seconds: float) -> str:
     names = ", ".join(state.missing)
     if names:
-        missing = f"missing: {names}"
+        missing = f"missing: {names}{_why_missing(state)}"
     elif _is_folding(state):
         missing = "other updates are still being added"
     else:
@@ -182,6 +182,18 @@ def _progress_after(state: State, seconds: float) -> str:
         f"round {state.round} has {state.folded} of {state.needed} updates "
         f"after {seconds:.0f} s, {missing}"
     )
+
+
+def _why_missing(state: State) -> str:
+    """Return the fault of one of the missing workers, if there is one."""
+    failed = {name: state.failed[name] for name in state.missing if name in state.failed}
+    if failed:
+        return f"; {last_failure(failed)}"
+    rejected = {name: state.doubted[name] for name in state.missing if name in state.doubted}
+    if rejected:
+        worker, reason = max(rejected.items())
+        return f"; the update of {worker} was rejected: {reason}"
+    return ""
 
 
 # --- a smaller quorum --------------------------------------------------------------------------

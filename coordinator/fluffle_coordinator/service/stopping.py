@@ -13,6 +13,7 @@ from typing import Any
 
 from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, lower_is_better
+from fluffle_coordinator.observe.times import duration
 from fluffle_coordinator.storage.round_stats import seconds_of
 
 
@@ -100,7 +101,7 @@ class Standing:
                 return f"{name} has not improved for {rounds}; the best is {of} (--patience)"
         if rules.time_budget_s is not None and self._seconds >= rules.time_budget_s:
             return (
-                f"all rounds together took {self._seconds:.0f} s (--time-budget "
+                f"all rounds together took {duration(self._seconds)} (--time-budget "
                 f"{rules.time_budget_s:g})"
             )
         return ""

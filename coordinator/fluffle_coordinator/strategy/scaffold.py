@@ -14,13 +14,13 @@ from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import is_float
 from fluffle_common.tensors.weights import Array, Weights, largest
 from fluffle_coordinator.strategy.base import Contribution, Needs, Strategy
+from fluffle_coordinator.strategy.linear_means import uniform
 from fluffle_coordinator.strategy.pipeline import (
     pipeline,
     replace,
     with_prefix,
     without_prefix,
 )
-from fluffle_coordinator.strategy.weighted import weighted
 
 _MODEL, _CONTROL = "model/", "control/"  # prefixes in a checkpoint
 _END = largest(np.dtype(np.float32))
@@ -84,7 +84,8 @@ def scaffold(workers: int | None = None) -> Strategy[Any]:
 
     The workers train with ``--local-rule scaffold``. Karimireddy et al., "SCAFFOLD: Stochastic
     Controlled Averaging for Federated Learning", ICML 2020: ``c <- c + (sum of c_k+ - c_k) / N``.
-    The model is averaged by numbers of examples, as in ``fedavg``; the paper uses the plain mean.
+    All workers have the same weight in both means. Weighting the model by examples would not move
+    the optimum, which the control variates decide, but large workers would overshoot.
 
     Args:
         workers: N, the number of workers in the federation; None for the number of each round's
@@ -95,4 +96,4 @@ def scaffold(workers: int | None = None) -> Strategy[Any]:
     """
     if workers is not None:
         within("workers", workers, 1)
-    return _Scaffold(pipeline(mean=weighted(), server=replace()), workers)
+    return _Scaffold(pipeline(mean=uniform(), server=replace()), workers)
