@@ -42,14 +42,36 @@ def test_a_coordinator_killed_at_any_time_resumes(federated, after_s, in_parts):
     federated(scenario)
 
 
-def test_a_stopped_coordinator_leaves_no_timer(federated):
+def test_a_stopped_coordinator_says_so_and_leaves_no_timer(federated):
     async def scenario(federation):
         start(federation, "a")
         coordinator = federation.coordinator(min_workers=2)
         await coordinator.log.until("joined")
         await asyncio.sleep(2.5)  # between two ticks
         await coordinator.stop()
+        assert coordinator.log.lines[-1][1] == "interrupted"
         assert coordinator.service._next_tick.cancelled()
+
+    federated(scenario)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_first_weights_are_asked_for_again_if_their_parts_are_lost(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2)
+        for name in VALUES:
+            start(federation, name)
+        asked = (await coordinator.log.until("init"))["worker"]
+        coordinator.line.hold(incoming=True)
+        outbox = federation.broker.queues[federation.topology.outbox(asked)]
+        async with asyncio.timeout(60.0):
+            while not outbox.ready:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        outbox.ready.clear()
+        coordinator.line.release()
+        await coordinator.log.until("init", 2, within_s=60.0)  # not only after the deadline
+        assert (await coordinator.end()).outcome == "finished"
+        federation.check_averages(VALUES)
 
     federated(scenario)
 
