@@ -345,3 +345,15 @@ def test_first_weights_that_no_run_can_use_stop_it_with_the_reason(
         assert reason in state.reason
 
     federated(scenario)
+
+
+def test_a_worker_that_stays_trains_the_round_again_that_was_stopped(federated):
+    async def scenario(federation):
+        worker = federation.worker("a", Adder(federation.loop, step_s=4.0), stay=True)
+        options = {"rounds": 1, "min_workers": 1}
+        stopped = federation.coordinator(**options, deadline_s=10.0, on_deadline="stop")
+        assert (await stopped.end()).outcome == "stopped"
+        await worker.log.until("ended")
+        assert (await federation.coordinator(**options).end(600.0)).outcome == "finished"
+
+    federated(scenario)
