@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fluffle_common.concurrency import run_all
-from fluffle_common.protocol.messages import Exchange, FirstWeights, Hello, Message, Update
+from fluffle_common.protocol.messages import Echo, Exchange, FirstWeights, Hello, Message, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, MinimalHello, decode, encode
 from fluffle_common.transport.base import Properties
@@ -200,4 +200,46 @@ async def test_with_verified_users_only_a_worker_s_own_malformed_hello_is_answer
         await coordinator.send(UPDATE, TOPOLOGY.presence, user="w")  # is read after it
         await coordinator.rejection()
         assert coordinator.refused == refused
+    reading.cancel()
+
+
+async def test_a_rejected_update_makes_room_for_the_next(coordinator):
+    reading = asyncio.ensure_future(coordinator.read())
+    for _ in range(3):
+        await coordinator.send(UPDATE, TOPOLOGY.updates, bytes(900))
+    for _ in range(3):
+        arrived = await coordinator.event()
+        coordinator.intake.reject(arrived.handle, "it has a NaN", "not_finite")
+    assert coordinator.intake._room.used_bytes == 0
+    reading.cancel()
+
+
+async def test_what_is_parked_is_forgotten_with_its_link(coordinator):
+    reading = asyncio.ensure_future(coordinator.read())
+    for _ in range(2):
+        await coordinator.send(UPDATE, TOPOLOGY.updates, bytes(900))
+    await coordinator.event()
+    async with asyncio.timeout(60):
+        while not coordinator.intake._room._parked:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    coordinator.intake.link_lost()
+    assert not coordinator.intake._room._parked
+    reading.cancel()
+
+
+async def test_updates_are_read_after_the_echo_over_each_new_link(coordinator):
+    intake = coordinator.intake
+    presence = await coordinator.link.consume(TOPOLOGY.presence, prefetch=10)
+    reading = asyncio.ensure_future(intake.read_presence(presence))
+    for number in (1, 2):
+        coordinator.state.link = number
+        intake.link_opened()
+        updates = asyncio.ensure_future(intake.consume_updates(coordinator.link, number))
+        await coordinator.send(UPDATE, TOPOLOGY.updates)
+        echo = Echo(federation="f", session=intake._session, number=number)
+        await coordinator.send(echo, TOPOLOGY.presence)
+        assert isinstance(await coordinator.event(), ev.Echoed)
+        assert isinstance(await coordinator.event(), ev.Arrived)
+        updates.cancel()
+        await asyncio.gather(updates, return_exceptions=True)
     reading.cancel()
