@@ -212,6 +212,11 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     partition = parse_partition(options["partition"])
     make = load_factory(options["task"])
     if "{" in options["data"]:
+        if options["partition"] != "iid":
+            raise UsageError(
+                f"--partition {options['partition']} has no effect, because {{client}} in --data "
+                "gives each client its own task; remove one of them"
+            )
         return None, each_its_own(make, options["data"], number, seed)
     whole = make(TaskOptions(data=options["data"], worker="simulation", seed=seed))
     if not isinstance(whole, Divisible):

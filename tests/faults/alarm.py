@@ -43,6 +43,7 @@ def _is_alarmed(broker: node.NodeInfo) -> bool:
         with urllib.request.urlopen(asked, timeout=PATIENCE_S):
             return False
     except urllib.error.HTTPError as answer:
-        if answer.code != http.client.SERVICE_UNAVAILABLE:
-            raise
+        with answer:  # else Python 3.14 warns
+            if answer.code != http.client.SERVICE_UNAVAILABLE:
+                raise
         return True

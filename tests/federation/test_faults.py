@@ -9,9 +9,12 @@ import random
 
 import pytest
 
+from fluffle_common.protocol.topology import Topology
+from fluffle_common.transport.base import UnknownQueueType
+from fluffle_common.transport.memory import MemoryLink
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.storage import update_archive as archive
-from tests.federation.harness import Adder
+from tests.federation.harness import NAME, Adder
 
 BOTH = pytest.mark.parametrize(
     "in_parts", [False, True], ids=["in one message", "in parts"], indirect=True
@@ -42,14 +45,55 @@ def test_a_coordinator_killed_at_any_time_resumes(federated, after_s, in_parts):
     federated(scenario)
 
 
-def test_a_stopped_coordinator_leaves_no_timer(federated):
+def test_a_stopped_coordinator_says_so_and_leaves_no_timer(federated):
     async def scenario(federation):
         start(federation, "a")
         coordinator = federation.coordinator(min_workers=2)
         await coordinator.log.until("joined")
         await asyncio.sleep(2.5)  # between two ticks
         await coordinator.stop()
+        assert coordinator.log.lines[-1][1] == "interrupted"
         assert coordinator.service._next_tick.cancelled()
+
+    federated(scenario)
+
+
+@pytest.mark.usefixtures("in_parts")
+def test_first_weights_are_asked_for_again_if_their_parts_are_lost(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2)
+        for name in VALUES:
+            start(federation, name)
+        asked = (await coordinator.log.until("init"))["worker"]
+        coordinator.line.hold(incoming=True)
+        outbox = federation.broker.queues[federation.topology.outbox(asked)]
+        async with asyncio.timeout(60.0):
+            while not outbox.ready:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        outbox.ready.clear()
+        coordinator.line.release()
+        await coordinator.log.until("init", 2, within_s=60.0)  # not only after the deadline
+        assert (await coordinator.end()).outcome == "finished"
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
+def test_a_run_works_without_a_journal_if_the_broker_has_no_streams(federated, monkeypatch):
+    declare = MemoryLink.declare
+
+    async def without_streams(link, entities):
+        if Topology(NAME).journal_stream() in entities:
+            raise UnknownQueueType("no streams")
+        await declare(link, entities)
+
+    async def scenario(federation):
+        monkeypatch.setattr(MemoryLink, "declare", without_streams)
+        start(federation, "a", step_s=60.0)  # so that the missing queue would be noticed
+        coordinator = federation.coordinator(rounds=2, min_workers=1)
+        assert (await coordinator.end()).outcome == "finished"
+        assert [one["reason"] for one in coordinator.log.of("no_journal")] == ["no streams"]
+        assert len(coordinator.line.links) == 1
 
     federated(scenario)
 

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import TaskError
-from fluffle_common.protocol.messages import Bye
+from fluffle_common.protocol.messages import Bye, Echo, Exchange, Refusal, Stop, Verdict
 from fluffle_common.protocol.wire_format import encode
 from fluffle_common.tensors.layout import signature_of
 from fluffle_common.transport.base import Properties
+from fluffle_worker import job
+from fluffle_worker.signature import UNKNOWN
 from fluffle_worker.task import TrainResult
 from tests.federation.harness import NAME, Adder, Quorum
 
@@ -155,7 +157,10 @@ def test_a_worker_redeclares_a_lost_outbox(federated, in_small_parts, step_s):
         for name in "ab":
             federation.worker(name, Adder(federation.loop, size=LARGE, step_s=step_s))
         await coordinator.log.until("opened")
-        federation.broker.delete(federation.topology.outbox("b"))  # as if it had expired
+        outbox = federation.topology.outbox("b")
+        federation.broker.delete(outbox)  # as if it had expired
+        await asyncio.sleep(3.5 * step_s)  # the training takes 4 steps
+        assert (outbox in federation.broker.queues) == (step_s > 10)
         assert (await coordinator.end()).outcome == "finished"
         federation.check_averages({"a": 1.0, "b": 1.0})
         assert federation.participants() == [["a", "b"]] * 2
@@ -284,7 +289,71 @@ def test_the_majority_decides_on_classes_and_the_odd_one_leaves(federated):
             federation.worker(name, Adder(federation.loop, classes=("x", "z")))
         assert (await coordinator.end()).outcome == "finished"
         assert federation.participants() == [["b", "c", "d"]]
-        with pytest.raises(Exception, match=r"has the class y, .*lacks the class z \(set by"):
+        with pytest.raises(Exception, match=r"has the class y, .*lacks the class z; .* from b, c;"):
             await odd.end()
+
+    federated(scenario)
+
+
+def test_a_worker_passes_over_what_another_run_and_another_session_were_sent(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(rounds=2, min_workers=1)
+        worker = federation.worker("a", exchanges={"sum": lambda *_: pytest.fail("handled")})
+        await coordinator.log.until("counted")  # so that a verdict would find the update
+        link, base = await federation.broker.open(), coordinator.service.state.base
+        of = {"federation": NAME, "run": "q", "round": 1}
+        for message in (
+            Stop(**of, reason="it is over"),
+            Refusal(federation=NAME, session="x", reason="not wanted"),
+            Verdict(**of, base=base, outcome="rejected", reason="NaN", train_again=True),
+            Verdict(**of, base=base, outcome="late", reason="too late"),
+            Exchange(**of, name="sum", phase="one"),
+            Echo(federation=NAME, session="x", number=1),
+        ):
+            keys = [federation.topology.inbox("a")]
+            await link.publish(encode(message), Properties(), exchange="", keys=keys)
+        assert (await coordinator.end()).outcome == "finished"
+        await worker.end()
+        assert [one["reason"] for one in worker.log.of("rejected")] == [
+            "a message of kind echo is not for workers"
+        ]
+        assert not {"not_counted", "late"} & {name for _, name, _ in worker.log.lines}
+        assert len(worker.service._task.trained) == 2
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize(
+    ("weights", "reason"),
+    [
+        ({}, "the message contains no tensor"),
+        ({"strategy/w": np.zeros(2, np.float32)}, "'strategy/w' begins with 'strategy/'"),
+        ({"w": np.full(2, np.nan, np.float32)}, "tensor 'w' has"),
+    ],
+)
+def test_first_weights_that_no_run_can_use_stop_it_with_the_reason(
+    federated, monkeypatch, weights, reason
+):
+    monkeypatch.setattr(job, "check_signature", lambda _: None)  # as another program's worker may
+
+    async def scenario(federation):
+        task = Adder(federation.loop)
+        task.init, task.form = lambda seed: weights, UNKNOWN
+        federation.worker("a", task)
+        state = await federation.coordinator(rounds=2, min_workers=1).end()
+        assert state.outcome == "stopped"
+        assert reason in state.reason
+
+    federated(scenario)
+
+
+def test_a_worker_that_stays_trains_the_round_again_that_was_stopped(federated):
+    async def scenario(federation):
+        worker = federation.worker("a", Adder(federation.loop, step_s=4.0), stay=True)
+        options = {"rounds": 1, "min_workers": 1}
+        stopped = federation.coordinator(**options, deadline_s=10.0, on_deadline="stop")
+        assert (await stopped.end()).outcome == "stopped"
+        await worker.log.until("ended")
+        assert (await federation.coordinator(**options).end(600.0)).outcome == "finished"
 
     federated(scenario)

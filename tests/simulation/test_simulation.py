@@ -481,3 +481,9 @@ def test_a_task_that_cannot_be_made_leaves_no_run_folder(tmp_path):
     arguments = "--task", "fluffle:absent", "--data", "{client}", "--run", str(tmp_path / "run")
     assert isinstance(CliRunner().invoke(simulate_command, arguments).exception, UsageError)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_partition_of_clients_with_tasks_of_their_own_is_refused():
+    arguments = ["--task", f"{__file__}:one_each", "--data", "{client}", "--partition", "shards:2"]
+    with pytest.raises(UsageError, match="--partition shards:2 has no effect, because {client} in"):
+        CliRunner().invoke(simulate_command, arguments, catch_exceptions=False)

@@ -134,15 +134,17 @@ def test_the_average_is_the_exact_one_rounded_to_nearest(base, updates):
         assert abs(exact - middle) < Fraction(1, 10**14)
 
 
-def test_values_just_above_the_middle_are_rounded_up():
-    base = {"w": np.ones(3, BFLOAT16)}
-    half = 2.0**-8  # half a step above 1
-    updates = [([half] * 3, 2**20 - 1), ([half, 1.0, -1.0], 1)]
+def test_values_beside_the_middle_are_rounded_once():
+    one_more = 1 + 2.0**-7  # the next value after 1
+    base = {"w": np.array([1, 1, 1, one_more, one_more], BFLOAT16)}
+    half = 2.0**-8  # half a step above them
+    # Float32 rounds each mean to the middle, which is even at 1 and odd at the next value.
+    updates = [([half] * 5, 2**28 - 1), ([half, 1.0, -1.0, 1.0, -1.0], 1)]
     state = fedavg.init(base)
     for learnt, count in updates:
         state = fold(state, {"w": np.array(learnt, BFLOAT16)}, count)
     got, _ = fedavg.finish(state, base)
-    assert got["w"].tolist() == [1.0, 1.0 + 2.0**-7, 1.0]
+    assert got["w"].tolist() == [1.0, one_more, 1.0, 1 + 2.0**-6, one_more]
 
 
 @pytest.mark.parametrize("beyond", [2.0**119, 2.0**120, 2.0**126])  # the first is half a step

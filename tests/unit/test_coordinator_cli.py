@@ -75,10 +75,19 @@ def test_options_that_exclude_each_other_are_refused(flags, message):
         )
 
 
-def test_a_quorum_that_no_sample_can_reach_is_refused():
-    flags = ["--federation", "f", "--quorum", "3", "--sample", "2"]
-    with pytest.raises(UsageError, match="--quorum 3 needs more updates than --sample 2 asks for"):
+def test_steps_and_epochs_exclude_each_other():
+    flags = ["--federation", "f", "--steps", "5", "--epochs", "3"]
+    with pytest.raises(UsageError, match="--epochs conflicts with --steps; use only one"):
         CliRunner().invoke(coordinator, flags, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("flags", [["--quorum"], ["--on-deadline", "close", "--min-updates"]])
+def test_more_updates_than_a_sample_can_send_are_refused(flags):
+    wrong = f"{flags[-1]} 3 needs more updates than --sample 2 asks for; lower {flags[-1]} or raise"
+    with pytest.raises(UsageError, match=wrong):
+        CliRunner().invoke(
+            coordinator, ["--federation", "f", *flags, "3", "--sample", "2"], catch_exceptions=False
+        )
 
 
 @pytest.mark.parametrize("command", [coordinator, simulate])
@@ -100,6 +109,10 @@ def test_what_the_buffered_schedule_would_ignore_is_refused(command, flags):
         (
             ("--over-provision", "1.3"),
             "--over-provision 1.3 has no effect, .*; add --sample or --fraction",
+        ),
+        (
+            ("--select", "round-robin"),
+            "--select round-robin has no effect, .*; add --sample or --fraction, or remove --sel",
         ),
         (
             ("--min-updates", "2"),

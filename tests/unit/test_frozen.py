@@ -143,9 +143,9 @@ def test_a_file_of_what_does_not_travel_is_refused(tmp_path):
 def test_they_are_written_once(tmp_path):
     frozen = frozen_of(backbone())
     save_frozen(tmp_path, frozen)
-    written = frozen_file(tmp_path, frozen.digest).stat()
+    written = frozen_file(tmp_path, frozen.digest).stat().st_ino
     save_frozen(tmp_path, frozen)
-    assert frozen_file(tmp_path, frozen.digest).stat() == written
+    assert frozen_file(tmp_path, frozen.digest).stat().st_ino == written
 
 
 def test_a_damaged_file_is_written_again(tmp_path):

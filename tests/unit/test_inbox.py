@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import MalformedMessage
-from fluffle_common.protocol.messages import Fit, Plan
+from fluffle_common.protocol.messages import Echo, Fit, Plan
 from fluffle_common.protocol.topology import Exchange, Topology
 from fluffle_common.protocol.transfer import pack
-from fluffle_common.protocol.wire_format import decode
+from fluffle_common.protocol.wire_format import decode, encode
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_worker.inbox import Refusals, check_message, read_work
@@ -70,6 +70,32 @@ async def test_what_waits_is_let_go_of_with_its_link():
     await refusals.send_waiting(again)
     assert await again.get(NAMES.rejected) is None
     assert (await again.get(NAMES.inbox("w"))).redelivered
+
+
+async def test_only_what_is_not_for_a_worker_is_refused_when_its_inbox_is_emptied():
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare([*NAMES.shared(), *NAMES.queues_of("w")])
+    bodies = [fit_with({}), encode(Echo(federation="f", session="s", number=1)), fit_with({})]
+    for body in bodies:
+        await link.publish(body, Properties(), exchange="", keys=[NAMES.inbox("w")])
+    await Refusals(NAMES, "w", lambda _: None).drain(link, NAMES.inbox("w"), check_message)
+    assert not link.unacked
+    assert await link.get(NAMES.inbox("w")) is None
+    kept = await link.get(NAMES.rejected)
+    assert (bytes(kept.body), kept.properties.headers["cause"]) == (bodies[1], "kind")
+    assert await link.get(NAMES.rejected) is None
+
+
+async def test_only_a_bounded_number_of_refused_messages_waits():
+    broker = MemoryBroker()
+    link = await broker.open()
+    await link.declare(NAMES.queues_of("w"))
+    refusals = Refusals(NAMES, "w", lambda _: None)
+    for _ in range(101):
+        await link.publish(b"x", Properties(), exchange="", keys=[NAMES.inbox("w")])
+        await refusals.refuse(link, await link.get(NAMES.inbox("w")), WRONG)
+    assert len(link.unacked) == 100
 
 
 def fit_with(beside: dict[str, dict[str, np.ndarray]]) -> bytes:

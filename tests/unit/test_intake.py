@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from fluffle_common.protocol.messages import FirstWeights, Hello, Message, Update
+from fluffle_common.concurrency import run_all
+from fluffle_common.protocol.messages import Echo, Exchange, FirstWeights, Hello, Message, Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, decode, encode
+from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, MinimalHello, decode, encode
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_coordinator.machine import events as ev
@@ -31,6 +32,7 @@ class Coordinator:
         )
         self.events = asyncio.Queue[ev.Event]()
         self.rejected = asyncio.Queue[str]()
+        self.refused: list[str] = []
         self.intake = Intake(
             CoordinatorSettings("f", rs.Rules(rounds=1), **settings),
             TOPOLOGY,
@@ -50,8 +52,29 @@ class Coordinator:
         self.rejected.put_nowait(str(wrong))
         delivery.ack()
 
-    async def send(self, message: Message, queue: str, payload: bytes = b"") -> None:
-        await self.link.publish(encode(message, payload), Properties(), exchange="", keys=[queue])
+    def was_refused(self, hello: MinimalHello) -> bool:
+        return False
+
+    def refuse(self, hello: MinimalHello, reason: str, code: str, *, report: bool) -> None:
+        self.refused.append(code)
+
+    async def read(self) -> None:
+        """Read both queues until cancelled."""
+        self.intake._caught_up.set()
+        presence = await self.link.consume(TOPOLOGY.presence, prefetch=10)
+        await run_all(
+            self.intake.read_presence(presence), self.intake.consume_updates(self.link, 1)
+        )
+
+    async def send(
+        self, message: Message, queue: str, payload: bytes = b"", user: str | None = None
+    ) -> None:
+        body, properties = encode(message, payload), Properties(user=user)
+        await self.link.publish(body, properties, exchange="", keys=[queue])
+
+    async def rejection(self) -> str:
+        async with asyncio.timeout(60):
+            return await self.rejected.get()
 
     async def event(self) -> Any:
         async with asyncio.timeout(60):
@@ -119,4 +142,104 @@ async def test_tiny_heartbeats_cannot_stop_the_clock(coordinator):
         await coordinator.send(Hello(**about, heartbeat_s=heartbeat_s), TOPOLOGY.presence)
     first, second = await coordinator.event(), await coordinator.event()
     assert (first.worker.heartbeat_s, second.worker.heartbeat_s) == (0.2, 2.0)
+    reading.cancel()
+
+
+HELLO = Hello(federation="f", worker="w", session="s", num_examples=1, task="t", heartbeat_s=2.0)
+UPDATE = Update(federation="f", run="r", worker="w", round=1, base="b", num_examples=1, seconds=0.0)
+OF_ANOTHER_RUN = "the message belongs to run q, but this coordinator runs r"
+
+
+@pytest.mark.parametrize(
+    ("queue", "message", "reason"),
+    [
+        (TOPOLOGY.presence, UPDATE, "a message of kind update does not belong in the queue for h"),
+        (TOPOLOGY.updates, HELLO, "a message of kind hello does not belong in the queue for upd"),
+        (TOPOLOGY.updates, FirstWeights(federation="f", run="q", worker="w"), OF_ANOTHER_RUN),
+        (
+            TOPOLOGY.updates,
+            Exchange(federation="f", run="q", worker="w", name="sum", phase="one", round=1),
+            OF_ANOTHER_RUN,
+        ),
+    ],
+)
+async def test_what_does_not_belong_in_a_queue_is_rejected(coordinator, queue, message, reason):
+    reading = asyncio.ensure_future(coordinator.read())
+    await coordinator.send(message, queue)
+    assert (await coordinator.rejection()).startswith(reason)
+    assert coordinator.events.empty()
+    reading.cancel()
+
+
+@pytest.mark.parametrize(
+    ("message", "queue"), [(HELLO, TOPOLOGY.presence), (UPDATE, TOPOLOGY.updates)]
+)
+async def test_with_verified_users_a_worker_speaks_only_for_itself(message, queue):
+    link = await MemoryBroker().open()
+    await link.declare(TOPOLOGY.shared())
+    coordinator = Coordinator(link, verify_users=True)
+    reading = asyncio.ensure_future(coordinator.read())
+    await coordinator.send(message, queue, user="v")
+    assert (await coordinator.rejection()).endswith("names w as its sender, but the user v sent it")
+    await coordinator.send(message, queue)
+    assert (await coordinator.rejection()).endswith("its sender, but it has no user_id")
+    await coordinator.send(message, queue, user="w")
+    assert isinstance(await coordinator.event(), ev.Seen | ev.Arrived)
+    reading.cancel()
+
+
+async def test_with_verified_users_only_a_worker_s_own_malformed_hello_is_answered():
+    link = await MemoryBroker().open()
+    await link.declare(TOPOLOGY.shared())
+    coordinator = Coordinator(link, verify_users=True)
+    reading = asyncio.ensure_future(coordinator.read())
+    malformed = HELLO.model_copy(update={"num_examples": -1})
+    for user, refused in (("v", []), ("w", ["malformed"])):
+        await coordinator.send(malformed, TOPOLOGY.presence, user=user)
+        assert (await coordinator.rejection()).startswith("hello.num_examples: ")
+        await coordinator.send(UPDATE, TOPOLOGY.presence, user="w")  # is read after it
+        await coordinator.rejection()
+        assert coordinator.refused == refused
+    reading.cancel()
+
+
+async def test_a_rejected_update_makes_room_for_the_next(coordinator):
+    reading = asyncio.ensure_future(coordinator.read())
+    for _ in range(3):
+        await coordinator.send(UPDATE, TOPOLOGY.updates, bytes(900))
+    for _ in range(3):
+        arrived = await coordinator.event()
+        coordinator.intake.reject(arrived.handle, "it has a NaN", "not_finite")
+    assert coordinator.intake._room.used_bytes == 0
+    reading.cancel()
+
+
+async def test_what_is_parked_is_forgotten_with_its_link(coordinator):
+    reading = asyncio.ensure_future(coordinator.read())
+    for _ in range(2):
+        await coordinator.send(UPDATE, TOPOLOGY.updates, bytes(900))
+    await coordinator.event()
+    async with asyncio.timeout(60):
+        while not coordinator.intake._room._parked:  # noqa: ASYNC110
+            await asyncio.sleep(0)
+    coordinator.intake.link_lost()
+    assert not coordinator.intake._room._parked
+    reading.cancel()
+
+
+async def test_updates_are_read_after_the_echo_over_each_new_link(coordinator):
+    intake = coordinator.intake
+    presence = await coordinator.link.consume(TOPOLOGY.presence, prefetch=10)
+    reading = asyncio.ensure_future(intake.read_presence(presence))
+    for number in (1, 2):
+        coordinator.state.link = number
+        intake.link_opened()
+        updates = asyncio.ensure_future(intake.consume_updates(coordinator.link, number))
+        await coordinator.send(UPDATE, TOPOLOGY.updates)
+        echo = Echo(federation="f", session=intake._session, number=number)
+        await coordinator.send(echo, TOPOLOGY.presence)
+        assert isinstance(await coordinator.event(), ev.Echoed)
+        assert isinstance(await coordinator.event(), ev.Arrived)
+        updates.cancel()
+        await asyncio.gather(updates, return_exceptions=True)
     reading.cancel()

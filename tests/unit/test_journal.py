@@ -612,3 +612,15 @@ async def test_an_unreachable_broker_is_reported_once(capsys, monkeypatch):
     with pytest.raises(BrokerError, match="no broker at nowhere"):
         await anext(command._events(Down(), TOPOLOGY))
     assert capsys.readouterr().err.count("cannot read the journal now") == 1
+
+
+@pytest.mark.parametrize(
+    ("time", "moment"),
+    [
+        ("2026-01-02T03:04:05+00:00", datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)),
+        ("2026-01-02T03:04:05", None),  # nobody knows in which zone
+        ("yesterday", None),
+    ],
+)
+def test_only_a_time_with_its_zone_is_a_moment(time, moment):
+    assert Event(federation="f", session="s", number=1, event="note", time=time).moment == moment

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_worker.local import loading
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.chain import Chain
 from fluffle_worker.local.clip import Clip
@@ -229,6 +230,16 @@ def test_rules_are_chained_with_a_plus(tmp_path):
 def test_what_names_no_rule_is_refused_with_what_would(name, message):
     with pytest.raises(UsageError, match=message):
         find_rule(name)
+
+
+def test_settings_that_an_installed_rule_rejects_are_named(monkeypatch):
+    def odd(size: int):
+        raise ValueError(f"{size} is even")
+
+    monkeypatch.setattr(loading, "installed", lambda _: {"odd": None})
+    monkeypatch.setattr(loading, "load_installed", lambda *_: odd)
+    with pytest.raises(UsageError, match="'odd' rejects the settings '2': ValueError: 2 is even"):
+        find_rule("odd:2")
 
 
 @pytest.mark.parametrize("what", ["received", "broadcast", "kept"])

@@ -79,6 +79,14 @@ MUTANTS = [
         "test_a_copy_of_a_held_update_is_acknowledged",
     ),
     Mutant(
+        "counts a worker once for each ticket that it invents",
+        updates,
+        "    return replace(update, ticket=Ticket(worker, update.round))\n",
+        "    return update\n",
+        "test_a_worker_that_invents_tickets_counts_once_in_a_round",
+        random=False,
+    ),
+    Mutant(
         "folds late updates into the next round",
         updates,
         "    if staleness > schedule.max_staleness:\n",
@@ -195,6 +203,22 @@ MUTANTS = [
         random=False,
     ),
     Mutant(
+        "waits for first weights whose parts are lost",
+        first_weights,
+        "state.replace(init_asked=None) if event.worker == state.init_asked else state\n",
+        "state\n",
+        "test_the_first_weights_are_asked_of_another_worker",
+        random=False,
+    ),
+    Mutant(
+        "asks for first weights again if those of an earlier worker are lost",
+        first_weights,
+        " if event.worker == state.init_asked else state\n",
+        "\n",
+        "test_first_weights_lost_on_their_way_from_an_earlier_worker_are_not_asked_for_again",
+        random=False,
+    ),
+    Mutant(
         "commits below the quorum",
         closing,
         "state.folded >= state.needed",
@@ -207,6 +231,14 @@ MUTANTS = [
         "    if fruitless > rules.max_reopenings:",
         "    if False:",
         "test_reopenings_without_a_new_update_are_bounded",
+        random=False,
+    ),
+    Mutant(
+        "reopens a round that may not stay open longer",
+        closing,
+        "    if _expired(state, now):\n",
+        "    if False:\n",
+        "test_a_round_is_not_reopened_at_a_deadline_that_is_also_its_limit",
         random=False,
     ),
     Mutant(

@@ -159,7 +159,7 @@ def test_without_a_coordinator_the_federations_of_the_broker_are_named(monkeypat
 
     mistyped = Topology("leters")
     figures = [QueueFigures(names[0], "", 0, 0, 0, 0)]
-    monkeypatch.setattr(Management, "queue_figures", lambda *_: figures)
+    monkeypatch.setattr(Management, "queue_figures", lambda *_, **__: figures)
     monkeypatch.setattr(Management, "queues", lambda _: [{"name": name} for name in names])
     monkeypatch.setattr(Management, "alarms", lambda _: [])
     monkeypatch.setattr(queues, "_with_counts", lambda figures, _: figures)
@@ -218,11 +218,11 @@ def test_a_user_who_may_not_count_gets_the_statistics_or_the_remedy(monkeypatch)
     figures = [queue("updates")]
     api = Management("amqp://h/", "http://h")
     monkeypatch.setattr(queues, "open_once", open_once)
-    monkeypatch.setattr(Management, "queue_figures", lambda *_: figures)
+    monkeypatch.setattr(Management, "queue_figures", lambda *_, **__: figures)
     monkeypatch.setattr(Management, "alarms", lambda _: [])
     assert queues.read_overview(api, TOPOLOGY).queues == figures
 
-    def no_answer(*_: object) -> list[QueueFigures]:
+    def no_answer(*_: object, **__: object) -> list[QueueFigures]:
         raise OSError("refused")
 
     monkeypatch.setattr(Management, "queue_figures", no_answer)

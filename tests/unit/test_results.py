@@ -169,6 +169,10 @@ def test_a_metric_that_is_no_number_is_left_out_and_named_once(value):
     assert "train()" in reports[1]
 
 
+def test_a_metric_that_no_float_can_hold_is_too_large():
+    assert "0000, which is too large" in Seen(Odd(metrics={"auc": 10**400})).reports[0]
+
+
 @pytest.mark.parametrize("given", [{"metrics": Late()}, {"evaluated": Late()}])
 def test_metrics_that_fail_when_asked_for_are_left_out_and_named_once(given):
     reports: list[str] = []
@@ -248,6 +252,8 @@ def test_losses_of_steps_that_are_no_numbers_are_named_once():
         ({"trained": None}, "train() returned None; expected TrainResult"),
         ({"trained": ({}, 5)}, "train() returned ({}, 5); expected"),
         ({"new": None}, "train() returned None as the weights"),
+        ({"new": {"w": None}}, "returned tensor 'w' as None; expected an unmasked array"),
+        ({"new": {"w": np.ma.masked_less([1.0, 2.0], 2)}}, "expected an unmasked array of numbers"),
         ({"extra": np.zeros(3)}, "train() returned array([0., 0., 0.]) as the extra tensors"),
         ({"new": {"w": np.zeros(4, np.float32)}}, "missing b"),
         ({"new": {0: np.zeros(4, np.float32), "c": 1.0}}, "missing b, w; unknown 0, c"),

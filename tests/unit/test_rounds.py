@@ -268,8 +268,9 @@ def test_the_first_weights_wait_for_the_vote_on_the_model():
         lambda run: run.failed("b", 0),
         lambda run: (run.tick(8), run.seen("a"), run.tick(2))[-1],
         lambda run: pass_time(run, 60.0, "ab"),
+        lambda run: run.on(ev.InitLost(run.now, "b")),
     ],
-    ids=["left", "failed", "gone", "takes too long"],
+    ids=["left", "failed", "gone", "takes too long", "parts lost"],
 )
 def test_the_first_weights_are_asked_of_another_worker(event):
     run = Run(Rules(rounds=2, deadline_s=60), has_weights=False)
@@ -277,6 +278,15 @@ def test_the_first_weights_are_asked_of_another_worker(event):
     run.seen("b", hello=True)
     run.seen("a", hello=True)
     assert only(event(run), fx.AskInit) == [fx.AskInit("a")]
+
+
+def test_first_weights_lost_on_their_way_from_an_earlier_worker_are_not_asked_for_again():
+    run = Run(has_weights=False)
+    run.connect()
+    run.seen("b", hello=True)
+    run.seen("a", hello=True)
+    run.left("b")
+    assert not only(run.on(ev.InitLost(run.now, "b")), fx.AskInit)
 
 
 def test_the_first_weights_are_asked_again_of_a_worker_that_restarted():
@@ -659,6 +669,16 @@ def test_a_redelivery_after_a_resume_is_a_duplicate():
     run.connect()
     assert event_names(run.arrived("a", round=1)) == ["duplicate"]
     assert event_names(run.arrived("b", round=1)) == ["late"]
+
+
+def test_a_worker_that_invents_tickets_counts_once_in_a_round():
+    run = opened("a", "b")
+    for number, sequence in enumerate((7, 8, 1), start=1):
+        one = update(Handle(1, number), "a")
+        effects = run.on(replace(one, ticket=Ticket("a", sequence)))
+        assert bool(only(effects, fx.Fold)) == (number == 1)
+    run.folded("a")
+    assert run.state.folded == 1
 
 
 def test_a_copy_of_a_held_update_is_acknowledged():

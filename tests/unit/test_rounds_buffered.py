@@ -268,7 +268,9 @@ def test_no_more_workers_train_than_the_concurrency():
 def test_a_worker_without_tickets_counts_once_per_version():
     run = running("old")
     foreign = (1, 1, "b0")
-    effects = run.counts("old", foreign)
+    effects = run.arrives("old", foreign)
+    assert not run.state.missing
+    effects += run.on(ev.Folded(run.now, Ticket("old", 1)))
     assert "counted" in event_names(effects)
     assert not asked(effects)
     assert only(run.arrives("old", foreign), fx.Ack)

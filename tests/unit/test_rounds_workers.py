@@ -418,6 +418,13 @@ def test_a_long_round_ends_at_the_operators_limit_which_is_named():
     assert "missing: b" in run.state.reason
 
 
+def test_a_round_is_not_reopened_at_a_deadline_that_is_also_its_limit():
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_round_s=120))
+    effects = pass_time(run, 130, heard="ab")
+    assert event_names(effects).count("reopened") == 1
+    assert run.state.reason.endswith("--max-round")
+
+
 def test_after_our_own_outage_a_model_in_parts_is_sent_again():
     run = heard("a", "b")
 
@@ -529,7 +536,7 @@ def test_the_majority_decides_on_the_classes():
 
 
 def test_the_operator_decides_on_the_classes():
-    run = Run(Rules(rounds=1), has_weights=False, classes=("a", "b"), decided_by="--classes")
+    run = Run(Rules(rounds=1), has_weights=False, classes=("a", "b"), classes_by="--classes")
     run.connect()
     effects = run.seen("w", hello=True, classes=("a", "b", "c"))
     (refused,) = only(effects, fx.Refuse)
@@ -554,6 +561,28 @@ def test_a_late_joiner_with_another_model_is_refused_at_once():
     (refused,) = only(run.seen("a", hello=True, model=FLOAT64), fx.Refuse)
     assert refused.worker == "a"
     assert set(run.state.asked) == {"b", "c"}
+
+
+def test_a_model_that_the_run_began_with_is_named_with_the_options_that_replace_it():
+    run = Run(Rules(rounds=1), model=FLOAT64, classes=("a",), classes_by="--classes")
+    run.connect()
+    (refused,) = only(run.seen("w", hello=True, model=FLOAT32, classes=("a",)), fx.Refuse)
+    assert "; that model comes from this run's first weights; give this worker" in refused.reason
+    assert refused.reason.endswith("or begin a new run with other first weights (--fresh, --init)")
+
+
+def test_who_was_refused_is_named_as_long_as_the_run_waits():
+    run = Run(Rules(rounds=1, wait_s=60), model=FLOAT64)
+    run.connect()
+    for name in "ba":
+        run.seen(name, hello=True, model=FLOAT32)
+    waiting = waiting_for(run.state, run.now)
+    assert waiting is not None
+    assert waiting.reason.endswith("0 of 2 are connected (nobody); refused: a, b")
+    run.seen("b", hello=True, model=FLOAT64, session="another")
+    run.tick(60)
+    assert run.state.reason == "0 of 2 workers joined in 60 s (--wait-workers); refused: a"
+    assert run.state.unheard == ("b",)
 
 
 def test_a_refusal_is_sent_once_per_session_and_for_every_hello():

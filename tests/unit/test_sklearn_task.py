@@ -128,6 +128,7 @@ def test_a_worker_may_lack_classes_of_the_federation():
         (lambda: sklearn_task(classifier(average=True), (INPUTS, CLASSES)), "without average="),
         (lambda: sklearn_task(GaussianNB(), (INPUTS, CLASSES)), "GaussianNB has no coef_"),
         (lambda: sklearn_task(classifier(), (INPUTS, CLASSES[1:])), "60 inputs and 59 targets"),
+        (lambda: sklearn_task(classifier(), (INPUTS, 0 * CLASSES)), "class 0 .*with classes=$"),
     ],
 )
 def test_what_cannot_be_trained_in_rounds_is_refused(make, message):
@@ -156,6 +157,22 @@ def test_data_that_are_no_pair_of_arrays_are_named(data, message):
 def test_the_classes_are_in_the_order_of_the_estimator_s_outputs():
     task = sklearn_task(classifier(), (INPUTS, CLASSES), classes=[2, 0, 1])
     assert task.classes == ("0", "1", "2")
+
+
+def test_a_class_may_be_among_the_held_out_examples_only():
+    few = CLASSES < 2
+    task = sklearn_task(classifier(), (INPUTS[few], CLASSES[few]), (INPUTS, CLASSES))
+    assert task.classes == ("0", "1", "2")
+    assert task.evaluate(task.init(0)).loss == pytest.approx(np.log(3))
+
+
+def test_a_loss_that_fails_costs_no_training():
+    task = sklearn_task(classifier(), (INPUTS, CLASSES), loss=lambda *_: 1 / 0)
+    notes: list[str] = []
+    result = Results(notes.append).trained(task.train(task.init(0), PLAN, ignore))
+    assert result.weights["coef_"].any()
+    assert result.metrics == {"steps": 24}
+    assert "the metric 'loss' of train() failed, so it is omitted: ZeroDivision" in notes[0]
 
 
 def test_a_sparse_matrix_may_have_any_format():

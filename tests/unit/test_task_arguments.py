@@ -104,6 +104,12 @@ def test_held_out_data_are_no_stream():
         made(valid_data=lambda epoch, rng: [(X, Y)])
 
 
+def test_data_may_have_the_other_byte_order():
+    task = made(train_data=(X.astype(">f4"), Y.astype(">i4")), valid_data=(X.astype(">f8"), Y))
+    trained = task.train(task.init(0), Plan(epochs=1), lambda *_: None)
+    assert np.isfinite(task.evaluate(trained.weights).loss)
+
+
 def test_whatever_numpy_converts_is_data():
     class Frame:
         def __array__(self, dtype: Any = None, copy: Any = None) -> Any:

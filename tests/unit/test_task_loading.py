@@ -317,6 +317,12 @@ def test_a_class_is_a_task_only_if_its_methods_need_no_instance():
     check_task("t", Static)
 
 
+@pytest.mark.parametrize("name", ["init", "train", "evaluate"])
+def test_an_object_that_lacks_a_method_is_refused(name):
+    with pytest.raises(UsageError, match=rf"not a task, because it has no method '{name}'"):
+        check_task("t", own(**{name: None}))
+
+
 @pytest.mark.parametrize("name", ["train", "num_examples", "classes", "keep_in", "model_form"])
 def test_an_attribute_that_raises_is_named_with_its_place(name):
     class Raises(SimpleNamespace):

@@ -64,6 +64,14 @@ def test_a_difference_beyond_64_bits_does_not_wrap(dtype, old, new):
         delta(trained, received)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_difference_of_finite_weights_is_never_infinite(dtype):
+    largest_of = largest(np.dtype(dtype))
+    received, trained = ({"k": np.array([3, value], dtype)} for value in (-largest_of, largest_of))
+    with pytest.raises(ValueError, match="'k' changed by more than a .*float.* can hold; the "):
+        delta(trained, received)
+
+
 def test_a_difference_of_just_64_bits_is_exact():
     received, trained = (
         {"k": np.array(values, np.uint64)} for values in ([2**63, 5], [0, 2**63 + 4])

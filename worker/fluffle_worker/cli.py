@@ -15,6 +15,7 @@ import click
 from fluffle_common.cli.app import SEED, federation_option, queue_type_option, seconds, url_option
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
+from fluffle_common.errors import UsageError
 
 if TYPE_CHECKING:
     from fluffle_common.cli.console import Console
@@ -140,9 +141,15 @@ def id_from(data: str) -> str:
     Example:
         >>> id_from("data/client-1/"), id_from("shard:0/3")
         ('client-1', 'shard-0-3')
+
+    Raises:
+        UsageError: if nothing is left of the text.
     """
     text = data if ":" in data else Path(data).resolve().name
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._")[:64]
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._")[:64]
+    if not name:
+        raise UsageError(f"--data '{data}' has no part that can be this worker's ID; add --id")
+    return name
 
 
 def _run(federation: str, name: str, options: dict[str, Any]) -> None:

@@ -217,12 +217,18 @@ def _array(name: Any, value: Any, method: str, what: str) -> Array:
             f"'{sendable(inner, 60)}'"
         )
     try:
-        return np.asarray(value)
+        array = np.asarray(value)
     except Exception as why:
         raise TaskError(
             f"{method} returned tensor '{sendable(str(name), 60)}' as a {type(value).__name__}, "
             f"which NumPy cannot convert to an array: {one_line(why)}"
         ) from None
+    if array.dtype == object or isinstance(value, np.ma.MaskedArray):  # asarray drops the mask
+        raise TaskError(
+            f"{method} returned tensor '{sendable(str(name), 60)}' as {shown(value)}; expected an "
+            "unmasked array of numbers"
+        )
+    return array
 
 
 def lent(weights: Weights, task: Task) -> dict[str, Array]:

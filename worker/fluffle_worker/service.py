@@ -339,7 +339,9 @@ class WorkerService:
 
         self._trainer.begin(job, evaluated)
 
-    def _done(self, event: machine.Event) -> None:
+    def _done(self, job: Job, event: machine.Event) -> None:
+        if self._jobs.get(job.work) is not job:
+            return  # of a run that was forgotten; when continued, it may ask for the same work
         if isinstance(event, machine.Finished) and event.work.kind == "fit":
             self._trained.add(event.work.sequence)
         self._advance(event)

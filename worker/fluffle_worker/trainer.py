@@ -57,8 +57,8 @@ class TrainingThread:
 class Trainer:
     """Runs one job at a time.
 
-    ``progress`` is called in the event loop with the work, step, steps and loss, ``done`` with the
-    outcome of each job, and ``record`` with each of the task's faults, once. ``residual`` is called
+    ``progress`` is called in the event loop with the work, step, steps and loss, ``done`` with each
+    job and its outcome, and ``record`` with each of the task's faults, once. ``residual`` is called
     in the training thread; see ``Executor``.
     """
 
@@ -69,7 +69,7 @@ class Trainer:
         *,
         residual: Callable[[], Residual],
         progress: Callable[[Work, int, int, float | None], object],
-        done: Callable[[machine.Event], object],
+        done: Callable[[Job, machine.Event], object],
         record: Record,
     ) -> None:
         self._residual, self._progress, self._done = residual, progress, done
@@ -100,7 +100,7 @@ class Trainer:
         event = self._do(job, evaluated)
         if os.getpid() != self._pid:  # a fork of the task, which must not go on as a worker
             os._exit(0 if isinstance(event, machine.Finished) else 1)
-        self._to_loop(self._over, event)
+        self._to_loop(self._over, job, event)
 
     def _do(self, job: Job, evaluated: Callable[[], object]) -> machine.Event:
         try:
@@ -119,10 +119,10 @@ class Trainer:
             return machine.Failed(job.work, one_line(why))
         return machine.Finished(job.work)
 
-    def _over(self, event: machine.Event) -> None:
+    def _over(self, job: Job, event: machine.Event) -> None:
         self._under_way -= 1
         self._cut_short = isinstance(event, machine.Abandoned)
-        self._done(event)
+        self._done(job, event)
 
     def _to_loop(self, function: Callable[..., object], *args: Any) -> None:
         """Call a function in the event loop.

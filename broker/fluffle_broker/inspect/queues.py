@@ -83,7 +83,7 @@ def read_overview(api: Management, topology: Topology) -> QueueOverview:
         BrokerError: if the broker cannot be reached by AMQP either.
     """
     try:
-        figures = _with_counts(api.queue_figures(topology), api.url)
+        figures = _with_counts(api.queue_figures(topology, rates=True), api.url)
         overview = QueueOverview(topology, figures, api.alarms())
         return overview if overview.created else replace(overview, others=_federations(api))
     except REQUEST_ERRORS as why:

@@ -114,7 +114,13 @@ def check_federation(name: str) -> str:
 
     if not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and '_'"
+            f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and "
+            "'_', and begin with a letter or digit"
+        )
+    if name == "amq":
+        raise UsageError(
+            "the federation name 'amq' is not possible, because RabbitMQ reserves names that begin "
+            "with 'amq.'; choose another name"
         )
     return name
 
@@ -130,7 +136,7 @@ def check_worker(name: str) -> str:
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
             f"'{name}' is not a valid worker ID; choose another --id with at most 64 letters, "
-            "digits, '-', '_' and '.'"
+            "digits, '-', '_' and '.', which begins with a letter or digit"
         )
     return name
 

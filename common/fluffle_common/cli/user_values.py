@@ -18,6 +18,8 @@ def real(value: Any) -> float:
     """
     try:
         return float(_plain(value))
+    except OverflowError:
+        raise ValueError(f"the value is {shown(value)}, which is too large") from None
     except Exception:
         raise ValueError(f"the value is {shown(value)}, but a number is expected") from None
 

@@ -109,7 +109,6 @@ def save_checkpoint(
         ValueError: if a tensor has an unsupported dtype.
     """
     if strategy_state:
-        check_names(weights)
         weights = {**weights, **add_strategy_prefix(strategy_state)}
         metadata = {**metadata, _HAS_STRATEGY_STATE: "yes"}
     layout = layout_for(weights)

@@ -219,6 +219,10 @@ def check_signature(weights: Weights) -> None:
                 f"{_label(name)} is of type {type(tensor).__name__}, not an array; convert it "
                 "with np.asarray"
             )
+        if isinstance(tensor, np.ma.MaskedArray):  # what travels has no mask
+            raise ValueError(
+                f"{_label(name)} is a masked array; fill it, for example with filled(0)"
+            )
     layout_for(weights)
 
 

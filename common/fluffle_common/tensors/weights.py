@@ -75,7 +75,7 @@ def delta(trained: Weights, received: Weights) -> Weights:
     Each tensor has its ``delta_dtype``; all are in one buffer if that is at most 16 MiB.
 
     Raises:
-        ValueError: if names, shapes or dtypes differ, or a difference of 64-bit integers overflows.
+        ValueError: if names, shapes or dtypes differ, or a dtype cannot hold a difference.
     """
     layout = layout_for(received)
     if signature_of(trained) != layout.signature:  # the order may differ
@@ -89,13 +89,21 @@ def delta(trained: Weights, received: Weights) -> Weights:
         difference = {n: np.empty(p.shape, p.dtype) for n, p in layout.places.items()}
     else:
         difference = layout.empty()
-    for (name, old), (_, out) in zip(received.items(), difference.items(), strict=True):
-        np.subtract(trained[name], old, out=out, dtype=out.dtype)
-        if out.dtype.kind == "i" and _wrapped(trained[name], old, out):
-            raise ValueError(
-                f"tensor '{name}' changed by more than an int64 can hold; keep this tensor out of "
-                "the weights, or use integers of 32 bits"
-            )
+    name = ""
+    try:
+        with np.errstate(over="raise", invalid="ignore"):
+            for (name, old), out in zip(received.items(), difference.values(), strict=True):
+                np.subtract(trained[name], old, out=out, dtype=out.dtype)
+                if out.dtype.kind == "i" and _wrapped(trained[name], old, out):
+                    raise ValueError(
+                        f"tensor '{name}' changed by more than an int64 can hold; keep this tensor "
+                        "out of the weights, or use integers of 32 bits"
+                    )
+    except FloatingPointError:  # both weights are finite
+        raise ValueError(
+            f"tensor '{name}' changed by more than a {received[name].dtype} can hold; the training "
+            "may diverge, so lower the learning rate"
+        ) from None
     return difference
 
 

@@ -10,7 +10,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_coordinator.machine.effects import Effects, Refuse
 from fluffle_coordinator.machine.records import Worker
-from fluffle_coordinator.machine.state import State
+from fluffle_coordinator.machine.state import FIRST_WEIGHTS, State
 
 _NAMES_SHOWN = 5
 
@@ -27,14 +27,14 @@ def decide(state: State, out: Effects) -> State:
         votes = Counter(w.classes for w in _by_age(state) if w.classes)
         classes, _ = votes.most_common(1)[0]
         names = [w.name for w in _by_age(state) if w.classes == classes]
-        state = state.replace(classes=classes, decided_by=_listed(names))
+        state = state.replace(classes=classes, classes_by=_listed(names))
         out.append(run_events.Classes(worker=_listed(names), classes=classes))
     if state.model is None and not state.has_weights:
         able = [w for w in _by_age(state) if w.model is not None and not unfit(state, w)]
         if able:
             model, _ = Counter(w.model for w in able).most_common(1)[0]
             names = [w.name for w in able if w.model == model]
-            state = state.replace(model=model, decided_by=_listed(names))
+            state = state.replace(model=model, model_by=_listed(names))
     return refuse_unfit(state, out)
 
 
@@ -64,15 +64,12 @@ class Misfit(NamedTuple):
 
 def unfit(state: State, worker: Worker) -> Misfit | None:
     """Return why a worker cannot take part; None if it can."""
-    classes_from = model_from = ""
-    if state.decided_by:
-        classes_from = f"; the federation's classes come from {state.decided_by}"
-        model_from = f"; that model comes from {state.decided_by}"
     if state.classes is not None and worker.classes != state.classes:
         return Misfit(
             "classes",
-            f"worker {worker.name} {_difference(worker.classes, state.classes)}{classes_from}; "
-            "start this worker with --classes or other data, or the coordinator with --classes",
+            f"worker {worker.name} {_difference(worker.classes, state.classes)}; the federation's "
+            f"classes come from {state.classes_by}; start this worker with --classes or other "
+            "data, or the coordinator with --classes",
         )
     model = state.model
     if model is not None and worker.model is not None and worker.model.digest != model.digest:
@@ -80,10 +77,13 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         difference = f"{theirs}, but the federation's model has {ours}"
         if theirs == ours:
             difference = f"tensors with other names or shapes than the federation's model ({ours})"
+        remedy = "the same task and the same JAX_ENABLE_X64 as the other workers"
+        if state.model_by == FIRST_WEIGHTS:
+            remedy += ", or begin a new run with other first weights (--fresh, --init)"
         return Misfit(
             "model",
-            f"the model of worker {worker.name} has {difference}{model_from}; give this worker "
-            "the same task and the same JAX_ENABLE_X64 as the other workers",
+            f"the model of worker {worker.name} has {difference}; that model comes from "
+            f"{state.model_by}; give this worker {remedy}",
         )
     if state.frozen and FROZEN not in worker.features:
         return Misfit(

@@ -27,7 +27,8 @@ def try_to_open(state: State, now: float, out: Effects) -> State:
             if state.has_enough_workers
             else f"{len(state.workers)} of {state.workers_for_quorum} workers joined"
         )
-        return end(state, "stopped", f"{reason} in {wait_s:.0f} s (--wait-workers)", out)
+        reason += f" in {wait_s:.0f} s (--wait-workers){state.and_refused}"
+        return end(state, "stopped", reason, out)
     return state if state.has_weights else ask_for_weights(state, now, out)
 
 

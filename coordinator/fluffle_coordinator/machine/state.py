@@ -25,6 +25,9 @@ __all__ = ["Evaluated", "Handle", "Quorum", "Rules", "State", "Table", "Ticket",
 # takes about as long with four workers as with four thousand.
 Table = HashTrieMap
 
+FIRST_WEIGHTS = "this run's first weights"
+"""What decided on the model and the classes, if no worker and no option did."""
+
 SEQUENCE_GAP = 10_000
 """How many sequences a coordinator skips for each start of the run, if work outlives its round.
 
@@ -111,7 +114,9 @@ class State:
     classes: tuple[str, ...] | None = None
     model: ModelForm | None = None
     decided: bool = False  # whether the workers have voted on these two
-    decided_by: str = ""  # who decided on these two, for messages
+    # Who or what decided on each of the two, for messages.
+    classes_by: str = FIRST_WEIGHTS
+    model_by: str = FIRST_WEIGHTS
     init_asked: str | None = None  # the worker that was asked for the first weights
     init_asked_at: float = 0.0
 
@@ -242,6 +247,11 @@ class State:
     def unheard(self) -> tuple[str, ...]:
         """The workers of the run that are not connected, as far as is known, nor refused."""
         return tuple(n for n in self.known if n not in self.workers and n not in self.refused)
+
+    @property
+    def and_refused(self) -> str:
+        """Which workers were refused and have not joined since, for the end of a message."""
+        return f"; refused: {', '.join(sorted(self.refused))}" if self.refused else ""
 
     @property
     def missing(self) -> tuple[str, ...]:

@@ -108,6 +108,7 @@ def _before_a_round(state: State) -> Waiting | None:
     if what == "workers":
         present, needed = ", ".join(sorted(state.workers)) or "nobody", state.workers_for_quorum
         reason = f"waiting for workers: {len(state.workers)} of {needed} are connected ({present})"
+        reason += state.and_refused
     else:
         reason = f"waiting for first weights from {state.init_asked}"
     return None if what is None else Waiting(reason=reason, what=what)

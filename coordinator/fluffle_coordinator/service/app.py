@@ -153,7 +153,7 @@ def _plan_of(options: dict[str, Any]) -> Plan:
     """Return the plan that the options describe.
 
     Raises:
-        UsageError: if an option is malformed or exceeds a limit, or two options contradict.
+        UsageError: if options conflict, or one is malformed or exceeds a limit of the protocol.
     """
     if options["steps"] is not None and options["epochs"] > 1:
         raise UsageError("--epochs conflicts with --steps; use only one of them")
@@ -198,16 +198,14 @@ def _rules_of(options: dict[str, Any]) -> Rules:
     sample: int | None = options["sample"]
     if sample is not None and fraction < 1:
         raise UsageError("--fraction conflicts with --sample; use only one of them")
-    if options["over_provision"] > 1 and sample is None and fraction == 1:
-        raise UsageError(
-            f"--over-provision {options['over_provision']:g} has no effect, because each round "
-            "asks all workers; add --sample or --fraction, or remove --over-provision"
-        )
-    if sample is not None and (quorum.number or 1) > sample:
-        raise UsageError(
-            f"--quorum {quorum.number} needs more updates than --sample {sample} asks for; lower "
-            "--quorum or raise --sample"
-        )
+    if sample is None and fraction == 1:
+        _check_asks_all(options)
+    for option, needed in ("quorum", quorum.number or 1), ("min-updates", options["min_updates"]):
+        if sample is not None and needed > sample:
+            raise UsageError(
+                f"--{option} {needed} needs more updates than --sample {sample} asks for; lower "
+                f"--{option} or raise --sample"
+            )
     least = quorum.number or 1
     if min_workers and options["select"].fixed:  # else, any number of workers may be asked
         cohort = min(sample, min_workers) if sample else sample_size(fraction, min_workers)
@@ -243,6 +241,24 @@ def _rules_of(options: dict[str, Any]) -> Rules:
         seed=options["seed"],
         wait_s=options["wait_workers"],
     )
+
+
+def _check_asks_all(options: dict[str, Any]) -> None:
+    """Check that no option has an effect only on rounds that do not ask all workers.
+
+    Raises:
+        UsageError: if one has; the message names it.
+    """
+    select, synchronous = options["select"], options["schedule"] == "quorum"
+    for option, value, given in (
+        ("--over-provision", f"{options['over_provision']:g}", options["over_provision"] > 1),
+        ("--select", select.name, synchronous and select.fixed and select != UNIFORM),
+    ):
+        if given:
+            raise UsageError(
+                f"{option} {value} has no effect, because each round asks all workers; add "
+                f"--sample or --fraction, or remove {option}"
+            )
 
 
 async def coordinate(

@@ -28,7 +28,7 @@ from fluffle_common.tensors.checkpoint import (
 from fluffle_common.tensors.frozen import IN_METADATA, Frozen, read_frozen
 from fluffle_common.tensors.weights import Array, Weights, check_finite, check_signature
 from fluffle_coordinator.machine import machine
-from fluffle_coordinator.machine.state import State, Table
+from fluffle_coordinator.machine.state import FIRST_WEIGHTS, State, Table
 from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.storage.run_file import count_start
 from fluffle_coordinator.storage.run_store import RunStore, new_base
@@ -207,5 +207,5 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         classes=settings.classes or classes_in(saved.metadata) or None,
         model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
         frozen=saved.frozen.digest,
-        decided_by="--classes" if settings.classes else "this run's first weights",
+        classes_by="--classes" if settings.classes else FIRST_WEIGHTS,
     )

@@ -53,6 +53,8 @@ def checked_array(value: Any, what: str) -> Any:
             f"{what} contains an array of dtype {dtype}; convert this array to numbers, for "
             "example with astype('float32')"
         )
+    if isinstance(dtype, np.dtype) and not dtype.isnative:  # JAX and torch refuse such arrays
+        value = value.astype(dtype.newbyteorder("="))
     return value
 
 

@@ -76,7 +76,8 @@ class SklearnTask:
         self._metrics = as_metrics(own)
         first: dict[str, Any] = {}
         if classifies:
-            first = {"classes": np.unique(targets) if classes is None else np.asarray(classes)}
+            held_out = targets[:0] if self._valid is None else self._valid[1]
+            first = {"classes": _classes(classes, targets, held_out)}
         self._fresh = copy.deepcopy(estimator).partial_fit(inputs[:1], targets[:1], **first)
         if classifies:
             self.classes = tuple(map(str, self._fresh.classes_))
@@ -108,20 +109,17 @@ class SklearnTask:
             estimator.partial_fit(inputs[batch], targets[batch])
             progress(step, steps, None)
         trained = {name: getattr(estimator, name) for name in _TENSORS}
-        loss = float(self._loss(estimator, inputs, targets))
-        return TrainResult(trained, self.num_examples, {"loss": loss, "steps": steps})
+        metrics = {"loss": _score(self._loss, estimator, inputs, targets), "steps": steps}
+        return TrainResult(trained, self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
         """Evaluate ``weights`` on the held-out data; return None if there is none."""
         if self._valid is None or not len(self._valid[1]):
             return None
         estimator = self._with(weights)
-        metrics: dict[str, float] = {}
-        for name, metric in self._metrics.items():
-            try:
-                metrics[name] = float(metric(estimator, *self._valid))
-            except Exception as why:  # costs this metric, not the evaluation
-                metrics[name] = FailedMetric(why)
+        metrics = {
+            name: _score(metric, estimator, *self._valid) for name, metric in self._metrics.items()
+        }
         loss = float(self._loss(estimator, *self._valid))
         return EvalResult(loss, len(self._valid[1]), metrics)
 
@@ -155,6 +153,29 @@ def _checked(data: Any, what: str) -> tuple[Any, Any]:
             "target for each input"
         )
     return inputs, targets
+
+
+def _classes(given: Sequence[Any] | None, *targets: Array) -> Array:
+    """Return the given classes; by default, those of the targets.
+
+    Raises:
+        TaskError: if there is only one.
+    """
+    classes = np.unique(np.concatenate(targets)) if given is None else np.asarray(given)
+    if len(classes) == 1:
+        raise TaskError(
+            f"only the class {classes[0]} is known; give all classes of the federation with "
+            "classes="
+        )
+    return classes
+
+
+def _score(metric: Score, estimator: Any, inputs: Any, targets: Any) -> float:
+    """Return a metric; its error costs only this metric."""
+    try:
+        return float(metric(estimator, inputs, targets))
+    except Exception as why:
+        return FailedMetric(why)
 
 
 def _log_loss_or_error(estimator: Any, inputs: Any, targets: Any) -> float:

@@ -59,7 +59,7 @@ class Consumer:
                 self._content_channel = await self._connection.content_channel(
                     self._channel, self._received.put_nowait, prefetch
                 )
-                underlay.on_consumer_cancel_callbacks.add(self._on_queue_deleted)
+                underlay.on_consumer_cancel_callbacks.add(self._on_cancel)
                 consume_ok = await underlay.basic_consume(
                     self._queue_name, _unused_callback, exclusive=exclusive, arguments=arguments
                 )
@@ -141,8 +141,12 @@ class Consumer:
         self._received.put_nowait(None)
         self._content_channel.close(self._lifetime.error())
 
-    def _on_queue_deleted(self, *_: Any) -> None:
-        self._lifetime.give_up("a queue that this process reads was deleted")
+    def _on_cancel(self, *_: Any) -> None:
+        # The broker gives no reason. The second one is RabbitMQ 4.3's, for quorum queues.
+        self._lifetime.give_up(
+            f"queue {self._queue_name} was deleted, or a message from it was not acknowledged "
+            "within consumer_timeout"
+        )
 
     async def _end(self) -> None:
         self._lifetime.end_callbacks.discard(self._on_link_end)

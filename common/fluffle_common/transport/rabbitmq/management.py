@@ -27,7 +27,7 @@ REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, KeyError, Type
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 # RabbitMQ samples every 5 s. Without this, its rates are 0 whenever the newest sample is older than
 # collect_statistics_interval, which is 1 s in our own node.
-_RATES_OF_SAMPLES = "msg_rates_age=5&msg_rates_incr=5"
+_RATES_OF_SAMPLES = "?msg_rates_age=5&msg_rates_incr=5"
 
 
 @dataclass(frozen=True)
@@ -105,14 +105,15 @@ class Management:
             raise
         return json.loads(text) if text else None
 
-    def queues(self) -> list[dict[str, Any]]:
+    def queues(self, query: str = "") -> list[dict[str, Any]]:
         """Return the descriptions of all queues in the vhost; raises what ``ask`` raises."""
-        path = f"/api/queues/{self.quoted_vhost}?{_RATES_OF_SAMPLES}"
-        queues: list[dict[str, Any]] = self.ask(path)
+        queues: list[dict[str, Any]] = self.ask(f"/api/queues/{self.quoted_vhost}{query}")
         return queues
 
-    def queue_figures(self, topology: Topology) -> list[QueueFigures]:
+    def queue_figures(self, topology: Topology, *, rates: bool = False) -> list[QueueFigures]:
         """Return the figures of a federation's queues, sorted by name.
+
+        Without ``rates``, the rates are often 0; with it, the totals lag behind the other figures.
 
         Raises:
             OSError, http.client.HTTPException, ValueError: as ``ask`` does.
@@ -120,7 +121,10 @@ class Management:
         """
         return [
             read_queue(queue, topology, time.time())
-            for queue in sorted(self.queues(), key=lambda queue: str(queue["name"]))
+            for queue in sorted(
+                self.queues(_RATES_OF_SAMPLES if rates else ""),
+                key=lambda queue: str(queue["name"]),
+            )
             if queue["name"].startswith(f"{topology.federation}.")
         ]
 
