@@ -208,7 +208,7 @@ async def another_digest(probe: Probe) -> str:
     _in_parts(probe)
     transfers = [each.transfer for each in probe.received(Update) if each.transfer]
     if not any(transfer.digest for transfer in transfers):
-        raise Skipped("the worker sends no digests")
+        raise Skipped("the worker's updates announce no digest")
     refused = probe.mark_sent(probe.next_fit())
     _, announcement, parts = pack(refused.fit, probe.weights)
     await probe.deliver(announcement, "fit")
@@ -247,5 +247,7 @@ async def stop_of_another_run(probe: Probe) -> str:
     await probe.send(Refusal(federation=federation, session=session, code="model", reason=reason))
     await probe.update(await probe.ask(probe.next_fit()))
     if any(probe.received(Bye, since)):
-        raise Unmet("the worker disconnected, but should have ignored both messages")
+        raise Unmet(
+            "the worker disconnected because of a message that was meant for another run or session"
+        )
     return "both messages ignored, then an update"
