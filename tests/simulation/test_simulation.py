@@ -372,6 +372,9 @@ def test_tasks_and_hooks_may_run_event_loops_of_their_own():
         def init(self, seed):
             return elsewhere(super().init(seed))
 
+        def frozen(self):
+            return elsewhere({"f": np.ones(2)})
+
         def train(self, weights, plan, progress):
             return elsewhere(super().train(weights, plan, progress))
 
