@@ -75,12 +75,6 @@ def test_options_that_exclude_each_other_are_refused(flags, message):
         )
 
 
-def test_steps_and_epochs_exclude_each_other():
-    flags = ["--federation", "f", "--steps", "5", "--epochs", "3"]
-    with pytest.raises(UsageError, match="--epochs conflicts with --steps; use only one"):
-        CliRunner().invoke(coordinator, flags, catch_exceptions=False)
-
-
 @pytest.mark.parametrize("flags", [["--quorum"], ["--on-deadline", "close", "--min-updates"]])
 def test_more_updates_than_a_sample_can_send_are_refused(flags):
     wrong = f"{flags[-1]} 3 needs more updates than --sample 2 asks for; lower {flags[-1]} or raise"
