@@ -471,6 +471,18 @@ def test_a_step_is_compiled_once_although_the_last_batch_is_short():
     assert Net.traces == 1
 
 
+@pytest.mark.parametrize(
+    "optimizer", [optax.sgd, lambda rate: optax.polyak_sgd(max_learning_rate=rate)]
+)
+def test_a_step_is_compiled_once_for_all_learning_rates(optimizer):
+    task = net(optimizer=optimizer, valid_data=None)
+    weights = task.init(0)
+    Net.traces = 0
+    for rate in (0.01, 0.02):
+        task.train(weights, PLAN.model_copy(update={"learning_rate": rate}), ignore)
+    assert Net.traces == 1
+
+
 def test_an_evaluation_is_compiled_once_although_the_last_batch_is_short(monkeypatch):
     monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
     task = net()

@@ -149,6 +149,12 @@ def test_a_folder_that_seems_to_be_called_wrongly_is_said(folder):
     assert "use --unseen to score all its letters" in _confusion(folder, data="writer-2").stderr
 
 
+def test_a_folder_whose_name_can_be_no_worker_s_id_is_scored(folder):
+    (folder / "client-1").rename(folder / "病院")
+    done = _confusion(folder, "--unseen", data="病院")
+    assert done.stdout.startswith("accuracy 90.00 % of 20 letters that no worker trained on\n")
+
+
 def test_all_and_unseen_exclude_each_other(folder):
     with pytest.raises(UsageError, match="--all conflicts with --unseen"):
         _confusion(folder, "--all", "--unseen")

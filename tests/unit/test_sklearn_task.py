@@ -166,6 +166,12 @@ def test_a_class_may_be_among_the_held_out_examples_only():
     assert task.evaluate(task.init(0)).loss == pytest.approx(np.log(3))
 
 
+@pytest.mark.parametrize("held_out", [CLASSES.astype(float), CLASSES[:, None]])
+def test_held_out_targets_change_no_name_of_a_class(held_out):
+    task = sklearn_task(classifier(), (INPUTS, CLASSES), (INPUTS, held_out))
+    assert task.classes == ("0", "1", "2")
+
+
 def test_a_loss_that_fails_costs_no_training():
     task = sklearn_task(classifier(), (INPUTS, CLASSES), loss=lambda *_: 1 / 0)
     notes: list[str] = []

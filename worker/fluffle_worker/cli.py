@@ -131,25 +131,25 @@ def worker(**options: Any) -> None:
     from fluffle_common.cli.settings import check_federation, check_worker
 
     federation = check_federation(options["federation"])
-    name = check_worker(options["worker_id"] or id_from(options["data"]))
-    _run(federation, name, options)
+    name = options["worker_id"] or id_from(options["data"])
+    if not name:
+        raise UsageError(
+            f"--data '{options['data']}' has no part that can be this worker's ID; add --id"
+        )
+    _run(federation, check_worker(name), options)
 
 
 def id_from(data: str) -> str:
     """Derive a worker's id from ``--data``: the last part of a path, or any other text, cleaned.
 
+    The id is empty if nothing is left of the text.
+
     Example:
         >>> id_from("data/client-1/"), id_from("shard:0/3")
         ('client-1', 'shard-0-3')
-
-    Raises:
-        UsageError: if nothing is left of the text.
     """
     text = data if ":" in data else Path(data).resolve().name
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._")[:64]
-    if not name:
-        raise UsageError(f"--data '{data}' has no part that can be this worker's ID; add --id")
-    return name
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text).strip("-._")[:64]
 
 
 def _run(federation: str, name: str, options: dict[str, Any]) -> None:

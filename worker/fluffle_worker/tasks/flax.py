@@ -318,8 +318,10 @@ def _traces(optimizer: Any, params: Any) -> bool:
         return True
 
     def update(learning_rate: Any, params: Any) -> Any:
-        made = optimizer(learning_rate)
-        return made.update(params, made.init(params), params)
+        made = optax.with_extra_args_support(optimizer(learning_rate))
+        loss = jnp.zeros(())
+        known = {"value": loss, "grad": params, "value_fn": lambda _: loss}
+        return made.update(params, made.init(params), params, **known)
 
     try:
         jax.eval_shape(update, 0.1, params)

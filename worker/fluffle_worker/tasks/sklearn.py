@@ -155,13 +155,16 @@ def _checked(data: Any, what: str) -> tuple[Any, Any]:
     return inputs, targets
 
 
-def _classes(given: Sequence[Any] | None, *targets: Array) -> Array:
+def _classes(given: Sequence[Any] | None, targets: Array, held_out: Array) -> Array:
     """Return the given classes; by default, those of the targets.
 
     Raises:
         TaskError: if there is only one.
     """
-    classes = np.unique(np.concatenate(targets)) if given is None else np.asarray(given)
+    classes = np.unique(targets) if given is None else np.asarray(given)
+    more = np.setdiff1d(held_out, classes)
+    if given is None and len(more):  # else they keep their dtype, and so their names
+        classes = np.union1d(classes, more)
     if len(classes) == 1:
         raise TaskError(
             f"only the class {classes[0]} is known; give all classes of the federation with "
