@@ -118,7 +118,7 @@ def test_a_failing_hook_is_reported_once_and_loses_no_round(federated, capsys):
         )
         assert notes[1] == (
             "round 1 is committed, but its on_round hook failed: the function returned int, but it "
-            "must return None, or a text with the reason to end the run"
+            "must return None, or a string: the reason to end the run"
         )
         lines = (federation.folder / "history.jsonl").read_text().splitlines()
         assert not any("test" in json.loads(line)["event"] for line in lines)

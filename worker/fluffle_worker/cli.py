@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     metavar="DIR",
-    help="Data of this worker; your own task gets this text as options.data. For the letters task: "
-    "a folder of images, laid out as <class>/<image>.",
+    help="Data of this worker; with --task, your function receives this value as options.data. For "
+    "the letters task: a folder of images, laid out as <class>/<image>.",
 )
 @click.option(
     "--task",
@@ -89,8 +89,8 @@ if TYPE_CHECKING:
     "--wait-id",
     type=seconds(),
     default=45.0,
-    help="Seconds to wait if a worker with the same ID is still connected. After a crash, this may "
-    "be the worker's own old connection, which the broker keeps open for a while.",
+    help="Seconds to wait if a worker with the same ID is still connected. After a crash, the "
+    "broker may keep the worker's own old connection open for a while.",
 )
 @click.option(
     "--state-dir",

@@ -232,7 +232,7 @@ url_option = click.option(
     help="URL of the broker: amqp://user:password@host:port/vhost or, with TLS, amqps://…. "
     "For a cluster, give the URLs of several nodes, separated by commas; the command uses any "
     "node that it can reach.  [default: $FLUFFLE_URL, else the broker that 'fluffle broker "
-    "up' started in this folder, else amqp://guest:guest@127.0.0.1:5672/]",
+    "up' started in the current folder, else amqp://guest:guest@127.0.0.1:5672/]",
 )
 """The option ``--url``; its value is None if neither it nor FLUFFLE_URL is set."""
 
@@ -255,8 +255,8 @@ management_option = click.option(
     envvar="FLUFFLE_MANAGEMENT_URL",
     metavar="URL",
     help="URL of RabbitMQ's management API, which provides queue statistics.  [default: the "
-    "API of the broker that 'fluffle broker up' started in this folder, else port 15672 (with "
-    "TLS, 15671) on the host of --url]",
+    "API of the broker that 'fluffle broker up' started in the current folder, else port 15672 "
+    "(with TLS, 15671) on the host of --url]",
     show_default=False,
 )
 

@@ -97,7 +97,7 @@ def delta(trained: Weights, received: Weights) -> Weights:
                 if out.dtype.kind == "i" and _wrapped(trained[name], old, out):
                     raise ValueError(
                         f"tensor '{name}' changed by more than an int64 can hold; keep this tensor "
-                        "out of the weights, or use integers of 32 bits"
+                        "out of the weights, or use a smaller dtype, such as int32"
                     )
     except FloatingPointError:  # both weights are finite
         raise ValueError(

@@ -160,8 +160,8 @@ async def lost_part(probe: Probe) -> str:
     beat = await probe.heartbeat("receiving", "heartbeat in state receiving")
     if (beat.run, beat.round) != (probe.run, sent.fit.round):
         raise Unmet(
-            f"the worker reports that it is receiving round {beat.round}; expected round "
-            f"{sent.fit.round}"
+            f"the heartbeat in state receiving has run {beat.run} and round {beat.round}; expected "
+            f"run {probe.run} and round {sent.fit.round}, as in the fit"
         )
     await _send_strange_parts(probe)
     await probe.update(await probe.ask(sent.fit))
@@ -194,7 +194,9 @@ async def update_in_parts(probe: Probe) -> str:
             f"the worker sent a payload of {len(payload):,} bytes in one message; expected parts"
         )
     if first.transfer.id == again.transfer.id:
-        raise Unmet("the second transfer of the update has the same id as the first one")
+        raise Unmet(
+            "the second transfer of the update has the id of the first one; expected a new id"
+        )
     digest = "with" if first.transfer.digest else "without"
     return f"an update of {first.transfer.parts} parts, sent twice, {digest} a digest"
 

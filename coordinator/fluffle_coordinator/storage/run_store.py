@@ -220,8 +220,8 @@ class RunStore:
             )
         if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
             raise RunError(
-                f"{damage}; repeating the round would send workers a second model of it, which "
-                "epsilon does not include; restore the file, or start a new run with --fresh"
+                f"{damage}; repeating the round would send workers a second model of this round, "
+                "which epsilon does not cover; restore the file, or start a new run with --fresh"
             )
         return last, checkpoint, damage
 

@@ -171,7 +171,7 @@ class HookCalls:
             if returned is not None and not isinstance(returned, str):
                 raise TaskError(
                     f"the function returned {type(returned).__name__}, but it must return None, "
-                    "or a text with the reason to end the run"
+                    "or a string: the reason to end the run"
                 )
             return sendable(returned or "")
 
