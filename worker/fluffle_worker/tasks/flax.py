@@ -255,7 +255,7 @@ class FlaxTask(AdaptedTask):
         if self.local_rule.per_example:
             grad = _each(grad)
         (value, (others, rest)), gradient = grad(params, (inputs, targets))
-        transform = optax.with_extra_args_support(self._transform(learning_rate))
+        transform = self._transform(learning_rate)
         known: dict[str, Any] = {}
         if not self.local_rule.per_example:  # the optimizer must not see past such a rule's noise
             known = {
@@ -263,7 +263,7 @@ class FlaxTask(AdaptedTask):
                 "grad": gradient,
                 "value_fn": lambda at: mean_loss(at, (inputs, targets))[0],
             }
-        change, optimizer_state = transform.update(gradient, optimizer_state, params, **known)
+        change, optimizer_state = _updated(transform, gradient, optimizer_state, params, known)
         params = optax.apply_updates(params, change)
         return (nnx.merge_state(params, still, others), rest, optimizer_state), value
 
@@ -312,6 +312,23 @@ def _each(grad: Callable[..., Any]) -> Callable[..., Any]:
     return of_all
 
 
+def _updated(
+    transform: optax.GradientTransformation,
+    gradient: Any,
+    state: Any,
+    params: Any,
+    known: Mapping[str, Any],
+) -> Any:
+    """Return the change of ``params`` and the next state; an optimizer may need what is ``known``.
+
+    Others, such as ``optax.contrib.sam``, refuse it.
+    """
+    try:
+        return transform.update(gradient, state, params)
+    except TypeError:
+        return optax.with_extra_args_support(transform).update(gradient, state, params, **known)
+
+
 def _traces(optimizer: Any, params: Any) -> bool:
     """Return whether an optimizer can be traced with the learning rate as an argument.
 
@@ -322,10 +339,9 @@ def _traces(optimizer: Any, params: Any) -> bool:
         return True
 
     def update(learning_rate: Any, params: Any) -> Any:
-        made = optax.with_extra_args_support(optimizer(learning_rate))
-        loss = jnp.zeros(())
+        made, loss = optimizer(learning_rate), jnp.zeros(())
         known = {"value": loss, "grad": params, "value_fn": lambda _: loss}
-        return made.update(params, made.init(params), params, **known)
+        return _updated(made, params, made.init(params), params, known)
 
     try:
         jax.eval_shape(update, 0.1, params)
