@@ -133,8 +133,8 @@ TIMERS: dict[str, tuple[str | None, str]] = {
     "resend_s": (
         None,
         "if a worker still reports `idle`, or `receiving` without progress, its work is sent "
-        "again; if it reports the round as done but its update is missing, its work is sent again "
-        "after 4 times as long. The time doubles with each repetition",
+        "again; if the worker reports the round as done but its update is missing, its work is "
+        "sent again after 4 times this time. The time doubles with each repetition",
     ),
     "grace_s": ("--grace", "after the quorum, the round closes without the missing updates"),
     "deadline_s": (

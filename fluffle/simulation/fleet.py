@@ -160,10 +160,9 @@ class Fleet:
         if id(whole) not in self._models:
             try:
                 with hidden_loop():
-                    form = signature_of_task(client.task)
+                    self._models[id(whole)] = signature_of_task(client.task), FrozenTensors(whole)
             except TaskError as why:
                 raise TaskError(f"the task '{client.name}' cannot take part: {why}") from None
-            self._models[id(whole)] = form, FrozenTensors(whole)
         return self._models[id(whole)]
 
     # --- messages received ---------------------------------------------------------------------

@@ -178,8 +178,7 @@ def _devices(owned: Iterable[Device]) -> list[Device]:
     given = list(owned) if isinstance(owned, Iterable) else []
     if not given or not all(isinstance(one, Device) for one in given):
         raise UsageError(
-            f"{_CALLER}(): owned = {owned!r:.60} is not valid; expected a list with one Device for "
-            "each client"
+            f"{_CALLER}(): owned= expects a list with one Device for each client, not {owned!r:.60}"
         )
     return given
 

@@ -49,7 +49,7 @@ def test_a_minimal_worker_fails_what_it_lacks(federation: Federation) -> None:
 UNMET = {
     "extra tensors",
     "last work",
-    "mail for nobody",
+    "messages to ignore",
     "part of the model",
     "same fit again",
     "same fit while at work",

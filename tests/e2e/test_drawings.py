@@ -18,6 +18,7 @@ from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.report import page, snapshot
 from fluffle_coordinator.dashboard.server import listen, served
 from tests.browser import PATIENCE_MS, Window, chromium, window
+from tests.history_lines import committed, evaluated, participant
 
 EVIL = "<img src=x onerror=alert(1)></script><script>alert(2)</script>\u2028"
 # What lies outside the drawing that it belongs to, in pixels beyond a rounding.
@@ -38,20 +39,19 @@ def browser() -> Iterator[Browser]:
 
 
 def row(number: int, *workers: str, **more: Any) -> dict[str, Any]:
-    fields = {"num_examples": 100, "train_loss": 2.0 / number, "seconds": 4.0, "counted_s": 5.0}
-    return {
-        "round": number,
-        "participants": [{"worker": worker, "bytes": 1000, **fields} for worker in workers],
-        "asked": ["a", "b", *workers],
-        "opened_at": "2026-03-01T10:00:00+00:00",
-        "committed_at": "2026-03-01T10:00:30+00:00",
-        "timings": {"waiting_s": 1.0, "open_s": 10.0, "fold_s": 0.5, "checkpoint_s": 2.0},
-        "loss": 1.0 / number,
-        "accuracy": 1.0 - 0.9 / number,
-        "late": int(number == 2),
-        "late_updates": [{"worker": "b", "round": 1}] if number == 2 else [],
-        **more,
-    }
+    fields = {"num_examples": 100, "train_loss": 2.0 / number, "seconds": 4.0, "bytes": 1000}
+    late = {"late": 1, "late_updates": [{"worker": "b", "round": 1}]} if number == 2 else {}
+    line = committed(
+        number,
+        *(participant(worker, counted_s=5.0, **fields) for worker in workers),
+        asked=["a", "b", *workers],
+        opened_at="2026-03-01T10:00:00+00:00",
+        committed_at="2026-03-01T10:00:30+00:00",
+        timings={"waiting_s": 1.0, "open_s": 10.0, "fold_s": 0.5, "checkpoint_s": 2.0},
+        **late,
+    )
+    accuracy = 1.0 - 0.9 / number
+    return {**line, **evaluated(number, loss=1.0 / number, accuracy=accuracy), **more}
 
 
 def drawn(rows: list[dict[str, Any]], folder: Path, federation: str = "letters") -> str:
@@ -118,8 +118,8 @@ def test_staleness_and_privacy_are_there_when_a_run_has_them(
     browser: Browser, tmp_path: Path
 ) -> None:
     stale = [
-        {"worker": "a", "num_examples": 100, "staleness": 0, "weight": 100.0},
-        {"worker": "b", "num_examples": 100, "staleness": 2, "weight": 50.0},
+        participant("a", num_examples=100, staleness=0, weight=100.0),
+        participant("b", num_examples=100, staleness=2, weight=50.0),
     ]
     rows = [row(1, participants=stale, epsilon=0.5), row(2, participants=stale, epsilon=0.75)]
     with window(browser, drawn(rows, tmp_path)) as seen:

@@ -386,9 +386,9 @@ def does_not_compare_digests(patch):
 MISTAKES = {
     trains_again: {"same fit again"},
     answers_any_attempt: {"rejected update"},
-    leaves_at_any_stop: {"end of others"},
+    leaves_at_any_stop: {"stop of another run"},
     knows_no_critical_keys: {"unknown critical key"},
-    works_for_any_federation: {"mail for nobody"},
+    works_for_any_federation: {"messages to ignore"},
     does_not_look_at_the_weights: {"unsound weights"},
     hides_that_it_receives: {"lost part"},
     forgets_what_it_did: {"last work"},
@@ -402,7 +402,7 @@ MISTAKES = {
     leaves_out_the_sequence: {"ticket"},
     trains_everything: {"part of the model"},
     has_no_extra_tensors_and_does_not_say_so: {"extra tensors"},
-    reads_sealed_payloads: {"mail for nobody"},
+    reads_sealed_payloads: {"messages to ignore"},
     does_not_compare_digests: {"another digest"},
 }
 

@@ -313,8 +313,8 @@ class TestDevices:
         ({"folder": 3}, "folder = 3 is not a path"),
         ({"clients": 3}, "clients = 3, but the number of tasks is 2"),
         ({"seed": None}, "seed = None is not valid; expected a whole number of at least 0"),
-        ({"owned": Device()}, "owned = Device(step_s=0.0, "),
-        ({"owned": [1.0, 2.0]}, "owned = [1.0, 2.0] is not valid; expected a list with one Device"),
+        ({"owned": Device()}, "with one Device for each client, not Device(step_s=0.0, "),
+        ({"owned": [1.0, 2.0]}, "one Device for each client, not [1.0, 2.0]"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "invalid availability 'often'"),
         ({"step_s": "uniform:2,1"}, "LOW is above HIGH; use uniform:1,2"),
@@ -371,6 +371,9 @@ def test_tasks_and_hooks_may_run_event_loops_of_their_own():
     class Asynchronous(Adder):
         def init(self, seed):
             return elsewhere(super().init(seed))
+
+        def frozen(self):
+            return elsewhere({"f": np.ones(2)})
 
         def train(self, weights, plan, progress):
             return elsewhere(super().train(weights, plan, progress))

@@ -14,7 +14,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 
 @pytest.fixture(scope="module")
 def drawing():
-    spec = importlib.util.spec_from_file_location("rooms", DOCS / "rooms.py")
+    spec = importlib.util.spec_from_file_location("packages", DOCS / "packages.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -22,12 +22,12 @@ def drawing():
 
 def test_the_picture_is_of_the_folders_as_they_are(drawing):
     text = drawing.PAGE.read_text(encoding="utf-8")
-    assert drawing.page(text) == text, "run: python docs/rooms.py"
+    assert drawing.page(text) == text, "run: python docs/packages.py"
 
 
-def test_every_room_says_in_one_line_what_is_in_it(drawing):
+def test_every_package_says_in_one_line_what_it_contains(drawing):
     rows = [line for line in drawing.contents().splitlines() if line.startswith("| [`")]
-    assert len(rows) == len(drawing.rooms())
+    assert len(rows) == len(drawing.packages())
     assert all(re.fullmatch(r"\| \[`[\w/]+`\]\(\.\./[\w/]+\) \| \S.*\S \|", row) for row in rows)
 
 

@@ -25,6 +25,17 @@ def test_the_chart_of_many_rounds_has_few_ticks():
     assert all(tick == int(tick) for tick in ticks)
 
 
+def test_a_metric_of_every_second_round_is_a_curve():
+    pytest.importorskip("matplotlib")
+    numbers = range(1, 101)
+    tested = [0.5 if n % 2 == 0 else None for n in numbers]
+    figure = history_chart(numbers, {"test/accuracy": tested, "mae": [None] * 100})
+    curve, empty = figure.axes[0].lines
+    assert list(curve.get_xdata()) == list(range(2, 101, 2))
+    assert list(curve.get_ydata()) == [0.5] * 50
+    assert not len(empty.get_xdata())
+
+
 def test_a_worker_cannot_prevent_the_drawing_with_an_extreme_loss(tmp_path) -> None:
     pytest.importorskip("matplotlib")
     losses = (1.7e308, -1.7e308, 0.5)

@@ -385,7 +385,7 @@ def test_a_checkpoint_that_is_not_finite_is_different_and_still_json(folder):
 def test_an_equal_replay_in_words(folder):
     shown = CliRunner().invoke(replay_command, [str(folder), "--round", "2"])
     assert shown.exit_code == 0
-    assert "equal: all 7 tensors match the committed model bit by bit" in shown.output
+    assert "equal: all 7 tensors match the committed model bit for bit" in shown.output
     assert "a (3), b.x-1 (7), c (11)" in shown.output
 
 

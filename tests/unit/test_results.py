@@ -229,6 +229,8 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
 def test_losses_of_steps_that_are_no_numbers_are_named_once():
     reports: list[str] = []
     results = Results(reports.append)
+    assert results.step(1, 3, None) == (1, 3, None)
+    assert not reports
     for number in range(3):
         assert results.step(number, 3, np.arange(number, number + 2.0)) == (number, 3, None)
     assert len(reports) == 1

@@ -1,4 +1,4 @@
-"""Server steps: published numbers, integers, the ends of dtypes, and resuming bit by bit."""
+"""Server steps: published numbers, integers, the ends of dtypes, and resuming bit for bit."""
 
 from __future__ import annotations
 

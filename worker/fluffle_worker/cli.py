@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="PATH.PY:NAME",
     help="Codec to load from your own file, given as path.py:name. The coordinator can then "
-    "select it. May be given several times. Installed codecs are found without this option.",
+    "select this codec. May be given several times. Installed codecs are found without this "
+    "option.",
 )
 @click.option(
     "--local-rule",

@@ -30,7 +30,7 @@ _state_option = click.option(
     default=".fluffle",
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
-    help="Folder for this node's configuration, data and logs.  [default: $FLUFFLE_STATE, "
+    help="Folder for the private broker's configuration, data and logs.  [default: $FLUFFLE_STATE, "
     "else .fluffle in the current folder]",
 )
 

@@ -83,10 +83,10 @@ def read_frozen(folder: Path, digest: str) -> Frozen:
     try:
         found = frozen_of(map_tensors(path))
         if found.digest != digest:
-            raise UsageError(f"{path} holds other tensors, with the digest {found.digest[:16]}…")
+            raise UsageError(f"{path} contains other tensors, with the digest {found.digest[:16]}…")
     except UsageError as why:
         raise UsageError(
-            f"the model's frozen tensors cannot be read ({why}); put this file of the run beside "
-            "the model"
+            f"the model's frozen tensors cannot be read ({why}); copy this file from the run "
+            "folder into the folder of the model"
         ) from None
     return found

@@ -38,8 +38,8 @@ if TYPE_CHECKING:
 @click.option(
     "--twice",
     is_flag=True,
-    help="Also test a refusal. At the end, the command waits until you restart the worker. It then "
-    "refuses the restarted worker, and checks the worker's reaction.",
+    help="Also test how the worker reacts when it is refused. At the end, the command waits until "
+    "you restart the worker, and then refuses it.",
 )
 @click.option(
     "--wait",

@@ -53,9 +53,10 @@ def run_option(command: Any) -> Any:
     type=count(),
     metavar="N",
     help="Number of workers that must be connected before the first round starts. If you set this "
-    "option, a round also never needs fewer updates than it would with N connected workers: with "
-    "'--min-workers 4 --quorum 0.5', at least 2. This lower limit does not apply with --select "
-    "poisson or path.py:name.  [default: --quorum if given as a number, else 2]",
+    "option, the quorum is also computed as if at least N workers were connected: with "
+    "'--min-workers 4 --quorum 0.5', a round needs at least 2 updates. This second effect does not "
+    "apply with --select poisson or path.py:name.  [default: --quorum if given as a number, else "
+    "2]",
 )
 @click.option(
     "--quorum",
@@ -81,9 +82,9 @@ def run_option(command: Any) -> Any:
     "--on-deadline",
     type=click.Choice(["reopen", "close", "stop"]),
     default="reopen",
-    help="Action when the deadline of a round passes: 'reopen' asks the connected workers again, "
-    "'close' closes the round with the updates that have arrived (at least --min-updates), and "
-    "'stop' ends the run.",
+    help="Action when the deadline of a round passes: 'reopen' opens the round again with the "
+    "connected workers, 'close' closes the round with the updates that have arrived (at least "
+    "--min-updates), and 'stop' ends the run.",
 )
 @click.option(
     "--min-updates",
@@ -104,15 +105,15 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--evaluate",
     metavar="path.py:name",
-    help="A function of yours, called after every round to evaluate the model. It takes a dict of "
-    "weights by name and returns a dict of metrics by name. The next round starts after it "
-    "returns.",
+    help="Your own function, called after every round to evaluate the model. The function takes a "
+    "dict of weights by name and returns a dict of metrics by name. The next round starts after "
+    "the function returns.",
 )
 @click.option(
     "--on-round",
     metavar="path.py:name",
-    help="A function of yours, called after every commit. If it returns a string, the run ends "
-    "with this string as the reason.",
+    help="Your own function, called after every commit. If the function returns a string, the run "
+    "ends with this string as the reason.",
 )
 @stopping_options
 @plan_options
@@ -120,8 +121,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Classes that every worker must have.  [default: the classes that most of the waiting "
-    "workers have]",
+    help="Names of all classes in the federation; a worker with other classes is refused.  "
+    "[default: the classes that most of the waiting workers have]",
 )
 @click.option(
     "--init",
@@ -156,7 +157,7 @@ def run_option(command: Any) -> Any:
     "--max-examples",
     type=count(),
     metavar="N",
-    help="Maximum number of examples that an update counts for in the average.  "
+    help="Largest weight, in examples, that one update can have in the average.  "
     "[default: the number that its worker announced when it connected]",
 )
 @click.option(

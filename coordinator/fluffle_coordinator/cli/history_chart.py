@@ -36,8 +36,11 @@ def history_chart(numbers: Sequence[int], columns: Mapping[str, Sequence[float |
     figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in panel:
-            values = np.clip(np.array(columns[name], float), -_MOST_DRAWN, _MOST_DRAWN)
-            axes.plot(numbers, values, "o-" if len(numbers) <= _DOTS else "-", label=name)
+            # Without gaps: a value between two gaps would be a line of no length.
+            points = [(n, v) for n, v in zip(numbers, columns[name], strict=True) if v is not None]
+            rounds, values = np.array(points, float).reshape(-1, 2).T
+            values = np.clip(values, -_MOST_DRAWN, _MOST_DRAWN)
+            axes.plot(rounds, values, "o-" if len(rounds) <= _DOTS else "-", label=name)
         axes.set_xlabel("round")
         label = "loss" if panel is losses else panel[0] if len(panel) == 1 else "metrics"
         axes.set_ylabel(label, parse_math=False)

@@ -63,7 +63,7 @@ def replay(
     RUN is the run folder, such as runs/letters, of a coordinator that ran with --keep-updates.
     Replay starts from the model of the previous round. The round's updates go through the
     coordinator's checks and the run's strategy again, in their original order. The resulting model
-    is compared bit by bit with the committed model.
+    is compared bit for bit with the committed model.
 
     The exit code is 0 if the models are equal, 1 if they differ, and 2 if a file is missing or
     damaged.
@@ -133,7 +133,7 @@ def _print(comparison: Replay) -> None:
             + ", ".join(wrong)
         )
     else:
-        echo(f"equal: all {len(tensors)} tensors match the committed model bit by bit")
+        echo(f"equal: all {len(tensors)} tensors match the committed model bit for bit")
 
 
 def _words(distance: Distance) -> str:

@@ -118,9 +118,9 @@ schedule_options = option_group(
         "--staleness",
         type=Parsed("staleness", _discount),
         metavar="NAME[:ARGS]",
-        help="Factor on the weight of an update with staleness s: constant (1); polynomial:a "
-        "(1/(1+s)^a); hinge:a,b (1 up to s=b, then 1/(a(s-b)+1)); or threshold:b (1 up to s=b, "
-        "then 0).  [default: polynomial:0.5]",
+        help="Factor that multiplies the weight of an update with staleness s: constant (1); "
+        "polynomial:a (1/(1+s)^a); hinge:a,b (1 up to s=b, then 1/(a(s-b)+1)); or threshold:b (1 "
+        "up to s=b, then 0).  [default: polynomial:0.5]",
     ),
     click.option(
         "--late",

@@ -11,11 +11,11 @@ stopping_options = option_group(
     click.option(
         "--monitor",
         metavar="METRIC",
-        help="Metric for --target and --patience; the model with its best value is kept as "
-        "best.safetensors. Give a federated metric such as accuracy, or test/NAME for a metric of "
-        "your --evaluate function. Lower is better if the name ends with loss, error, error_rate, "
-        "mse, mae, mape, nll, entropy or perplexity; otherwise, higher is better.  [default: the "
-        "loss, and no best model is kept]",
+        help="Metric for --target and --patience; the model with the best value of this metric is "
+        "kept as best.safetensors. Give a federated metric such as accuracy, or test/NAME for a "
+        "metric of your --evaluate function. Lower is better if the name ends with loss, error, "
+        "error_rate, mse, mae, mape, nll, entropy or perplexity; otherwise, higher is better.  "
+        "[default: the loss, and no best model is kept]",
     ),
     click.option(
         "--target",
@@ -34,6 +34,6 @@ stopping_options = option_group(
         type=seconds(min_open=True),
         metavar="SECONDS",
         help="Time limit in seconds for all rounds together. The run ends after the round that "
-        "exceeds it.  [default: no limit]",
+        "exceeds this limit.  [default: no limit]",
     ),
 )

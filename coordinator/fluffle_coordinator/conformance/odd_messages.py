@@ -49,7 +49,7 @@ async def unknown_critical_key(probe: Probe) -> str:
     "a worker ignores messages that are malformed, sealed, of another federation or of an unknown "
     "kind, and exchanges that it does not know",
 )
-async def mail_for_nobody(probe: Probe) -> str:
+async def messages_to_ignore(probe: Probe) -> str:
     """Send such messages, then work."""
     elsewhere = probe.mark_sent(probe.next_fit())
     _, body, _ = pack(elsewhere.fit, _small(probe))
@@ -208,7 +208,7 @@ async def another_digest(probe: Probe) -> str:
     _in_parts(probe)
     transfers = [each.transfer for each in probe.received(Update) if each.transfer]
     if not any(transfer.digest for transfer in transfers):
-        raise Skipped("the worker sends no digests")
+        raise Skipped("the worker's updates announce no digest")
     refused = probe.mark_sent(probe.next_fit())
     _, announcement, parts = pack(refused.fit, probe.weights)
     await probe.deliver(announcement, "fit")
@@ -236,7 +236,7 @@ def _in_parts(probe: Probe) -> int:
 
 
 @requires("Leaving", "a worker ignores a stop of another run and a refusal of another session")
-async def end_of_others(probe: Probe) -> str:
+async def stop_of_another_run(probe: Probe) -> str:
     """Send both, then work."""
     federation, since = probe.topology.federation, len(probe.messages)
     run, session = RUNS + fresh_name(), fresh_name()
@@ -247,5 +247,7 @@ async def end_of_others(probe: Probe) -> str:
     await probe.send(Refusal(federation=federation, session=session, code="model", reason=reason))
     await probe.update(await probe.ask(probe.next_fit()))
     if any(probe.received(Bye, since)):
-        raise Unmet("the worker disconnected, but should have ignored both messages")
+        raise Unmet(
+            "the worker disconnected because of a message that was meant for another run or session"
+        )
     return "both messages ignored, then an update"

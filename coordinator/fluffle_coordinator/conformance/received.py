@@ -77,7 +77,7 @@ def check_rhythm(messages: Sequence[Received], now: float) -> str:
     longest_s = max(later - earlier for earlier, later in pairwise(times))
     summary = f"{len(signs)} heartbeats (announced: one every {every_s:g} s)"
     if longest_s > Rules.patience * every_s:
-        raise Unmet(f"the worker sent {summary}, but was silent for {longest_s:.1f} s")
+        raise Unmet(f"the worker sent {summary}, but none for {longest_s:.1f} s")
     return f"{summary}, with a longest pause of {longest_s:.1f} s"
 
 

@@ -81,8 +81,8 @@ async def last_work(probe: Probe) -> str:
         )
     if beat.base not in (None, update.base):
         raise Unmet(
-            f"the worker's heartbeat and its last update name different weights as their base: "
-            f"{beat.base} and {update.base}"
+            f"the worker's heartbeat says that it trained from {beat.base}, but its last update "
+            f"says {update.base}"
         )
     return f"idle after round {beat.round}"
 

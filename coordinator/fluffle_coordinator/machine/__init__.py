@@ -1,1 +1,1 @@
-"""The coordinator's pure state machine: state and event in, next state and effects out."""
+"""The coordinator's pure state machine: it maps a state and an event to a state and effects."""

@@ -1,1 +1,1 @@
-"""Observation of a run: watchers, the journal, and the folds that explain what happened."""
+"""What people see of a run: log, journal, and explanations of what happened."""

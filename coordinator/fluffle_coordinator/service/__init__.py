@@ -1,1 +1,1 @@
-"""The running coordinator: asyncio code that carries out the effects of the machine."""
+"""The running coordinator: asyncio code that carries out the state machine's effects."""

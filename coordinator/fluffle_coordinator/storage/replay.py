@@ -1,4 +1,4 @@
-"""Replay: a round's model computed again from its archived updates, and compared bit by bit.
+"""Replay: a round's model computed again from its archived updates, and compared bit for bit.
 
 A replay uses the coordinator's checks and strategy, and the same order of updates.
 """
@@ -59,7 +59,7 @@ class Replay:
 
     @property
     def equal(self) -> bool:
-        """Whether the archived updates give the committed model bit by bit."""
+        """Whether the archived updates give the committed model bit for bit."""
         return all(tensor.replayed.equal for tensor in self.tensors)
 
     def as_json(self) -> dict[str, Any]:

@@ -220,9 +220,8 @@ class RunStore:
             )
         if any("epsilon" in committed[number] for number in range(last + 1, newest + 1)):
             raise RunError(
-                f"{damage}; the round cannot be repeated, because workers have already "
-                "received its model, and epsilon would not include a repeat; restore the file, "
-                "or start a new run with --fresh"
+                f"{damage}; repeating the round would send workers a second model of it, which "
+                "epsilon does not include; restore the file, or start a new run with --fresh"
             )
         return last, checkpoint, damage
 

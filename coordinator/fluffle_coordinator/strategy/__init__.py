@@ -1,1 +1,1 @@
-"""Strategies, pure: decode and check updates, sum them, and step to the next model."""
+"""Strategies: pure functions that decode, check and sum updates, and compute the next model."""

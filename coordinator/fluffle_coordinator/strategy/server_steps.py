@@ -14,7 +14,7 @@ Federated Visual Classification", 2019); Adagrad, Adam and Yogi are algorithm 2 
 All start with m = v = 0. The paper's initial v is at least tau²; zero is the usual choice, and only
 ``tau`` then bounds the first step. Steps are computed in float64. The state is float32, or float64
 for float64 tensors, and is rounded once per round, so a run that is resumed from a checkpoint
-continues bit by bit as if it had not stopped.
+continues bit for bit as if it had not stopped.
 
 The mean delta is added to integer tensors unchanged, as in federated averaging, since a step of
 ``lr`` would round to zero.

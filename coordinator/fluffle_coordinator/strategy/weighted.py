@@ -139,7 +139,7 @@ class Weighted:
     def replaced(self, state: Sum, weights: Weights) -> tuple[Tensors, Sum]:
         """Return ``weights`` plus the mean delta, rounded once, and empty sums.
 
-        For floats, the result is bit by bit that of ``finish`` and ``apply_delta``, in fewer
+        For floats, the result is bit for bit that of ``finish`` and ``apply_delta``, in fewer
         passes; for integers, it is exact.
         """
         count = _counted(state)

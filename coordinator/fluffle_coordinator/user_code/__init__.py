@@ -1,1 +1,1 @@
-"""The code of users: strategies, schedules, selections and hooks are loaded and called here."""
+"""Loads and calls users' own strategies, schedules, selections and hooks."""

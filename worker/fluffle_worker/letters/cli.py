@@ -155,7 +155,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     "--seed",
     type=SEED,
     default=0,
-    help="The --seed of the worker that trained on this folder; it determines the held-out "
+    help="The --seed of the worker that trained on this folder; this seed determines the held-out "
     "letters.",
 )
 def confusion(**options: Any) -> None:

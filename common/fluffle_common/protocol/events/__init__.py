@@ -1,4 +1,4 @@
-"""Run events: a frozen class for each, with typed fields and a sentence.
+"""Run events: a frozen class for each kind, with typed fields and a sentence for the log.
 
 Coordinator and worker report what happens as these events, and the log, the journal, the live page
 and ``fluffle explain`` show them. Names and fields are those on the wire (``docs/protocol.md``).

@@ -1,1 +1,1 @@
-"""The schedules that fluffle comes with, one file each."""
+"""The built-in schedules, one file each."""

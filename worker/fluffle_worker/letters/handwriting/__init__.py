@@ -1,1 +1,1 @@
-"""Drawn letters, for when no data is at hand."""
+"""Draws images of handwritten letters, to try fluffle without data."""

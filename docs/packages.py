@@ -1,10 +1,10 @@
 """Generates the diagram and the table of packages in ``architecture.md``.
 
-    python docs/rooms.py            updates architecture.md
-    python docs/rooms.py --check    exits with 1 if architecture.md is out of date
+    python docs/packages.py            updates architecture.md
+    python docs/packages.py --check    exits with 1 if architecture.md is out of date
 
-A room is a package with modules in it, described by the first line of its docstring. An arrow leads
-from a room to each room that it imports.
+Packages without modules are left out. The first line of its docstring describes a package, and an
+arrow leads from a package to each package that it imports.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import grimp
 ROOT = Path(__file__).parents[1]
 PAGE = Path(__file__).with_name("architecture.md")
 SIDES = ("fluffle", "broker", "coordinator", "worker", "common")
-BEGIN, END = "<!-- rooms: made by docs/rooms.py -->", "<!-- rooms: end -->"
+BEGIN, END = "<!-- packages: made by docs/packages.py -->", "<!-- packages: end -->"
 
 
-def rooms() -> dict[str, Path]:
-    """Return the folder of every room, by its import name."""
+def packages() -> dict[str, Path]:
+    """Return the folder of every package, by its import name."""
     folders = {}
     for side in SIDES:
         base = ROOT if side == "fluffle" else ROOT / side
@@ -38,38 +38,38 @@ def _package(side: str) -> str:
 
 
 def arrows(names: set[str]) -> list[tuple[str, str]]:
-    """Return the pairs of a room and another that it imports, each once."""
+    """Return the pairs of a package and another that it imports, each once."""
     graph = grimp.build_graph(*map(_package, SIDES), cache_dir=None)
     pairs = {
-        (_room(module, names), _room(imported, names))
+        (_package_of(module, names), _package_of(imported, names))
         for module in graph.modules
         for imported in graph.find_modules_directly_imported_by(module)
     }
     return sorted((one, other) for one, other in pairs if one and other and one != other)
 
 
-def _room(module: str, names: set[str]) -> str:
+def _package_of(module: str, names: set[str]) -> str:
     while module and module not in names:
         module = module.rpartition(".")[0]
     return module
 
 
-def _short(room: str) -> str:
-    return room.removeprefix("fluffle_").replace(".", "/")
+def _short(package: str) -> str:
+    return package.removeprefix("fluffle_").replace(".", "/")
 
 
-def _side(room: str) -> str:
-    return _short(room).partition("/")[0]
+def _side(package: str) -> str:
+    return _short(package).partition("/")[0]
 
 
-def _node(room: str) -> str:
-    """Return a room's node id in the diagram, where the name of a side is that of its box."""
-    short = _short(room)
+def _node(package: str) -> str:
+    """Return a package's node id in the diagram, where the name of a side is that of its box."""
+    short = _short(package)
     return f"{short}_files" if short in SIDES else short.replace("/", "_")
 
 
 def picture(names: list[str], pairs: list[tuple[str, str]]) -> str:
-    """Return the rooms and arrows as a Mermaid flowchart with one box per side.
+    """Return the packages and arrows as a Mermaid flowchart with one box per side.
 
     Arrows between sides are merged into one per pair; otherwise those to ``common`` would hide all
     others.
@@ -77,9 +77,9 @@ def picture(names: list[str], pairs: list[tuple[str, str]]) -> str:
     lines = ["flowchart TD"]
     for side in SIDES:
         lines.append(f"    subgraph {side}")
-        for room in (name for name in names if _side(name) == side):
-            inner = _short(room).partition("/")[2] or "(its own files)"
-            lines.append(f'        {_node(room)}["{inner}"]')
+        for name in (each for each in names if _side(each) == side):
+            inner = _short(name).partition("/")[2] or "(its own files)"
+            lines.append(f'        {_node(name)}["{inner}"]')
         lines.append("    end")
     within = [(a, b) for a, b in pairs if _side(a) == _side(b)]
     lines += [f"    {_node(a)} --> {_node(b)}" for a, b in within]
@@ -90,14 +90,14 @@ def picture(names: list[str], pairs: list[tuple[str, str]]) -> str:
 
 def contents() -> str:
     """Return the text between the marks: the diagram and the table."""
-    folders = rooms()
+    folders = packages()
     names = sorted(folders, key=lambda name: (SIDES.index(_side(name)), name))
     lines = [
         "```mermaid",
         picture(names, arrows(set(folders))),
         "```",
         "",
-        "| room | what is in it |",
+        "| package | what it contains |",
         "|---|---|",
     ]
     for name in names:
