@@ -78,6 +78,7 @@ class FlaxTask(AdaptedTask):
 
     Raises:
         TaskError: if an argument is unusable, or a filter leaves nothing to its purpose.
+        UsageError: if ``local_rule`` names no rule, or is none.
     """
 
     def __init__(
