@@ -159,7 +159,8 @@ async def test_a_checkpoint_that_cannot_be_opened_is_an_error_about_this_file(st
     checkpoint = store.folder / checkpoint_name(0)
     checkpoint.unlink()
     checkpoint.mkdir()
-    with pytest.raises(RunError, match=f"{checkpoint}: Is a directory.*; make this file readable"):
+    wrong = f"{checkpoint}: Is a directory.*; make this file readable and writable, and run"
+    with pytest.raises(RunError, match=wrong):
         settings = SimpleNamespace(federation="f")
         await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
     store.unlock()

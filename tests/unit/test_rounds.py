@@ -304,7 +304,7 @@ def test_no_first_weights_stop_the_run_with_the_reason():
         run.seen(name, hello=True)
     run.failed("a", 0)
     run.failed("b", 0)
-    assert run.state.reason == "no first weights; b reported: out of memory"
+    assert run.state.reason == "no first weights; b: out of memory"
 
 
 def test_first_weights_that_never_come_stop_the_run_with_the_reason():
@@ -978,7 +978,7 @@ def test_if_every_worker_fails_the_run_stops_with_the_reason():
     run.failed("b", 1)
     run.failed("a", 1)
     assert run.state.outcome == "stopped"
-    assert run.state.reason == "every worker failed in round 1; b reported: out of memory"
+    assert run.state.reason == "every worker failed in round 1; b: out of memory"
 
 
 def test_if_all_that_a_sample_asked_fail_others_are_asked_at_once():

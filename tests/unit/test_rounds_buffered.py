@@ -111,7 +111,7 @@ def test_an_idle_worker_takes_the_place_of_the_only_one_that_was_asked_and_faile
     assert run.state.phase is Phase.OPEN
     assert asked(run.seen("b")) == ["b"]
     run.failed("b", 1)
-    assert run.state.reason == "every worker failed in round 1; b reported: out of memory"
+    assert run.state.reason == "every worker failed in round 1; b: out of memory"
 
 
 def test_the_last_model_is_evaluated_by_a_worker_whose_last_training_failed():

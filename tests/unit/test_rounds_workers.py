@@ -399,6 +399,12 @@ def test_a_stalled_training_fails_with_the_option():
     assert only(effects, fx.Commit)
 
 
+def test_a_run_that_ends_because_of_a_stall_does_not_say_that_the_worker_reported_it():
+    run = heard("a", rules=Rules(rounds=1, min_workers=1, stall_timeout_s=60))
+    train_for(run, 62, "", "a")
+    assert run.state.reason.startswith("every worker failed in round 1; a: no progress for 60 s")
+
+
 def test_a_long_round_is_not_a_dead_one():
     run = heard("a", "b", rules=Rules(rounds=1, deadline_s=60, max_reopenings=3))
     run.update("a")

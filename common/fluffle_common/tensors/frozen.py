@@ -86,7 +86,7 @@ def read_frozen(folder: Path, digest: str) -> Frozen:
             raise UsageError(f"{path} contains other tensors, with the digest {found.digest[:16]}…")
     except UsageError as why:
         raise UsageError(
-            f"the model's frozen tensors cannot be read ({why}); copy this file from the run "
-            "folder into the folder of the model"
+            f"the model's frozen tensors cannot be read ({why}); restore this file, or copy it "
+            "from the run folder that the model comes from"
         ) from None
     return found

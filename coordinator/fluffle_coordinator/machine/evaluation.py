@@ -100,4 +100,4 @@ def end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
 def last_failure(failed: Mapping[str, str]) -> str:
     """Return one of the failures, with its worker: the last by name."""
     worker, reason = max(failed.items())
-    return f"{worker} reported: {reason}"
+    return f"{worker}: {reason}"

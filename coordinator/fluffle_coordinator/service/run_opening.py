@@ -112,7 +112,7 @@ def _usable(folder: Path) -> Iterator[None]:
         if why.errno in (errno.ENOSPC, errno.EDQUOT):
             remedy = "free disk space and run the same command again"
         elif why.filename and Path(why.filename).suffix in (".safetensors", ".json", ".jsonl"):
-            remedy = "make this file readable, and run the same command again"
+            remedy = "make this file readable and writable, and run the same command again"
         raise RunError(f"cannot use the run folder {folder} ({what}); {remedy}") from None
 
 
