@@ -34,6 +34,25 @@ def test_a_federation_runs(federated):
     federated(scenario)
 
 
+def test_a_worker_says_once_that_the_broker_still_holds_its_earlier_connection(federated):
+    async def scenario(federation):
+        federation.coordinator(rounds=1, min_workers=2)
+        worker = federation.worker("a", Adder(federation.loop))
+        await worker.log.until("connected")
+        worker.line.cut()
+        earlier = await federation.broker.open()
+        deliveries = await earlier.consume(f"{NAME}.inbox.a", prefetch=1, exclusive=True)
+        waiting = await worker.log.until("waiting")
+        assert waiting["what"] == "connection"
+        await asyncio.sleep(60.0)
+        assert len([x for x in worker.log.of("waiting") if x["what"] == "connection"]) == 1
+        await deliveries.aclose()
+        earlier.cut()
+        await worker.log.until("connected", 2)
+
+    federated(scenario)
+
+
 @pytest.mark.parametrize("after_s", [0.3, 1.1, 1.9])
 def test_no_worker_is_gone_after_the_coordinator_was_stopped(federated, after_s):
     async def scenario(federation):

@@ -333,6 +333,14 @@ def test_a_line_search_evaluates_the_loss_of_the_batch():
     np.testing.assert_allclose(trained["linear/kernel"][:, 0], [1, -2, 3, 0.5], atol=1e-4)
 
 
+def test_an_optimizer_that_takes_nothing_but_gradients_is_given_nothing_else():
+    task = line(optimizer=lambda rate: optax.contrib.sam(optax.sgd(rate), optax.sgd(0.0)))
+    weights = task.init(0)
+    plan = PLAN.model_copy(update={"steps": 2})  # sam takes a step only at every second gradient
+    moved = task.train(weights, plan, ignore).weights
+    assert any((moved[name] != weights[name]).any() for name in weights)
+
+
 def test_an_optimizer_is_not_told_the_loss_that_a_private_rule_hides():
     task = line(optimizer=optax.polyak_sgd(), local_rule=DpSgd(1.0, 1.0))
     with pytest.raises(TypeError, match="value"):

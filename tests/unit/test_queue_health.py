@@ -82,7 +82,7 @@ def test_figures_are_read_from_the_management_api():
     description = {
         "name": "f.updates", "messages_ready": 4, "messages_unacknowledged": 2, "consumers": 1,
         "message_bytes": 900, "type": "classic", "state": "running",
-        "head_message_timestamp": 1000, "messages_ready_details": {"rate": 1.5},
+        "head_message_timestamp": 1000, "messages_ready_details": {"rate": 0.0, "avg_rate": 1.5},
         "message_stats": {
             "publish": 10, "publish_details": {"rate": 2.0}, "ack": 3, "get_no_ack": 1,
             "deliver_get": 7, "deliver_get_details": {"rate": 0.4},

@@ -105,9 +105,11 @@ def test_held_out_data_are_no_stream():
 
 
 def test_data_may_have_the_other_byte_order():
-    task = made(train_data=(X.astype(">f4"), Y.astype(">i4")), valid_data=(X.astype(">f8"), Y))
-    trained = task.train(task.init(0), Plan(epochs=1), lambda *_: None)
-    assert np.isfinite(task.evaluate(trained.weights).loss)
+    other = X.astype(">f4"), Y.astype(">i4")
+    for train_data in (other, lambda epoch, rng: iter([other])):
+        task = made(train_data=train_data, valid_data=(X.astype(">f8"), Y), num_examples=20)
+        trained = task.train(task.init(0), Plan(epochs=1), lambda *_: None)
+        assert np.isfinite(task.evaluate(trained.weights).loss)
 
 
 def test_whatever_numpy_converts_is_data():

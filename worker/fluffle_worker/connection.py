@@ -27,6 +27,7 @@ from fluffle_worker.inbox import Record, Refusals, check_message
 from fluffle_worker.settings import WorkerSettings
 
 _INBOX_PREFETCH = 8
+_STILL_OCCUPIED = "waiting until the broker releases this worker's earlier connection"
 _WAITING_EVERY_S = 15.0
 # The worker's queues expire after half an hour without use.
 _RENEW_EVERY_S = 600.0
@@ -92,8 +93,12 @@ class Connection:
                     await self._serve(link, first=first)
                 except QueueInUse:
                     now = time.monotonic()
-                    if first and not occupied_since:
-                        self._record(Occupied(pause_s=self._settings.occupied_s))
+                    if not occupied_since:
+                        self._record(
+                            Occupied(pause_s=self._settings.occupied_s)
+                            if first
+                            else Waiting(reason=_STILL_OCCUPIED, what="connection")
+                        )
                     occupied_since = occupied_since or now
                     # Later on, assume that it is this worker's own broken connection, and wait.
                     if first and now - occupied_since >= self._settings.occupied_s:

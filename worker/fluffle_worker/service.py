@@ -11,8 +11,8 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+from fluffle_common.debug_loggers import log_step, logger
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
-from fluffle_common.logs import log_step, logger
 from fluffle_common.protocol.events import (
     Abandoned,
     Begun,

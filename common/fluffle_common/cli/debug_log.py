@@ -1,11 +1,11 @@
-"""``fluffle --debug``: the output of the loggers in ``logs``, on stderr."""
+"""``fluffle --debug``: the output of the loggers in ``debug_loggers``, on stderr."""
 
 from __future__ import annotations
 
 import logging
 
 from fluffle_common.cli.printing import echo
-from fluffle_common.logs import ROOT
+from fluffle_common.debug_loggers import ROOT
 
 
 class _Stderr(logging.Handler):

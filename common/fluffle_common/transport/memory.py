@@ -15,8 +15,8 @@ from dataclasses import replace
 from datetime import datetime
 
 from fluffle_common.clock import wall_time
+from fluffle_common.debug_loggers import logger
 from fluffle_common.errors import LinkLost
-from fluffle_common.logs import logger
 from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
     Blocking,

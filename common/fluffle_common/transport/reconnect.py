@@ -8,8 +8,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 
 from fluffle_common.concurrency import cancelled
+from fluffle_common.debug_loggers import logger
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.logs import logger
 from fluffle_common.transport.base import Link, Transport
 
 _LOG = logger("transport.link")

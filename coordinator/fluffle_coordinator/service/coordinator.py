@@ -22,8 +22,8 @@ from dataclasses import replace
 
 from fluffle_common.clock import monotonic
 from fluffle_common.concurrency import run_all
+from fluffle_common.debug_loggers import log_step, logger
 from fluffle_common.errors import LinkLost, TaskError
-from fluffle_common.logs import log_step, logger
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.exchanges import Handlers, Sent
 from fluffle_common.protocol.topology import Queue, Topology

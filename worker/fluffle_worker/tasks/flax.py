@@ -27,7 +27,7 @@ from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
-from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
+from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function, checked_array
 from fluffle_worker.tasks.examples import Examples, Stream, call, joined
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.jax_examples import key_of, on_device, picked, scored, summed
@@ -78,6 +78,7 @@ class FlaxTask(AdaptedTask):
 
     Raises:
         TaskError: if an argument is unusable, or a filter leaves nothing to its purpose.
+        UsageError: if ``local_rule`` names no rule, or is none.
     """
 
     def __init__(
@@ -166,7 +167,11 @@ class FlaxTask(AdaptedTask):
         step, steps = self._step(plan, params), data.steps(plan)
         losses = StepLosses(progress, steps, private=rule.per_example)
         state, still = Flat.of((learnt, rest, optimizer_state)), Flat.of(frozen)
-        calls = step.run(learning_rate, state, still, data.source, data.batches(plan), key)
+        batches = data.batches(plan)
+        if data.source is None:  # of a stream
+            check = functools.partial(checked_array, what="a batch of train_data")
+            batches = (jax.tree.map(check, batch) for batch in batches)
+        calls = step.run(learning_rate, state, still, data.source, batches, key)
         for after, found in calls:
             state = after
             for loss in found:
@@ -251,7 +256,7 @@ class FlaxTask(AdaptedTask):
         if self.local_rule.per_example:
             grad = _each(grad)
         (value, (others, rest)), gradient = grad(params, (inputs, targets))
-        transform = optax.with_extra_args_support(self._transform(learning_rate))
+        transform = self._transform(learning_rate)
         known: dict[str, Any] = {}
         if not self.local_rule.per_example:  # the optimizer must not see past such a rule's noise
             known = {
@@ -259,7 +264,7 @@ class FlaxTask(AdaptedTask):
                 "grad": gradient,
                 "value_fn": lambda at: mean_loss(at, (inputs, targets))[0],
             }
-        change, optimizer_state = transform.update(gradient, optimizer_state, params, **known)
+        change, optimizer_state = _updated(transform, gradient, optimizer_state, params, known)
         params = optax.apply_updates(params, change)
         return (nnx.merge_state(params, still, others), rest, optimizer_state), value
 
@@ -308,6 +313,23 @@ def _each(grad: Callable[..., Any]) -> Callable[..., Any]:
     return of_all
 
 
+def _updated(
+    transform: optax.GradientTransformation,
+    gradient: Any,
+    state: Any,
+    params: Any,
+    known: Mapping[str, Any],
+) -> Any:
+    """Return the change of ``params`` and the next state; an optimizer may need what is ``known``.
+
+    Others, such as ``optax.contrib.sam``, refuse it.
+    """
+    try:
+        return transform.update(gradient, state, params)
+    except TypeError:
+        return optax.with_extra_args_support(transform).update(gradient, state, params, **known)
+
+
 def _traces(optimizer: Any, params: Any) -> bool:
     """Return whether an optimizer can be traced with the learning rate as an argument.
 
@@ -318,10 +340,9 @@ def _traces(optimizer: Any, params: Any) -> bool:
         return True
 
     def update(learning_rate: Any, params: Any) -> Any:
-        made = optax.with_extra_args_support(optimizer(learning_rate))
-        loss = jnp.zeros(())
+        made, loss = optimizer(learning_rate), jnp.zeros(())
         known = {"value": loss, "grad": params, "value_fn": lambda _: loss}
-        return made.update(params, made.init(params), params, **known)
+        return _updated(made, params, made.init(params), params, known)
 
     try:
         jax.eval_shape(update, 0.1, params)

@@ -105,6 +105,7 @@ class TorchTask(AdaptedTask):
     Raises:
         TaskError: if ``model`` makes no module, the arrays differ in length, or a filter leaves
             nothing to its purpose.
+        UsageError: if ``local_rule`` names no rule, or is none.
     """
 
     def __init__(

@@ -148,8 +148,9 @@ class Waiting(RunEvent):
     """The run is waiting; ``reason`` says for what, in words.
 
     ``what`` is ``workers``, ``first_weights``, ``updates``, ``evaluations`` or ``room`` (on the
-    broker); in a worker's log, ``coordinator``. In an open round, ``missing`` is what each worker
-    without an update is doing, and ``short`` the number of workers missing for the quorum.
+    broker); in a worker's log, ``coordinator`` or ``connection``. In an open round, ``missing`` is
+    what each worker without an update is doing, and ``short`` the number of workers missing for the
+    quorum.
     """
 
     reason: Text = None

@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from fluffle_common.debug_loggers import logger
 from fluffle_common.errors import LinkLost
-from fluffle_common.logs import logger
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.connection import Connection, close
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery

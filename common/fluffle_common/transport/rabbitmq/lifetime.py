@@ -7,8 +7,8 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from fluffle_common.debug_loggers import logger
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.logs import logger
 from fluffle_common.transport.rabbitmq.errors import (
     Right,
     closing_error,

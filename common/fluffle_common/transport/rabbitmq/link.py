@@ -21,8 +21,8 @@ import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as UnderlayChannel
 
+from fluffle_common.debug_loggers import logger
 from fluffle_common.errors import LinkLost
-from fluffle_common.logs import logger
 from fluffle_common.protocol.topology import Binding, Entity, Exchange, Queue
 from fluffle_common.transport.base import (
     MAX_LISTED_KEYS,

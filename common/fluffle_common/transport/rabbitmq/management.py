@@ -26,8 +26,9 @@ _TIMEOUT_S = 5.0
 REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 # RabbitMQ samples every 5 s. Without this, its rates are 0 whenever the newest sample is older than
-# collect_statistics_interval, which is 1 s in our own node.
-_RATES_OF_SAMPLES = "?msg_rates_age=5&msg_rates_incr=5"
+# collect_statistics_interval, which is 1 s in our own node. For lengths, it repeats that sample, so
+# that only an average over several samples is not 0.
+_RATES_OF_SAMPLES = "?msg_rates_age=5&msg_rates_incr=5&lengths_age=20&lengths_incr=5"
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class QueueFigures:
     known: bool = True  # whether fluffle uses a queue of this name
     in_rate: float | None = None  # messages published to it, per second
     out_rate: float | None = None  # messages delivered from it, per second, also repeatedly
-    growth_rate: float | None = None  # the change of ``ready`` per second
+    growth_rate: float | None = None  # the change of ``ready`` per second, averaged over 20 s
     oldest_s: float | None = None  # the age of the message at its head
     published: int | None = None  # since the broker started
     settled: int | None = None  # acknowledged, or delivered without, since then
@@ -195,6 +196,7 @@ def read_queue(entry: Mapping[str, Any], topology: Topology, now: float) -> Queu
     )
     purpose = topology.purpose(entry["name"])
     oldest = entry.get("head_message_timestamp")
+    growth: Mapping[str, Any] = entry.get("messages_ready_details") or {}
     return QueueFigures(
         name=entry["name"],
         purpose=purpose or "not a queue of fluffle",
@@ -207,7 +209,7 @@ def read_queue(entry: Mapping[str, Any], topology: Topology, now: float) -> Queu
         known=purpose is not None,
         in_rate=_rate(stats, "publish"),
         out_rate=_rate(stats, "deliver_get"),
-        growth_rate=(entry.get("messages_ready_details") or {}).get("rate"),
+        growth_rate=growth.get("avg_rate", growth.get("rate")),
         oldest_s=max(0.0, now - oldest) if isinstance(oldest, int | float) else None,
         published=None if stats is None else stats.get("publish", 0),
         state=entry.get("state", "running"),

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from fluffle_common.cli import debug_log
-from fluffle_common.logs import ROOT, log_step, logger
+from fluffle_common.debug_loggers import ROOT, log_step, logger
 
 
 @pytest.fixture
