@@ -600,6 +600,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=; "),
         ([Adder()], {"verify_users": True}, "verify_users= needs url=, because"),
         ([Adder()], {"run": "runs/x"}, "has no run=; use folder= for the run folder"),
+        ([Adder()], {"local_rule": "scaffold"}, "has no local_rule=; give local_rule= to flax_"),
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),

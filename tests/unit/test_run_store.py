@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -602,6 +603,19 @@ def test_what_another_program_calls_classes_is_passed_over(store, tmp_path, clas
     saved.metadata["classes"] = classes  # as an earlier version copied them
     settings = CoordinatorSettings("letters", Rules(rounds=1))
     assert first_state(settings, saved, store.folder, "").classes is None
+
+
+@pytest.mark.parametrize(
+    ("given", "classes", "source"),
+    [(("a",), ("a",), "--classes"), (None, ("cat",), "this run's first weights")],
+)
+def test_the_classes_come_from_the_option_or_else_from_the_first_weights(
+    store, given, classes, source
+):
+    saved = replace(store.load("letters"), metadata={"classes": '["cat"]'})
+    settings = CoordinatorSettings("letters", Rules(rounds=1), classes=given)
+    state = first_state(settings, saved, store.folder, "")
+    assert (state.classes, state.classes_by) == (classes, source)
 
 
 def test_another_federations_folder_is_refused_and_not_changed(three):
