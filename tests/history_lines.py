@@ -30,7 +30,8 @@ def evaluated(number: int, **fields: Any) -> dict[str, Any]:
     """Return the line of a model's evaluation."""
     return {
         "event": "evaluated", "round": number, "loss": 0.5, "num_examples": 30,
-        "evaluators": ["a"], "evaluations": [], **fields,
+        "evaluators": ["a"], "evaluations": [], "evaluated_at": "1970-01-01T00:00:16.000+00:00",
+        **fields,
     }  # fmt: skip
 
 
@@ -42,6 +43,7 @@ def ended(number: int, **fields: Any) -> dict[str, Any]:
         "round": number,
         "outcome": "finished",
         "reason": "",
+        "ended_at": "1970-01-01T00:00:17.000+00:00",
         **counts,
         **fields,
     }

@@ -114,8 +114,7 @@ class Management:
     def queue_figures(self, topology: Topology, *, rates: bool = False) -> list[QueueFigures]:
         """Return the figures of a federation's queues, sorted by name.
 
-        Without ``rates``, the rates of messages are often 0; with it, the totals lag behind the
-        other figures. The growth of a queue is often 0 in both cases.
+        Without ``rates``, the rates are often 0; with it, the totals lag behind the other figures.
 
         Raises:
             OSError, http.client.HTTPException, ValueError: as ``ask`` does.
