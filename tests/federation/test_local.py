@@ -492,12 +492,13 @@ def test_errors_name_keywords_and_leave_command_lines_as_they_are():
     )
 
 
-@pytest.mark.parametrize(
-    ("failed", "more"), [({"b": "it has a NaN"}, ""), ({}, "; b was rejected: it has a NaN")]
-)
-def test_a_run_that_stops_says_its_reason_once(tmp_path, failed, more):
-    reason = "every worker failed; b: it has a NaN" if failed else "round 1 has 0 of 1 updates"
-    state: Any = SimpleNamespace(outcome="stopped", reason=reason, failed=failed, doubted={})
+@pytest.mark.parametrize("known", ["failed", "doubted", None])
+def test_a_run_that_stops_says_its_reason_once(tmp_path, known):
+    reason, more = "round 1 has 0 of 1 updates", "; b was rejected: it has a NaN"
+    state: Any = SimpleNamespace(outcome="stopped", reason=reason, failed={}, doubted={})
+    if known:
+        state.reason += more
+        setattr(state, known, {"b": "it has a NaN"})
     with RunFolder(tmp_path) as folder, pytest.raises(fluffle.RunError) as stopped:
         folder.result(state, "b was rejected: it has a NaN")
     assert str(stopped.value) == f"the run stopped: {reason}{more}"
@@ -599,6 +600,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"dashboard": "127.0.0.1:0"}, "has no dashboard=; "),
         ([Adder()], {"verify_users": True}, "verify_users= needs url=, because"),
         ([Adder()], {"run": "runs/x"}, "has no run=; use folder= for the run folder"),
+        ([Adder()], {"local_rule": "scaffold"}, "has no local_rule=; give local_rule= to flax_"),
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),

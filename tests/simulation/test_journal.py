@@ -126,7 +126,11 @@ def test_what_is_not_in_it_is_told(tmp_path):
         printed(journal, "--run", tmp_path, "--run-id", "another")
     with pytest.raises(UsageError, match="unknown --kind comitted; did you mean 'committed'"):
         printed(journal, "--run", tmp_path, "--kind", "comitted")
-    (tmp_path / "journal.jsonl").write_text("")
+    file = tmp_path / "journal.jsonl"
+    file.write_text(file.read_text().replace('"committed"', '"of-another-version"'))
+    shown = printed(journal, "--run", tmp_path, "--kind", "of-another-version")
+    assert shown.count("of-another-version") == 2
+    file.write_text("")
     with pytest.raises(UsageError, match="round 99 is not in the journal, which has no round"):
         printed(journal, "--run", tmp_path, "--round", 99)
 

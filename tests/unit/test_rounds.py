@@ -543,6 +543,13 @@ def test_a_round_that_stops_for_a_rejected_update_says_why():
     assert run.state.reason.endswith("missing: b; the update of b was rejected: it has a NaN")
 
 
+def test_a_round_that_stops_while_some_are_missing_says_why_one_of_them_failed():
+    run = deadline("stop", quorum=Quorum(number=2))
+    run.failed("b", 1)
+    run.tick(1)
+    assert run.state.reason.endswith("missing: b; b: out of memory")
+
+
 def test_an_update_between_reopenings_resets_their_count():
     run = opened(*"abc", rules=Rules(rounds=1, min_workers=3, patience=10_000, max_reopenings=1))
     for name in "ab":

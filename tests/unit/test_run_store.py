@@ -10,6 +10,7 @@ import resource
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_file
 from fluffle_coordinator.storage.evaluations import evaluation_metrics
 from fluffle_coordinator.storage.history import read_history
+from fluffle_coordinator.storage.history_lines import check_line
 from fluffle_coordinator.storage.run_file import count_start, read_run_file, write_run_file
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.saved_run import Saved
@@ -603,6 +605,19 @@ def test_what_another_program_calls_classes_is_passed_over(store, tmp_path, clas
     assert first_state(settings, saved, store.folder, "").classes is None
 
 
+@pytest.mark.parametrize(
+    ("given", "classes", "source"),
+    [(("a",), ("a",), "--classes"), (None, ("cat",), "this run's first weights")],
+)
+def test_the_classes_come_from_the_option_or_else_from_the_first_weights(
+    store, given, classes, source
+):
+    saved = replace(store.load("letters"), metadata={"classes": '["cat"]'})
+    settings = CoordinatorSettings("letters", Rules(rounds=1), classes=given)
+    state = first_state(settings, saved, store.folder, "")
+    assert (state.classes, state.classes_by) == (classes, source)
+
+
 def test_another_federations_folder_is_refused_and_not_changed(three):
     before = {path.name: path.read_bytes() for path in three.folder.iterdir()}
     with pytest.raises(RunError, match="federation letters, not digits"):
@@ -627,15 +642,16 @@ def counting(num_examples: str, field: str = '"late": 0') -> str:
     "line",
     [
         "{", "rubbish", "\x00\x00", "[]", "{}", '{"event": "committed"}',
-        '{"event": "committed", "round": 2, "participants": 1}',
+        json.dumps(committed(2) | {"participants": 1}),
         counting("-1e999"), counting("0"), counting("null"), counting("1.5"),
         counting('5, "train_loss": NaN'), counting('5, "train_loss": -Infinity'),
-        '{"event": "evaluated", "round": 2, "loss": 1e999}', "[" * 100_000,
+        json.dumps(evaluated(2)).replace('"loss": 0.5', '"loss": 1e999'), "[" * 100_000,
+        counting("5", '"opened_at": "yesterday"'),
         counting("5", '"asked": 1'), counting("5", '"asked": [1]'), counting("5", '"rejected": {}'),
         counting("5", '"late_updates": [[]]'), counting("5", '"timings": {"open_s": "x"}'),
         counting("5", '"checkpoint": {}'), counting('5, "bytes": []'), counting('5, "norm": "x"'),
-        '{"event": "evaluated", "round": 2, "evaluations": [{"worker": []}], "loss": 1}',
-        '{"event": "ended", "round": -1}', '{"event": "ended", "round": 2, "rejections": "x"}',
+        json.dumps(evaluated(2, evaluations=[{"worker": [], "num_examples": 1, "loss": 1}])),
+        json.dumps(ended(-1)), json.dumps(ended(2, rejections="x")),
     ],
 )  # fmt: skip
 def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
@@ -647,6 +663,11 @@ def test_a_damaged_line_within_the_history_is_reported_in_one_line(three, line):
     with pytest.raises(UsageError, match=r"history\.jsonl: line 2 is damaged"):
         read_history(three.folder)
     assert three.history.path.read_bytes() == before
+
+
+@pytest.mark.parametrize("line", [counting("5"), *map(json.dumps, (evaluated(2), ended(2)))])
+def test_lines_like_those_are_sound_without_what_is_damaged(line):
+    check_line(json.loads(line))
 
 
 def test_the_fields_of_a_later_version_are_no_damage(three):
