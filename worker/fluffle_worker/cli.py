@@ -108,7 +108,7 @@ if TYPE_CHECKING:
     "--wait-broker",
     type=seconds(min_open=True),
     default=600.0,
-    help="Seconds to try to reach the broker before the worker gives up.",
+    help="Time limit in seconds for reaching the broker.",
 )
 @queue_type_option
 @log_format_option

@@ -63,8 +63,9 @@ def run_option(command: Any) -> Any:
     type=QUORUM,
     default="all",
     metavar="N|FRACTION|all",
-    help="Number of updates that a round needs to close: a number such as 2, a fraction of the "
-    "selected workers such as 0.5 or 50%, or 'all' for one update from every selected worker.",
+    help="Number of updates that must arrive before a round can close: a number such as 2, a "
+    "fraction of the selected workers such as 0.5 or 50%, or 'all' for one update from every "
+    "selected worker.",
 )
 @click.option(
     "--grace",

@@ -46,7 +46,7 @@ _run_argument = click.argument(
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="Your own codec; needed only if the coordinator ran with your codec in --compress.",
+    help="Your own codec, as path.py:name; needed only if the coordinator's --compress named it.",
 )
 @click.option(
     "--strategy",

@@ -85,7 +85,7 @@ def _run(board: Board) -> Iterator[Metric]:
     yield _gauge(
         "fluffle_quorum_received_updates", "Number of updates counted in the open round.", updates
     )
-    words = "Number of updates that the open round needs to close."
+    words = "Number of updates that must arrive before the open round can close."
     yield _gauge("fluffle_quorum_needed_updates", words, needed)
     if (loss := latest(board.view, "loss")) is not None:
         words = "Federated loss of the most recently evaluated model."

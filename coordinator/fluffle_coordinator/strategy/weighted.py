@@ -192,7 +192,7 @@ def _counted(state: Sum) -> int:
         raise ValueError("there is nothing to average, because no examples have been added")
     if not state.weight * _SCALE > 0:
         raise ValueError(
-            f"the sum of the updates' averaging weights is {state.weight:g}, so the updates have "
+            f"the averaging weights of the updates add up to {state.weight:g}, so the updates have "
             "no mean; check the discounts of the schedule"
         )
     return state.num_examples

@@ -154,7 +154,7 @@ class Streamed:
                 if not plan.steps and seen > _MUCH * self.num_examples:
                     raise TaskError(
                         f"train_data yielded {seen} examples in epoch {epoch}, but num_examples is "
-                        f"{self.num_examples}; let train_data stop after one epoch, or start "
+                        f"{self.num_examples}; make train_data stop after one epoch, or start "
                         "the coordinator with --steps"
                     )
                 yield batch
