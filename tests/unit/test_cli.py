@@ -59,7 +59,7 @@ C = ["coordinator", "--federation", "f"]
         (["coordinator", "--federation", "a.b"], "is not a valid federation name"),
         (["coordinator", "--federation", "_a"], "and begin with a letter or digit"),
         (["worker", "--federation", "f", "--data", "/"], "worker's ID; add --id"),
-        ([*W, "--id", ".a"], "which begins with a letter or digit"),
+        ([*W, "--id", ".a"], "begin with a letter or digit"),
         (["coordinator", "--federation", "amq"], "RabbitMQ reserves names"),
         ([*C, "--init", "missing.safetensors"], "there is no model file"),
         ([*C, "--config", "x"], "KEY=VALUE"),

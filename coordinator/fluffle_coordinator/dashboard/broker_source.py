@@ -50,6 +50,7 @@ class BrokerSource:
         self._report, self._reported = report, ""
         self._board = Board(topology.federation, source="journal")
         self.feed = Feed(self._board, ask_queues=ask_queues)
+        self._tapped = asyncio.Event()
 
     async def serve(self, listening: socket.socket) -> None:
         """Serve the page until cancelled; wait for the broker whenever it is away.
@@ -61,6 +62,7 @@ class BrokerSource:
             await run_all(self._follow_journal(), self._follow_presence())
 
     async def _follow_journal(self) -> None:
+        await self._tapped.wait()  # so that a refusal names all permissions that the page needs
         events = read_journal(self._transport, self._topology, live=True, backoff=_FOREVER)
         async with contextlib.aclosing(events):
             async for event in events:
@@ -109,6 +111,7 @@ class BrokerSource:
         queue = self._topology.tap(f"page-{uuid.uuid4().hex[:8]}")
         bindings = [Binding(queue.name, self._topology.results, f"{kind}.#") for kind in _KINDS]
         copies = await link.tap(queue, bindings)
+        self._tapped.set()
         async with contextlib.aclosing(copies):
             async for copy in copies:
                 self._take_presence(copy)
