@@ -54,9 +54,8 @@ def run_option(command: Any) -> Any:
     metavar="N",
     help="Number of workers that must be connected before the first round starts. If you set this "
     "option, the quorum is also computed as if at least N workers were connected: with "
-    "'--min-workers 4 --quorum 0.5', a round needs at least 2 updates. This second effect does not "
-    "apply with --select poisson or path.py:name.  [default: --quorum if given as a number, else "
-    "2]",
+    "N = 4 and --quorum 0.5, a round needs at least 2 updates. This second effect does not apply "
+    "with --select poisson or path.py:name.  [default: --quorum if given as a number, else 2]",
 )
 @click.option(
     "--quorum",
