@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,15 @@ from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.persistent_tensors import PersistentTensors
 from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
-from fluffle_worker.tasks.examples import Examples, InMemory, Stream, Streamed, count_of
+from fluffle_worker.tasks.examples import (
+    Examples,
+    InMemory,
+    MapArrays,
+    Stream,
+    Streamed,
+    arrays_in,
+    count_of,
+)
 
 Loss = Callable[[Any, Any], Any]
 
@@ -28,6 +36,7 @@ class AdaptedTask(ABC):
     only_reads = True
     local_rule: BoundRule
     _score_trained: bool
+    _valid: Any
 
     def _take_examples(
         self,
@@ -37,19 +46,21 @@ class AdaptedTask(ABC):
         sample_seed: int,
         *,
         on_device: Callable[[Any, str], Any],
-        arrays_in: Callable[[Any], Sequence[Any]],
+        map_arrays: MapArrays,
     ) -> None:
-        """Put the examples on the device; ``arrays_in`` returns their arrays in a list."""
+        """Put the examples on the device; ``map_arrays`` applies a function to their arrays."""
         self.whole = self
         self._data: InMemory | Streamed
         if callable(train_data):
-            self._data = Streamed(train_data, num_examples, sample_seed, arrays_in)
+            self._data = Streamed(train_data, num_examples, sample_seed, map_arrays)
         else:
             source = on_device(train_data, "train_data")
-            self._data = InMemory(source, arrays_in(source), sample_seed)
+            self._data = InMemory(source, arrays_in(source, map_arrays), sample_seed)
         self.num_examples, self._sample_seed = self._data.num_examples, sample_seed
-        self._valid: Any = None if valid_data is None else on_device(valid_data, "valid_data")
-        self._held_out = 0 if valid_data is None else count_of(arrays_in(self._valid), "valid_data")
+        self._valid, self._held_out = None, 0
+        if valid_data is not None:
+            self._valid = on_device(valid_data, "valid_data")
+            self._held_out = count_of(arrays_in(self._valid, map_arrays), "valid_data")
         self._personal = PersistentTensors()
 
     def _share_frozen(self, share_frozen: bool) -> None:

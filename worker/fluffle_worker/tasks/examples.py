@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,8 @@ Examples = tuple[Any, Any]
 """(inputs, targets): each an array, or a dict, tuple or list of arrays; equal first axes."""
 Stream = Callable[[int, np.random.Generator], Iterator[Examples]]
 """``(epoch, rng) -> batches``: called once per epoch, counted from 0."""
+MapArrays = Callable[[Callable[[Any], Any], Any], Any]
+"""``(function, data) -> data`` with the function applied to each array: ``mapped``, or JAX's."""
 _UNDIVIDED = (
     "train_data is a function, so its batches cannot be divided among clients; give arrays, or one "
     "task for each client"
@@ -95,9 +98,9 @@ class Streamed:
 
     The stream decides on the batch sizes; the step is compiled once per size.
 
-    ``stream`` returns the batches of an epoch, which has ``num_examples``, and ``arrays_in`` the
-    arrays of a batch in a list. ``sample_seed`` decorrelates each epoch's ``rng`` from those of
-    other workers.
+    ``stream`` returns the batches of an epoch, which has ``num_examples``, and ``map_arrays``
+    applies a function to each array of a batch, as ``mapped`` does. ``sample_seed`` decorrelates
+    each epoch's ``rng`` from those of other workers.
 
     Raises:
         TaskError: if ``num_examples`` is not given, or the seed is invalid.
@@ -110,7 +113,7 @@ class Streamed:
         stream: Stream,
         num_examples: int | None,
         sample_seed: int,
-        arrays_in: Callable[[Any], Sequence[Any]],
+        map_arrays: MapArrays,
     ) -> None:
         if not num_examples:
             raise TaskError(
@@ -119,7 +122,7 @@ class Streamed:
             )
         check_seed(sample_seed)
         self.num_examples = num_examples
-        self._stream, self._sample_seed, self._arrays_in = stream, sample_seed, arrays_in
+        self._stream, self._sample_seed, self._map_arrays = stream, sample_seed, map_arrays
 
     def targets(self) -> list[Any]:
         """See ``part``."""
@@ -139,15 +142,18 @@ class Streamed:
         Batches without examples are skipped.
 
         Raises:
-            TaskError: if a batch is not a pair, or an epoch yields no batch or does not end.
+            TaskError: if a batch is not a pair of arrays of numbers, or an epoch yields no batch or
+                does not end.
         """
+        what = "a batch of train_data"
         done = epoch = 0
         while done < plan.steps if plan.steps else epoch < plan.epochs:
             rng = np.random.default_rng([plan.seed, self._sample_seed, epoch])
             before, seen = done, 0
             for batch in self._stream(epoch, rng):
-                check_pair(batch, "a batch of train_data")
-                count = count_of(self._arrays_in(batch), "a batch of train_data")
+                check_pair(batch, what)
+                checked = self._map_arrays(partial(checked_array, what=what), batch)
+                count = count_of(arrays_in(checked, self._map_arrays), what)
                 if not count:  # the mean loss of no examples is NaN
                     continue
                 seen += count
@@ -157,7 +163,7 @@ class Streamed:
                         f"{self.num_examples}; make train_data stop after one epoch, or start "
                         "the coordinator with --steps"
                     )
-                yield batch
+                yield checked
                 done += 1
                 if done == plan.steps:
                     return
@@ -172,9 +178,9 @@ def count_of(arrays: Sequence[Any], what: str) -> int:
     """Return the number of examples, the length of the first axis of all arrays.
 
     Raises:
-        TaskError: if the arrays differ in it, there are none, or they are not arrays of numbers.
+        TaskError: if the arrays differ in it, or there are none.
     """
-    counts: set[int] = {checked_array(array, what).shape[0] for array in arrays}
+    counts: set[int] = {array.shape[0] for array in arrays}
     if len(counts) != 1:
         if not counts:
             raise TaskError(f"{what} contains no arrays; expected at least one array")
@@ -208,10 +214,10 @@ def mapped(function: Callable[[Any], Any], data: Any) -> Any:
     return function(data)
 
 
-def arrays_in(data: Any) -> list[Any]:
+def arrays_in(data: Any, map_arrays: MapArrays = mapped) -> list[Any]:
     """Return the arrays of such data."""
     arrays: list[Any] = []
-    mapped(arrays.append, data)
+    map_arrays(arrays.append, data)
     return arrays
 
 

@@ -27,7 +27,7 @@ from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
-from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function, checked_array
+from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
 from fluffle_worker.tasks.examples import Examples, Stream, call, joined
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.jax_examples import key_of, on_device, picked, scored, summed
@@ -116,7 +116,7 @@ class FlaxTask(AdaptedTask):
             num_examples,
             sample_seed,
             on_device=place,
-            arrays_in=jax.tree.leaves,
+            map_arrays=jax.tree.map,
         )
         self._failed: dict[str, Exception] = {}
         self._parts = ModelParts(model, federated, frozen)
@@ -167,11 +167,7 @@ class FlaxTask(AdaptedTask):
         step, steps = self._step(plan, params), data.steps(plan)
         losses = StepLosses(progress, steps, private=rule.per_example)
         state, still = Flat.of((learnt, rest, optimizer_state)), Flat.of(frozen)
-        batches = data.batches(plan)
-        if data.source is None:  # of a stream
-            check = functools.partial(checked_array, what="a batch of train_data")
-            batches = (jax.tree.map(check, batch) for batch in batches)
-        calls = step.run(learning_rate, state, still, data.source, batches, key)
+        calls = step.run(learning_rate, state, still, data.source, data.batches(plan), key)
         for after, found in calls:
             state = after
             for loss in found:

@@ -35,7 +35,7 @@ from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
-from fluffle_worker.tasks.examples import Examples, Stream, arrays_in, call, joined, mapped
+from fluffle_worker.tasks.examples import Examples, Stream, call, joined, mapped
 from fluffle_worker.tasks.torch_gradients import (
     gradients_of_examples,
     mean_loss,
@@ -138,7 +138,7 @@ class TorchTask(AdaptedTask):
         self._score_trained = score_trained
         place = functools.partial(on_device, device=self._device)
         self._take_examples(
-            train_data, valid_data, num_examples, sample_seed, on_device=place, arrays_in=arrays_in
+            train_data, valid_data, num_examples, sample_seed, on_device=place, map_arrays=mapped
         )
         self._model = model
         made = self._made(0)
