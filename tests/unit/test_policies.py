@@ -177,7 +177,8 @@ def test_queues_without_a_limit_share_one_hint():
 def test_any_policy_that_limits_a_queue_is_enough():
     assert hinted(description("letters.updates", {"max-length": 5})) == []
     assert hinted(description("letters.updates", {"overflow": "drop-head"})) != []
-    assert hinted(description("letters.lock.presence", {}), description("letters.tap.a", {})) == []
+    of_locks = [description(f"letters.{lock}.presence", {}) for lock in ("lock", "lock2")]
+    assert hinted(*of_locks, description("letters.tap.a", {})) == []
     assert hinted({"name": "letters.updates", "messages": 0, "consumers": 1}) == []  # unknown
 
 
