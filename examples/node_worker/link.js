@@ -83,8 +83,10 @@ export class Link {
 
   /** Declare both queues; return what the broker says about the inbox. */
   async declareQueues() {
-    const options = { durable: true, arguments: { 'x-queue-type': this.queueType, 'x-expires': 1800000 } };
-    const both = [this.inbox, this.outbox].map((name) => this.control.assertQueue(name, options));
+    const unused = { [this.inbox]: 1800000, [this.outbox]: this.queueType === 'quorum' ? 86400000 : 1800000 };
+    const both = Object.entries(unused).map(([name, expires]) => this.control.assertQueue(name, {
+      durable: true, arguments: { 'x-queue-type': this.queueType, 'x-expires': expires },
+    }));
     return (await Promise.all(both))[0];
   }
 

@@ -20,6 +20,7 @@ from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.protocol import topology
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.rabbitmq.management import Management, read_queue
+from fluffle_coordinator.machine.rules import Rules
 
 LETTERS = Topology("letters")
 
@@ -57,6 +58,12 @@ def test_limits_are_not_queue_arguments():
         )
     for queue in LETTERS.queues_of("w"):
         assert queue.arguments == {"x-queue-type": "classic", "x-expires": 1_800_000}
+
+
+def test_a_quorum_outbox_outlives_the_longest_upload():
+    # Nothing that is done while an upload lasts counts as using a quorum queue.
+    _, outbox = Topology("letters", "quorum").queues_of("w")
+    assert int(outbox.arguments["x-expires"]) >= 1000 * Rules(rounds=1).max_round_s
 
 
 def test_policies_of_a_federation_override_the_general_ones():

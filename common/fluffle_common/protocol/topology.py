@@ -29,6 +29,8 @@ _PRESENCE_TTL_MS = 60_000
 _TAP_MESSAGES = 10_000
 _TAP_BYTES = GiB // 4
 _UNUSED_MS = 30 * 60 * 1000
+# Longer than any upload: only getting from a quorum queue, or consuming, counts as using it.
+_UNUSED_OUTBOX_MS = {"classic": _UNUSED_MS, "quorum": 24 * 60 * 60 * 1000}
 _JOURNAL_BYTES = GiB // 4
 _JOURNAL_AGE = "30D"
 
@@ -217,7 +219,7 @@ class Topology:
             self._queue(
                 self.outbox(worker),
                 f"parts of an update of worker {worker} that is too large for one message",
-                {"x-expires": _UNUSED_MS},
+                {"x-expires": _UNUSED_OUTBOX_MS[self.queue_type]},
                 {"max-length-bytes": _INBOX_BYTES, "overflow": "reject-publish"},
             ),
         ]
