@@ -200,7 +200,7 @@ def run_option(command: Any) -> Any:
     "--dashboard",
     metavar="HOST:PORT",
     help="Address of a read-only live page of the run, such as 127.0.0.1:8080. Port 0 chooses "
-    "a free port. The path /metrics has the figures for Prometheus. Requires 'fluffle[dashboard]'.",
+    "a free port. The path /metrics serves metrics for Prometheus. Requires 'fluffle[dashboard]'.",
 )
 @management_option
 @queue_type_option
