@@ -221,6 +221,12 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             f"--min-updates {options['min_updates']} has no effect with --on-deadline "
             f"{options['on_deadline']}; add --on-deadline close, or remove --min-updates"
         )
+    if options["max_round"] < options["deadline"]:
+        raise UsageError(
+            f"--max-round {options['max_round']:g} is less than --deadline "
+            f"{options['deadline']:g}, so no round could reach its deadline; raise --max-round or "
+            "lower --deadline"
+        )
     return Rules(
         rounds=options["rounds"],
         min_workers=min_workers or quorum.number or 2,
