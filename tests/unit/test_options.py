@@ -189,6 +189,20 @@ def test_an_empty_argument_is_refused(words):
     assert "is empty; check whether a shell variable in the command is unset" in result.output
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "meant"),
+    [
+        ("journal --follow", "comitted", "committed"),
+        ("journal --follow", "not_counted", "counted"),  # an event of a worker's log only
+        ("tap", "updaet", "update"),
+    ],
+)
+def test_an_unknown_kind_is_refused_before_anything_is_read(command, name, meant):
+    words = [*command.split(), "--federation", "f", "--kind", name]
+    with pytest.raises(UsageError, match=f"unknown --kind {name}; did you mean '{meant}'"):
+        CliRunner().invoke(fluffle, words, catch_exceptions=False)
+
+
 @pytest.mark.parametrize("name", ["accuracy.xyz", "accuracy.svg"])
 def test_a_chart_is_not_written_under_the_name_of_another_format(name):
     with pytest.raises(UsageError, match=f"--out {name} must end with .png"):
