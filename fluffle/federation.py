@@ -100,7 +100,7 @@ def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
     Raises:
         UsageError: if a name is invalid or not unique, or ``given`` is a single object.
     """
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, str):
         raise UsageError(
             f"expected a list of tasks or a mapping of names to tasks, not {given!r:.80}"
         )

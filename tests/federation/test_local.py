@@ -621,6 +621,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),
         ({"a b": Adder()}, {}, "'a b' is not a valid worker ID"),
         ({"a b": Adder()}, {}, "choose another key in tasks"),
+        ("digits.py:task", {}, "mapping of names to tasks, not 'digits.py:task'"),
         (Adder(), {}, "expected a list of tasks or a mapping of names to tasks, not <"),
         ([object()], {}, "no method 'init'"),
     ],
