@@ -359,7 +359,7 @@ class Coordinator:
                 await link.declare([journal])
             except UnknownQueueType:
                 self._journal = None
-                self._record(run_events.NoJournal(reason="the broker does not support streams"))
+                self._record(run_events.NoJournal())
 
     async def _a_link(self) -> Link:
         while self._link is None:
