@@ -59,7 +59,7 @@ class LocalTask:
         except TaskError as why:
             if self.error is not None:  # from init() below
                 raise
-            raise self.failure(f"cannot take part: {why}") from None
+            raise cannot_take_part(name, why) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
@@ -92,6 +92,11 @@ class LocalTask:
         except BaseException as why:
             self.error = why
             raise
+
+
+def cannot_take_part(name: str, why: TaskError) -> TaskError:
+    """Return the error about a task whose model cannot travel."""
+    return TaskError(f"the task '{name}' cannot take part: {why}")
 
 
 def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
