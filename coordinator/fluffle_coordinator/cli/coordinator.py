@@ -24,24 +24,13 @@ from fluffle_common.cli.printing import echo, echo_json
 from fluffle_common.cli.settings import draw_into_files
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
+from fluffle_coordinator.cli.run_folder import run_argument
 from fluffle_coordinator.cli.schedule_options import (
     QUORUM,
     check_schedule_options,
     schedule_options,
 )
 from fluffle_coordinator.cli.stopping_options import stopping_options
-
-
-def run_option(command: Any) -> Any:
-    """Add ``--run DIR`` to a command that reads a run folder."""
-    return click.option(
-        "--run",
-        "folder",
-        required=True,
-        type=click.Path(file_okay=False, path_type=Path),
-        metavar="DIR",
-        help="Run folder, such as runs/letters.",
-    )(command)
 
 
 @click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
@@ -233,12 +222,14 @@ def coordinator(**options: Any) -> None:
 
 
 @click.command()
-@run_option
+@run_argument
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a JSON list with one object per round."
 )
 def history(folder: Path, as_json: bool) -> None:
     """Show the history of a run, one row per round.
+
+    RUN is the run folder, such as runs/letters.
 
     The loss and the metrics show how well a round's model performs on the workers' held-out data.
     The letters task has a metric 'temperature'. 'fluffle predict' divides the model's outputs by
@@ -258,7 +249,7 @@ def history(folder: Path, as_json: bool) -> None:
 
 
 @click.command()
-@run_option
+@run_argument
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -267,25 +258,18 @@ def history(folder: Path, as_json: bool) -> None:
     help="File to write the chart to.",
 )
 def plot(folder: Path, out: Path) -> None:
-    """Draw the loss and the metrics after each round."""
+    """Draw the losses and the other metrics after each round.
+
+    RUN is the run folder, such as runs/letters.
+    """
     from fluffle_common.durable_files import replacing
     from fluffle_coordinator.cli.history_chart import history_chart
-    from fluffle_coordinator.observe.round_view import metrics_of
     from fluffle_coordinator.storage.history import read_history
 
     if out.suffix.lower() not in ("", ".png"):
         raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
-    rounds = read_history(folder)
-    drawn = sorted({name for row in rounds for name in metrics_of(row)})
-    if any("loss" in row for row in rounds):
-        drawn.insert(0, "loss")
-    if not drawn:
-        raise UsageError(f"no round of {folder} has been evaluated yet")
     draw_into_files()
-    chart = history_chart(
-        [row["round"] for row in rounds],
-        {name: [row.get(name) for row in rounds] for name in drawn},
-    )
+    chart = history_chart(read_history(folder))
     try:
         with replacing(out) as file:
             chart.savefig(file, dpi=150, format="png")

@@ -64,8 +64,7 @@ async def _probe(
         try:
             if await link.counts(topology.presence) is not None:
                 await link.purge(topology.presence)  # workers that are alive send new heartbeats
-            journal = topology.journal_stream()
-            await link.declare([each for each in topology.shared() if each != journal])
+            await link.declare(topology.required())
             yield Probe(link, topology, options)
         except QueueInUse:
             raise RunError(
