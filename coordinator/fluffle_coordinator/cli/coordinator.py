@@ -32,11 +32,13 @@ from fluffle_coordinator.cli.schedule_options import (
 )
 from fluffle_coordinator.cli.stopping_options import stopping_options
 
+MOST_ROUNDS = 10**9  # as on the wire
+
 
 @click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
-@click.option("--rounds", type=count(), default=6, help="Number of rounds.")
+@click.option("--rounds", type=count(most=MOST_ROUNDS), default=6, help="Number of rounds.")
 @click.option(
     "--min-workers",
     type=count(),
