@@ -28,7 +28,7 @@ def history_chart(rounds: Sequence[Mapping[str, Any]]) -> Figure:
         UsageError: if matplotlib is not installed, or no round has a metric.
     """
     try:
-        from matplotlib.figure import Figure
+        from fluffle_coordinator.cli.chart import Chart
     except ImportError:
         raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
     measured = [(row["round"], _values(row)) for row in rounds]
@@ -38,7 +38,7 @@ def history_chart(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     losses = [name for name in names if name.endswith("loss")]
     others = [name for name in names if name not in losses]
     panels = [panel for panel in (losses, others) if panel]
-    figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+    figure = Chart(figsize=(5 * len(panels), 3.6), layout="constrained")
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in panel:
             # Without gaps: a value between two gaps would be a line of no length.
