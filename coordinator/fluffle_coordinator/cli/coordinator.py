@@ -112,8 +112,8 @@ MOST_ROUNDS = 10**9  # as on the wire
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Names of all classes in the federation; a worker with other classes is refused.  "
-    "[default: the classes that most of the waiting workers have]",
+    help="Names of all classes in the federation, in order; a worker with a different list is "
+    "refused.  [default: the most common list among the waiting workers]",
 )
 @click.option(
     "--init",
