@@ -23,7 +23,6 @@ class Progress(Watcher):
     If ``wanted`` is None, it is shown on a terminal and in a notebook.
     """
 
-    fault = ""  # the last failed task or rejected update since the last commit
     _under_way = False  # before the first round and after the last, notes name commands
 
     def __init__(self, wanted: bool | None, rounds: int) -> None:
@@ -55,12 +54,6 @@ class Progress(Watcher):
                 self._print_if_none_left(done, rounds)
             case run_events.Finished():
                 self._under_way = False
-            case run_events.Committed():
-                self.fault = ""
-            case run_events.Failure():
-                self.fault = event.sentence()
-            case run_events.Rejected(worker=worker) if worker:
-                self.fault = f"the update of {worker} was rejected: {event.reason}"
         if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
             self._latest = self._brief = event.sentence()
             if not isinstance(event, run_events.Tested):

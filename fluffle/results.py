@@ -81,10 +81,7 @@ class Run:
         Raises:
             UsageError: if matplotlib is not installed, or no round has a metric.
         """
-        columns = {name: self.history[name] for name in self.history.columns}
-        if not columns:
-            raise UsageError(f"no round of {self.folder} has a loss or a metric to draw")
-        figure = history_chart([each.number for each in self.history], columns)
+        figure = history_chart(merged(self._lines))
         if file is not None:
             figure.savefig(file, dpi=150)
         return figure

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle.federation import cannot_take_part
 from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
 from fluffle.simulation.loop import hidden_loop
@@ -162,7 +163,7 @@ class Fleet:
                 with hidden_loop():
                     self._models[id(whole)] = signature_of_task(client.task), FrozenTensors(whole)
             except TaskError as why:
-                raise TaskError(f"the task '{client.name}' cannot take part: {why}") from None
+                raise cannot_take_part(client.name, why) from None
         return self._models[id(whole)]
 
     # --- messages received ---------------------------------------------------------------------

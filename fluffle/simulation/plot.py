@@ -36,7 +36,8 @@ def plot_partition(
     """
     try:
         from matplotlib import colormaps
-        from matplotlib.figure import Figure
+
+        from fluffle_coordinator.cli.chart import Chart
     except ImportError:
         raise UsageError(
             "a plot of a partition needs matplotlib; run pip install 'fluffle[plot]'"
@@ -46,7 +47,7 @@ def plot_partition(
     names: list[str] = [str(value) for value in np.unique(labels)]
     if len(names) > _COLOURS:
         held, names = held.sum(axis=1, keepdims=True), ["all labels"]
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Chart(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     # Steps instead of bars, which would be slow to draw for a thousand clients.
     edges = np.append(np.arange(clients), clients) - 0.5

@@ -290,6 +290,7 @@ def test_a_task_that_ignores_the_option_classes_is_refused(here):
         ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
         ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
         ({"classes": 10}, "has classes 10; expected a sequence of class names"),
+        ({"classes": "abc"}, "has classes 'abc'; expected a sequence of class names"),
         ({"classes": {"a"}}, "has classes {'a'}; expected a sequence of class names"),
         ({"classes": iter("ab")}, "has classes <str.*; expected a sequence of class names"),
     ],

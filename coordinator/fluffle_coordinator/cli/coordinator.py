@@ -24,6 +24,7 @@ from fluffle_common.cli.printing import echo, echo_json
 from fluffle_common.cli.settings import draw_into_files
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
+from fluffle_coordinator.cli.run_folder import run_argument
 from fluffle_coordinator.cli.schedule_options import (
     QUORUM,
     check_schedule_options,
@@ -31,23 +32,13 @@ from fluffle_coordinator.cli.schedule_options import (
 )
 from fluffle_coordinator.cli.stopping_options import stopping_options
 
-
-def run_option(command: Any) -> Any:
-    """Add ``--run DIR`` to a command that reads a run folder."""
-    return click.option(
-        "--run",
-        "folder",
-        required=True,
-        type=click.Path(file_okay=False, path_type=Path),
-        metavar="DIR",
-        help="Run folder, such as runs/letters.",
-    )(command)
+MOST_ROUNDS = 10**9  # as on the wire
 
 
 @click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
-@click.option("--rounds", type=count(), default=6, help="Number of rounds.")
+@click.option("--rounds", type=count(most=MOST_ROUNDS), default=6, help="Number of rounds.")
 @click.option(
     "--min-workers",
     type=count(),
@@ -121,8 +112,8 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Names of all classes in the federation; a worker with other classes is refused.  "
-    "[default: the classes that most of the waiting workers have]",
+    help="Names of all classes in the federation, in order; a worker with a different list is "
+    "refused.  [default: the most common list among the waiting workers]",
 )
 @click.option(
     "--init",
@@ -200,7 +191,7 @@ def run_option(command: Any) -> Any:
     "--dashboard",
     metavar="HOST:PORT",
     help="Address of a read-only live page of the run, such as 127.0.0.1:8080. Port 0 chooses "
-    "a free port. The path /metrics has the figures for Prometheus. Requires 'fluffle[dashboard]'.",
+    "a free port. The path /metrics serves metrics for Prometheus. Requires 'fluffle[dashboard]'.",
 )
 @management_option
 @queue_type_option
@@ -233,12 +224,14 @@ def coordinator(**options: Any) -> None:
 
 
 @click.command()
-@run_option
+@run_argument
 @click.option(
     "--json", "as_json", is_flag=True, help="Print a JSON list with one object per round."
 )
 def history(folder: Path, as_json: bool) -> None:
     """Show the history of a run, one row per round.
+
+    RUN is the run folder, such as runs/letters.
 
     The loss and the metrics show how well a round's model performs on the workers' held-out data.
     The letters task has a metric 'temperature'. 'fluffle predict' divides the model's outputs by
@@ -258,7 +251,7 @@ def history(folder: Path, as_json: bool) -> None:
 
 
 @click.command()
-@run_option
+@run_argument
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -267,25 +260,18 @@ def history(folder: Path, as_json: bool) -> None:
     help="File to write the chart to.",
 )
 def plot(folder: Path, out: Path) -> None:
-    """Draw the loss and the metrics after each round."""
+    """Draw the losses and the other metrics after each round.
+
+    RUN is the run folder, such as runs/letters.
+    """
     from fluffle_common.durable_files import replacing
     from fluffle_coordinator.cli.history_chart import history_chart
-    from fluffle_coordinator.observe.round_view import metrics_of
     from fluffle_coordinator.storage.history import read_history
 
     if out.suffix.lower() not in ("", ".png"):
         raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
-    rounds = read_history(folder)
-    drawn = sorted({name for row in rounds for name in metrics_of(row)})
-    if any("loss" in row for row in rounds):
-        drawn.insert(0, "loss")
-    if not drawn:
-        raise UsageError(f"no round of {folder} has been evaluated yet")
     draw_into_files()
-    chart = history_chart(
-        [row["round"] for row in rounds],
-        {name: [row.get(name) for row in rounds] for name in drawn},
-    )
+    chart = history_chart(read_history(folder))
     try:
         with replacing(out) as file:
             chart.savefig(file, dpi=150, format="png")

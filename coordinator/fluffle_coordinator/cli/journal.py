@@ -71,6 +71,17 @@ def _since(text: str | None, now: datetime) -> datetime | None:
         ) from None
 
 
+def _known_kinds(_: click.Context, __: click.Parameter, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    from fluffle_common.arguments import nearest
+    from fluffle_common.protocol.events import REGISTRY
+
+    known = [name for name, event in REGISTRY.items() if event.journalled]
+    for kind in kinds:
+        if kind not in known:
+            raise UsageError(f"unknown --kind {kind}; {nearest(kind, known)}")
+    return kinds
+
+
 @click.command()
 @_source_options
 @click.option(
@@ -87,6 +98,7 @@ def _since(text: str | None, now: datetime) -> datetime | None:
     "--kind",
     "kinds",
     multiple=True,
+    callback=_known_kinds,
     metavar="EVENT",
     help="Show only events of this kind, such as counted, late or rejected; may be given several "
     "times.",
@@ -111,31 +123,35 @@ def journal(**options: Any) -> None:
     show = _print_json if options["as_json"] else _SentencePrinter()
     runs: dict[str, None] = {}
     rounds: set[int] = set()
-    kinds: set[str] = set()
+    workers: set[str] = set()
 
     async def run() -> None:
         async with contextlib.aclosing(_events_of(options)) as events:
             async for event in events:
-                kinds.add(event.event)
                 if event.run is not None:
                     runs[event.run] = None
                 if options["run_id"] not in (None, event.run):
                     continue
                 if isinstance(event.fields.get("round"), int):
                     rounds.add(event.fields["round"])
-                if _is_wanted(event, options):
+                concerned = _workers_of(event)
+                workers.update(concerned)
+                if (
+                    options["number"] in (None, event.fields.get("round"))
+                    and options["worker"] in (None, *concerned)
+                    and (not options["kinds"] or event.event in options["kinds"])
+                ):
                     show(event)
 
     asyncio.run(run())
-    _check_found(options, list(runs), rounds, kinds)
+    _check_found(options, list(runs), rounds, workers)
 
 
 def _check_found(
-    options: Mapping[str, Any], runs: Sequence[str], rounds: set[int], kinds: set[str]
+    options: Mapping[str, Any], runs: Sequence[str], rounds: set[int], workers: set[str]
 ) -> None:
     """Raise ``UsageError`` if the journal lacks what the options select."""
     from fluffle_common.arguments import nearest
-    from fluffle_common.protocol.events.base import REGISTRY
 
     what = "the journal" if options["since"] is None else "the journal after --since"
     if options["run_id"] not in (None, *runs):
@@ -145,9 +161,10 @@ def _check_found(
     if number is not None and number not in rounds:
         have = f"rounds {_spans(rounds)}" if rounds else "no round"
         raise UsageError(f"round {number} is not in {what}, which has {have}")
-    for kind in options["kinds"]:
-        if kind not in REGISTRY and kind not in kinds:  # not of another version either
-            raise UsageError(f"unknown --kind {kind}; {nearest(kind, REGISTRY)}")
+    worker = options["worker"]
+    if worker not in (None, *workers):
+        have = f"; {nearest(worker, workers)}" if workers else ", which has no worker"
+        raise UsageError(f"worker {worker} is not in {what}{have}")
 
 
 def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
@@ -200,15 +217,6 @@ async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Eve
 def _end_of(events: Sequence[Event]) -> datetime:
     """Return when a simulation ended, in its own time, which may be ahead of the clock."""
     return (events[-1].moment if events else None) or datetime.now(UTC)
-
-
-def _is_wanted(event: Event, options: Mapping[str, Any]) -> bool:
-    number, worker = options["number"], options["worker"]
-    return (
-        (number is None or event.fields.get("round") == number)
-        and (worker is None or _concerns(event, worker))
-        and (not options["kinds"] or event.event in options["kinds"])
-    )
 
 
 @click.command()
@@ -352,12 +360,13 @@ def _events(
     )
 
 
-def _concerns(event: Event, worker: str) -> bool:
+def _workers_of(event: Event) -> set[str]:
+    """Return the workers that an event is about."""
     fields = event.fields
     lists = [fields.get(key) for key in ("asked", "participants", "workers", "missing")]
     named = [one for many in lists if isinstance(many, list) for one in many]
     names = [one.get("worker") if isinstance(one, Mapping) else one for one in [fields, *named]]
-    return worker in names
+    return {name for name in names if isinstance(name, str)}
 
 
 def _print_json(event: Event) -> None:

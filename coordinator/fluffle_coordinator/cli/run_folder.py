@@ -28,7 +28,7 @@ def _run_folder(_: click.Context, __: click.Parameter, folder: Path) -> Path:
     return folder
 
 
-_run_argument = click.argument(
+run_argument = click.argument(
     "folder",
     metavar="RUN",
     type=click.Path(file_okay=False, path_type=Path),
@@ -37,7 +37,7 @@ _run_argument = click.argument(
 
 
 @click.command()
-@_run_argument
+@run_argument
 @click.option(
     "--round", "number", type=count(), required=True, help="Number of the round to replay."
 )
@@ -147,7 +147,7 @@ def _words(distance: Distance) -> str:
 
 
 @click.command()
-@_run_argument
+@run_argument
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),

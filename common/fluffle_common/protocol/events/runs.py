@@ -115,12 +115,13 @@ class Unblocked(RunEvent):
 
 @event(
     "no_journal",
-    "this run has no journal ({reason}), so 'fluffle explain' and 'fluffle journal' cannot show "
-    "this run; everything else works",
+    "this run has no journal, because the broker does not support streams; 'fluffle explain' and "
+    "'fluffle journal' cannot show this run, but everything else works",
 )
 class NoJournal(RunEvent):
+    """The broker cannot hold a journal."""
+
     journalled = False
-    reason: Text = None
 
 
 @event("repaired", "{what}")
