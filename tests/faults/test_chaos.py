@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.chaos import rain
-from tests.faults.schedule import KINDS, schedule
+from tests.faults.fault_sequence import KINDS, schedule
 
 pytestmark = pytest.mark.rabbit
 
