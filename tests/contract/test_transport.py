@@ -20,7 +20,7 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
-from fluffle_common.protocol.transfer import Assembly, digest_of
+from fluffle_common.protocol.transfer_parts import Assembly, digest_of
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import (
     MAX_LISTED_KEYS,

@@ -14,7 +14,7 @@ import pytest
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Bye, Evaluate, Heartbeat, Hello, Stop
-from fluffle_common.protocol.transfer import Incoming
+from fluffle_common.protocol.transfer_parts import Incoming
 from fluffle_common.protocol.wire_format import read_tensors
 from fluffle_common.tensors.frozen import NO_FROZEN
 from fluffle_common.transport import messaging

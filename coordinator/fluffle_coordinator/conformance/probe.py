@@ -30,7 +30,7 @@ from fluffle_common.protocol.messages import (
     WithTensors,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly, pack
+from fluffle_common.protocol.transfer_parts import Assembly, pack
 from fluffle_common.protocol.wire_format import describe, encode, read_groups
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights

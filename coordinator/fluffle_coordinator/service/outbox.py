@@ -18,7 +18,7 @@ from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import PROTOCOL, Evaluate, Fit, Message
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import digest_of
+from fluffle_common.protocol.transfer_parts import digest_of
 from fluffle_common.protocol.wire_format import PART_BYTES, MinimalHello, encode_refusal
 from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights, size_bytes
