@@ -27,7 +27,7 @@ from fluffle_common.transport.messaging import Route, send, send_ahead, send_ten
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.composer import Composer
-from fluffle_coordinator.service.rejections import Rejections
+from fluffle_coordinator.service.rejected_queue import Rejections
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.strategy.base import NO_TENSORS
 
