@@ -230,7 +230,7 @@ def _rules_of(options: dict[str, Any]) -> Rules:
         )
     return Rules(
         rounds=options["rounds"],
-        min_workers=min_workers or quorum.number or 2,
+        min_workers=min_workers or quorum.number or Rules.min_workers,
         least=least,
         quorum=quorum,
         grace_s=options["grace"],
