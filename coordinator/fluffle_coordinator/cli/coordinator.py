@@ -1,8 +1,7 @@
-"""``fluffle coordinator``, and ``fluffle history`` and ``fluffle plot`` of the runs it made."""
+"""``fluffle coordinator``: run a federation."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,9 @@ from fluffle_common.cli.app import (
 )
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
-from fluffle_common.cli.printing import echo, echo_json
-from fluffle_common.cli.settings import draw_into_files
-from fluffle_common.errors import RunError, UsageError
+from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
 from fluffle_coordinator.cli.round_options import round_options
-from fluffle_coordinator.cli.run_folder import run_argument
 from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
 from fluffle_coordinator.cli.stopping_options import stopping_options
 
@@ -152,62 +148,3 @@ def coordinator(**options: Any) -> None:
         raise UsageError("--upload-dtype conflicts with --compress; use only one of them")
     check_schedule_options(options)
     run_coordinator(options)
-
-
-@click.command()
-@run_argument
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a JSON list with one object per round."
-)
-def history(folder: Path, as_json: bool) -> None:
-    """Show the history of a run, one row per round.
-
-    RUN is the run folder, such as runs/letters.
-
-    The loss and the metrics show how well a round's model performs on the workers' held-out data.
-    The letters task has a metric 'temperature'. 'fluffle predict' divides the model's outputs by
-    the temperature, so that the model's confidence matches its accuracy. A temperature of 1 changes
-    nothing.
-    """
-    from fluffle_coordinator.cli.history_table import history_tables
-    from fluffle_coordinator.storage.history import read_history
-
-    rounds = read_history(folder)
-    if as_json:
-        echo_json(rounds)
-    else:
-        # In a pipe, too, the reader usually is at a terminal: use its width.
-        first, *others = history_tables(rounds, shutil.get_terminal_size().columns)
-        echo(*first, *(line for lines in others for line in ("", *lines)))
-
-
-@click.command()
-@run_argument
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    metavar="PNG",
-    help="File to write the chart to.",
-)
-def plot(folder: Path, out: Path) -> None:
-    """Draw the losses and the other metrics after each round.
-
-    RUN is the run folder, such as runs/letters.
-    """
-    from fluffle_common.durable_files import replacing
-    from fluffle_coordinator.cli.history_chart import history_chart
-    from fluffle_coordinator.storage.history import read_history
-
-    if out.suffix.lower() not in ("", ".png"):
-        raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
-    draw_into_files()
-    chart = history_chart(read_history(folder))
-    try:
-        with replacing(out) as file:
-            chart.savefig(file, dpi=150, format="png")
-    except OSError as why:
-        raise RunError(
-            f"cannot write {out} ({why.strerror}); choose another file with --out"
-        ) from None
-    echo(f"chart written to {out}")
