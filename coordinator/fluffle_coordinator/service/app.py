@@ -294,7 +294,9 @@ async def coordinate(
     journal = Journal(topology) if journaled else None
     watchers: list[Watcher | None] = [watcher, journal, page]
     watcher = Watchers(*filter(None, watchers))
-    if fresh:  # a broker that refuses the new run must not cost the folder its earlier run
+    # A broker that refuses the new run must not cost the folder its earlier run. One in memory, on
+    # which no run is journaled, refuses nothing.
+    if fresh and journaled:
         await _declare(settings, transport, topology, watcher)
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
