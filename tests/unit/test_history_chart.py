@@ -48,7 +48,7 @@ def test_a_worker_cannot_prevent_the_drawing_with_an_extreme_loss(tmp_path) -> N
     "lines",
     [
         [committed(1), scored(1, **{"test/loss": 0.5, "test/mae": 0.25})],
-        [committed(1, participant("a", train_loss=0.75), epsilon=2.0), evaluated(1, accuracy=0.5)],
+        [committed(1, participant("a", train_loss=0.75), epsilon=2.0), evaluated(1, 字=0.5)],
     ],
 )
 def test_the_command_draws_every_column_of_the_history(tmp_path, monkeypatch, lines):

@@ -27,11 +27,6 @@ def state_folder() -> Path:
     return Path(os.environ.get("FLUFFLE_STATE") or ".fluffle")
 
 
-def draw_into_files() -> None:
-    """Let matplotlib draw without a display; Jupyter's MPLBACKEND may name a missing package."""
-    os.environ["MPLBACKEND"] = "agg"
-
-
 def cache_folder() -> Path:
     """Return the folder for caches: ``$XDG_CACHE_HOME``, else ``~/.cache``.
 

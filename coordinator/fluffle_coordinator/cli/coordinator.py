@@ -20,9 +20,9 @@ from fluffle_common.cli.app import (
 )
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
+from fluffle_common.cli.output_files import ChartFile, draw_into_files, save_chart
 from fluffle_common.cli.printing import echo, echo_json
-from fluffle_common.cli.settings import draw_into_files
-from fluffle_common.errors import RunError, UsageError
+from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
 from fluffle_coordinator.cli.run_folder import run_argument
 from fluffle_coordinator.cli.schedule_options import (
@@ -252,7 +252,7 @@ def history(folder: Path, as_json: bool) -> None:
 @run_argument
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=ChartFile(),
     required=True,
     metavar="PNG",
     help="File to write the chart to.",
@@ -262,19 +262,9 @@ def plot(folder: Path, out: Path) -> None:
 
     RUN is the run folder, such as runs/letters.
     """
-    from fluffle_common.durable_files import replacing
     from fluffle_coordinator.cli.history_chart import history_chart
     from fluffle_coordinator.storage.history import read_history
 
-    if out.suffix.lower() not in ("", ".png"):
-        raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
     draw_into_files()
-    chart = history_chart(read_history(folder))
-    try:
-        with replacing(out) as file:
-            chart.savefig(file, dpi=150, format="png")
-    except OSError as why:
-        raise RunError(
-            f"cannot write {out} ({why.strerror}); choose another file with --out"
-        ) from None
+    save_chart(history_chart(read_history(folder)), out)
     echo(f"chart written to {out}")
