@@ -199,7 +199,7 @@ class WorkerService:
         match message:
             case Fit() | Evaluate() if message.transfer is not None:
                 announced_layout(message)
-                self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
+                self._assembly = message, Assembly(message.transfer)
                 self._presence.now("receiving", message, steps=message.transfer.parts)
             case Fit() | Evaluate():
                 self._work(message, payload)
