@@ -107,7 +107,8 @@ _NAMES = {
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-# Names that need an optional package: "from fluffle import *" leaves them out if it is missing.
+# Names that need an optional package. If it is missing, __all__ and dir() leave them out, so that
+# "from fluffle import *" and help(fluffle), which load every name, work.
 _PACKAGES = {"flax_task": "flax", "sklearn_task": "sklearn", "torch_task": "torch"}
 
 
@@ -127,5 +128,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Return the names of the public API."""
-    return sorted({*globals(), *_MODULES})
+    """Return the names of the public API, and those that every module has."""
+    return sorted({*__getattr__("__all__"), *(name for name in globals() if name[:2] == "__")})

@@ -69,8 +69,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="",
     metavar="TEXT",
     help="Value that the task function gets as options.data. If the value contains '{client}' "
-    "or '{clients}', each client gets its own task. The command replaces '{client}' by the "
-    "client's number (from 0), and '{clients}' by the number of clients.",
+    "or '{clients}', each client gets its own task. The command replaces '{client}' with the "
+    "client's number (from 0), and '{clients}' with the number of clients.",
 )
 @click.option("--clients", type=count(), default=100, help="Number of clients.")
 @click.option(

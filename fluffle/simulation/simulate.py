@@ -1,4 +1,4 @@
-"""A simulated run: the real coordinator, a broker in memory, and a fleet of clients."""
+"""A simulated run: the real coordinator, an in-memory broker, and a fleet of clients."""
 
 from __future__ import annotations
 

@@ -118,6 +118,7 @@ def test_a_plot_stacks_what_each_client_holds():
     assert [bands.get_label() for bands in axes.collections] == ["0", "1"]
     tops = [bands.get_paths()[0].vertices[:, 1].max() for bands in axes.collections]
     assert tops == [3, 5]
+    assert figure._repr_png_().startswith(b"\x89PNG")  # in a notebook
     with pytest.raises(UsageError, match="8 examples are too few for 9 clients"):
         fluffle.plot_partition(Task(), clients=9)
 

@@ -38,15 +38,16 @@ def test_type_checkers_are_told_of_every_public_name():
     assert imported == set(fluffle._MODULES)
 
 
-def test_a_star_import_leaves_out_what_needs_a_missing_package():
+def test_a_star_import_and_help_leave_out_what_needs_a_missing_package():
     code = """if True:
         import sys
         sys.modules["torch"] = sys.modules["sklearn"] = None
         from fluffle import *
-        import fluffle
+        import fluffle, pydoc
         assert {"run", "flax_task"} <= globals().keys()
         assert not {"torch_task", "sklearn_task"} & globals().keys()
-        assert {"torch_task", "sklearn_task"} <= set(dir(fluffle))
+        assert "Run a federation to its end" in pydoc.render_doc(fluffle)
+        assert {name for name in dir(fluffle) if name[0] != "_"} == set(fluffle.__all__)
     """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

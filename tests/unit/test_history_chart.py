@@ -25,6 +25,12 @@ def test_the_chart_of_many_rounds_has_few_ticks():
     assert all(tick == int(tick) for tick in ticks)
 
 
+def test_a_notebook_displays_a_chart_without_pyplot():
+    pytest.importorskip("matplotlib")
+    image = history_chart([{"round": 1, "loss": 0.5}])._repr_png_()
+    assert image.startswith(b"\x89PNG")
+
+
 def test_a_metric_of_every_second_round_is_a_curve():
     pytest.importorskip("matplotlib")
     tested = {n: {"test/accuracy": 0.5} if n % 2 == 0 else {} for n in range(1, 101)}

@@ -76,7 +76,8 @@ def test_technical_limits_appear_only_in_errors():
     def rounds(*words):
         return CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *words]).output
 
-    assert "the maximum is 2,147,483,647" in rounds("--rounds", "99999999999")
+    assert "the maximum is 2,147,483,647" in rounds("--sample", "99999999999")
+    assert "the maximum is 1,000,000,000" in rounds("--rounds", "2000000000")  # as on the wire
     assert "0 is not in the range x>=1" in rounds("--rounds", "0")
     assert "the maximum is 1,000,000,000" in rounds("--grace", "1e10")
     shown = rounds("--help")

@@ -218,6 +218,7 @@ def test_metrics_that_are_no_mapping_are_none(metrics):
         ((jnp.asarray(2), 5, jnp.asarray(0.5)), (2, 5, 0.5)),
         ((2, None, "high"), (2, 0, None)),
         ((-1, 5), (0, 5, None)),
+        ((2, 2**64), (2, 2**63 - 1, None)),
     ],
 )
 def test_a_step_is_shown_as_far_as_it_is_known(step, shown):

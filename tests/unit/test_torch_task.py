@@ -662,6 +662,29 @@ def test_frozen_tensors_go_to_a_file_of_their_own(tmp_path):
     assert torch.equal(other.body.weight, module.body.weight)
 
 
+def test_a_model_without_its_frozen_parameters_fills_a_module():
+    def headed() -> Normed:
+        module = Normed()
+        module.body.requires_grad_(False)
+        return module
+
+    task, module = task_of(headed), headed()
+    weights, body = train(task, task.init(1)), module.body.weight.clone()
+    assert not [name for name in weights if name.startswith("body.")]
+    fluffle.load_into(module, weights)
+    assert torch.equal(module.head.weight, torch.tensor(weights["head.weight"]))
+    assert torch.equal(module.body.weight, body)
+    del weights["head.weight"]
+    with pytest.raises(fluffle.UsageError, match=r"the file lacks head\.weight"):
+        fluffle.load_into(module, weights)
+    whole = task_of(Normed).init(1)
+    fluffle.load_into(module, whole)
+    assert torch.equal(module.body.weight, torch.tensor(whole["body.weight"]))
+    del whole["body.weight"]
+    with pytest.raises(fluffle.UsageError, match=r"the file lacks body\.weight"):
+        fluffle.load_into(module, whole)
+
+
 class Lazy(nn.Module):
     def __init__(self) -> None:
         super().__init__()

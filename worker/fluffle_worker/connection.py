@@ -216,4 +216,4 @@ class Connection:
 
 async def _until_lost(link: Link) -> None:
     await link.lost()
-    raise LinkLost("the link was lost")
+    raise LinkLost("the connection was closed")

@@ -319,7 +319,7 @@ class WorkerService:
         for job in self._jobs.values():
             job.wanted = False
         self._jobs.clear()
-        self._state = machine.State()
+        self._state, self._assembly = machine.State(), None
         # Otherwise, the run would not ask this worker again once it is continued.
         self._presence.rest()
 

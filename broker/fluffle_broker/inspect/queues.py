@@ -137,8 +137,8 @@ async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
             except AccessRefused as refused:
                 # RabbitMQ 4.3 lets a reader of the journal count nothing.
                 raise BrokerError(
-                    f"{refused.lacking}; give the user the tag 'monitoring', so that the "
-                    "management API (--management) answers"
+                    f"{refused.lacking}; give the user the tag 'monitoring', so that "
+                    "fluffle can query the management API (--management)"
                 ) from None
     return counted
 

@@ -65,10 +65,10 @@ def new_figure(width: float, height: float) -> Figure:
         UsageError: if matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure
+        from fluffle_common.cli.chart import Chart
     except ImportError:
         raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
-    return Figure(figsize=(width, height), layout="constrained")
+    return Chart(figsize=(width, height), layout="constrained")
 
 
 def save_chart(figure: Figure, path: Path, option: str = "--out") -> None:

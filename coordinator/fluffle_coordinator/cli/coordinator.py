@@ -32,11 +32,13 @@ from fluffle_coordinator.cli.schedule_options import (
 )
 from fluffle_coordinator.cli.stopping_options import stopping_options
 
+MOST_ROUNDS = 10**9  # as on the wire
+
 
 @click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
-@click.option("--rounds", type=count(), default=6, help="Number of rounds.")
+@click.option("--rounds", type=count(most=MOST_ROUNDS), default=6, help="Number of rounds.")
 @click.option(
     "--min-workers",
     type=count(),
@@ -110,8 +112,8 @@ from fluffle_coordinator.cli.stopping_options import stopping_options
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Names of all classes in the federation; a worker with other classes is refused.  "
-    "[default: the classes that most of the waiting workers have]",
+    help="Names of all classes in the federation, in order; a worker with a different list is "
+    "refused.  [default: the most common list among the waiting workers]",
 )
 @click.option(
     "--init",
@@ -189,7 +191,7 @@ from fluffle_coordinator.cli.stopping_options import stopping_options
     "--dashboard",
     metavar="HOST:PORT",
     help="Address of a read-only live page of the run, such as 127.0.0.1:8080. Port 0 chooses "
-    "a free port. The path /metrics has the figures for Prometheus. Requires 'fluffle[dashboard]'.",
+    "a free port. The path /metrics serves metrics for Prometheus. Requires 'fluffle[dashboard]'.",
 )
 @management_option
 @queue_type_option

@@ -68,8 +68,8 @@ async def _probe(
             yield Probe(link, topology, options)
         except QueueInUse:
             raise RunError(
-                f"federation {topology.federation} already has a coordinator; give --federation "
-                "the name of a federation that nothing else uses"
+                f"federation {topology.federation} already has a coordinator; set --federation "
+                "to a name that nothing else uses"
             ) from None
 
 

@@ -130,7 +130,7 @@ class Fetcher:
     async def _fetch(self, held: Held, layout: GroupedLayout, *, in_pieces: bool) -> Payload:
         message, link = held.message, self._link()
         if link is None:
-            raise LinkLost("the link was lost")
+            raise LinkLost("the connection was closed")
         assert message.transfer is not None
         into: Spool | Assembly
         if in_pieces:

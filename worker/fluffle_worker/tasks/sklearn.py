@@ -84,7 +84,7 @@ class SklearnTask:
             self.classes = tuple(map(str, self._fresh.classes_))
         if not all(isinstance(getattr(self._fresh, name, None), np.ndarray) for name in _TENSORS):
             raise TaskError(
-                f"{kind} has no coef_ and intercept_ after it is fitted; expected a linear "
+                f"{kind} lacks coef_ or intercept_ after fitting; expected a linear "
                 "estimator, such as SGDClassifier"
             )
 
