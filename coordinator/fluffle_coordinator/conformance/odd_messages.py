@@ -203,7 +203,8 @@ async def update_in_parts(probe: Probe) -> str:
 
 @requires(
     "Large payloads",
-    "a worker that sends digests refuses a model in parts whose digest is not the announced one",
+    "a worker that sends digests refuses a model in parts whose digest does not match the "
+    "announced digest",
 )
 async def another_digest(probe: Probe) -> str:
     """Change the last part of a model on its way, then send another round."""
