@@ -226,9 +226,9 @@ class Fleet:
             steps = of
 
         moved = size_bytes(job.weights) + size_bytes(job.broadcast)
-        form, frozen = self._model(client)
+        signature, frozen = self._model(client)
         sender = {"federation": self._topology.federation, "worker": client.name}
-        executor = Executor(client.task, sender, frozen, form, self._results)
+        executor = Executor(client.task, sender, frozen, signature, self._results)
         async with self._turn:  # otherwise, all clients of a round would train in a single pass
             for _ in range(_PASSES):
                 await asyncio.sleep(0)
