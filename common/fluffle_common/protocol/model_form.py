@@ -12,6 +12,7 @@ from hashlib import sha256
 from types import MappingProxyType
 from typing import Any
 
+from fluffle_common.plural import plural
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.layout import Array, Signature, Weights, signature_of
@@ -46,4 +47,4 @@ def _summary(signature: Signature) -> str:
     count, size = len(signature), sum(math.prod(shape) for *_, shape in signature)
     dtypes = Counter(dtype.name for _, dtype, _ in signature)
     by_dtype = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
-    return f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {by_dtype}"
+    return f"{plural(count, 'tensor')}, {plural(size, 'parameter')}: {by_dtype}"

@@ -12,6 +12,7 @@ import click
 from fluffle_common.cli.app import count
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
 from fluffle_common.errors import UsageError
+from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
     from fluffle_coordinator.storage.replay import Distance, Replay
@@ -142,7 +143,7 @@ def _words(distance: Distance) -> str:
     values = "value differs" if distance.different == 1 else "values differ"
     return (
         f"{distance.different:,} {values}, at most {distance.largest:.3g} "
-        f"({distance.ulps:,} ulp{'s' if distance.ulps != 1 else ''})"
+        f"({plural(distance.ulps, 'ulp')})"
     )
 
 

@@ -20,6 +20,7 @@ from fluffle_common.cli.settings import (
     parse_config,
 )
 from fluffle_common.errors import LinkLost, RunError, UsageError
+from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.protocol.metric_names import TEST_PREFIX
@@ -350,7 +351,7 @@ def _beginning(
     else:
         yield run_events.Started(run=saved.run, rounds=rounds, folder=str(folder))
     if rounds == strategy.strategy.needs.max_rounds:
-        what = f"the strategy {strategy.name} allows at most {rounds} round{'s'[: rounds != 1]}"
+        what = f"the strategy {strategy.name} allows at most {plural(rounds, 'round')}"
         yield run_events.Note(what=what)
     if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)

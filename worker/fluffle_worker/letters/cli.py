@@ -13,6 +13,7 @@ from fluffle_common.cli.console import warn
 from fluffle_common.cli.output_files import ChartFile, draw_into_files, save_chart
 from fluffle_common.cli.printing import echo, echo_json
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
     from fluffle_worker.letters.images import Images
@@ -64,8 +65,8 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
             seed=seed,
             progress=lambda done, _: bar.update(done - bar.pos),
         )
-    more = f" and {unseen} more writer{'s' if unseen > 1 else ''}" if unseen else ""
-    echo(f"{clients} clients{more} with {per_client} letters each in {out}")
+    more = f" and {plural(unseen, 'more writer')}" if unseen else ""
+    echo(f"{plural(clients, 'client')}{more} with {per_client} letters each in {out}")
 
 
 @click.command()
