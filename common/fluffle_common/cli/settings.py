@@ -130,8 +130,8 @@ def check_worker(name: str) -> str:
 
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid worker ID; choose another --id: use at most 64 letters, "
-            "digits, '-', '_' and '.', and begin with a letter or digit"
+            f"'{name}' is not a valid worker ID; use at most 64 letters, digits, '-', '_' and '.', "
+            "and begin with a letter or digit"
         )
     return name
 
