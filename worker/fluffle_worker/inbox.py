@@ -39,7 +39,7 @@ def check_message(body: Body, federation: str) -> None:
             read_work(message, payload)
         else:
             announced_layout(message)
-            Assembly(message.transfer, message.transfer.nbytes)
+            Assembly(message.transfer)
 
 
 def not_for_workers(message: Message) -> MalformedMessage:

@@ -13,6 +13,7 @@ from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo, echo_json
+from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.peek import Peeked
@@ -88,18 +89,17 @@ def _held(peeked: Peeked, topology: Topology, api: Management) -> str | None:
     if not held:
         return None
     return (
-        f"the coordinator holds {held} more message{'s'[: held != 1]} until its commit (according "
+        f"the coordinator holds {plural(held, 'more message')} until its commit (according "
         f"to RabbitMQ's statistics, up to 5 s old); {journal}"
     )
 
 
 def _show(peeked: Peeked, now: float) -> None:
     from fluffle_broker.inspect.message_view import show_message
-    from fluffle_common.transport.rabbitmq.queue_health import messages
 
     shown = f", {len(peeked.messages)} shown" if peeked.messages else ""
     kept = "kept" if any(r.delivery.offset is not None for r in peeked.messages) else "ready"
-    echo(f"{peeked.queue}: {messages(peeked.counts.ready)} {kept}{shown}")
+    echo(f"{peeked.queue}: {plural(peeked.counts.ready, 'message')} {kept}{shown}")
     for number, decoded in enumerate(peeked.messages, 1):
         echo("")
         show_message(decoded, now, f"{number}  ")

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import click
 
+from fluffle_common.cli.output_files import ChartFile, draw_into_files, save_chart
 from fluffle_common.cli.printing import echo, echo_json
-from fluffle_common.cli.settings import draw_into_files
-from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.run_folder import run_argument
 
 
@@ -44,7 +43,7 @@ def history(folder: Path, as_json: bool) -> None:
 @run_argument
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=ChartFile(),
     required=True,
     metavar="PNG",
     help="File to write the chart to.",
@@ -54,19 +53,9 @@ def plot(folder: Path, out: Path) -> None:
 
     RUN is the run folder, such as runs/letters.
     """
-    from fluffle_common.durable_files import replacing
     from fluffle_coordinator.cli.history_chart import history_chart
     from fluffle_coordinator.storage.history import read_history
 
-    if out.suffix.lower() not in ("", ".png"):
-        raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
     draw_into_files()
-    chart = history_chart(read_history(folder))
-    try:
-        with replacing(out) as file:
-            chart.savefig(file, dpi=150, format="png")
-    except OSError as why:
-        raise RunError(
-            f"cannot write {out} ({why.strerror}); choose another file with --out"
-        ) from None
+    save_chart(history_chart(read_history(folder)), out)
     echo(f"chart written to {out}")

@@ -45,7 +45,6 @@ from fluffle_coordinator.strategy.decoding import (
 )
 
 _T = TypeVar("_T")
-_MAX_MODEL_BYTES = 8 * 2**30
 _LARGE = {"conformance/large": np.zeros(5 * 2**20 // 4, np.float32)}
 """The tensor that makes a small model travel in parts (``--large``)."""
 
@@ -212,7 +211,7 @@ class Probe(Listener):
             return inline
         try:
             check_announced(message, self.weights or None, plan)
-            assembly = Assembly(message.transfer, _MAX_MODEL_BYTES)
+            assembly = Assembly(message.transfer)
             outbox = self.topology.outbox(message.worker)
             await fetch(self.link, outbox, assembly, self.topology.rejected)
             return assembly.payload()
