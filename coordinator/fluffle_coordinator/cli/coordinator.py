@@ -130,7 +130,7 @@ def run_option(command: Any) -> Any:
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Model file with the first weights.  [default: a worker initializes them]",
+    help="Model file (safetensors) with the first weights.  [default: a worker initializes them]",
 )
 @click.option(
     "--run",
