@@ -68,7 +68,7 @@ MOST_ROUNDS = 10**9  # as on the wire
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Model file with the first weights.  [default: a worker initializes them]",
+    help="Model file (safetensors) with the first weights.  [default: a worker initializes them]",
 )
 @click.option(
     "--run",

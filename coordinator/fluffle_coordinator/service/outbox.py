@@ -121,7 +121,8 @@ class Outbox:
             self._record_refusal(why)
 
     def _record_refusal(self, why: QueueFull) -> None:
-        self._record(Waiting(reason=f"the broker has no room for a message ({why})", what="room"))
+        reason = f"the broker has no room for a message ({why}); see 'fluffle queues'"
+        self._record(Waiting(reason=reason, what="room"))
 
     def prepare(self, weights: Weights, extra: Weights) -> asyncio.Future[str] | None:
         """Start to compute the digest of the weights and broadcast tensors, once per version.
