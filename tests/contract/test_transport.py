@@ -1276,6 +1276,22 @@ async def test_a_quorum_queue_has_one_exclusive_consumer_until_its_link_is_lost(
 
 
 @pytest.mark.rabbit
+async def test_a_cancellation_at_the_moment_of_connecting_is_not_lost(rabbit_url, monkeypatch):
+    original, connected = aiormq.connect, list[Any]()
+
+    async def connect_and_cancel(*args: Any, **options: Any) -> Any:
+        connected.append(await original(*args, **options))
+        opening.cancel()
+        return connected[0]
+
+    monkeypatch.setattr(aiormq, "connect", connect_and_cancel)
+    opening = asyncio.ensure_future(AmqpTransport(rabbit_url, "test").open())
+    with pytest.raises(asyncio.CancelledError):
+        await soon(opening)
+    await connected[0].close()
+
+
+@pytest.mark.rabbit
 async def test_a_consumer_that_is_cancelled_while_it_starts_holds_no_messages(real, monkeypatch):
     link = await real.open()
     queue = await real.queue(link)
