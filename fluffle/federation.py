@@ -229,7 +229,7 @@ class Federation:
             record=lambda event: _on_worker_event(task, failure, event),
             bar=lambda *_: None,
             training=self._threads[task.name],
-            form=task.signature,
+            signature=task.signature,
         )
         await service.run()
 

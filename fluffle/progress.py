@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from fluffle.keywords import with_keywords
 from fluffle_common.cli.printing import echo, is_terminal, printable
+from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import Phase, State
@@ -70,7 +71,7 @@ class Progress(Watcher):
     def _print_if_none_left(self, done: int, rounds: int) -> None:
         if done >= rounds and (self._lines or self._bar is not None):
             self._print(
-                f"the run has {done} round{'s'[: done != 1]} already, and rounds={rounds}, so no "
+                f"the run has {plural(done, 'round')} already, and rounds={rounds}, so no "
                 "round is left to run; use a higher rounds= to add rounds, or fresh=True to begin "
                 "a new run"
             )

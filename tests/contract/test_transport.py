@@ -20,7 +20,7 @@ from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
 from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
-from fluffle_common.protocol.transfer import Assembly, digest_of
+from fluffle_common.protocol.transfer_parts import Assembly, digest_of
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import (
     MAX_LISTED_KEYS,
@@ -328,7 +328,7 @@ async def test_a_message_may_have_more_keys_than_fit_into_a_frame(bench, bound):
     await soon(link.publish(b"x", about, exchange=exchange, keys=keys))
     assert await drain(link, queue) == [b"x"]
     await link.declare([Binding(full, exchange, keys[1])])
-    with pytest.raises(QueueFull):
+    with pytest.raises(QueueFull, match=r"is full$|refused the fit for (\d+, ){5}…$"):
         for body in numbered(50):
             await soon(link.publish(body, about, exchange=exchange, keys=keys))
     assert len(await drain(link, queue)) > 1
@@ -1275,6 +1275,22 @@ async def test_a_quorum_queue_has_one_exclusive_consumer_until_its_link_is_lost(
     deliveries = await soon(consume_when_free(two, queue))
     await put(two, queue, b"x")
     assert bodies(await take(deliveries, 1)) == [b"x"]
+
+
+@pytest.mark.rabbit
+async def test_a_cancellation_at_the_moment_of_connecting_is_not_lost(rabbit_url, monkeypatch):
+    original, connected = aiormq.connect, list[Any]()
+
+    async def connect_and_cancel(*args: Any, **options: Any) -> Any:
+        connected.append(await original(*args, **options))
+        opening.cancel()
+        return connected[0]
+
+    monkeypatch.setattr(aiormq, "connect", connect_and_cancel)
+    opening = asyncio.ensure_future(AmqpTransport(rabbit_url, "test").open())
+    with pytest.raises(asyncio.CancelledError):
+        await soon(opening)
+    await connected[0].close()
 
 
 @pytest.mark.rabbit

@@ -19,7 +19,7 @@ from fluffle_common.protocol.messages import (
     Stop,
     Verdict,
 )
-from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.transfer_parts import pack
 from fluffle_common.protocol.wire_format import encode
 from fluffle_common.tensors.layout import signature_of
 from fluffle_common.transport.base import Properties
@@ -240,7 +240,7 @@ def test_an_update_weighs_what_its_worker_announced(federated, says):
 
 def test_first_weights_come_from_another_worker_if_the_first_hangs(federated):
     class Hangs(Adder):
-        form = signature_of({"w": np.zeros(4, np.float32)})  # known without asking init()
+        signature = signature_of({"w": np.zeros(4, np.float32)})  # known without asking init()
 
         def init(self, seed):
             self.loop.sleep(1e9)
@@ -348,7 +348,7 @@ def test_first_weights_that_no_run_can_use_stop_it_with_the_reason(
 
     async def scenario(federation):
         task = Adder(federation.loop)
-        task.init, task.form = lambda seed: weights, UNKNOWN
+        task.init, task.signature = lambda seed: weights, UNKNOWN
         federation.worker("a", task)
         state = await federation.coordinator(rounds=2, min_workers=1).end()
         assert state.outcome == "stopped"

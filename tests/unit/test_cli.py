@@ -61,6 +61,7 @@ C = ["coordinator", "--federation", "f"]
         (["coordinator", "--federation", "_a"], "and begin with a letter or digit"),
         (["worker", "--federation", "f", "--data", "/"], "worker's ID; add --id"),
         ([*W, "--id", ".a"], "begin with a letter or digit"),
+        (["tap", "--federation", "f", "--worker", ".a"], "not a valid worker ID; use at most 64"),
         (["coordinator", "--federation", "amq"], "RabbitMQ reserves names"),
         ([*C, "--init", "missing.safetensors"], "there is no model file"),
         ([*C, "--config", "x"], "KEY=VALUE"),
@@ -72,7 +73,7 @@ C = ["coordinator", "--federation", "f"]
         ([*W, "--task", "task"], "module:name"),
         (["worker", "--federation", "f", "--data", "nowhere"], "there is no folder"),
         (["predict", "--model", "no.safetensors", "--image", "x.png"], "there is no model file"),
-        (["predict", "--model", "half.safetensors", "--image", "x"], "not a complete model file"),
+        (["predict", "--model", "half.safetensors", "--image", "x"], "in the safetensors format"),
         (
             ["predict", "--model", "other.safetensors", "--image", "x"],
             "not a model of the letters task",

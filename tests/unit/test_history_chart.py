@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import fluffle
 from fluffle_coordinator.cli import history_chart as history_chart_module
-from fluffle_coordinator.cli.coordinator import plot
+from fluffle_coordinator.cli.history import plot
 from fluffle_coordinator.cli.history_chart import history_chart
 from tests.history_lines import committed, evaluated, participant, scored, write_history
 
@@ -27,7 +27,7 @@ def test_the_chart_of_many_rounds_has_few_ticks():
 
 def test_a_notebook_displays_a_chart_without_pyplot():
     pytest.importorskip("matplotlib")
-    image = history_chart([1, 2], {"loss": [1.0, 0.5]})._repr_png_()
+    image = history_chart([{"round": 1, "loss": 0.5}])._repr_png_()
     assert image.startswith(b"\x89PNG")
 
 
@@ -54,7 +54,7 @@ def test_a_worker_cannot_prevent_the_drawing_with_an_extreme_loss(tmp_path) -> N
     "lines",
     [
         [committed(1), scored(1, **{"test/loss": 0.5, "test/mae": 0.25})],
-        [committed(1, participant("a", train_loss=0.75), epsilon=2.0), evaluated(1, accuracy=0.5)],
+        [committed(1, participant("a", train_loss=0.75), epsilon=2.0), evaluated(1, 字=0.5)],
     ],
 )
 def test_the_command_draws_every_column_of_the_history(tmp_path, monkeypatch, lines):
@@ -78,7 +78,7 @@ def test_a_backend_that_is_not_installed_does_not_prevent_a_chart(tmp_path) -> N
     pytest.importorskip("matplotlib")
     code = (
         "import sys\n"
-        "from fluffle_coordinator.cli.coordinator import plot\n"
+        "from fluffle_coordinator.cli.history import plot\n"
         "plot([sys.argv[1], '--out', sys.argv[2]])\n"
     )
     write_history(tmp_path, committed(1), evaluated(1))

@@ -205,9 +205,17 @@ def test_an_unknown_kind_is_refused_before_anything_is_read(command, name, meant
 
 
 @pytest.mark.parametrize("name", ["accuracy.xyz", "accuracy.svg"])
-def test_a_chart_is_not_written_under_the_name_of_another_format(name):
-    with pytest.raises(UsageError, match=f"--out {name} must end with .png"):
-        CliRunner().invoke(fluffle, ["plot", ".", "--out", name], catch_exceptions=False)
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("plot .", "--out"),
+        ("confusion --model x --data x", "--out"),
+        ("simulate --task x:y", "--plot-partition"),
+    ],
+)
+def test_a_chart_is_not_written_under_the_name_of_another_format(command, option, name):
+    with pytest.raises(UsageError, match=f"{option} {name} must end with .png"):
+        CliRunner().invoke(fluffle, [*command.split(), option, name], catch_exceptions=False)
 
 
 def test_an_invalid_url_from_the_environment_is_named_so(monkeypatch):

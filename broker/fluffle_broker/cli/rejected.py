@@ -17,6 +17,7 @@ from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option, optional_federation
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
 from fluffle_common.errors import UsageError
+from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.rejected import Rejected, Requeued
@@ -112,18 +113,16 @@ def _list(topology: Topology, api: Management, most: int | None, as_json: bool) 
 
 
 def _how_many(kept: int, gone: int | None) -> str:
-    from fluffle_common.transport.rabbitmq.queue_health import messages
-
     if gone is None:
         return (
-            f"{messages(kept)} kept; the number of messages that the queue's limit has dropped is "
-            "unknown, because RabbitMQ's statistics are missing or out of date"
+            f"{plural(kept, 'message')} kept; the number of messages that the queue's limit has "
+            "dropped is unknown, because RabbitMQ's statistics are missing or out of date"
         )
     if not gone:
-        return f"{messages(kept)} kept, none dropped"
+        return f"{plural(kept, 'message')} kept, none dropped"
     return (
-        f"{kept:,} of {messages(kept + gone)} are kept; the queue's limit has dropped {gone:,} "
-        "since RabbitMQ started"
+        f"{kept:,} of {plural(kept + gone, 'message')} are kept; the queue's limit has dropped "
+        f"{gone:,} since RabbitMQ started"
     )
 
 
@@ -180,7 +179,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 
     The command prints the same details as 'fluffle peek'.
     """
-    from fluffle_broker.cli.peek import show_message
+    from fluffle_broker.inspect.message_view import show_message
     from fluffle_broker.inspect.rejected import read_rejected
 
     topology, address, as_json = _target(options, group)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fluffle_common.cli.output_files import new_figure
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.observe.round_view import metrics_of
 from fluffle_coordinator.storage.round_stats import mean_train_loss
@@ -27,10 +28,6 @@ def history_chart(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     Raises:
         UsageError: if matplotlib is not installed, or no round has a metric.
     """
-    try:
-        from fluffle_coordinator.cli.chart import Chart
-    except ImportError:
-        raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
     measured = [(row["round"], _values(row)) for row in rounds]
     names = dict.fromkeys(name for _, values in measured for name in values)
     if not names:
@@ -38,7 +35,7 @@ def history_chart(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     losses = [name for name in names if name.endswith("loss")]
     others = [name for name in names if name not in losses]
     panels = [panel for panel in (losses, others) if panel]
-    figure = Chart(figsize=(5 * len(panels), 3.6), layout="constrained")
+    figure = new_figure(5 * len(panels), 3.6)
     for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for name in panel:
             # Without gaps: a value between two gaps would be a line of no length.

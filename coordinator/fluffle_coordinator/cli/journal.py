@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fluffle_common.protocol.messages import Event
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.base import Transport
+    from fluffle_coordinator.observe.explain import Entry
 
 _UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _GIVE_UP_S = 5.0
@@ -214,9 +215,9 @@ async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Eve
             yield event
 
 
-def _end_of(events: Sequence[Event]) -> datetime:
+def _end_of(journal: Sequence[Event | Entry]) -> datetime:
     """Return when a simulation ended, in its own time, which may be ahead of the clock."""
-    return (events[-1].moment if events else None) or datetime.now(UTC)
+    return (journal[-1].moment if journal else None) or datetime.now(UTC)
 
 
 @click.command()
@@ -245,25 +246,26 @@ def explain(
       fluffle explain --federation letters 7
       fluffle explain --run runs/simulation 7
     """
+    from fluffle_coordinator.observe.explain import Entry
     from fluffle_coordinator.observe.explain import explain as explain_round
     from fluffle_coordinator.observe.explain_sentences import as_dict, sentences
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
     if folder is None:
-        events, coordinated = asyncio.run(_read(*_where(federation, url)))
+        entries, coordinated = asyncio.run(_read(*_where(federation, url)))
         now = datetime.now(UTC)  # not earlier, because reading takes a while
     else:
-        events, coordinated = list(read_journal_file(folder)), None
-        now = _end_of(events)
-    run, number = _choose_round(events, run_id, number)
-    explanation = explain_round(events, run, number, now, coordinated=coordinated)
+        entries, coordinated = list(map(Entry.of, read_journal_file(folder))), None
+        now = _end_of(entries)
+    run, number = _choose_round(entries, run_id, number)
+    explanation = explain_round(entries, run, number, now, coordinated=coordinated)
     if as_json:
         echo_json(as_dict(explanation))
     else:
         echo_sentences(*sentences(explanation))
 
 
-def _choose_round(events: Iterable[Event], run: str | None, number: int | None) -> tuple[str, int]:
+def _choose_round(entries: list[Entry], run: str | None, number: int | None) -> tuple[str, int]:
     """Return the run and round to explain, the newest by default; round 0 if there is none yet.
 
     Raises:
@@ -271,7 +273,7 @@ def _choose_round(events: Iterable[Event], run: str | None, number: int | None) 
     """
     from fluffle_coordinator.observe.explain import runs_of
 
-    runs = runs_of(events)
+    runs = runs_of(entries)
     if not runs:
         raise UsageError("the journal has no run yet")
     if run is not None and run not in runs:
@@ -310,13 +312,14 @@ def _spans(numbers: Iterable[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
 
 
-async def _read(transport: Transport, topology: Topology) -> tuple[list[Event], bool | None]:
+async def _read(transport: Transport, topology: Topology) -> tuple[list[Entry], bool | None]:
     """Return the journal, and whether a coordinator is connected: None when that is unknown."""
     from fluffle_common.errors import BrokerError
     from fluffle_common.transport.open_once import open_once
+    from fluffle_coordinator.observe.explain import Entry
 
     async with contextlib.aclosing(_events(transport, topology)) as events:
-        journal = [event async for event in events]
+        journal = [Entry.of(event) async for event in events]
     with contextlib.suppress(BrokerError):
         async with open_once(transport) as link:
             counts = await link.counts(topology.presence)

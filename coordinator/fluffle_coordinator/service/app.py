@@ -20,6 +20,7 @@ from fluffle_common.cli.settings import (
     parse_config,
 )
 from fluffle_common.errors import LinkLost, RunError, UsageError
+from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.protocol.metric_names import TEST_PREFIX
@@ -230,7 +231,7 @@ def _rules_of(options: dict[str, Any]) -> Rules:
         )
     return Rules(
         rounds=options["rounds"],
-        min_workers=min_workers or quorum.number or 2,
+        min_workers=min_workers or quorum.number or Rules.min_workers,
         least=least,
         quorum=quorum,
         grace_s=options["grace"],
@@ -294,7 +295,9 @@ async def coordinate(
     journal = Journal(topology) if journaled else None
     watchers: list[Watcher | None] = [watcher, journal, page]
     watcher = Watchers(*filter(None, watchers))
-    if fresh:  # a broker that refuses the new run must not cost the folder its earlier run
+    # A broker that refuses the new run must not cost the folder its earlier run. One in memory, on
+    # which no run is journaled, refuses nothing.
+    if fresh and journaled:
         await _declare(settings, transport, topology, watcher)
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
@@ -347,7 +350,7 @@ def _beginning(
     else:
         yield run_events.Started(run=saved.run, rounds=rounds, folder=str(folder))
     if rounds == strategy.strategy.needs.max_rounds:
-        what = f"the strategy {strategy.name} allows at most {rounds} round{'s'[: rounds != 1]}"
+        what = f"the strategy {strategy.name} allows at most {plural(rounds, 'round')}"
         yield run_events.Note(what=what)
     if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from fluffle_common.plural import plural
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.state import State
 
@@ -49,7 +50,7 @@ def done_already(folder: Path, committed: int, rules: Rules) -> str:
     """
     why = rules.rounds_limit or f"--rounds is {rules.rounds}"
     return (
-        f"the run in {folder} is done: it has {committed} round{'s'[: committed != 1]} and "
+        f"the run in {folder} is done: it has {plural(committed, 'round')} and "
         f"{why}. {after_the_end(folder, committed, rules)}"
     )
 

@@ -115,8 +115,8 @@ class Unblocked(RunEvent):
 
 @event(
     "no_journal",
-    "this run has no journal, because the broker does not support streams; 'fluffle explain' and "
-    "'fluffle journal' cannot show this run, but everything else works",
+    "this run has no journal, because the broker does not support streams; 'fluffle explain', "
+    "'fluffle journal' and 'fluffle dashboard' cannot show this run, but everything else works",
 )
 class NoJournal(RunEvent):
     """The broker cannot hold a journal."""
