@@ -10,7 +10,7 @@ import msgpack
 import numpy as np
 
 from fluffle_common.protocol import messages as m
-from fluffle_common.protocol.transfer import digest_of
+from fluffle_common.protocol.transfer_parts import digest_of
 from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import compress, decompress

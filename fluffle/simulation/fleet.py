@@ -30,7 +30,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer_parts import Assembly
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import size_bytes

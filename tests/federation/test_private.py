@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.checkpoint import checkpoint_name
-from fluffle_coordinator.cli.coordinator import history
+from fluffle_coordinator.cli.history import history
 from fluffle_coordinator.cli.run_folder import report
 from fluffle_coordinator.machine.selection import POISSON, Draw
 from fluffle_coordinator.machine.state import Rules

@@ -19,7 +19,7 @@ from fluffle_common.protocol.messages import (
     Stop,
     Verdict,
 )
-from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.transfer_parts import pack
 from fluffle_common.protocol.wire_format import encode
 from fluffle_common.tensors.layout import signature_of
 from fluffle_common.transport.base import Properties

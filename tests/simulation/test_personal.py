@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from flax import nnx
 
 import fluffle
-from fluffle_coordinator.cli.coordinator import history
+from fluffle_coordinator.cli.history import history
 from fluffle_coordinator.cli.journal import journal
 from fluffle_coordinator.dashboard.report import read_report
 from fluffle_worker.local.bound import BoundRule

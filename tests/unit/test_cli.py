@@ -73,7 +73,7 @@ C = ["coordinator", "--federation", "f"]
         ([*W, "--task", "task"], "module:name"),
         (["worker", "--federation", "f", "--data", "nowhere"], "there is no folder"),
         (["predict", "--model", "no.safetensors", "--image", "x.png"], "there is no model file"),
-        (["predict", "--model", "half.safetensors", "--image", "x"], "not a complete model file"),
+        (["predict", "--model", "half.safetensors", "--image", "x"], "in the safetensors format"),
         (
             ["predict", "--model", "other.safetensors", "--image", "x"],
             "not a model of the letters task",

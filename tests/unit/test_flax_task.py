@@ -396,7 +396,8 @@ def test_random_draws_differ_between_rounds_and_workers_but_not_in_a_repetition(
 
     first = trained(1, 0)
     assert same(trained(1, 0), first)
-    for seed, sample_seed in ((2, 0), (1, 8), (1, 2**32), (1 + 2**40, 0)):
+    # (0, 1): another worker in an earlier round, whose seeds have the same sum
+    for seed, sample_seed in ((2, 0), (1, 8), (1, 2**32), (1 + 2**40, 0), (0, 1)):
         assert not same(trained(seed, sample_seed), first)
 
 

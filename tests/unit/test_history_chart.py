@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 import fluffle
 from fluffle_coordinator.cli import history_chart as history_chart_module
-from fluffle_coordinator.cli.coordinator import plot
+from fluffle_coordinator.cli.history import plot
 from fluffle_coordinator.cli.history_chart import history_chart
 from tests.history_lines import committed, evaluated, participant, scored, write_history
 
@@ -78,7 +78,7 @@ def test_a_backend_that_is_not_installed_does_not_prevent_a_chart(tmp_path) -> N
     pytest.importorskip("matplotlib")
     code = (
         "import sys\n"
-        "from fluffle_coordinator.cli.coordinator import plot\n"
+        "from fluffle_coordinator.cli.history import plot\n"
         "plot([sys.argv[1], '--out', sys.argv[2]])\n"
     )
     write_history(tmp_path, committed(1), evaluated(1))

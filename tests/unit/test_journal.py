@@ -313,7 +313,7 @@ async def test_periodic_reports_are_published_only_on_a_change(broker):
         return Waiting(reason=reason, what="updates", round=1, missing=(doing,), short=0)
 
     happened = [
-        NoBroker(reason="refused", pause_s=0.2),
+        NoBroker(reason="refused"),
         waiting(590, training(3)),
         waiting(580, training(9)),
         waiting(570, Doing("w1", "gone")),
@@ -451,10 +451,7 @@ async def test_a_live_reader_continues_after_an_outage_without_duplicates(broker
     waited: list[str] = []
 
     async def follow() -> None:
-        def waiting(why: str, _: float) -> None:
-            waited.append(why)
-
-        async for event in read_journal(broker, TOPOLOGY, live=True, waiting=waiting):
+        async for event in read_journal(broker, TOPOLOGY, live=True, waiting=waited.append):
             seen.put_nowait(event.number)
 
     task = asyncio.create_task(follow())

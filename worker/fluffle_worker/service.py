@@ -41,7 +41,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly, announced_layout
+from fluffle_common.protocol.transfer_parts import Assembly, announced_layout
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, Transport

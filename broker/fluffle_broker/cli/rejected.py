@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     from fluffle_common.transport.rabbitmq.management import Management
 
 T = TypeVar("T")
-# A narrower terminal has no room for the reason next to the other columns.
-_WIDE = 120
+# A narrower terminal has no room for the reason next to the other columns, or for time and size.
+_WIDE, _NARROW = 120, 70
 # These options may stand before the sub-command or after it.
 _common_options = inspection_options("Print the result as JSON.", optional_federation)
 
@@ -137,7 +137,9 @@ def _table(rejects: list[Rejected]) -> None:
     rows = table(collapse_padding=True, pad_edge=False, show_edge=False)
     # A sender can write anything there, and too wide a column would leave the others no room.
     most = {"kind": 13, "worker": 40 if wide else 16}
-    for name in ("#", "when", "kind", "worker", "round", "size", "cause"):
+    names = ("#", "when", "kind", "worker", "round", "size", "cause")
+    places = range(len(names)) if shown.width >= _NARROW else (0, 2, 3, 6)
+    for name in (names[place] for place in places):
         rows.add_column(
             name,
             no_wrap=True,
@@ -157,7 +159,7 @@ def _table(rejects: list[Rejected]) -> None:
             size(decoded.size_bytes),
             message.cause,
         )
-        rows.add_row(*cells, *([message.reason] if wide else []))
+        rows.add_row(*(cells[place] for place in places), *([message.reason] if wide else []))
     if wide:
         shown.print(rows)
         return
@@ -177,7 +179,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 
     The command prints the same details as 'fluffle peek'.
     """
-    from fluffle_broker.cli.peek import show_message
+    from fluffle_broker.inspect.message_view import show_message
     from fluffle_broker.inspect.rejected import read_rejected
 
     topology, address, as_json = _target(options, group)

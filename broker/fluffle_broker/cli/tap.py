@@ -116,8 +116,8 @@ def _run(
     def ready() -> None:
         warn(f"following federation {topology.federation} on {transport.address}")
 
-    def no_broker(reason: str, pause_s: float) -> None:
-        warn(f"no broker ({reason}); trying again in {pause_s:.1f} s")
+    def no_broker(reason: str) -> None:
+        warn(f"no broker ({reason}); trying again")
 
     warned = False
 

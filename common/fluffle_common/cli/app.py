@@ -304,6 +304,8 @@ def _exit_code() -> int:
     except FluffleError as wrong:
         return _print_error(str(wrong), wrong.exit_code)
     except Exception as wrong:
+        if str(wrong).endswith("KeyboardInterrupt: "):  # Ctrl-C while pydantic built a schema
+            return _INTERRUPTED
         if _debugging():
             traceback.print_exc()
         return _print_error(unexpected(wrong), _FAILED)

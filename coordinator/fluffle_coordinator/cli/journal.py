@@ -353,15 +353,9 @@ def _events(
     from fluffle_common.transport.reconnect import Backoff
     from fluffle_coordinator.observe.journal_reader import read_journal
 
-    warned = False
-
-    def waiting(why: str, pause_s: float) -> None:
-        nonlocal warned
-        if live:
-            warn(f"cannot read the journal now ({why}); trying again in {pause_s:.1f} s")
-        elif not warned:
-            warn(f"cannot read the journal now ({why}); trying again for {_GIVE_UP_S:.0f} s")
-        warned = True
+    def waiting(why: str) -> None:
+        limit = "" if live else f" for {_GIVE_UP_S:.0f} s"
+        warn(f"cannot read the journal now ({why}); trying again{limit}")
 
     backoff = Backoff() if live else Backoff(give_up_s=_GIVE_UP_S)
     return read_journal(

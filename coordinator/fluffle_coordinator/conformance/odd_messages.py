@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 
 from fluffle_common.protocol.messages import Bye, Exchange, Fit, Part, Refusal, Stop, Update
-from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.transfer_parts import pack
 from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
 from fluffle_common.tensors.layout import as_maps
 from fluffle_common.tensors.weights import size_bytes

@@ -18,6 +18,7 @@ from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
+    Failure,
     FirstWeights,
     Fit,
     Heartbeat,
@@ -30,7 +31,7 @@ from fluffle_common.protocol.messages import (
     WithTensors,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly, pack
+from fluffle_common.protocol.transfer_parts import Assembly, pack
 from fluffle_common.protocol.wire_format import describe, encode, read_groups
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
@@ -229,6 +230,9 @@ class Probe(Listener):
             for _, message, inline in self.messages[since:]:
                 if isinstance(message, FirstWeights) and message.run == self.run:
                     return message, inline
+                if isinstance(message, Failure) and message.run == self.run:
+                    reason = message.reason
+                    raise Unmet(f"the worker sent a failure instead of first weights: {reason}")
             return None
 
         message, inline = await self.until(find, "first_weights")

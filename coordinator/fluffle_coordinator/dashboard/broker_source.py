@@ -87,7 +87,7 @@ class BrokerSource:
                         f"{self._topology.results} and {self._topology.journal}"
                     ) from None
 
-    def _no_broker(self, reason: str, _: float) -> None:
+    def _no_broker(self, reason: str) -> None:
         self._set_link(False, f"no broker at {self._transport.address} ({reason}); trying again")
 
     def _set_link(self, linked: bool, sentence: str) -> None:

@@ -231,7 +231,7 @@ def _rules_of(options: dict[str, Any]) -> Rules:
         )
     return Rules(
         rounds=options["rounds"],
-        min_workers=min_workers or quorum.number or 2,
+        min_workers=min_workers or quorum.number or Rules.min_workers,
         least=least,
         quorum=quorum,
         grace_s=options["grace"],
@@ -329,9 +329,8 @@ async def _declare(
 ) -> None:
     """Wait for the broker, and declare what the run needs."""
 
-    def no_broker(reason: str, pause_s: float) -> None:
-        address = transport.address
-        watcher.record(run_events.NoBroker(address=address, reason=reason, pause_s=pause_s))
+    def no_broker(reason: str) -> None:
+        watcher.record(run_events.NoBroker(address=transport.address, reason=reason))
 
     opened = reconnecting(transport, settings.backoff, no_broker)
     async with contextlib.aclosing(opened):

@@ -310,8 +310,8 @@ class Coordinator:
     # --- what comes in -------------------------------------------------------------------------
 
     async def _links(self) -> None:
-        def no_broker(reason: str, pause_s: float) -> None:
-            self._record(run_events.NoBroker(reason=reason, pause_s=pause_s))
+        def no_broker(reason: str) -> None:
+            self._record(run_events.NoBroker(reason=reason))
 
         opened = reconnecting(self._transport, self._settings.backoff, no_broker)
         number = 0

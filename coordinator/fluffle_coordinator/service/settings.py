@@ -10,7 +10,7 @@ from typing import Any
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import MAX_MODEL_BYTES
+from fluffle_common.protocol.transfer_parts import MAX_MODEL_BYTES
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedule import Schedule

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fluffle_common.tensors.in_pieces import InPieces
 from fluffle_common.tensors.layout import Layout, Tensors, layout_for, layout_of_signature
-from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import (
     BFLOAT16,
     Array,

@@ -160,7 +160,9 @@ class FlaxTask(AdaptedTask):
         learnt = parts.learnt(weights, self._personal.before(work_of(plan)))
         trained = _trained(plan)
         params = nnx.filter_state(learnt, trained)
-        key = key_of(plan.seed ^ self._sample_seed)
+        # Mixed, because a sum would be that of another worker in another round.
+        mixed = np.random.default_rng([plan.seed, self._sample_seed]).integers(2**63)
+        key = key_of(int(mixed))
         frozen, rest = parts.at_home.frozen, parts.seeded(key)
         learning_rate = plan.learning_rate or self._learning_rate
         optimizer_state = self._transform(learning_rate).init(params)

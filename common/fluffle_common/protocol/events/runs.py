@@ -59,13 +59,12 @@ class Disconnected(BrokerEvent):
 
 @event(
     "no_broker",
-    "no broker at {address} ({reason}); trying again in {pause_s:.1f} s{remedy}",
+    "no broker at {address} ({reason}); trying again{remedy}",
     "bad",
 )
 class NoBroker(BrokerEvent):
     journalled = False
     reason: Text = None
-    pause_s: Number = None
 
     def _derived(self) -> dict[str, str]:
         local = (urlsplit(self.address or "").hostname or "") in _THIS_MACHINE
