@@ -101,9 +101,8 @@ def read_overview(api: Management, topology: Topology) -> QueueOverview:
 
 def _federations(api: Management) -> tuple[str, ...]:
     """Return the federations that a coordinator has created on the broker."""
-    names = [str(queue["name"]) for queue in api.queues()]
-    owners = {name.partition(".")[0] for name in names}
-    return tuple(sorted(owner for owner in owners if Topology(owner).updates in names))
+    names = [str(queue["name"]) for queue in api.queues(r"^[^.]+\.updates$")]
+    return tuple(sorted(name.partition(".")[0] for name in names))
 
 
 def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
