@@ -53,7 +53,7 @@ async def test_a_narrow_terminal_shows_the_reason_in_lines_of_its_own(monkeypatc
 async def test_a_very_narrow_terminal_shows_the_numbers_and_the_causes(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "44")
     monkeypatch.setattr("fluffle_common.cli.printing.is_terminal", lambda _: True)
-    cli._table(await some_rejected(), 0.0)
+    cli._table(await some_rejected())
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert header.split() == ["#", "kind", "worker", "cause"]
     assert lines[0].split() == ["1", "unknown", "?", "not_finite"]
