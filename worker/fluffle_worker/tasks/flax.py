@@ -253,7 +253,7 @@ class FlaxTask(AdaptedTask):
             model = self._parts.module(nnx.merge_state(params, still, others), frozen, rest)
             model.train()
             value = jnp.mean(self._loss(call(model, examples[0]), examples[1]))
-            return value, self._parts.after(model)
+            return value, self._parts.after(model, rest)
 
         grad = jax.value_and_grad(mean_loss, has_aux=True)
         if self.local_rule.per_example:
