@@ -57,6 +57,14 @@ def test_the_table_is_short_and_fits_the_width(workers, width):
     assert ("purpose" in lines[0]) == (width >= 150)
 
 
+def test_a_narrow_terminal_shows_all_names_and_the_first_figures():
+    lines = text(federation(3), 44)
+    assert lines[0].split() == ["queue", "ready", "unacked", "consumers"]
+    assert all(
+        any(line.split()[0] == name for line in lines) for name in (*SHARED, "inbox.client-2")
+    )
+
+
 def test_what_a_stream_never_reports_is_not_called_unknown():
     known = queue("updates", out_rate=0.0)
     stream = queue("journal", ready=5, size_bytes=None, type="stream")
@@ -109,7 +117,9 @@ def test_hints_are_escaped():
 
 
 def test_there_are_no_hints_after_a_run():
-    over = QueueOverview(TOPOLOGY, [queue(name) for name in (*SHARED, "inbox.w1", "outbox.w1")], [])
+    # The last worker's goodbye is still there.
+    queues = [queue(name, ready=int(name == "presence")) for name in (*SHARED, "inbox.w1")]
+    over = QueueOverview(TOPOLOGY, queues, [])
     assert over.at_rest
     assert not hints(over)
     waiting = QueueOverview(TOPOLOGY, [*over.queues, queue("inbox.w2", ready=1)], [])

@@ -81,8 +81,8 @@ class Connection:
             BrokerError: if the broker stays unreachable for too long.
         """
 
-        def no_broker(reason: str, pause_s: float) -> None:
-            self._record(NoBroker(address=self._transport.address, reason=reason, pause_s=pause_s))
+        def no_broker(reason: str) -> None:
+            self._record(NoBroker(address=self._transport.address, reason=reason))
 
         first, occupied_since = True, 0.0
         async with contextlib.aclosing(
@@ -216,4 +216,4 @@ class Connection:
 
 async def _until_lost(link: Link) -> None:
     await link.lost()
-    raise LinkLost("the link was lost")
+    raise LinkLost("the connection was closed")

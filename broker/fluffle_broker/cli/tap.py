@@ -77,6 +77,7 @@ def tap(**options: Any) -> None:
     """
     from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_broker.inspect.tap import KINDS, Wanted
+    from fluffle_common.arguments import nearest
     from fluffle_common.cli.settings import broker_url_finder, check_worker, management_of
     from fluffle_common.errors import UsageError
 
@@ -84,7 +85,7 @@ def tap(**options: Any) -> None:
     topology = replace(topology, queue_type=options["queue_type"])
     for kind in options["kinds"]:
         if kind not in KINDS:
-            raise UsageError(f"unknown kind '{kind}'; choose from {', '.join(KINDS)}")
+            raise UsageError(f"unknown --kind {kind}; {nearest(kind, KINDS)}")
     if options["worker"]:
         check_worker(options["worker"])
     kinds = frozenset(options["kinds"])
@@ -118,8 +119,8 @@ def _run(
     def ready() -> None:
         warn(f"following federation {topology.federation} on {transport.address}")
 
-    def no_broker(reason: str, pause_s: float) -> None:
-        warn(f"no broker ({reason}); trying again in {pause_s:.1f} s")
+    def no_broker(reason: str) -> None:
+        warn(f"no broker ({reason}); trying again")
 
     warned = False
 

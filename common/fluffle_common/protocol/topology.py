@@ -184,8 +184,13 @@ class Topology:
             Binding(self.unrouted, self.unrouted, ""),
         ]
 
+    def required(self) -> list[Entity]:
+        """Return what every broker supports of ``shared``: all but the journal."""
+        journal = self.journal_stream()
+        return [entity for entity in self.shared() if entity != journal]
+
     def journal_stream(self) -> Queue:
-        """Return the journal, the only entity in ``shared`` that some brokers do not support."""
+        """Return the journal."""
         return Queue(
             self.journal,
             "every event of the federation; reading removes nothing",

@@ -24,7 +24,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, without_credentials
 
 _TIMEOUT_S = 5.0
-# Everything that a request may raise.
+# Everything that a request may raise, besides ``UsageError``.
 REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 # RabbitMQ samples every 5 s. Without this, its rates are 0 whenever the newest sample is older than
@@ -87,6 +87,7 @@ class Management:
             OSError: if there is no response or it is not a success.
             http.client.HTTPException: if the response is not HTTP.
             ValueError: if the response is not JSON.
+            UsageError: if a certificate file of the URL cannot be used.
         """
         login = base64.b64encode(f"{self.user}:{self._password}".encode()).decode()
         headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
@@ -131,7 +132,7 @@ class Management:
         Without ``rates``, the rates are often 0; with it, the totals lag behind the other figures.
 
         Raises:
-            OSError, http.client.HTTPException, ValueError: as ``ask`` does.
+            OSError, http.client.HTTPException, ValueError, UsageError: as ``ask`` does.
             KeyError, TypeError: if the response does not have RabbitMQ's format.
         """
         pattern = f"^{re.escape(topology.federation)}\\."
@@ -157,13 +158,15 @@ class Management:
 
 
 def fault_and_remedy(why: Exception) -> tuple[str, str]:
-    """Return what is wrong with the API after one of ``REQUEST_ERRORS``, and the remedy.
+    """Return what is wrong with the API after an error of a request, and the remedy.
 
     >>> fault_and_remedy(OSError("Connection refused"))
     ('does not answer (Connection refused)', 'give its address with --management')
     """
     if isinstance(why, urllib.error.HTTPError) and why.code in (401, 403):
         return "refuses this user", "give the user of --url the tag 'monitoring'"
+    if isinstance(why, UsageError):
+        return "cannot be asked", str(why)
     reason = getattr(why, "reason", None) or why
     return f"does not answer ({reason})", "give its address with --management"
 
