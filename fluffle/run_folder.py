@@ -89,7 +89,7 @@ class RunFolder:
     def _how_to_continue(self) -> str:
         done = committed(self.store.folder)
         call = f"repeat the call with folder={str(self.store.shown)!r}"
-        return f"; {call} to continue with round {done + 1}" if done else ""
+        return f"; {call} to continue after round {done}" if done else ""
 
 
 def committed(folder: Path) -> int:

@@ -15,11 +15,12 @@ import aio_pika
 import aiormq
 import numpy as np
 import pytest
+from aiormq.exceptions import ChannelLockedResource, ChannelNotFoundEntity
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import BrokerError, LinkLost, MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology
+from fluffle_common.protocol.topology import Binding, Exchange, Queue, Topology, locks_of
 from fluffle_common.protocol.transfer_parts import Assembly, digest_of
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import (
@@ -1291,6 +1292,39 @@ async def test_a_cancellation_at_the_moment_of_connecting_is_not_lost(rabbit_url
     with pytest.raises(asyncio.CancelledError):
         await soon(opening)
     await connected[0].close()
+
+
+@pytest.mark.rabbit
+@pytest.mark.parametrize("held", [0, 1])
+async def test_either_lock_of_a_quorum_queue_keeps_others_out(real, held):
+    link, holder = await real.open(), await aio_pika.connect(real.url)
+    queue = await real.queue(link, x_queue_type="quorum")
+    lock = await (await holder.channel()).declare_queue(locks_of(queue)[held], exclusive=True)
+    with pytest.raises(QueueInUse):
+        await soon(link.consume(queue, prefetch=1, exclusive=True))
+    await lock.delete()
+    await soon(link.consume(queue, prefetch=1, exclusive=True))
+    await holder.close()
+
+
+@pytest.mark.rabbit
+async def test_the_lock_of_a_failed_node_keeps_nobody_out(real, monkeypatch):
+    # A stand-in for RabbitMQ 4.3, which refuses to declare such a lock, and does not find it.
+    one, two = await real.open(), await real.open()
+    queue = await real.queue(one, x_queue_type="quorum")
+    await real.queue(two, x_queue_type="quorum")
+    original = aiormq.Channel.queue_declare
+
+    async def declare(self, name: str = "", *, passive: bool = False, **options: Any) -> Any:
+        if name == locks_of(queue)[0]:
+            refusal = ChannelNotFoundEntity if passive else ChannelLockedResource
+            raise refusal("the node of this queue is down")
+        return await original(self, name, passive=passive, **options)
+
+    monkeypatch.setattr(aiormq.Channel, "queue_declare", declare)
+    await soon(one.consume(queue, prefetch=1, exclusive=True))
+    with pytest.raises(QueueInUse):
+        await soon(two.consume(queue, prefetch=1, exclusive=True))
 
 
 @pytest.mark.rabbit

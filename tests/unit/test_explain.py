@@ -354,6 +354,8 @@ def test_the_journal_may_be_ahead_of_this_machines_clock():
 def test_a_run_that_ended_with_the_round_open(event, sentence):
     _, text = begun().add(20, event, reason="enough").explained(now=9999)
     assert sentence in text
+    assert "was not closed: opened on" in text
+    assert "is open" not in text
     assert "deadline" not in text
     assert "Still waiting" not in text
     assert "so far" not in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -198,12 +199,21 @@ def test_a_device_of_impossible_speed_is_refused(wrong):
         fluffle.Device(**wrong)
 
 
-def test_a_missing_torch_is_named_with_what_brings_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "fluffle_worker.tasks.torch", raising=False)
-    monkeypatch.delitem(vars(fluffle), "torch_task", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fluffle\[torch\]'"):
-        fluffle.torch_task  # noqa: B018
+@pytest.mark.parametrize(
+    ("adapter", "module", "remedy"),
+    [
+        ("flax", "jax", "'fluffle[worker]'"),
+        ("sklearn", "sklearn.base", "scikit-learn"),
+        ("torch", "torch", "'fluffle[torch]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_brings_it(monkeypatch, adapter, module, remedy):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, f"fluffle_worker.tasks.{adapter}", raising=False)
+    monkeypatch.delitem(vars(fluffle), f"{adapter}_task", raising=False)
+    expected = f"{adapter}_task needs the module '{module}'; run pip install {remedy}"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(expected)):
+        getattr(fluffle, f"{adapter}_task")
 
 
 def test_a_history_has_rows_and_columns():

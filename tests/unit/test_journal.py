@@ -583,11 +583,11 @@ def test_the_command_shows_every_event_that_names_a_worker(tmp_path):
 
 
 async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
-    from fluffle_coordinator.cli import journal as command
+    from fluffle_coordinator.cli import journal_source
 
     warnings: asyncio.Queue[str] = asyncio.Queue()
-    monkeypatch.setattr(command, "warn", warnings.put_nowait)
-    following = command._follow(MemoryBroker(), TOPOLOGY, None)
+    monkeypatch.setattr(journal_source, "warn", warnings.put_nowait)
+    following = journal_source.follow_broker(MemoryBroker(), TOPOLOGY, None)
     first = asyncio.create_task(anext(following))
     warning = await asyncio.wait_for(warnings.get(), 60)
     assert "federation f has no journal on this broker yet; waiting" in warning
@@ -597,7 +597,7 @@ async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
 
 
 async def test_an_unreachable_broker_is_reported_once(capsys, monkeypatch):
-    from fluffle_coordinator.cli import journal as command
+    from fluffle_coordinator.cli import journal_source
 
     class Down:
         address = "nowhere"
@@ -605,9 +605,9 @@ async def test_an_unreachable_broker_is_reported_once(capsys, monkeypatch):
         async def open(self) -> Link:
             raise LinkLost("refused")
 
-    monkeypatch.setattr(command, "_GIVE_UP_S", 1.0)
+    monkeypatch.setattr(journal_source, "_GIVE_UP_S", 1.0)
     with pytest.raises(BrokerError, match="no broker at nowhere"):
-        await anext(command._events(Down(), TOPOLOGY))
+        await anext(journal_source.events_on_broker(Down(), TOPOLOGY))
     assert capsys.readouterr().err.count("cannot read the journal now") == 1
 
 

@@ -171,6 +171,14 @@ def test_a_missing_module_is_named_with_what_brings_it(here, monkeypatch, module
     assert "\n" not in str(wrong.value)
 
 
+def test_a_module_missing_in_a_task_of_fluffle_has_no_place(monkeypatch):
+    for name in [one for one in sys.modules if one.startswith("fluffle_worker.letters")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jax", None)  # as if it were not installed
+    with pytest.raises(UsageError, match="'jax', which is not installed; run pip install"):
+        load_task("fluffle_worker.letters.task:task", OPTIONS)
+
+
 @pytest.mark.parametrize(
     "broken",
     [

@@ -29,7 +29,7 @@ from fluffle_worker.settings import WorkerSettings
 _INBOX_PREFETCH = 8
 _STILL_OCCUPIED = "waiting until the broker releases this worker's earlier connection"
 _WAITING_EVERY_S = 15.0
-# The worker's queues expire after half an hour without use.
+# Without use, the inbox and a classic outbox expire after half an hour.
 _RENEW_EVERY_S = 600.0
 # How long the parts of an update wait for the coordinator to bind a new outbox.
 _BOUND_WITHIN_S = 10.0

@@ -99,9 +99,9 @@ def _list(topology: Topology, api: Management, most: int | None, as_json: bool) 
     rejects = _with_link(api.url, lambda link: list_rejected(link, topology))
     figures = available_figures(api, topology)
     gone = dropped(figures.get(topology.rejected), len(rejects))
-    now = time.time()
     listed = rejects if most is None else rejects[-most:]
     if as_json:
+        now = time.time()
         entries = [message.as_dict(now) for message in listed]
         echo_json({"kept": len(rejects), "dropped": gone, "messages": entries})
         return
@@ -109,7 +109,7 @@ def _list(topology: Topology, api: Management, most: int | None, as_json: bool) 
     if rejects:
         causes = Counter(message.cause for message in rejects).most_common()
         echo_sentences("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
-        _table(listed, now)
+        _table(listed)
 
 
 def _how_many(kept: int, gone: int | None) -> str:
@@ -126,7 +126,7 @@ def _how_many(kept: int, gone: int | None) -> str:
     )
 
 
-def _table(rejects: list[Rejected], now: float) -> None:
+def _table(rejects: list[Rejected]) -> None:
     """Print one row a message; a narrow terminal shows its reason in lines of its own."""
     from rich.segment import SegmentLines
 

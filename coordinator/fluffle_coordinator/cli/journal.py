@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import re
-from collections import deque
-from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_common.cli.app import count, optional_federation, url_option
-from fluffle_common.cli.console import warn
+from fluffle_common.cli.app import count
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences
 from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.journal_source import (
+    broker_of,
+    end_of,
+    events_of,
+    events_on_broker,
+    source_options,
+)
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.messages import Event
@@ -24,52 +28,8 @@ if TYPE_CHECKING:
     from fluffle_common.transport.base import Transport
     from fluffle_coordinator.observe.explain import Entry
 
-_UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-_GIVE_UP_S = 5.0
-_AGO = re.compile(r"(\d+(?:\.\d+)?)([smhd])")
 
 _run_id_option = click.option("--run-id", metavar="ID", help="Show only the run with this ID.")
-
-
-def moment(text: str, now: datetime) -> datetime:
-    """Return the time that ``text`` means: an age such as ``10m``, or ISO 8601 (local by default).
-
-    >>> now = datetime(2026, 3, 1, 12, tzinfo=UTC)
-    >>> moment("10m", now).isoformat()
-    '2026-03-01T11:50:00+00:00'
-    >>> moment("2026-03-01T12:00+01:00", now).astimezone(UTC).isoformat()
-    '2026-03-01T11:00:00+00:00'
-
-    Raises:
-        ValueError, OverflowError: if it is neither.
-    """
-    ago = _AGO.fullmatch(text)
-    if ago is None:
-        return datetime.fromisoformat(text).astimezone()
-    return now - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
-
-
-def _source_options(command: Any) -> Any:
-    """Add the options for the source of the journal: a broker, or a simulation's run folder."""
-    run_option = click.option(
-        "--run",
-        "folder",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        metavar="DIR",
-        help="Run folder of a simulation. The journal is read from this folder instead of from a "
-        "broker.",
-    )
-    return optional_federation(url_option(run_option(command)))
-
-
-def _since(text: str | None, now: datetime) -> datetime | None:
-    try:
-        return None if text is None else moment(text, now)
-    except (ValueError, OverflowError):
-        raise click.BadParameter(
-            f"invalid time '{text}'; write 90s, 10m, 2h, 3d or 2026-03-01T12:00",
-            param_hint="'--since'",
-        ) from None
 
 
 def _known_kinds(_: click.Context, __: click.Parameter, kinds: tuple[str, ...]) -> tuple[str, ...]:
@@ -84,7 +44,7 @@ def _known_kinds(_: click.Context, __: click.Parameter, kinds: tuple[str, ...]) 
 
 
 @click.command()
-@_source_options
+@source_options
 @click.option(
     "--since",
     metavar="WHEN",
@@ -127,7 +87,7 @@ def journal(**options: Any) -> None:
     workers: set[str] = set()
 
     async def run() -> None:
-        async with contextlib.aclosing(_events_of(options)) as events:
+        async with contextlib.aclosing(events_of(options)) as events:
             async for event in events:
                 if event.run is not None:
                     runs[event.run] = None
@@ -168,60 +128,8 @@ def _check_found(
         raise UsageError(f"worker {worker} is not in {what}{have}")
 
 
-def _events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
-    """Return the events of the journal that the options select."""
-    folder, since, follow = options["folder"], options["since"], options["follow"]
-    if folder is None:
-        start = _since(since, datetime.now(UTC))
-        where = _where(options["federation"], options["url"])
-        return _follow(*where, start) if follow else _events(*where, start)
-    if follow:
-        raise UsageError(
-            "--follow conflicts with --run, because only a journal on a broker can be followed; "
-            "remove --follow"
-        )
-    return _events_in_file(folder, since)
-
-
-async def _follow(
-    transport: Transport, topology: Topology, since: datetime | None
-) -> AsyncGenerator[Event]:
-    """Yield the events of a journal for ever; say so if it does not exist yet."""
-    from fluffle_common.errors import BrokerError
-    from fluffle_common.transport.open_once import open_once
-
-    federation = topology.federation
-    with contextlib.suppress(BrokerError):  # which reading reports, and waits
-        async with open_once(transport) as link:
-            if await link.counts(topology.journal) is None:
-                warn(
-                    f"federation {federation} has no journal on this broker yet; waiting. If the "
-                    f"name is wrong, 'fluffle queues --federation {federation}' lists the right "
-                    "ones"
-                )
-    async with contextlib.aclosing(_events(transport, topology, since, live=True)) as events:
-        async for event in events:
-            yield event
-
-
-async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Event]:
-    from fluffle_coordinator.observe.journal_file import read_journal_file
-
-    start = None
-    if since is not None:
-        start = _since(since, _end_of(deque(read_journal_file(folder), maxlen=1)))
-    for event in read_journal_file(folder):
-        if start is None or (event.moment or start) >= start:
-            yield event
-
-
-def _end_of(journal: Sequence[Event | Entry]) -> datetime:
-    """Return when a simulation ended, in its own time, which may be ahead of the clock."""
-    return (journal[-1].moment if journal else None) or datetime.now(UTC)
-
-
 @click.command()
-@_source_options
+@source_options
 @click.argument("number", metavar="[ROUND]", type=count(), required=False)
 @_run_id_option
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
@@ -252,11 +160,11 @@ def explain(
     from fluffle_coordinator.observe.journal_file import read_journal_file
 
     if folder is None:
-        entries, coordinated = asyncio.run(_read(*_where(federation, url)))
+        entries, coordinated = asyncio.run(_read(*broker_of(federation, url)))
         now = datetime.now(UTC)  # not earlier, because reading takes a while
     else:
         entries, coordinated = list(map(Entry.of, read_journal_file(folder))), None
-        now = _end_of(entries)
+        now = end_of(entries)
     run, number = _choose_round(entries, run_id, number)
     explanation = explain_round(entries, run, number, now, coordinated=coordinated)
     if as_json:
@@ -318,49 +226,13 @@ async def _read(transport: Transport, topology: Topology) -> tuple[list[Entry], 
     from fluffle_common.transport.open_once import open_once
     from fluffle_coordinator.observe.explain import Entry
 
-    async with contextlib.aclosing(_events(transport, topology)) as events:
+    async with contextlib.aclosing(events_on_broker(transport, topology)) as events:
         journal = [Entry.of(event) async for event in events]
     with contextlib.suppress(BrokerError):
         async with open_once(transport) as link:
             counts = await link.counts(topology.presence)
         return journal, counts is not None and counts.consumers > 0
     return journal, None
-
-
-def _where(federation: str | None, url: str | None) -> tuple[Transport, Topology]:
-    """Return where the journal of a federation is.
-
-    Raises:
-        UsageError: if none is named, which is required unless the journal is in a run folder.
-    """
-    from fluffle_common.cli.settings import broker_url_finder, check_federation
-    from fluffle_common.protocol.topology import Topology
-    from fluffle_common.transport.rabbitmq.transport import AmqpTransport
-
-    if federation is None:
-        raise UsageError(
-            "no federation is given; use --federation NAME or set FLUFFLE_FEDERATION. For the "
-            "journal of a simulation, use --run DIR"
-        )
-    topology = Topology(check_federation(federation))
-    return AmqpTransport(broker_url_finder(url), f"fluffle journal of {federation}"), topology
-
-
-def _events(
-    transport: Transport, topology: Topology, since: datetime | None = None, *, live: bool = False
-) -> AsyncGenerator[Event]:
-    """Return the events of the journal on a broker."""
-    from fluffle_common.transport.reconnect import Backoff
-    from fluffle_coordinator.observe.journal_reader import read_journal
-
-    def waiting(why: str) -> None:
-        limit = "" if live else f" for {_GIVE_UP_S:.0f} s"
-        warn(f"cannot read the journal now ({why}); trying again{limit}")
-
-    backoff = Backoff() if live else Backoff(give_up_s=_GIVE_UP_S)
-    return read_journal(
-        transport, topology, since=since, live=live, waiting=waiting, backoff=backoff
-    )
 
 
 def _workers_of(event: Event) -> set[str]:

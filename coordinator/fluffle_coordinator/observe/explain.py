@@ -26,7 +26,7 @@ _ROUND_EVENTS = (Opened, Counted, Committed)
 
 
 class Entry(NamedTuple):
-    """An event of the journal, in a fifth of the memory of its message.
+    """An event of the journal, in a quarter of the memory of its message.
 
     ``moment`` and ``run`` are None if the journal does not tell them.
     """

@@ -150,7 +150,8 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
 
 def _opening(explanation: Explanation) -> Iterator[str]:
     this = explanation.round
-    state = "is open" if this.is_open else "is committed"
+    open_state = "is open" if explanation.waits else "was not closed"  # because the run ended
+    state = open_state if this.is_open else "is committed"
     if this.opened_at is None:
         yield (
             f"Round {this.number} of run {explanation.run} {state}; its opening is not in the "
