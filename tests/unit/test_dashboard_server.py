@@ -239,7 +239,7 @@ async def test_queues_that_cannot_be_asked_are_a_note(ask, note) -> None:
 def test_the_queues_of_a_private_broker_that_starts_late_are_found(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("FLUFFLE_STATE", str(tmp_path))
     monkeypatch.setattr(
-        Management, "queues", lambda api, _: asked.append((api.url, api.base)) or []
+        Management, "queues", lambda api, *_: asked.append((api.url, api.base)) or []
     )
     asked: list[tuple[str, str]] = []
     ask = feed.queue_asker(Topology("f"), broker_url_finder(None), None)

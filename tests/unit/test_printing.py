@@ -276,7 +276,7 @@ def test_a_command_without_a_usable_stdout_ends_without_a_traceback(
         [
             "bash",
             "-c",
-            f"set -o pipefail; {script} history --run {tmp_path} {flags} {redirection}",
+            f"set -o pipefail; {script} history {tmp_path} {flags} {redirection}",
         ],
         capture_output=True,
         text=True,

@@ -324,8 +324,6 @@ def _missing_parameter(wrong: click.MissingParameter) -> str:
     name = wrong.param.make_metavar(wrong.ctx)
     if isinstance(wrong.param, click.Option):
         name = f"{wrong.param.opts[0]} {name}"
-    if name == "--run DIR":
-        name += ", such as --run runs/letters"
     return f"{command} needs {name}; see '{command} --help'"
 
 
