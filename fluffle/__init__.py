@@ -107,8 +107,14 @@ _NAMES = {
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-# Names that need an optional package: "from fluffle import *" leaves them out if it is missing.
-_PACKAGES = {"flax_task": "flax", "sklearn_task": "sklearn", "torch_task": "torch"}
+# Names that need an optional package: its module, and what pip installs. If it is missing, __all__
+# and dir() leave them out, so that "from fluffle import *" and help(fluffle), which load each name,
+# work.
+_PACKAGES = {
+    "flax_task": ("flax", "'fluffle[worker]'"),
+    "sklearn_task": ("sklearn", "scikit-learn"),
+    "torch_task": ("torch", "'fluffle[torch]'"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -118,14 +124,20 @@ def __getattr__(name: str) -> Any:
 
         return version("fluffle")
     if name == "__all__":
-        missing = {one for one, package in _PACKAGES.items() if not find_spec(package)}
+        missing = {one for one, (package, _) in _PACKAGES.items() if not find_spec(package)}
         return sorted(_MODULES.keys() - missing)
     if name not in _MODULES:
         raise AttributeError(f"module 'fluffle' has no attribute '{name}'")
-    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as why:
+        if name not in _PACKAGES:
+            raise
+        text = f"{name} needs the module '{why.name}'; run pip install {_PACKAGES[name][1]}"
+        raise ModuleNotFoundError(text, name=why.name) from None
     return value
 
 
 def __dir__() -> list[str]:
-    """Return the names of the public API."""
-    return sorted({*globals(), *_MODULES})
+    """Return the names of the public API, and those that every module has."""
+    return sorted({*__getattr__("__all__"), *(name for name in globals() if name[:2] == "__")})

@@ -63,7 +63,8 @@ def load_into(
         module: the module to change in place; it has the structure of the trained module.
         source: a checkpoint, or arrays by name, such as ``fluffle.Run.weights``.
         federated: the filter of the task, which selects the tensors that the model has, such as
-            ``nnx.LoRAParam`` for adapters; the others stay unchanged.
+            ``nnx.LoRAParam`` for adapters; the others stay unchanged. Parameters of PyTorch with
+            ``requires_grad=False`` stay unchanged too if the model has none of them.
 
     Raises:
         UsageError: if the file cannot be read, an argument is of another type, or the names, shapes
@@ -96,6 +97,9 @@ def load_into(
     weights, every = {**weights, **frozen}, tensors.arrays_of(module)
     current = tensors.arrays_of(module, federated)
     current |= {name: array for name, array in every.items() if name in frozen}
+    untrained = tensors.untrained(module)
+    if not untrained & weights.keys():  # as in the checkpoints of a task that freezes them
+        current = {name: array for name, array in current.items() if name not in untrained}
     differences = _differences(weights, current)
     if differences:
         what = "the model" if isinstance(source, Mapping) else os.fspath(source)
@@ -117,7 +121,8 @@ def save_model(
     Args:
         file: the safetensors file to write.
         module: the module; the tensors that travel by default are written (see ``load_into``).
-        federated: the filter of the tensors that travel, the same as the task's.
+        federated: the filter of the tensors that travel, the same as the task's. The filter must
+            exclude parameters of PyTorch with ``requires_grad=False``, which no task sends.
         frozen: the filter of the frozen tensors, the same as that of a task with
             ``share_frozen=True``. They go to a file of their own beside ``file``, whose name is
             made from their content.
@@ -174,7 +179,7 @@ def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:
     """Return the differences between a model and a module, as phrases for an error."""
     differences = []
     for names, what in (
-        (current.keys() - weights.keys(), "the file lacks"),
+        (current.keys() - weights.keys(), "the model lacks"),
         (weights.keys() - current.keys(), "the module lacks"),
     ):
         if names:
@@ -183,7 +188,7 @@ def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:
     for name in sorted(current.keys() & weights.keys()):
         new, old = weights[name], current[name]
         if (new.shape, new.dtype) != (old.shape, old.dtype) and len(differences) < _SHOWN:
-            forms = f"{_form(new)} in the file, but {_form(old)} in the module"
+            forms = f"{_form(new)} in the model, but {_form(old)} in the module"
             differences.append(f"{name} is {forms}")
     return differences
 

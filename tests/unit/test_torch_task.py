@@ -646,7 +646,7 @@ def test_a_model_file_fills_a_module_of_torch(tmp_path):
     assert module.norm.num_batches_tracked == 6
     del loaded["norm.running_var"]
     with pytest.raises(
-        fluffle.UsageError, match=r"fit the module Normed: the file lacks norm\.running_var"
+        fluffle.UsageError, match=r"fit the module Normed: the model lacks norm\.running_var"
     ):
         fluffle.load_into(module, loaded)
 
@@ -660,6 +660,29 @@ def test_frozen_tensors_go_to_a_file_of_their_own(tmp_path):
     assert not [name for name in fluffle.load_model(file) if body(name)]
     fluffle.load_into(other, file, federated=lambda name: not body(name))
     assert torch.equal(other.body.weight, module.body.weight)
+
+
+def test_a_model_without_its_frozen_parameters_fills_a_module():
+    def headed() -> Normed:
+        module = Normed()
+        module.body.requires_grad_(False)
+        return module
+
+    task, module = task_of(headed), headed()
+    weights, body = train(task, task.init(1)), module.body.weight.clone()
+    assert not [name for name in weights if name.startswith("body.")]
+    fluffle.load_into(module, weights)
+    assert torch.equal(module.head.weight, torch.tensor(weights["head.weight"]))
+    assert torch.equal(module.body.weight, body)
+    del weights["head.weight"]
+    with pytest.raises(fluffle.UsageError, match=r"the model lacks head\.weight"):
+        fluffle.load_into(module, weights)
+    whole = task_of(Normed).init(1)
+    fluffle.load_into(module, whole)
+    assert torch.equal(module.body.weight, torch.tensor(whole["body.weight"]))
+    del whole["body.weight"]
+    with pytest.raises(fluffle.UsageError, match=r"the model lacks body\.weight"):
+        fluffle.load_into(module, whole)
 
 
 class Lazy(nn.Module):

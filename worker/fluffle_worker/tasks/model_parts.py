@@ -214,6 +214,11 @@ def arrays_of(module: nnx.Module, chosen: Any = True) -> dict[str, Array]:
     return _arrays(nnx.state(module, nnx.All(AVERAGED, chosen)))
 
 
+def untrained(_: nnx.Module) -> set[str]:
+    """Return no names: only the filters of a task say which tensors of Flax are frozen."""
+    return set()
+
+
 def _arrays(state: Any) -> dict[str, Array]:
     return {name: np.asarray(array) for name, array in named(state).items()}
 

@@ -18,13 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-
-try:
-    import torch
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "torch_task needs PyTorch; run pip install 'fluffle[torch]'", name="torch"
-    ) from None
+import torch
 from torch import nn
 
 from fluffle_common.errors import TaskError
@@ -54,6 +48,7 @@ from fluffle_worker.tasks.torch_tensors import (
     selected,
     tensors_of,
     trained_by,
+    untrained,
 )
 
 _EVALUATION_BATCH = 256
@@ -299,7 +294,7 @@ class TorchTask(AdaptedTask):
         check_choice(tensors, federated=federated, frozen=frozen)
         params = {name: one for name, one in tensors.items() if isinstance(one, nn.Parameter)}
         still = {name for name in tensors if selected(frozen, name)}
-        still |= {name for name, one in params.items() if not one.requires_grad}
+        still |= untrained(self._module) & params.keys()
         travel = {name for name in tensors.keys() - still if selected(federated, name)}
         check_filters(
             list(tensors),

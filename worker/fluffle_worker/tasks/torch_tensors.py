@@ -69,6 +69,11 @@ def arrays_of(module: nn.Module, chosen: Filter = True) -> dict[str, Array]:
     return {name: as_array(one) for name, one in tensors.items() if selected(chosen, name)}
 
 
+def untrained(module: nn.Module) -> set[str]:
+    """Return the names of the parameters that need no gradient; they are always frozen."""
+    return {name for name, one in module.named_parameters() if not one.requires_grad}
+
+
 def fill(module: nn.Module, arrays: Mapping[str, Array]) -> None:
     """Set the tensors that have one of these names, in place."""
     with torch.no_grad():
