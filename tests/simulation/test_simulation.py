@@ -449,6 +449,33 @@ def test_every_nth_model_is_tested_after_a_resumption_too(tmp_path):
     assert [bool(one.test) for one in run.history] == [False, True, True, True, False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("options", "rounds", "reason"),
+    [
+        ({"patience": 2}, 3, "test/loss has not improved for 2 rounds; the best is 1.0000 in rou"),
+        ({"target": 1.0}, 1, "test/loss reached 1.0000 in round 1 (target 1"),
+        ({"monitor": "test/value", "target": 0.0}, 1, "test/value reached 0.0000 in round 1"),
+    ],
+)
+def test_the_test_of_a_divided_task_can_end_a_simulation(options, rounds, reason):
+    run = fluffle.simulate(Whole(0.0), clients=2, rounds=9, **options)
+    assert len(run.history) == rounds
+    assert run.reason.replace("--", "").startswith(reason)
+
+
+def test_a_metric_that_no_part_of_a_divided_task_has_is_named(capsys):
+    class Parts(Whole):
+        def part(self, rows: Any, sample_seed: int) -> Any:
+            one = Adder(1.0)
+            one.evaluate = lambda _: None
+            return one
+
+    fluffle.simulate(Parts(0.0), clients=2, rounds=3, monitor="value", progress=True)
+    shown = capsys.readouterr().err
+    assert "no round has the metric 'value' (monitor=), because no worker has eval" in shown
+    assert shown.count("choose from test/loss, test/value\n") == 1
+
+
 def test_the_last_model_is_tested_although_the_run_went_back_to_an_earlier_one(tmp_path):
     fluffle.simulate(Whole(0.0), clients=2, rounds=4, test_every=3, folder=tmp_path)
     last = tmp_path / "round-0004.safetensors"
