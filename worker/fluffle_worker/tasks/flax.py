@@ -26,7 +26,7 @@ from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
-from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses, scores_of_all
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
 from fluffle_worker.tasks.examples import Examples, Stream, call, joined
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
@@ -59,7 +59,8 @@ class FlaxTask(AdaptedTask):
         valid_data: held-out arrays of the same structure. If None, this worker does not evaluate.
         learning_rate: the rate for an ``optimizer`` that takes one, if the plan sets none.
         metrics: further functions with the signature of ``loss``, such as
-            ``{"accuracy": accuracy}``.
+            ``{"accuracy": accuracy}``. One that returns one number is called with all held-out
+            examples at once.
         augment: ``(key, inputs) -> inputs``, a random change to each training batch.
         classes: the names of a classifier's outputs.
         sample_seed: decorrelates this worker's batches from those of other workers.
@@ -193,7 +194,22 @@ class FlaxTask(AdaptedTask):
             for name, values in found.items():
                 totals[name] = totals.get(name, 0.0) + summed(values, len(real))
         means = {name: total / count for name, total in totals.items()}
-        return means | {name: FailedMetric(why) for name, why in self._failed.items()}
+        means |= {name: FailedMetric(why) for name, why in self._failed.items()}
+        whole = {name for name, values in found.items() if not values.shape} & self._metrics.keys()
+        if whole and count > size:
+            inputs, targets = self._valid
+            batches = np.array_split(np.arange(count), range(size, count, size))
+            outputs = [self._forward(*states, picked(inputs, batch)) for batch in batches]
+            metrics = {name: self._metrics[name] for name in whole}
+            means |= scores_of_all(
+                metrics,
+                outputs,
+                targets,
+                count=count,
+                map_trees=jax.tree.map,
+                concatenate=jnp.concatenate,
+            )
+        return means
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError if ``weights`` differ from the model in names, shapes or dtypes."""
