@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -499,6 +500,19 @@ def test_an_evaluation_is_compiled_once_although_the_last_batch_is_short(monkeyp
     task.evaluate(weights)
     task.evaluate(weights)
     assert Net.traces == 1
+
+
+def test_a_training_leaves_no_arrays_to_the_garbage_collector(shared):
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(jax.live_arrays())
+        for _ in range(9):
+            shared.train(shared.init(0), PLAN, ignore)
+        models = (len(jax.live_arrays()) - before) / len(shared.model_form())
+        assert models < 4  # JAX frees the last ones a little later
+    finally:
+        gc.enable()
 
 
 def test_progress_hears_of_every_step(shared):

@@ -24,7 +24,7 @@ from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
-from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
+from fluffle_worker.local.optax import filtered, gradient_transformation, named, tensor_name
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses, scores_of_all
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
@@ -160,7 +160,7 @@ class FlaxTask(AdaptedTask):
         rule.check_batches(mixed=parts.has_statistics)
         learnt = parts.learnt(weights, self._personal.before(work_of(plan)))
         trained = _trained(plan)
-        params = nnx.filter_state(learnt, trained)
+        params = filtered(learnt, trained)
         key = key_of(plan.seed ^ self._sample_seed)
         frozen, rest = parts.at_home.frozen, parts.seeded(key)
         learning_rate = plan.learning_rate or self._learning_rate
@@ -175,7 +175,7 @@ class FlaxTask(AdaptedTask):
                 losses.add(loss)
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
-            rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
+            rule.end(named(filtered(learnt, trained)), optimizer_state[0])
         return self._result(plan, parts.travelling(learnt), parts.personal(learnt), losses)
 
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
