@@ -114,7 +114,7 @@ def test_the_average_is_that_of_a_federation(tmp_path):
 
 def test_a_round_takes_as_long_as_its_slowest_device(tmp_path):
     tasks = {name: Adder(1.0) for name in names(3)}
-    owned = [Device(round_s=5.0, step_s=seconds / 4) for seconds in (100.0, 200.0, 400.0)]
+    owned = [Device(fit_s=5.0, step_s=seconds / 4) for seconds in (100.0, 200.0, 400.0)]
     found, rounds = run(tmp_path, tasks, owned, rounds=4)
     assert found.state.outcome == "finished"
     assert math.isclose(found.simulated_s, 4 * 405.0, rel_tol=0.01)
@@ -124,7 +124,7 @@ def test_a_round_takes_as_long_as_its_slowest_device(tmp_path):
 
 def test_a_quorum_waits_for_nobody_else(tmp_path):
     tasks = {name: Adder(1.0) for name in names(3)}
-    owned = [Device(round_s=seconds) for seconds in (10.0, 20.0, 4000.0)]
+    owned = [Device(fit_s=seconds) for seconds in (10.0, 20.0, 4000.0)]
     found, rounds = run(tmp_path, tasks, owned, rounds=5, quorum=Quorum(number=2))
     assert [one["asked"] for one in rounds] == [list(names(3))] * 5
     assert math.isclose(found.simulated_s, 5 * 20.0, rel_tol=0.05)
@@ -277,9 +277,9 @@ def test_clients_may_have_data_of_their_own():
 
 class TestDevices:
     def test_classes_are_dealt_in_turn(self):
-        owned = devices(4, step_s="classes:1,2,4", round_s="5")
+        owned = devices(4, step_s="classes:1,2,4", fit_s="5")
         assert [one.step_s for one in owned] == [1.0, 2.0, 4.0, 1.0]
-        assert {one.round_s for one in owned} == {5.0}
+        assert {one.fit_s for one in owned} == {5.0}
 
     def test_the_same_seed_gives_the_same_devices(self):
         spread = "lognormal:2,0.5"
@@ -388,7 +388,7 @@ def test_tasks_and_hooks_may_run_event_loops_of_their_own():
 
 
 def test_devices_may_come_from_a_generator():
-    owned = (Device(round_s=seconds) for seconds in (1.0, 7.0))
+    owned = (Device(fit_s=seconds) for seconds in (1.0, 7.0))
     run = fluffle.simulate([Adder(1.0), Adder(1.0)], rounds=1, owned=owned)
     assert math.isclose(run.history[0].seconds, 7.0, rel_tol=0.05)
 
