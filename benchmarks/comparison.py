@@ -19,9 +19,9 @@ from typing import Any, Protocol
 from benchmarks import stats
 from benchmarks.arrays import TENSORS
 from benchmarks.floor import Spec
-from benchmarks.gate import Gates
 from benchmarks.logs import read_events
 from benchmarks.processes import FLUFFLE, Died, Programs, cpu_s, peak_bytes, reset_peak
+from benchmarks.round_gate import Gates
 
 _LATE_S = 10.0
 _MAX_MODELS_BYTES = 10**9

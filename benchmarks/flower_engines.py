@@ -18,8 +18,8 @@ from typing import Any
 
 from benchmarks import stats
 from benchmarks.comparison import WARM_UP
-from benchmarks.gate import Gates
 from benchmarks.processes import ROOT, Died, Programs
+from benchmarks.round_gate import Gates
 from fluffle_broker.node.network import free_ports
 
 APP = ROOT / "benchmarks" / "flower_side" / "app"

@@ -15,7 +15,7 @@
 from __future__ import annotations
 
 from benchmarks.arrays import TENSORS, Perturbation, make_weights
-from benchmarks.gate import Gate
+from benchmarks.round_gate import Gate
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights
 from fluffle_worker.task import EvalResult, Progress, TaskOptions, TrainResult

@@ -254,8 +254,8 @@ def show(data: Path) -> None:
         "round reads them. Dividing the model's outputs by the temperature calibrates them, so "
         "that the model's confidence matches its accuracy; 1 changes nothing."
     )
-    run("history", "--run", RUN)
-    run("plot", "--run", RUN, "--out", RUN / "accuracy.png")
+    run("history", RUN)
+    run("plot", RUN, "--out", RUN / "accuracy.png")
     explain(
         "Those letters are new to the model, but their writers are not. No client has a letter of "
         f"{UNSEEN}, so the next figures show how well the model reads an unknown writer: "

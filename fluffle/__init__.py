@@ -107,9 +107,14 @@ _NAMES = {
 }
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
-# Names that need an optional package. If it is missing, __all__ and dir() leave them out, so that
-# "from fluffle import *" and help(fluffle), which load every name, work.
-_PACKAGES = {"flax_task": "flax", "sklearn_task": "sklearn", "torch_task": "torch"}
+# Names that need an optional package: its module, and what pip installs. If it is missing, __all__
+# and dir() leave them out, so that "from fluffle import *" and help(fluffle), which load each name,
+# work.
+_PACKAGES = {
+    "flax_task": ("flax", "'fluffle[worker]'"),
+    "sklearn_task": ("sklearn", "scikit-learn"),
+    "torch_task": ("torch", "'fluffle[torch]'"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -119,11 +124,17 @@ def __getattr__(name: str) -> Any:
 
         return version("fluffle")
     if name == "__all__":
-        missing = {one for one, package in _PACKAGES.items() if not find_spec(package)}
+        missing = {one for one, (package, _) in _PACKAGES.items() if not find_spec(package)}
         return sorted(_MODULES.keys() - missing)
     if name not in _MODULES:
         raise AttributeError(f"module 'fluffle' has no attribute '{name}'")
-    value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    try:
+        value = globals()[name] = getattr(importlib.import_module(_MODULES[name]), name)
+    except ModuleNotFoundError as why:
+        if name not in _PACKAGES:
+            raise
+        text = f"{name} needs the module '{why.name}'; run pip install {_PACKAGES[name][1]}"
+        raise ModuleNotFoundError(text, name=why.name) from None
     return value
 
 

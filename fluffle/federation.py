@@ -59,7 +59,7 @@ class LocalTask:
         except TaskError as why:
             if self.error is not None:  # from init() below
                 raise
-            raise self.failure(f"cannot take part: {why}") from None
+            raise cannot_take_part(name, why) from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.task, name)
@@ -94,13 +94,18 @@ class LocalTask:
             raise
 
 
+def cannot_take_part(name: str, why: TaskError) -> TaskError:
+    """Return the error about a task whose model cannot travel."""
+    return TaskError(f"the task '{name}' cannot take part: {why}")
+
+
 def by_name(given: Iterable[T] | Mapping[Any, T], what: str) -> dict[str, T]:
     """Return tasks by the names of their workers; number those of an iterable.
 
     Raises:
         UsageError: if a name is invalid or not unique, or ``given`` is a single object.
     """
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, str):
         raise UsageError(
             f"expected a list of tasks or a mapping of names to tasks, not {given!r:.80}"
         )
@@ -224,7 +229,7 @@ class Federation:
             record=lambda event: _on_worker_event(task, failure, event),
             bar=lambda *_: None,
             training=self._threads[task.name],
-            form=task.signature,
+            signature=task.signature,
         )
         await service.run()
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, overload
 from fluffle.models import load_model
 from fluffle_common.cli.printing import aligned, one_line, text_table
 from fluffle_common.errors import UsageError
+from fluffle_common.plural import plural
 from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
 from fluffle_coordinator.observe.round_view import metrics_of
@@ -64,10 +65,10 @@ class Round:
         return load_model(self.checkpoint)
 
     def __repr__(self) -> str:
-        workers, examples = len(self.participants), self.num_examples
-        counts = f"{workers} worker{'s'[: workers != 1]}, {examples} examples"
+        workers = plural(len(self.participants), "worker")
+        examples = plural(self.num_examples, "example")
         values = [f"{one_line(name)} {decimal(value)}" for name, value in self.values().items()]
-        return f"Round {self.number}: {', '.join([counts, *values])}"
+        return f"Round {self.number}: {', '.join([workers, examples, *values])}"
 
     def values(self) -> dict[str, float]:
         """Return the measured values of this round, by column name."""

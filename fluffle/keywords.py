@@ -23,7 +23,7 @@ _UNAVAILABLE = {
 }
 # An option in the text of an error, but not in the command lines in it, which are quoted.
 _OPTION = re.compile(r"'fluffle [^']*'|(?<![\w-])--[a-z][a-z-]*")
-# A broker in memory loses what it holds.
+# An in-memory broker loses what it holds.
 _AGAIN = re.compile(r"run the same command again( \(no update is lost\))?")
 _KEYWORDS = {
     **{
@@ -80,7 +80,7 @@ def settings_from(
             raise UsageError(f"{caller}() has no {name}=; {why}")
     if keywords.get("verify_users") and keywords.get("url") is None:
         raise UsageError(
-            f"{caller}(): verify_users= needs url=, because the broker in memory has no users; "
+            f"{caller}(): verify_users= needs url=, because the in-memory broker has no users; "
             "give url=, or remove verify_users="
         )
     options = options_from(coordinator, keywords, caller)

@@ -167,7 +167,7 @@ def _start(
                 state = run_coroutine(federation.run())
             finally:
                 federation.end()
-            return run_folder.result(state, shown.fault)
+            return run_folder.result(state)
 
     return Background(body)
 

@@ -179,7 +179,7 @@ def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:
     """Return the differences between a model and a module, as phrases for an error."""
     differences = []
     for names, what in (
-        (current.keys() - weights.keys(), "the file lacks"),
+        (current.keys() - weights.keys(), "the model lacks"),
         (weights.keys() - current.keys(), "the module lacks"),
     ):
         if names:
@@ -188,7 +188,7 @@ def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:
     for name in sorted(current.keys() & weights.keys()):
         new, old = weights[name], current[name]
         if (new.shape, new.dtype) != (old.shape, old.dtype) and len(differences) < _SHOWN:
-            forms = f"{_form(new)} in the file, but {_form(old)} in the module"
+            forms = f"{_form(new)} in the model, but {_form(old)} in the module"
             differences.append(f"{name} is {forms}")
     return differences
 

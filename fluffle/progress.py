@@ -8,6 +8,7 @@ from typing import Any, Self
 
 from fluffle.keywords import with_keywords
 from fluffle_common.cli.printing import echo, is_terminal, printable
+from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import Phase, State
@@ -24,7 +25,6 @@ class Progress(Watcher):
     model has is always reported, because the run then does not end as the user expects.
     """
 
-    fault = ""  # the last failed task or rejected update since the last commit
     _under_way = False  # before the first round and after the last, notes name commands
 
     def __init__(self, wanted: bool | None, rounds: int) -> None:
@@ -56,12 +56,6 @@ class Progress(Watcher):
                 self._print_if_none_left(done, rounds)
             case run_events.Finished():
                 self._under_way = False
-            case run_events.Committed():
-                self.fault = ""
-            case run_events.Failure():
-                self.fault = event.sentence()
-            case run_events.Rejected(worker=worker) if worker:
-                self.fault = f"the update of {worker} was rejected: {event.reason}"
         if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
             self._latest = self._brief = event.sentence()
             if not isinstance(event, run_events.Tested):
@@ -78,7 +72,7 @@ class Progress(Watcher):
     def _print_if_none_left(self, done: int, rounds: int) -> None:
         if done >= rounds and (self._lines or self._bar is not None):
             self._print(
-                f"the run has {done} round{'s'[: done != 1]} already, and rounds={rounds}, so no "
+                f"the run has {plural(done, 'round')} already, and rounds={rounds}, so no "
                 "round is left to run; use a higher rounds= to add rounds, or fresh=True to begin "
                 "a new run"
             )

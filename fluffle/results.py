@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fluffle.history import History, Round
 from fluffle_common.cli.printing import one_line
 from fluffle_common.errors import UsageError
+from fluffle_common.plural import plural
 from fluffle_coordinator.cli.history_chart import history_chart
 from fluffle_coordinator.storage.history import merged, read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
@@ -81,10 +82,7 @@ class Run:
         Raises:
             UsageError: if matplotlib is not installed, or no round has a metric.
         """
-        columns = {name: self.history[name] for name in self.history.columns}
-        if not columns:
-            raise UsageError(f"no round of {self.folder} has a loss or a metric to draw")
-        figure = history_chart([each.number for each in self.history], columns)
+        figure = history_chart(merged(self._lines))
         if file is not None:
             figure.savefig(file, dpi=150)
         return figure
@@ -96,9 +94,8 @@ class Run:
         return f"<p>{html.escape(self._headline())}</p>{self.history._repr_html_()}"
 
     def _headline(self) -> str:
-        count = len(self.history)
         end = f"; {one_line(self.reason)}" if self.reason else ""
-        return f"Run {self.id}: {count} round{'s'[: count != 1]} in {self.folder}{end}"
+        return f"Run {self.id}: {plural(len(self.history), 'round')} in {self.folder}{end}"
 
 
 def folder_path(folder: Any) -> Path:

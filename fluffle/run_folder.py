@@ -72,19 +72,14 @@ class RunFolder:
         elif not isinstance(error, RunError):  # a RunError already says how to continue
             warn(f"the committed rounds are kept{self._how_to_continue()}")
 
-    def result(self, state: State, fault: str) -> Run:
+    def result(self, state: State) -> Run:
         """Return the run that ended in this state.
-
-        ``fault`` is what probably caused a stop, such as a rejected update; it may be empty.
 
         Raises:
             RunError: if the run stopped before its end.
         """
         if state.outcome == "stopped":
-            known = (*state.failed.values(), *state.doubted.values())
-            is_named = any(why in state.reason for why in known)
-            reason = f"{state.reason}; {fault}" if fault and not is_named else state.reason
-            raise RunError(f"the run stopped: {reason}{self._how_to_continue()}")
+            raise RunError(f"the run stopped: {state.reason}{self._how_to_continue()}")
         run = Run(self.store.folder)
         if self._given is None:
             run._kept = _Kept()
@@ -94,7 +89,7 @@ class RunFolder:
     def _how_to_continue(self) -> str:
         done = committed(self.store.folder)
         call = f"repeat the call with folder={str(self.store.shown)!r}"
-        return f"; {call} to continue with round {done + 1}" if done else ""
+        return f"; {call} to continue after round {done}" if done else ""
 
 
 def committed(folder: Path) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 RUN = "0123456789ab"
@@ -35,6 +37,13 @@ def evaluated(number: int, **fields: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def scored(number: int, **metrics: float) -> dict[str, Any]:
+    """Return the line of the results of the ``evaluate`` hook."""
+    return {
+        "event": "tested", "round": number, "tested_at": "1970-01-01T00:00:16.000+00:00", **metrics,
+    }  # fmt: skip
+
+
 def ended(number: int, **fields: Any) -> dict[str, Any]:
     """Return the line of a run's end."""
     counts = {"late": 0, "rejected": 0, "late_updates": [], "rejections": []}
@@ -47,3 +56,9 @@ def ended(number: int, **fields: Any) -> dict[str, Any]:
         **counts,
         **fields,
     }
+
+
+def write_history(folder: Path, *lines: dict[str, Any]) -> None:
+    """Write the history of a run folder."""
+    text = "".join(f"{json.dumps(line)}\n" for line in lines)
+    (folder / "history.jsonl").write_text(text)

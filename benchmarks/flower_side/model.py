@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.arrays import Array, Perturbation, make_weights
-from benchmarks.gate import Gate
+from benchmarks.round_gate import Gate
 
 
 class Model(Protocol):

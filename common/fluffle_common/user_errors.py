@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import signal
 import sysconfig
@@ -16,6 +17,7 @@ from fluffle_common.errors import TaskError
 
 _OURS = frozenset({"fluffle_broker", "fluffle_common", "fluffle_coordinator", "fluffle_worker"})
 _LIKE_USERS = ("letters", "local", "tasks")  # fluffle's own tasks and local rules
+_IMPORTS = ("<frozen ", importlib.__file__)  # Python's own files that import modules
 _LONGEST = 500
 _LONGEST_TRACE = 100_000
 
@@ -44,7 +46,8 @@ def place_of(why: BaseException) -> str:
     """
     if isinstance(why, SyntaxError):
         return ""  # its text says where
-    frames = [f for f in traceback.extract_tb(why.__traceback__) if not _is_ours(f.filename)]
+    trace = traceback.extract_tb(why.__traceback__)
+    frames = [f for f in trace if not (_is_ours(f.filename) or f.filename.startswith(_IMPORTS))]
     own = [frame for frame in frames if _is_users(frame.filename)]
     if not frames:
         return ""

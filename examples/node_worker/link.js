@@ -76,35 +76,57 @@ export class Link {
   }
 
   async declare(first) {
-    if (this.queueType === 'quorum') {
-      const lock = `${this.federation}.lock.inbox.${this.id}`;
-      const options = { exclusive: true, durable: false, arguments: { 'x-queue-type': 'classic' } };
-      await this.control.assertQueue(lock, options);
-    }
+    if (this.queueType === 'quorum') await this.lock();
     const { consumerCount } = await this.declareQueues();
     if (first && consumerCount === 0) await this.control.purgeQueue(this.inbox);
   }
 
   /** Declare both queues; return what the broker says about the inbox. */
   async declareQueues() {
-    const options = { durable: true, arguments: { 'x-queue-type': this.queueType, 'x-expires': 1800000 } };
-    const both = [this.inbox, this.outbox].map((name) => this.control.assertQueue(name, options));
+    const unused = { [this.inbox]: 1800000, [this.outbox]: this.queueType === 'quorum' ? 86400000 : 1800000 };
+    const both = Object.entries(unused).map(([name, expires]) => this.control.assertQueue(name, {
+      durable: true, arguments: { 'x-queue-type': this.queueType, 'x-expires': expires },
+    }));
     return (await Promise.all(both))[0];
   }
 
-  /** Wait for the exchange that a coordinator declares; each failed check closes a channel. */
+  /** Take one of two locks, and check that nobody has the other; see the protocol document. */
+  async lock() {
+    const options = { exclusive: true, durable: false, arguments: { 'x-queue-type': 'classic' } };
+    const declare = (name) => this.ask((channel) => channel.assertQueue(name, options));
+    let [mine, other] = ['lock', 'lock2'].map((kind) => `${this.federation}.${kind}.inbox.${this.id}`);
+    let code = await declare(mine);
+    if (code === 405) {
+      [mine, other] = [other, mine];
+      code = await declare(mine);
+    }
+    if (!code) code = await this.ask((channel) => channel.checkQueue(other));
+    if (code !== 404) throw Object.assign(new Error(`the broker refuses a lock (${code})`), { code });
+  }
+
+  /** Wait for the exchange that a coordinator declares. */
   async federated() {
+    const results = `${this.federation}.results`;
     for (;;) {
-      const channel = await this.connections[0].createChannel();
-      const failed = new Promise((resolve) => { channel.on('error', resolve); });
-      try {
-        await channel.checkExchange(`${this.federation}.results`);
-        return await channel.close();
-      } catch (why) {
-        const { code } = await Promise.race([failed, this.lost]);
-        if (code !== 404) throw why;
-      }
+      const code = await this.ask((channel) => channel.checkExchange(results));
+      if (!code) return;
+      if (code !== 404) throw Object.assign(new Error(`the broker refuses ${results} (${code})`), { code });
       await sleep(1000);
+    }
+  }
+
+  /** Make a request on a channel of its own, which a refusal closes; return the refusal's code. */
+  async ask(request) {
+    const channel = await this.connections[0].createChannel();
+    const failed = new Promise((resolve) => { channel.on('error', resolve); });
+    try {
+      await request(channel);
+      await channel.close();
+      return 0;
+    } catch (why) {
+      const { code } = await Promise.race([failed, this.lost]);
+      if (!code) throw why;
+      return code;
     }
   }
 

@@ -12,7 +12,7 @@ import click
 
 from fluffle_common.cli.app import count
 from fluffle_common.cli.config_file import ConfiguredCommand
-from fluffle_common.cli.settings import draw_into_files
+from fluffle_common.cli.output_files import ChartFile, draw_into_files, save_chart
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.cli.schedule_options import check_schedule_options
@@ -69,8 +69,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="",
     metavar="TEXT",
     help="Value that the task function gets as options.data. If the value contains '{client}' "
-    "or '{clients}', each client gets its own task. The command replaces '{client}' by the "
-    "client's number (from 0), and '{clients}' by the number of clients.",
+    "or '{clients}', each client gets its own task. The command replaces '{client}' with the "
+    "client's number (from 0), and '{clients}' with the number of clients.",
 )
 @click.option("--clients", type=count(), default=100, help="Number of clients.")
 @click.option(
@@ -84,7 +84,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
 )
 @click.option(
     "--plot-partition",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=ChartFile(),
     metavar="FILE.png",
     help="File for a chart of the labels that each client has. The chart is drawn before the "
     "first round.",
@@ -238,11 +238,5 @@ def _plot(whole: Any, options: dict[str, Any]) -> None:
             "--data gives each client its own task; remove --plot-partition"
         )
     asked = {name: options[name] for name in ("clients", "partition", "seed")}
-    file = options["plot_partition"]
     draw_into_files()
-    try:
-        plot_partition(whole, **asked).savefig(file, dpi=150)
-    except (OSError, ValueError) as why:
-        raise UsageError(
-            f"--plot-partition cannot write {file} ({why}); choose another file"
-        ) from None
+    save_chart(plot_partition(whole, **asked), options["plot_partition"], "--plot-partition")

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle.federation import cannot_take_part
 from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
 from fluffle.simulation.loop import hidden_loop
@@ -29,7 +30,7 @@ from fluffle_common.protocol.messages import (
     Update,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer_parts import Assembly
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.tensors.weights import size_bytes
@@ -49,7 +50,6 @@ from fluffle_worker.task import Task
 
 # The heartbeat interval of a client at work. Idle clients send none, since nobody is ever gone.
 _HEARTBEAT_S = 60.0
-_MAX_MODEL_BYTES = 8 * 2**30
 _PREFETCH = 100
 # The passes of the event loop in which Ctrl-C, or another cancellation, reaches all clients.
 _PASSES = 5
@@ -162,7 +162,7 @@ class Fleet:
                 with hidden_loop():
                     self._models[id(whole)] = signature_of_task(client.task), FrozenTensors(whole)
             except TaskError as why:
-                raise TaskError(f"the task '{client.name}' cannot take part: {why}") from None
+                raise cannot_take_part(client.name, why) from None
         return self._models[id(whole)]
 
     # --- messages received ---------------------------------------------------------------------
@@ -180,7 +180,7 @@ class Fleet:
             case InitRequest():
                 self._begin(client, Job(message))
             case Fit() | Evaluate() if message.transfer is not None:
-                client.assembly = message, Assembly(message.transfer, _MAX_MODEL_BYTES)
+                client.assembly = message, Assembly(message.transfer)
             case Fit() | Evaluate():
                 if self._brought is None:
                     self._brought = read_work(message, payload)
@@ -226,9 +226,9 @@ class Fleet:
             steps = of
 
         moved = size_bytes(job.weights) + size_bytes(job.broadcast)
-        form, frozen = self._model(client)
+        signature, frozen = self._model(client)
         sender = {"federation": self._topology.federation, "worker": client.name}
-        executor = Executor(client.task, sender, frozen, form, self._results)
+        executor = Executor(client.task, sender, frozen, signature, self._results)
         async with self._turn:  # otherwise, all clients of a round would train in a single pass
             for _ in range(_PASSES):
                 await asyncio.sleep(0)

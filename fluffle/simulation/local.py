@@ -140,7 +140,7 @@ def simulate(
             simulation = simulate_run(
                 tested, everybody, run_folder.store, shown, record=_show, fresh=fresh
             )
-            return run_folder.result(run_coroutine(simulation), shown.fault)
+            return run_folder.result(run_coroutine(simulation))
 
     return Background(body, SimulatedLoop).wait()
 

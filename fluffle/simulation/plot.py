@@ -8,7 +8,7 @@ import numpy as np
 
 from fluffle.simulation.partition import Partition, counts, parse_partition
 from fluffle.simulation.population import Divisible, labels_of, parts_of
-from fluffle_common.errors import UsageError
+from fluffle_common.cli.output_files import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,20 +34,14 @@ def plot_partition(
     Raises:
         UsageError: if matplotlib is not installed, or the task cannot be divided in this way.
     """
-    try:
-        from matplotlib import colormaps
+    figure = new_figure(8, 4.5)
+    from matplotlib import colormaps
 
-        from fluffle_coordinator.cli.chart import Chart
-    except ImportError:
-        raise UsageError(
-            "a plot of a partition needs matplotlib; run pip install 'fluffle[plot]'"
-        ) from None
     labels = labels_of(task)
     held = counts(labels, parts_of(task, parse_partition(partition), clients, seed))
     names: list[str] = [str(value) for value in np.unique(labels)]
     if len(names) > _COLOURS:
         held, names = held.sum(axis=1, keepdims=True), ["all labels"]
-    figure = Chart(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     # Steps instead of bars, which would be slow to draw for a thousand clients.
     edges = np.append(np.arange(clients), clients) - 0.5

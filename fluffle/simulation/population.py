@@ -7,20 +7,22 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from fluffle.federation import numbered
+from fluffle.federation import make_task, numbered
 from fluffle.simulation.partition import By, Partition, Parts, check_whole
+from fluffle_common.cli.user_code import call_task
 from fluffle_common.errors import UsageError
+from fluffle_common.plural import plural
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.task import Task, TaskOptions
 
 
 @runtime_checkable
 class Divisible(Protocol):
-    """A task that can make tasks for parts of its data, such as ``FlaxTask``."""
+    """A task that can make tasks for parts of its data, such as ``FlaxTask``.
 
-    @property
-    def labels(self) -> Array:
-        """The label of each training example, or a row of labels; shape [examples, …]."""
+    It also needs the attribute ``labels``: the label of each training example, or a row of labels;
+    an array of shape [examples, …].
+    """
 
     def part(self, rows: Array, sample_seed: int) -> Task:
         """Return a task with only some of the training examples.
@@ -38,19 +40,25 @@ def dealt(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -
 
     Raises:
         UsageError: if there is no such column, there are too few examples, or a number is invalid.
+        TaskError: if the task's labels or columns cannot be divided, or a part is not a task.
     """
     parts = parts_of(whole, partition, clients, seed)
     names = numbered("client", clients)
     return {
-        name: whole.part(rows, number)
+        name: make_task(name, call_task(f"part() fails for '{name}'", whole.part, rows, number))
         for number, (name, rows) in enumerate(zip(names, parts, strict=True))
     }
 
 
 def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0) -> Parts:
-    """Return the rows of each client; see ``dealt`` for errors."""
+    """Return the rows of each client; raises what ``dealt`` does."""
     check_whole("clients", clients, 1)
     check_whole("seed", seed, 0)
+    failure = "the examples cannot be divided among the clients"
+    return call_task(failure, _rows, whole, partition, clients, seed)  # type: ignore[no-any-return]
+
+
+def _rows(whole: Divisible, partition: Partition, clients: int, seed: int) -> Parts:
     labels = labels_of(whole)
     if isinstance(partition, By):
         columns = getattr(whole, "columns", {})
@@ -60,11 +68,23 @@ def parts_of(whole: Divisible, partition: Partition, clients: int, seed: int = 0
                 f"the task has no column '{partition.column}'; choose from {there}, or add the "
                 "column to the task's attribute 'columns'"
             )
-        labels = _single(np.asarray(columns.get(partition.column, labels)))
-    return partition.deal(labels, clients, seed)
+        column = _single(np.asarray(columns.get(partition.column, labels)))
+        if len(column) != len(labels):
+            raise UsageError(
+                f"the task's column '{partition.column}' has {plural(len(column), 'value')} for "
+                f"{plural(len(labels), 'training example')}; give one value for each example"
+            )
+        labels = column
+    parts = partition.deal(labels, clients, seed)
+    if len(parts) != clients:
+        raise UsageError(
+            f"the partition {partition!r:.60} made {plural(len(parts), 'part')} for "
+            f"{plural(clients, 'client')}; make one part for each client"
+        )
+    return parts
 
 
-def labels_of(whole: Divisible) -> Array:
+def labels_of(whole: object) -> Array:
     """Return one label for each training example: equal rows of labels become equal numbers.
 
     Raises:
@@ -78,6 +98,8 @@ def labels_of(whole: Divisible) -> Array:
 
 
 def _single(labels: Array) -> Array:
+    if labels.dtype == object:  # such as None among text, which could not be sorted
+        labels = labels.astype(str)
     if labels.ndim < 2:
         return labels
     rows = labels.reshape(len(labels), -1)

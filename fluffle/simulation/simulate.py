@@ -1,4 +1,4 @@
-"""A simulated run: the real coordinator, a broker in memory, and a fleet of clients."""
+"""A simulated run: the real coordinator, an in-memory broker, and a fleet of clients."""
 
 from __future__ import annotations
 
@@ -178,6 +178,7 @@ def tested_every(
         found = results.evaluated(lambda: returned)
         return {"loss": found.loss, **found.metrics} if found and found.num_examples else {}
 
+    evaluate.__qualname__ = "the task's evaluate"  # its name in run.json and in the report
     stopping = settings.stopping
     if stopping.monitor is None and (stopping.target, stopping.patience) != (None, None):
         stopping = replace(stopping, monitor=f"{TEST_PREFIX}loss")

@@ -20,7 +20,7 @@ from playwright.sync_api import Browser
 from fluffle_broker.node.network import free_ports
 from fluffle_broker.node.node import NodeInfo
 from fluffle_common.protocol.messages import Update
-from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.transfer_parts import pack
 from fluffle_common.transport.rabbitmq.management import Management
 from tests.browser import chromium, window
 from tests.e2e.programs import FLUFFLE, ROOT, Federation, Program

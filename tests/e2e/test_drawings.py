@@ -121,9 +121,15 @@ def test_staleness_and_privacy_are_there_when_a_run_has_them(
         participant("a", num_examples=100, staleness=0, weight=100.0),
         participant("b", num_examples=100, staleness=2, weight=50.0),
     ]
-    rows = [row(1, participants=stale, epsilon=0.5), row(2, participants=stale, epsilon=0.75)]
+    rows = [
+        row(1, participants=stale, epsilon=0.5, asked=["a", "b", "c"]),
+        row(2, participants=stale, epsilon=0.75),
+    ]
     with window(browser, drawn(rows, tmp_path)) as seen:
         seen.wait("#staleness-words", "25.0 % of the weight lost")
+        cells = seen.page.locator("#participation rect title").all_text_contents()
+        assert cells[4:] == ["c, round 1: was at work", "c, round 2: was not asked"]
+        assert "no answer" not in seen.wait("#participation-legend", "at work")
         bars = seen.page.locator("#staleness rect title").all_text_contents()
         assert bars == ["versions 0: updates 2", "versions 2: updates 2"]
         ages = seen.page.locator("#staleness text.tick.middle").all_text_contents()

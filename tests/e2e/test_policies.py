@@ -17,6 +17,7 @@ from fluffle_broker.node.node import NodeInfo
 from fluffle_common.protocol import topology
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.base import Properties, QueueFull
+from fluffle_common.transport.rabbitmq import management
 from fluffle_common.transport.rabbitmq.management import Management
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import FLUFFLE, PATIENCE_S, Federation, Program
@@ -95,6 +96,29 @@ async def test_queues_reports_missing_policies_and_apply_policy_sets_them(
     assert applied.process.returncode == 0, applied.lines
     wait_for_limits(elsewhere.api, elsewhere.vhost, names)
     assert not any("no policy" in line for line in run(federation, "queues", *where).lines)
+
+
+async def test_rabbitmq_describes_no_queues_of_others(
+    elsewhere: Elsewhere, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # On a broker with 10,000 queues, it would need longer than the timeout.
+    own, other = Topology("letters"), Topology("letters-2")
+    for names in (own, other):
+        await declare(elsewhere.url, names)
+    described: list[str] = []
+    original = Management.ask
+
+    def ask(api: Management, path: str) -> Any:
+        answer = original(api, path)
+        described.extend(one["name"] for one in answer["items"])
+        return answer
+
+    monkeypatch.setattr(Management, "ask", ask)
+    monkeypatch.setattr(management, "_PAGE_SIZE", 2)
+    api = Management(elsewhere.url, elsewhere.info.management_url)
+    queues = [one for one in (*own.shared(), *own.of_worker("w")) if isinstance(one, Queue)]
+    assert [one.name for one in api.queue_figures(own)] == sorted(one.name for one in queues)
+    assert sorted(described) == sorted(one.name for one in queues)
 
 
 async def test_the_printed_commands_set_the_same_policies(

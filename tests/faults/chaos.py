@@ -30,10 +30,10 @@ import msgpack
 from fluffle_broker.node import node
 from tests.faults.alarm import memory_alarm
 from tests.faults.checker import Verdict, check
+from tests.faults.fault_sequence import WORKERS, Fault, fault_sequence
 from tests.faults.harness import Federation, Program, marked, now, wait_until
 from tests.faults.hostile import Foe, Hostile
 from tests.faults.proxy import Proxy
-from tests.faults.schedule import WORKERS, Fault, schedule
 
 _TRAIN_S, _SLOW_S = 0.4, 0.9  # one worker is slower, so that rounds are open with updates in them
 _HEARTBEAT_S = 1.0
@@ -333,7 +333,7 @@ def rain(
                 management = broker.ports.management
                 with Federation(folder, broker.url, management, url=url) as federation:
                     chaos = Chaos(federation, state, broker, proxy, say, timing)
-                    chaos.run(schedule(seed, faults), rounds)
+                    chaos.run(fault_sequence(seed, faults), rounds)
                     federation.gather()
         finally:
             node.down(state, grace_s=0)

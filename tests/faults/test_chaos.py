@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.chaos import rain
-from tests.faults.schedule import KINDS, schedule
+from tests.faults.fault_sequence import KINDS, fault_sequence
 
 pytestmark = pytest.mark.rabbit
 
@@ -20,5 +20,5 @@ def test_one_fault_of_each_kind(tmp_path: Path) -> None:
 
 def test_the_seed_alone_determines_the_faults() -> None:
     assert sum(KINDS.values()) == 100
-    assert schedule(7, 100) == schedule(7, 100) != schedule(8, 100)
-    assert {fault.kind for fault in schedule(3, len(KINDS))} == set(KINDS)
+    assert fault_sequence(7, 100) == fault_sequence(7, 100) != fault_sequence(8, 100)
+    assert {fault.kind for fault in fault_sequence(3, len(KINDS))} == set(KINDS)

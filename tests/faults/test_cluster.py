@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +9,6 @@ from typing import Any
 import pytest
 
 from fluffle_common.errors import BrokerError
-from fluffle_common.protocol.topology import lock_of
 from tests.faults.cluster import NAMES, Cluster, three_nodes
 from tests.faults.harness import Federation, Program, wait_until
 from tests.faults.test_recovery import Beat, assert_ended_well, rules
@@ -20,6 +17,8 @@ pytestmark = [pytest.mark.rabbit, pytest.mark.long]
 
 QUORUM = ("--queue-type", "quorum")
 WORKERS = 4
+# For 70 s, RabbitMQ 4.3 does not say whether a failed node's lock is held.
+FAILOVER_S = 180.0
 
 
 @pytest.fixture(scope="module")
@@ -76,20 +75,21 @@ def test_the_leader_of_the_updates_is_killed_under_load_twice(
     ]
     federation.wait_committed(2)
     first = kill_the_leader(cluster, federation, coordinator)
-    federation.wait_committed(federation.committed() + 3)
+    federation.wait_committed(federation.committed() + 3, FAILOVER_S)
     assert any(program.events("disconnected") for program in (coordinator, *workers))
 
     cluster.start(first)
     cluster.wait_whole()
     second = kill_the_leader(cluster, federation, coordinator)
     assert second != first
-    federation.wait_committed(federation.committed() + 3)
+    federation.wait_committed(federation.committed() + 3, FAILOVER_S)
 
     # While that node is down, the coordinator ends too, and another one finishes the run.
     assert all(program.alive() for program in (coordinator, *workers))
     coordinator.interrupt()
     coordinator.end()
     last = federation.coordinator(*flags, "--rounds", federation.committed() + 2)
+    last.wait_for("connected", FAILOVER_S)
     assert_ended_well(federation, last, *workers)
     assert federation.committed() >= 10
     # No worker was restarted.
@@ -105,10 +105,4 @@ def kill_the_leader(cluster: Cluster, federation: Federation, coordinator: Progr
     cluster.kill(leader)
     assert federation.committed() == number - 1
     wait_until(lambda: cluster.leader(updates) not in ("", leader), "they have another leader")
-    version = next(iter(cluster.nodes.values())).version
-    if not version.startswith(("3.", "4.0.", "4.1.", "4.2.")):
-        # The locks of that node stay until someone deletes them (docs/guarantees.md).
-        for queue in ("presence", *(f"inbox.w{number}" for number in range(WORKERS))):
-            with contextlib.suppress(subprocess.CalledProcessError):  # it does not exist
-                cluster.ctl("delete_queue", lock_of(f"{federation.name}.{queue}"))
     return str(leader)

@@ -203,7 +203,7 @@ class Federation:
             record=log.record,
             bar=lambda *_: None,
             training=training,
-            form=getattr(task, "form", None),
+            signature=getattr(task, "signature", None),
             codecs=codecs,
             exchanges=exchanges,
         )

@@ -14,7 +14,7 @@ import pytest
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import wire_format
 from fluffle_common.protocol.messages import Bye, Evaluate, Heartbeat, Hello, Stop
-from fluffle_common.protocol.transfer import Incoming
+from fluffle_common.protocol.transfer_parts import Incoming
 from fluffle_common.protocol.wire_format import read_tensors
 from fluffle_common.tensors.frozen import NO_FROZEN
 from fluffle_common.transport import messaging
@@ -25,6 +25,7 @@ from fluffle_coordinator.conformance.scenario import Finding
 from fluffle_worker import connection, job, machine, service, uploader
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.service import WorkerService
+from fluffle_worker.signature import UNKNOWN
 from tests.federation.harness import Adder
 from tests.federation.test_frozen import OnABackbone
 
@@ -207,6 +208,18 @@ def test_a_malformed_hello_is_reported(federated, monkeypatch):
             "a message in letters.presence is malformed (hello.federation" in findings["hello"].seen
         )
         assert findings["fit"].seen == "not tried, because 'hello' failed"
+
+    federated(scenario)
+
+
+def test_a_failure_to_make_first_weights_is_reported_with_its_reason(federated):
+    async def scenario(federation):
+        task = Adder(federation.loop)
+        task.init, task.form = lambda seed: 1 / 0, UNKNOWN
+        federation.worker("w", task)
+        findings = await examined(federation)
+        reason = "the worker sent a failure instead of first weights: ZeroDivisionError: division"
+        assert findings["first weights"].seen.startswith(reason)
 
     federated(scenario)
 

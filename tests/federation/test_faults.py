@@ -92,8 +92,7 @@ def test_a_run_works_without_a_journal_if_the_broker_has_no_streams(federated, m
         start(federation, "a", step_s=60.0)  # so that the missing queue would be noticed
         coordinator = federation.coordinator(rounds=2, min_workers=1)
         assert (await coordinator.end()).outcome == "finished"
-        (event,) = coordinator.log.of("no_journal")
-        assert event["reason"] == "the broker does not support streams"
+        assert len(coordinator.log.of("no_journal")) == 1
         assert len(coordinator.line.links) == 1
 
     federated(scenario)

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.checkpoint import checkpoint_name
-from fluffle_coordinator.cli.coordinator import history
+from fluffle_coordinator.cli.history import history
 from fluffle_coordinator.cli.run_folder import report
 from fluffle_coordinator.machine.selection import POISSON, Draw
 from fluffle_coordinator.machine.state import Rules
@@ -90,7 +90,7 @@ def test_an_empty_round_adds_only_noise(federated, monkeypatch):
         before, after = (federation.weights(number)["w"] for number in (1, 2))
         assert not np.array_equal(before, after)
         assert coordinator.log.of("committed")[1]["participants"] == []
-        shown = CliRunner().invoke(history, ["--run", str(federation.folder)])
+        shown = CliRunner().invoke(history, [str(federation.folder)])
         assert shown.exit_code == 0, shown.output
         shown = CliRunner().invoke(report, [str(federation.folder), "--json"])
         curves = json.loads(shown.output)["curves"]

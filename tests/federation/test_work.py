@@ -9,7 +9,17 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import TaskError
-from fluffle_common.protocol.messages import Bye, Echo, Exchange, Refusal, Stop, Verdict
+from fluffle_common.protocol.messages import (
+    Bye,
+    Echo,
+    Exchange,
+    Fit,
+    Plan,
+    Refusal,
+    Stop,
+    Verdict,
+)
+from fluffle_common.protocol.transfer_parts import pack
 from fluffle_common.protocol.wire_format import encode
 from fluffle_common.tensors.layout import signature_of
 from fluffle_common.transport.base import Properties
@@ -230,7 +240,7 @@ def test_an_update_weighs_what_its_worker_announced(federated, says):
 
 def test_first_weights_come_from_another_worker_if_the_first_hangs(federated):
     class Hangs(Adder):
-        form = signature_of({"w": np.zeros(4, np.float32)})  # known without asking init()
+        signature = signature_of({"w": np.zeros(4, np.float32)})  # known without asking init()
 
         def init(self, seed):
             self.loop.sleep(1e9)
@@ -338,7 +348,7 @@ def test_first_weights_that_no_run_can_use_stop_it_with_the_reason(
 
     async def scenario(federation):
         task = Adder(federation.loop)
-        task.init, task.form = lambda seed: weights, UNKNOWN
+        task.init, task.signature = lambda seed: weights, UNKNOWN
         federation.worker("a", task)
         state = await federation.coordinator(rounds=2, min_workers=1).end()
         assert state.outcome == "stopped"
@@ -355,5 +365,26 @@ def test_a_worker_that_stays_trains_the_round_again_that_was_stopped(federated):
         assert (await stopped.end()).outcome == "stopped"
         await worker.log.until("ended")
         assert (await federation.coordinator(**options).end(600.0)).outcome == "finished"
+
+    federated(scenario)
+
+
+def test_a_stop_amid_the_parts_of_a_model_ends_that_work_too(federated, in_small_parts):
+    async def scenario(federation):
+        worker = federation.worker("a", Adder(federation.loop, size=LARGE), stay=True)
+        coordinator = federation.coordinator(min_workers=2)
+        await coordinator.log.until("joined")
+        of = {"federation": NAME, "run": coordinator.service.state.run, "round": 1}
+        fit = Fit(**of, base="b", evaluate=False, plan=Plan())
+        _, body, parts = pack(fit, {"w": np.zeros(LARGE, np.float32)})
+        bodies = [body, next(parts), encode(Stop(**of, reason="it is over")), *parts]
+        link = await federation.broker.open()
+        for body in bodies:
+            keys = [federation.topology.inbox("a")]
+            await link.publish(body, Properties(), exchange="", keys=keys)
+        await worker.log.until("ended")
+        await asyncio.sleep(5.0)
+        assert not worker.log.of("begin")
+        assert coordinator.service.state.workers["a"].state == "idle"
 
     federated(scenario)

@@ -124,13 +124,11 @@ def test_what_is_not_in_it_is_told(tmp_path):
         printed(journal, "--run", tmp_path, "--round", 1, "--since", "2999-01-01")
     with pytest.raises(UsageError, match=r"run another is not in the journal; choose from \w+"):
         printed(journal, "--run", tmp_path, "--run-id", "another")
-    with pytest.raises(UsageError, match="unknown --kind comitted; did you mean 'committed'"):
-        printed(journal, "--run", tmp_path, "--kind", "comitted")
-    file = tmp_path / "journal.jsonl"
-    file.write_text(file.read_text().replace('"committed"', '"of-another-version"'))
-    shown = printed(journal, "--run", tmp_path, "--kind", "of-another-version")
-    assert shown.count("of-another-version") == 2
-    file.write_text("")
+    with pytest.raises(UsageError, match="worker dob is not in the journal; did you mean 'bob'"):
+        printed(journal, "--run", tmp_path, "--worker", "dob")
+    (tmp_path / "journal.jsonl").write_text("")
+    with pytest.raises(UsageError, match="worker bob is not in the journal, which has no worker"):
+        printed(journal, "--run", tmp_path, "--worker", "bob")
     with pytest.raises(UsageError, match="round 99 is not in the journal, which has no round"):
         printed(journal, "--run", tmp_path, "--round", 99)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import fluffle
 from fluffle.simulation.partition import By, Dirichlet, Iid, Shards, counts, parse_partition
 from fluffle.simulation.population import labels_of, parts_of
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import TaskError, UsageError
 
 PARTITIONS = [Iid(), Dirichlet(0.1), Dirichlet(100.0), Shards(2)]
 
@@ -70,6 +70,32 @@ def test_a_column_is_one_of_the_task():
     expected = r"no column 'age'; choose from label, writer, or add the column to the task's"
     with pytest.raises(UsageError, match=expected):
         parts_of(whole, By("age"), 2)
+    whole.columns["age"] = [1, 2]
+    with pytest.raises(UsageError, match="'age' has 2 values for 3 training examples"):
+        parts_of(whole, By("age"), 2)
+
+
+@pytest.mark.parametrize("partition", PARTITIONS, ids=str)
+def test_labels_of_several_types_are_divided(partition):
+    labels = np.array([None, "a", 1] * 4, object)
+    parts = parts_of(SimpleNamespace(labels=labels), partition, 4)
+    assert sorted(np.concatenate(parts).tolist()) == [*range(12)]
+
+
+def test_a_partition_that_cannot_be_used_is_named():
+    class Odd:
+        def __init__(self, *parts):
+            self.parts = parts
+
+        def deal(self, labels, clients, seed):
+            return [np.array(part) for part in self.parts]
+
+    whole = SimpleNamespace(labels=np.zeros(3))
+    with pytest.raises(UsageError, match="made 1 part for 2 clients"):
+        parts_of(whole, Odd([0, 1, 2]), 2)
+    failure = "examples cannot be divided among the clients: ValueError: .* inhomogeneous"
+    with pytest.raises(TaskError, match=failure):
+        parts_of(SimpleNamespace(labels=[[1], [1, 2]]), Iid(), 2)
 
 
 @pytest.mark.parametrize(("partition", "clients"), [(Dirichlet(0.5), 2), (By("writer"), 3)])

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from flax import nnx
 
 import fluffle
-from fluffle_coordinator.cli.coordinator import history
+from fluffle_coordinator.cli.history import history
 from fluffle_coordinator.cli.journal import journal
 from fluffle_coordinator.dashboard.report import read_report
 from fluffle_worker.local.bound import BoundRule
@@ -61,7 +61,7 @@ def test_the_personal_model_is_told_beside_the_averaged_one(personal, tmp_path):
     for line, one in zip([x for x in lines if x["event"] == "committed"], run.history, strict=True):
         scores = [each["metrics"]["personal_loss"] for each in line["participants"]]
         assert one.metrics["personal_loss"] == pytest.approx(np.mean(scores))
-    table = CliRunner().invoke(history, ["--run", str(tmp_path)], env={"COLUMNS": "200"}).output
+    table = CliRunner().invoke(history, [str(tmp_path)], env={"COLUMNS": "200"}).output
     assert "personal_loss" in table
     assert "personal_off" in json.dumps(read_report(tmp_path, 0.0))
     said = CliRunner().invoke(journal, ["--run", str(tmp_path), "--kind", "personal"]).output
@@ -77,7 +77,7 @@ def test_what_each_worker_measured_is_kept(tmp_path):
         assert [each.num_examples for each in found] == [10, 10]
         assert one.loss == pytest.approx(np.mean([each.loss for each in found]))
         assert one.metrics["off"] == pytest.approx(np.mean([e.metrics["off"] for e in found]))
-    printed = CliRunner().invoke(history, ["--run", str(tmp_path), "--json"]).output
+    printed = CliRunner().invoke(history, [str(tmp_path), "--json"]).output
     first, _ = json.loads(printed)
     north = run.history[0].evaluations["north"]
     assert first["evaluations"][0] == {

@@ -246,12 +246,13 @@ def test_a_failing_client_s_traceback_is_its_own_and_readable(capsys):
     assert "at south, evaluate() failed, so this worker trains without evaluation" in stderr
 
 
-class Letters:
+class Letters(Adder):
     """A whole data set, of which parts are made."""
 
     labels = np.repeat(np.arange(4), 10)
 
     def __init__(self, rows: Any = None) -> None:
+        super().__init__(1.0)
         self.rows = rows
 
     def part(self, rows: Any, sample_seed: int) -> Any:
@@ -262,6 +263,28 @@ def test_a_data_set_is_dealt_out():
     tasks = dealt(Letters(), Shards(1), clients=4)
     held = [set(Letters.labels[task.rows].tolist()) for task in tasks.values()]
     assert sorted(held, key=min) == [{0}, {1}, {2}, {3}]
+
+
+def test_a_part_that_cannot_be_made_is_an_error_of_the_task():
+    class Broken(Letters):
+        def part(self, rows: Any, sample_seed: int) -> Any:
+            raise ValueError("no part")
+
+    class Empty(Letters):
+        def part(self, rows: Any, sample_seed: int) -> Any:
+            return None
+
+    class Unread(Letters):
+        @property
+        def labels(self) -> Any:  # type: ignore[override]
+            raise ValueError("no file")
+
+    with pytest.raises(TaskError, match=r"part\(\) fails for 'client-0': ValueError: no part"):
+        fluffle.simulate(Broken(), clients=4)
+    with pytest.raises(UsageError, match="'client-0' returns is not a task"):
+        fluffle.simulate(Empty(), clients=4)
+    with pytest.raises(TaskError, match="divided among the clients: ValueError: no file"):
+        fluffle.simulate(Unread(), clients=4)
 
 
 def test_clients_may_have_data_of_their_own():

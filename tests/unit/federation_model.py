@@ -343,7 +343,9 @@ class CoordinatorModel:
         _, message = self.jobs.popleft()
         self.lose_link()
         ticket = message.identity.ticket
-        self.events.append(ev.FoldFailed(self.world.now, ticket, "the link was lost", again=True))
+        self.events.append(
+            ev.FoldFailed(self.world.now, ticket, "the connection was closed", again=True)
+        )
         return True
 
     def knows(self, handle: Handle) -> bool:

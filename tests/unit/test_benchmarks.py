@@ -15,9 +15,9 @@ from benchmarks.arrays import Perturbation, make_weights
 from benchmarks.comparison import compare
 from benchmarks.compression import Federation
 from benchmarks.floor import Spec
-from benchmarks.gate import Gate, Gates
 from benchmarks.logs import read_events
 from benchmarks.processes import Died
+from benchmarks.round_gate import Gate, Gates
 from benchmarks.simulated_jobs import JOBS
 from fluffle_common.cli.console import Console
 from fluffle_common.protocol.messages import Compression, Plan

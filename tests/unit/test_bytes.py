@@ -25,7 +25,7 @@ from fluffle_common.protocol.messages import (
     parsing,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly, pack
+from fluffle_common.protocol.transfer_parts import Assembly, pack
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.table import TensorEntry

@@ -66,6 +66,7 @@ def test_the_plan_contains_the_options(monkeypatch, flags, compress):
         ("--upload-dtype bf16 --compress int8", "--upload-dtype conflicts with --compress"),
         ("--epochs 2 --steps 3", "--epochs conflicts with --steps"),
         ("--fraction 0.5 --sample 3", "--fraction conflicts with --sample"),
+        ("--max-round 60", "--max-round 60 is less than --deadline 600, .*; raise .* or lower --d"),
     ],
 )
 def test_options_that_exclude_each_other_are_refused(flags, message):

@@ -214,14 +214,26 @@ async def test_it_looks_at_the_queues_only_when_somebody_looks(site: Site) -> No
         assert len(asked) == 1  # they are young enough
 
 
-async def test_queues_that_cannot_be_asked_are_a_note() -> None:
-    def ask() -> list[dict[str, object]]:
-        raise ConnectionRefusedError("nobody there")
+def unreachable() -> list[dict[str, object]]:
+    raise ConnectionRefusedError("nobody there")
 
+
+NO_CA = "amqps://guest:guest@localhost/?cafile=/no/ca.pem"  # as while a certificate is renewed
+
+
+@pytest.mark.parametrize(
+    ("ask", "note"),
+    [
+        (unreachable, "does not answer (nobody there)"),
+        (feed.queue_asker(Topology("f"), lambda: NO_CA, "https://localhost"), "'/no/ca.pem' of"),
+    ],
+    ids=["unreachable", "no CA file"],
+)
+async def test_queues_that_cannot_be_asked_are_a_note(ask, note) -> None:
     live = source(ask)
     live.listening.close()
     await live.feed.ask_queues(0.0)
-    assert "nobody there" in live.feed.board.snapshot()["queues"]["note"]
+    assert note in live.feed.board.snapshot()["queues"]["note"]
 
 
 def test_the_queues_of_a_private_broker_that_starts_late_are_found(tmp_path, monkeypatch) -> None:

@@ -12,13 +12,17 @@ import pytest
 
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import checkpoint_name, save_checkpoint
+from fluffle_common.transport.base import OtherArguments
+from fluffle_common.transport.memory import MemoryBroker
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Ticket, Worker
 from fluffle_coordinator.observe.waiting import waiting_for
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service import app as main
 from fluffle_coordinator.service import endings, run_opening
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
 
 FOLDER = Path("runs/f")
@@ -105,6 +109,16 @@ def test_only_the_runs_own_first_weights_are_accepted_as_init(store, tmp_path):
         run_opening.check_first_weights(other, store, watcher)
     for differs in ({"w": weights["w"]}, {**weights, "w": weights["w"].astype(np.float64)}):
         assert not run_opening.same_weights(weights, differs)
+
+
+async def test_a_run_that_the_broker_refuses_leaves_the_earlier_run_in_its_folder(store):
+    broker, settings = MemoryBroker(), CoordinatorSettings("f", Rules(rounds=1))
+    await (await broker.open()).declare(Topology("f", "quorum").shared())
+    begin(store, {"w": np.zeros(2, np.float32)})
+    files = sorted(store.folder.iterdir())
+    with pytest.raises(OtherArguments):
+        await main.coordinate(settings, broker, Topology("f"), store, Recorder(), fresh=True)
+    assert sorted(store.folder.iterdir()) == files
 
 
 def test_a_missing_init_file_is_reported_and_the_run_continues(store, tmp_path):

@@ -169,7 +169,7 @@ def test_any_fields_make_an_event_with_a_sentence(data, name):
     ],
 )
 def test_a_broker_of_another_machine_is_not_to_be_started_here(address, local):
-    sentence = NoBroker(address=address, reason="refused", pause_s=1.0).sentence()
+    sentence = NoBroker(address=address, reason="refused").sentence()
     assert ("start a broker with 'fluffle broker up'" in sentence) is local
     assert ("change to the folder in which you started it" in sentence) is local
     assert sentence.endswith("correct --url)")

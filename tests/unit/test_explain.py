@@ -13,6 +13,7 @@ from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Event
 from fluffle_coordinator.cli.journal import _choose_round, _spans
 from fluffle_coordinator.observe.explain import (
+    Entry,
     Explanation,
     Wait,
     explain,
@@ -36,20 +37,19 @@ class Story:
     """The events of a run, each at a given second."""
 
     def __init__(self, run: str = "r") -> None:
-        self.run, self.events = run, list[Event]()
+        self.run, self.events = run, list[Entry]()
 
     def add(self, seconds: float, event: str, run: str | None = None, **fields: Any) -> Story:
-        self.events.append(
-            Event(
-                federation="f",
-                event=event,
-                time=at(seconds).isoformat(timespec="milliseconds"),
-                session="s",
-                number=len(self.events) + 1,
-                run=run or self.run,
-                fields=fields,
-            )
+        message = Event(
+            federation="f",
+            event=event,
+            time=at(seconds).isoformat(timespec="milliseconds"),
+            session="s",
+            number=len(self.events) + 1,
+            run=run or self.run,
+            fields=fields,
         )
+        self.events.append(Entry.of(message))
         return self
 
     def opened(
@@ -354,6 +354,8 @@ def test_the_journal_may_be_ahead_of_this_machines_clock():
 def test_a_run_that_ended_with_the_round_open(event, sentence):
     _, text = begun().add(20, event, reason="enough").explained(now=9999)
     assert sentence in text
+    assert "was not closed: opened on" in text
+    assert "is open" not in text
     assert "deadline" not in text
     assert "Still waiting" not in text
     assert "so far" not in text
@@ -556,8 +558,8 @@ _times = st.floats(-100, 1e6).map(lambda s: at(s).isoformat()) | st.sampled_from
     ["", "never", "2026-03-01T12:00:00", "0001-01-01T00:00:00+00:00", "9999-12-31T23:59:59+00:00"]
 )
 _event = st.builds(
-    lambda event, time, run, fields: Event(
-        federation="f", event=event, time=time, session="s", number=1, run=run, fields=fields
+    lambda event, time, run, fields: Entry.of(
+        Event(federation="f", event=event, time=time, session="s", number=1, run=run, fields=fields)
     ),
     st.sampled_from(EVENTS),
     _times,

@@ -512,6 +512,44 @@ def test_no_example_moves_a_private_training_by_more_than_its_share():
     assert 0 < distance <= 2 * 0.5 / COUNT * 1.001
 
 
+class Calls(Line):
+    """A line that counts its calls in training, beside a variable that never changes."""
+
+    def __init__(self, rngs: nnx.Rngs, kind: Any, counts: bool = True) -> None:
+        super().__init__(rngs)
+        self.calls, self.scale = kind(jnp.zeros(())), nnx.Variable(jnp.ones(FEATURES))
+        self.counts, self.deterministic = counts, False
+
+    def __call__(self, inputs: Any) -> Any:
+        if self.counts and not self.deterministic:
+            self.calls[...] = self.calls[...] + 1
+        return super().__call__(inputs * self.scale[...])
+
+
+@pytest.mark.parametrize("rule", [None, DpSgd(1.0, 0.0)])
+def test_a_variable_that_training_changes_must_be_kept_or_meant_to_be_reset(rule):
+    class Count(nnx.Variable):
+        pass
+
+    def after(kind: Any, **options: Any) -> Weights:
+        task = task_of(lambda rngs: Calls(rngs, kind, **options), local_rule=rule)
+        return train(task, task.init(0))
+
+    for kind in (nnx.Intermediate, nnx.Cache):
+        assert "calls" not in after(kind)
+    assert "calls" not in after(Count, counts=False)
+    with pytest.raises(TaskError, match="training changes 'calls', .* neither sent nor kept"):
+        after(Count)
+
+
+def test_a_variable_derived_from_batch_stat_travels():
+    class Count(nnx.BatchStat):
+        pass
+
+    task = task_of(lambda rngs: Calls(rngs, Count))
+    assert train(task, task.init(0))["calls"] == 6
+
+
 def test_dp_sgd_refuses_batch_normalization():
     task = task_of(Normed, local_rule=DpSgd(1.0, 1.0))
     with pytest.raises(TaskError, match="DpSgd .* batch normalization mixes the examples"):

@@ -397,7 +397,8 @@ def test_random_draws_differ_between_rounds_and_workers_but_not_in_a_repetition(
 
     first = trained(1, 0)
     assert same(trained(1, 0), first)
-    for seed, sample_seed in ((2, 0), (1, 8), (1, 2**32), (1 + 2**40, 0)):
+    # (0, 1): another worker in an earlier round, whose seeds have the same sum
+    for seed, sample_seed in ((2, 0), (1, 8), (1, 2**32), (1 + 2**40, 0), (0, 1)):
         assert not same(trained(seed, sample_seed), first)
 
 
@@ -513,6 +514,38 @@ def test_a_training_leaves_no_arrays_to_the_garbage_collector(shared):
         assert models < 4  # JAX frees the last ones a little later
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("small_flops", [0, 50e6], ids=["one step a call", "many steps a call"])
+def test_a_step_writes_its_state_over_the_previous_one(monkeypatch, small_flops):
+    monkeypatch.setattr(flat_step, "_SMALL_FLOPS", small_flops)
+    task, seen = net(), []
+    run = flat_step.FlatStep.run
+
+    def watched(self: Any, *given: Any) -> Any:
+        for state, losses in run(self, *given):
+            assert all(leaf.is_deleted() for leaf in seen)
+            seen[:] = state.leaves
+            yield state, losses
+
+    monkeypatch.setattr(flat_step.FlatStep, "run", watched)
+    task.train(task.init(0), RoundPlan(steps=40, batch_size=8), ignore)
+    assert seen
+    assert not any(leaf.is_deleted() for leaf in seen)
+
+
+def test_an_evaluation_moves_the_weights_to_the_device_only_once(monkeypatch):
+    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+    task, given = net(), []
+    evaluate = task._evaluate_batch
+    monkeypatch.setattr(
+        task, "_evaluate_batch", lambda *states: given.append(states[0]) or evaluate(*states)
+    )
+    task.evaluate(task.init(0))
+    first, *later = map(jax.tree.leaves, given)
+    assert len(later) == 2
+    assert all(isinstance(leaf, jax.Array) for leaf in first)
+    assert all(one is two for leaves in later for one, two in zip(leaves, first, strict=True))
 
 
 def test_progress_hears_of_every_step(shared):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -102,7 +103,7 @@ def test_a_part_of_a_model_fills_that_part_of_a_module():
     weights = {n: one for n, one in task().init(1).items() if n.startswith("hidden/")}
     module = Model(nnx.Rngs(7))
     scale = np.asarray(module.norm.scale[...])
-    with pytest.raises(fluffle.UsageError, match="the file lacks norm/bias"):
+    with pytest.raises(fluffle.UsageError, match="the model lacks norm/bias"):
         fluffle.load_into(module, weights)
     fluffle.load_into(module, weights, federated=nnx.PathContains("hidden"))
     np.testing.assert_array_equal(module.hidden.kernel[...], weights["hidden/kernel"])
@@ -117,10 +118,11 @@ def test_a_module_of_another_form_is_left_as_it_was_and_the_differences_are_name
     with pytest.raises(fluffle.UsageError) as wrong:
         fluffle.load_into(module, weights)
     assert str(wrong.value) == (
-        "the model does not fit the module Model: the file lacks norm/var; the module lacks extra; "
-        "hidden/bias is float32[3] in the file, but float32[4] in the module; "
-        "hidden/kernel is float32[2, 3] in the file, but float32[2, 4] in the module; "
-        "norm/bias is float32[3] in the file, but float32[4] in the module"
+        "the model does not fit the module Model: the model lacks norm/var; "
+        "the module lacks extra; "
+        "hidden/bias is float32[3] in the model, but float32[4] in the module; "
+        "hidden/kernel is float32[2, 3] in the model, but float32[2, 4] in the module; "
+        "norm/bias is float32[3] in the model, but float32[4] in the module"
     )
     np.testing.assert_array_equal(module.hidden.kernel[...], before)
 
@@ -173,7 +175,7 @@ def test_an_argument_of_another_type_is_named(tmp_path):
         ):
             fluffle.load_into(model, source)
     with pytest.raises(
-        fluffle.UsageError, match=r"bias is float64\[1\] in the file, but float32\[1\] in the"
+        fluffle.UsageError, match=r"bias is float64\[1\] in the model, but float32\[1\] in the"
     ):
         fluffle.load_into(model, {"kernel": model.kernel[...], "bias": [0.0]})
     with pytest.raises(fluffle.UsageError, match="a NoneType cannot be divided"):
@@ -197,12 +199,21 @@ def test_a_device_of_impossible_speed_is_refused(wrong):
         fluffle.Device(**wrong)
 
 
-def test_a_missing_torch_is_named_with_what_brings_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch", None)  # as if it were not installed
-    monkeypatch.delitem(sys.modules, "fluffle_worker.tasks.torch", raising=False)
-    monkeypatch.delitem(vars(fluffle), "torch_task", raising=False)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'fluffle\[torch\]'"):
-        fluffle.torch_task  # noqa: B018
+@pytest.mark.parametrize(
+    ("adapter", "module", "remedy"),
+    [
+        ("flax", "jax", "'fluffle[worker]'"),
+        ("sklearn", "sklearn.base", "scikit-learn"),
+        ("torch", "torch", "'fluffle[torch]'"),
+    ],
+)
+def test_a_missing_package_is_named_with_what_brings_it(monkeypatch, adapter, module, remedy):
+    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    monkeypatch.delitem(sys.modules, f"fluffle_worker.tasks.{adapter}", raising=False)
+    monkeypatch.delitem(vars(fluffle), f"{adapter}_task", raising=False)
+    expected = f"{adapter}_task needs the module '{module}'; run pip install {remedy}"
+    with pytest.raises(ModuleNotFoundError, match=re.escape(expected)):
+        getattr(fluffle, f"{adapter}_task")
 
 
 def test_a_history_has_rows_and_columns():

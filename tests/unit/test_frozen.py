@@ -164,7 +164,9 @@ def test_what_is_missing_damaged_or_another_is_named(tmp_path):
         read_frozen(tmp_path, frozen.digest)
     save_frozen(tmp_path, other)
     frozen_file(tmp_path, other.digest).rename(path)
-    with pytest.raises(UsageError, match=f"other tensors, with the digest {other.digest[:16]}…"):
+    with pytest.raises(
+        UsageError, match=f"different tensors, with the digest {other.digest[:16]}…"
+    ):
         read_frozen(tmp_path, frozen.digest)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UsageError, match="is not a complete model file"):

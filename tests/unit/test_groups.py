@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import wire_format as wire
 from fluffle_common.protocol.messages import Part, Plan, Update
-from fluffle_common.protocol.transfer import Assembly, digest_of, pack
+from fluffle_common.protocol.transfer_parts import Assembly, digest_of, pack
 from fluffle_common.protocol.wire_format import decode, encode, lay_out, read_groups
 from fluffle_common.tensors.groups import check_extra
 from fluffle_common.tensors.layout import as_maps, layout_for

@@ -10,7 +10,7 @@ import pytest
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import Echo, Fit, Plan
 from fluffle_common.protocol.topology import Exchange, Topology
-from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.transfer_parts import pack
 from fluffle_common.protocol.wire_format import decode, encode
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker

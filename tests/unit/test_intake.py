@@ -9,7 +9,15 @@ from typing import Any
 import pytest
 
 from fluffle_common.concurrency import run_all
-from fluffle_common.protocol.messages import Echo, Exchange, FirstWeights, Hello, Message, Update
+from fluffle_common.protocol.messages import (
+    Bye,
+    Echo,
+    Exchange,
+    FirstWeights,
+    Hello,
+    Message,
+    Update,
+)
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, MinimalHello, decode, encode
 from fluffle_common.transport.base import Properties
@@ -147,6 +155,7 @@ async def test_tiny_heartbeats_cannot_stop_the_clock(coordinator):
 
 HELLO = Hello(federation="f", worker="w", session="s", num_examples=1, task="t", heartbeat_s=2.0)
 UPDATE = Update(federation="f", run="r", worker="w", round=1, base="b", num_examples=1, seconds=0.0)
+BYE = Bye(federation="f", worker="w", session="s", reason="done")
 OF_ANOTHER_RUN = "the message belongs to run q, but this coordinator runs r"
 
 
@@ -172,7 +181,8 @@ async def test_what_does_not_belong_in_a_queue_is_rejected(coordinator, queue, m
 
 
 @pytest.mark.parametrize(
-    ("message", "queue"), [(HELLO, TOPOLOGY.presence), (UPDATE, TOPOLOGY.updates)]
+    ("message", "queue"),
+    [(HELLO, TOPOLOGY.presence), (BYE, TOPOLOGY.presence), (UPDATE, TOPOLOGY.updates)],
 )
 async def test_with_verified_users_a_worker_speaks_only_for_itself(message, queue):
     link = await MemoryBroker().open()
@@ -184,7 +194,7 @@ async def test_with_verified_users_a_worker_speaks_only_for_itself(message, queu
     await coordinator.send(message, queue)
     assert (await coordinator.rejection()).endswith("its sender, but it has no user_id")
     await coordinator.send(message, queue, user="w")
-    assert isinstance(await coordinator.event(), ev.Seen | ev.Arrived)
+    assert isinstance(await coordinator.event(), ev.Seen | ev.Left | ev.Arrived)
     reading.cancel()
 
 

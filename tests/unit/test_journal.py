@@ -313,7 +313,7 @@ async def test_periodic_reports_are_published_only_on_a_change(broker):
         return Waiting(reason=reason, what="updates", round=1, missing=(doing,), short=0)
 
     happened = [
-        NoBroker(reason="refused", pause_s=0.2),
+        NoBroker(reason="refused"),
         waiting(590, training(3)),
         waiting(580, training(9)),
         waiting(570, Doing("w1", "gone")),
@@ -451,10 +451,7 @@ async def test_a_live_reader_continues_after_an_outage_without_duplicates(broker
     waited: list[str] = []
 
     async def follow() -> None:
-        def waiting(why: str, _: float) -> None:
-            waited.append(why)
-
-        async for event in read_journal(broker, TOPOLOGY, live=True, waiting=waiting):
+        async for event in read_journal(broker, TOPOLOGY, live=True, waiting=waited.append):
             seen.put_nowait(event.number)
 
     task = asyncio.create_task(follow())
@@ -586,11 +583,11 @@ def test_the_command_shows_every_event_that_names_a_worker(tmp_path):
 
 
 async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
-    from fluffle_coordinator.cli import journal as command
+    from fluffle_coordinator.cli import journal_source
 
     warnings: asyncio.Queue[str] = asyncio.Queue()
-    monkeypatch.setattr(command, "warn", warnings.put_nowait)
-    following = command._follow(MemoryBroker(), TOPOLOGY, None)
+    monkeypatch.setattr(journal_source, "warn", warnings.put_nowait)
+    following = journal_source.follow_broker(MemoryBroker(), TOPOLOGY, None)
     first = asyncio.create_task(anext(following))
     warning = await asyncio.wait_for(warnings.get(), 60)
     assert "federation f has no journal on this broker yet; waiting" in warning
@@ -600,7 +597,7 @@ async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
 
 
 async def test_an_unreachable_broker_is_reported_once(capsys, monkeypatch):
-    from fluffle_coordinator.cli import journal as command
+    from fluffle_coordinator.cli import journal_source
 
     class Down:
         address = "nowhere"
@@ -608,9 +605,9 @@ async def test_an_unreachable_broker_is_reported_once(capsys, monkeypatch):
         async def open(self) -> Link:
             raise LinkLost("refused")
 
-    monkeypatch.setattr(command, "_GIVE_UP_S", 1.0)
+    monkeypatch.setattr(journal_source, "_GIVE_UP_S", 1.0)
     with pytest.raises(BrokerError, match="no broker at nowhere"):
-        await anext(command._events(Down(), TOPOLOGY))
+        await anext(journal_source.events_on_broker(Down(), TOPOLOGY))
     assert capsys.readouterr().err.count("cannot read the journal now") == 1
 
 

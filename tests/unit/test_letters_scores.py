@@ -11,6 +11,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from fluffle_common.cli.app import MOST_SEED
+from fluffle_common.cli.output_files import save_chart
 from fluffle_common.errors import FluffleError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_worker.letters import inference as use
@@ -249,7 +250,8 @@ def test_what_a_killed_drawing_left_behind_is_no_dead_end(tmp_path):
 
 def test_any_name_of_a_class_can_be_drawn(tmp_path):
     names = ("$x_{", "字", "a\\b")
-    use.draw_confusion(np.eye(3, dtype=np.int64), names, "100 % of $HOME/$x", tmp_path / "c.png")
+    chart = use.confusion_chart(np.eye(3, dtype=np.int64), names, "100 % of $HOME/$x")
+    save_chart(chart, tmp_path / "c.png")
     assert (tmp_path / "c.png").stat().st_size > 1000
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -127,6 +128,15 @@ def test_dp_sgd_without_noise_is_the_mean_of_the_clipped_gradients():
         one = flat({name: array[number] for name, array in gradients.items()})
         expected += one * min(1, 0.5 / np.linalg.norm(one)) / 7
     np.testing.assert_allclose(flat(private), expected, rtol=1e-5)
+
+
+def test_dp_sgd_clips_with_the_highest_precision_of_the_device():
+    rule, gradients = DpSgd(0.5, 0.0), tensors(3, (7,))
+    state = rule.begin({}, {}, {})
+    program = jax.jit(rule.gradient).lower(gradients, {}, state).as_text()
+    dots = [line for line in program.splitlines() if "stablehlo.dot_general" in line]
+    assert len(dots) == len(gradients)
+    assert all("precision = [HIGHEST, HIGHEST]" in line for line in dots)
 
 
 def test_the_noise_of_dp_sgd_has_the_size_that_the_proof_needs_and_is_never_the_same():

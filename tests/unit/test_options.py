@@ -76,7 +76,8 @@ def test_technical_limits_appear_only_in_errors():
     def rounds(*words):
         return CliRunner().invoke(fluffle, ["coordinator", "--federation", "f", *words]).output
 
-    assert "the maximum is 2,147,483,647" in rounds("--rounds", "99999999999")
+    assert "the maximum is 2,147,483,647" in rounds("--sample", "99999999999")
+    assert "the maximum is 1,000,000,000" in rounds("--rounds", "2000000000")  # as on the wire
     assert "0 is not in the range x>=1" in rounds("--rounds", "0")
     assert "the maximum is 1,000,000,000" in rounds("--grace", "1e10")
     shown = rounds("--help")
@@ -176,7 +177,7 @@ def test_what_a_plan_cannot_contain_is_refused_with_its_limit(flags, message):
     "words",
     [
         ["report", "runs/x", "--out", ""],
-        ["plot", "--out=", "--run", "x"],
+        ["plot", "--out=", "x"],
         ["coordinator", "--federation", "f", "--run", ""],
         ["worker", "--federation", "f", "--data", ""],
         ["broker", "up", "--state", ""],
@@ -189,10 +190,32 @@ def test_an_empty_argument_is_refused(words):
     assert "is empty; check whether a shell variable in the command is unset" in result.output
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "meant"),
+    [
+        ("journal --follow", "comitted", "committed"),
+        ("journal --follow", "not_counted", "counted"),  # an event of a worker's log only
+        ("tap", "updaet", "update"),
+    ],
+)
+def test_an_unknown_kind_is_refused_before_anything_is_read(command, name, meant):
+    words = [*command.split(), "--federation", "f", "--kind", name]
+    with pytest.raises(UsageError, match=f"unknown --kind {name}; did you mean '{meant}'"):
+        CliRunner().invoke(fluffle, words, catch_exceptions=False)
+
+
 @pytest.mark.parametrize("name", ["accuracy.xyz", "accuracy.svg"])
-def test_a_chart_is_not_written_under_the_name_of_another_format(name):
-    with pytest.raises(UsageError, match=f"--out {name} must end with .png"):
-        CliRunner().invoke(fluffle, ["plot", "--run", "x", "--out", name], catch_exceptions=False)
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        ("plot .", "--out"),
+        ("confusion --model x --data x", "--out"),
+        ("simulate --task x:y", "--plot-partition"),
+    ],
+)
+def test_a_chart_is_not_written_under_the_name_of_another_format(command, option, name):
+    with pytest.raises(UsageError, match=f"{option} {name} must end with .png"):
+        CliRunner().invoke(fluffle, [*command.split(), option, name], catch_exceptions=False)
 
 
 def test_an_invalid_url_from_the_environment_is_named_so(monkeypatch):

@@ -21,11 +21,11 @@ from fluffle_common.errors import LinkLost
 from fluffle_common.protocol import wire_format as wire
 from fluffle_common.protocol.messages import Part, Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.transfer_parts import pack
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.tensors.compression import compress, decompress
+from fluffle_common.tensors.in_pieces import InPieces
 from fluffle_common.tensors.layout import FLOATS, Array, Tensors, layout_for
-from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import NotFinite, check_delta, finite_norm
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink

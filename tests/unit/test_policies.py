@@ -20,6 +20,7 @@ from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.protocol import topology
 from fluffle_common.protocol.topology import Queue, Topology
 from fluffle_common.transport.rabbitmq.management import Management, read_queue
+from fluffle_coordinator.machine.rules import Rules
 
 LETTERS = Topology("letters")
 
@@ -57,6 +58,12 @@ def test_limits_are_not_queue_arguments():
         )
     for queue in LETTERS.queues_of("w"):
         assert queue.arguments == {"x-queue-type": "classic", "x-expires": 1_800_000}
+
+
+def test_a_quorum_outbox_outlives_the_longest_upload():
+    # Nothing that is done while an upload lasts counts as using a quorum queue.
+    _, outbox = Topology("letters", "quorum").queues_of("w")
+    assert int(outbox.arguments["x-expires"]) >= 1000 * Rules(rounds=1).max_round_s
 
 
 def test_policies_of_a_federation_override_the_general_ones():
@@ -177,7 +184,8 @@ def test_queues_without_a_limit_share_one_hint():
 def test_any_policy_that_limits_a_queue_is_enough():
     assert hinted(description("letters.updates", {"max-length": 5})) == []
     assert hinted(description("letters.updates", {"overflow": "drop-head"})) != []
-    assert hinted(description("letters.lock.presence", {}), description("letters.tap.a", {})) == []
+    of_locks = [description(f"letters.{lock}.presence", {}) for lock in ("lock", "lock2")]
+    assert hinted(*of_locks, description("letters.tap.a", {})) == []
     assert hinted({"name": "letters.updates", "messages": 0, "consumers": 1}) == []  # unknown
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic_core import SchemaError, SchemaValidator, core_schema
 
 from fluffle_common.cli import app as cli
 from fluffle_common.cli import printing
@@ -176,6 +177,17 @@ def test_an_unexpected_error_is_one_line_with_its_place(raising, capsys):
     assert "\x1b" not in message
 
 
+def test_ctrl_c_that_pydantic_wraps_is_no_bug(raising, capsys):
+    class Interrupted:
+        def __repr__(self) -> str:
+            raise KeyboardInterrupt
+
+    with pytest.raises(SchemaError) as wrapped:
+        SchemaValidator(core_schema.literal_schema([Interrupted()]))
+    assert raising(wrapped.value) == 130
+    assert not capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback(raising, capsys, monkeypatch):
     monkeypatch.setenv("FLUFFLE_DEBUG", "1")
     assert raising(KeyError("x")) == 1
@@ -264,7 +276,7 @@ def test_a_command_without_a_usable_stdout_ends_without_a_traceback(
         [
             "bash",
             "-c",
-            f"set -o pipefail; {script} history --run {tmp_path} {flags} {redirection}",
+            f"set -o pipefail; {script} history {tmp_path} {flags} {redirection}",
         ],
         capture_output=True,
         text=True,

@@ -57,6 +57,14 @@ def test_the_table_is_short_and_fits_the_width(workers, width):
     assert ("purpose" in lines[0]) == (width >= 150)
 
 
+def test_a_narrow_terminal_shows_all_names_and_the_first_figures():
+    lines = text(federation(3), 44)
+    assert lines[0].split() == ["queue", "ready", "unacked", "consumers"]
+    assert all(
+        any(line.split()[0] == name for line in lines) for name in (*SHARED, "inbox.client-2")
+    )
+
+
 def test_what_a_stream_never_reports_is_not_called_unknown():
     known = queue("updates", out_rate=0.0)
     stream = queue("journal", ready=5, size_bytes=None, type="stream")
@@ -109,7 +117,9 @@ def test_hints_are_escaped():
 
 
 def test_there_are_no_hints_after_a_run():
-    over = QueueOverview(TOPOLOGY, [queue(name) for name in (*SHARED, "inbox.w1", "outbox.w1")], [])
+    # The last worker's goodbye is still there.
+    queues = [queue(name, ready=int(name == "presence")) for name in (*SHARED, "inbox.w1")]
+    over = QueueOverview(TOPOLOGY, queues, [])
     assert over.at_rest
     assert not hints(over)
     waiting = QueueOverview(TOPOLOGY, [*over.queues, queue("inbox.w2", ready=1)], [])
@@ -160,7 +170,11 @@ def test_without_a_coordinator_the_federations_of_the_broker_are_named(monkeypat
     mistyped = Topology("leters")
     figures = [QueueFigures(names[0], "", 0, 0, 0, 0)]
     monkeypatch.setattr(Management, "queue_figures", lambda *_, **__: figures)
-    monkeypatch.setattr(Management, "queues", lambda _: [{"name": name} for name in names])
+    monkeypatch.setattr(
+        Management,
+        "queues",
+        lambda _, pattern: [{"name": name} for name in names if re.search(pattern, name)],
+    )
     monkeypatch.setattr(Management, "alarms", lambda _: [])
     monkeypatch.setattr(queues, "_with_counts", lambda figures, _: figures)
     overview = queues.read_overview(Management("amqp://127.0.0.1/", "http://127.0.0.1"), mistyped)
@@ -198,7 +212,7 @@ def test_a_queue_without_statistics_yet_is_counted_and_the_rest_is_unknown(monke
     async def counts(names: object, url: str) -> dict[str, Counts | None]:
         return {"letters.updates": Counts(ready=3, consumers=1)}
 
-    monkeypatch.setattr(Management, "queues", lambda _: [entry])
+    monkeypatch.setattr(Management, "queues", lambda *_: [entry])
     monkeypatch.setattr(Management, "alarms", lambda _: [])
     monkeypatch.setattr(queues, "_counts", counts)
     (updates,) = queues.read_overview(Management("amqp://h/", "http://h"), TOPOLOGY).queues

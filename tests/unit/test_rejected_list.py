@@ -40,7 +40,7 @@ async def some_rejected() -> list[Rejected]:
 async def test_a_narrow_terminal_shows_the_reason_in_lines_of_its_own(monkeypatch, capsys, columns):
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr("fluffle_common.cli.printing.is_terminal", lambda _: True)
-    cli._table(await some_rejected(), 0.0)
+    cli._table(await some_rejected())
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert "reason" not in header
     rows = [number for number, line in enumerate(lines) if "not_finite" in line]
@@ -48,6 +48,15 @@ async def test_a_narrow_terminal_shows_the_reason_in_lines_of_its_own(monkeypatc
     assert lines[0].split()[:3] == ["1", "2026-11-29", "21:00:00"]
     assert " ".join(line.strip() for line in lines[1:3]) == printable(REASON)
     assert max(map(cell_len, lines)) <= columns
+
+
+async def test_a_very_narrow_terminal_shows_the_numbers_and_the_causes(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "44")
+    monkeypatch.setattr("fluffle_common.cli.printing.is_terminal", lambda _: True)
+    cli._table(await some_rejected())
+    header, _, *lines = capsys.readouterr().out.splitlines()
+    assert header.split() == ["#", "kind", "worker", "cause"]
+    assert lines[0].split() == ["1", "unknown", "?", "not_finite"]
 
 
 @pytest.mark.parametrize("columns", [80, 140])
@@ -61,7 +70,7 @@ async def test_no_sender_can_hide_the_other_columns(monkeypatch, capsys, columns
     rejects = [Rejected(number, message) for number, message in enumerate(messages, 1)]
     monkeypatch.setenv("COLUMNS", str(columns))
     monkeypatch.setattr("fluffle_common.cli.printing.is_terminal", lambda _: True)
-    cli._table(rejects, 0.0)
+    cli._table(rejects)
     lines = capsys.readouterr().out.splitlines()
     assert all(name in lines[0] for name in ("#", "when", "kind", "worker", "round", "size"))
     assert any(line.startswith("1") and "not_fini" in line for line in lines)
@@ -81,7 +90,7 @@ async def test_json_lists_the_newest_messages_if_a_number_is_given(monkeypatch, 
 
 
 async def test_a_pipe_gets_the_reason_in_the_row(capsys):
-    cli._table((await some_rejected())[:1], 0.0)
+    cli._table((await some_rejected())[:1])
     header, _, *lines = capsys.readouterr().out.splitlines()
     assert header.split()[-1] == "reason"
     assert "the message belongs to run" in lines[0]

@@ -305,7 +305,7 @@ async def test_an_update_in_parts_is_kept_and_replayed(tmp_path):
     assert replay.replay(tmp_path, 2).equal
     (archive.round_folder(tmp_path, 2) / "0001-a.payload").unlink()
     with pytest.raises(
-        UsageError, match=r"the tensors of the update of a are missing .*0001-a\.payload"
+        UsageError, match=r"the tensors of a's update are missing: .*0001-a\.payload"
     ):
         replay.replay(tmp_path, 2)
 

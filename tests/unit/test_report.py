@@ -362,7 +362,7 @@ def test_a_pipe_is_written_to_and_not_replaced(tmp_path):
 def test_what_is_missing_or_cannot_be_written_is_told_in_one_line(folder, tmp_path):
     with pytest.raises(UsageError, match="there is no history"):
         CliRunner().invoke(report, [str(tmp_path)], catch_exceptions=False)
-    with pytest.raises(RunError, match="cannot write"):
+    with pytest.raises(UsageError, match=r"cannot write .*; choose another file with --out"):
         arguments = [str(folder), "--out", str(tmp_path / "no" / "x.html")]
         CliRunner().invoke(report, arguments, catch_exceptions=False)
     with pytest.raises(UsageError, match="--out conflicts with --json"):

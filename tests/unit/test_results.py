@@ -16,7 +16,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Evaluate, Fit, InitRequest, Plan
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.storage.evaluations import average_evaluations
+from fluffle_coordinator.storage.evaluation_averages import average_evaluations
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.job import Executor, Job, NotWanted
 from fluffle_worker.results import Results
@@ -218,6 +218,7 @@ def test_metrics_that_are_no_mapping_are_none(metrics):
         ((jnp.asarray(2), 5, jnp.asarray(0.5)), (2, 5, 0.5)),
         ((2, None, "high"), (2, 0, None)),
         ((-1, 5), (0, 5, None)),
+        ((2, 2**64), (2, 2**63 - 1, None)),
     ],
 )
 def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
@@ -436,7 +437,7 @@ def test_a_model_that_is_not_the_task_s_is_refused_before_anything_is_done_with_
     fit = Fit(**IDS, round=1, evaluate=True, plan=Plan())
     job = Job(fit, received())
     with pytest.raises(TaskError) as failed:
-        executed(job, Wide(), form=signature_of_task(Wide()))
+        executed(job, Wide(), signature=signature_of_task(Wide()))
     assert str(failed.value) == (
         "the federation's model differs from this task's model: tensor 'w' is float32 of shape "
         "(4,) in the federation, but float64 of shape (4,) in this task; with JAX, set "

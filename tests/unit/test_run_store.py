@@ -36,7 +36,7 @@ from fluffle_coordinator.service.run_opening import (
 )
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_file
-from fluffle_coordinator.storage.evaluations import evaluation_metrics
+from fluffle_coordinator.storage.evaluation_averages import evaluation_metrics
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.storage.history_lines import check_line
 from fluffle_coordinator.storage.run_file import count_start, read_run_file, write_run_file

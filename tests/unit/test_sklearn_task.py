@@ -126,9 +126,13 @@ def test_a_worker_may_lack_classes_of_the_federation():
     [
         (lambda: sklearn_task(LinearRegression(), (INPUTS, NUMBERS)), "with partial_fit"),
         (lambda: sklearn_task(classifier(average=True), (INPUTS, CLASSES)), "without average="),
-        (lambda: sklearn_task(GaussianNB(), (INPUTS, CLASSES)), "GaussianNB has no coef_"),
+        (lambda: sklearn_task(GaussianNB(), (INPUTS, CLASSES)), "GaussianNB lacks coef_ or"),
         (lambda: sklearn_task(classifier(), (INPUTS, CLASSES[1:])), "60 inputs and 59 targets"),
         (lambda: sklearn_task(classifier(), (INPUTS, 0 * CLASSES)), "class 0 .*with classes=$"),
+        (
+            lambda: sklearn_task(classifier(), (INPUTS, CLASSES), classes="012"),
+            "classes= is '012'; expected a sequence of classes",
+        ),
     ],
 )
 def test_what_cannot_be_trained_in_rounds_is_refused(make, message):

@@ -281,6 +281,7 @@ def needing(**needs):
 @pytest.mark.parametrize(
     ("needs", "rules", "message"),
     [
+        ({"metrics": "loss"}, {}, r"'needs.metrics' of .* is 'loss'; expected .* \('loss',\)"),
         ({"extra": ("c",)}, {}, r"'needs.extra' of .* is \('c',\); expected"),
         (
             {"min_examples": 9},

@@ -171,6 +171,14 @@ def test_a_missing_module_is_named_with_what_brings_it(here, monkeypatch, module
     assert "\n" not in str(wrong.value)
 
 
+def test_a_module_missing_in_a_task_of_fluffle_has_no_place(monkeypatch):
+    for name in [one for one in sys.modules if one.startswith("fluffle_worker.letters")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "jax", None)  # as if it were not installed
+    with pytest.raises(UsageError, match="'jax', which is not installed; run pip install"):
+        load_task("fluffle_worker.letters.task:task", OPTIONS)
+
+
 @pytest.mark.parametrize(
     "broken",
     [
@@ -290,6 +298,7 @@ def test_a_task_that_ignores_the_option_classes_is_refused(here):
         ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
         ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
         ({"classes": 10}, "has classes 10; expected a sequence of class names"),
+        ({"classes": "abc"}, "has classes 'abc'; expected a sequence of class names"),
         ({"classes": {"a"}}, "has classes {'a'}; expected a sequence of class names"),
         ({"classes": iter("ab")}, "has classes <str.*; expected a sequence of class names"),
     ],

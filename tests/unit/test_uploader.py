@@ -200,7 +200,7 @@ async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatc
     worker.unwanted.add(1)
     lost, worker.link = worker.link, Slow()
     for number in (1, 2):
-        lost.confirmation(f"update {number}").set_exception(LinkLost("the link was lost"))
+        lost.confirmation(f"update {number}").set_exception(LinkLost("the connection was closed"))
     await worker.link.until("update 2")
     worker.link.confirmation("update 2").set_result(None)
     await asyncio.to_thread(worker.answers.residual)
@@ -222,7 +222,7 @@ async def test_what_an_update_left_goes_into_no_other_than_the_next_although_tha
     worker.answers.put(jobs[2])
     await worker.link.until("update 1", "update 2")
     worker.unwanted.add(2)  # there is newer work, perhaps because update 2 arrived
-    worker.link.confirmation("update 2").set_exception(LinkLost("the link was lost"))
+    worker.link.confirmation("update 2").set_exception(LinkLost("the connection was closed"))
     await asyncio.sleep(0)
     left = await asyncio.to_thread(worker.answers.residual)
     assert not left.before(job(3).work)

@@ -38,6 +38,7 @@ def test_one_url_is_one():
         ("", "it has no scheme"),
         ("amqp://", "it has no host"),
         (f"http://x,{ONE}", "it starts with 'http://'"),
+        (f"AMQP://x,{ONE}", "it starts with 'AMQP://'"),
         (f"{ONE},amqp://node:port/v", "is not the URL"),
         ("amqp://node-1,node-2/", "its host contains a comma"),
         (f"{ONE},amqp://node-2:5672/other", "the same /vhost"),

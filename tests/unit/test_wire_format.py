@@ -31,7 +31,7 @@ from fluffle_common.protocol.messages import (
     Transfer,
     Update,
 )
-from fluffle_common.protocol.transfer import Assembly, digest_of, pack
+from fluffle_common.protocol.transfer_parts import Assembly, digest_of, pack
 from fluffle_common.protocol.wire_format import decode, describe, encode, read_tensors
 from fluffle_common.tensors.table import MAX_TENSORS
 from fluffle_common.tensors.weights import BFLOAT16, DTYPES, Weights

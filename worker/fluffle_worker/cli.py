@@ -174,7 +174,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     for codec in options["codecs"]:
         load_codec(codec, "--codec")
     task = _task(name, options)
-    form = signature_of_task(task)
+    signature = signature_of_task(task)
     settings = WorkerSettings(
         federation=federation,
         worker=name,
@@ -195,7 +195,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
                 topology=Topology(federation, options["queue_type"]),
                 record=console.event,
                 bar=console.bar,
-                form=form,
+                signature=signature,
             )
 
         console.event(

@@ -29,7 +29,7 @@ from fluffle_worker.settings import WorkerSettings
 _INBOX_PREFETCH = 8
 _STILL_OCCUPIED = "waiting until the broker releases this worker's earlier connection"
 _WAITING_EVERY_S = 15.0
-# The worker's queues expire after half an hour without use.
+# Without use, the inbox and a classic outbox expire after half an hour.
 _RENEW_EVERY_S = 600.0
 # How long the parts of an update wait for the coordinator to bind a new outbox.
 _BOUND_WITHIN_S = 10.0
@@ -81,8 +81,8 @@ class Connection:
             BrokerError: if the broker stays unreachable for too long.
         """
 
-        def no_broker(reason: str, pause_s: float) -> None:
-            self._record(NoBroker(address=self._transport.address, reason=reason, pause_s=pause_s))
+        def no_broker(reason: str) -> None:
+            self._record(NoBroker(address=self._transport.address, reason=reason))
 
         first, occupied_since = True, 0.0
         async with contextlib.aclosing(
@@ -216,4 +216,4 @@ class Connection:
 
 async def _until_lost(link: Link) -> None:
     await link.lost()
-    raise LinkLost("the link was lost")
+    raise LinkLost("the connection was closed")

@@ -50,9 +50,9 @@ class FrozenTensors:
             if why.__cause__ is not None:
                 warn_in_full(why.__cause__, "task")
             raise
-        self.form = signature_of(own)
+        self.signature = signature_of(own)
         if self.shared:
-            check_signature(self.form)
+            check_signature(self.signature)
         self._in_use = frozen_of(own).digest
         self._received = self._kept() if self.shared else NO_FROZEN
 
@@ -97,7 +97,7 @@ class FrozenTensors:
                 f"the received frozen tensors have the digest {found:.16}…; expected the digest "
                 f"{digest:.16}…"
             )
-        if mismatch := difference(signature_of(received.tensors), self.form):
+        if mismatch := difference(signature_of(received.tensors), self.signature):
             raise TaskError(mismatch)
         self._task.use_frozen(received.tensors)  # type: ignore[attr-defined]
         self._in_use = digest
@@ -123,7 +123,7 @@ class FrozenTensors:
                 found = read_frozen(path.parent, read_metadata(path).get(IN_METADATA, ""))
             except UsageError:
                 continue
-            if found.digest and not difference(signature_of(found.tensors), self.form):
+            if found.digest and not difference(signature_of(found.tensors), self.signature):
                 return found
         return NO_FROZEN
 

@@ -48,7 +48,7 @@ class Presence:
         settings: WorkerSettings,
         task: Task,
         topology: Topology,
-        form: Signature,
+        signature: Signature,
         frozen: FrozenTensors,
     ) -> None:
         self.session = uuid.uuid4().hex[:12]  # new at every process start
@@ -64,7 +64,7 @@ class Presence:
             # The end of a path is the more telling part.
             "task": sendable(settings.task[-MAX_TASK_CHARACTERS:], MAX_TASK_CHARACTERS),
             "classes": classes_of(task),
-            "model": described(form, frozen.form if frozen.shared else ()),
+            "model": described(signature, frozen.signature if frozen.shared else ()),
             "features": (FROZEN,) if frozen.shared else (),
             "heartbeat_s": settings.heartbeat_s,
         }

@@ -10,7 +10,7 @@ from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.events import Rejected, RunEvent
 from fluffle_common.protocol.messages import Evaluate, Fit, Message, Part, ToWorker
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly, announced_layout
+from fluffle_common.protocol.transfer_parts import Assembly, announced_layout
 from fluffle_common.protocol.wire_format import decode, read_groups
 from fluffle_common.tensors.frozen import NO_FROZEN, Frozen
 from fluffle_common.tensors.groups import EXTRA, FROZEN
@@ -39,7 +39,7 @@ def check_message(body: Body, federation: str) -> None:
             read_work(message, payload)
         else:
             announced_layout(message)
-            Assembly(message.transfer, message.transfer.nbytes)
+            Assembly(message.transfer)
 
 
 def not_for_workers(message: Message) -> MalformedMessage:

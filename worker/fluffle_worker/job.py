@@ -88,14 +88,14 @@ def _work_of(message: Fit | Evaluate | InitRequest) -> Work:
 class Executor:
     """Runs the code of a task for jobs.
 
-    ``sender`` is the fields ``federation`` and ``worker`` of the answers. ``form`` is the signature
+    ``sender`` is the fields ``federation`` and ``worker`` of the answers. ``signature`` is that
     of the task's model.
     """
 
     task: Task
     sender: Mapping[str, str]
     frozen: FrozenTensors
-    form: Signature = UNKNOWN
+    signature: Signature = UNKNOWN
     results: Results = field(default_factory=Results)
     codecs: Registry = CODECS
 
@@ -125,7 +125,7 @@ class Executor:
             job.answer = FirstWeights(**ids), _first_weights(self.task, message.seed)
             job.others = {FROZEN: self.frozen.to_share()}
             return
-        if mismatch := difference(layout_for(job.weights).signature, self.form):
+        if mismatch := difference(layout_for(job.weights).signature, self.signature):
             raise TaskError(mismatch)
         self.frozen.use(message.frozen)
         ids["base"] = message.base

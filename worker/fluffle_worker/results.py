@@ -21,6 +21,7 @@ from fluffle_common.tensors.weights import Array, Weights
 from fluffle_common.user_errors import full_trace, one_line, sendable
 from fluffle_worker.task import EvalResult, FailedMetric, Task, TrainResult
 
+_MOST_STEPS = 2**63 - 1  # msgpack has no longer integers
 _FIRST = ("loss", "accuracy")  # kept if there are too many metrics
 _MAX_REPORTS = 1000
 _NOTHING = EvalResult(0.0, 0)  # an evaluation on no examples
@@ -252,7 +253,7 @@ def copied(weights: Weights) -> dict[str, Array]:
 
 def _whole(value: Any) -> int:
     try:
-        return max(0, count(value))
+        return min(max(0, count(value)), _MOST_STEPS)
     except ValueError:
         return 0
 

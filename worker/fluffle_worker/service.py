@@ -41,7 +41,7 @@ from fluffle_common.protocol.messages import (
     Welcome,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly, announced_layout
+from fluffle_common.protocol.transfer_parts import Assembly, announced_layout
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.layout import Signature
 from fluffle_common.transport.base import Link, Transport
@@ -70,8 +70,8 @@ class WorkerService:
     """One data owner's worker.
 
     ``record`` is called with each event, and ``bar`` with progress: the label, done, total and a
-    description. By default, ``training`` is a new thread, and ``form``, the signature of the
-    task's model, is read from the task.
+    description. By default, ``training`` is a new thread, and ``signature``, that of the task's
+    model, is read from the task.
     """
 
     _run: str | None = None  # the current or the last run
@@ -89,7 +89,7 @@ class WorkerService:
         record: Record,
         bar: Callable[[str, float, float, str], None],
         training: TrainingThread | None = None,
-        form: Signature | None = None,
+        signature: Signature | None = None,
         codecs: Registry = CODECS,
         exchanges: Handlers | None = None,
     ) -> None:
@@ -102,9 +102,9 @@ class WorkerService:
         self._trained = set[int]()  # the sequences of this run's updates, without rejected ones
         self._jobs: dict[Work, Job] = {}
         self._assembly: tuple[Fit | Evaluate, Assembly] | None = None
-        form = signature_of_task(task) if form is None else form
+        signature = signature_of_task(task) if signature is None else signature
         self._frozen = FrozenTensors(task, settings.state_dir)
-        self._presence = Presence(settings, task, topology, form, self._frozen)
+        self._presence = Presence(settings, task, topology, signature, self._frozen)
         self._connection = Connection(
             settings,
             self._presence,
@@ -128,7 +128,7 @@ class WorkerService:
         )
         sender = {"federation": settings.federation, "worker": settings.worker}
         self._trainer = Trainer(
-            Executor(task, sender, self._frozen, form, codecs=codecs),
+            Executor(task, sender, self._frozen, signature, codecs=codecs),
             training or TrainingThread(),
             residual=self._uploader.residual,
             progress=self._progress,
@@ -199,7 +199,7 @@ class WorkerService:
         match message:
             case Fit() | Evaluate() if message.transfer is not None:
                 announced_layout(message)
-                self._assembly = message, Assembly(message.transfer, self._settings.max_model_bytes)
+                self._assembly = message, Assembly(message.transfer)
                 self._presence.now("receiving", message, steps=message.transfer.parts)
             case Fit() | Evaluate():
                 self._work(message, payload)
@@ -319,7 +319,7 @@ class WorkerService:
         for job in self._jobs.values():
             job.wanted = False
         self._jobs.clear()
-        self._state = machine.State()
+        self._state, self._assembly = machine.State(), None
         # Otherwise, the run would not ask this worker again once it is continued.
         self._presence.rest()
 

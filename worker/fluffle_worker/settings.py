@@ -20,6 +20,5 @@ class WorkerSettings:
     # connection for up to two AMQP heartbeats.
     occupied_s: float = 45.0
     stay: bool = False  # whether to wait for the next run after one has ended
-    max_model_bytes: int = 8 * 2**30  # the largest model accepted
     state_dir: Path | None = None  # for state that outlives a restart; None keeps it in memory
     backoff: Backoff = field(default_factory=Backoff)

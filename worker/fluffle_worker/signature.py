@@ -40,7 +40,10 @@ def signature_of_task(task: Task) -> Signature:
     """
     ask = getattr(task, "model_form", None)
     try:
-        form = _form(ask()) if callable(ask) else signature_of(arrays(task.init(0), "init()"))
+        if callable(ask):
+            signature = _signature_from(ask())
+        else:
+            signature = signature_of(arrays(task.init(0), "init()"))
     except TaskError:
         raise
     except BaseException as why:
@@ -52,28 +55,28 @@ def signature_of_task(task: Task) -> Signature:
         warn(f"the task's {fails}: {one_line(why)}")
         warn_in_full(why, "task")
         return UNKNOWN
-    check_signature(form)
-    return form
+    check_signature(signature)
+    return signature
 
 
-def check_signature(form: Signature) -> None:
+def check_signature(signature: Signature) -> None:
     """Check that tensors with these names, dtypes and shapes can travel.
 
     Raises:
         TaskError: if one cannot; it names the tensor, the problem and the remedy.
     """
-    if not form:
+    if not signature:
         raise TaskError("the task's model has no tensors; expected at least one tensor")
     try:
-        layout_of_signature(form)
-        check_names(name for name, _, _ in form)
+        layout_of_signature(signature)
+        check_names(name for name, _, _ in signature)
     except ValueError as wrong:
         raise TaskError(str(wrong)) from None
 
 
-def described(form: Signature, frozen: Signature = ()) -> ModelForm | None:
+def described(signature: Signature, frozen: Signature = ()) -> ModelForm | None:
     """Return the form of a signature as ``hello`` carries it; None for ``UNKNOWN``."""
-    return None if form == UNKNOWN else form_from(form, frozen)
+    return None if signature == UNKNOWN else form_from(signature, frozen)
 
 
 def difference(federation: Signature, own: Signature) -> str | None:
@@ -105,11 +108,11 @@ def difference(federation: Signature, own: Signature) -> str | None:
     return message
 
 
-def _by_name(form: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
-    return {name: (dtype.newbyteorder("="), shape) for name, dtype, shape in form}
+def _by_name(signature: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
+    return {name: (dtype.newbyteorder("="), shape) for name, dtype, shape in signature}
 
 
-def _form(given: Any) -> Signature:
+def _signature_from(given: Any) -> Signature:
     """Return the signature that a task's ``model_form`` describes.
 
     Raises:
@@ -120,14 +123,14 @@ def _form(given: Any) -> Signature:
             f"model_form() returned {shown(given)}; expected a mapping of names to objects with "
             "the attributes dtype and shape"
         )
-    form = []
+    signature = []
     for name, like in given.items():
         try:
             shape = tuple(map(operator.index, like.shape))
-            form.append((name, np.dtype(like.dtype), shape))
+            signature.append((name, np.dtype(like.dtype), shape))
         except Exception:
             raise TaskError(
                 f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; "
                 "expected an object with the attributes dtype and shape"
             ) from None
-    return tuple(form)
+    return tuple(signature)

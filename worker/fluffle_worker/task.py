@@ -151,10 +151,10 @@ def classes_of(task: Task) -> tuple[str, ...]:
     """Return the names of a task's classes, in the order of its model's outputs; else ().
 
     Raises:
-        TypeError: if they cannot be iterated over, or only once, or in no fixed order.
+        TypeError: if they are text, cannot be iterated over, or only once, or in no fixed order.
     """
     given = getattr(task, "classes", None)
-    if isinstance(given, Iterator | set | frozenset):
+    if isinstance(given, str | bytes | Iterator | set | frozenset):
         raise TypeError
     return () if given is None else tuple(sendable(str(name)) for name in given)
 

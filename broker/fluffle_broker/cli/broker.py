@@ -68,7 +68,7 @@ def broker() -> None:
 
 @broker.command()
 @_state_option
-@_port_option("--port", "AMQP", 5673, zero="a free port, also for each port option that you omit")
+@_port_option("--port", "AMQP", 5673, zero="a free port for this and each omitted port option")
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
 def up(

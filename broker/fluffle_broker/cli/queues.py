@@ -31,7 +31,9 @@ _EVERY_S = 2.0
 @click.command()
 @inspection_options("Print a list of JSON objects; with --watch, print one list per line.")
 @management_option
-@click.option("--watch", is_flag=True, help="Repeat the table every 2 seconds, until Ctrl-C.")
+@click.option(
+    "--watch", is_flag=True, help="Refresh the table every 2 seconds until you press Ctrl-C."
+)
 def queues(
     federation: str, url: str | None, management: str | None, as_json: bool, watch: bool
 ) -> None:

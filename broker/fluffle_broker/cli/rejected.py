@@ -17,6 +17,7 @@ from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option, optional_federation
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
 from fluffle_common.errors import UsageError
+from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.rejected import Rejected, Requeued
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
     from fluffle_common.transport.rabbitmq.management import Management
 
 T = TypeVar("T")
-# A narrower terminal has no room for the reason next to the other columns.
-_WIDE = 120
+# A narrower terminal has no room for the reason next to the other columns, or for time and size.
+_WIDE, _NARROW = 120, 70
 # These options may stand before the sub-command or after it.
 _common_options = inspection_options("Print the result as JSON.", optional_federation)
 
@@ -98,9 +99,9 @@ def _list(topology: Topology, api: Management, most: int | None, as_json: bool) 
     rejects = _with_link(api.url, lambda link: list_rejected(link, topology))
     figures = available_figures(api, topology)
     gone = dropped(figures.get(topology.rejected), len(rejects))
-    now = time.time()
     listed = rejects if most is None else rejects[-most:]
     if as_json:
+        now = time.time()
         entries = [message.as_dict(now) for message in listed]
         echo_json({"kept": len(rejects), "dropped": gone, "messages": entries})
         return
@@ -108,26 +109,24 @@ def _list(topology: Topology, api: Management, most: int | None, as_json: bool) 
     if rejects:
         causes = Counter(message.cause for message in rejects).most_common()
         echo_sentences("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
-        _table(listed, now)
+        _table(listed)
 
 
 def _how_many(kept: int, gone: int | None) -> str:
-    from fluffle_common.transport.rabbitmq.queue_health import messages
-
     if gone is None:
         return (
-            f"{messages(kept)} kept; the number of messages that the queue's limit has dropped is "
-            "unknown, because RabbitMQ's statistics are missing or out of date"
+            f"{plural(kept, 'message')} kept; the number of messages that the queue's limit has "
+            "dropped is unknown, because RabbitMQ's statistics are missing or out of date"
         )
     if not gone:
-        return f"{messages(kept)} kept, none dropped"
+        return f"{plural(kept, 'message')} kept, none dropped"
     return (
-        f"{kept:,} of {messages(kept + gone)} are kept; the queue's limit has dropped {gone:,} "
-        "since RabbitMQ started"
+        f"{kept:,} of {plural(kept + gone, 'message')} are kept; the queue's limit has dropped "
+        f"{gone:,} since RabbitMQ started"
     )
 
 
-def _table(rejects: list[Rejected], now: float) -> None:
+def _table(rejects: list[Rejected]) -> None:
     """Print one row a message; a narrow terminal shows its reason in lines of its own."""
     from rich.segment import SegmentLines
 
@@ -138,7 +137,9 @@ def _table(rejects: list[Rejected], now: float) -> None:
     rows = table(collapse_padding=True, pad_edge=False, show_edge=False)
     # A sender can write anything there, and too wide a column would leave the others no room.
     most = {"kind": 13, "worker": 40 if wide else 16}
-    for name in ("#", "when", "kind", "worker", "round", "size", "cause"):
+    names = ("#", "when", "kind", "worker", "round", "size", "cause")
+    places = range(len(names)) if shown.width >= _NARROW else (0, 2, 3, 6)
+    for name in (names[place] for place in places):
         rows.add_column(
             name,
             no_wrap=True,
@@ -158,7 +159,7 @@ def _table(rejects: list[Rejected], now: float) -> None:
             size(decoded.size_bytes),
             message.cause,
         )
-        rows.add_row(*cells, *([message.reason] if wide else []))
+        rows.add_row(*(cells[place] for place in places), *([message.reason] if wide else []))
     if wide:
         shown.print(rows)
         return
@@ -178,7 +179,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 
     The command prints the same details as 'fluffle peek'.
     """
-    from fluffle_broker.cli.peek import show_message
+    from fluffle_broker.inspect.message_view import show_message
     from fluffle_broker.inspect.rejected import read_rejected
 
     topology, address, as_json = _target(options, group)

@@ -75,13 +75,14 @@ def tap(**options: Any) -> None:
     """
     from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_broker.inspect.tap import KINDS, Wanted
+    from fluffle_common.arguments import nearest
     from fluffle_common.cli.settings import broker_url_finder, check_worker, management_of
     from fluffle_common.errors import UsageError
 
     topology, address = federation_and_broker(options["federation"], options["url"])
     for kind in options["kinds"]:
         if kind not in KINDS:
-            raise UsageError(f"unknown kind '{kind}'; choose from {', '.join(KINDS)}")
+            raise UsageError(f"unknown --kind {kind}; {nearest(kind, KINDS)}")
     if options["worker"]:
         check_worker(options["worker"])
     kinds = frozenset(options["kinds"])
@@ -115,8 +116,8 @@ def _run(
     def ready() -> None:
         warn(f"following federation {topology.federation} on {transport.address}")
 
-    def no_broker(reason: str, pause_s: float) -> None:
-        warn(f"no broker ({reason}); trying again in {pause_s:.1f} s")
+    def no_broker(reason: str) -> None:
+        warn(f"no broker ({reason}); trying again")
 
     warned = False
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fluffle_broker.inspect.decode import DecodedMessage, part_of
+from fluffle_common.plural import plural
 from fluffle_common.protocol.events import from_fields
 
 
@@ -71,9 +72,7 @@ def facts(decoded: DecodedMessage) -> list[str]:
         return [from_fields(fields["event"], fields.get("fields", {})).sentence()]
     phrases = [] if decoded.round is None else [f"round {decoded.round}"]
     if "num_examples" in fields:
-        phrases.append(
-            f"{fields['num_examples']} example{'' if fields['num_examples'] == 1 else 's'}"
-        )
+        phrases.append(plural(fields["num_examples"], "example"))
     if "encoding" in fields:
         phrases.append(f"encoded as {fields['encoding']}")
     if "state" in fields:

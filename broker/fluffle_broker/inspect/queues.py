@@ -46,8 +46,12 @@ class QueueOverview:
         return any(queue.name == self.topology.updates for queue in self.queues)
 
     def hint(self, queue: QueueFigures) -> str | None:
-        """Return what is wrong with a queue; idle queues of an idle federation are all right."""
-        if self.at_rest and not queue.ready and queue.known:
+        """Return what is wrong with a queue; idle queues of an idle federation are all right.
+
+        So are its presence messages, such as the last worker's goodbye, which soon expire.
+        """
+        idle = not queue.ready or queue.name == self.topology.presence
+        if self.at_rest and queue.known and idle:
             return None
         return hint(queue, self.topology, self.alarms)
 
@@ -97,9 +101,8 @@ def read_overview(api: Management, topology: Topology) -> QueueOverview:
 
 def _federations(api: Management) -> tuple[str, ...]:
     """Return the federations that a coordinator has created on the broker."""
-    names = [str(queue["name"]) for queue in api.queues()]
-    owners = {name.partition(".")[0] for name in names}
-    return tuple(sorted(owner for owner in owners if Topology(owner).updates in names))
+    names = [str(queue["name"]) for queue in api.queues(r"^[^.]+\.updates$")]
+    return tuple(sorted(name.partition(".")[0] for name in names))
 
 
 def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
@@ -137,8 +140,8 @@ async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
             except AccessRefused as refused:
                 # RabbitMQ 4.3 lets a reader of the journal count nothing.
                 raise BrokerError(
-                    f"{refused.lacking}; give the user the tag 'monitoring', so that the "
-                    "management API (--management) answers"
+                    f"{refused.lacking}; give the user the tag 'monitoring', so that "
+                    "fluffle can query the management API (--management)"
                 ) from None
     return counted
 

@@ -19,8 +19,9 @@ Number = TypeVar("Number", int, float)
 # Up to this number, quiet queues of one kind each get a row.
 _MAX_QUIET_ROWS = 3
 _OF_WORKERS = ("inbox", "outbox", "lock", "tap")
-# A narrower terminal has no room for the purpose of a queue.
-_WIDE = 150
+_FIGURES = ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest")
+# A narrower terminal has no room for the purpose of a queue, or for more than the first figures.
+_WIDE, _NARROW = 150, 70
 _UNREPORTED = "-"
 # A longer list of names is truncated.
 _MOST_NAMES = 8
@@ -31,7 +32,8 @@ def build_table(overview: QueueOverview, width: int) -> Table:
     wide = width >= _WIDE
     rows = table(collapse_padding=True, pad_edge=False, expand=wide)
     rows.add_column("queue", overflow="fold", min_width=10)
-    for name in ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest"):
+    figures = _FIGURES if width >= _NARROW else _FIGURES[:3]
+    for name in figures:
         rows.add_column(name, justify="right", no_wrap=True)
     if wide:
         rows.add_column("purpose", style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
@@ -47,7 +49,7 @@ def build_table(overview: QueueOverview, width: int) -> Table:
             rate(queue.out_rate),
             (unknown if queue.oldest_s is None else age(queue.oldest_s)) if queue.ready else "",
         )
-        rows.add_row(*cells, *([queue.purpose] if wide else []))
+        rows.add_row(*cells[: 1 + len(figures)], *([queue.purpose] if wide else []))
     return rows
 
 

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from fluffle_common.protocol.topology import Exchange, Queue, Topology, lock_of
+from fluffle_common.protocol.topology import Exchange, Queue, Topology, locks_of
 
 NOTHING = "^$"
 _LINE = 77  # characters, before the backslash of a continued line
@@ -52,7 +52,7 @@ def worker_permissions(topology: Topology, worker: str) -> Permissions:
         '^letters\\\\.(inbox\\\\.site\\\\.7|outbox\\\\.site\\\\.7)$'
     """
     own = [queue.name for queue in topology.queues_of(worker)]
-    locks = [lock_of(topology.inbox(worker))] if topology.queue_type == "quorum" else []
+    locks = locks_of(topology.inbox(worker)) if topology.queue_type == "quorum" else ()
     return Permissions(
         user=worker,
         configure=_one_of([*own, *locks]),
@@ -68,7 +68,7 @@ def coordinator_permissions(topology: Topology, user: str) -> Permissions:
     It may read from and write to everything in the federation, but declare only shared entities.
     """
     shared = [one.name for one in topology.shared() if isinstance(one, Exchange | Queue)]
-    locks = [lock_of(topology.presence)] if topology.queue_type == "quorum" else []
+    locks = locks_of(topology.presence) if topology.queue_type == "quorum" else ()
     everything = f"{_literal(topology.federation)}\\..+"
     return Permissions(
         user=user,

@@ -304,6 +304,8 @@ def _exit_code() -> int:
     except FluffleError as wrong:
         return _print_error(str(wrong), wrong.exit_code)
     except Exception as wrong:
+        if str(wrong).endswith("KeyboardInterrupt: "):  # Ctrl-C while pydantic built a schema
+            return _INTERRUPTED
         if _debugging():
             traceback.print_exc()
         return _print_error(unexpected(wrong), _FAILED)
@@ -322,8 +324,6 @@ def _missing_parameter(wrong: click.MissingParameter) -> str:
     name = wrong.param.make_metavar(wrong.ctx)
     if isinstance(wrong.param, click.Option):
         name = f"{wrong.param.opts[0]} {name}"
-    if name == "--run DIR":
-        name += ", such as --run runs/letters"
     return f"{command} needs {name}; see '{command} --help'"
 
 

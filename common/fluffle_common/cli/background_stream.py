@@ -22,6 +22,7 @@ from collections.abc import Callable
 from typing import IO
 
 from fluffle_common.cli.printing import is_terminal
+from fluffle_common.plural import plural
 
 # How far a slow reader may lag behind, about ten thousand lines.
 _CAPACITY_BYTES = 2**20
@@ -132,8 +133,7 @@ class BackgroundStream(io.TextIOBase):
 
     def _write_out(self, data: bytes, lost: int) -> None:
         if lost:
-            lines = f"{lost} line{'' if lost == 1 else 's'}"
-            note = f"… {lines} could not be written here\n"
+            note = f"… {plural(lost, 'line')} could not be written here\n"
             data = note.encode(self._encoding, "backslashreplace") + data
         try:
             self._put(b"\n" + data if self._torn else data)

@@ -147,7 +147,9 @@ def _read_text(path: Path) -> str:
     except OSError as why:
         raise UsageError(f"cannot read {path} ({why.strerror})") from None
     if len(text) > _MOST_CHARACTERS:  # perhaps a model, or a device without an end
-        raise UsageError(f"{path} is larger than 1 MB; give a TOML file with options")
+        raise UsageError(
+            f"{path} is too large for a file of options (more than 1 MB); give a TOML file"
+        )
     return text
 
 

@@ -6,7 +6,8 @@ import sys
 from typing import IO, cast
 
 from rich.cells import cell_len
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.constrain import Constrain
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -37,11 +38,30 @@ class _Description(ProgressColumn):
         return _Fitting(task.description, task.fields.get("brief") or task.description)
 
 
+class _Shortened:
+    """The bars, with room at the end of each line.
+
+    The terminal shows Ctrl-C as ``^C`` behind the last bar. If that began a new line, the first
+    bar would not be erased.
+    """
+
+    def __init__(self, bars: RenderableType) -> None:
+        self._bars = bars
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Constrain(self._bars, options.max_width - len("^C"))
+
+
+class _Bars(Progress):
+    def get_renderable(self) -> RenderableType:
+        return _Shortened(super().get_renderable())
+
+
 def progress_on(stream: object) -> Progress:
     """Return a progress display on a stream."""
     console = Console(file=cast("IO[str]", stream), highlight=False, emoji=False)
     width = _BAR_WIDTH if console.width >= _NARROW else _NARROW_BAR_WIDTH
-    return Progress(
+    return _Bars(
         TextColumn(
             f"{{task.fields[label]:<{_LABEL_WIDTH}}}",  # padded, so that all bars are aligned
             style="bold",

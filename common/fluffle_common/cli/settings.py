@@ -27,11 +27,6 @@ def state_folder() -> Path:
     return Path(os.environ.get("FLUFFLE_STATE") or ".fluffle")
 
 
-def draw_into_files() -> None:
-    """Let matplotlib draw without a display; Jupyter's MPLBACKEND may name a missing package."""
-    os.environ["MPLBACKEND"] = "agg"
-
-
 def cache_folder() -> Path:
     """Return the folder for caches: ``$XDG_CACHE_HOME``, else ``~/.cache``.
 
@@ -135,8 +130,8 @@ def check_worker(name: str) -> str:
 
     if not re.fullmatch(WORKER_PATTERN, name):
         raise UsageError(
-            f"'{name}' is not a valid worker ID; choose another --id: use at most 64 letters, "
-            "digits, '-', '_' and '.', and begin with a letter or digit"
+            f"'{name}' is not a valid worker ID; use at most 64 letters, digits, '-', '_' and '.', "
+            "and begin with a letter or digit"
         )
     return name
 

@@ -12,6 +12,7 @@ from hashlib import sha256
 from types import MappingProxyType
 from typing import Any
 
+from fluffle_common.plural import plural
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.layout import Array, Signature, Weights, signature_of
@@ -30,20 +31,20 @@ def model_form(weights: Weights, frozen: Weights = _NOTHING) -> ModelForm:
     return form_from(signature_of(weights), signature_of(frozen))
 
 
-def form_from(form: Signature, frozen: Signature = ()) -> ModelForm:
+def form_from(signature: Signature, frozen: Signature = ()) -> ModelForm:
     """Return the form of a model's tensors and its frozen tensors, in any order.
 
     In the digest, the entry of a frozen tensor ends with the name of its group.
     """
-    entries: list[tuple[Any, ...]] = [(name, dtype.name, shape) for name, dtype, shape in form]
+    entries: list[tuple[Any, ...]] = [(name, dtype.name, shape) for name, dtype, shape in signature]
     entries += [(name, dtype.name, shape, FROZEN) for name, dtype, shape in frozen]
     packed = json.dumps(sorted(entries), separators=(",", ":"))
-    summary = _summary(form) + (f"; frozen: {_summary(frozen)}" if frozen else "")
+    summary = _summary(signature) + (f"; frozen: {_summary(frozen)}" if frozen else "")
     return ModelForm(digest=sha256(packed.encode()).hexdigest()[:16], summary=summary[:300])
 
 
-def _summary(form: Signature) -> str:
-    count, size = len(form), sum(math.prod(shape) for *_, shape in form)
-    dtypes = Counter(dtype.name for _, dtype, _ in form)
+def _summary(signature: Signature) -> str:
+    count, size = len(signature), sum(math.prod(shape) for *_, shape in signature)
+    dtypes = Counter(dtype.name for _, dtype, _ in signature)
     by_dtype = ", ".join(f"{dtype} {n}" for dtype, n in sorted(dtypes.items()))
-    return f"{count} tensor{'s'[: count != 1]}, {size:,} parameters: {by_dtype}"
+    return f"{plural(count, 'tensor')}, {plural(size, 'parameter')}: {by_dtype}"

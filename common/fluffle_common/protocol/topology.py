@@ -29,6 +29,8 @@ _PRESENCE_TTL_MS = 60_000
 _TAP_MESSAGES = 10_000
 _TAP_BYTES = GiB // 4
 _UNUSED_MS = 30 * 60 * 1000
+# Longer than any upload: only getting from a quorum queue, or consuming, counts as using it.
+_UNUSED_OUTBOX_MS = {"classic": _UNUSED_MS, "quorum": 24 * 60 * 60 * 1000}
 _JOURNAL_BYTES = GiB // 4
 _JOURNAL_AGE = "30D"
 
@@ -181,8 +183,13 @@ class Topology:
             Binding(self.unrouted, self.unrouted, ""),
         ]
 
+    def required(self) -> list[Entity]:
+        """Return what every broker supports of ``shared``: all but the journal."""
+        journal = self.journal_stream()
+        return [entity for entity in self.shared() if entity != journal]
+
     def journal_stream(self) -> Queue:
-        """Return the journal, the only entity in ``shared`` that some brokers do not support."""
+        """Return the journal."""
         return Queue(
             self.journal,
             "every event of the federation; reading removes nothing",
@@ -217,7 +224,7 @@ class Topology:
             self._queue(
                 self.outbox(worker),
                 f"parts of an update of worker {worker} that is too large for one message",
-                {"x-expires": _UNUSED_MS},
+                {"x-expires": _UNUSED_OUTBOX_MS[self.queue_type]},
                 {"max-length-bytes": _INBOX_BYTES, "overflow": "reject-publish"},
             ),
         ]
@@ -239,7 +246,7 @@ class Topology:
         """Return the description of a queue; None if it is not of this federation."""
         if queue.startswith(f"{self.federation}.tap."):
             return _TAP_PURPOSE
-        if queue.startswith(f"{self.federation}.lock."):
+        if queue.startswith((f"{self.federation}.lock.", f"{self.federation}.lock2.")):
             return _LOCK_PURPOSE
         declared = self.find(queue)
         return declared.purpose if declared else None
@@ -284,16 +291,17 @@ def policies(federation: str | None = None) -> list[Policy]:
     return result
 
 
-def lock_of(queue: str) -> str:
-    """Return the name of the lock queue that the only consumer of a quorum queue declares.
+def locks_of(queue: str) -> tuple[str, str]:
+    """Return the names of the two lock queues of a quorum queue.
 
-    Quorum queues do not enforce exclusive consumers, so an exclusive queue serves as the lock.
+    Quorum queues do not enforce exclusive consumers, so an exclusive queue serves as the lock. The
+    only consumer declares one of the two, and the other one only if a failed node keeps the first.
 
-    >>> lock_of("letters.inbox.w1")
-    'letters.lock.inbox.w1'
+    >>> locks_of("letters.inbox.w1")
+    ('letters.lock.inbox.w1', 'letters.lock2.inbox.w1')
     """
     federation, _, rest = queue.partition(".")
-    return f"{federation}.lock.{rest}"
+    return f"{federation}.lock.{rest}", f"{federation}.lock2.{rest}"
 
 
 _LOCK_PURPOSE = "lock that gives one process at a time the queue of the same name; always empty"

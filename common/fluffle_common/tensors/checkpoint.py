@@ -192,7 +192,8 @@ def _opened(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="numpy") as file:
             yield file
     except (SafetensorError, OSError, ValueError) as error:
-        raise UsageError(f"{path} is not a complete model file ({error})") from None
+        wrong = f"{path} is not a complete model file in the safetensors format ({error})"
+        raise UsageError(wrong) from None
 
 
 def classes_in(metadata: Mapping[str, str]) -> tuple[str, ...]:

@@ -1,6 +1,6 @@
 """Compression of deltas by a codec, with error feedback, and checked decompression.
 
-A codec replaces a large float tensor ``name`` by one or two others in the tensor table:
+A codec replaces a large float tensor ``name`` with one or two others in the tensor table:
 
 ========  =============================================================================
 bf16      ``name`` uint16: the upper half of each float32, rounded to nearest, ties to even

@@ -83,7 +83,9 @@ def read_frozen(folder: Path, digest: str) -> Frozen:
     try:
         found = frozen_of(map_tensors(path))
         if found.digest != digest:
-            raise UsageError(f"{path} contains other tensors, with the digest {found.digest[:16]}…")
+            raise UsageError(
+                f"{path} contains different tensors, with the digest {found.digest[:16]}…"
+            )
     except UsageError as why:
         raise UsageError(
             f"the model's frozen tensors cannot be read ({why}); restore this file, or copy it "

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.tensors.in_pieces import InPieces
 from fluffle_common.tensors.layout import (
     BFLOAT16,
     DTYPES,
@@ -32,7 +33,6 @@ from fluffle_common.tensors.layout import (
     layout_of_signature,
     signature_of,
 )
-from fluffle_common.tensors.pieces import InPieces
 
 __all__ = [
     "BFLOAT16",

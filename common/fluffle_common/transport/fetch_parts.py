@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import Part
-from fluffle_common.protocol.transfer import Incoming
+from fluffle_common.protocol.transfer_parts import Incoming
 from fluffle_common.protocol.wire_format import SMALL_HEADER_BYTES, decode
 from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import check_user, reject

@@ -245,7 +245,7 @@ class MemoryLink(Link):
 
     def _check(self) -> None:
         if self._lost.is_set():
-            raise LinkLost("the link was lost")
+            raise LinkLost("the connection was closed")
 
 
 class MemoryBroker(Transport):

@@ -16,7 +16,7 @@ from fluffle_common.clock import timestamp
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import Message, WithTensors
-from fluffle_common.protocol.transfer import Outgoing, fits
+from fluffle_common.protocol.transfer_parts import Outgoing, fits
 from fluffle_common.protocol.wire_format import describe, encode, lay_out
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights

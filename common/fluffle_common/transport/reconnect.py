@@ -27,12 +27,12 @@ class Backoff:
 async def reconnecting(
     transport: Transport,
     backoff: Backoff,
-    on_wait: Callable[[str, float], None],
+    on_wait: Callable[[str], None],
     random_fraction: Callable[[], float] = random.random,
 ) -> AsyncGenerator[Link, None]:
     """Yield one open link at a time; asking for the next one closes it and reconnects.
 
-    ``on_wait`` is called after a failed attempt with the reason and the seconds until the next one.
+    ``on_wait`` is called with the reason when attempts begin to fail, and when the reason changes.
     Each pause lasts between half and all of the current delay, as ``random_fraction`` says, so that
     clients of a restarted broker do not reconnect at once.
 
@@ -40,7 +40,7 @@ async def reconnecting(
         BrokerError: if no link could be opened for ``backoff.give_up_s`` seconds.
     """
     loop = asyncio.get_running_loop()
-    delay_s, down_since = backoff.first_s, loop.time()
+    delay_s, down_since, reported = backoff.first_s, loop.time(), ""
     while True:
         if cancelled():  # possibly at the same moment as the link was lost
             raise asyncio.CancelledError
@@ -54,11 +54,13 @@ async def reconnecting(
                 ) from None
             pause_s = delay_s * (1 + random_fraction()) / 2
             _LOG.debug("no link: %s; the next attempt is in %.1f s", error, pause_s)
-            on_wait(str(error), pause_s)
+            if str(error) != reported:
+                reported = str(error)
+                on_wait(reported)
             await asyncio.sleep(pause_s)
             delay_s = min(2 * delay_s, backoff.most_s)
             continue
-        opened_at = loop.time()
+        opened_at, reported = loop.time(), ""
         _LOG.debug("opened a link to %s", transport.address)
         try:
             yield link

@@ -1,8 +1,7 @@
-"""``fluffle coordinator``, and ``fluffle history`` and ``fluffle plot`` of the runs it made."""
+"""``fluffle coordinator``: run a federation."""
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,79 +19,20 @@ from fluffle_common.cli.app import (
 )
 from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
-from fluffle_common.cli.printing import echo, echo_json
-from fluffle_common.cli.settings import draw_into_files
-from fluffle_common.errors import RunError, UsageError
+from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
-from fluffle_coordinator.cli.schedule_options import (
-    QUORUM,
-    check_schedule_options,
-    schedule_options,
-)
+from fluffle_coordinator.cli.round_options import round_options
+from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
 from fluffle_coordinator.cli.stopping_options import stopping_options
 
-
-def run_option(command: Any) -> Any:
-    """Add ``--run DIR`` to a command that reads a run folder."""
-    return click.option(
-        "--run",
-        "folder",
-        required=True,
-        type=click.Path(file_okay=False, path_type=Path),
-        metavar="DIR",
-        help="Run folder, such as runs/letters.",
-    )(command)
+MOST_ROUNDS = 10**9  # as on the wire
 
 
 @click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
-@click.option("--rounds", type=count(), default=6, help="Number of rounds.")
-@click.option(
-    "--min-workers",
-    type=count(),
-    metavar="N",
-    help="Number of workers that must be connected before the first round starts. If you set this "
-    "option, the quorum is also computed as if at least N workers were connected: with "
-    "N = 4 and --quorum 0.5, a round needs at least 2 updates. This second effect does not apply "
-    "with --select poisson or path.py:name.  [default: --quorum if given as a number, else 2]",
-)
-@click.option(
-    "--quorum",
-    type=QUORUM,
-    default="all",
-    metavar="N|FRACTION|all",
-    help="Number of updates that must arrive before a round can close: a number such as 2, a "
-    "fraction of the selected workers such as 0.5 or 50%, or 'all' for one update from every "
-    "selected worker.",
-)
-@click.option(
-    "--grace",
-    type=seconds(),
-    default=0.0,
-    help="Seconds that a round waits for more updates after it has reached its quorum.",
-)
-@click.option(
-    "--deadline",
-    type=seconds(min_open=True),
-    default=600.0,
-    help="Time limit in seconds for a round to reach its quorum.",
-)
-@click.option(
-    "--on-deadline",
-    type=click.Choice(["reopen", "close", "stop"]),
-    default="reopen",
-    help="Action when the deadline of a round passes: 'reopen' opens the round again with the "
-    "connected workers, 'close' closes the round with the updates that have arrived (at least "
-    "--min-updates), and 'stop' ends the run.",
-)
-@click.option(
-    "--min-updates",
-    type=count(),
-    default=1,
-    help="With '--on-deadline close', a round is closed at its deadline only if at least this many "
-    "updates have arrived.",
-)
+@click.option("--rounds", type=count(most=MOST_ROUNDS), default=6, help="Number of rounds.")
+@round_options
 @schedule_options
 @click.option(
     "--strategy",
@@ -121,14 +61,14 @@ def run_option(command: Any) -> Any:
 @click.option(
     "--classes",
     metavar="A,B,…",
-    help="Names of all classes in the federation; a worker with other classes is refused.  "
-    "[default: the classes that most of the waiting workers have]",
+    help="Names of all classes in the federation, in order; a worker with a different list is "
+    "refused.  [default: the most common list among the waiting workers]",
 )
 @click.option(
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Model file with the first weights.  [default: a worker initializes them]",
+    help="Model file (safetensors) with the first weights.  [default: a worker initializes them]",
 )
 @click.option(
     "--run",
@@ -136,22 +76,6 @@ def run_option(command: Any) -> Any:
     type=click.Path(file_okay=False, path_type=Path),
     metavar="DIR",
     help="Folder for the models and the history of this run.  [default: runs/FEDERATION]",
-)
-@click.option(
-    "--max-round",
-    type=seconds(min_open=True),
-    default=86400.0,
-    metavar="SECONDS",
-    help="Maximum time in seconds that a round stays open. Workers that make progress keep a "
-    "round open after its --deadline, but never longer than --max-round.",
-)
-@click.option(
-    "--stall-timeout",
-    type=seconds(min_open=True),
-    metavar="SECONDS",
-    help="Seconds without progress after which a worker's training counts as failed. This option "
-    "works only with tasks that call 'progress' while they train.  [default: no limit; after 2 "
-    "minutes without progress, the coordinator prints a warning]",
 )
 @click.option(
     "--max-examples",
@@ -172,12 +96,6 @@ def run_option(command: Any) -> Any:
     "--fresh",
     is_flag=True,
     help="Start a new run; an earlier run in the run folder is moved aside.",
-)
-@click.option(
-    "--wait-workers",
-    type=seconds(min_open=True),
-    default=86400.0,
-    help="Time limit in seconds for enough workers to connect.",
 )
 @click.option(
     "--wait-broker",
@@ -230,67 +148,3 @@ def coordinator(**options: Any) -> None:
         raise UsageError("--upload-dtype conflicts with --compress; use only one of them")
     check_schedule_options(options)
     run_coordinator(options)
-
-
-@click.command()
-@run_option
-@click.option(
-    "--json", "as_json", is_flag=True, help="Print a JSON list with one object per round."
-)
-def history(folder: Path, as_json: bool) -> None:
-    """Show the history of a run, one row per round.
-
-    The loss and the metrics show how well a round's model performs on the workers' held-out data.
-    The letters task has a metric 'temperature'. 'fluffle predict' divides the model's outputs by
-    the temperature, so that the model's confidence matches its accuracy. A temperature of 1 changes
-    nothing.
-    """
-    from fluffle_coordinator.cli.history_table import history_tables
-    from fluffle_coordinator.storage.history import read_history
-
-    rounds = read_history(folder)
-    if as_json:
-        echo_json(rounds)
-    else:
-        # In a pipe, too, the reader usually is at a terminal: use its width.
-        first, *others = history_tables(rounds, shutil.get_terminal_size().columns)
-        echo(*first, *(line for lines in others for line in ("", *lines)))
-
-
-@click.command()
-@run_option
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
-    required=True,
-    metavar="PNG",
-    help="File to write the chart to.",
-)
-def plot(folder: Path, out: Path) -> None:
-    """Draw the loss and the metrics after each round."""
-    from fluffle_common.durable_files import replacing
-    from fluffle_coordinator.cli.history_chart import history_chart
-    from fluffle_coordinator.observe.round_view import metrics_of
-    from fluffle_coordinator.storage.history import read_history
-
-    if out.suffix.lower() not in ("", ".png"):
-        raise UsageError(f"--out {out} must end with .png, because the chart is a PNG image")
-    rounds = read_history(folder)
-    drawn = sorted({name for row in rounds for name in metrics_of(row)})
-    if any("loss" in row for row in rounds):
-        drawn.insert(0, "loss")
-    if not drawn:
-        raise UsageError(f"no round of {folder} has been evaluated yet")
-    draw_into_files()
-    chart = history_chart(
-        [row["round"] for row in rounds],
-        {name: [row.get(name) for row in rounds] for name in drawn},
-    )
-    try:
-        with replacing(out) as file:
-            chart.savefig(file, dpi=150, format="png")
-    except OSError as why:
-        raise RunError(
-            f"cannot write {out} ({why.strerror}); choose another file with --out"
-        ) from None
-    echo(f"chart written to {out}")

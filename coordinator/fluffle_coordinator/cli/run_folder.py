@@ -11,7 +11,8 @@ import click
 
 from fluffle_common.cli.app import count
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
-from fluffle_common.errors import RunError, UsageError
+from fluffle_common.errors import UsageError
+from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
     from fluffle_coordinator.storage.replay import Distance, Replay
@@ -28,7 +29,7 @@ def _run_folder(_: click.Context, __: click.Parameter, folder: Path) -> Path:
     return folder
 
 
-_run_argument = click.argument(
+run_argument = click.argument(
     "folder",
     metavar="RUN",
     type=click.Path(file_okay=False, path_type=Path),
@@ -37,7 +38,7 @@ _run_argument = click.argument(
 
 
 @click.command()
-@_run_argument
+@run_argument
 @click.option(
     "--round", "number", type=count(), required=True, help="Number of the round to replay."
 )
@@ -142,12 +143,12 @@ def _words(distance: Distance) -> str:
     values = "value differs" if distance.different == 1 else "values differ"
     return (
         f"{distance.different:,} {values}, at most {distance.largest:.3g} "
-        f"({distance.ulps:,} ulp{'s' if distance.ulps != 1 else ''})"
+        f"({plural(distance.ulps, 'ulp')})"
     )
 
 
 @click.command()
-@_run_argument
+@run_argument
 @click.option(
     "--out",
     type=click.Path(path_type=Path, dir_okay=False),
@@ -173,7 +174,7 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     \b
       fluffle report runs/letters --out report.html
     """
-    from fluffle_common.durable_files import replacing
+    from fluffle_common.cli.output_files import output_file
     from fluffle_coordinator.dashboard.report import MAX_DETAILED, page, read_report
 
     if as_json and out is not None:
@@ -183,11 +184,6 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
         return
     data = read_report(folder, time.time(), MAX_DETAILED)
     out = out or folder / "report.html"
-    try:
-        with replacing(out) as file:
-            file.write(page(data).encode())
-    except OSError as why:
-        raise RunError(
-            f"cannot write {out} ({why.strerror}); choose another file with --out"
-        ) from None
+    with output_file(out) as file:
+        file.write(page(data).encode())
     echo(f"report written to {out}")

@@ -2,46 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from fluffle_common.cli.app import MOST_COUNT, FiniteFloat, count
+from fluffle_common.cli.app import FiniteFloat, count
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.option_group import Parsed, option_group
-
-if TYPE_CHECKING:
-    from fluffle_coordinator.machine.selection import Selection
-    from fluffle_coordinator.machine.staleness import Discount
-    from fluffle_coordinator.machine.state import Quorum
+from fluffle_coordinator.machine.rules import Rules
+from fluffle_coordinator.machine.selection import Selection
+from fluffle_coordinator.machine.staleness import Discount
 
 SYNCHRONOUS_ONLY = ("quorum", "grace", "fraction", "sample", "over_provision")
 """The options that ``--schedule buffered`` would ignore, and that are therefore refused."""
-
-
-def _quorum(text: str) -> Quorum:
-    """Parse ``all``, a number of updates (``2``) or a fraction of the cohort (``0.5``, ``50%``)."""
-    from fluffle_coordinator.machine.state import Quorum
-
-    if text == "all":
-        return Quorum()
-    if text.isdecimal() and 0 < int(text[:11]) <= MOST_COUNT:
-        return Quorum(number=int(text))
-    with contextlib.suppress(ValueError):
-        fraction = float(text[:-1]) / 100 if text.endswith("%") else float(text)
-        if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
-            return Quorum(fraction=fraction)
-    raise ValueError(
-        f"invalid quorum '{text}'; give a number of updates such as 2, a fraction of the "
-        "selected workers such as 0.5 or 50%, or all"
-    )
-
-
-def _discount(text: str) -> Discount:
-    from fluffle_coordinator.machine.staleness import Discount
-
-    return Discount.parse(text)
 
 
 def _selection(text: str) -> Selection:
@@ -50,13 +23,11 @@ def _selection(text: str) -> Selection:
     return load_selection(text)
 
 
-QUORUM = Parsed("quorum", _quorum)
-
 schedule_options = option_group(
     click.option(
         "--fraction",
         type=FiniteFloat(0, 1, min_open=True),
-        default=1.0,
+        default=Rules.fraction,
         help="Fraction of the connected workers to select in each round.",
     ),
     click.option(
@@ -68,7 +39,7 @@ schedule_options = option_group(
     click.option(
         "--over-provision",
         type=FiniteFloat(1, 100),
-        default=1.0,
+        default=Rules.over_provision,
         metavar="P",
         help="Over-selection factor: with 1.3, a round selects 30 % more workers than --fraction "
         "or --sample asks for, so that it does not have to wait for stragglers. A --quorum of "
@@ -116,7 +87,7 @@ schedule_options = option_group(
     ),
     click.option(
         "--staleness",
-        type=Parsed("staleness", _discount),
+        type=Parsed("staleness", Discount.parse),
         metavar="NAME[:ARGS]",
         help="Factor that multiplies the weight of an update with staleness s: constant (1); "
         "polynomial:a (1/(1+s)^a); hinge:a,b (1 up to s=b, then 1/(a(s-b)+1)); or threshold:b (1 "

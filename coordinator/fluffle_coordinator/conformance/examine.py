@@ -64,13 +64,12 @@ async def _probe(
         try:
             if await link.counts(topology.presence) is not None:
                 await link.purge(topology.presence)  # workers that are alive send new heartbeats
-            journal = topology.journal_stream()
-            await link.declare([each for each in topology.shared() if each != journal])
+            await link.declare(topology.required())
             yield Probe(link, topology, options)
         except QueueInUse:
             raise RunError(
-                f"federation {topology.federation} already has a coordinator; give --federation "
-                "the name of a federation that nothing else uses"
+                f"federation {topology.federation} already has a coordinator; set --federation "
+                "to a name that nothing else uses"
             ) from None
 
 

@@ -106,7 +106,7 @@ class Listener(ABC):
                 await self._take(delivery)
 
         await run_all(take_all(presence), take_all(updates))
-        raise LinkLost("the link was lost")
+        raise LinkLost("the connection was closed")
 
     async def _take(self, delivery: Delivery) -> None:
         try:
@@ -120,7 +120,7 @@ class Listener(ABC):
             if not message.run.startswith(RUNS):  # of a real run, which has to stay in the queue
                 raise UsageError(
                     f"federation {self.topology.federation} has messages of run {message.run}; "
-                    "give --federation the name of a federation that nothing else uses"
+                    "set --federation to a name that nothing else uses"
                 )
         delivery.ack()
         if not isinstance(message, FromWorker):

@@ -9,7 +9,7 @@ import msgpack
 import numpy as np
 
 from fluffle_common.protocol.messages import Bye, Exchange, Fit, Part, Refusal, Stop, Update
-from fluffle_common.protocol.transfer import pack
+from fluffle_common.protocol.transfer_parts import pack
 from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
 from fluffle_common.tensors.layout import as_maps
 from fluffle_common.tensors.weights import size_bytes
@@ -203,7 +203,8 @@ async def update_in_parts(probe: Probe) -> str:
 
 @requires(
     "Large payloads",
-    "a worker that sends digests refuses a model in parts whose digest is not the announced one",
+    "a worker that sends digests refuses a model in parts whose digest does not match the "
+    "announced digest",
 )
 async def another_digest(probe: Probe) -> str:
     """Change the last part of a model on its way, then send another round."""

@@ -18,6 +18,7 @@ from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import (
     Evaluate,
     Evaluation,
+    Failure,
     FirstWeights,
     Fit,
     Heartbeat,
@@ -30,7 +31,7 @@ from fluffle_common.protocol.messages import (
     WithTensors,
 )
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly, pack
+from fluffle_common.protocol.transfer_parts import Assembly, pack
 from fluffle_common.protocol.wire_format import describe, encode, read_groups
 from fluffle_common.tensors.groups import NO_GROUPS, Groups
 from fluffle_common.tensors.weights import Weights
@@ -45,7 +46,6 @@ from fluffle_coordinator.strategy.decoding import (
 )
 
 _T = TypeVar("_T")
-_MAX_MODEL_BYTES = 8 * 2**30
 _LARGE = {"conformance/large": np.zeros(5 * 2**20 // 4, np.float32)}
 """The tensor that makes a small model travel in parts (``--large``)."""
 
@@ -212,7 +212,7 @@ class Probe(Listener):
             return inline
         try:
             check_announced(message, self.weights or None, plan)
-            assembly = Assembly(message.transfer, _MAX_MODEL_BYTES)
+            assembly = Assembly(message.transfer)
             outbox = self.topology.outbox(message.worker)
             await fetch(self.link, outbox, assembly, self.topology.rejected)
             return assembly.payload()
@@ -230,6 +230,9 @@ class Probe(Listener):
             for _, message, inline in self.messages[since:]:
                 if isinstance(message, FirstWeights) and message.run == self.run:
                     return message, inline
+                if isinstance(message, Failure) and message.run == self.run:
+                    reason = message.reason
+                    raise Unmet(f"the worker sent a failure instead of first weights: {reason}")
             return None
 
         message, inline = await self.until(find, "first_weights")

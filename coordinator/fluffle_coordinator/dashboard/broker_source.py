@@ -87,7 +87,7 @@ class BrokerSource:
                         f"{self._topology.results} and {self._topology.journal}"
                     ) from None
 
-    def _no_broker(self, reason: str, _: float) -> None:
+    def _no_broker(self, reason: str) -> None:
         self._set_link(False, f"no broker at {self._transport.address} ({reason}); trying again")
 
     def _set_link(self, linked: bool, sentence: str) -> None:
@@ -101,11 +101,16 @@ class BrokerSource:
         federation, address = self._topology.federation, self._transport.address
         # A coordinator declares the journal last: once it exists, so does everything else.
         while await link.counts(self._topology.journal) is None:
-            self._set_link(
-                True,
+            lacking = (
                 f"no coordinator has created federation {federation} at {address} yet; check that "
-                "the name is right",
+                "the name is right"
             )
+            if await link.exists(self._topology.work):
+                lacking = (
+                    f"federation {federation} has no journal at {address}, which the page shows; "
+                    "use the page of 'fluffle coordinator --dashboard' instead"
+                )
+            self._set_link(True, lacking)
             await asyncio.sleep(_JOURNAL_POLL_S)
         self._set_link(True, f"connected to the broker at {address}")
         queue = self._topology.tap(f"page-{uuid.uuid4().hex[:8]}")

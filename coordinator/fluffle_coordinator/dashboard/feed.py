@@ -16,6 +16,7 @@ from pydantic_core import to_json
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.settings import management_finder
 from fluffle_common.clock import wall_time
+from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, fault_and_remedy
@@ -104,7 +105,7 @@ class Feed:
                 return
             try:
                 figures = list(await asyncio.to_thread(self._ask_queues))
-            except REQUEST_ERRORS as why:
+            except (*REQUEST_ERRORS, UsageError) as why:  # a certificate may be being renewed
                 fault, remedy = fault_and_remedy(why)
                 self._board.queues((), f"RabbitMQ's management API {fault}; {remedy}")
                 self._ask_again_at = loop.time() + max(max_age_s, _AFTER_A_FAILURE_S)
@@ -117,7 +118,7 @@ class Feed:
 def queue_asker(
     topology: Topology, find_url: Callable[[], str], management: str | None
 ) -> Callable[[], Figures]:
-    """Return a function that fetches the queues' figures; it raises ``REQUEST_ERRORS``.
+    """Return a function that fetches the queues' figures; see ``Management.queue_figures``.
 
     Args:
         topology: the names of the federation.

@@ -76,7 +76,7 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         theirs, ours = worker.model.summary, model.summary
         difference = f"{theirs}, but the federation's model has {ours}"
         if theirs == ours:
-            difference = f"tensors with other names or shapes than the federation's model ({ours})"
+            difference = f"tensors whose names or shapes differ from the federation's ({ours})"
         remedy = "the same task and the same JAX_ENABLE_X64 as the other workers"
         if state.model_by == FIRST_WEIGHTS:
             remedy += ", or begin a new run with other first weights (--fresh, --init)"

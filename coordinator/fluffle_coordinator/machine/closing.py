@@ -9,17 +9,15 @@ overruled after ``Rules.deadline_s``.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from statistics import median_low
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Commit, Effects
-from fluffle_coordinator.machine.evaluation import end, last_failure, record_evaluation
+from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Event, Left
+from fluffle_coordinator.machine.finishing import end, last_failure
+from fluffle_coordinator.machine.norms import report_outliers
 from fluffle_coordinator.machine.opening import reopen
 from fluffle_coordinator.machine.state import Phase, State
-
-_ROUNDS_REMEMBERED = 5  # short, because norms usually fall during a run
 
 
 def try_to_close(state: State, now: float, out: Effects) -> State:
@@ -106,38 +104,10 @@ def _after_failures(state: State, now: float, out: Effects) -> State:
 
 def _commit(state: State, out: Effects) -> State:
     state = record_evaluation(state, out, partial=True)
-    state = _report_outliers(state, out)
+    state = report_outliers(state, out)
     in_it = {ticket.worker for ticket in state.received}
     out.append(Commit(state.round, tuple(sorted({*state.asked, *state.asked_before, *in_it}))))
     return state.replace(phase=Phase.COMMITTING)
-
-
-def with_median(medians: tuple[float, ...], norms: Iterable[float]) -> tuple[float, ...]:
-    """Return the medians of the last rounds' norms, with that of one more round.
-
-    Each median is the lower one, so that one outlier among two norms does not raise it. Norms of 0
-    do not count.
-    """
-    positive = [norm for norm in norms if norm > 0]
-    return (*medians, median_low(positive))[-_ROUNDS_REMEMBERED:] if positive else medians
-
-
-def _report_outliers(state: State, out: Effects) -> State:
-    """Report updates whose norm is many times the median of the round's norms.
-
-    The median of one or two norms exposes no outlier, so these are compared with
-    ``State.usual_norm``. An outlier enters it too, but as a minority it does not change a median.
-    """
-    norms = {ticket: norm for ticket, norm in state.norms.items() if norm > 0}
-    if not norms:
-        return state
-    state = state.replace(median_norms=with_median(state.median_norms, norms.values()))
-    middle = state.usual_norm if len(norms) <= 2 else state.median_norms[-1]
-    for (worker, _), norm in sorted(norms.items()):
-        if norm > state.rules.outlier_ratio * middle:
-            outlier = run_events.Outlier(round=state.round, worker=worker, norm=norm, median=middle)
-            out.append(outlier)
-    return state
 
 
 # --- the deadline ------------------------------------------------------------------------------

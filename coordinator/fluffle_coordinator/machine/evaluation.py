@@ -1,21 +1,16 @@
-"""Evaluations: those of each round's model, and the last model's; and the end of the run.
+"""The evaluations of each round's model.
 
 A worker evaluates the model that it is about to train, so the evaluation of a round's model arrives
-during the next round. Only the last model needs work of its own.
+during the next round. Only the last model needs work of its own (``finishing``).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import replace
 
-from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.effects import Effects, End, RecordEvaluation
+from fluffle_coordinator.machine.effects import Effects, RecordEvaluation
 from fluffle_coordinator.machine.events import EvaluationArrived
-from fluffle_coordinator.machine.records import Outcome
-from fluffle_coordinator.machine.state import Issued, Phase, State, Table
-from fluffle_coordinator.machine.work import send_work
+from fluffle_coordinator.machine.state import State
 
 
 def evaluation_arrived(state: State, event: EvaluationArrived, out: Effects) -> State:
@@ -47,57 +42,3 @@ def record_evaluation(state: State, out: Effects, *, partial: bool = False) -> S
         return state
     out.append(RecordEvaluation(state.round - 1, state.evaluations))
     return state.replace(evaluate_pending=False)
-
-
-def evaluate_last_model(state: State, now: float, out: Effects) -> State:
-    """Ask all workers to evaluate the last model, unless it is evaluated already."""
-    present = tuple(sorted(state.workers))
-    asked = Table(dict.fromkeys(present, Issued(now, state.sequence, state.round - 1)))
-    state = state.replace_and_recount(
-        phase=Phase.EVALUATING,
-        opened_at=now,
-        began_at=now,
-        due_at=-math.inf,
-        asked=asked,
-        failed=Table(),  # a failed training says nothing about this work
-    )
-    if state.evaluate_pending and present:
-        state = send_work(state, present, now, out)
-    elif not state.evaluate_pending and state.unheard and now < state.gate_until < math.inf:
-        limit, names = f"{state.gate_until - now:.0f} s", ", ".join(state.unheard)
-        reason = f"the run is done; waiting up to {limit} to inform {names}"
-        out.append(run_events.Waiting(reason=reason, what="workers"))
-    return try_to_finish(state, now, out)
-
-
-def try_to_finish(state: State, now: float, out: Effects) -> State:
-    """Finish the run once the last model is evaluated, or at the deadline.
-
-    After a restart, the run first waits for a sign of life from its workers, for a limited time
-    (``State.gate_until``). One that is heard only after the end would wait for work for ever.
-    """
-    listening = state.gate_until < math.inf
-    if listening and not state.evaluate_pending and state.unheard:
-        return state
-    if state.evaluate_pending:
-        expired = now >= state.opened_at + state.rules.deadline_s
-        if not expired and (listening or state.tally.unevaluated):
-            return state
-        state = record_evaluation(state, out, partial=True)
-    done = state.round - 1
-    rounds = "1 round is done" if done == 1 else f"{done} rounds are done"
-    if state.rules.rounds_limit:
-        rounds = f"{rounds}; {state.rules.rounds_limit}"
-    return end(state, "finished", state.enough or rounds, out)
-
-
-def end(state: State, outcome: Outcome, reason: str, out: Effects) -> State:
-    """End the run; every worker that was ever in it is told, also if it was not heard lately."""
-    out.append(End(outcome, reason, state.known))
-    return state.replace(phase=Phase.ENDED, outcome=outcome, reason=reason)
-
-
-def last_failure(failed: Mapping[str, str]) -> str:
-    """Return one of the failures, with its worker: the last by name."""
-    worker, reason = max(failed.items())
-    return f"{worker}: {reason}"

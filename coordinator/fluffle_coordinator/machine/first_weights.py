@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import refuse_unfit
 from fluffle_coordinator.machine.effects import AskInit, Effects
-from fluffle_coordinator.machine.evaluation import end, last_failure
 from fluffle_coordinator.machine.events import InitLost, WeightsReady
+from fluffle_coordinator.machine.finishing import end, last_failure
 from fluffle_coordinator.machine.records import Worker
 from fluffle_coordinator.machine.state import State
 

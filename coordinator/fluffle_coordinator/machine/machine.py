@@ -44,12 +44,8 @@ from fluffle_coordinator.machine import first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
 from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
 from fluffle_coordinator.machine.effects import Ack, Effects, Welcome
-from fluffle_coordinator.machine.evaluation import (
-    evaluate_last_model,
-    evaluation_arrived,
-    record_evaluation,
-    try_to_finish,
-)
+from fluffle_coordinator.machine.evaluation import evaluation_arrived, record_evaluation
+from fluffle_coordinator.machine.finishing import evaluate_last_model, try_to_finish
 from fluffle_coordinator.machine.opening import try_to_open
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.rules import Rules

@@ -8,7 +8,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import decide
 from fluffle_coordinator.machine.effects import Effects
-from fluffle_coordinator.machine.evaluation import end
+from fluffle_coordinator.machine.finishing import end
 from fluffle_coordinator.machine.first_weights import ask_for_weights
 from fluffle_coordinator.machine.state import Issued, Phase, State, Table
 from fluffle_coordinator.machine.work import next_sequence, note_asked, send_work

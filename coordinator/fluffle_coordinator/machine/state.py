@@ -7,7 +7,6 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from operator import add, sub
-from statistics import median_low
 from typing import Any, NamedTuple
 
 from rpds import HashTrieMap
@@ -232,11 +231,6 @@ class State:
     def needed(self) -> int:
         """How many updates close the open round."""
         return self.schedule.needed(self)
-
-    @property
-    def usual_norm(self) -> float:
-        """The median of the last rounds' medians of their updates' norms; 0 if unknown."""
-        return median_low(self.median_norms) if self.median_norms else 0.0
 
     @property
     def known(self) -> tuple[str, ...]:

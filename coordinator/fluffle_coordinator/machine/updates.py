@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from statistics import median_low
 from typing import TypeVar
 
 from fluffle_common.protocol import events as run_events
@@ -17,6 +16,7 @@ from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Rejec
 from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
+from fluffle_coordinator.machine.norms import max_norm
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.state import SEQUENCE_GAP, Issued, Phase, State, Table, Tally
 from fluffle_coordinator.machine.work import assign_work, resend_work
@@ -92,7 +92,7 @@ def _discount(state: State, number: int) -> float:
 
 def _fold(state: State, update: Arrived) -> Fold:
     staleness, discount = state.round - update.round, _discount(state, update.round)
-    return Fold(update, _max_norm(state), staleness, discount)
+    return Fold(update, max_norm(state), staleness, discount)
 
 
 def _reject(state: State, update: Arrived, reason: str, out: Effects) -> State:
@@ -119,18 +119,6 @@ def _weighed(state: State, update: Arrived, out: Effects) -> Arrived:
     )
     out.append(overweight)
     return replace(update, num_examples=limit)
-
-
-def _max_norm(state: State) -> float:
-    """Return the largest norm that an update may have to be counted."""
-    ratio = state.rules.max_norm_ratio
-    if ratio is None:
-        return math.inf
-    middle = state.usual_norm
-    if not middle:  # no earlier round is known
-        norms = [norm for norm in state.norms.values() if norm > 0]
-        middle = median_low(norms) if len(norms) >= 2 else math.inf
-    return ratio * middle
 
 
 def _finish_work(state: State, ticket: Ticket, now: float, out: Effects) -> State:

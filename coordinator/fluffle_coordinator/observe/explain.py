@@ -8,13 +8,37 @@ from datetime import datetime
 from functools import cached_property
 from typing import NamedTuple
 
-from fluffle_common.protocol.events import Committed, Counted, Doing, Opened, Waiting, from_fields
+from fluffle_common.protocol.events import (
+    Committed,
+    Counted,
+    Doing,
+    Opened,
+    RunEvent,
+    Waiting,
+    from_fields,
+)
 from fluffle_common.protocol.messages import Event
 from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import Departure
 
 _ROUND_EVENTS = (Opened, Counted, Committed)
+
+
+class Entry(NamedTuple):
+    """An event of the journal, in a quarter of the memory of its message.
+
+    ``moment`` and ``run`` are None if the journal does not tell them.
+    """
+
+    moment: datetime | None
+    run: str | None
+    event: RunEvent
+
+    @classmethod
+    def of(cls, message: Event) -> Entry:
+        """Return the event in a message of the journal."""
+        return cls(message.moment, message.run, from_fields(message.event, message.fields))
 
 
 class Wait(NamedTuple):
@@ -120,23 +144,22 @@ class Explanation:
         return None if self.round.is_open and only_for_workers else self.view.waiting
 
 
-def runs_of(events: Iterable[Event]) -> dict[str, list[int]]:
-    """Return the rounds of each run that the events belong to, the most recent last."""
+def runs_of(journal: Iterable[Entry]) -> dict[str, list[int]]:
+    """Return the rounds of each run in the journal, the most recent last."""
     runs: dict[str, dict[int, None]] = {}
-    for entry in events:
-        if entry.run is None:
+    for _, run, event in journal:
+        if run is None:
             continue
-        rounds = runs.pop(entry.run, {})  # reinserted below, as the most recent
-        event = from_fields(entry.event, entry.fields)
+        rounds = runs.pop(run, {})  # reinserted below, as the most recent
         if isinstance(event, _ROUND_EVENTS) and event.round is not None:
             rounds.pop(event.round, None)
             rounds[event.round] = None
-        runs[entry.run] = rounds
+        runs[run] = rounds
     return {run: list(rounds) for run, rounds in runs.items()}
 
 
 def explain(
-    events: Iterable[Event],
+    journal: Iterable[Entry],
     run: str,
     number: int,
     now: datetime,
@@ -145,17 +168,16 @@ def explain(
 ) -> Explanation:
     """Return the explanation of a round at time ``now``; round 0 is the time before the first.
 
-    The events are the journal, in its order and from as early as possible. ``coordinated`` says
-    whether a coordinator is connected now; None if that is unknown.
+    The journal begins as early as possible. ``coordinated`` says whether a coordinator is connected
+    now; None if that is unknown.
     """
     # Before the first round, a message that names some round must not create it.
     view, now_s = RunView(whole=number > 0), now.timestamp()
-    for entry in events:
-        moment = entry.moment
-        if moment is not None and entry.run in (run, None):
+    for moment, of, event in journal:
+        if moment is not None and of in (run, None):
             at = moment.timestamp()
             now_s = max(now_s, at)  # the coordinator's clock may be ahead of this machine's
-            view.add(at, from_fields(entry.event, entry.fields))
+            view.add(at, event)
     round_view = view.rounds.get(number) or (RoundView(number) if number else view.before)
     return Explanation(run, view, round_view, now_s, coordinated)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import Failure, Left, RunEvent, decimal
 from fluffle_coordinator.observe.explain import Explanation, longest_wait
@@ -149,14 +150,15 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
 
 def _opening(explanation: Explanation) -> Iterator[str]:
     this = explanation.round
-    state = "is open" if this.is_open else "is committed"
+    open_state = "is open" if explanation.waits else "was not closed"  # because the run ended
+    state = open_state if this.is_open else "is committed"
     if this.opened_at is None:
         yield (
             f"Round {this.number} of run {explanation.run} {state}; its opening is not in the "
             "journal."
         )
         return
-    needed = "" if this.needed is None else f"; {_number(this.needed, 'update')} needed"
+    needed = "" if this.needed is None else f"; {plural(this.needed, 'update')} needed"
     if this.is_suspended:
         state, needed = "is not open now", ""  # a restarted coordinator may have another quorum
     day = local(this.opened_at, "%Y-%m-%d")
@@ -182,9 +184,9 @@ def _answers(explanation: Explanation) -> Iterator[str]:
         elif this.opened_at is not None and this.openings > 1:
             after = ", before the round was opened again"
         words = [
-            _number(update.num_examples, "example") if update.num_examples is not None else "",
+            plural(update.num_examples, "example") if update.num_examples is not None else "",
             f"{duration(update.train_s)} of training" if update.train_s is not None else "",
-            f"{_number(update.staleness, 'version')} behind" if update.staleness else "",
+            f"{plural(update.staleness, 'version')} behind" if update.staleness else "",
         ]
         more = ", ".join(filter(None, words))
         yield f"{update.worker} answered at {clock(at)}{after}{f': {more}' if more else ''}."
@@ -208,7 +210,7 @@ def _missing(explanation: Explanation) -> Iterator[str]:
                 else f"{worker} {_did_not_answer(explanation)}."
             )
     if explanation.short:
-        yield f"Still waiting for {_number(explanation.short, 'more worker')} to join."
+        yield f"Still waiting for {plural(explanation.short, 'more worker')} to join."
 
 
 def _did_not_answer(explanation: Explanation) -> str:
@@ -299,7 +301,7 @@ def _closing(explanation: Explanation) -> Iterator[str]:
     if this.opened_at is not None:
         seconds = this.committed_at - this.opened_at
         after = f", {duration(max(0.0, seconds))} after the opening"
-    examples = "" if this.num_examples is None else f", {_number(this.num_examples, 'example')}"
+    examples = "" if this.num_examples is None else f", {plural(this.num_examples, 'example')}"
     at, names = clock(this.committed_at), _names(this.participants)
     yield f"Round {this.number} was committed at {at}{after}, with {names}{examples}."
     steps = [
@@ -366,7 +368,3 @@ def _ending(explanation: Explanation, at: float, event: RunEvent) -> str:
 
 def _names(names: tuple[str, ...] | list[str]) -> str:
     return ", ".join(names) or "nobody"
-
-
-def _number(count: float, thing: str) -> str:
-    return f"{count:.0f} {thing}{'' if count == 1 else 's'}"

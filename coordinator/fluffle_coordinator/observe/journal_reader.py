@@ -20,7 +20,7 @@ _CLOCK_SKEW = timedelta(minutes=2)
 _PATIENCE_S = 10.0  # how long to wait for an entry that the broker says is there
 _POLL_S = 1.0
 
-Waiting = Callable[[str, float], None]
+Waiting = Callable[[str], None]
 
 
 async def read_journal(
@@ -29,7 +29,7 @@ async def read_journal(
     *,
     since: datetime | None = None,
     live: bool = False,
-    waiting: Waiting = lambda _why, _pause_s: None,
+    waiting: Waiting = lambda _why: None,
     backoff: Backoff | None = None,
 ) -> AsyncGenerator[Event]:
     """Yield the events of a federation in order, each once.
@@ -42,7 +42,7 @@ async def read_journal(
         since: yield events from this time on; None yields all that the broker keeps.
         live: continue with new events until cancelled, and wait for a journal that does not exist
             yet; otherwise end with the newest existing event.
-        waiting: called while disconnected, with the reason and the seconds to the next attempt.
+        waiting: called with the reason when the link is lost or cannot be opened.
         backoff: how to wait for an unreachable broker.
 
     Raises:
@@ -67,7 +67,7 @@ async def read_journal(
                                 yield event
                 return
             except LinkLost as why:
-                waiting(str(why), 0.0)
+                waiting(str(why))
             except AccessRefused as why:
                 raise BrokerError(
                     f"{why.lacking}; grant the user permission to read {topology.journal}"

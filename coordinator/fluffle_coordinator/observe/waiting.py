@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 
+from fluffle_common.plural import plural
 from fluffle_common.protocol.events import Doing, Waiting
 from fluffle_coordinator.machine.clock import standstill_s
 from fluffle_coordinator.machine.closing import deadline_at
@@ -100,7 +101,7 @@ def in_brief(state: State, now: float) -> str:
 
 def _more_needed(state: State) -> list[str]:
     short = _short(state)
-    return [f"{short} more worker{'s'[: short > 1]} needed"] if short else []
+    return [f"{plural(short, 'more worker')} needed"] if short else []
 
 
 def _before_a_round(state: State) -> Waiting | None:

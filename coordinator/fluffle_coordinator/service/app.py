@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import reprlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,14 +19,15 @@ from fluffle_common.cli.settings import (
     parse_classes,
     parse_config,
 )
-from fluffle_common.errors import RunError, UsageError
+from fluffle_common.errors import LinkLost, RunError, UsageError
+from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.protocol.metric_names import TEST_PREFIX
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Transport
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
-from fluffle_common.transport.reconnect import Backoff
+from fluffle_common.transport.reconnect import Backoff, reconnecting
 from fluffle_coordinator.machine.selection import UNIFORM, sample_size
 from fluffle_coordinator.machine.state import Quorum, Rules, State
 from fluffle_coordinator.observe.journal_writer import Journal
@@ -214,9 +216,15 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             f"--min-updates {options['min_updates']} has no effect with --on-deadline "
             f"{options['on_deadline']}; add --on-deadline close, or remove --min-updates"
         )
+    if options["max_round"] < options["deadline"]:
+        raise UsageError(
+            f"--max-round {options['max_round']:g} is less than --deadline "
+            f"{options['deadline']:g}, so no round could reach its deadline; raise --max-round or "
+            "lower --deadline"
+        )
     return Rules(
         rounds=options["rounds"],
-        min_workers=min_workers or quorum.number or 2,
+        min_workers=min_workers or quorum.number or Rules.min_workers,
         least=least,
         quorum=quorum,
         grace_s=options["grace"],
@@ -272,6 +280,7 @@ async def coordinate(
     earlier run aside and begins a new one.
 
     Raises:
+        BrokerError: if the broker stays unreachable, or refuses what the run needs.
         RunError: if the folder cannot be used.
         TaskError: if the user's strategy, schedule or selection fails.
         UsageError: if the run in the folder cannot continue with these settings.
@@ -286,6 +295,10 @@ async def coordinate(
     journal = Journal(topology) if journaled else None
     watchers: list[Watcher | None] = [watcher, journal, page]
     watcher = Watchers(*filter(None, watchers))
+    # A broker that refuses the new run must not cost the folder its earlier run. One in memory, on
+    # which no run is journaled, refuses nothing.
+    if fresh and journaled:
+        await _declare(settings, transport, topology, watcher)
     saved = await open_run(settings, topology, store, watcher, fresh=fresh)
     if page and saved.committed:
         page.remember(merged(saved.lines))
@@ -311,6 +324,22 @@ async def coordinate(
     return state
 
 
+async def _declare(
+    settings: CoordinatorSettings, transport: Transport, topology: Topology, watcher: Watcher
+) -> None:
+    """Wait for the broker, and declare what the run needs."""
+
+    def no_broker(reason: str) -> None:
+        watcher.record(run_events.NoBroker(address=transport.address, reason=reason))
+
+    opened = reconnecting(transport, settings.backoff, no_broker)
+    async with contextlib.aclosing(opened):
+        async for link in opened:
+            with contextlib.suppress(LinkLost):
+                await link.declare(topology.required())
+                return
+
+
 def _beginning(
     settings: CoordinatorSettings, saved: Saved, folder: Path
 ) -> Iterator[run_events.RunEvent]:
@@ -321,7 +350,7 @@ def _beginning(
     else:
         yield run_events.Started(run=saved.run, rounds=rounds, folder=str(folder))
     if rounds == strategy.strategy.needs.max_rounds:
-        what = f"the strategy {strategy.name} allows at most {rounds} round{'s'[: rounds != 1]}"
+        what = f"the strategy {strategy.name} allows at most {plural(rounds, 'round')}"
         yield run_events.Note(what=what)
     if what := uncounted_sampling(strategy, settings.rules):
         yield run_events.Note(what=what)

@@ -31,7 +31,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.stopping import Standing
 from fluffle_coordinator.storage import update_archive
-from fluffle_coordinator.storage.evaluations import average_evaluations, evaluation_metrics
+from fluffle_coordinator.storage.evaluation_averages import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.round_stats import (
     Clock,
     Counts,

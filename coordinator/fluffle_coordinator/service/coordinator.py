@@ -26,7 +26,7 @@ from fluffle_common.debug_loggers import log_step, logger
 from fluffle_common.errors import LinkLost, TaskError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.exchanges import Handlers, Sent
-from fluffle_common.protocol.topology import Queue, Topology
+from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.frozen import IN_METADATA
 from fluffle_common.transport.base import (
     Link,
@@ -310,8 +310,8 @@ class Coordinator:
     # --- what comes in -------------------------------------------------------------------------
 
     async def _links(self) -> None:
-        def no_broker(reason: str, pause_s: float) -> None:
-            self._record(run_events.NoBroker(reason=reason, pause_s=pause_s))
+        def no_broker(reason: str) -> None:
+            self._record(run_events.NoBroker(reason=reason))
 
         opened = reconnecting(self._transport, self._settings.backoff, no_broker)
         number = 0
@@ -331,9 +331,8 @@ class Coordinator:
                     self._post(ev.Disconnected(monotonic()))
 
     async def _serve(self, link: Link, number: int) -> None:
-        journal = self._topology.journal_stream()
-        await link.declare([entity for entity in self._topology.shared() if entity != journal])
-        await self._declare_journal(journal, link)
+        await link.declare(self._topology.required())
+        await self._declare_journal(link)
         # Exclusive: the consumer of this queue is the federation's only active coordinator.
         presence = await link.consume(self._topology.presence, prefetch=_PREFETCH, exclusive=True)
         self._standby.takes_over()
@@ -352,14 +351,14 @@ class Coordinator:
         ]
         await run_all(*tasks, *([self._journal.publish(link)] if self._journal else []))
 
-    async def _declare_journal(self, journal: Queue, link: Link) -> None:
+    async def _declare_journal(self, link: Link) -> None:
         """Declare the journal's queue; run without a journal if the broker cannot hold one."""
         if self._journal is not None:
             try:
-                await link.declare([journal])
+                await link.declare([self._topology.journal_stream()])
             except UnknownQueueType:
                 self._journal = None
-                self._record(run_events.NoJournal(reason="the broker does not support streams"))
+                self._record(run_events.NoJournal())
 
     async def _a_link(self) -> Link:
         while self._link is None:

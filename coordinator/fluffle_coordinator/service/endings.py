@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from fluffle_common.plural import plural
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.state import State
 
@@ -15,16 +16,16 @@ def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool =
     ``by_rule`` says that a rule of early stopping ended the run, and would end it again.
 
     >>> after_the_end(Path("runs/letters"), 6, Rules(6))
-    "'fluffle history --run runs/letters' shows the rounds; run the same command with --rounds 12 \
+    "'fluffle history runs/letters' shows the rounds; run the same command with --rounds 12 \
 (without --fresh) to add rounds, or with --fresh to begin a new run"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6))
-    "'fluffle history --run runs/letters' shows the rounds; run the same command (without --fresh) \
+    "'fluffle history runs/letters' shows the rounds; run the same command (without --fresh) \
 to continue with round 4"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6), by_rule=True)
-    "'fluffle history --run runs/letters' shows the rounds; to continue with round 4, change or \
+    "'fluffle history runs/letters' shows the rounds; to continue with round 4, change or \
 remove the option that ended the run, and run the command again (without --fresh)"
     """
-    shows = f"'fluffle history --run {shlex.quote(str(folder))}' shows the rounds"
+    shows = f"'fluffle history {shlex.quote(str(folder))}' shows the rounds"
     if by_rule:
         return (
             f"{shows}; to continue with round {committed + 1}, change or remove the option that "
@@ -49,7 +50,7 @@ def done_already(folder: Path, committed: int, rules: Rules) -> str:
     """
     why = rules.rounds_limit or f"--rounds is {rules.rounds}"
     return (
-        f"the run in {folder} is done: it has {committed} round{'s'[: committed != 1]} and "
+        f"the run in {folder} is done: it has {plural(committed, 'round')} and "
         f"{why}. {after_the_end(folder, committed, rules)}"
     )
 

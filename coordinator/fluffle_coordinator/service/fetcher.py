@@ -11,10 +11,10 @@ from pathlib import Path
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import Assembly
+from fluffle_common.protocol.transfer_parts import Assembly
 from fluffle_common.tensors.groups import GroupedLayout
+from fluffle_common.tensors.in_pieces import InPieces
 from fluffle_common.tensors.layout import layout_for
-from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link
@@ -130,7 +130,7 @@ class Fetcher:
     async def _fetch(self, held: Held, layout: GroupedLayout, *, in_pieces: bool) -> Payload:
         message, link = held.message, self._link()
         if link is None:
-            raise LinkLost("the link was lost")
+            raise LinkLost("the connection was closed")
         assert message.transfer is not None
         into: Spool | Assembly
         if in_pieces:

@@ -18,7 +18,7 @@ from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
 from fluffle_common.protocol.messages import PROTOCOL, Evaluate, Fit, Message
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer import digest_of
+from fluffle_common.protocol.transfer_parts import digest_of
 from fluffle_common.protocol.wire_format import PART_BYTES, MinimalHello, encode_refusal
 from fluffle_common.tensors.groups import EXTRA, FROZEN
 from fluffle_common.tensors.weights import Weights, size_bytes
@@ -27,7 +27,7 @@ from fluffle_common.transport.messaging import Route, send, send_ahead, send_ten
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service.composer import Composer
-from fluffle_coordinator.service.rejections import Rejections
+from fluffle_coordinator.service.rejected_queue import RejectedQueue
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.strategy.base import NO_TENSORS
 
@@ -79,17 +79,17 @@ class Outbox:
         self._bound_over: Link | None = None
         self._under_way = Counter[str]()  # how many messages with weights wait here, by worker
         self._jobs = SerialQueue()
-        self._rejections = Rejections(topology.rejected, self._do)
-        self.reject = self._rejections.put
+        self._rejected_queue = RejectedQueue(topology.rejected, self._do)
+        self.reject = self._rejected_queue.put
 
     async def run(self) -> None:
         """Publish until cancelled."""
-        await run_all(self._jobs.run(), self._rejections.run())
+        await run_all(self._jobs.run(), self._rejected_queue.run())
 
     async def drained(self) -> None:
         """Wait until everything is published."""
         await self._jobs.drained()
-        await self._rejections.drained()
+        await self._rejected_queue.drained()
 
     def _put(self, job: Job) -> None:
         self._jobs.put(lambda: self._do(job))
@@ -121,7 +121,8 @@ class Outbox:
             self._record_refusal(why)
 
     def _record_refusal(self, why: QueueFull) -> None:
-        self._record(Waiting(reason=f"the broker has no room for a message ({why})", what="room"))
+        reason = f"the broker has no room for a message ({why}); see 'fluffle queues'"
+        self._record(Waiting(reason=reason, what="room"))
 
     def prepare(self, weights: Weights, extra: Weights) -> asyncio.Future[str] | None:
         """Start to compute the digest of the weights and broadcast tensors, once per version.

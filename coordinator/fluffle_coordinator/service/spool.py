@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from fluffle_common.protocol.messages import Transfer
-from fluffle_common.protocol.transfer import Incoming
+from fluffle_common.protocol.transfer_parts import Incoming
+from fluffle_common.tensors.in_pieces import InPieces
 from fluffle_common.tensors.layout import Layout
-from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import norm_of_piece
 
 _IN_MEMORY_BYTES = 8 * 2**20

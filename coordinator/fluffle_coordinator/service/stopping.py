@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fluffle_common.plural import plural
 from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, lower_is_better
 from fluffle_coordinator.observe.times import duration
@@ -104,7 +105,7 @@ class Standing:
             if rules.target is not None and self._sign * (self._value - rules.target) >= 0:
                 return f"{name} reached {of} (--target {rules.target:g})"
             if rules.patience is not None and self._latest - self._since >= rules.patience:
-                rounds = "1 round" if rules.patience == 1 else f"{rules.patience} rounds"
+                rounds = plural(rules.patience, "round")
                 return f"{name} has not improved for {rounds}; the best is {of} (--patience)"
         if rules.time_budget_s is not None and self._seconds >= rules.time_budget_s:
             return (

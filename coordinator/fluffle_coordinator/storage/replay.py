@@ -185,7 +185,7 @@ def _archived(
             )
         if message.transfer is not None and payload is None:
             missing = path.with_suffix(".payload")
-            raise UsageError(f"the tensors of the update of {worker} are missing ({missing})")
+            raise UsageError(f"the tensors of {worker}'s update are missing: {missing}")
         payload = inline if payload is None else payload
         delta, _, extra = decode_update(message, payload, base, plan)
     except MalformedMessage as error:

@@ -12,7 +12,7 @@ from typing import Any
 from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.protocol.events import Late, Rejected, RunEvent
 from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
-from fluffle_coordinator.machine.closing import with_median
+from fluffle_coordinator.machine.norms import with_median
 
 _MOST_DETAILS = 50  # so that a flood of bad updates does not flood the history
 

@@ -9,7 +9,7 @@ import numpy as np
 from fluffle_common.arguments import within
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol.messages import FirstWeights, Plan, Update
-from fluffle_common.protocol.transfer import announced_layout
+from fluffle_common.protocol.transfer_parts import announced_layout
 from fluffle_common.protocol.wire_format import read_groups
 from fluffle_common.tensors.compression import check_announced_signature, decompress
 from fluffle_common.tensors.groups import (
@@ -19,7 +19,7 @@ from fluffle_common.tensors.groups import (
     check_extra,
     select_tensors,
 )
-from fluffle_common.tensors.pieces import InPieces
+from fluffle_common.tensors.in_pieces import InPieces
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import (
     NotFinite,

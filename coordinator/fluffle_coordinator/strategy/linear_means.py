@@ -25,10 +25,10 @@ from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Array, Weights, finite_norm, largest
 from fluffle_coordinator.strategy.base import Contribution, Needs
 from fluffle_coordinator.strategy.blocks import in_blocks
+from fluffle_coordinator.strategy.weighted import SCALE
 
 _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
-_SCALE = 2.0**-64  # sums are scaled as in ``weighted``, so that they cannot overflow
 _NO_TERMS = np.zeros(2)
 _LEAST_LOSS = 1e-10  # because 0 has no negative powers
 _MOST = 1e10  # of a loss, or of steps, so that sums of their powers cannot overflow
@@ -65,7 +65,7 @@ class Linear:
         with np.errstate(over="ignore", under="ignore", invalid="ignore"):
             for total, values in in_blocks(state.total, one.delta):
                 scaled = values.astype(_FLOAT)
-                scaled *= factor * _SCALE
+                scaled *= factor * SCALE
                 if state.empty:
                     total[...] = scaled
                 else:
@@ -80,7 +80,7 @@ class Linear:
         """
         if state.empty:
             raise ValueError("there is nothing to average, because no update has been added")
-        scale = self.scale(*map(float, state.terms)) / _SCALE
+        scale = self.scale(*map(float, state.terms)) / SCALE
         delta = layout_for(weights).empty_as(_FLOAT)
         with np.errstate(over="ignore", under="ignore"):
             for total, result in in_blocks(state.total, delta):

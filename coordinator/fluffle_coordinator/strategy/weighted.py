@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from fluffle_common.tensors.in_pieces import InPieces
 from fluffle_common.tensors.layout import Layout, Tensors, layout_for, layout_of_signature
-from fluffle_common.tensors.pieces import InPieces
 from fluffle_common.tensors.weights import (
     BFLOAT16,
     Array,
@@ -31,7 +31,7 @@ from fluffle_coordinator.strategy.blocks import BLOCK, cut, in_blocks
 
 # Sums are scaled by this, so that the sum of two updates of 1e308 does not overflow. A power of two
 # loses no bits, except that values below 1e-288 are rounded to a multiple of 1e-304.
-_SCALE = 2.0**-64
+SCALE = 2.0**-64
 _FLOAT, _INTEGER = np.dtype(np.float64), np.dtype(np.int64)
 _NOTHING: Array = np.empty(0)
 _UNDIVIDED = BLOCK  # the most values that ``Vector`` sums in one piece
@@ -65,7 +65,7 @@ class Sum:
     """The running sums of a round: sum(w_k * delta_k), sum(n_k) and sum(w_k).
 
     While ``num_examples`` is 0, ``totals`` is uninitialized memory. For floats, it holds float64
-    sums times ``_SCALE``; for integers, the upper halves of the sums followed by the lower halves
+    sums times ``SCALE``; for integers, the upper halves of the sums followed by the lower halves
     (see ``integer_sum``).
     """
 
@@ -105,7 +105,7 @@ class Weighted:
                 f"too many examples: the sum of {num_so_far} and {num_examples} exceeds the limit "
                 f"of {integer_sum.MOST}"
             )
-        factor = one.weight * _SCALE
+        factor = one.weight * SCALE
         with np.errstate(over="ignore", invalid="ignore"):  # for the gaps between tensors
             for total, values in _side_by_side(state.totals, one.delta):
                 if total.dtype == _INTEGER:
@@ -133,7 +133,7 @@ class Weighted:
                 if total.dtype == _INTEGER:
                     result[:] = integer_sum.mean(*_halves(total), count)
                 else:
-                    np.divide(total, state.weight * _SCALE, out=result)
+                    np.divide(total, state.weight * SCALE, out=result)
         return mean, Sum(state.totals)
 
     def replaced(self, state: Sum, weights: Weights) -> tuple[Tensors, Sum]:
@@ -153,7 +153,7 @@ class Weighted:
             if total.dtype == _INTEGER:
                 result[:] = integer_sum.rounded_mean(*_halves(total), count, base)
             else:
-                _average(result, total, base, state.weight * _SCALE)
+                _average(result, total, base, state.weight * SCALE)
         assert averaged.memory is not None
         layout.clear_gaps(averaged.memory)  # bytes from the gaps of updates must not travel on
         return averaged, emptied
@@ -190,7 +190,7 @@ def apply_delta(weights: Weights, delta: Weights) -> Tensors:
 def _counted(state: Sum) -> int:
     if state.num_examples <= 0:
         raise ValueError("there is nothing to average, because no examples have been added")
-    if not state.weight * _SCALE > 0:
+    if not state.weight * SCALE > 0:
         raise ValueError(
             f"the averaging weights of the updates add up to {state.weight:g}, so the updates have "
             "no mean; check the discounts of the schedule"

@@ -130,6 +130,11 @@ def rules_for(
             f"'needs.extra' of the strategy {named.name} is {needs.extra!r:.80}; expected "
             '"model", or a mapping of names to shapes such as {"steps": ()}'
         ) from None
+    if isinstance(needs.metrics, str):
+        raise UsageError(
+            f"'needs.metrics' of the strategy {named.name} is {needs.metrics!r:.80}; expected a "
+            f"tuple of names such as ({needs.metrics!r:.80},)"
+        )
     fewest, quorum = needs.min_updates, rules.quorum.number
     if quorum is not None and quorum < fewest:
         raise UsageError(

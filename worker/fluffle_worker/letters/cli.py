@@ -10,9 +10,10 @@ import click
 
 from fluffle_common.cli.app import SEED, count
 from fluffle_common.cli.console import warn
+from fluffle_common.cli.output_files import ChartFile, draw_into_files, save_chart
 from fluffle_common.cli.printing import echo, echo_json
-from fluffle_common.cli.settings import draw_into_files
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
     from fluffle_worker.letters.images import Images
@@ -64,8 +65,8 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
             seed=seed,
             progress=lambda done, _: bar.update(done - bar.pos),
         )
-    more = f" and {unseen} more writer{'s' if unseen > 1 else ''}" if unseen else ""
-    echo(f"{clients} clients{more} with {per_client} letters each in {out}")
+    more = f" and {plural(unseen, 'more writer')}" if unseen else ""
+    echo(f"{plural(clients, 'client')}{more} with {per_client} letters each in {out}")
 
 
 @click.command()
@@ -138,7 +139,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     metavar="DIR",
     help="Folder of letter images, laid out as <class>/<image>.",
 )
-@click.option("--out", type=_FILE, required=True, metavar="PNG", help="Image file to write.")
+@click.option("--out", type=ChartFile(), required=True, metavar="PNG", help="Image file to write.")
 @click.option(
     "--all",
     "everything",
@@ -169,7 +170,7 @@ def confusion(**options: Any) -> None:
     try:
         from fluffle_worker.cli import id_from
         from fluffle_worker.letters.images import read_images
-        from fluffle_worker.letters.inference import LettersModel, draw_confusion
+        from fluffle_worker.letters.inference import LettersModel, confusion_chart
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     if options["everything"] and options["unseen"]:
@@ -184,14 +185,7 @@ def confusion(**options: Any) -> None:
     score, of_what, lines = _scored(loaded, images, options, trained)
     title = f"{model.stem} on {data.name}: {score.accuracy:.2f} %\nof {of_what}"
     draw_into_files()
-    try:
-        draw_confusion(score.counts, loaded.classes, title, out)
-    except ImportError:
-        raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
-    except OSError as why:
-        raise TaskError(
-            f"cannot write {out} ({why.strerror}); choose another file with --out"
-        ) from None
+    save_chart(confusion_chart(score.counts, loaded.classes, title), out)
     for line in lines:
         echo(line)
     echo(f"matrix written to {out}")

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from fluffle_common.errors import TaskError
+from fluffle_common.plural import plural
 
 SUFFIXES = frozenset(
     ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split()
@@ -158,9 +159,7 @@ def _case_notes(names: Iterable[str]) -> Iterable[str]:
 
 def _nested_note(folders: list[Path], classes: Collection[str]) -> str:
     if classes:
-        return (
-            f"ignored {len(folders)} folder{'s' if len(folders) > 1 else ''} inside class folders"
-        )
+        return f"ignored {plural(len(folders), 'folder')} inside class folders"
     return f"if {folders[0]} is a class, set --data to {folders[0].parent} instead"
 
 
@@ -168,5 +167,4 @@ def _ignored_note(ignored: Counter[str]) -> str:
     listed = some([f"{kind} {count}" for kind, count in ignored.most_common()])
     hints = [_TO_CONVERT[kind] for kind in sorted(ignored) if kind in _TO_CONVERT]
     hint = f" (convert {', '.join(hints)} to PNG or JPEG)" if hints else ""
-    total = ignored.total()
-    return f"ignored {total} file{'s' if total > 1 else ''}: {listed}{hint}"
+    return f"ignored {plural(ignored.total(), 'file')}: {listed}{hint}"

@@ -29,8 +29,7 @@ class Images:
     targets: Array  # int32, shape [n], indices into ``classes``
     classes: tuple[str, ...]
     paths: tuple[Path, ...]  # of each image
-    skipped: tuple[str, ...]  # images that could not be read, each with the reason
-    notes: tuple[str, ...] = ()  # lines to show to the user, with a summary of ``skipped``
+    notes: tuple[str, ...] = ()  # lines to show to the user
 
 
 def read_images(
@@ -87,7 +86,6 @@ def read_images(
         np.asarray(targets, np.int32),
         names,
         tuple(paths),
-        tuple(skipped),
         tuple(notes),
     )
 

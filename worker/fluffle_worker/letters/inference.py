@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fluffle_common.durable_files import replacing
+from fluffle_common.cli.output_files import new_figure
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import classes_in, read_checkpoint
 from fluffle_common.tensors.weights import Array, check_finite
 from fluffle_worker.letters.images import Images
 from fluffle_worker.letters.pixels import SIDE
 from fluffle_worker.letters.task import letters_task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -149,12 +151,14 @@ def confusion_counts(targets: Array, predicted: Array, classes: int) -> Array:
     return counts
 
 
-def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Path) -> None:
-    """Draw a confusion matrix to a PNG, each cell shaded by its share of the row."""
-    from matplotlib.figure import Figure
+def confusion_chart(counts: Array, classes: tuple[str, ...], title: str) -> Figure:
+    """Draw a confusion matrix, each cell shaded by its share of the row.
 
+    Raises:
+        UsageError: if matplotlib is not installed.
+    """
     share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-    figure = Figure(figsize=(6, 5.6), layout="constrained")
+    figure = new_figure(6, 5.6)
     axes = figure.subplots()
     drawn = axes.imshow(share, cmap="Blues", vmin=0, vmax=1)
     upper = shown_names(classes)
@@ -170,7 +174,4 @@ def draw_confusion(counts: Array, classes: tuple[str, ...], title: str, out: Pat
                 shade = "white" if share[row, column] > 0.5 else "#333333"
                 axes.text(column, row, counts[row, column], ha="center", va="center", color=shade)
     figure.colorbar(drawn, ax=axes, shrink=0.8, label="share of the row")
-    with replacing(out) as file, warnings.catch_warnings():
-        # A character that the font lacks becomes a box.
-        warnings.filterwarnings("ignore", message="Glyph")
-        figure.savefig(file, dpi=150, format="png")
+    return figure

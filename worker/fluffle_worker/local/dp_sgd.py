@@ -75,7 +75,8 @@ class DpSgd(Plain):
         next_key, *keys = jax.random.split(state, len(gradient) + 1)
         private = {}
         for key, (name, array) in zip(keys, exact.items(), strict=True):
-            total = jnp.tensordot(factors, array, axes=1)
+            # By default, TPUs and GPUs may round the factors to fewer bits, and exceed the norm.
+            total = jnp.tensordot(factors, array, axes=1, precision="highest")
             noise = self.noise * self.clip * jax.random.normal(key, total.shape)
             dtype = jax.dtypes.canonicalize_dtype(gradient[name].dtype)  # float64 by x64 only
             private[name] = ((total + noise) / len(factors)).astype(dtype)

@@ -53,9 +53,10 @@ class FlatStep:
 
     def __init__(self, step: Callable[..., Any], *, static_rate: bool) -> None:
         self._step = step
-        static = (0, 1) if static_rate else (1,)
-        self._one = jax.jit(self._on_leaves, static_argnums=static)
-        self._several = jax.jit(self._loop, static_argnums=static)
+        # The donated leaves are overwritten, so that only one state is in memory.
+        how: Any = {"static_argnums": (0, 1) if static_rate else (1,), "donate_argnums": 2}
+        self._one = jax.jit(self._on_leaves, **how)
+        self._several = jax.jit(self._loop, **how)
         self._small: dict[Any, bool] = {}
 
     def run(  # noqa: PLR0917 - the parameters of the step
@@ -63,16 +64,17 @@ class FlatStep:
     ) -> Iterator[tuple[Flat, Sequence[Any]]]:
         """Train on all batches; yield the state after each call, with the losses of its steps.
 
-        The step reads ``frozen`` and does not change it. ``batches`` index ``source``, or are
-        examples themselves if that is None.
+        A call reuses the memory of the state that was yielded before it. The step reads ``frozen``
+        and does not change it. ``batches`` index ``source``, or are examples themselves if that is
+        None.
 
         Raises:
             TaskError: if the step changes the structure of its state.
         """
-        forms, leaves, done = (state.form, frozen.form), state.leaves, 0
-        first = next(batches, None)
-        if first is None:
-            return
+        forms, done = (state.form, frozen.form), 0
+        leaves = _copied(state.leaves)  # the caller's own must not be overwritten
+        del state  # or it would stay in memory
+        first = next(batches)
         batches = itertools.chain([first], batches)
         args = rate, forms, leaves, frozen.leaves, source
         if source is not None and self._is_small(args, first, key):
@@ -82,12 +84,12 @@ class FlatStep:
                     rate, forms, leaves, frozen.leaves, source, indices, key, done, len(chunk)
                 )
                 done += len(chunk)
-                yield Flat(leaves, state.form), list(np.asarray(losses)[: len(chunk)])
+                yield Flat(leaves, forms[0]), list(np.asarray(losses)[: len(chunk)])
             return
         for done, batch in enumerate(batches, start=1):
             number = np.int32(done)
             leaves, loss = self._one(rate, forms, leaves, frozen.leaves, source, batch, key, number)
-            yield Flat(leaves, state.form), [loss]
+            yield Flat(leaves, forms[0]), [loss]
 
     def _is_small(self, args: tuple[Any, ...], batch: Array, key: Any) -> bool:
         """Whether dispatching a step takes about as long as the step, and a loop no longer.
@@ -152,6 +154,11 @@ class FlatStep:
             0, count, one, (leaves, jnp.zeros(len(batches)))
         )
         return found
+
+
+@jax.jit
+def _copied(leaves: list[Any]) -> list[Any]:
+    return [jnp.copy(leaf) for leaf in leaves]
 
 
 def _kind(array: Any) -> tuple[Any, Any]:

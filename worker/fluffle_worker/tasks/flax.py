@@ -161,14 +161,21 @@ class FlaxTask(AdaptedTask):
         learnt = parts.learnt(weights, self._personal.before(work_of(plan)))
         trained = _trained(plan)
         params = filtered(learnt, trained)
-        key = key_of(plan.seed ^ self._sample_seed)
+        # Mixed, because a sum would be that of another worker in another round.
+        mixed = np.random.default_rng([plan.seed, self._sample_seed]).integers(2**63)
+        key = key_of(int(mixed))
         frozen, rest = parts.at_home.frozen, parts.seeded(key)
         learning_rate = plan.learning_rate or self._learning_rate
-        optimizer_state = self._transform(learning_rate).init(params)
         step, steps = self._step(plan, params), data.steps(plan)
         losses = StepLosses(progress, steps, private=rule.per_example)
-        state, still = Flat.of((learnt, rest, optimizer_state)), Flat.of(frozen)
-        calls = step.run(learning_rate, state, still, data.source, data.batches(plan), key)
+        calls = step.run(
+            learning_rate,
+            Flat.of((learnt, rest, self._transform(learning_rate).init(params))),
+            Flat.of(frozen),
+            data.source,
+            data.batches(plan),
+            key,
+        )
         for after, found in calls:
             state = after
             for loss in found:
@@ -179,7 +186,7 @@ class FlaxTask(AdaptedTask):
         return self._result(plan, parts.travelling(learnt), parts.personal(learnt), losses)
 
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
-        states = self._states(weights, personal)
+        states = jax.device_put(self._states(weights, personal))  # once, not with each batch
         count = self._held_out
         size = min(_EVALUATION_BATCH, count)
         totals: dict[str, float] = {}
@@ -262,7 +269,7 @@ class FlaxTask(AdaptedTask):
             model = self._parts.module(nnx.merge_state(params, still, others), frozen, rest)
             model.train()
             value = jnp.mean(self._loss(call(model, examples[0]), examples[1]))
-            return value, self._parts.after(model)
+            return value, self._parts.after(model, rest)
 
         grad = jax.value_and_grad(mean_loss, has_aux=True)
         if self.local_rule.per_example:

@@ -21,6 +21,9 @@ _EXPECTED = "expected an nnx.Module; nnx.bridge.ToNNX wraps a module of flax.lin
 AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 """Flax filter of the tensors that training changes and that may travel."""
 
+# Variables that training may change although they are reset at the start of each training.
+_RESET = (nnx.RngState, nnx.Intermediate, nnx.Cache)
+
 
 class AtHome(NamedTuple):
     """The state that does not travel, as ``model(nnx.Rngs(0))`` initializes it."""
@@ -134,10 +137,26 @@ class ModelParts:
         """Return the module merged from these states."""
         return nnx.merge(self._graph, learnt, frozen, rest, copy=True)
 
-    def after(self, module: Any) -> tuple[Any, Any]:
-        """Return a trained module's running statistics and its remaining state."""
+    def after(self, module: Any, before: Any) -> tuple[Any, Any]:
+        """Return a trained module's running statistics and its remaining state.
+
+        Called while JAX traces; ``before`` is the remaining state that the module began with.
+
+        Raises:
+            TaskError: if training changes something that would be reset before the next round.
+        """
         _, others = nnx.split_state(nnx.state(module), nnx.Any(self._frozen, nnx.Param), ...)
         statistics, rest = nnx.split_state(others, nnx.BatchStat, ...)
+        old = dict(nnx.to_flat_state(before))
+        for path, leaf in nnx.to_flat_state(rest):
+            if path not in old or isinstance(leaf, _RESET):
+                continue
+            if _value(leaf) is not _value(old[path]):
+                raise TaskError(
+                    f"training changes '{tensor_name(path)}', which is neither an nnx.Param nor an "
+                    "nnx.BatchStat, so it would be neither sent nor kept; make it an nnx.BatchStat "
+                    "to have it averaged, or an nnx.Intermediate to have it reset in each round"
+                )
         return statistics, rest
 
     def _split(self, model: Any) -> tuple[Any, Any, AtHome]:
@@ -212,6 +231,10 @@ def fill(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
         if tensor_name(path) in arrays
     ]
     nnx.update(module, nnx.from_flat_state(filled))
+
+
+def _value(leaf: Any) -> Any:
+    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _is_key(leaf: Any) -> bool:

@@ -10,6 +10,7 @@ import numpy as np
 from sklearn.base import is_classifier
 from sklearn.metrics import accuracy_score, log_loss, mean_squared_error
 
+from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights
@@ -83,7 +84,7 @@ class SklearnTask:
             self.classes = tuple(map(str, self._fresh.classes_))
         if not all(isinstance(getattr(self._fresh, name, None), np.ndarray) for name in _TENSORS):
             raise TaskError(
-                f"{kind} has no coef_ and intercept_ after it is fitted; expected a linear "
+                f"{kind} lacks coef_ or intercept_ after fitting; expected a linear "
                 "estimator, such as SGDClassifier"
             )
 
@@ -159,9 +160,11 @@ def _classes(given: Sequence[Any] | None, targets: Array, held_out: Array) -> Ar
     """Return the given classes; by default, those of the targets.
 
     Raises:
-        TaskError: if there is only one.
+        TaskError: if there is only one, or they are no sequence.
     """
     classes = np.unique(targets) if given is None else np.asarray(given)
+    if classes.ndim != 1:
+        raise TaskError(f"classes= is {shown(given)}; expected a sequence of classes")
     more = np.setdiff1d(held_out, classes)
     if given is None and len(more):  # else they keep their dtype, and so their names
         classes = np.union1d(classes, more)

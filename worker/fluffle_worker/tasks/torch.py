@@ -18,13 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
-
-try:
-    import torch
-except ModuleNotFoundError:
-    raise ModuleNotFoundError(
-        "torch_task needs PyTorch; run pip install 'fluffle[torch]'", name="torch"
-    ) from None
+import torch
 from torch import nn
 from torch.utils import _pytree
 

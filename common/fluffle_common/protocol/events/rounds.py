@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from fluffle_common.plural import plural
 from fluffle_common.protocol.events.base import (
     Integer,
     Names,
@@ -74,8 +75,8 @@ class Counted(RunEvent):
     def _derived(self) -> dict[str, str]:
         if not self.staleness:
             return {"stale": ""}
-        versions = "1 version" if self.staleness == 1 else f"{self.staleness} versions"
-        return {"stale": f", discounted to {self.weight or 0.0:.1f} for being {versions} old"}
+        old = f"{plural(self.staleness, 'version')} old"
+        return {"stale": f", discounted to {self.weight or 0.0:.1f} for being {old}"}
 
 
 @event("late", "round {round}: update of {worker} came late and was discarded", "odd")

@@ -59,13 +59,12 @@ class Disconnected(BrokerEvent):
 
 @event(
     "no_broker",
-    "no broker at {address} ({reason}); trying again in {pause_s:.1f} s{remedy}",
+    "no broker at {address} ({reason}); trying again{remedy}",
     "bad",
 )
 class NoBroker(BrokerEvent):
     journalled = False
     reason: Text = None
-    pause_s: Number = None
 
     def _derived(self) -> dict[str, str]:
         local = (urlsplit(self.address or "").hostname or "") in _THIS_MACHINE
@@ -123,12 +122,13 @@ class Unblocked(RunEvent):
 
 @event(
     "no_journal",
-    "this run has no journal ({reason}), so 'fluffle explain' and 'fluffle journal' cannot show "
-    "this run; everything else works",
+    "this run has no journal, because the broker does not support streams; 'fluffle explain', "
+    "'fluffle journal' and 'fluffle dashboard' cannot show this run, but everything else works",
 )
 class NoJournal(RunEvent):
+    """The broker cannot hold a journal."""
+
     journalled = False
-    reason: Text = None
 
 
 @event("repaired", "{what}")

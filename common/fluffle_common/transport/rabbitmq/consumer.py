@@ -7,11 +7,11 @@ import contextlib
 from collections.abc import AsyncGenerator
 from typing import Any
 
+import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
-from aiormq.abc import AbstractChannel as UnderlayChannel
 
 from fluffle_common.errors import LinkLost
-from fluffle_common.protocol.topology import lock_of
+from fluffle_common.protocol.topology import locks_of
 from fluffle_common.transport.base import Delivery
 from fluffle_common.transport.rabbitmq.channel import Content, ContentChannel
 from fluffle_common.transport.rabbitmq.connection import Connection
@@ -55,7 +55,7 @@ class Consumer:
                 await self._channel.set_qos(prefetch_count=prefetch)
                 underlay = await self._channel.get_underlay_channel()
                 if exclusive and replicated:
-                    await self._lock(underlay)
+                    await self._lock()
                 self._content_channel = await self._connection.content_channel(
                     self._channel, self._received.put_nowait, prefetch
                 )
@@ -73,17 +73,35 @@ class Consumer:
         self._lifetime.end_callbacks.add(self._on_link_end)
         return self
 
-    async def _lock(self, underlay: UnderlayChannel) -> None:
+    async def _lock(self) -> None:
         """Declare an exclusive queue as a lock, which is released when this connection goes.
 
-        Quorum queues accept any number of exclusive consumers.
+        Quorum queues accept any number of exclusive consumers. RabbitMQ 4.3 keeps the lock of a
+        failed node, so there is a second one. Whoever has one checks that nobody has the other.
         """
         with self._lifetime.requesting("configure"):
+            mine, other = locks_of(self._queue_name)
+            try:
+                await self._declare_lock(mine)
+            except aiormq.exceptions.ChannelLockedResource:
+                mine, other = other, mine
+                await self._declare_lock(mine)
+            # Nobody has it, or its node has failed, which RabbitMQ reports after 70 s. A connection
+            # to that node that still lives would by then have waited too long for a confirmation.
+            with contextlib.suppress(aiormq.exceptions.ChannelNotFoundEntity):
+                await self._declare_lock(other, passive=True)
+
+    async def _declare_lock(self, lock: str, *, passive: bool = False) -> None:
+        """Declare or look up a lock, on a channel of its own, because a refusal closes it."""
+        channel = self._connection.channel(publisher_confirms=False)
+        await channel.initialize()
+        try:
+            underlay = await channel.get_underlay_channel()
             await underlay.queue_declare(
-                lock_of(self._queue_name),
-                exclusive=True,
-                arguments={"x-queue-type": "classic"},
+                lock, passive=passive, exclusive=True, arguments={"x-queue-type": "classic"}
             )
+        finally:
+            await channel.close()
 
     async def deliveries(self) -> AsyncGenerator[AmqpDelivery]:
         """Yield deliveries until the link is lost or the iterator is closed."""

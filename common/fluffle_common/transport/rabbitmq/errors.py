@@ -101,7 +101,7 @@ def map_exceptions(user: str = "", right: Right | None = None) -> Iterator[None]
         # itself was cancelled, the exception must not end it, or the program, silently.
         if cancelled():
             raise
-        raise LinkLost("the link was closed") from None
+        raise LinkLost("the connection was closed") from None
     except Exception as error:
         if not is_connection_error(error):
             raise

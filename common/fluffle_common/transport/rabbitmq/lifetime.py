@@ -30,7 +30,7 @@ class Lifetime:
         self.end_callbacks: set[Callable[[], object]] = set()
         """Callbacks for the end of the link."""
         self._user, self._close_reason = user, close_reason
-        self._why: LinkLost | BrokerError = LinkLost("the link was closed")
+        self._why: LinkLost | BrokerError = LinkLost("the connection was closed")
 
     def lose(self, _: Any, why: BaseException | None = None) -> None:
         """End the link because a connection or channel closed (aio_pika's close callback)."""

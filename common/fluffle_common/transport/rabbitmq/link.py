@@ -49,6 +49,7 @@ from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 _LITTLE_BYTES = 16 * 2**10
 # How many copies a tap prefetches; each may be a part of 4 MiB.
 _TAP_PREFETCH = 16
+_KEYS_SHOWN = 5  # of a message that the broker refused
 # There is no such entity, or it is a queue that only the connection that declared it may use.
 _OUT_OF_REACH = (aiormq.exceptions.ChannelNotFoundEntity, aiormq.exceptions.ChannelLockedResource)
 
@@ -219,7 +220,9 @@ class AmqpLink(Link):
             await channel.publish(head, properties.message_id, body)
         except QueueFull:
             if not self._quorum or not await self._takes(head_on, properties.message_id, body):
-                raise
+                listed = ", ".join(keys[:_KEYS_SHOWN]) + (", …" if keys[_KEYS_SHOWN:] else "")
+                refused = f"the broker refused the {properties.type} for {listed}"
+                raise QueueFull(refused) from None
             why = "the broker refused a message on one channel, but not on another"
             self._lifetime.give_up(why)  # see ``_watch``
             raise self._lifetime.error() from None

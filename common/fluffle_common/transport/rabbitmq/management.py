@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import base64
 import http.client
+import itertools
 import json
+import re
 import time
 import urllib.error
 import urllib.parse
@@ -22,13 +24,14 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, without_credentials
 
 _TIMEOUT_S = 5.0
-# Everything that a request may raise.
+# Everything that a request may raise, besides ``UsageError``.
 REQUEST_ERRORS = (OSError, http.client.HTTPException, ValueError, KeyError, TypeError)
 _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 # RabbitMQ samples every 5 s. Without this, its rates are 0 whenever the newest sample is older than
 # collect_statistics_interval, which is 1 s in our own node. For lengths, it repeats that sample, so
 # that only an average over several samples is not 0.
-_RATES_OF_SAMPLES = "?msg_rates_age=5&msg_rates_incr=5&lengths_age=20&lengths_incr=5"
+_RATES_OF_SAMPLES = "&msg_rates_age=5&msg_rates_incr=5&lengths_age=20&lengths_incr=5"
+_PAGE_SIZE = 500  # the most that RabbitMQ allows
 
 
 @dataclass(frozen=True)
@@ -84,6 +87,7 @@ class Management:
             OSError: if there is no response or it is not a success.
             http.client.HTTPException: if the response is not HTTP.
             ValueError: if the response is not JSON.
+            UsageError: if a certificate file of the URL cannot be used.
         """
         login = base64.b64encode(f"{self.user}:{self._password}".encode()).decode()
         headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
@@ -106,9 +110,20 @@ class Management:
             raise
         return json.loads(text) if text else None
 
-    def queues(self, query: str = "") -> list[dict[str, Any]]:
-        """Return the descriptions of all queues in the vhost; raises what ``ask`` raises."""
-        queues: list[dict[str, Any]] = self.ask(f"/api/queues/{self.quoted_vhost}{query}")
+    def queues(self, pattern: str, query: str = "") -> list[dict[str, Any]]:
+        """Return the descriptions of the queues whose names a regular expression is found in.
+
+        RabbitMQ takes a second for each 1,000 queues that it describes, so it selects them. Raises
+        what ``ask`` raises.
+        """
+        name = urllib.parse.quote(pattern, safe="")
+        path = f"/api/queues/{self.quoted_vhost}?name={name}&use_regex=true{query}"
+        queues: list[dict[str, Any]] = []
+        for number in itertools.count(1):
+            page = self.ask(f"{path}&page={number}&page_size={_PAGE_SIZE}")
+            queues += page["items"]
+            if number >= page["page_count"]:
+                break
         return queues
 
     def queue_figures(self, topology: Topology, *, rates: bool = False) -> list[QueueFigures]:
@@ -117,16 +132,14 @@ class Management:
         Without ``rates``, the rates are often 0; with it, the totals lag behind the other figures.
 
         Raises:
-            OSError, http.client.HTTPException, ValueError: as ``ask`` does.
+            OSError, http.client.HTTPException, ValueError, UsageError: as ``ask`` does.
             KeyError, TypeError: if the response does not have RabbitMQ's format.
         """
+        pattern = f"^{re.escape(topology.federation)}\\."
+        queues = self.queues(pattern, _RATES_OF_SAMPLES if rates else "")
         return [
             read_queue(queue, topology, time.time())
-            for queue in sorted(
-                self.queues(_RATES_OF_SAMPLES if rates else ""),
-                key=lambda queue: str(queue["name"]),
-            )
-            if queue["name"].startswith(f"{topology.federation}.")
+            for queue in sorted(queues, key=lambda queue: str(queue["name"]))
         ]
 
     def alarms(self) -> list[str]:
@@ -145,13 +158,15 @@ class Management:
 
 
 def fault_and_remedy(why: Exception) -> tuple[str, str]:
-    """Return what is wrong with the API after one of ``REQUEST_ERRORS``, and the remedy.
+    """Return what is wrong with the API after an error of a request, and the remedy.
 
     >>> fault_and_remedy(OSError("Connection refused"))
     ('does not answer (Connection refused)', 'give its address with --management')
     """
     if isinstance(why, urllib.error.HTTPError) and why.code in (401, 403):
         return "refuses this user", "give the user of --url the tag 'monitoring'"
+    if isinstance(why, UsageError):
+        return "cannot be asked", str(why)
     reason = getattr(why, "reason", None) or why
     return f"does not answer ({reason})", "give its address with --management"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from fluffle_common.plural import plural
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import QueueFigures
 
@@ -44,28 +45,21 @@ def _misuse(queue: QueueFigures, topology: Topology) -> str | None:
         return f"no coordinator is connected{_waiting(queue, 'one')}"
     at = f"--federation {topology.federation}"
     if queue.name == topology.rejected and queue.ready:
-        return f"{messages(queue.ready)} rejected; see 'fluffle rejected {at}'"
+        return f"{plural(queue.ready, 'message')} rejected; see 'fluffle rejected {at}'"
     if queue.name == topology.unrouted and queue.ready:
-        return f"{messages(queue.ready)} matched no queue; see 'fluffle peek unrouted {at}'"
+        return (
+            f"{plural(queue.ready, 'message')} matched no queue; see 'fluffle peek unrouted {at}'"
+        )
     return None
 
 
 def _waiting(queue: QueueFigures, whom: str) -> str:
     if not queue.ready:
         return ""
-    return f"; {messages(queue.ready)} wait{'s' if queue.ready == 1 else ''} for {whom}"
+    return f"; {plural(queue.ready, 'message')} wait{'s' if queue.ready == 1 else ''} for {whom}"
 
 
 def _growing(queue: QueueFigures) -> str | None:
     if queue.type == "stream" or queue.ready < _GROWN or (queue.growth_rate or 0) < 1:
         return None
     return f"growing by {queue.growth_rate:.0f} messages per second"
-
-
-def messages(count: int) -> str:
-    """Return a number of messages as text.
-
-    >>> messages(1), messages(2500)
-    ('1 message', '2,500 messages')
-    """
-    return f"{count:,} message{'' if count == 1 else 's'}"

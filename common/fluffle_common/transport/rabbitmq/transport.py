@@ -104,7 +104,9 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
         raise
     connection = Connection(with_heartbeat, name, context)
     try:
-        await connection.connect(_CONNECT_TIMEOUT_S)
+        # Not aio_pika's own timeout: before Python 3.12, ``wait_for`` may lose a cancellation.
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            await connection.connect()
     except asyncio.CancelledError:
         if cancelled():
             raise

@@ -148,7 +148,7 @@ def _redacted(url: str) -> str:
 def _fault(url: str) -> str | None:
     scheme, colon, rest = url.partition("://")
     if not colon or scheme not in ("amqp", "amqps"):
-        known = re.fullmatch(r"[a-z]{1,10}", scheme) and colon
+        known = re.fullmatch(r"[A-Za-z]{1,10}", scheme) and colon
         return (f"it starts with '{scheme}://'" if known else "it has no scheme") + f"; {_FORM}"
     if _CONTROL.search(url):
         return f"it contains a control character; {_QUOTE}"

@@ -124,6 +124,7 @@ function participation(board) {
   const examples = shown.map((one) => new Map(one.participants.map((name, place) => [name, one.examples[place]])));
   const asked = shown.map((one) => new Set(one.asked));
   const late = shown.map((one) => new Set(one.came_late));
+  const later = board.staleness !== null; // whether an answer can count in a later round
   const most = largest(examples.flatMap((one) => [...one.values()]), 1);
   const cell = (name, place) => {
     const count = examples[place].get(name);
@@ -131,7 +132,8 @@ function participation(board) {
       return { kind: "counted", text: whole(count), words: `counted, ${whole(count)} examples`, strength: (count ?? 0) / most };
     }
     if (late[place].has(name)) return { kind: "late", text: "late", words: "came late" };
-    return asked[place].has(name) ? { kind: "missing", words: "did not answer" } : { kind: "absent", words: "was not asked" };
+    if (!asked[place].has(name)) return { kind: "absent", words: "was not asked" };
+    return later ? { kind: "working", words: "was at work" } : { kind: "missing", words: "did not answer" };
   };
   const rows = names.slice(0, room).map((name) => {
     const cells = shown.map((one, place) => {
@@ -143,7 +145,7 @@ function participation(board) {
   legend("participation-legend", [
     ["counted", "counted (darker: more examples)"],
     ["late", "late"],
-    ["missing", "asked, no answer counted"],
+    later ? ["working", "at work, not counted in this round"] : ["missing", "asked, no answer counted"],
     ["absent", "not asked"],
   ]);
   const left = names.length - rows.length;
@@ -151,7 +153,7 @@ function participation(board) {
   const columns = shown.map((one) => one.round);
   matrix($("participation"), { title: "Who was counted in which round", columns, rows, newest: !frozen(board) });
 }
-participation.of = ["rounds"];
+participation.of = ["rounds", "staleness"];
 
 function staleness(board) {
   const { staleness } = board;

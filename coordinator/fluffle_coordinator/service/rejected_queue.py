@@ -12,7 +12,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 _MAX_BYTES = 2**28  # as many as the rejected queue holds
 
 
-class Rejections:
+class RejectedQueue:
     """Publishes rejected messages in order, next to the other messages of the outbox.
 
     However many messages a worker sends that are rejected, the work of the others does not wait for

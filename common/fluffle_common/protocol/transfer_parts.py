@@ -23,6 +23,8 @@ from fluffle_common.tensors.groups import NO_GROUPS, GroupedLayout, Groups, grou
 from fluffle_common.tensors.layout import Weights
 from fluffle_common.tensors.table import TensorEntry
 
+MAX_MODEL_BYTES = 8 * 2**30
+"""The largest payload of a transfer: a model, or an update of one."""
 _MAX_PADDING_BYTES = 4096  # between two tensors: other implementations may align to pages
 
 
@@ -151,7 +153,7 @@ class Incoming(ABC):
             not match it.
     """
 
-    def __init__(self, transfer: Transfer, max_bytes: int) -> None:
+    def __init__(self, transfer: Transfer, max_bytes: int = MAX_MODEL_BYTES) -> None:
         if transfer.nbytes > max_bytes:
             raise MalformedMessage(
                 f"the announced transfer is too large: {transfer.nbytes} bytes; the limit is "
@@ -229,7 +231,7 @@ class Assembly(Incoming):
         MalformedMessage: also if there is not enough memory.
     """
 
-    def __init__(self, transfer: Transfer, max_bytes: int) -> None:
+    def __init__(self, transfer: Transfer, max_bytes: int = MAX_MODEL_BYTES) -> None:
         super().__init__(transfer, max_bytes)
         try:
             # Reserves addresses only: the system provides each page when it is first written.

@@ -17,7 +17,7 @@ from fluffle_common.transport.base import Delivery, Link, Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import CUT
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.service import rejections
+from fluffle_coordinator.service import rejected_queue
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 
@@ -48,7 +48,7 @@ def outbox(link: Any) -> Outbox:
 
 
 async def test_waiting_rejections_take_little_memory(link, monkeypatch):
-    monkeypatch.setattr(rejections, "_MAX_BYTES", 300_000)
+    monkeypatch.setattr(rejected_queue, "_MAX_BYTES", 300_000)
     out = outbox(link)
     valid = MalformedMessage("the message belongs to run other", "run")
     bodies = [bytes([number]) * 200_000 for number in range(3)]

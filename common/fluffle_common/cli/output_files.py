@@ -1,0 +1,83 @@
+"""The files that commands write for people: pages and charts."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import click
+
+from fluffle_common.durable_files import replacing
+from fluffle_common.errors import UsageError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class ChartFile(click.Path):
+    """The type of an option that names the PNG file of a chart."""
+
+    def __init__(self) -> None:
+        super().__init__(path_type=Path, dir_okay=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """Return the path.
+
+        Raises:
+            UsageError: if its suffix is that of another format.
+        """
+        path = Path(str(super().convert(value, param, ctx)))
+        if path.suffix.lower() not in ("", ".png"):
+            given = f"{param.opts[0]} {path}" if param else str(path)
+            raise UsageError(f"{given} must end with .png, because the chart is a PNG image")
+        return path
+
+
+@contextlib.contextmanager
+def output_file(path: Path, option: str = "--out") -> Iterator[IO[bytes]]:
+    """Yield the file that an option names, to write to; it replaces an earlier one on success.
+
+    Raises:
+        UsageError: if it cannot be written.
+    """
+    try:
+        with replacing(path) as file:
+            yield file
+    except OSError as why:
+        raise UsageError(
+            f"cannot write {path} ({why.strerror}); choose another file with {option}"
+        ) from None
+
+
+def draw_into_files() -> None:
+    """Let matplotlib draw without a display; Jupyter's MPLBACKEND may name a missing package."""
+    os.environ["MPLBACKEND"] = "agg"
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of this size, in inches.
+
+    Raises:
+        UsageError: if matplotlib is not installed.
+    """
+    try:
+        from fluffle_common.cli.chart import Chart
+    except ImportError:
+        raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
+    return Chart(figsize=(width, height), layout="constrained")
+
+
+def save_chart(figure: Figure, path: Path, option: str = "--out") -> None:
+    """Write a figure to the PNG file that an option names.
+
+    Raises:
+        UsageError: if the file cannot be written.
+    """
+    with output_file(path, option) as file, warnings.catch_warnings():
+        # A character that the font lacks becomes a box.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(file, dpi=150, format="png")

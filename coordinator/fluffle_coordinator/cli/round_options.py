@@ -1,0 +1,102 @@
+"""The options of ``fluffle coordinator`` for when a round opens, and when it closes.
+
+Their defaults are those of ``Rules``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+
+import click
+
+from fluffle_common.cli.app import MOST_COUNT, count, seconds
+from fluffle_coordinator.cli.option_group import Parsed, option_group
+from fluffle_coordinator.machine.rules import Quorum, Rules
+
+
+def _quorum(text: str) -> Quorum:
+    """Parse ``all``, a number of updates (``2``) or a fraction of the cohort (``0.5``, ``50%``)."""
+    if text == "all":
+        return Quorum()
+    if text.isdecimal() and 0 < int(text[:11]) <= MOST_COUNT:
+        return Quorum(number=int(text))
+    with contextlib.suppress(ValueError):
+        fraction = float(text[:-1]) / 100 if text.endswith("%") else float(text)
+        if 0 < fraction < 1 or (text.endswith("%") and fraction == 1):
+            return Quorum(fraction=fraction)
+    raise ValueError(
+        f"invalid quorum '{text}'; give a number of updates such as 2, a fraction of the "
+        "selected workers such as 0.5 or 50%, or all"
+    )
+
+
+round_options = option_group(
+    click.option(
+        "--min-workers",
+        type=count(),
+        metavar="N",
+        help="Number of workers that must be connected before the first round starts. If you set "
+        "this option, the quorum is also computed as if at least N workers were connected: with N "
+        "= 4 and --quorum 0.5, a round needs at least 2 updates. This second effect does not apply "
+        "with --select poisson or path.py:name.  [default: --quorum if given as a number, else "
+        f"{Rules.min_workers}]",
+    ),
+    click.option(
+        "--wait-workers",
+        type=seconds(min_open=True),
+        default=Rules.wait_s,
+        help="Time limit in seconds for enough workers to connect.",
+    ),
+    click.option(
+        "--quorum",
+        type=Parsed("quorum", _quorum),
+        default="all",
+        metavar="N|FRACTION|all",
+        help="Number of updates that must arrive before a round can close: a number such as 2, a "
+        "fraction of the selected workers such as 0.5 or 50%, or 'all' for one update from every "
+        "selected worker.",
+    ),
+    click.option(
+        "--grace",
+        type=seconds(),
+        default=Rules.grace_s,
+        help="Seconds that a round waits for more updates after it has reached its quorum.",
+    ),
+    click.option(
+        "--deadline",
+        type=seconds(min_open=True),
+        default=Rules.deadline_s,
+        help="Time limit in seconds for a round to reach its quorum.",
+    ),
+    click.option(
+        "--on-deadline",
+        type=click.Choice(["reopen", "close", "stop"]),
+        default=Rules.on_deadline,
+        help="Action when the deadline of a round passes: 'reopen' opens the round again with the "
+        "connected workers, 'close' closes the round with the updates that have arrived (at least "
+        "--min-updates), and 'stop' ends the run.",
+    ),
+    click.option(
+        "--min-updates",
+        type=count(),
+        default=Rules.min_updates,
+        help="With '--on-deadline close', a round is closed at its deadline only if at least this "
+        "many updates have arrived.",
+    ),
+    click.option(
+        "--max-round",
+        type=seconds(min_open=True),
+        default=Rules.max_round_s,
+        metavar="SECONDS",
+        help="Maximum time in seconds that a round stays open. Workers that make progress keep a "
+        "round open after its --deadline, but never longer than --max-round.",
+    ),
+    click.option(
+        "--stall-timeout",
+        type=seconds(min_open=True),
+        metavar="SECONDS",
+        help="Seconds without progress after which a worker's training counts as failed. This "
+        "option works only with tasks that call 'progress' while they train.  [default: no limit; "
+        "after 2 minutes without progress, the coordinator prints a warning]",
+    ),
+)
