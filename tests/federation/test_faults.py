@@ -190,6 +190,21 @@ def test_the_coordinators_line_cut_at_any_message_loses_nothing(federated, kind,
     federated(scenario)
 
 
+def test_redelivered_updates_leave_room_for_the_others_of_the_round(federated):
+    async def scenario(federation):
+        for step_s, (name, value) in enumerate(VALUES.items(), 1):
+            federation.worker(name, Adder(federation.loop, value, int(10 * value), step_s=step_s))
+        coordinator = federation.coordinator(rounds=2, min_workers=3, max_held_bytes=1)
+        await coordinator.log.until("counted")
+        coordinator.line.cut()
+        await coordinator.log.until("committed", within_s=60.0)
+        assert (await coordinator.end()).outcome == "finished"
+        assert federation.participants() == [["a", "b", "c"]] * 2
+        federation.check_averages(VALUES)
+
+    federated(scenario)
+
+
 def test_a_broker_that_dies_and_comes_back_loses_nothing(federated):
     async def scenario(federation):
         for name in VALUES:

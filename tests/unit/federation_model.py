@@ -131,6 +131,7 @@ class CoordinatorModel:
         self.sum: set[Ticket] = set()
         self.averaged_tickets = {ticket for some in disk.counted for ticket in some}
         self.closing = False
+        self.forgotten: set[Handle] = set()
         last = len(disk.history)
         self.averaged = last
         # The base of each round, as far as this process knows.
@@ -228,7 +229,10 @@ class CoordinatorModel:
     def _perform(self, effect: fx.Effect | run_events.RunEvent) -> None:
         number = self.state.round
         match effect:
+            case fx.Forget(handle):
+                self.forgotten.add(handle)
             case fx.Fold(update):
+                assert update.handle not in self.forgotten
                 assert update.num_examples == NUM_EXAMPLES
                 self.jobs.append(("fold", self.deliveries[update.handle]))
             case fx.Commit(committed):

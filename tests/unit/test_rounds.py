@@ -700,8 +700,20 @@ def test_a_redelivery_replaces_the_void_delivery():
     run.update("a")
     run.disconnect()
     run.connect()
+    effects, redelivered = run.arrived("a"), run.last_handle
+    assert effects == [fx.Forget(redelivered)]
+    run.update("b")
+    assert fx.Ack(redelivered) in run.committed("a", "b")
+
+
+def test_a_redelivery_during_the_fold_is_forgotten_once_the_update_is_in_the_sum():
+    run = opened("a", "b")
+    run.arrived("a")
+    run.disconnect()
+    run.connect()
     assert not run.arrived("a")
     redelivered = run.last_handle
+    assert only(run.folded("a"), fx.Forget) == [fx.Forget(redelivered)]
     run.update("b")
     assert fx.Ack(redelivered) in run.committed("a", "b")
 

@@ -75,8 +75,8 @@ def test_a_redelivery_during_the_commit_is_held_too():
     run = committing("a", "b")
     run.disconnect()
     run.connect()
-    assert run.arrived("a") == []
-    again = run.last_handle
+    effects, again = run.arrived("a"), run.last_handle
+    assert effects == [fx.Forget(again)]
     assert fx.Ack(again) in run.committed("a", "b")
     assert event_names(run.arrived("a", round=1, base="b0")) == ["duplicate"]
 

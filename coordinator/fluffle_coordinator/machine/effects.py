@@ -109,6 +109,13 @@ class Ack(Effect):
 
 
 @dataclass(frozen=True)
+class Forget(Effect):
+    """Drop the body of a delivery, a copy of an update that is in the sum; acknowledge it later."""
+
+    handle: Handle
+
+
+@dataclass(frozen=True)
 class Reject(Effect):
     """Move a delivery to the rejected queue, with this reason, and acknowledge it."""
 

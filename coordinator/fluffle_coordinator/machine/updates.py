@@ -12,7 +12,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from fluffle_common.protocol import events as run_events
-from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Judge, Reject
+from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Forget, Judge, Reject
 from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
 from fluffle_coordinator.machine.membership import settle_doubt
@@ -147,13 +147,15 @@ def _late(update: Arrived) -> Effects:
 def _hold_copy(state: State, copy: Arrived, out: Effects) -> State:
     """Hold a copy of an update that is here already, so that it is neither folded twice nor lost.
 
-    A copy is not needed while the delivery that was folded is still valid. If that one is void, or
-    is not folded yet, any copy may be the only sound one, so all are held.
+    A copy is not needed while the delivery that was folded is still valid. If that one is void, the
+    copy is acknowledged in its place. If none is folded yet, any copy may be the only sound one.
     """
     ticket, held = copy.ticket, state.received[copy.ticket]
     if ticket in state.norms and held.handle.link == copy.handle.link:
         out.append(Ack(copy.handle))
         return state
+    if ticket in state.norms:
+        out.append(Forget(copy.handle))
     copies = (*state.spares.get(ticket, ()), copy)
     return state.replace(spares=state.spares.insert(ticket, copies))
 
@@ -162,9 +164,10 @@ def folded(state: State, event: Folded, out: Effects) -> State:
     """Count an update that is in the sum."""
     ticket, update = event.ticket, state.received[event.ticket]
     worker, spares = ticket.worker, state.spares
-    if ticket in spares and update.handle.link == state.link:
-        out.extend(Ack(spare.handle) for spare in spares[ticket])
-        spares = spares.remove(ticket)
+    if ticket in spares:
+        void = update.handle.link != state.link  # then the spares are acknowledged in its place
+        out.extend((Forget if void else Ack)(spare.handle) for spare in spares[ticket])
+        spares = spares if void else spares.remove(ticket)
     staleness = state.round - update.round
     asked, open_and_fresh = state.asked, state.phase is Phase.OPEN and not staleness
     if open_and_fresh and worker not in asked and not state.schedule.continuous:

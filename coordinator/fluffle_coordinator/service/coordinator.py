@@ -257,6 +257,8 @@ class Coordinator:
                 self._aggregator.fold(self._intake.held(update.handle), effect, self.state.round)
             case fx.Ack(handle):
                 self._intake.ack(handle)
+            case fx.Forget(handle):
+                self._intake.held(handle).forget()
             case fx.Reject(handle, reason, cause):
                 self._intake.reject(handle, reason, cause)
             case fx.Commit(number, asked):

@@ -6,7 +6,7 @@ of workers, a round would wait for updates that the broker does not deliver.
 
 So the prefetch follows ``max_workers``, and ``Room`` bounds the bytes. A delivery that does not fit
 is *parked*: its body is dropped, and once there is room it is returned to the broker, which
-delivers it again. A folded update has no body any more and uses no room.
+delivers it again. A folded update has no body any more and uses no room, nor does a copy of it.
 """
 
 from __future__ import annotations
