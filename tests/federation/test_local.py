@@ -205,7 +205,7 @@ def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
             return None
 
     run = fluffle.run([Silent()], rounds=1)
-    with pytest.raises(fluffle.UsageError, match="no round has a loss or a metric to draw"):
+    with pytest.raises(fluffle.UsageError, match="no task has reported one yet"):
         run.plot()
     assert (run.best, run.history.columns) == (run.history[-1], ())
     for name in ("matplotlib.figure", "fluffle_common.cli.chart"):

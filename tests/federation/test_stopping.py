@@ -7,6 +7,7 @@ import re
 import pytest
 
 from fluffle_common.tensors.checkpoint import read_checkpoint
+from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_worker.task import EvalResult
@@ -145,6 +146,20 @@ def test_an_unknown_metric_is_reported_once(federated):
         assert reported == [
             "no round has the metric 'acuracy' (--monitor); choose from loss, accuracy"
         ]
+
+    federated(scenario)
+
+
+def test_asynchronous_workers_have_time_to_evaluate(federated):
+    async def scenario(federation):
+        # Three workers begin with the first weights, so nobody evaluates before round 3.
+        schedule, rules = Buffered(buffer=1), Stopping(patience=9)
+        coordinator = federation.coordinator(6, schedule=schedule, stopping=rules, min_workers=3)
+        for name in "abc":
+            federation.worker(name, Scored(federation.loop))
+        assert (await coordinator.end()).committed == 6
+        assert coordinator.log.of("evaluated")
+        assert not coordinator.log.of("unmeasured")
 
     federated(scenario)
 

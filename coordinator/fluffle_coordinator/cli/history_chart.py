@@ -31,7 +31,7 @@ def history_chart(rounds: Sequence[Mapping[str, Any]]) -> Figure:
     measured = [(row["round"], _values(row)) for row in rounds]
     names = dict.fromkeys(name for _, values in measured for name in values)
     if not names:
-        raise UsageError("no round has a loss or a metric to draw, because no task reports one")
+        raise UsageError("no round has a loss or a metric to draw; no task has reported one yet")
     losses = [name for name in names if name.endswith("loss")]
     others = [name for name in names if name not in losses]
     panels = [panel for panel in (losses, others) if panel]

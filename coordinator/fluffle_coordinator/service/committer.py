@@ -205,7 +205,10 @@ class Committer:
             self._record(run_events.Personal(round=number, metrics=personal))
         participants = examples_by_worker(average.participants)
         self._standing.add_time(line["timings"])
-        if number > 1 and not self._evaluated[0]:  # workers have trained from round 1's model
+        # Whoever trained from the model of a round has evaluated that model before, if ever.
+        if not self._evaluated[0] and any(
+            one.get("staleness", 0) < number - 1 for one in average.participants
+        ):
             self._warn_if_missing({})
         enough = await self._call_hooks(number, average.weights, participants)
         enough = enough or self.enough()
