@@ -89,12 +89,15 @@ def test_the_name_of_the_queue_of_a_page_is_not_wrapped_at_80_columns():
 def test_only_empty_queues_of_a_kind_share_a_row():
     overview = federation(30)
     overview.queues.append(queue("inbox.busy", ready=3, consumers=1))
+    for lock in ("lock", "lock2"):
+        overview.queues.extend(queue(f"{lock}.inbox.client-{number}") for number in range(30))
     shown = {one.name: one for one in group_quiet(overview)}
     assert shown["inbox.* (30 empty)"].consumers == 30
     assert shown["inbox.* (30 empty)"].in_rate == pytest.approx(15)
     assert shown["inbox.* (30 empty)"].out_rate is None
     assert shown["inbox.busy"].ready == 3
-    assert {"outbox.* (30 empty)", *SHARED} < shown.keys()
+    locks = {"lock.* (30 empty)", "lock2.* (30 empty)"}
+    assert {"outbox.* (30 empty)", *locks, *SHARED} < shown.keys()
 
 
 def test_each_hint_is_a_line_and_absent_workers_share_one():

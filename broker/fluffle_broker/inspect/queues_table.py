@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Number = TypeVar("Number", int, float)
 # Up to this number, quiet queues of one kind each get a row.
 _MAX_QUIET_ROWS = 3
-_OF_WORKERS = ("inbox", "outbox", "lock", "tap")
+_OF_WORKERS = ("inbox", "outbox", "lock", "lock2", "tap")
 _FIGURES = ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest")
 # A narrower terminal has no room for the purpose of a queue, or for more than the first figures.
 _WIDE, _NARROW = 150, 70
