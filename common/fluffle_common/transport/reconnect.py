@@ -27,12 +27,12 @@ class Backoff:
 async def reconnecting(
     transport: Transport,
     backoff: Backoff,
-    on_wait: Callable[[str], None],
+    on_failure: Callable[[str], None],
     random_fraction: Callable[[], float] = random.random,
 ) -> AsyncGenerator[Link, None]:
     """Yield one open link at a time; asking for the next one closes it and reconnects.
 
-    ``on_wait`` is called with the reason when attempts begin to fail, and when the reason changes.
+    ``on_failure`` is called with the reason when attempts begin to fail, and when it changes.
     Each pause lasts between half and all of the current delay, as ``random_fraction`` says, so that
     clients of a restarted broker do not reconnect at once.
 
@@ -56,7 +56,7 @@ async def reconnecting(
             _LOG.debug("no link: %s; the next attempt is in %.1f s", error, pause_s)
             if str(error) != reported:
                 reported = str(error)
-                on_wait(reported)
+                on_failure(reported)
             await asyncio.sleep(pause_s)
             delay_s = min(2 * delay_s, backoff.most_s)
             continue
