@@ -7,4 +7,4 @@ def plural(count: int, noun: str) -> str:
     >>> plural(1, "round"), plural(1200, "more worker")
     ('1 round', '1,200 more workers')
     """
-    return f"{count:,} {noun}{'s'[: count != 1]}"
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"

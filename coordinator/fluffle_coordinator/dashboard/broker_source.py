@@ -107,8 +107,8 @@ class BrokerSource:
             )
             if await link.exists(self._topology.work):
                 lacking = (
-                    f"federation {federation} has no journal at {address}, which the page shows; "
-                    "use the page of 'fluffle coordinator --dashboard' instead"
+                    f"federation {federation} has no journal at {address}, but this page needs "
+                    "one; use 'fluffle coordinator --dashboard' instead"
                 )
             self._set_link(True, lacking)
             await asyncio.sleep(_JOURNAL_POLL_S)

@@ -105,7 +105,7 @@ class Feed:
                 return
             try:
                 figures = list(await asyncio.to_thread(self._ask_queues))
-            except (*REQUEST_ERRORS, UsageError) as why:  # a certificate may be being renewed
+            except (*REQUEST_ERRORS, UsageError) as why:  # while a certificate is renewed
                 fault, remedy = fault_and_remedy(why)
                 self._board.queues((), f"RabbitMQ's management API {fault}; {remedy}")
                 self._ask_again_at = loop.time() + max(max_age_s, _AFTER_A_FAILURE_S)

@@ -110,7 +110,7 @@ class Ack(Effect):
 
 @dataclass(frozen=True)
 class Forget(Effect):
-    """Drop the body of a delivery, a copy of an update that is in the sum; acknowledge it later."""
+    """Drop the body of a delivery whose update is in the sum; it stays unacknowledged."""
 
     handle: Handle
 

@@ -85,7 +85,7 @@ class Standing:
     def missing(self, metrics: Mapping[str, Any]) -> str | None:
         """Return a warning if the metrics lack the monitored one, which should be among them.
 
-        There are none if no worker evaluates.
+        ``metrics`` is empty if no worker has evaluated a model.
         """
         self._names |= dict.fromkeys(metrics)
         rules, name = self._stopping, self._stopping.metric

@@ -111,9 +111,9 @@ class Management:
         return json.loads(text) if text else None
 
     def queues(self, pattern: str, query: str = "") -> list[dict[str, Any]]:
-        """Return the descriptions of the queues whose names a regular expression is found in.
+        """Return the descriptions of the queues whose names match a regular expression.
 
-        RabbitMQ takes a second for each 1,000 queues that it describes, so it selects them. Raises
+        RabbitMQ selects the queues, because it takes a second to describe 1,000 of them. Raises
         what ``ask`` raises.
         """
         name = urllib.parse.quote(pattern, safe="")
@@ -166,7 +166,7 @@ def fault_and_remedy(why: Exception) -> tuple[str, str]:
     if isinstance(why, urllib.error.HTTPError) and why.code in (401, 403):
         return "refuses this user", "give the user of --url the tag 'monitoring'"
     if isinstance(why, UsageError):
-        return "cannot be asked", str(why)
+        return "cannot be used", str(why)
     reason = getattr(why, "reason", None) or why
     return f"does not answer ({reason})", "give its address with --management"
 
