@@ -25,13 +25,13 @@ from fluffle_coordinator.cli.round_options import round_options
 from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
 from fluffle_coordinator.cli.stopping_options import stopping_options
 
-MOST_ROUNDS = 10**9  # as on the wire
+_MOST_ROUNDS = 10**9  # as on the wire
 
 
 @click.command(cls=ConfiguredCommand, context_settings={"show_default": True})
 @federation_option
 @url_option
-@click.option("--rounds", type=count(most=MOST_ROUNDS), default=6, help="Number of rounds.")
+@click.option("--rounds", type=count(most=_MOST_ROUNDS), default=6, help="Number of rounds.")
 @round_options
 @schedule_options
 @click.option(

@@ -93,7 +93,7 @@ class Note(RunEvent):
 
 @event("unmeasured", "{what}", "odd")
 class Unmeasured(RunEvent):
-    """No model has the metric that may end the run early."""
+    """No model has the monitored metric."""
 
     what: Text = None
 
