@@ -172,7 +172,7 @@ def simulate(**options: Any) -> None:
     owned = devices(
         number,
         step_s=options["step_time"],
-        round_s=options["fit_time"],
+        fit_s=options["fit_time"],
         bytes_per_s=options["bandwidth"],
         seed=options["seed"],
     )

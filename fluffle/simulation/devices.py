@@ -17,12 +17,12 @@ class Device:
 
     Args:
         step_s: the time of one training step, in seconds.
-        round_s: the fixed time that each training takes in addition, in seconds.
+        fit_s: the fixed time that each training takes in addition, in seconds.
         bytes_per_s: the bandwidth of its connection, in either direction; infinite by default.
     """
 
     step_s: float = 0.0
-    round_s: float = 0.0
+    fit_s: float = 0.0
     bytes_per_s: float = float("inf")
 
     def __post_init__(self) -> None:
@@ -31,7 +31,7 @@ class Device:
         Raises:
             UsageError: if one is not a number, below 0 or not finite, or the bandwidth is 0.
         """
-        for name in ("step_s", "round_s"):
+        for name in ("step_s", "fit_s"):
             if not (_is_non_negative(getattr(self, name)) and getattr(self, name) < float("inf")):
                 raise UsageError(
                     f"Device({name}={getattr(self, name)}) is not valid; expected a number of at "
@@ -48,7 +48,7 @@ class Device:
 
     def training_s(self, steps: int) -> float:
         """Return the seconds that a training of ``steps`` steps takes."""
-        return self.round_s + steps * self.step_s
+        return self.fit_s + steps * self.step_s
 
 
 def _is_non_negative(value: object) -> bool:
@@ -106,7 +106,7 @@ def devices(
     clients: int,
     *,
     step_s: float | str = 0.01,
-    round_s: float | str = 0,
+    fit_s: float | str = 0,
     bytes_per_s: float | str | None = None,
     seed: int = 0,
 ) -> list[Device]:
@@ -119,7 +119,7 @@ def devices(
         UsageError: if one is not a distribution, or a bandwidth is 0.
     """
     rng = np.random.default_rng([seed, clients])
-    steps, rounds = draw(step_s, rng, clients), draw(round_s, rng, clients)
+    steps, fits = draw(step_s, rng, clients), draw(fit_s, rng, clients)
     lines = np.full(clients, np.inf)
     if bytes_per_s is not None:
         lines = draw(bytes_per_s, rng, clients)
@@ -127,4 +127,4 @@ def devices(
             raise UsageError(
                 f"invalid bandwidth '{bytes_per_s}'; give more than 0 bytes per second"
             )
-    return [Device(*map(float, one)) for one in zip(steps, rounds, lines, strict=True)]
+    return [Device(*map(float, one)) for one in zip(steps, fits, lines, strict=True)]

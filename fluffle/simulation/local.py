@@ -129,7 +129,7 @@ def simulate(
             evaluate=evaluate,
             on_round=on_round,
         )
-    drawn = devices(len(named), step_s=step_s, round_s=fit_s, bytes_per_s=bytes_per_s, seed=seed)
+    drawn = devices(len(named), step_s=step_s, fit_s=fit_s, bytes_per_s=bytes_per_s, seed=seed)
     presence = parse_availability(str(availability))
     everybody = clients_of(named, drawn if owned is None else _devices(owned), presence, seed)
 

@@ -17,6 +17,7 @@ from fluffle.simulation.devices import Device
 from fluffle.simulation.fleet import Client, Fleet
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, TaskError, UsageError
+from fluffle_common.protocol.metric_names import TEST_PREFIX
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.memory import MemoryBroker
@@ -159,8 +160,9 @@ def tested_every(
 ) -> CoordinatorSettings:
     """Return settings that test models on the held-out data of the task that was divided.
 
-    They test every so many rounds' model, and the last one, of the run in ``folder``. They are
-    unchanged if they already have an ``evaluate`` hook, or no task was divided.
+    They test every so many rounds' model, and the last one, of the run in ``folder``. The loss that
+    may end the run early is that of the test. The settings are unchanged if they already have an
+    ``evaluate`` hook, or no task was divided.
     """
     if settings.hooks.evaluate is not None or whole is None:
         return settings
@@ -177,4 +179,8 @@ def tested_every(
         return {"loss": found.loss, **found.metrics} if found and found.num_examples else {}
 
     evaluate.__qualname__ = "the task's evaluate"  # its name in run.json and in the report
-    return replace(settings, hooks=replace(settings.hooks, evaluate=evaluate))
+    stopping = settings.stopping
+    if stopping.monitor is None and (stopping.target, stopping.patience) != (None, None):
+        stopping = replace(stopping, monitor=f"{TEST_PREFIX}loss")
+    hooks = replace(settings.hooks, evaluate=evaluate)
+    return replace(settings, hooks=hooks, stopping=stopping)

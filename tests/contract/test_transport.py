@@ -906,6 +906,20 @@ async def test_other_links_cannot_read_a_tap(bench):
         await soon(link.consume(queue.name, prefetch=1))
 
 
+@pytest.mark.rabbit
+async def test_the_tap_of_a_cluster_is_replicated(real):
+    # When its node fails, RabbitMQ 4.3 keeps an exclusive queue, and refuses what is to go there.
+    names = Topology(real.names.federation, "quorum")
+    link, tapping, queue = await real.open(), await real.open(), names.tap("replicated")
+    await link.declare([*names.shared(), *names.of_worker("a")])
+    tap = await tapping.tap(queue, [Binding(queue.name, names.work, "a")])
+    await link.publish(b"x", Properties(), exchange=names.work, keys=["a"])
+    assert bodies(await take(tap, 1)) == [b"x"]
+    counts = await link.counts(queue.name)  # None for an exclusive queue
+    assert counts is not None
+    assert counts.consumers == 1
+
+
 async def test_only_a_slow_tap_loses_its_oldest_copies(bench):
     link = await bench.open()
     await link.declare([*bench.names.shared(), *bench.names.of_worker("a")])

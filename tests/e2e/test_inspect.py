@@ -309,10 +309,16 @@ def test_tap_follows_a_run_and_saves_the_messages(federation, start, tmp_path, b
     assert json.loads(saved.read_text())["tensors"]
 
 
-def test_tap_stops_after_the_given_number_of_lines(federation, start, channel):
+@pytest.mark.parametrize("queue_type", ["classic", "quorum"])
+def test_tap_stops_after_the_given_number_of_lines(
+    federation, start, channel, broker_node, queue_type
+):
     topology = declare(federation, "w1")
-    tap = start("tap", "--kind", "update", "--worker", "w1", "-n", 2)
+    tap = start("tap", "--kind", "update", "--worker", "w1", "-n", 2, "--queue-type", queue_type)
     tap.wait_for("following federation")
+    api = Management(broker_node.url, broker_node.management_url)
+    (own,) = harness.wait_until(lambda: api.queues(rf"^{federation.name}\.tap\."), "it is listed")
+    assert own["type"] == queue_type
     for number, worker in ((1, "w1"), (1, "w2"), (2, "w1"), (3, "w1")):
         body = update(federation.name, number, worker)
         # RabbitMQ 4.3 refuses it while it deletes the queue of the tap; the other queue has it.

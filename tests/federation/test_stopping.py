@@ -141,12 +141,24 @@ def test_an_unknown_metric_is_reported_once(federated):
     async def scenario(federation):
         coordinator = run_with(federation, Stopping("acuracy", patience=1), rounds=3)
         assert (await coordinator.end()).committed == 3
-        notes = [one["what"] for one in coordinator.log.of("note")]
-        assert notes == [
+        reported = [one["what"] for one in coordinator.log.of("unmeasured")]
+        assert reported == [
             "no round has the metric 'acuracy' (--monitor); choose from loss, accuracy"
         ]
 
     federated(scenario)
+
+
+def test_a_metric_that_nobody_measures_is_reported():
+    standing = Standing(Stopping(patience=1))
+    assert standing.missing({"test/accuracy": 0.5}) is None  # workers may measure the loss
+    assert standing.missing({}) == (
+        "no round has the metric 'loss' (--monitor), because no worker has evaluated a model; "
+        "choose from test/accuracy"
+    )
+    alone = Standing(Stopping(patience=1)).missing({})
+    assert alone is not None
+    assert alone.endswith("; add --evaluate")
 
 
 def test_a_missing_value_is_never_the_best():

@@ -114,7 +114,7 @@ def test_the_average_is_that_of_a_federation(tmp_path):
 
 def test_a_round_takes_as_long_as_its_slowest_device(tmp_path):
     tasks = {name: Adder(1.0) for name in names(3)}
-    owned = [Device(round_s=5.0, step_s=seconds / 4) for seconds in (100.0, 200.0, 400.0)]
+    owned = [Device(fit_s=5.0, step_s=seconds / 4) for seconds in (100.0, 200.0, 400.0)]
     found, rounds = run(tmp_path, tasks, owned, rounds=4)
     assert found.state.outcome == "finished"
     assert math.isclose(found.simulated_s, 4 * 405.0, rel_tol=0.01)
@@ -124,7 +124,7 @@ def test_a_round_takes_as_long_as_its_slowest_device(tmp_path):
 
 def test_a_quorum_waits_for_nobody_else(tmp_path):
     tasks = {name: Adder(1.0) for name in names(3)}
-    owned = [Device(round_s=seconds) for seconds in (10.0, 20.0, 4000.0)]
+    owned = [Device(fit_s=seconds) for seconds in (10.0, 20.0, 4000.0)]
     found, rounds = run(tmp_path, tasks, owned, rounds=5, quorum=Quorum(number=2))
     assert [one["asked"] for one in rounds] == [list(names(3))] * 5
     assert math.isclose(found.simulated_s, 5 * 20.0, rel_tol=0.05)
@@ -300,9 +300,9 @@ def test_clients_may_have_data_of_their_own():
 
 class TestDevices:
     def test_classes_are_dealt_in_turn(self):
-        owned = devices(4, step_s="classes:1,2,4", round_s="5")
+        owned = devices(4, step_s="classes:1,2,4", fit_s="5")
         assert [one.step_s for one in owned] == [1.0, 2.0, 4.0, 1.0]
-        assert {one.round_s for one in owned} == {5.0}
+        assert {one.fit_s for one in owned} == {5.0}
 
     def test_the_same_seed_gives_the_same_devices(self):
         spread = "lognormal:2,0.5"
@@ -411,7 +411,7 @@ def test_tasks_and_hooks_may_run_event_loops_of_their_own():
 
 
 def test_devices_may_come_from_a_generator():
-    owned = (Device(round_s=seconds) for seconds in (1.0, 7.0))
+    owned = (Device(fit_s=seconds) for seconds in (1.0, 7.0))
     run = fluffle.simulate([Adder(1.0), Adder(1.0)], rounds=1, owned=owned)
     assert math.isclose(run.history[0].seconds, 7.0, rel_tol=0.05)
 
@@ -470,6 +470,33 @@ def test_every_nth_model_is_tested_after_a_resumption_too(tmp_path):
     for rounds in (3, 7):
         run = fluffle.simulate(Whole(0.0), clients=2, rounds=rounds, test_every=2, folder=tmp_path)
     assert [bool(one.test) for one in run.history] == [False, True, True, True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "rounds", "reason"),
+    [
+        ({"patience": 2}, 3, "test/loss has not improved for 2 rounds; the best is 1.0000 in rou"),
+        ({"target": 1.0}, 1, "test/loss reached 1.0000 in round 1 (target 1"),
+        ({"monitor": "test/value", "target": 0.0}, 1, "test/value reached 0.0000 in round 1"),
+    ],
+)
+def test_the_test_of_a_divided_task_can_end_a_simulation(options, rounds, reason):
+    run = fluffle.simulate(Whole(0.0), clients=2, rounds=9, **options)
+    assert len(run.history) == rounds
+    assert run.reason.replace("--", "").startswith(reason)
+
+
+def test_a_metric_that_no_part_of_a_divided_task_has_is_named(capsys):
+    class Parts(Whole):
+        def part(self, rows: Any, sample_seed: int) -> Any:
+            one = Adder(1.0)
+            one.evaluate = lambda _: None
+            return one
+
+    fluffle.simulate(Parts(0.0), clients=2, rounds=3, monitor="value", progress=True)
+    shown = capsys.readouterr().err
+    assert "no round has the metric 'value' (monitor=), because no worker has eval" in shown
+    assert shown.count("choose from test/loss, test/value\n") == 1
 
 
 def test_the_last_model_is_tested_although_the_run_went_back_to_an_earlier_one(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -502,6 +503,19 @@ def test_an_evaluation_is_compiled_once_although_the_last_batch_is_short(monkeyp
     assert Net.traces == 1
 
 
+def test_a_training_leaves_no_arrays_to_the_garbage_collector(shared):
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(jax.live_arrays())
+        for _ in range(9):
+            shared.train(shared.init(0), PLAN, ignore)
+        models = (len(jax.live_arrays()) - before) / len(shared.model_form())
+        assert models < 4  # JAX frees the last ones a little later
+    finally:
+        gc.enable()
+
+
 @pytest.mark.parametrize("small_flops", [0, 50e6], ids=["one step a call", "many steps a call"])
 def test_a_step_writes_its_state_over_the_previous_one(monkeypatch, small_flops):
     monkeypatch.setattr(flat_step, "_SMALL_FLOPS", small_flops)
@@ -590,6 +604,35 @@ def test_an_evaluation_is_numpys_mean_over_the_examples(monkeypatch, count):
     assert dict(result.metrics) == {
         "off": pytest.approx(np.abs(predicted - targets).mean(), rel=1e-5)
     }
+
+
+@pytest.mark.parametrize("count", [3, 4, 5, 11])
+def test_a_metric_that_is_one_number_is_of_all_held_out_examples(monkeypatch, count):
+    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+    inputs, targets = numbers(count, seed=2)
+    metrics = {"top": lambda a, b: jnp.max(a), "off": lambda a, b: jnp.abs(a - b)}
+    task = line(valid_data=(inputs, targets), metrics=metrics)
+    weights = task.init(3)
+    predicted = inputs @ weights["linear/kernel"][:, 0] + weights["linear/bias"]
+    found = task.evaluate(weights).metrics
+    assert found["top"] == pytest.approx(predicted.max(), rel=1e-5)
+    assert found["off"] == pytest.approx(np.abs(predicted - targets).mean(), rel=1e-5)
+
+
+def test_a_metric_of_outputs_without_a_row_for_each_example_is_a_mean_over_batches(monkeypatch):
+    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+
+    class WithPenalty(Line):
+        def __call__(self, inputs):
+            return super().__call__(inputs), jnp.float32(3)
+
+    task = line(
+        model=WithPenalty,
+        loss=lambda outputs, targets: squared(outputs[0], targets),
+        valid_data=numbers(6),
+        metrics={"penalty": lambda outputs, _: outputs[1]},
+    )
+    assert dict(task.evaluate(task.init(0)).metrics) == {"penalty": 3.0}
 
 
 def test_an_evaluation_uses_the_running_statistics_it_was_given(shared):

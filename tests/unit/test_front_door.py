@@ -188,7 +188,7 @@ def test_an_argument_of_another_type_is_named(tmp_path):
         {"step_s": -1},
         {"step_s": math.nan},
         {"step_s": "1"},
-        {"round_s": math.inf},
+        {"fit_s": math.inf},
         {"bytes_per_s": 0},
         {"bytes_per_s": None},
     ],

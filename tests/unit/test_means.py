@@ -55,6 +55,12 @@ def test_krum_prefers_the_smaller_of_equal_scores(order):
     assert mean_of("krum:f=1", [[one] for one in order]).tolist() == [0.7]
 
 
+def test_rfa_finds_the_geometric_median_of_updates_that_almost_lie_on_a_line():
+    # That of four points is where the diagonals cross.
+    rows = [[-1.0, 0.0], [1.0, 0.0], [-0.5, 0.1], [0.7, -0.1]]
+    np.testing.assert_allclose(mean_of("rfa", rows), [0.1, 0.0], atol=1e-3)
+
+
 # --- naive NumPy -------------------------------------------------------------------------------
 
 

@@ -67,6 +67,11 @@ def test_epsilon_is_the_smallest_that_delta_allows_and_grows(noise, rounds, delt
     assert epsilon(noise, rounds + 1, delta) >= result >= epsilon(2 * noise, rounds, delta)
 
 
+@pytest.mark.parametrize("noise", [1e-9, 1e-12, 1e-100])
+def test_with_hardly_any_noise_epsilon_is_huge_but_does_not_overflow(noise):
+    assert epsilon(noise, 2, 1e-5) == pytest.approx(1 / noise**2, rel=1e-6)
+
+
 def test_the_tails_of_the_normal_distribution_meet():
     left, right = accounting._log_normal(-30 - 1e-9), accounting._log_normal(-30 + 1e-9)
     assert left == pytest.approx(right, abs=1e-5)

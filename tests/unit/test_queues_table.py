@@ -7,7 +7,7 @@ import io
 import os
 import pty
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -218,6 +218,23 @@ def test_a_queue_without_statistics_yet_is_counted_and_the_rest_is_unknown(monke
     (updates,) = queues.read_overview(Management("amqp://h/", "http://h"), TOPOLOGY).queues
     assert (updates.ready, updates.consumers) == (3, 1)
     assert (updates.unacknowledged, updates.size_bytes) == (None, None)
+
+
+def test_queues_of_a_failed_node_are_not_counted(monkeypatch):
+    names = ("letters.updates", "letters.lock.presence")
+    states = ("running", "down")
+    entries = [{"name": name, "state": state} for name, state in zip(names, states, strict=True)]
+    counted = []
+
+    async def counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
+        counted.extend(names)
+        return {}
+
+    monkeypatch.setattr(Management, "queues", lambda *_: entries)
+    monkeypatch.setattr(Management, "alarms", lambda _: [])
+    monkeypatch.setattr(queues, "_counts", counts)
+    assert len(queues.read_overview(Management("amqp://h/", "http://h"), TOPOLOGY).queues) == 2
+    assert counted == ["letters.updates"]
 
 
 def test_a_user_who_may_not_count_gets_the_statistics_or_the_remedy(monkeypatch):

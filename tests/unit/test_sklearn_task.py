@@ -163,6 +163,14 @@ def test_the_classes_are_in_the_order_of_the_estimator_s_outputs():
     assert task.classes == ("0", "1", "2")
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_an_example_without_a_class_is_named(held_out):
+    x, y = np.zeros((4, 2)), np.array(["a", "b", "a", "b"], object)
+    gaps = np.array(["a", None, "b", "a"], object)
+    with pytest.raises(TaskError, match=r"of several types \(.*'NoneType'.*the same type"):
+        sklearn_task(SGDClassifier(), (x, y if held_out else gaps), (x, gaps))
+
+
 def test_a_class_may_be_among_the_held_out_examples_only():
     few = CLASSES < 2
     task = sklearn_task(classifier(), (INPUTS[few], CLASSES[few]), (INPUTS, CLASSES))

@@ -30,6 +30,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is an optional dependency")
 
 from torch import nn  # noqa: E402
 
+from fluffle_worker.tasks import torch as training  # noqa: E402
 from fluffle_worker.tasks.examples import accuracy  # noqa: E402
 from fluffle_worker.tasks.torch import TorchTask, torch_task  # noqa: E402
 
@@ -719,6 +720,34 @@ def test_a_loss_that_is_no_tensor_is_named():
     task = torch_task(Line, lambda outputs, targets: 0.5, torch.optim.SGD, numbers())
     with pytest.raises(TaskError, match="loss= returned 0.5; expected a tensor"):
         task.train(task.init(0), Plan(), lambda *_: None)
+
+
+def test_a_metric_that_is_one_number_is_of_all_held_out_examples(monkeypatch):
+    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+
+    def median(outputs: Any, targets: Any) -> Any:
+        return np.median((outputs - targets).numpy())
+
+    def of_many(outputs: Any, targets: Any) -> Any:
+        assert len(outputs) > 4, "as if a batch had only one class"
+        return median(outputs, targets)
+
+    inputs, targets = numbers()
+    task = torch_task(
+        Line,
+        squared,
+        torch.optim.SGD,
+        numbers(),
+        (inputs, targets),
+        metrics={"median": median, "of_many": of_many},
+    )
+    weights = task.init(0)
+    module = Line()
+    fluffle.load_into(module, weights)
+    with torch.no_grad():
+        expected = median(module(torch.tensor(inputs)), torch.tensor(targets))
+    found = task.evaluate(weights).metrics
+    assert found == {"median": pytest.approx(expected), "of_many": pytest.approx(expected)}
 
 
 def test_a_metric_that_fails_costs_no_other():

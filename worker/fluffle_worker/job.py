@@ -69,6 +69,10 @@ class Job:
         """Read the identity of the requested work."""
         self.work = _work_of(self.message)
 
+    def release(self) -> None:
+        """Free the memory of what was received: the answer may be kept for long."""
+        self.weights, self.broadcast = {}, {}
+
 
 def _work_of(message: Fit | Evaluate | InitRequest) -> Work:
     match message:
@@ -129,6 +133,7 @@ class Executor:
             rule.of_work((job.work.run, job.work.round, job.work.sequence), job.broadcast)
         job.evaluation = self._evaluate(job.weights, message, ids)
         if isinstance(message, Evaluate):
+            job.release()
             return
         if job.evaluation is not None:
             evaluated()
@@ -142,7 +147,7 @@ class Executor:
             before = residual().before(job.work)
             job.answer, left_out = _encode(update, change, codec, before, plan.seed)
             job.residual = Residual(job.work, left_out)
-        job.weights, job.broadcast = {}, {}  # free memory: the answer may be kept for long
+        job.release()
 
     def _evaluate(
         self, weights: Weights, message: Fit | Evaluate, ids: dict[str, Any]

@@ -7,6 +7,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import click
 
 from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
 from fluffle_common.cli.app import count as counts
-from fluffle_common.cli.app import management_option
+from fluffle_common.cli.app import management_option, queue_type_option
 from fluffle_common.cli.printing import echo, echo_sentences, visible_json
 
 if TYPE_CHECKING:
@@ -53,6 +54,7 @@ _WHO_WIDTH, _WIDEST_WHO = 12, 32
 )
 @inspection_options("Print one JSON object per line.")
 @management_option
+@queue_type_option
 def tap(**options: Any) -> None:
     """Print a federation's messages live, one line each.
 
@@ -80,6 +82,7 @@ def tap(**options: Any) -> None:
     from fluffle_common.errors import UsageError
 
     topology, address = federation_and_broker(options["federation"], options["url"])
+    topology = replace(topology, queue_type=options["queue_type"])
     for kind in options["kinds"]:
         if kind not in KINDS:
             raise UsageError(f"unknown --kind {kind}; {nearest(kind, KINDS)}")

@@ -108,9 +108,14 @@ def _federations(api: Management) -> tuple[str, ...]:
 def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
     """Replace the figures of queues that RabbitMQ has no statistics of yet.
 
-    It collects statistics every five seconds, so a newer queue would look empty and unused.
+    It collects statistics every five seconds, so a newer queue would look empty and unused. It has
+    none of a failed node's queues either, and takes 70 s to refuse to count one.
     """
-    new = [queue.name for queue in figures if queue.known and queue.published is None]
+    new = [
+        queue.name
+        for queue in figures
+        if queue.known and queue.published is None and queue.state == "running"
+    ]
     counted: dict[str, Counts | None] = {}
     if new:
         with contextlib.suppress(BrokerError):  # the statistics follow

@@ -267,7 +267,8 @@ queue_type_option = click.option(
     default="classic",
     show_default=True,
     help="Type of the federation's queues. A cluster of brokers replicates queues of type "
-    "'quorum'. The coordinator and all workers must use the same type.",
+    "'quorum'. Use the same type for the coordinator, all workers, 'fluffle tap' and "
+    "'fluffle dashboard'.",
 )
 
 

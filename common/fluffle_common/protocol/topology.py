@@ -28,6 +28,7 @@ _PRESENCE_MESSAGES = 100_000
 _PRESENCE_TTL_MS = 60_000
 _TAP_MESSAGES = 10_000
 _TAP_BYTES = GiB // 4
+_UNUSED_TAP_MS = 60_000
 _UNUSED_MS = 30 * 60 * 1000
 # Longer than any upload: only getting from a quorum queue, or consuming, counts as using it.
 _UNUSED_OUTBOX_MS = {"classic": _UNUSED_MS, "quorum": 24 * 60 * 60 * 1000}
@@ -230,17 +231,19 @@ class Topology:
         ]
 
     def tap(self, unique: str) -> Queue:
-        """Return the queue of a ``fluffle tap``; when its reader is slow, the oldest copies go."""
-        return Queue(
-            f"{self.federation}.tap.{unique}",
-            _TAP_PURPOSE,
-            {
-                "x-queue-type": "classic",
-                "x-max-length": _TAP_MESSAGES,
-                "x-max-length-bytes": _TAP_BYTES,
-                "x-overflow": "drop-head",
-            },
-        )
+        """Return the queue of a ``fluffle tap``; when its reader is slow, the oldest copies go.
+
+        On a cluster, it is replicated too. RabbitMQ 4.3 keeps a classic queue of a failed node, and
+        refuses every message that it cannot copy to it.
+        """
+        arguments: dict[str, ArgumentValue] = {
+            "x-max-length": _TAP_MESSAGES,
+            "x-max-length-bytes": _TAP_BYTES,
+            "x-overflow": "drop-head",
+        }
+        if self.queue_type == "quorum":  # which cannot be exclusive
+            arguments["x-expires"] = _UNUSED_TAP_MS
+        return self._queue(f"{self.federation}.tap.{unique}", _TAP_PURPOSE, arguments)
 
     def purpose(self, queue: str) -> str | None:
         """Return the description of a queue; None if it is not of this federation."""
@@ -305,7 +308,7 @@ def locks_of(queue: str) -> tuple[str, str]:
 
 
 _LOCK_PURPOSE = "lock that gives one process at a time the queue of the same name; always empty"
-_TAP_PURPOSE = "copies of messages for 'fluffle tap'; deleted when the command ends"
+_TAP_PURPOSE = "copies of messages for 'fluffle tap'; deleted soon after the command ends"
 UPDATE_KINDS = ("update", "evaluation", "first_weights", "exchange")
 PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")
 _REJECTING = "rejected"

@@ -258,9 +258,10 @@ class Link(Protocol):
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
         """Declare a queue for copies of the traffic and read it; copies need no acknowledgement.
 
-        The queue is exclusive to this link and is deleted with the iterator or the link. Use
-        ``declare`` to add bindings and ``unbind`` to remove them. Publishers cannot tell it from
-        another queue: a message that reaches only a tap is not ``Unroutable``.
+        The queue is exclusive to this link and is deleted with the iterator or the link; a quorum
+        queue is not exclusive, and expires after that. Use ``declare`` to add bindings and
+        ``unbind`` to remove them. Publishers cannot tell it from another queue: a message that
+        reaches only a tap is not ``Unroutable``.
         """
 
     async def unbind(self, binding: Binding) -> None:

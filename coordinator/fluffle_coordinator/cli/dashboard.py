@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import click
 
-from fluffle_common.cli.app import federation_option, management_option, url_option
+from fluffle_common.cli.app import (
+    federation_option,
+    management_option,
+    queue_type_option,
+    url_option,
+)
+
+if TYPE_CHECKING:
+    from fluffle_common.protocol.topology import QueueType
 
 
 @click.command(context_settings={"show_default": True})
@@ -18,7 +28,10 @@ from fluffle_common.cli.app import federation_option, management_option, url_opt
     help="Address of the page; port 0 chooses a free port.",
 )
 @management_option
-def dashboard(federation: str, url: str | None, address: str, management: str | None) -> None:
+@queue_type_option
+def dashboard(
+    federation: str, url: str | None, address: str, management: str | None, queue_type: QueueType
+) -> None:
     """Show a federation on a live page.
 
     The page shows rounds, workers, queues and rejected messages. The command runs on any machine
@@ -46,7 +59,7 @@ def dashboard(federation: str, url: str | None, address: str, management: str | 
         from fluffle_coordinator.dashboard.server import listen, url_of
     from fluffle_coordinator.dashboard.feed import queue_asker
 
-    topology = Topology(check_federation(federation))
+    topology = Topology(check_federation(federation), queue_type)
     find = broker_url_finder(url)
     transport = AmqpTransport(find, f"fluffle dashboard of {federation}")
     page = BrokerSource(topology, transport, queue_asker(topology, find, management), report=warn)

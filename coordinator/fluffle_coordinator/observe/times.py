@@ -35,12 +35,14 @@ def duration(value: float) -> str:
 
     >>> duration(0.0123), duration(3.21), duration(125), duration(7260), duration(0)
     ('12 ms', '3.2 s', '2 min 5 s', '2 h 1 min', '0 s')
+    >>> duration(1.7e308)  # as a worker may claim
+    '1.7e+308 s'
     """
     if value == 0:
         return "0 s"
     if value < 1:
         return f"{value * 1000:.2g} ms" if value < 0.01 else f"{value * 1000:.0f} ms"
-    if value < 60:
+    if value < 60 or value > 1e9:
         return f"{value:.3g} s" if value >= 10 else f"{value:.1f} s"
     minutes, seconds = divmod(round(value), 60)
     if minutes < 60:

@@ -95,6 +95,8 @@ class Aggregator:
         try:
             await self._jobs.run()
         finally:
+            # The parts of a coordinator refer to each other, so its memory is freed late.
+            self.weights = self._state = None
             await self._fetcher.close()
 
     def opened(self) -> None:

@@ -105,13 +105,6 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
             f"--keep-updates conflicts with the strategy {strategy.name}, which protects updates "
             "with random noise that replay cannot reproduce; remove --keep-updates"
         )
-    monitor, evaluate = options["monitor"], options["evaluate"]
-    if monitor and monitor.startswith(TEST_PREFIX) and evaluate is None:
-        raise UsageError(
-            f"--monitor {monitor} is a metric of the --evaluate function, but --evaluate is not "
-            "given; add --evaluate, or monitor a federated metric such as "
-            f"{monitor.removeprefix(TEST_PREFIX)}"
-        )
     schedule_name, schedule = load_schedule(
         options["schedule"],
         buffer=options["buffer"],
@@ -140,9 +133,9 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         init=init,
         verify_users=options["verify_users"],
         keep_updates=options["keep_updates"],
-        hooks=Hooks.load(evaluate, options["on_round"]),
+        hooks=Hooks.load(options["evaluate"], options["on_round"]),
         stopping=Stopping(
-            monitor=monitor,
+            monitor=options["monitor"],
             target=options["target"],
             patience=options["patience"],
             time_budget_s=options["time_budget"],
@@ -292,6 +285,13 @@ async def coordinate(
         TaskError: if the user's strategy, schedule or selection fails.
         UsageError: if the run in the folder cannot continue with these settings.
     """
+    monitor = settings.stopping.metric
+    if monitor.startswith(TEST_PREFIX) and settings.hooks.evaluate is None:
+        raise UsageError(
+            f"--monitor {monitor} is a metric of the --evaluate function, but --evaluate is not "
+            "given; add --evaluate, or monitor a federated metric such as "
+            f"{monitor.removeprefix(TEST_PREFIX)}"
+        )
     journal = Journal(topology) if journaled else None
     watchers: list[Watcher | None] = [watcher, journal, page]
     watcher = Watchers(*filter(None, watchers))

@@ -205,6 +205,8 @@ class Committer:
             self._record(run_events.Personal(round=number, metrics=personal))
         participants = examples_by_worker(average.participants)
         self._standing.add_time(line["timings"])
+        if number > 1 and not self._evaluated[0]:  # workers have trained from round 1's model
+            self._warn_if_missing({})
         enough = await self._call_hooks(number, average.weights, participants)
         enough = enough or self.enough()
         about = base, sum(participants.values()), line["timings"], enough
@@ -238,15 +240,18 @@ class Committer:
     async def _monitor(self, number: int, metrics: Mapping[str, float]) -> None:
         """Update the stopping rule with a round's metrics, and keep the model if it is the best."""
         self._standing.note(number, metrics)
-        missing = self._standing.missing(metrics)
-        if missing and not self._warned:
-            self._warned = True
-            self._record(run_events.Note(what=missing))
+        self._warn_if_missing(metrics)
         best = self._standing.best
         if self._stopping.monitor and best and best != self._best:
             if (self._store.folder / checkpoint_name(best)).exists():  # else the user deleted it
                 await self._on_disk(lambda: keep_best(self._store.folder, best))
             self._best = best
+
+    def _warn_if_missing(self, metrics: Mapping[str, float]) -> None:
+        missing = self._standing.missing(metrics)
+        if missing and not self._warned:
+            self._warned = True
+            self._record(run_events.Unmeasured(what=missing))
 
     def _take_counts(self) -> dict[str, Any]:
         """Return and reset the counts of late and rejected updates."""

@@ -56,6 +56,7 @@ class Standing:
         self.best: int | None = None  # the round with the best model
         self._since: int | None = None  # that round, or the first one measured while there is none
         self._value, self._latest, self._seconds = math.nan, 0, 0.0
+        self._names: dict[str, None] = {}  # of the metrics that ``missing`` has seen
         for line in lines:
             if line["event"] in ("evaluated", "tested"):
                 self.note(line["round"], line)
@@ -82,13 +83,19 @@ class Standing:
             self.best, self._since, self._value = number, number, value
 
     def missing(self, metrics: Mapping[str, Any]) -> str | None:
-        """Return a warning if the metrics lack the monitored one, which should be among them."""
+        """Return a warning if the metrics lack the monitored one, which should be among them.
+
+        There are none if no worker evaluates.
+        """
+        self._names |= dict.fromkeys(metrics)
         rules, name = self._stopping, self._stopping.metric
         monitored = (rules.monitor, rules.target, rules.patience) != (None, None, None)
         of_a_test = any(metric.startswith(TEST_PREFIX) for metric in metrics)
         if not monitored or name in metrics or name.startswith(TEST_PREFIX) != of_a_test:
             return None
-        return f"no round has the metric '{name}' (--monitor); choose from {', '.join(metrics)}"
+        remedy = f"choose from {', '.join(self._names)}" if self._names else "add --evaluate"
+        why = "" if metrics else ", because no worker has evaluated a model"
+        return f"no round has the metric '{name}' (--monitor){why}; {remedy}"
 
     def enough(self) -> str:
         """Return the reason to end the run; empty to continue."""

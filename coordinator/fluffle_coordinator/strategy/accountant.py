@@ -113,7 +113,9 @@ def epsilon(noise: float, rounds: int, delta: float) -> float:
 def _delta(epsilon: float, mu: float) -> float:
     """Return the smallest delta of a Gaussian mechanism, given its epsilon."""
     below = _log_normal(-epsilon / mu - mu / 2)
-    return math.exp(_log_normal(-epsilon / mu + mu / 2)) - math.exp(epsilon + below)
+    # At most 1; with hardly any noise, rounding errors would let it overflow.
+    above = math.exp(min(0.0, epsilon + below))
+    return math.exp(_log_normal(-epsilon / mu + mu / 2)) - above
 
 
 def _log_normal(x: float) -> float:

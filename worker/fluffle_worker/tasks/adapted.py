@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,7 +16,7 @@ from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.persistent_tensors import PersistentTensors
-from fluffle_worker.task import EvalResult, Progress, TrainResult, work_of
+from fluffle_worker.task import EvalResult, FailedMetric, Progress, TrainResult, work_of
 from fluffle_worker.tasks.examples import (
     Examples,
     InMemory,
@@ -118,6 +118,40 @@ class AdaptedTask(ABC):
     @abstractmethod
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         """Return the mean loss and metrics of a model on the held-out data."""
+
+
+def scores_of_all(
+    metrics: Mapping[str, Loss],
+    outputs: Sequence[Any],
+    targets: Any,
+    *,
+    count: int,
+    map_trees: Callable[..., Any],
+    concatenate: Callable[[Sequence[Any]], Any],
+) -> dict[str, float]:
+    """Return metrics of all ``count`` held-out examples at once, from the outputs of each batch.
+
+    Precision, for example, is not the mean of the batches' precisions. If an output of the model
+    does not have one row for each example, no metric is returned.
+    """
+
+    def rows(*parts: Any) -> Any:
+        every = concatenate(parts)
+        if every.shape[0] != count:
+            raise ValueError
+        return every
+
+    try:
+        every = map_trees(rows, *outputs)
+    except (RuntimeError, TypeError, ValueError):  # not an array, or of another shape
+        return {}
+    found: dict[str, float] = {}
+    for name, function in metrics.items():
+        try:
+            found[name] = float(function(every, targets))
+        except Exception as why:  # costs this metric, not the evaluation
+            found[name] = FailedMetric(why)
+    return found
 
 
 class StepLosses:

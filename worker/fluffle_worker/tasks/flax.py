@@ -24,9 +24,9 @@ from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
-from fluffle_worker.local.optax import gradient_transformation, named, tensor_name
+from fluffle_worker.local.optax import filtered, gradient_transformation, named, tensor_name
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
-from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses, scores_of_all
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
 from fluffle_worker.tasks.examples import Examples, Stream, call, joined
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
@@ -59,7 +59,8 @@ class FlaxTask(AdaptedTask):
         valid_data: held-out arrays of the same structure. If None, this worker does not evaluate.
         learning_rate: the rate for an ``optimizer`` that takes one, if the plan sets none.
         metrics: further functions with the signature of ``loss``, such as
-            ``{"accuracy": accuracy}``.
+            ``{"accuracy": accuracy}``. One that returns one number is called with all held-out
+            examples at once.
         augment: ``(key, inputs) -> inputs``, a random change to each training batch.
         classes: the names of a classifier's outputs.
         sample_seed: decorrelates this worker's batches from those of other workers.
@@ -159,7 +160,7 @@ class FlaxTask(AdaptedTask):
         rule.check_batches(mixed=parts.has_statistics)
         learnt = parts.learnt(weights, self._personal.before(work_of(plan)))
         trained = _trained(plan)
-        params = nnx.filter_state(learnt, trained)
+        params = filtered(learnt, trained)
         # Mixed, because a sum would be that of another worker in another round.
         mixed = np.random.default_rng([plan.seed, self._sample_seed]).integers(2**63)
         key = key_of(int(mixed))
@@ -181,7 +182,7 @@ class FlaxTask(AdaptedTask):
                 losses.add(loss)
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
-            rule.end(named(nnx.filter_state(learnt, trained)), optimizer_state[0])
+            rule.end(named(filtered(learnt, trained)), optimizer_state[0])
         return self._result(plan, parts.travelling(learnt), parts.personal(learnt), losses)
 
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
@@ -200,7 +201,22 @@ class FlaxTask(AdaptedTask):
             for name, values in found.items():
                 totals[name] = totals.get(name, 0.0) + summed(values, len(real))
         means = {name: total / count for name, total in totals.items()}
-        return means | {name: FailedMetric(why) for name, why in self._failed.items()}
+        means |= {name: FailedMetric(why) for name, why in self._failed.items()}
+        whole = {name for name, values in found.items() if not values.shape} & self._metrics.keys()
+        if whole and count > size:
+            inputs, targets = self._valid
+            batches = np.array_split(np.arange(count), range(size, count, size))
+            outputs = [self._forward(*states, picked(inputs, batch)) for batch in batches]
+            metrics = {name: self._metrics[name] for name in whole}
+            means |= scores_of_all(
+                metrics,
+                outputs,
+                targets,
+                count=count,
+                map_trees=jax.tree.map,
+                concatenate=jnp.concatenate,
+            )
+        return means
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError if ``weights`` differ from the model in names, shapes or dtypes."""

@@ -14,7 +14,7 @@ from flax import linen, nnx
 
 from fluffle_common.errors import TaskError
 from fluffle_common.tensors.weights import Array
-from fluffle_worker.local.optax import named, tensor_name
+from fluffle_worker.local.optax import flat_state, named, tensor_name
 from fluffle_worker.tasks.checks import check_filters
 
 _EXPECTED = "expected an nnx.Module; nnx.bridge.ToNNX wraps a module of flax.linen (docs/tasks.md)"
@@ -67,9 +67,9 @@ class ModelParts:
         except jax.errors.JAXTypeError:  # the initializer needs values: run eagerly
             like, compiled = _made(model), lambda make: make
         self._graph, travelling, at_home = self._split(like)
-        self.form = nnx.to_flat_state(travelling)
-        self._personal_form = nnx.to_flat_state(at_home.personal)
-        self._frozen_form = nnx.to_flat_state(at_home.frozen)
+        self.form = list(flat_state(travelling))
+        self._personal_form = list(flat_state(at_home.personal))
+        self._frozen_form = list(flat_state(at_home.frozen))
         self._check(frozen, named(nnx.filter_state(nnx.state(like), AVERAGED)))
         # The order of a trained state's leaves. Taking a state apart with Flax takes as long as a
         # step of a small model, and leaves reference cycles that keep the arrays alive.
@@ -225,10 +225,9 @@ def _arrays(state: Any) -> dict[str, Array]:
 
 def fill(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
     """Set the tensors of a module that have one of these names."""
-    state = nnx.to_flat_state(nnx.state(module, AVERAGED))
     filled = [
         (path, leaf.replace(jnp.asarray(arrays[tensor_name(path)])))
-        for path, leaf in state
+        for path, leaf in flat_state(nnx.state(module, AVERAGED))
         if tensor_name(path) in arrays
     ]
     nnx.update(module, nnx.from_flat_state(filled))

@@ -160,12 +160,18 @@ def _classes(given: Sequence[Any] | None, targets: Array, held_out: Array) -> Ar
     """Return the given classes; by default, those of the targets.
 
     Raises:
-        TaskError: if there is only one, or they are no sequence.
+        TaskError: if there is only one, they are no sequence, or they are of several types.
     """
-    classes = np.unique(targets) if given is None else np.asarray(given)
-    if classes.ndim != 1:
-        raise TaskError(f"classes= is {shown(given)}; expected a sequence of classes")
-    more = np.setdiff1d(held_out, classes)
+    try:
+        classes = np.unique(targets) if given is None else np.asarray(given)
+        if classes.ndim != 1:
+            raise TaskError(f"classes= is {shown(given)}; expected a sequence of classes")
+        more = np.setdiff1d(held_out, classes)
+    except TypeError as why:
+        raise TaskError(
+            f"the classes of the examples are of several types ({why}); give every example a class "
+            "of the same type, and leave out those without a class"
+        ) from None
     if given is None and len(more):  # else they keep their dtype, and so their names
         classes = np.union1d(classes, more)
     if len(classes) == 1:

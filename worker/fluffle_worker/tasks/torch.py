@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
@@ -27,7 +28,7 @@ from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
-from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses, scores_of_all
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
 from fluffle_worker.tasks.examples import Examples, Stream, call, joined, mapped
 from fluffle_worker.tasks.torch_gradients import (
@@ -80,7 +81,8 @@ class TorchTask(AdaptedTask):
         valid_data: held-out data of the same structure. If None, this worker does not evaluate.
         learning_rate: the learning rate, if the plan sets none.
         metrics: further functions with the signature of ``loss``, such as
-            ``{"accuracy": accuracy}``.
+            ``{"accuracy": accuracy}``. One that returns one number is called with all held-out
+            examples at once.
         augment: ``inputs -> inputs``, a random change to each training batch.
         classes: the names of a classifier's outputs.
         sample_seed: decorrelates this worker's batches from those of other workers.
@@ -210,7 +212,8 @@ class TorchTask(AdaptedTask):
         # Not the module that was trained: training has changed its frozen statistics.
         module = self._filled(weights, personal).eval()
         totals: dict[str, float] = {}
-        failed: dict[str, FailedMetric] = {}
+        failed: dict[str, float] = {}
+        whole, kept = set(), []  # metrics that may need all examples, and the outputs for these
         with self._seeded(0), torch.no_grad():
             for start in range(0, self._held_out, _EVALUATION_BATCH):
                 rows = slice(start, min(start + _EVALUATION_BATCH, self._held_out))
@@ -225,7 +228,22 @@ class TorchTask(AdaptedTask):
                         if name == "loss":
                             raise
                         failed[name], mean = FailedMetric(why), 0.0
+                    if not start and (name in failed or not values.shape):
+                        whole.add(name)
                     totals[name] = totals.get(name, 0.0) + mean * (rows.stop - rows.start)
+                if whole := whole & self._metrics.keys():
+                    kept.append(outputs)
+            if len(kept) > 1:
+                metrics = {name: self._metrics[name] for name in whole}
+                targets = mapped(torch.clone, self._valid[1])
+                failed |= scores_of_all(
+                    metrics,
+                    kept,
+                    targets,
+                    count=self._held_out,
+                    map_trees=_pytree.tree_map,
+                    concatenate=torch.cat,
+                )
         return {name: total / self._held_out for name, total in totals.items()} | failed
 
     def _differentiate(

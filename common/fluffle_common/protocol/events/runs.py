@@ -91,6 +91,13 @@ class Note(RunEvent):
     what: Text = None
 
 
+@event("unmeasured", "{what}", "odd")
+class Unmeasured(RunEvent):
+    """No model has the metric that may end the run early."""
+
+    what: Text = None
+
+
 @event("slow", "{what} has been running for {running_s:g} s; the run waits for it", "odd")
 class Slow(RunEvent):
     """The run has been waiting for a hook or a strategy."""

@@ -315,11 +315,14 @@ class AmqpLink(Link):
         return await consumer.start(STREAM_PREFETCH, arguments=arguments)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
-        with self._lifetime.requesting("configure"):
-            channel = await self._request_channel.get_underlay_channel()
-            await channel.queue_declare(
-                queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
-            )
+        if queue.arguments.get("x-queue-type") == "quorum":
+            await self.declare([queue])
+        else:
+            with self._lifetime.requesting("configure"):
+                channel = await self._request_channel.get_underlay_channel()
+                await channel.queue_declare(
+                    queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
+                )
         await self.declare(bindings)
         consumer = Consumer(queue.name, self._connections[1], self._lifetime)
         return (await consumer.start(_TAP_PREFETCH, exclusive=True)).auto_acked()
