@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import fcntl
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -150,7 +149,7 @@ async def test_a_folder_that_cannot_be_locked_is_an_error_in_one_line(
 
     monkeypatch.setattr(fcntl, "flock", refuse)
     store = RunStore(tmp_path / "run")
-    settings = SimpleNamespace(federation="f")
+    settings = CoordinatorSettings("f", Rules(rounds=1))
     with pytest.raises(RunError, match=message) as caught:
         await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
     assert "\n" not in str(caught.value)
@@ -164,7 +163,7 @@ async def test_another_users_lock_file_is_an_error_in_one_line(monkeypatch, tmp_
 
     monkeypatch.setattr(Path, "open", denied)
     with pytest.raises(RunError, match="lock: Permission denied"):
-        settings = SimpleNamespace(federation="f")
+        settings = CoordinatorSettings("f", Rules(rounds=1))
         await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
 
 
@@ -175,7 +174,7 @@ async def test_a_checkpoint_that_cannot_be_opened_is_an_error_about_this_file(st
     checkpoint.mkdir()
     wrong = f"{checkpoint}: Is a directory.*; make this file readable and writable, and run"
     with pytest.raises(RunError, match=wrong):
-        settings = SimpleNamespace(federation="f")
+        settings = CoordinatorSettings("f", Rules(rounds=1))
         await main.coordinate(settings, None, None, store, Recorder(), journaled=False)
     store.unlock()
 
