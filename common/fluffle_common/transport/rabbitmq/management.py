@@ -116,7 +116,8 @@ class Management:
         RabbitMQ selects the queues, because it takes a second to describe 1,000 of them. Raises
         what ``ask`` raises.
         """
-        name = urllib.parse.quote(pattern, safe="")
+        # By default, RabbitMQ ignores case.
+        name = urllib.parse.quote(f"(?-i:{pattern})", safe="")
         path = f"/api/queues/{self.quoted_vhost}?name={name}&use_regex=true{query}"
         queues: list[dict[str, Any]] = []
         for number in itertools.count(1):
