@@ -120,6 +120,10 @@ def test_a_count_of_one_is_singular():
     assert (
         from_fields("joined", {"worker": "a", "num_examples": 1}).sentence().endswith("1 example")
     )
+    evaluated = from_fields("evaluated", {"round": 1, "num_examples": 1, "loss": 0.5})
+    assert evaluated.sentence() == "round 1: loss 0.5000 on 1 held-out example"
+    first = from_fields("first_weights", {"tensors": 1, "parameters": 1200})
+    assert first.sentence() == "received the first weights: 1 tensor, 1,200 parameters"
 
 
 def test_an_empty_list_of_workers_is_nobody():

@@ -313,7 +313,9 @@ def _closing(explanation: Explanation) -> Iterator[str]:
         yield f"Time spent in the coordinator: {', '.join(steps)}."
     if this.loss is not None:
         metrics = "".join(f", {name} {decimal(value)}" for name, value in this.metrics.items())
-        on = "" if this.evaluated_on is None else f" on {this.evaluated_on:.0f} held-out examples"
+        on = ""
+        if this.evaluated_on is not None:
+            on = f" on {plural(this.evaluated_on, 'held-out example')}"
         model = f"The model of round {this.number}"
         yield f"{model} was evaluated: loss {decimal(this.loss)}{metrics}{on}."
 

@@ -13,6 +13,8 @@ from dataclasses import fields as fields_of
 from string import Formatter
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
+from fluffle_common.plural import plural
+
 Severity = Literal["plain", "good", "odd", "bad"]
 
 # The types of fields. ``_READERS`` has a function for each of these names.
@@ -25,7 +27,7 @@ Numbers = Mapping[str, float] | None
 
 def _is_noun(spec: str) -> bool:
     """Whether a format specification is a noun, and not one of the types such as ``g``."""
-    return spec.isalpha() and len(spec) > 1
+    return len(spec) > 1 and spec[-2:].isalpha()
 
 
 class _Missing:
@@ -39,9 +41,7 @@ class _Integer(int):
     """Formats an integer with a noun as the format specification: ``{updates:update}``."""
 
     def __format__(self, spec: str) -> str:
-        if not _is_noun(spec):
-            return super().__format__(spec)
-        return f"{self} {spec}" if self == 1 else f"{self} {spec}s"
+        return plural(self, spec) if _is_noun(spec) else super().__format__(spec)
 
 
 _MISSING = _Missing()

@@ -187,7 +187,7 @@ _EVALUATED = "round {round}: loss {loss}{more}"
 _PERSONAL = "round {round}: each worker's model before averaging{more}"
 
 
-@event("evaluated", f"{_EVALUATED} on {{num_examples}} held-out examples", "good")
+@event("evaluated", f"{_EVALUATED} on {{num_examples:held-out example}}", "good")
 class Evaluated(RunEvent):
     round: Integer = None
     num_examples: Integer = None

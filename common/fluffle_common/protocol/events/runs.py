@@ -247,7 +247,7 @@ class Init(RunEvent):
     worker: Text = None
 
 
-@event("first_weights", "received the first weights: {tensors:tensor}, {parameters:,} parameters")
+@event("first_weights", "received the first weights: {tensors:tensor}, {parameters:parameter}")
 class FirstWeights(RunEvent):
     """The initial weights of the run are on disk."""
 
