@@ -124,8 +124,10 @@ class History(Sequence[Round]):
         """
         measured = [each for each in self.rounds if metric in each.values()]
         if not measured:
-            names = ", ".join(self.columns) or "none"
-            raise UsageError(f"no round has the metric '{metric}'; choose from {names}")
+            known = (
+                f"choose from {', '.join(self.columns)}" if self.columns else "none was measured"
+            )
+            raise UsageError(f"no round has the metric '{metric}'; {known}")
         sign = 1 if lower_is_better(metric) else -1
         return min(measured, key=lambda each: sign * each.values()[metric])
 

@@ -11,7 +11,8 @@ import contextlib
 import queue
 import selectors
 import threading
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fluffle.simulation.loop import SimulatedLoop
@@ -44,6 +45,20 @@ class _Selector(selectors.DefaultSelector):  # type: ignore[misc, valid-type]
         return []
 
 
+class _Steps(deque[Any]):
+    """The callbacks that are due; calls ``act`` before a callback with a given number."""
+
+    def __init__(self, due: Iterable[Any], number: int, act: Callable[[], object]) -> None:
+        super().__init__(due)
+        self._left, self._act = number, act
+
+    def popleft(self) -> Any:
+        self._left -= 1
+        if self._left == 0:
+            self._act()
+        return super().popleft()
+
+
 class VirtualLoop(asyncio.SelectorEventLoop):
     """An event loop in virtual time.
 
@@ -61,6 +76,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         """Return the virtual time in seconds."""
         return self.now_s
+
+    def at_step(self, number: int, act: Callable[[], object]) -> None:
+        """Call ``act`` before the ``number``-th callback from now."""
+        self._ready = _Steps(self._ready, number, act)
 
     def sleep(self, seconds: float) -> None:
         """Sleep in a worker's thread, in virtual time; the federation's end wakes and ends it."""

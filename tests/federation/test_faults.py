@@ -190,15 +190,14 @@ def test_the_coordinators_line_cut_at_any_message_loses_nothing(federated, kind,
     federated(scenario)
 
 
-def test_redelivered_updates_leave_room_for_the_others_of_the_round(federated):
+@pytest.mark.parametrize("step", range(10, 600, 20))
+def test_a_line_cut_at_any_step_leaves_room_for_all_updates(federated, step):
     async def scenario(federation):
         for step_s, (name, value) in enumerate(VALUES.items(), 1):
             federation.worker(name, Adder(federation.loop, value, int(10 * value), step_s=step_s))
         coordinator = federation.coordinator(rounds=2, min_workers=3, max_held_bytes=1)
-        await coordinator.log.until("counted")
-        coordinator.line.cut()
-        await coordinator.log.until("committed", within_s=60.0)
-        assert (await coordinator.end()).outcome == "finished"
+        federation.loop.at_step(step, coordinator.line.cut)
+        assert (await coordinator.end(within_s=60.0)).outcome == "finished"
         assert federation.participants() == [["a", "b", "c"]] * 2
         federation.check_averages(VALUES)
 

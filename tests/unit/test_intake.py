@@ -113,6 +113,26 @@ async def test_first_weights_that_nobody_wants_occupy_no_room(coordinator, asked
     reading.cancel()
 
 
+async def test_parked_messages_that_need_no_room_leave_none_parked_behind_them(coordinator):
+    coordinator.intake._caught_up.set()
+    reading = asyncio.ensure_future(coordinator.intake.consume_updates(coordinator.link, 1))
+    of = {"federation": "f", "run": "r", "worker": "w"}
+    update = Update(**of, round=1, base="b", num_examples=1, seconds=0.0)
+    await coordinator.send(update, TOPOLOGY.updates, bytes(900))
+    held = coordinator.intake.held((await coordinator.event()).handle)
+    for _ in range(5):
+        await coordinator.send(FirstWeights(**of), TOPOLOGY.updates, bytes(900))
+    async with asyncio.timeout(60):
+        while len(coordinator.intake._room._parked) < 5:
+            assert not reading.done()
+            await asyncio.sleep(0)
+        held.free()
+        while len(coordinator.link.unacked) > 1:  # all but the update
+            assert not reading.done()
+            await asyncio.sleep(0)
+    reading.cancel()
+
+
 async def test_a_round_can_have_thousands_of_updates():
     link = await MemoryBroker().open()
     await link.declare(TOPOLOGY.shared())

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     "--data",
     required=True,
     metavar="DIR",
-    help="Data of this worker; with --task, your function receives this value as options.data. For "
+    help="This worker's data; with --task, your function receives this value as options.data. For "
     "the letters task: a folder of images, laid out as <class>/<image>.",
 )
 @click.option(

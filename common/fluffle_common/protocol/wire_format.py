@@ -100,7 +100,9 @@ def decode(
     view = memoryview(body)
     header, end = _unpack_header(view[1:], max_header)
     if not isinstance(header, dict):
-        raise MalformedMessage(f"the header is a {type(header).__name__}, not a map")
+        raise MalformedMessage(
+            f"expected the header to be a map, but its type is {type(header).__name__}"
+        )
     message = parse(header)
     if federation is not None and message.federation != federation:
         raise MalformedMessage(

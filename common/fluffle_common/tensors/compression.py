@@ -239,7 +239,7 @@ def _check_parts(name: str, parts: tuple[Part, ...], encoded: Iterable[Array | P
         if not part.at_most:
             fits = shape == expected
         elif length is None:
-            bound, length = "at most ", shape
+            bound, length = " or shorter", shape
             fits = len(shape) == 1 and shape[0] <= part.shape[0]
         else:
             expected = length
@@ -247,7 +247,7 @@ def _check_parts(name: str, parts: tuple[Part, ...], encoded: Iterable[Array | P
         if tensor.dtype != np.dtype(part.dtype) or not fits:
             raise ValueError(
                 f"tensor '{name}{part.suffix}' is {tensor.dtype} {shape}; "
-                f"expected {bound}{part.dtype} {expected}"
+                f"expected {part.dtype} {expected}{bound}"
             )
 
 

@@ -57,7 +57,7 @@ MOST_ROUNDS = 10**9  # as on the wire
 )
 @stopping_options
 @plan_options
-@click.option("--seed", type=SEED, default=0, help="Seed of all random choices.")
+@click.option("--seed", type=SEED, default=0, help="Seed for all random choices.")
 @click.option(
     "--classes",
     metavar="A,B,…",
@@ -89,8 +89,8 @@ MOST_ROUNDS = 10**9  # as on the wire
     type=FiniteFloat(1),
     metavar="R",
     help="Maximum norm of an update, as a multiple of the median norm in the last five "
-    "rounds; larger updates are rejected.  [default: no limit, but a warning for updates above "
-    "10 times the median]",
+    "rounds; updates with a larger norm are rejected.  [default: no limit, but a warning if the "
+    "norm exceeds 10 times the median]",
 )
 @click.option(
     "--fresh",
@@ -107,7 +107,7 @@ MOST_ROUNDS = 10**9  # as on the wire
     "--verify-users",
     is_flag=True,
     help="Require each worker to log in to the broker with its worker ID as the user name, and "
-    "reject messages that another user sent.",
+    "reject messages in a worker's name that any other user sent.",
 )
 @click.option(
     "--keep-updates",

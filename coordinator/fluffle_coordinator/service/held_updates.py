@@ -93,8 +93,12 @@ class Room:
         return True
 
     def freed(self, size_bytes: int) -> None:
-        """Return bytes to the budget, and give parked deliveries that fit back to the broker."""
+        """Return bytes to the budget, for parked deliveries."""
         self.used_bytes -= size_bytes
+        self.unpark()
+
+    def unpark(self) -> None:
+        """Give parked deliveries that fit back to the broker."""
         room = self._most_bytes - self.used_bytes
         while self._parked and (self._parked[0][1] <= room or not self.used_bytes):
             delivery, needed = self._parked.popleft()

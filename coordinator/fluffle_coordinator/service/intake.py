@@ -217,6 +217,8 @@ class Intake:
                 self._update(message, payload, delivery, rs.Handle(link, number))
             except MalformedMessage as wrong:
                 self._reject(delivery, wrong)
+            if not self._room.used_bytes:  # it needed no room, so nobody frees any for the parked
+                self._room.unpark()
 
     def _check_sender(self, message: Any, delivery: Delivery) -> None:
         """Check that a message comes from the broker user of the worker that it names."""

@@ -43,7 +43,7 @@ _NEEDS_WORKER = "this command needs JAX and Pillow; run pip install 'fluffle[wor
     help="Number of additional writers who are not clients. Their letters are only for scoring a "
     "model; no worker should train on them.",
 )
-@click.option("--seed", type=SEED, default=1, help="Seed of the generated handwriting.")
+@click.option("--seed", type=SEED, default=1, help="Seed for the generated handwriting.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw letters A to J in the handwriting of different writers.
 

@@ -73,7 +73,9 @@ def read_images(
             targets.append(index)
             paths.append(path)
     if not pictures:
-        raise TaskError(f"none of the images in {folder} can be read: {skipped[0]}")
+        raise TaskError(
+            f"none of the images in {folder} can be read; the first error: {skipped[0]}"
+        )
     notes += _skipped_notes(skipped, len(pictures))
     layered = sum(picture.frames > 1 for picture in pictures)
     if layered:

@@ -18,7 +18,7 @@ from fluffle_common.tensors.weights import Array
 from fluffle_worker.local.optax import flat_state, named, tensor_name
 from fluffle_worker.tasks.checks import check_filters
 
-_EXPECTED = "expected an nnx.Module; nnx.bridge.ToNNX wraps a module of flax.linen (docs/tasks.md)"
+_EXPECTED = "expected an nnx.Module; wrap a flax.linen module in nnx.bridge.ToNNX (docs/tasks.md)"
 AVERAGED = nnx.Any(nnx.Param, nnx.BatchStat)
 """Flax filter of the tensors that training changes and that may travel."""
 
@@ -57,7 +57,7 @@ class ModelParts:
                 "module from rngs, such as the module's class or 'lambda rngs: Module(rngs=rngs)'"
             )
         if isinstance(model, linen.Module) or linen.Module in getattr(model, "__mro__", ()):
-            raise TaskError(f"model= is a module of flax.linen; {_EXPECTED}")
+            raise TaskError(f"model= is a flax.linen module; {_EXPECTED}")
         self._frozen = nnx.All(AVERAGED, frozen)
         self._federated = nnx.All(AVERAGED, nnx.Not(frozen), federated)
         # eval_shape finds the shapes without computing anything. Initialization is jitted as a
