@@ -151,7 +151,7 @@ def save_model(
 
 
 def _framework_of(module: Any) -> Any:
-    """Return the functions ``arrays_of`` and ``fill`` for a module of its framework."""
+    """Return the functions ``arrays_of``, ``fill`` and ``untrained`` for a module."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(module, torch.nn.Module):
         from fluffle_worker.tasks import torch_tensors

@@ -59,7 +59,8 @@ export class Link {
       throw why;
     }
     this.timers.push(setInterval(() => this.watch(), 1000));
-    // Without use, the outbox expires even while its worker is connected; declaring counts as use.
+    // Without use, the outbox expires even while its worker is connected. Declaring counts as use,
+    // except for a quorum queue.
     this.timers.push(setInterval(() => this.declareQueues().catch(this.lose), REDECLARE_MS));
   }
 

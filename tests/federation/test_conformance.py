@@ -215,7 +215,7 @@ def test_a_malformed_hello_is_reported(federated, monkeypatch):
 def test_a_failure_to_make_first_weights_is_reported_with_its_reason(federated):
     async def scenario(federation):
         task = Adder(federation.loop)
-        task.init, task.form = lambda seed: 1 / 0, UNKNOWN
+        task.init, task.signature = lambda seed: 1 / 0, UNKNOWN
         federation.worker("w", task)
         findings = await examined(federation)
         reason = "the worker sent a failure instead of first weights: ZeroDivisionError: division"

@@ -613,7 +613,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ({"a b": Adder()}, {}, "'a b' is not a valid worker ID; use at most 64 letters"),
         ("digits.py:task", {}, "mapping of names to tasks, not 'digits.py:task'"),
         (Adder(), {}, "expected a list of tasks or a mapping of names to tasks, not <"),
-        ([object()], {}, "no method 'init'"),
+        ([3], {}, "the task 'worker-0' is 3, which has no method 'init'; expected an object"),
     ],
 )
 def test_a_wrong_argument_is_named_before_anything_runs(tasks, options, message):

@@ -33,7 +33,7 @@ class Line(nnx.Module):
 
 
 def data_of(worker: int) -> tuple[Any, Any]:
-    """Return data of which each worker's have a line and a spread of their own."""
+    """Return the data of a worker, which have a line and a spread of their own."""
     rng = np.random.default_rng(worker)
     inputs = rng.normal(size=(EXAMPLES[worker], FEATURES)) * (1 + worker / 4)
     return inputs.astype(np.float32), (inputs @ rng.normal(size=FEATURES)).astype(np.float32)

@@ -281,7 +281,7 @@ def test_a_part_that_cannot_be_made_is_an_error_of_the_task():
 
     with pytest.raises(TaskError, match=r"part\(\) fails for 'client-0': ValueError: no part"):
         fluffle.simulate(Broken(), clients=4)
-    with pytest.raises(UsageError, match="'client-0' returns is not a task"):
+    with pytest.raises(UsageError, match="task 'client-0' is None, which has no method"):
         fluffle.simulate(Empty(), clients=4)
     with pytest.raises(TaskError, match="divided among the clients: ValueError: no file"):
         fluffle.simulate(Unread(), clients=4)

@@ -517,13 +517,13 @@ class Calls(Line):
 
     def __init__(self, rngs: nnx.Rngs, kind: Any, counts: bool = True) -> None:
         super().__init__(rngs)
-        self.calls, self.scale = kind(jnp.zeros(())), nnx.Variable(jnp.ones(FEATURES))
+        self.calls, self.scale = kind(jnp.zeros(())), nnx.Variable({"all": jnp.ones(FEATURES)})
         self.counts, self.deterministic = counts, False
 
     def __call__(self, inputs: Any) -> Any:
         if self.counts and not self.deterministic:
             self.calls[...] = self.calls[...] + 1
-        return super().__call__(inputs * self.scale[...])
+        return super().__call__(inputs * self.scale["all"])
 
 
 @pytest.mark.parametrize("rule", [None, DpSgd(1.0, 0.0)])

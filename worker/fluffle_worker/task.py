@@ -187,8 +187,8 @@ def check_task(name: str, task: Any) -> Task:
         value = _attribute(name, task, attribute)
         if attribute in _METHODS and not callable(value):
             raise UsageError(
-                f"the object that {name} returns is not a task, because it has no method "
-                f"'{attribute}'; add the method"
+                f"the task {name} is {shown(task)}, which has no method '{attribute}'; expected an "
+                "object with the methods init, train and evaluate"
             )
         if inspect.iscoroutinefunction(value):
             raise UsageError(

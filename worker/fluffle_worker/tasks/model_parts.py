@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -151,7 +152,7 @@ class ModelParts:
         for path, leaf in nnx.to_flat_state(rest):
             if path not in old or isinstance(leaf, _RESET):
                 continue
-            if _value(leaf) is not _value(old[path]):
+            if not all(map(operator.is_, jax.tree.leaves(leaf), jax.tree.leaves(old[path]))):
                 raise TaskError(
                     f"training changes '{tensor_name(path)}', which is neither an nnx.Param nor an "
                     "nnx.BatchStat, so it would be neither sent nor kept; make it an nnx.BatchStat "
@@ -231,10 +232,6 @@ def fill(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
         if tensor_name(path) in arrays
     ]
     nnx.update(module, nnx.from_flat_state(filled))
-
-
-def _value(leaf: Any) -> Any:
-    return leaf.get_value() if isinstance(leaf, nnx.Variable) else leaf
 
 
 def _is_key(leaf: Any) -> bool:
