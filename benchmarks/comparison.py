@@ -136,7 +136,7 @@ class Fluffle:
         self._pids = {
             "coordinator": programs.start(
                 "fluffle-coordinator", *FLUFFLE, "coordinator", *common, "--run", self._run,
-                "--rounds", 10**6, "--quorum", workers, "--deadline", 10**6,
+                "--rounds", 10**6, "--quorum", workers, "--deadline", 86_400,
                 "--log-format", "json", *options,
             ).pid
         }  # fmt: skip
