@@ -13,10 +13,10 @@ from tests.e2e.programs import PATIENCE_S
 pytestmark = pytest.mark.rabbit
 
 
-def test_rounds_are_measured_beside_the_floor(tmp_path):
+def test_rounds_are_measured_beside_the_floor():
     command = "-m benchmarks.rounds --json --size-mb 0.01 --workers 2 --rounds 2 --blocks 1"
     done = subprocess.run(
-        [sys.executable, *command.split(), "--folder", str(tmp_path)],
+        [sys.executable, *command.split()],
         capture_output=True,
         text=True,
         timeout=2 * PATIENCE_S,
