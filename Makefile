@@ -42,7 +42,7 @@ SLOW := $(addprefix unit/,attacked_training cli demo doctests drawing flax_parts
 	front_door history_chart letters letters_images letters_scores local_rules mutants node \
 	printing private rabbitmq_connection results rounds_machine run_store sentences \
 	server_steps sklearn_task strategy_names task_arguments task_loading torch_task) \
-	$(addprefix federation/,adapters local torch user_files)
+	$(addprefix federation/,adapters local references torch user_files)
 FAST := $(filter-out $(foreach name,$(SLOW),tests/$(dir $(name))test_$(notdir $(name)).py),\
 	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
 
