@@ -95,9 +95,14 @@ class Aggregator:
         try:
             await self._jobs.run()
         finally:
-            # The parts of a coordinator refer to each other, so its memory is freed late.
-            self.weights = self._state = None
             await self._fetcher.close()
+
+    def release(self) -> None:
+        """Free the memory of the last model and its sum, when no event can come any more.
+
+        The parts of a coordinator refer to each other, so they are freed late.
+        """
+        self.weights = self._state = None
 
     def opened(self) -> None:
         """Start the clock of the round."""

@@ -170,6 +170,7 @@ class Coordinator:
                     task.cancel()
                 await asyncio.gather(*tasks, return_exceptions=True)
                 self._next_tick.cancel()  # last, because the end of the link is an event, too
+                self._aggregator.release()
         return self.state
 
     async def _end(self) -> None:
