@@ -113,6 +113,16 @@ class Training:
         self._loop.busy += 1
         self._todo.put(work)
 
+    async def at_rest(self) -> None:
+        """Wait until the work is done: unlike a process, a thread cannot be killed amid it."""
+        done = self._loop.create_future()
+
+        def tell() -> None:
+            self._loop.call_soon_threadsafe(done.set_result, None)
+
+        self.put(tell)
+        await done
+
     def end(self) -> None:
         """End the thread, once the loop is over."""
         self._todo.put(None)

@@ -47,6 +47,7 @@ async def killed(federation, strategy, start, *, workers_too, when):
         if workers_too:
             for worker in workers:
                 await worker.kill()
+                await worker.training.at_rest()  # else it would write beside its successor
             workers = start(federation)
     coordinator = federation.coordinator(ROUNDS, strategy=load_strategy(strategy))
     assert (await coordinator.end()).outcome == "finished"
