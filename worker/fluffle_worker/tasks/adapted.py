@@ -28,6 +28,7 @@ from fluffle_worker.tasks.examples import (
 )
 
 Loss = Callable[[Any, Any], Any]
+EVALUATION_BATCH = 256
 
 
 class AdaptedTask(ABC):
@@ -35,6 +36,8 @@ class AdaptedTask(ABC):
 
     only_reads = True
     local_rule: BoundRule
+    _loss: Loss
+    _metrics: Mapping[str, Loss]
     _score_trained: bool
     _valid: Any
 
@@ -119,39 +122,53 @@ class AdaptedTask(ABC):
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         """Return the mean loss and metrics of a model on the held-out data."""
 
+    def _means(
+        self,
+        outputs_of: Callable[[Array], tuple[Any, Any]],
+        *,
+        as_array: Callable[[Any], Any],
+        map_trees: Callable[..., Any],
+        concatenate: Callable[[Sequence[Any]], Any],
+    ) -> dict[str, float]:
+        """Return the mean loss and metrics over the held-out examples, batch by batch.
 
-def scores_of_all(
-    metrics: Mapping[str, Loss],
-    outputs: Sequence[Any],
-    targets: Any,
-    *,
-    count: int,
-    map_trees: Callable[..., Any],
-    concatenate: Callable[[Sequence[Any]], Any],
-) -> dict[str, float]:
-    """Return metrics of all ``count`` held-out examples at once, from the outputs of each batch.
+        A metric that is one number, such as a precision, is not the mean of the batches'
+        precisions: it is computed from all outputs at once, unless these cannot be concatenated.
 
-    Precision, for example, is not the mean of the batches' precisions. If an output of the model
-    does not have one row for each example, no metric is returned.
-    """
-
-    def rows(*parts: Any) -> Any:
-        every = concatenate(parts)
-        if every.shape[0] != count:
-            raise ValueError
-        return every
-
-    try:
-        every = map_trees(rows, *outputs)
-    except (RuntimeError, TypeError, ValueError):  # not an array, or of another shape
-        return {}
-    found: dict[str, float] = {}
-    for name, function in metrics.items():
-        try:
-            found[name] = float(function(every, targets))
-        except Exception as why:  # costs this metric, not the evaluation
-            found[name] = FailedMetric(why)
-    return found
+        ``outputs_of`` returns the model's outputs and the targets of the examples with the given
+        indices. The other functions are those of the framework.
+        """
+        functions = {"loss": self._loss, **self._metrics}
+        totals = dict.fromkeys(functions, 0.0)
+        failed: dict[str, float] = {}
+        whole, kept = set(), []  # metrics that may need all examples, and what they are given
+        for start in range(0, self._held_out, EVALUATION_BATCH):
+            rows = np.arange(start, min(start + EVALUATION_BATCH, self._held_out))
+            outputs, targets = outputs_of(rows)
+            for name, function in functions.items():
+                try:
+                    values = np.asarray(as_array(function(outputs, targets)), np.float64)
+                except Exception as why:  # costs this metric, not the evaluation
+                    if name == "loss":
+                        raise
+                    failed[name], values = FailedMetric(why), np.zeros(())
+                if not start and not values.shape and name != "loss":
+                    whole.add(name)
+                totals[name] += float(values.mean()) * len(rows)
+            if whole:
+                kept.append((outputs, targets))
+        found = {name: total / self._held_out for name, total in totals.items()} | failed
+        if len(kept) > 1:
+            try:
+                outputs, targets = map_trees(lambda *parts: concatenate(parts), *kept)
+            except (RuntimeError, TypeError, ValueError):  # one has no row for each example
+                return found
+            for name in whole:
+                try:
+                    found[name] = float(self._metrics[name](outputs, targets))
+                except Exception as why:
+                    found[name] = FailedMetric(why)
+        return found
 
 
 class StepLosses:

@@ -27,8 +27,8 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
-from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
-from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses, scores_of_all
+from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
 from fluffle_worker.tasks.examples import Examples, Stream, call, joined, mapped
 from fluffle_worker.tasks.torch_gradients import (
@@ -52,7 +52,6 @@ from fluffle_worker.tasks.torch_tensors import (
     untrained,
 )
 
-_EVALUATION_BATCH = 256
 # Steps draw from torch's random state, which is global, so only one may be running in the process.
 _random_state = threading.RLock()  # a user's function may use another task
 # For each task's module, the parameters of the one that ``model`` made, if these are still in use.
@@ -211,40 +210,19 @@ class TorchTask(AdaptedTask):
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         # Not the module that was trained: training has changed its frozen statistics.
         module = self._filled(weights, personal).eval()
-        totals: dict[str, float] = {}
-        failed: dict[str, float] = {}
-        whole, kept = set(), []  # metrics that may need all examples, and the outputs for these
+
+        def outputs_of(rows: Array) -> tuple[Any, Any]:
+            # A copy, because the model may change its inputs in place.
+            inputs, targets = mapped(operator.itemgetter(torch.from_numpy(rows)), self._valid)
+            return call(module, inputs), targets
+
         with self._seeded(0), torch.no_grad():
-            for start in range(0, self._held_out, _EVALUATION_BATCH):
-                rows = slice(start, min(start + _EVALUATION_BATCH, self._held_out))
-                batch = mapped(operator.itemgetter(rows), self._valid)
-                inputs, targets = mapped(torch.clone, batch)  # the model may change them in place
-                outputs = call(module, inputs)
-                for name, function in {"loss": self._loss, **self._metrics}.items():
-                    try:
-                        values = torch.as_tensor(function(outputs, targets))
-                        mean = float(values.to("cpu", torch.float64).mean())
-                    except Exception as why:  # costs this metric, not the evaluation
-                        if name == "loss":
-                            raise
-                        failed[name], mean = FailedMetric(why), 0.0
-                    if not start and (name in failed or not values.shape):
-                        whole.add(name)
-                    totals[name] = totals.get(name, 0.0) + mean * (rows.stop - rows.start)
-                if whole := whole & self._metrics.keys():
-                    kept.append(outputs)
-            if len(kept) > 1:
-                metrics = {name: self._metrics[name] for name in whole}
-                targets = mapped(torch.clone, self._valid[1])
-                failed |= scores_of_all(
-                    metrics,
-                    kept,
-                    targets,
-                    count=self._held_out,
-                    map_trees=_pytree.tree_map,
-                    concatenate=torch.cat,
-                )
-        return {name: total / self._held_out for name, total in totals.items()} | failed
+            return self._means(
+                outputs_of,
+                as_array=lambda values: as_array(torch.as_tensor(values)),
+                map_trees=_pytree.tree_map,
+                concatenate=torch.cat,
+            )
 
     def _differentiate(
         self, module: nn.Module, params: dict[str, Any], examples: Examples, state: Any
