@@ -21,6 +21,7 @@ from fluffle_common.protocol.messages import Message
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, report_blocking
+from fluffle_common.transport.fetch_parts import read_part
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import Record, Refusals, check_message
@@ -124,14 +125,16 @@ class Connection:
             await self._presence.greet(link)
 
     async def ready_outbox(self, link: Link) -> None:
-        """Like ``renew_queues``, and wait until a new outbox is bound, else it would get nothing.
+        """Renew the queues, and empty the outbox of parts of earlier answers.
 
-        The wait is limited, since a coordinator asks again for an update whose parts are missing.
+        A new outbox gets nothing before it is bound. The wait for that is limited, since a
+        coordinator asks again for an update whose parts are missing.
         """
         await self.renew_queues(link)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_BOUND_WITHIN_S):
                 await self._outbox_bound.wait()
+        await self._refusals.drain(link, self._topology.outbox(self._settings.worker), read_part)
 
     def welcomed(self) -> None:
         """Note that a coordinator has answered, which binds our queues before it does."""
@@ -148,7 +151,6 @@ class Connection:
 
     async def _serve(self, link: Link, *, first: bool) -> None:
         inbox = self._topology.inbox(self._settings.worker)
-        self._refusals.forget()
         await self._declare_queues(link)
         if first:
             await self._empty_inbox(link, inbox)
@@ -191,7 +193,6 @@ class Connection:
         while not created:
             await asyncio.sleep(_LOOK_AGAIN_S)
             created = await link.exists(self._topology.results)
-        await self._refusals.send_waiting(link)
         await self._presence.signs_of_life(link)
 
     async def _keep_queues(self, link: Link) -> None:

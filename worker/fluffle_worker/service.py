@@ -118,13 +118,12 @@ class WorkerService:
         self._uploader = Uploader(
             topology,
             settings.worker,
-            link=self._connection.link,
+            self._connection,
             wanted=lambda job: self._jobs.get(job.work) is job,
             due=lambda job: self._state.sending == job.work,
             confirmed=self._sent,
             record=record,
             sent=self._sent_parts,
-            ready_outbox=self._connection.ready_outbox,
         )
         sender = {"federation": settings.federation, "worker": settings.worker}
         self._trainer = Trainer(
