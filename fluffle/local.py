@@ -173,11 +173,7 @@ def _start(
 
 
 def _check_enough(rules: Rules, workers: int, url: str | None) -> None:
-    """Check that a run in this process has the workers that its rules require.
-
-    Raises:
-        UsageError: if the run would wait for workers that cannot come.
-    """
+    """Check that a run in this process has the workers that its rules require."""
     if url is not None:
         return
     if not workers:

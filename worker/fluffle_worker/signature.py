@@ -113,11 +113,7 @@ def _by_name(signature: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, 
 
 
 def _signature_from(given: Any) -> Signature:
-    """Return the signature that a task's ``model_form`` describes.
-
-    Raises:
-        TaskError: if it is not a mapping of names to objects with a dtype and a shape.
-    """
+    """Return the signature that a task's ``model_form`` describes."""
     if not isinstance(given, Mapping):
         raise TaskError(
             f"model_form() returned {shown(given)}; expected a mapping of names to objects with "

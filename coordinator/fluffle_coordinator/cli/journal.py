@@ -174,11 +174,7 @@ def explain(
 
 
 def _choose_round(entries: list[Entry], run: str | None, number: int | None) -> tuple[str, int]:
-    """Return the run and round to explain, the newest by default; round 0 if there is none yet.
-
-    Raises:
-        UsageError: if the journal does not have them; the message lists those that it has.
-    """
+    """Return the run and round to explain, the newest by default; round 0 if there is none yet."""
     from fluffle_coordinator.observe.explain import runs_of
 
     runs = runs_of(entries)

@@ -271,11 +271,7 @@ class TorchTask(AdaptedTask):
         return made
 
     def _filled(self, weights: Weights, personal: Weights) -> nn.Module:
-        """Return a copy of the module with these tensors; it shares the frozen parameters.
-
-        Raises:
-            ValueError: if ``weights`` differ from the model in names, shapes or dtypes.
-        """
+        """Return a copy of the module with these tensors; it shares the frozen parameters."""
         same_form(weights, self.model_form())
         tensors = tensors_of(self._module)
         frozen = [one for name, one in tensors.items() if name in self._frozen]
