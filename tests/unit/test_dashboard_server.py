@@ -107,7 +107,7 @@ async def test_the_page_and_its_parts(site: Site) -> None:
 async def test_it_can_only_be_read(site: Site) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
         status, headers, _ = await site.ask("/api/board", method=method)
-        assert (status, headers["allow"]) == (405, "GET, HEAD"), method
+        assert (status, set(headers["allow"].split(", "))) == (405, {"GET", "HEAD"}), method
     status, _, body = await site.ask("/events", method="HEAD")
     assert (status, body) == (200, "")
     assert (await site.ask("/../../etc/passwd"))[0] == 404
