@@ -254,20 +254,6 @@ def test_the_queues_of_a_private_broker_that_starts_late_are_found(tmp_path, mon
     ]
 
 
-def test_an_event_that_cannot_be_shown_is_warned_of_once(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    live = source()
-    live.listening.close()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live.feed.board, "add", lambda *_: 1 / 0)
-        for _ in range(3):
-            live.record(from_fields("opened", {"round": 1}))
-    live.record(from_fields("joined", {"worker": "north", "num_examples": 7}))
-    assert capsys.readouterr().err.count("the page skips an event 'opened'") == 1
-    assert live.feed.board.snapshot()["workers"][0]["name"] == "north"
-
-
 def test_a_snapshot_that_fails_is_not_taken_for_an_empty_page(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
