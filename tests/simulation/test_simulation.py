@@ -387,29 +387,6 @@ def test_functions_can_make_the_tasks():
     assert run.weights["w"].tolist() == [1.0, 1.0, 1.0]
 
 
-def test_tasks_and_hooks_may_run_event_loops_of_their_own():
-    def elsewhere(value: Any) -> Any:
-        return asyncio.run(asyncio.sleep(0, value))
-
-    class Asynchronous(Adder):
-        def init(self, seed):
-            return elsewhere(super().init(seed))
-
-        def frozen(self):
-            return elsewhere({"f": np.ones(2)})
-
-        def train(self, weights, plan, progress):
-            return elsewhere(super().train(weights, plan, progress))
-
-        def evaluate(self, weights):
-            return elsewhere(super().evaluate(weights))
-
-    run = fluffle.simulate(
-        [Asynchronous(1.0)], rounds=2, evaluate=lambda weights: elsewhere({"a": 3})
-    )
-    assert (run.history["loss"], run.history["test/a"]) == ([1.0, 2.0], [3.0, 3.0])
-
-
 def test_devices_may_come_from_a_generator():
     owned = (Device(fit_s=seconds) for seconds in (1.0, 7.0))
     run = fluffle.simulate([Adder(1.0), Adder(1.0)], rounds=1, owned=owned)
