@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -20,11 +20,11 @@ from fluffle_worker.task import EvalResult, FailedMetric, Progress, TrainResult,
 from fluffle_worker.tasks.examples import (
     Examples,
     InMemory,
-    MapArrays,
     Stream,
     Streamed,
     arrays_in,
     count_of,
+    joined,
 )
 
 Loss = Callable[[Any, Any], Any]
@@ -35,6 +35,12 @@ class AdaptedTask(ABC):
     """A task that trains and scores a model of some framework on a data owner's examples."""
 
     only_reads = True
+    # Of the framework: the value of an array in NumPy, a function applied to each array of the
+    # examples, one applied to the arrays in several outputs, and the concatenation of arrays.
+    _as_array: ClassVar[Callable[..., Any]]
+    _map_arrays: ClassVar[Callable[..., Any]]
+    _map_trees: ClassVar[Callable[..., Any]]
+    _concatenate: ClassVar[Callable[..., Any]]
     local_rule: BoundRule
     _loss: Loss
     _metrics: Mapping[str, Loss]
@@ -47,22 +53,18 @@ class AdaptedTask(ABC):
         valid_data: Examples | None,
         num_examples: int | None,
         sample_seed: int,
-        *,
-        on_device: Callable[[Any, str], Any],
-        map_arrays: MapArrays,
     ) -> None:
-        """Put the examples on the device; ``map_arrays`` applies a function to their arrays."""
-        self.whole = self
+        self.whole, map_arrays = self, self._map_arrays
         self._data: InMemory | Streamed
         if callable(train_data):
             self._data = Streamed(train_data, num_examples, sample_seed, map_arrays)
         else:
-            source = on_device(train_data, "train_data")
+            source = self._on_device(train_data, "train_data")
             self._data = InMemory(source, arrays_in(source, map_arrays), sample_seed)
         self.num_examples, self._sample_seed = self._data.num_examples, sample_seed
         self._valid, self._held_out = None, 0
         if valid_data is not None:
-            self._valid = on_device(valid_data, "valid_data")
+            self._valid = self._on_device(valid_data, "valid_data")
             self._held_out = count_of(arrays_in(self._valid, map_arrays), "valid_data")
         self._personal = PersistentTensors()
 
@@ -72,6 +74,11 @@ class AdaptedTask(ABC):
             raise TaskError(
                 "frozen= selects no tensor, so share_frozen= has no effect; remove share_frozen="
             )
+
+    @property
+    def labels(self) -> Array:
+        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
+        return joined([self._as_array(one) for one in self._data.targets()])
 
     def keep_in(self, folder: Path) -> None:
         """Keep the personal tensors in this folder, so that they outlive a restart."""
@@ -119,24 +126,21 @@ class AdaptedTask(ABC):
         """Return the frozen tensors."""
 
     @abstractmethod
+    def _on_device(self, data: Examples, what: str) -> Any:
+        """Return examples, which ``what`` names in errors, on the device."""
+
+    @abstractmethod
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         """Return the mean loss and metrics of a model on the held-out data."""
 
-    def _means(
-        self,
-        outputs_of: Callable[[Array], tuple[Any, Any]],
-        *,
-        as_array: Callable[[Any], Any],
-        map_trees: Callable[..., Any],
-        concatenate: Callable[[Sequence[Any]], Any],
-    ) -> dict[str, float]:
+    def _means(self, outputs_of: Callable[[Array], tuple[Any, Any]]) -> dict[str, float]:
         """Return the mean loss and metrics over the held-out examples, batch by batch.
 
         A metric that is one number, such as a precision, is not the mean of the batches'
         precisions: it is computed from all outputs at once, unless these cannot be concatenated.
 
         ``outputs_of`` returns the model's outputs and the targets of the examples with the given
-        indices. The other functions are those of the framework.
+        indices.
         """
         functions = {"loss": self._loss, **self._metrics}
         totals = dict.fromkeys(functions, 0.0)
@@ -147,7 +151,7 @@ class AdaptedTask(ABC):
             outputs, targets = outputs_of(rows)
             for name, function in functions.items():
                 try:
-                    values = np.asarray(as_array(function(outputs, targets)), np.float64)
+                    values = np.asarray(self._as_array(function(outputs, targets)), np.float64)
                 except Exception as why:  # costs this metric, not the evaluation
                     if name == "loss":
                         raise
@@ -160,7 +164,7 @@ class AdaptedTask(ABC):
         found = {name: total / self._held_out for name, total in totals.items()} | failed
         if len(kept) > 1:
             try:
-                outputs, targets = map_trees(lambda *parts: concatenate(parts), *kept)
+                outputs, targets = self._map_trees(lambda *parts: self._concatenate(parts), *kept)
             except (RuntimeError, TypeError, ValueError):  # one has no row for each example
                 return found
             for name in whole:

@@ -28,7 +28,7 @@ from fluffle_worker.local.optax import filtered, gradient_transformation, named,
 from fluffle_worker.task import Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
-from fluffle_worker.tasks.examples import Examples, Stream, call, joined
+from fluffle_worker.tasks.examples import Examples, Stream, call
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
 from fluffle_worker.tasks.jax_examples import key_of, on_device, picked
 from fluffle_worker.tasks.model_parts import ModelParts
@@ -81,6 +81,9 @@ class FlaxTask(AdaptedTask):
         UsageError: if ``local_rule`` names no rule, or is none.
     """
 
+    _as_array, _map_arrays = staticmethod(np.asarray), staticmethod(jax.tree.map)
+    _map_trees, _concatenate = _map_arrays, staticmethod(jnp.concatenate)
+
     def __init__(
         self,
         model: Callable[[nnx.Rngs], nnx.Module],
@@ -109,24 +112,11 @@ class FlaxTask(AdaptedTask):
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._score_trained = score_trained
-        place = functools.partial(on_device, classes=classes)
-        self._take_examples(
-            train_data,
-            valid_data,
-            num_examples,
-            sample_seed,
-            on_device=place,
-            map_arrays=jax.tree.map,
-        )
+        self._take_examples(train_data, valid_data, num_examples, sample_seed)
         self._parts = ModelParts(model, federated, frozen)
         self._share_frozen(share_frozen)
         self._steps: dict[tuple[int, Any], FlatStep] = {}
         self._forward = jax.jit(self._forward_step)
-
-    @property
-    def labels(self) -> Array:
-        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return joined([np.asarray(one) for one in self._data.targets()])
 
     def model_form(self) -> dict[str, Any]:
         """Return the names, shapes and dtypes of the tensors that travel."""
@@ -189,12 +179,10 @@ class FlaxTask(AdaptedTask):
             inputs, targets = picked(self._valid, rows)
             return self._forward(*states, inputs), targets
 
-        return self._means(
-            outputs_of,
-            as_array=np.asarray,
-            map_trees=jax.tree.map,
-            concatenate=jnp.concatenate,
-        )
+        return self._means(outputs_of)
+
+    def _on_device(self, data: Examples, what: str) -> Any:
+        return on_device(data, what, self.classes)
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError if ``weights`` differ from the model in names, shapes or dtypes."""

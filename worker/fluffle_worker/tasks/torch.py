@@ -30,7 +30,7 @@ from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.task import Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
-from fluffle_worker.tasks.examples import Examples, Stream, call, joined, mapped
+from fluffle_worker.tasks.examples import Examples, Stream, call, mapped
 from fluffle_worker.tasks.torch_gradients import (
     gradients_of_examples,
     mean_loss,
@@ -104,6 +104,10 @@ class TorchTask(AdaptedTask):
         UsageError: if ``local_rule`` names no rule, or is none.
     """
 
+    _as_array = staticmethod(lambda values: as_array(torch.as_tensor(values)))
+    _map_arrays, _map_trees = staticmethod(mapped), staticmethod(_pytree.tree_map)
+    _concatenate = staticmethod(torch.cat)
+
     def __init__(
         self,
         model: Callable[[], nn.Module],
@@ -132,10 +136,7 @@ class TorchTask(AdaptedTask):
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._score_trained = score_trained
-        place = functools.partial(on_device, device=self._device)
-        self._take_examples(
-            train_data, valid_data, num_examples, sample_seed, on_device=place, map_arrays=mapped
-        )
+        self._take_examples(train_data, valid_data, num_examples, sample_seed)
         self._model = model
         made = self._made(0)
         self._module = copy_of(made).to(self._device)
@@ -144,11 +145,6 @@ class TorchTask(AdaptedTask):
         ]
         self._travel, self._frozen = self._split(federated, frozen)
         self._share_frozen(share_frozen)
-
-    @property
-    def labels(self) -> Array:
-        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return joined([as_array(one) for one in self._data.targets()])
 
     def model_form(self) -> dict[str, Array]:
         """Return arrays with the names, shapes and dtypes of the tensors that travel."""
@@ -217,12 +213,10 @@ class TorchTask(AdaptedTask):
             return call(module, inputs), targets
 
         with self._seeded(0), torch.no_grad():
-            return self._means(
-                outputs_of,
-                as_array=lambda values: as_array(torch.as_tensor(values)),
-                map_trees=_pytree.tree_map,
-                concatenate=torch.cat,
-            )
+            return self._means(outputs_of)
+
+    def _on_device(self, data: Examples, what: str) -> Any:
+        return on_device(data, what, self._device)
 
     def _differentiate(
         self, module: nn.Module, params: dict[str, Any], examples: Examples, state: Any
@@ -253,7 +247,7 @@ class TorchTask(AdaptedTask):
     def _examples(self, batch: Any) -> Any:
         """Return a batch on the device, from indices or as the stream yields it."""
         if self._data.source is None:
-            inputs, targets = on_device(batch, "a batch of train_data", self._device)
+            inputs, targets = self._on_device(batch, "a batch of train_data")
         else:
             rows = torch.from_numpy(batch).to(self._device)
             inputs, targets = mapped(operator.itemgetter(rows), self._data.source)
