@@ -54,8 +54,8 @@ def broker() -> None:
     The broker listens on 127.0.0.1 only, keeps all its files in one folder and needs no root
     permissions. If rabbitmq-server is installed, fluffle starts it. Otherwise, fluffle unpacks
     Debian's packages into ~/.cache/fluffle without installing them. If apt cannot provide the
-    packages, fluffle runs RabbitMQ in Docker. A coordinator or worker that you start in the same
-    folder as the broker finds it automatically.
+    packages, fluffle runs RabbitMQ in Docker. Coordinators and workers that you start in the
+    same folder find the broker automatically.
 
     \b
       fluffle broker up            start the broker, or show where it runs

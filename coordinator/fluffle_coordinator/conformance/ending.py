@@ -90,7 +90,8 @@ async def refusal(probe: Probe) -> str:
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
         raise Unmet(
-            f"the worker still consumes its inbox {probe.options.patience_s:g} s after the refusal"
+            f"the worker still consumes from its inbox {probe.options.patience_s:g} s after the "
+            "refusal"
         ) from None
     return "the worker left"
 

@@ -17,7 +17,7 @@ def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool =
 
     >>> after_the_end(Path("runs/letters"), 6, Rules(6))
     "'fluffle history runs/letters' shows the rounds; run the same command with --rounds 12 \
-(without --fresh) to add rounds, or with --fresh to begin a new run"
+(without --fresh) to add rounds, or with --fresh to start a new run"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6))
     "'fluffle history runs/letters' shows the rounds; run the same command (without --fresh) \
 to continue with round 4"
@@ -35,10 +35,10 @@ remove the option that ended the run, and run the command again (without --fresh
         again = "run the same command (without --fresh) to continue with round"
         return f"{shows}; {again} {committed + 1}"
     if rules.rounds_limit:
-        return f"{shows}; run the same command with --fresh to begin a new run"
+        return f"{shows}; run the same command with --fresh to start a new run"
     return (
         f"{shows}; run the same command with --rounds {2 * committed} (without --fresh) to add "
-        "rounds, or with --fresh to begin a new run"
+        "rounds, or with --fresh to start a new run"
     )
 
 

@@ -167,7 +167,7 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
     if not same:
         raise UsageError(
             f"--init {file} conflicts with the existing run, which began with other weights; "
-            "remove --init to continue the existing run, or add --fresh to begin a new run (the "
+            "remove --init to continue the existing run, or add --fresh to start a new run (the "
             "existing run is moved aside)"
         )
 

@@ -229,7 +229,7 @@ class RunStore:
         try:
             return read_frozen(self.folder, checkpoint.metadata.get(IN_METADATA, ""))
         except UsageError as why:
-            raise RunError(f"{why}, or begin a new run with --fresh") from None
+            raise RunError(f"{why}, or start a new run with --fresh") from None
 
     def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:
         """Return the names of the weights that each round began with, as far as they are known."""
