@@ -110,6 +110,14 @@ _MOST_ROUNDS = 10**9  # as on the wire
     "reject messages that any other user sends in a worker's name.",
 )
 @click.option(
+    "--keep-checkpoints",
+    type=count(2),
+    metavar="N",
+    help="Keep the checkpoints of only the newest N rounds, the first weights and, with --monitor, "
+    "the best model. If the newest checkpoint is damaged, the run continues from the one before, "
+    "so N must be at least 2.  [default: keep all checkpoints]",
+)
+@click.option(
     "--keep-updates",
     is_flag=True,
     help="Keep every counted update in the run folder, for 'fluffle replay'.",

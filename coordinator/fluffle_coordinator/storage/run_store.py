@@ -6,7 +6,8 @@
         run.json                  the run's id, and its configurations
         history.jsonl             a line for each commit, for each evaluation and for the end
         frozen-….safetensors      the model's frozen tensors, if the workers share them
-        round-0000.safetensors    the first weights, then one file per round
+        round-0000.safetensors    the first weights, then one file per round, or with
+                                  --keep-checkpoints only for the newest rounds
         best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: a round's updates (see ``update_archive``)
         journal.jsonl             of a simulation: its journal (see ``observe.journal_file``)
