@@ -113,9 +113,10 @@ _MOST_ROUNDS = 10**9  # as on the wire
     "--keep-checkpoints",
     type=count(2),
     metavar="N",
-    help="Keep the checkpoints of only the newest N rounds, the first weights and, with --monitor, "
-    "the best model. If the newest checkpoint is damaged, the run continues from the one before, "
-    "so N must be at least 2.  [default: keep all checkpoints]",
+    help="Number of recent checkpoints to keep. Older checkpoints are removed after each round, "
+    "except the first weights and, with --monitor, the best model. If the newest checkpoint is "
+    "damaged, the run continues from the previous one, so N must be at least 2.  "
+    "[default: keep all checkpoints]",
 )
 @click.option(
     "--keep-updates",
