@@ -288,7 +288,7 @@ def _single(option: click.Option, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and not value:
-        raise _WrongType("the value is empty; set it, or omit this option to use its default")
+        raise _WrongType("the value is empty; give a value, or omit this option to use its default")
     if isinstance(value, str) and "\0" in value:
         raise _WrongType("the value contains a null character; remove this character")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

@@ -68,7 +68,8 @@ _MOST_ROUNDS = 10**9  # as on the wire
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Model file (safetensors) with the first weights.  [default: a worker initializes them]",
+    help="Model file (safetensors) that a new run starts from.  [default: a worker initializes the "
+    "weights]",
 )
 @click.option(
     "--run",
