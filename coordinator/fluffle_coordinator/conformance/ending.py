@@ -28,8 +28,8 @@ async def one_session(probe: Probe) -> str:
     sessions = _sessions(probe)
     if len(sessions) > 1:
         raise Unmet(
-            f"the worker used {len(sessions)} sessions; expected the same session until the "
-            "worker restarts"
+            f"the worker used {len(sessions)} sessions; expected one session until the worker "
+            "restarts"
         )
     return "one session"
 

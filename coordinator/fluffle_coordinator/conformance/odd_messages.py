@@ -161,7 +161,7 @@ async def lost_part(probe: Probe) -> str:
     if (beat.run, beat.round) != (probe.run, sent.fit.round):
         raise Unmet(
             f"the heartbeat in state receiving has run {beat.run} and round {beat.round}; expected "
-            f"run {probe.run} and round {sent.fit.round}, as in the fit"
+            f"run {probe.run} and round {sent.fit.round}, as in the 'fit' message"
         )
     await _send_strange_parts(probe)
     await probe.update(await probe.ask(sent.fit))

@@ -85,7 +85,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes, as JSON.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
-    """Classify the letter in an image, with the model's confidence.
+    """Classify the letter in an image, and show the confidence.
 
     The confidence is calibrated, so that predictions with a confidence of 90 % are correct about
     90 % of the time. To calibrate it, the command divides the model's outputs by a temperature that
