@@ -114,7 +114,7 @@ def check_federation(name: str) -> str:
         )
     if name == "amq":
         raise UsageError(
-            "the federation name 'amq' is not possible, because RabbitMQ reserves names that begin "
+            "the federation name 'amq' is not allowed, because RabbitMQ reserves names that begin "
             "with 'amq.'; choose another name"
         )
     return name
