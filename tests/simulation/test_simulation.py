@@ -331,7 +331,7 @@ class TestDevices:
         ({"clients": "2"}, "clients = '2' is not valid; expected a whole number of at least 1"),
         ({"availability": 0.5}, "invalid availability '0.5'"),
         ({"partition": "iid"}, "partition='iid' has no effect on a list of tasks"),
-        ({"strategy": "median"}, "the strategy median needs at least 3 workers, but the number of"),
+        ({"strategy": "median"}, "strategy = median needs at least 3 workers, but the number of"),
         ({"federation": None}, "fluffle.simulate(): federation = None, but a value is required"),
         ({"folder": 3}, "folder = 3 is not a path"),
         ({"clients": 3}, "clients = 3, but the number of tasks is 2"),
