@@ -43,14 +43,6 @@ class Device:
                 f"Device(bytes_per_s={self.bytes_per_s}) is not valid; expected a number above 0"
             )
 
-    def moving_s(self, nbytes: int) -> float:
-        """Return the seconds that it takes to transfer ``nbytes``."""
-        return nbytes / self.bytes_per_s
-
-    def training_s(self, steps: int) -> float:
-        """Return the seconds that a training of ``steps`` steps takes."""
-        return self.fit_s + steps * self.step_s
-
 
 def _is_non_negative(value: object) -> bool:
     return isinstance(value, Real) and float(value) >= 0

@@ -246,9 +246,10 @@ class Fleet:
                 return
         if job.answer is not None:
             moved += size_bytes(job.answer[1]) + sum(map(size_bytes, job.others.values()))
-        seconds = client.device.moving_s(moved)
+        device = client.device
+        seconds = moved / device.bytes_per_s
         if job.work.kind == "fit":
-            seconds += client.device.training_s(steps)
+            seconds += device.fit_s + steps * device.step_s
         await self._pass(client, job.work, steps, seconds)
         client.at_work = None
         await self._answer(client, job, seconds)

@@ -147,8 +147,10 @@ class Connection:
     async def _serve(self, link: Link, *, first: bool) -> None:
         inbox = self._topology.inbox(self._settings.worker)
         await self._declare_queues(link)
-        if first:
-            await self._empty_inbox(link, inbox)
+        if first:  # empty the inbox of messages for an earlier process of this worker
+            counts = await link.counts(inbox)
+            if counts is not None and not counts.consumers:  # otherwise, it is in use
+                await self._refusals.drain(link, inbox, check_message)
         # Over a slow line, an answer would wait behind the messages in the inbox.
         created = await link.exists(self._topology.results)
         messages = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
@@ -164,12 +166,6 @@ class Connection:
             self._keep_queues(link),
             report_blocking(link, self._record),
         )
-
-    async def _empty_inbox(self, link: Link, inbox: str) -> None:
-        """Empty the inbox of messages for an earlier process of this worker."""
-        counts = await link.counts(inbox)
-        if counts is not None and not counts.consumers:  # with a consumer, the inbox is in use
-            await self._refusals.drain(link, inbox, check_message)
 
     async def _read(self, link: Link, messages: AsyncIterator[Delivery]) -> None:
         async for delivery in messages:

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,25 +64,21 @@ class Job:
     others: Groups = field(default_factory=dict)  # the answer's tensors of other groups
     residual: Residual = field(default_factory=Residual)  # what the codec left out of the answer
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while parts of it are sent
-    work: Work = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Read the identity of the requested work."""
-        self.work = _work_of(self.message)
+    @cached_property
+    def work(self) -> Work:
+        """The identity of the requested work."""
+        match self.message:
+            case InitRequest(run=run):
+                return Work("init", run, 0)
+            case Fit(run=run, round=number, base=base, attempt=attempt, sequence=sequence):
+                return Work("fit", run, number, base, attempt, sequence or number)
+            case Evaluate(run=run, round=number, base=base):
+                return Work("evaluate", run, number, base)
 
     def release(self) -> None:
         """Free the memory of what was received: the answer may be kept for long."""
         self.weights, self.broadcast = {}, {}
-
-
-def _work_of(message: Fit | Evaluate | InitRequest) -> Work:
-    match message:
-        case InitRequest():
-            return Work("init", message.run, 0)
-        case Fit(run=run, round=number, base=base):
-            return Work("fit", run, number, base, message.attempt, message.sequence or number)
-        case Evaluate():
-            return Work("evaluate", message.run, message.round, message.base)
 
 
 @dataclass(frozen=True)

@@ -151,7 +151,7 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
     "when all parts are sent again as a new transfer",
 )
 async def lost_part(probe: Probe) -> str:
-    """Send a model in parts without the last one, then all of it."""
+    """Send a model in parts without the last one, then strange parts, then all of it."""
     parts = _in_parts(probe)
     sent = await probe.ask(probe.next_fit(), lose=[parts - 1])
     beat = await probe.heartbeat("receiving", "heartbeat in state receiving")
@@ -160,16 +160,11 @@ async def lost_part(probe: Probe) -> str:
             f"the heartbeat in state receiving has run {beat.run} and round {beat.round}; expected "
             f"run {probe.run} and round {sent.fit.round}, as in the 'fit' message"
         )
-    await _send_strange_parts(probe)
-    await probe.update(await probe.ask(sent.fit))
-    return f"state receiving with {beat.step} of {beat.steps} parts, then an update"
-
-
-async def _send_strange_parts(probe: Probe) -> None:
-    """Send parts of an unknown transfer."""
     for number in (0, 10**6):
         part = Part(federation=probe.topology.federation, transfer="strange", part=number)
         await probe.deliver(encode(part, bytes(64)), "part")
+    await probe.update(await probe.ask(sent.fit))
+    return f"state receiving with {beat.step} of {beat.steps} parts, then an update"
 
 
 @requires(

@@ -202,7 +202,8 @@ class RunView:
                 view.take_back()
             if is_lost or view.is_open:
                 view.restart(at)
-        self.workers.begin_coordinator()
+        for worker in self.workers.values():
+            worker.joined, worker.departed = False, None
         self.waiting = self.full_disk = self.ended = None
         self.unlinked_since = self._blocked_since = None
 

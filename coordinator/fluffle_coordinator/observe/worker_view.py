@@ -140,11 +140,6 @@ class Workers(dict[str, WorkerView]):
             self[name].state = "gone"
         return self[name]
 
-    def begin_coordinator(self) -> None:
-        """Forget who has joined or departed, since a new coordinator knows no worker yet."""
-        for row in self.values():
-            row.joined, row.departed = False, None
-
     @property
     def present(self) -> set[str]:
         """The workers that the current coordinator has admitted and that have not departed."""

@@ -200,7 +200,7 @@ class TorchTask(AdaptedTask):
         if not rule.changes_nothing:
             rule.end(copies_of(params), state)
         trained = arrays_of(module, self._travel.__contains__)
-        personal = arrays_of(module, self._is_personal)
+        personal = arrays_of(module, lambda name: name not in self._travel | self._frozen)
         return self._result(plan, trained, personal, losses)
 
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
@@ -291,9 +291,6 @@ class TorchTask(AdaptedTask):
         for name in still & params.keys():
             params[name].requires_grad_(False)
         return frozenset(travel), frozenset(still)
-
-    def _is_personal(self, name: str) -> bool:
-        return name not in self._travel and name not in self._frozen
 
     def _originals_in_use(self) -> list[tuple[str, torch.Tensor]]:
         """Return the trainable parameters that are left of the module that ``model`` made."""
