@@ -284,11 +284,6 @@ def needing(**needs):
         ({"metrics": "loss"}, {}, r"'needs.metrics' of .* is 'loss'; expected .* \('loss',\)"),
         ({"extra": ("c",)}, {}, r"'needs.extra' of .* is \('c',\); expected"),
         (
-            {"min_examples": 9},
-            {},
-            "min_examples = 9, but this version of fluffle does not",
-        ),
-        (
             {"min_updates": 3},
             {"quorum": Quorum(number=2)},
             "needs at least 3 updates per round, but --quorum 2 closes a round with fewer",

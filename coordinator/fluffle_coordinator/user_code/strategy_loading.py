@@ -117,12 +117,6 @@ def rules_for(
         UsageError: if the strategy cannot get what it needs.
     """
     needs: Needs = named.strategy.needs
-    if needs.min_examples > 1:
-        raise UsageError(
-            f"the strategy {named.name} has min_examples = {needs.min_examples}, but this version "
-            "of fluffle does not support a minimum number of examples per round; choose another "
-            "strategy with --strategy"
-        )
     try:
         Plan(extra=needs.extra)
     except ValidationError:
