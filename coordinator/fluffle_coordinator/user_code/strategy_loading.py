@@ -40,12 +40,7 @@ def load_strategy(given: str | Strategy[Any]) -> NamedStrategy:
         return _by_name(given)
     if given is FEDAVG.strategy:
         return FEDAVG
-    if isinstance(given, type):
-        name = given.__name__
-        raise UsageError(
-            f"--strategy {name} is a class, not a strategy; give an instance, such as {name}()"
-        )
-    name = type(given).__name__
+    name = given.__name__ if isinstance(given, type) else type(given).__name__
     return NamedStrategy(name, _checked(name, given))
 
 
@@ -86,20 +81,17 @@ def _checked(name: str, value: Any) -> Any:
     attribute = name.rpartition(":")[2]
     if isinstance(value, type):
         raise UsageError(
-            f"--strategy {name} is a class, not a strategy; create an instance in the file, such "
-            f"as my_{attribute.lower()} = {attribute}(), and give the name of the instance"
+            f"--strategy {name} is a class, not a strategy; give an instance, such as "
+            f"my_{attribute.lower()} = {attribute}()"
         )
     found = fields_of(f"strategy {name}", value, (*_METHODS, "needs"))
     missing = [f"{method}()" for method in _METHODS if not callable(found[method])]
     if not isinstance(found["needs"], Needs):
         missing.append("needs (a Needs object)")
     if missing:
-        kind = type(value).__name__
-        called = ", or call the function in the file and give the name of the result"
-        hint = called * (kind == "function")
         raise UsageError(
-            f"--strategy {name} is not a strategy, because this {kind} lacks "
-            f"{', '.join(missing)}; make a strategy with pipeline(){hint}"
+            f"--strategy {name} is not a strategy, because this {type(value).__name__} lacks "
+            f"{', '.join(missing)}; make a strategy with pipeline()"
         )
     return value
 
