@@ -231,7 +231,7 @@ def make():
         ("mine.py:x", "mine.py has no 'x'"),
         ("mine.py:Half", "is a class, not a strategy; .* my_half = Half()"),
         ("mine.py:half", r"Half lacks broadcast\(\), finish\(\), dump\(\), load\(\), needs \("),
-        ("mine.py:make", "function lacks .*; make a strategy with pipeline"),
+        ("mine.py:make", "function lacks .*; inherit from .*base.Strategy"),
         ("mine.py:number", "this int lacks init"),
     ],
 )

@@ -19,7 +19,7 @@ from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
-from fluffle_coordinator.user_code.calls import fields_of
+from fluffle_coordinator.user_code.calls import check_object
 from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
 
 _GROUP = "fluffle.strategies"
@@ -72,27 +72,7 @@ def _installed(name: str) -> Any:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Return ``value`` if it has the methods and needs of a strategy.
-
-    Raises:
-        UsageError: if it is a class or lacks some of them.
-        TaskError: if its code fails.
-    """
-    attribute = name.rpartition(":")[2]
-    if isinstance(value, type):
-        raise UsageError(
-            f"--strategy {name} is a class, not a strategy; give an instance, such as "
-            f"my_{attribute.lower()} = {attribute}()"
-        )
-    found = fields_of(f"strategy {name}", value, (*_METHODS, "needs"))
-    missing = [f"{method}()" for method in _METHODS if not callable(found[method])]
-    if not isinstance(found["needs"], Needs):
-        missing.append("needs (a Needs object)")
-    if missing:
-        raise UsageError(
-            f"--strategy {name} is not a strategy, because this {type(value).__name__} lacks "
-            f"{', '.join(missing)}; make a strategy with pipeline()"
-        )
+    check_object(Strategy, name, value, _METHODS, needs=Needs)
     return value
 
 
