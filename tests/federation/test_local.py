@@ -535,7 +535,7 @@ def test_tasks_may_come_from_a_generator_or_have_numbers_as_names():
 
 def test_a_hook_that_stops_a_run_without_a_reason_is_named_as_the_reason():
     def stop(_: fluffle.Commit) -> None:
-        raise fluffle.StopRun(None)
+        raise fluffle.StopRun
 
     run = fluffle.run([Adder()], rounds=3, on_round=stop)
     assert run.reason == "the on_round hook stopped the run"
