@@ -16,7 +16,6 @@ import contextlib
 import io
 import os
 import select
-import sys
 import threading
 from collections.abc import Callable
 from typing import IO
@@ -165,19 +164,3 @@ class BackgroundStream(io.TextIOBase):
                 continue
             self._torn = True
             left = left[written:]
-
-
-def warning_about(what: str) -> Callable[[str], None]:
-    """Return a callback that reports on stderr, if possible, that ``what`` cannot be written.
-
-    It uses the current ``sys.stderr``, which progress bars may replace later.
-    """
-    stderr = sys.stderr
-
-    def warn(reason: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            if stderr is not None:
-                stderr.write(f"fluffle: cannot write {what} ({reason}); continuing without it\n")
-                stderr.flush()
-
-    return warn

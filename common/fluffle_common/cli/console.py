@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -12,7 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Self
 import click
 from pydantic_core import to_json
 
-from fluffle_common.cli.background_stream import BackgroundStream, warning_about
+from fluffle_common.cli.background_stream import BackgroundStream
 from fluffle_common.cli.printing import echo, echo_sentences, printable, visible_json, wrapped
 from fluffle_common.clock import time_is_simulated, timestamp, wall_time
 
@@ -41,7 +42,8 @@ class Console:
     def __init__(
         self, log_format: LogFormat, always: Mapping[str, Any], stream: IO[str] | None = None
     ) -> None:
-        self._stream = BackgroundStream(stream or sys.stdout, warning_about("the log"))
+        self._stderr = sys.stderr  # progress bars may replace it
+        self._stream = BackgroundStream(stream or sys.stdout, self._warn)
         self._json = log_format == "json"
         self._always = dict(always)
         self._pending: list[Callable[[], str]] = []  # render lines that are not written yet
@@ -52,6 +54,11 @@ class Console:
             from fluffle_common.cli.progress_bars import progress_on
 
             self._progress = progress_on(self._stream)
+
+    def _warn(self, reason: str) -> None:
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be None
+            self._stderr.write(f"fluffle: cannot write the log ({reason}); continuing without it\n")
+            self._stderr.flush()
 
     def __enter__(self) -> Self:
         """Start drawing bars."""

@@ -27,16 +27,6 @@ _OF_AN_EXTRA = {
     **dict.fromkeys(("jax", "jaxlib", "flax", "optax", "PIL"), _OF_THE_WORKER),
     "torch": "'fluffle[torch]', which includes PyTorch",
 }
-# Import names that differ from the name of the package to install.
-_INSTALLED_AS = {
-    "attr": "attrs",
-    "bs4": "beautifulsoup4",
-    "cv2": "opencv-python",
-    "PIL": "pillow",
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
-    "yaml": "PyYAML",
-}
 
 
 # Files that several options name are loaded once, as modules are, so that they share their globals.
@@ -99,8 +89,8 @@ class Place:
         else:
             beside = f"beside {self.where}" if self.is_file else "in this folder"
             remedy = (
-                f"run pip install {_INSTALLED_AS.get(package, package)} or, if the module is your "
-                f"own, put {package}.py {beside}"
+                "install the package that provides it or, if the module is your own, put "
+                f"{package}.py {beside}"
             )
         return UsageError(
             f"the {self.what} {self.where} needs the module '{why.name}', which is not installed"

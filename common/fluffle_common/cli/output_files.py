@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -65,9 +66,16 @@ def new_figure(width: float, height: float) -> Figure:
         UsageError: if matplotlib is not installed.
     """
     try:
-        from fluffle_common.cli.chart import Chart
+        from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
+
+    class Chart(Figure):
+        def _repr_png_(self) -> bytes:  # for a notebook in which ``pyplot`` was never used
+            image = io.BytesIO()
+            self.savefig(image, format="png")
+            return image.getvalue()
+
     return Chart(figsize=(width, height), layout="constrained")
 
 
