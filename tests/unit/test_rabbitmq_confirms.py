@@ -6,6 +6,7 @@ import asyncio
 import os
 import socket
 import sys
+from types import SimpleNamespace
 
 import pytest
 from uvloop.loop import PseudoSocket
@@ -32,8 +33,9 @@ class Line:
     def queued_bytes(self) -> int | None:
         return self.written - self.left - self.buffered_bytes() if self.reports_queue else None
 
-    def received_bytes(self) -> int:
-        return self.received
+    @property
+    def splitter(self) -> SimpleNamespace:
+        return SimpleNamespace(received_bytes=self.received)
 
     def send(self, nbytes: int) -> amqp_confirms.Unconfirmed:
         one = self.watch.add(nbytes)

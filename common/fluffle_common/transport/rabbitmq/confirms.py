@@ -81,7 +81,8 @@ class ConfirmWatch:
         if self._connection.blocking.reason is None:
             elapsed_s = asyncio.get_running_loop().time() - self._checked_at
             self._clock_s += min(elapsed_s, 2 * _CHECK_EVERY_S)
-        queued, received = self._connection.queued_bytes(), self._connection.received_bytes()
+        queued = self._connection.queued_bytes()
+        received = self._connection.splitter.received_bytes  # a confirmation may wait behind these
         left = self._sent_bytes - self._connection.buffered_bytes() - (queued or 0)
         sends, receives = left != self._left_bytes, received != self._received_bytes
         self._left_bytes, self._received_bytes = left, received

@@ -98,14 +98,6 @@ def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
     )
 
 
-def capability_error(missing: list[str], url: URL) -> WrongNode:
-    """Return the error for a broker that lacks these AMQP extensions."""
-    return WrongNode(
-        f"the broker at {display_url(url)} lacks AMQP extensions that fluffle needs: "
-        f"{', '.join(missing)}; use RabbitMQ 3.10 or newer"
-    )
-
-
 def tls_error(error: BaseException, url: URL) -> WrongNode | None:
     """Return the error for a failed TLS handshake; None if TLS was not the cause."""
     cause = _ssl_error(error)

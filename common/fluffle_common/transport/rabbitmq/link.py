@@ -73,7 +73,7 @@ class AmqpLink(Link):
         self.blocking = publishing.blocking
         self._connections = (publishing, consuming)
         self._user = user
-        self._lifetime = Lifetime(user, lambda: consuming.close_reason)
+        self._lifetime = Lifetime(user, lambda: consuming.splitter.close_reason)
         self._getter = Getter(connect, self._lifetime)
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
         self._request_channel: AbstractChannel
@@ -90,7 +90,7 @@ class AmqpLink(Link):
 
     @property
     def incomplete_bytes(self) -> int:
-        return self._connections[1].incomplete_bytes()
+        return self._connections[1].splitter.incomplete_bytes
 
     async def start(self) -> AmqpLink:
         """Open the channels."""
