@@ -10,13 +10,16 @@ from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from fluffle_common.protocol.topology import ArgumentValue, Binding, Queue
 from fluffle_common.transport.base import MAX_LISTED_KEYS, Body, Properties, QueueFull
 
-if TYPE_CHECKING:
-    from fluffle_common.transport.memory import MemoryLink
+
+class Holder(Protocol):
+    """A holder of unacknowledged deliveries: a link."""
+
+    unacked: list[MemoryDelivery]
 
 
 @dataclass(eq=False)
@@ -36,7 +39,7 @@ class StoredMessage:
 class Consumer:
     """A consumer of a queue."""
 
-    link: MemoryLink
+    link: Holder
     prefetch: int
     exclusive: bool
     deliveries: asyncio.Queue[MemoryDelivery | None] = field(default_factory=asyncio.Queue)
@@ -108,7 +111,7 @@ class MemoryDelivery:
         self,
         queue: MemoryQueue,
         message: StoredMessage,
-        link: MemoryLink,
+        link: Holder,
         consumer: Consumer | None = None,
     ) -> None:
         self.body: Body = message.body
