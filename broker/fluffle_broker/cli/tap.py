@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from fluffle_common.transport.base import Link
     from fluffle_common.transport.rabbitmq.management import Management
 
-_MOST_TRANSFERS = 256
 _WHO_WIDTH, _WIDEST_WHO = 12, 32
 
 
@@ -35,8 +34,7 @@ _WHO_WIDTH, _WIDEST_WHO = 12, 32
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
     help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part "
-    "…); may be given several times.  [default: all kinds except heartbeat; the parts "
-    "of one message share a line]",
+    "…); may be given several times.  [default: all kinds except heartbeat and part]",
 )  # fmt: skip
 @click.option(
     "--worker", metavar="W", help="Show only messages from or to the worker with this ID."
@@ -180,7 +178,6 @@ class TapPrinter:
         self._as_json, self._left, self._archive = as_json, most, archive
         self._clock = clock
         self._print_line = print_line or (echo if as_json else echo_sentences)
-        self._parts: dict[str, tuple[int, int]] = {}
         self._who_width = _WHO_WIDTH  # of the widest line so far, so that later lines align
 
     def show(self, decoded: DecodedMessage) -> None:
@@ -194,22 +191,16 @@ class TapPrinter:
         now = self._clock()
         if self._archive is not None:
             self._archive.save(decoded, now)
-        if self._as_json and self.wanted.lists(decoded):
+        if not self.wanted.lists(decoded):
+            return
+        if self._as_json:
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
             fields = {"time": arrived, **_direction(decoded), **decoded.as_dict(now)}
             self._line(visible_json(json.dumps(fields)))
-        elif self.wanted.lists(decoded):
+        else:
             self._line(self._in_words(decoded, now))
-        elif not self._as_json:
-            self._count_part(decoded, now)
 
-    def _in_words(
-        self,
-        decoded: DecodedMessage,
-        now: float,
-        text: str | None = None,
-        size_bytes: int | None = None,
-    ) -> str:
+    def _in_words(self, decoded: DecodedMessage, now: float) -> str:
         from fluffle_broker.inspect.formatting import facts, size
         from fluffle_broker.inspect.tap import is_work, workers_of
 
@@ -218,9 +209,8 @@ class TapPrinter:
             who += f" and {many - 1} more"
         self._who_width = max(self._who_width, min(len(who), _WIDEST_WHO))
         at = time.strftime("%H:%M:%S", time.localtime(now))
-        text = text or ", ".join(facts(decoded))
-        bytes_ = size(decoded.size_bytes if size_bytes is None else size_bytes)
-        return f"{at}  {arrow} {who:<{self._who_width}} {decoded.kind:<13} {text}  ({bytes_})"
+        text = f"{', '.join(facts(decoded))}  ({size(decoded.size_bytes)})"
+        return f"{at}  {arrow} {who:<{self._who_width}} {decoded.kind:<13} {text}"
 
     def _line(self, text: str) -> None:
         self._print_line(text)
@@ -228,21 +218,6 @@ class TapPrinter:
             self._left -= 1
             if not self._left:
                 self.enough.set()
-
-    def _count_part(self, decoded: DecodedMessage, now: float) -> None:
-        """Print one line for all parts of a transfer, once the last one has passed."""
-        from fluffle_broker.inspect.decode import part_of
-
-        transfer = getattr(decoded.message, "transfer", "")
-        part = part_of(decoded)
-        count, size_bytes = self._parts.pop(transfer, (0, 0))
-        count, size_bytes = count + 1, size_bytes + decoded.size_bytes
-        if part is not None and count == part[1]:
-            self._line(self._in_words(decoded, now, f"all {count} parts", size_bytes))
-            return
-        self._parts[transfer] = (count, size_bytes)
-        if len(self._parts) > _MOST_TRANSFERS:
-            del self._parts[next(iter(self._parts))]
 
 
 def _direction(decoded: DecodedMessage) -> dict[str, Any]:

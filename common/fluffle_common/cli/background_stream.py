@@ -50,8 +50,6 @@ class BackgroundStream(io.TextIOBase):
         self._size = 0
         self._writing = False
         self._lost_lines, self._reported = 0, False
-        self._begun = False  # whether the beginning of the pending text is written
-        self._torn = False  # whether the last write was cut off in the middle of a line
         self._thread: threading.Thread | None = None
 
     @property
@@ -76,10 +74,9 @@ class BackgroundStream(io.TextIOBase):
                 self._lost_lines += data.count(b"\n")
                 return len(text)
             if not self._pending and not self._writing and not self._lost_lines:
-                rest = self._write_ready(data)
-                if not rest:
+                data = self._write_ready(data)
+                if not data:
                     return len(text)
-                self._begun, data = len(rest) < len(data), rest
             self._pending.append(data)
             self._size += len(data)
             if self._thread is None and self._stream is not None:
@@ -135,19 +132,16 @@ class BackgroundStream(io.TextIOBase):
             note = f"… {plural(lost, 'line')} could not be written here\n"
             data = note.encode(self._encoding, "backslashreplace") + data
         try:
-            self._put(b"\n" + data if self._torn else data)
+            self._put(data)
         except (OSError, ValueError) as why:
-            self._torn |= self._begun
             with self._changed:
                 self._lost_lines += data.count(b"\n") - bool(lost)
             if not self._reported:
                 self._reported = True
                 self._failed(str(getattr(why, "strerror", None) or why))
         else:
-            self._torn = False
             with self._changed:
                 self._lost_lines -= lost
-        self._begun = False
 
     def _put(self, data: bytes) -> None:
         assert self._stream is not None
@@ -162,5 +156,4 @@ class BackgroundStream(io.TextIOBase):
             except BlockingIOError:  # another process has made the terminal non-blocking
                 select.select([], [self._descriptor], [], 1.0)
                 continue
-            self._torn = True
             left = left[written:]

@@ -112,11 +112,6 @@ def check_federation(name: str) -> str:
             f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and "
             "'_', and begin with a letter or digit"
         )
-    if name == "amq":
-        raise UsageError(
-            "the federation name 'amq' is not possible, because RabbitMQ reserves names that begin "
-            "with 'amq.'; choose another name"
-        )
     return name
 
 
