@@ -22,11 +22,7 @@ def inspection_options(json_help: str, federation: Any = federation_option) -> C
 
 
 def federation_and_broker(federation: str, url: str | None) -> tuple[Topology, str]:
-    """Validate both options; return the federation's names and the broker's URL.
-
-    Raises:
-        UsageError: if one of them is invalid.
-    """
+    """Return the federation's names and the broker's URL, or raise ``UsageError``."""
     from fluffle_common.cli.settings import broker_url, check_federation
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.urls import parse_urls

@@ -181,11 +181,7 @@ class TapPrinter:
         self._who_width = _WHO_WIDTH  # of the widest line so far, so that later lines align
 
     def show(self, decoded: DecodedMessage) -> None:
-        """Print and save one message.
-
-        Raises:
-            UsageError: if it cannot be saved.
-        """
+        """Print and save one message; raise ``UsageError`` if it cannot be saved."""
         if self.enough.is_set():
             return
         now = self._clock()

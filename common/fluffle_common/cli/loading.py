@@ -43,11 +43,7 @@ class Place:
 
     @classmethod
     def parse(cls, what: str, name: str) -> Place:
-        """Parse ``module:name`` or ``path.py:name``.
-
-        Raises:
-            UsageError: if it is neither.
-        """
+        """Parse ``module:name`` or ``path.py:name``; raise ``UsageError`` for other text."""
         where, colon, attribute = name.rpartition(":")
         relative = where.startswith(".") and not where.endswith(".py")
         if not colon or not where or not attribute or relative:
@@ -145,11 +141,7 @@ class Place:
 
 
 def load_installed(what: str, point: EntryPoint) -> Any:
-    """Import the object of an entry point.
-
-    Args:
-        what: what the object is used for, such as ``strategy``.
-        point: the entry point.
+    """Import the object of an entry point; ``what`` is its use, such as ``strategy``.
 
     Raises:
         TaskError: if its own code fails; the traceback goes to stderr.

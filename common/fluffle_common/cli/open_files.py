@@ -24,11 +24,7 @@ def too_many_files(why: OSError) -> str:
 
 
 def check_open_files(number: int) -> None:
-    """Check that this process may open ``number`` more files.
-
-    Raises:
-        RunError: if it may not.
-    """
+    """Raise ``RunError`` unless this process may open ``number`` more files."""
     with contextlib.ExitStack() as opened:
         try:
             for _ in range(number):

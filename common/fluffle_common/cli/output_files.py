@@ -26,11 +26,7 @@ class ChartFile(click.Path):
         super().__init__(path_type=Path, dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path.
-
-        Raises:
-            UsageError: if its suffix is that of another format.
-        """
+        """Return the path; raise ``UsageError`` if its suffix is that of another format."""
         path = Path(str(super().convert(value, param, ctx)))
         if path.suffix.lower() not in ("", ".png"):
             given = f"{param.opts[0]} {path}" if param else str(path)
@@ -60,11 +56,7 @@ def draw_into_files() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of this size, in inches.
-
-    Raises:
-        UsageError: if matplotlib is not installed.
-    """
+    """Return a figure of this size in inches; raise ``UsageError`` without matplotlib."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -80,11 +72,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_chart(figure: Figure, path: Path, option: str = "--out") -> None:
-    """Write a figure to the PNG file that an option names.
-
-    Raises:
-        UsageError: if the file cannot be written.
-    """
+    """Write a figure to the PNG file that an option names; raise what ``output_file`` does."""
     with output_file(path, option) as file, warnings.catch_warnings():
         # A character that the font lacks becomes a box.
         warnings.filterwarnings("ignore", message="Glyph")

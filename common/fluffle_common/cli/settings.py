@@ -100,11 +100,7 @@ def management_finder(given: str | None) -> Callable[[str], Management]:
 
 
 def check_federation(name: str) -> str:
-    """Return the name of a federation.
-
-    Raises:
-        UsageError: if it is invalid.
-    """
+    """Return the name of a federation; raise ``UsageError`` if it is invalid."""
     from fluffle_common.protocol.messages import FEDERATION_PATTERN
 
     if not re.fullmatch(FEDERATION_PATTERN, name):
@@ -116,11 +112,7 @@ def check_federation(name: str) -> str:
 
 
 def check_worker(name: str) -> str:
-    """Return the ID of a worker.
-
-    Raises:
-        UsageError: if it is invalid.
-    """
+    """Return the ID of a worker; raise ``UsageError`` if it is invalid."""
     from fluffle_common.protocol.messages import WORKER_PATTERN
 
     if not re.fullmatch(WORKER_PATTERN, name):

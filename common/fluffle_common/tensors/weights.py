@@ -126,11 +126,7 @@ def read_only(tensor: Array) -> Array:
 
 
 def same_form(weights: Weights, like: Weights) -> None:
-    """Check that two sets of weights have the same names, shapes and dtypes.
-
-    Raises:
-        ValueError: naming the first tensor that differs.
-    """
+    """Raise ``ValueError``, naming a tensor, unless names, shapes and dtypes are the same."""
     _check_names(weights, like)
     for name, expected in like.items():
         _check_tensor(name, weights[name], expected.shape, expected.dtype)
@@ -155,11 +151,7 @@ def check_delta(update: Weights, base: Weights) -> float:
 
 
 def check_delta_form(update: Forms, base: Weights) -> None:
-    """Check that tensors have the names, shapes and dtypes of a delta for ``base``.
-
-    Raises:
-        ValueError: naming the first tensor that differs.
-    """
+    """Raise ``ValueError``, naming a tensor, unless ``update`` has the form of a delta."""
     _check_names(update, base)
     for name, expected in base.items():
         _check_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
@@ -172,11 +164,7 @@ def _share_float_layout(update: Weights, base: Weights) -> bool:
 
 
 def check_finite(weights: Weights) -> None:
-    """Check that no value is NaN or infinite.
-
-    Raises:
-        NotFinite: naming the first tensor that holds NaN or infinity.
-    """
+    """Raise ``NotFinite``, naming a tensor, if a value is NaN or infinite."""
     flat = weights.flat if isinstance(weights, Tensors) else None
     if flat is not None and not _count_not_finite(flat):
         return

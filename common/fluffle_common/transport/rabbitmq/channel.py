@@ -52,11 +52,7 @@ class Content:
         self._buffer = np.empty(self.missing_bytes, np.uint8).data
 
     def fill(self, data: memoryview) -> None:
-        """Add the next bytes of the body.
-
-        Raises:
-            ConnectionError: if they are more than are missing.
-        """
+        """Add the next bytes of the body; raise ``ConnectionError`` if they are too many."""
         if len(data) > self.missing_bytes:
             raise ConnectionError("a message body is longer than its header declares")
         filled = self.filled_bytes
@@ -142,11 +138,7 @@ class ContentChannel:
         return confirmation
 
     def get(self, queue: str) -> asyncio.Future[Content | None]:
-        """Request one message; the future's result is None if the queue is empty.
-
-        Raises:
-            LinkLost: if the socket is already closed.
-        """
+        """Request one message; the future's result is None if the queue is empty."""
         self._check()
         response: asyncio.Future[Content | None] = asyncio.get_running_loop().create_future()
         self._pending_gets.append(response)

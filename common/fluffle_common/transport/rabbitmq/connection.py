@@ -198,11 +198,7 @@ class SocketFactory(TransportFactory):
     async def create(
         self, url: URL, **options: Any
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open the socket.
-
-        Raises:
-            OSError: if nothing answers.
-        """
+        """Open the socket; raise ``OSError`` if nothing answers."""
         provider = options.pop("ssl_context_provider", None)
         context = await provider.get_context() if url.scheme == "amqps" else None
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
