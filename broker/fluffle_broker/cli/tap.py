@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
@@ -134,34 +133,25 @@ def _run(
     async def follow() -> None:
         async with contextlib.aclosing(reconnecting(transport, Backoff(), no_broker)) as opened:
             async for link in opened:
-                tapping = Tap(link, topology, printer.wanted, workers, printer.show)
-                run = asyncio.ensure_future(tapping.run(ready))
-                end = asyncio.ensure_future(printer.enough.wait())
                 try:
                     await warn_if_missing(link)
-                    await asyncio.wait({run, end}, return_when=asyncio.FIRST_COMPLETED)
-                    if printer.enough.is_set():
-                        return
-                    await run
+                    await Tap(link, topology, printer.wanted, workers, printer.show).run(ready)
                 except LinkLost as gone:
                     warn(
                         f"lost the connection to the broker ({gone}); messages are not shown until "
                         "the connection is back"
                     )
-                finally:
-                    run.cancel()
-                    end.cancel()
-                    await asyncio.gather(run, end, return_exceptions=True)
 
-    with explain_refusals():
+    with explain_refusals(), contextlib.suppress(Enough):
         run_until_signalled(follow())
 
 
-class TapPrinter:
-    """Prints and saves the messages of a tap.
+class Enough(Exception):
+    """All the lines that were asked for are printed."""
 
-    ``enough`` is set after ``most`` lines.
-    """
+
+class TapPrinter:
+    """Prints and saves the messages of a tap, at most ``most`` lines."""
 
     def __init__(
         self,
@@ -174,16 +164,18 @@ class TapPrinter:
         print_line: Callable[[str], None] | None = None,
     ) -> None:
         self.wanted = wanted
-        self.enough = asyncio.Event()
         self._as_json, self._left, self._archive = as_json, most, archive
         self._clock = clock
         self._print_line = print_line or (echo if as_json else echo_sentences)
         self._who_width = _WHO_WIDTH  # of the widest line so far, so that later lines align
 
     def show(self, decoded: DecodedMessage) -> None:
-        """Print and save one message; raise ``UsageError`` if it cannot be saved."""
-        if self.enough.is_set():
-            return
+        """Print and save one message.
+
+        Raises:
+            UsageError: if it cannot be saved.
+            Enough: after the last line.
+        """
         now = self._clock()
         if self._archive is not None:
             self._archive.save(decoded, now)
@@ -213,7 +205,7 @@ class TapPrinter:
         if self._left is not None:
             self._left -= 1
             if not self._left:
-                self.enough.set()
+                raise Enough
 
 
 def _direction(decoded: DecodedMessage) -> dict[str, Any]:

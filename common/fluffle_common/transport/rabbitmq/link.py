@@ -39,7 +39,7 @@ from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import Connection, close
-from fluffle_common.transport.rabbitmq.consumer import STREAM_PREFETCH, Consumer
+from fluffle_common.transport.rabbitmq.consumer import STREAM_ACK_EVERY, STREAM_PREFETCH, Consumer
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
 from fluffle_common.transport.rabbitmq.errors import Right, map_declare_errors, map_exceptions
 from fluffle_common.transport.rabbitmq.getter import Getter
@@ -304,7 +304,7 @@ class AmqpLink(Link):
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         arguments = {"x-stream-offset": "first" if since is None else since}
-        return (await self._stream(stream, arguments)).entries()
+        return (await self._stream(stream, arguments)).acked(STREAM_ACK_EVERY)
 
     async def newest(self, stream: str) -> Delivery | None:
         # "last" is the last chunk, which may hold many entries.
@@ -325,7 +325,7 @@ class AmqpLink(Link):
                 )
         await self.declare(bindings)
         consumer = Consumer(queue.name, self._connections[1], self._lifetime)
-        return (await consumer.start(_TAP_PREFETCH, exclusive=True)).auto_acked()
+        return (await consumer.start(_TAP_PREFETCH, exclusive=True)).acked()
 
     async def unbind(self, binding: Binding) -> None:
         with self._lifetime.requesting("bind"):
