@@ -16,8 +16,8 @@ import contextlib
 import io
 import os
 import select
+import sys
 import threading
-from collections.abc import Callable
 from typing import IO
 
 from fluffle_common.cli.printing import is_terminal
@@ -28,17 +28,13 @@ _CAPACITY_BYTES = 2**20
 
 
 class BackgroundStream(io.TextIOBase):
-    """Writes to another stream in a background thread.
+    """Writes to another stream in a background thread; without one, drops all text.
 
-    Args:
-        stream: the stream to write to; None drops all text.
-        failed: called once, in the thread, with the reason of the first error.
+    The first error is reported on stderr.
     """
 
-    def __init__(
-        self, stream: IO[str] | None, failed: Callable[[str], None] = lambda _: None
-    ) -> None:
-        self._stream, self._failed = stream, failed
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream, self._stderr = stream, sys.stderr  # which progress bars may replace later
         self._descriptor: int | None = None
         if stream is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -138,7 +134,11 @@ class BackgroundStream(io.TextIOBase):
                 self._lost_lines += data.count(b"\n") - bool(lost)
             if not self._reported:
                 self._reported = True
-                self._failed(str(getattr(why, "strerror", None) or why))
+                reason = getattr(why, "strerror", None) or why
+                text = f"fluffle: cannot write the log ({reason}); continuing without it\n"
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be None
+                    self._stderr.write(text)
+                    self._stderr.flush()
         else:
             with self._changed:
                 self._lost_lines -= lost

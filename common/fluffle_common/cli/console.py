@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sys
 import time
@@ -42,8 +41,7 @@ class Console:
     def __init__(
         self, log_format: LogFormat, always: Mapping[str, Any], stream: IO[str] | None = None
     ) -> None:
-        self._stderr = sys.stderr  # progress bars may replace it
-        self._stream = BackgroundStream(stream or sys.stdout, self._warn)
+        self._stream = BackgroundStream(stream or sys.stdout)
         self._json = log_format == "json"
         self._always = dict(always)
         self._pending: list[Callable[[], str]] = []  # render lines that are not written yet
@@ -54,11 +52,6 @@ class Console:
             from fluffle_common.cli.progress_bars import progress_on
 
             self._progress = progress_on(self._stream)
-
-    def _warn(self, reason: str) -> None:
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # stderr may be None
-            self._stderr.write(f"fluffle: cannot write the log ({reason}); continuing without it\n")
-            self._stderr.flush()
 
     def __enter__(self) -> Self:
         """Start drawing bars."""
