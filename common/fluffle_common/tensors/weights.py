@@ -249,7 +249,7 @@ def _measure(values: Array) -> tuple[float, int]:
     """Return the norm of the finite values of a vector, and how many are not finite.
 
     A plain sum of squares is right unless it overflows, underflows, or meets NaN; only then are
-    rows scaled before they are squared.
+    values scaled before they are squared.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         squares = 0.0
@@ -258,10 +258,11 @@ def _measure(values: Array) -> tuple[float, int]:
         if _MIN_EXACT < squares < math.inf:
             return math.sqrt(squares), 0
         norm, bad = 0.0, 0
-        for rows in _rows(values):
-            for row in rows if rows.any() else ():
-                row_norm, bad_in_row = _measure_scaled(row)
-                norm, bad = math.hypot(norm, row_norm), bad + bad_in_row
+        for rows in filter(np.any, _rows(values)):
+            finite = rows[np.isfinite(rows)].astype(np.float64)
+            bad += rows.size - finite.size
+            if scale := float(np.abs(finite).max(initial=0)):
+                norm = math.hypot(norm, scale * math.sqrt(np.square(finite / scale).sum()))
     return norm, bad
 
 
@@ -279,18 +280,6 @@ def _rows(values: Array) -> Iterator[Array]:
             yield block[:whole].reshape(-1, _ROW)
         if whole < block.size:
             yield block[whole:].reshape(1, -1)
-
-
-def _measure_scaled(row: Array) -> tuple[float, int]:
-    """Return what ``_measure`` does, dividing by the largest magnitude before squaring."""
-    if not row.any():
-        return 0.0, 0
-    finite = row[np.isfinite(row)].astype(np.float64)
-    scale = float(np.abs(finite).max(initial=0))
-    if not scale:
-        return 0.0, row.size - finite.size
-    finite /= scale
-    return scale * math.sqrt(float(np.vecdot(finite, finite))), row.size - finite.size
 
 
 def size_bytes(weights: Weights) -> int:
