@@ -70,7 +70,7 @@ async def test_no_sender_can_hide_the_other_columns(capsys):
 @pytest.mark.parametrize(("flags", "numbers"), [(["-n", "1"], [2]), ([], [1, 2])])
 async def test_json_lists_the_newest_messages_if_a_number_is_given(monkeypatch, flags, numbers):
     rejects = await some_rejected()
-    monkeypatch.setattr(cli, "_with_link", lambda *_: rejects)
+    monkeypatch.setattr(cli, "with_link", lambda *_: rejects)
     monkeypatch.setattr(cli, "available_figures", lambda *_: {})
     command = ["--federation", "f", "--url", "amqp://h", "--json", *flags]
     printed = json.loads(CliRunner().invoke(cli.rejected, command).output)

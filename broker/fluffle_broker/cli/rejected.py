@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
+from fluffle_broker.cli.options import (
+    available_figures,
+    federation_and_broker,
+    inspection_options,
+    with_link,
+)
 from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option, optional_federation
 from fluffle_common.cli.printing import aligned, echo, echo_json, echo_sentences, text_table
@@ -22,10 +26,8 @@ from fluffle_common.plural import plural
 if TYPE_CHECKING:
     from fluffle_broker.inspect.rejected import Rejected, Requeued
     from fluffle_common.protocol.topology import Topology
-    from fluffle_common.transport.base import Link
     from fluffle_common.transport.rabbitmq.management import Management
 
-T = TypeVar("T")
 _WIDEST = 16  # characters of what a sender can choose, so that a row fits a terminal
 # These options may stand before the sub-command or after it.
 _common_options = inspection_options("Print the result as JSON.", optional_federation)
@@ -81,21 +83,10 @@ def _target(
     return *federation_and_broker(merged["federation"], merged["url"]), merged["as_json"]
 
 
-def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
-    from fluffle_common.transport.open_once import open_once
-    from fluffle_common.transport.rabbitmq.transport import AmqpTransport
-
-    async def visit() -> T:
-        async with open_once(AmqpTransport(address, "fluffle rejected")) as link:
-            return await work(link)
-
-    return asyncio.run(visit())
-
-
 def _list(topology: Topology, api: Management, most: int | None, as_json: bool) -> None:
     from fluffle_broker.inspect.rejected import dropped, list_rejected
 
-    rejects = _with_link(api.url, lambda link: list_rejected(link, topology))
+    rejects = with_link(api.url, lambda link: list_rejected(link, topology))
     figures = available_figures(api, topology)
     gone = dropped(figures.get(topology.rejected), len(rejects))
     listed = rejects if most is None else rejects[-most:]
@@ -166,7 +157,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
     from fluffle_broker.inspect.rejected import read_rejected
 
     topology, address, as_json = _target(options, group)
-    message = _with_link(address, lambda link: read_rejected(link, topology, number))
+    message = with_link(address, lambda link: read_rejected(link, topology, number))
     now = time.time()
     if as_json:
         echo_json(message.as_dict(now))
@@ -202,7 +193,7 @@ def requeue(
         )
     topology, address, as_json = _target(options, group)
     chosen = None if everything else set(numbers)
-    results = _with_link(address, lambda link: rejected_queue.requeue(link, topology, chosen))
+    results = with_link(address, lambda link: rejected_queue.requeue(link, topology, chosen))
     if as_json:
         echo_json([_result_dict(each) for each in results])
     elif not results:
@@ -244,7 +235,7 @@ def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
         click.confirm(
             f"delete all messages in {topology.rejected} permanently?", abort=True, err=True
         )
-    deleted = _with_link(address, lambda link: rejected_queue.purge(link, topology))
+    deleted = with_link(address, lambda link: rejected_queue.purge(link, topology))
     if as_json:
         echo_json({"purged": deleted}, indent=None)
     else:

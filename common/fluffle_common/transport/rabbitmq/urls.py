@@ -139,7 +139,7 @@ def _redacted(url: str) -> str:
     before, at, after = url.rpartition("@")
     scheme = re.match(r"[a-z]{1,10}://", before, re.IGNORECASE)
     if not at or _CONTROL.search(after):
-        return "the value of --url"
+        return "the value of --url or FLUFFLE_URL"
     return f"'{scheme[0] if scheme else ''}…@{after.partition('?')[0]}'"
 
 
