@@ -142,7 +142,7 @@ def simulate(**options: Any) -> None:
       fluffle simulate --task digits.py:task --step-time classes:1,2,4
 
     You can use a coordinator's TOML file. Put the options that only this command has into a table
-    [simulation].
+    named [simulation].
     """
     from fluffle.run_folder import committed
     from fluffle.simulation.availability import parse_availability

@@ -47,8 +47,8 @@ class _Selector(selectors.DefaultSelector):
             return found
         if timeout is None:
             raise RunError(
-                "the simulation is stuck, because the coordinator and all clients wait for each "
-                "other; report this bug in fluffle, with the command"
+                "the simulation is stuck, because the coordinator and all clients are waiting for "
+                "each other; this is a bug in fluffle: report it, with the command"
             )
         self.loop.now_s += timeout
         return found

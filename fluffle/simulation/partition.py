@@ -104,9 +104,8 @@ class By(Partition):
         values = _by_value(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} different values and makes one client "
-                f"for each of them, but {clients} clients were requested; use --clients "
-                f"{len(values)}"
+                f"column '{self.column}' has {len(values)} different values, and each value makes "
+                f"one client, but {clients} clients were requested; use --clients {len(values)}"
             )
         return values
 

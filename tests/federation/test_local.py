@@ -605,7 +605,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         (
             [Adder()],
             {"init": ""},
-            'init = "" is not valid (the value is empty; set it, or omit this option',
+            'init = "" is not valid (the value is empty; give a value, or omit this',
         ),
         ([Adder()], {"folder": ""}, "folder= is empty; give a folder, or omit folder="),
         ([Adder()], {"train": ["w" * 501]}, "train=: 'www"),

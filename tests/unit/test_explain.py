@@ -193,7 +193,7 @@ def test_a_committed_round_names_participants_longest_wait_and_metrics():
     assert f"{committed}, with a, c, 160 examples." in text
     assert "adding up 2 ms, averaging 1 ms, checkpoint 30 ms" in text
     assert "loss 0.5000, accuracy 0.9000 on 60 held-out examples" in text
-    assert "update of b came late and was discarded." in text
+    assert "update of b arrived late and was discarded." in text
     assert "b did not answer" not in text
     assert (
         "The longest wait was for c: it trained for 19 s and answered 23 s after the opening, "

@@ -125,7 +125,7 @@ def test_up_refuses_a_disk_on_which_publishers_would_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "DISK_FREE_LIMIT_BYTES", 1 << 62)
-    with pytest.raises(BrokerError, match="MB are free"):
+    with pytest.raises(BrokerError, match="MB of free space"):
         node.up(tmp_path, ports=Ports(0, 0, 0))
 
 

@@ -103,7 +103,7 @@ class Connection:
                     # Later on, assume that it is this worker's own broken connection, and wait.
                     if first and now - occupied_since >= self._settings.occupied_s:
                         raise RefusedError(
-                            f"another worker with the id '{self._settings.worker}' is connected to "
+                            f"another worker with the ID '{self._settings.worker}' is connected to "
                             f"federation {self._settings.federation}; stop the other worker or, "
                             "if the two have different data, start this one with another --id"
                         ) from None

@@ -45,10 +45,10 @@ def peek(queue: str, count: int, **options: Any) -> None:
     messages are marked 'redelivered', and the time after which an unused queue expires (30 minutes)
     starts again.
 
-    The command refuses a queue other than 'updates' while a process reads it, because the reader
-    could get the messages in another order. It also refuses quorum queues, because they cannot take
-    a message back without side effects. It cannot show updates that the coordinator holds
-    unacknowledged; 'fluffle journal' shows their events.
+    Except for 'updates', the command refuses a queue while a process reads it, because this process
+    could get the messages in another order. The command also refuses quorum queues, because they
+    cannot take a message back without side effects. The command cannot show updates that the
+    coordinator holds unacknowledged; 'fluffle journal' shows their events.
 
     \b
       fluffle peek updates --federation letters

@@ -56,7 +56,7 @@ def rejected(ctx: click.Context, /, **options: Any) -> None:
     \b
       fluffle rejected --federation letters
       fluffle rejected show 3 --federation letters
-      fluffle rejected requeue 3 --federation letters    after you fixed the cause
+      fluffle rejected requeue 3 --federation letters    after fixing the cause
       fluffle rejected requeue --all --federation letters
       fluffle rejected purge --federation letters
     """
@@ -169,7 +169,10 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
 @click.option(
-    "--all", "everything", is_flag=True, help="Requeue all messages that are in the queue now."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Requeue all messages that are currently in the queue.",
 )
 @_common_options
 @click.pass_obj
@@ -227,7 +230,7 @@ def _print_result(each: Requeued) -> None:
 @_common_options
 @click.pass_obj
 def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
-    """Delete all messages that are in the queue 'rejected' now."""
+    """Delete all messages that are currently in the queue 'rejected'."""
     from fluffle_broker.inspect import rejected as rejected_queue
 
     topology, address, as_json = _target(options, group)

@@ -68,8 +68,8 @@ def tap(**options: Any) -> None:
     once more. To exclude models, use '--kind update'. The parts of updates are copied only with
     --save or '--kind part'.
 
-    The command does not show a message whose queue does not exist, because copying the message
-    would make it look delivered. The command looks for new queues every 10 seconds, so it may miss
+    The command does not copy a message that matches no queue, because the broker would then treat
+    the message as delivered. The command looks for new queues every 10 seconds, so it may miss
     the first messages to a new worker.
     """
     from fluffle_broker.inspect.archive import MessageArchive

@@ -200,7 +200,7 @@ def fluffle() -> None:
     machines that can reach the broker:
 
     \b
-      fluffle broker up                                a private RabbitMQ
+      fluffle broker up                                a private RabbitMQ server
       fluffle coordinator --federation letters         opens rounds, averages
       fluffle worker --federation letters --data DIR   one for each data owner
       fluffle queues --federation letters              what is in the queues

@@ -72,7 +72,7 @@ def journal(**options: Any) -> None:
 
     The coordinator keeps its journal on the broker. Any user with permission can read the journal
     from any machine, and reading removes nothing. Times are in local time. A heading marks each
-    change of the day or the run.
+    new day and each new run.
 
     \b
       fluffle journal --federation letters --since 10m

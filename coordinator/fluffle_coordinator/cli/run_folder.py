@@ -168,8 +168,8 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     report shows the curves, the participants and times of each round, late and rejected updates
     with the reasons, the configuration, the software versions, and the checkpoints with their
     SHA-256. The curves show every round; the page has the details and the checkpoints of the last
-    1,000 rounds, and --json those of all rounds. RUN is the run folder, such as runs/letters. You
-    can also write a report while the run continues.
+    1,000 rounds, and --json prints those of all rounds. RUN is the run folder, such as
+    runs/letters. You can also write a report while the run continues.
 
     \b
       fluffle report runs/letters --out report.html

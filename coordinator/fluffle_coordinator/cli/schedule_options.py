@@ -81,9 +81,9 @@ schedule_options = option_group(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help="Maximum staleness of an update; staler updates are discarded. An update that started "
-        "from version 5 has staleness 2 when versions 6 and 7 have been made.  [default: 20 with "
-        "'--schedule buffered', 2 with '--late discount']",
+        help="Maximum staleness of an update; staler updates are discarded. An update that was "
+        "trained from version 5 has a staleness of 2 when version 7 is the newest.  [default: 20 "
+        "with '--schedule buffered', 2 with '--late discount']",
     ),
     click.option(
         "--staleness",

@@ -161,7 +161,7 @@ async def lost_part(probe: Probe) -> str:
     if (beat.run, beat.round) != (probe.run, sent.fit.round):
         raise Unmet(
             f"the heartbeat in state receiving has run {beat.run} and round {beat.round}; expected "
-            f"run {probe.run} and round {sent.fit.round}, as in the fit"
+            f"run {probe.run} and round {sent.fit.round}, as in the 'fit' message"
         )
     await _send_strange_parts(probe)
     await probe.update(await probe.ask(sent.fit))
@@ -195,7 +195,7 @@ async def update_in_parts(probe: Probe) -> str:
         )
     if first.transfer.id == again.transfer.id:
         raise Unmet(
-            "the second transfer of the update has the id of the first one; expected a new id"
+            "the second transfer of the update has the ID of the first one; expected a new ID"
         )
     digest = "with" if first.transfer.digest else "without"
     return f"an update of {first.transfer.parts} parts, sent twice, {digest} a digest"

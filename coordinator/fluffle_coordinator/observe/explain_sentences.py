@@ -261,7 +261,10 @@ def _progress(explanation: Explanation) -> Iterator[str]:
         )
     if explanation.view.full_disk is not None:
         at, disk = explanation.view.full_disk
-        yield f"At {clock(at)}: {disk.sentence()}. The deadline does not apply meanwhile."
+        yield (
+            f"At {clock(at)}: {disk.sentence()}. Until the write succeeds, the deadline does not "
+            "apply."
+        )
     else:
         yield _deadline(explanation)
     yield from _waiting(explanation)
@@ -286,7 +289,7 @@ def _deadline(explanation: Explanation) -> str:
     if explanation.view.waiting is not None and explanation.view.waiting[0] > this.deadline_at:
         return f"{passed}; the round stays open while workers advance or an update is being added."
     if explanation.coordinated:
-        return f"{passed}; the coordinator is connected, but has not reported yet what it does now."
+        return f"{passed}; the coordinator is connected, but has not yet reported what it is doing."
     return (
         f"{passed}, but the journal has no later event; the coordinator is not running, or cannot "
         "reach the broker."

@@ -85,11 +85,11 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes, as JSON.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
-    """Classify the letter in an image, with the model's confidence.
+    """Classify the letter in an image, and show the confidence.
 
-    The confidence is calibrated, so that predictions with a confidence of 90 % are right in about
-    90 % of the cases. To calibrate it, the command divides the model's outputs by a temperature
-    that the workers determine on held-out letters.
+    The confidence is calibrated, so that predictions with a confidence of 90 % are correct about
+    90 % of the time. To calibrate it, the command divides the model's outputs by a temperature that
+    the workers determine on held-out letters.
 
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png
@@ -162,10 +162,10 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.
 
-    A model recognizes the letters that it was trained on better than other letters. Therefore, by
-    default, the command scores only the held-out letters of the worker that trained on the folder.
-    The folder must not have changed since the training. If no worker trained on the folder, use
-    --unseen.
+    A model performs better on the letters that it was trained on than on other letters. Therefore,
+    by default, the command scores only the held-out letters of the worker that trained on the
+    folder. The folder must not have changed since the training. If no worker trained on the folder,
+    use --unseen.
     """
     try:
         from fluffle_worker.cli import id_from

@@ -342,8 +342,8 @@ class TorchTask(AdaptedTask):
         def refuse(name: str, _: Any) -> None:
             raise TaskError(
                 f"the model or the loss uses the tensor '{name}' of the module that model= made, "
-                "but training changes only a copy of this module; call its layers through self, "
-                "not through a function or object that holds them, and not in loss="
+                "but training changes only a copy of this module; call the layers only through "
+                "self, never through another object or function, and never in loss="
             )
 
         hooks = [
