@@ -25,11 +25,7 @@ class PartsGone(Exception):
 
 
 def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryview]:
-    """Decode a part from an outbox into its header and its piece of the payload.
-
-    Raises:
-        MalformedMessage: if the body is not a valid part.
-    """
+    """Decode a part into its header and its piece of the payload, or raise ``MalformedMessage``."""
     message, payload = decode(body, federation, max_header=SMALL_HEADER_BYTES)
     if not isinstance(message, Part):
         raise MalformedMessage(
