@@ -88,9 +88,9 @@ if TYPE_CHECKING:
 @click.option(
     "--wait-id",
     type=seconds(),
-    default=45.0,
-    help="Seconds to wait if a worker with the same ID is still connected. After a crash, the "
-    "broker may keep the worker's own old connection open for a while.",
+    default=75.0,
+    help="Seconds to wait if a worker with the same ID is still connected. After a crash of the "
+    "machine, the broker may keep the worker's own old connection open for a minute.",
 )
 @click.option(
     "--state-dir",
