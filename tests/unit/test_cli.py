@@ -62,7 +62,6 @@ C = ["coordinator", "--federation", "f"]
         (["worker", "--federation", "f", "--data", "/"], "no worker ID can be derived from"),
         ([*W, "--id", ".a"], "begin with a letter or digit"),
         (["tap", "--federation", "f", "--worker", ".a"], "not a valid worker ID; use at most 64"),
-        (["coordinator", "--federation", "amq"], "RabbitMQ reserves names"),
         ([*C, "--init", "missing.safetensors"], "there is no model file"),
         ([*C, "--config", "x"], "KEY=VALUE"),
         (W, "has no images"),

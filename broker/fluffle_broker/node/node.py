@@ -296,10 +296,8 @@ def _readable_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as refused:
-        where = str(refused.filename or folder)
-        if len(where) > 120:
-            where = f"{where[:60]}…{where[-59:]}"
+        where, reason = refused.filename or folder, refused.strerror or refused
         raise BrokerError(
-            f"cannot use the state folder ({where}: {refused.strerror or refused}); choose "
-            "another folder with --state (FLUFFLE_STATE)"
+            f"cannot use the state folder ({where}: {reason}); choose another folder with --state "
+            "(FLUFFLE_STATE)"
         ) from refused

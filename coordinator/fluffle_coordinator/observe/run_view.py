@@ -202,8 +202,7 @@ class RunView:
                 view.take_back()
             if is_lost or view.is_open:
                 view.restart(at)
-        for worker in self.workers.values():
-            worker.joined, worker.departed = False, None
+        self.workers.begin_coordinator(at)
         self.waiting = self.full_disk = self.ended = None
         self.unlinked_since = self._blocked_since = None
 

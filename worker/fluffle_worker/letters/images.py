@@ -60,7 +60,7 @@ def read_images(
         or_add = ", or add their names to --classes" if source == "--classes" else ""
         raise TaskError(
             f"{folder} has images of the classes {', '.join(unexpected)}, but {source} has only "
-            f"{', '.join(names)}; move the folders of the other classes elsewhere{or_add}"
+            f"{', '.join(names)}; move the other folders elsewhere{or_add}"
         )
     pictures, targets, paths, skipped = [], [], [], []
     for index, name in enumerate(names):
