@@ -18,7 +18,7 @@ import optax
 from flax import nnx
 
 from fluffle_common.cli.settings import cache_folder
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
@@ -27,10 +27,15 @@ from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.local.optax import filtered, gradient_transformation, named, tensor_name
 from fluffle_worker.task import Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
-from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
+from fluffle_worker.tasks.checks import (
+    as_metrics,
+    as_rate,
+    check_function,
+    check_pair,
+    checked_array,
+)
 from fluffle_worker.tasks.examples import Examples, Stream, call
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
-from fluffle_worker.tasks.jax_examples import key_of, on_device, picked
 from fluffle_worker.tasks.model_parts import ModelParts
 
 Augment = Callable[[jax.Array, Any], Any]
@@ -132,7 +137,7 @@ class FlaxTask(AdaptedTask):
 
     def init(self, seed: int) -> Weights:
         """Return initial weights, determined by ``seed``."""
-        return self._parts.init(key_of(seed))
+        return self._parts.init(_key_of(seed))
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
         """Train from ``weights`` and return the result; see ``task.Task.train``.
@@ -150,7 +155,7 @@ class FlaxTask(AdaptedTask):
         params = filtered(learnt, trained)
         # Mixed, because a sum would be that of another worker in another round.
         mixed = np.random.default_rng([plan.seed, self._sample_seed]).integers(2**63)
-        key = key_of(int(mixed))
+        key = _key_of(int(mixed))
         frozen, rest = parts.at_home.frozen, parts.seeded(key)
         learning_rate = plan.learning_rate or self._learning_rate
         step, steps = self._step(plan, params), data.steps(plan)
@@ -176,13 +181,28 @@ class FlaxTask(AdaptedTask):
         states = jax.device_put(self._states(weights, personal))  # once, not with each batch
 
         def outputs_of(rows: Array) -> tuple[Any, Any]:
-            inputs, targets = picked(self._valid, rows)
+            inputs, targets = _picked(self._valid, rows)
             return self._forward(*states, inputs), targets
 
         return self._means(outputs_of)
 
     def _on_device(self, data: Examples, what: str) -> Any:
-        return on_device(data, what, self.classes)
+        """Return (inputs, targets) on the device, if each target is the index of a class.
+
+        For another, JAX would compute a loss of NaN or, if the index is negative, that of a class.
+        """
+        check_pair(data, what)
+        inputs, targets = jax.tree.map(lambda part: checked_array(part, what), tuple(data))
+        count = len(self.classes) if hasattr(self.classes, "__len__") else 0
+        are_labels = getattr(targets, "ndim", 0) == 1 and jnp.issubdtype(targets.dtype, jnp.integer)
+        if count and are_labels:
+            least, most = int(targets.min(initial=0)), int(targets.max(initial=0))
+            if least < 0 or most >= count:
+                raise TaskError(
+                    f"{what} contains the target {least if least < 0 else most}, but classes= has "
+                    f"{count} names, for the targets 0 to {count - 1}; list all classes"
+                )
+        return jax.device_put((inputs, targets))
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError if ``weights`` differ from the model in names, shapes or dtypes."""
@@ -226,7 +246,7 @@ class FlaxTask(AdaptedTask):
         key: Any,
     ) -> tuple[tuple[Any, Any, Any], Any]:
         learnt, rest, optimizer_state = state
-        inputs, targets = picked(source, batch)
+        inputs, targets = _picked(source, batch)
         if self._augment is not None:
             inputs = self._augment(key, inputs)
         params, still, others = nnx.split_state(learnt, trained, nnx.Param, ...)
@@ -261,6 +281,19 @@ class FlaxTask(AdaptedTask):
 
 flax_task = FlaxTask
 """The public name, as in ``fluffle.flax_task``."""
+
+
+def _key_of(seed: int) -> Any:
+    """Return a random key that depends on all bits of a seed; JAX ignores those above 32."""
+    key = jax.random.key(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
+def _picked(source: Any, batch: Any) -> Any:
+    """Return the batch's examples: ``batch`` itself, or the rows of ``source`` that it indexes."""
+    if source is None:
+        return batch
+    return jax.tree.map(lambda part: jnp.take(part, batch, axis=0), source)
 
 
 def _trained(plan: Plan) -> Any:
