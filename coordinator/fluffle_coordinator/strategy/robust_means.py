@@ -111,7 +111,7 @@ def trimmed_mean(fraction: float = 0.2) -> Mean[Updates]:
 
 
 def krum(f: int = 1) -> Mean[Updates]:
-    """Return the mean that selects the update closest to its nearest neighbours.
+    """Return the mean that selects the update closest to its nearest neighbors.
 
     Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
     NeurIPS 2017. The score of an update is the sum of its squared distances to the n - f - 2

@@ -189,5 +189,5 @@ def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:
         raise UsageError(
             f"the run in {folder} used the strategy {saved.strategy} up to round "
             f"{saved.committed}, but this command names {named.name}; give --strategy "
-            f"{saved.strategy} to continue the run, or --fresh to begin a new run"
+            f"{saved.strategy} to continue the run, or --fresh to start a new run"
         )
