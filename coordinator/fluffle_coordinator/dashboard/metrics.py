@@ -93,6 +93,10 @@ def _run(board: Board) -> Iterator[Metric]:
     if (accuracy := latest(board.view, "accuracy")) is not None:
         words = "Federated accuracy of the most recently evaluated model, from 0 to 1."
         yield _gauge("fluffle_federated_accuracy_ratio", words, accuracy)
+    last = board.view.rounds.get(board.view.committed)
+    if last is not None and last.committed_at is not None:
+        words = "Time of the run's last commit, in seconds since 1970."
+        yield _gauge("fluffle_last_commit_timestamp_seconds", words, last.committed_at)
 
 
 def _counters(counters: Counters) -> Iterator[Metric]:
@@ -117,9 +121,6 @@ def _counters(counters: Counters) -> Iterator[Metric]:
     for step in STEPS:
         steps.add_metric([step], counters.step_rounds[step], counters.step_seconds[step])
     yield steps
-    if counters.committed_at is not None:
-        words = "Time of the last commit, in seconds since 1970."
-        yield _gauge("fluffle_last_commit_timestamp_seconds", words, counters.committed_at)
 
 
 def _queues(board: Board) -> Iterator[Metric]:
