@@ -144,7 +144,7 @@ def test_an_option_that_a_table_hides_is_named(written, capsys):
     [
         (b"rounds = ", "is not valid TOML: Invalid value"),
         (b"\xff", "is not UTF-8 text"),
-        (b"\0" * 1_000_001, "is too large for a file of options"),
+        (b"\0" * 1_000_001, "is too large to be a TOML file with options"),
     ],
 )
 def test_an_unreadable_file_is_named(tmp_path, content, message):

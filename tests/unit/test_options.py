@@ -229,7 +229,7 @@ def test_a_chart_is_not_written_under_the_name_of_another_format(command, option
 def test_an_invalid_url_from_the_environment_is_named_so(monkeypatch):
     monkeypatch.setenv("FLUFFLE_URL", "xx")
     for words in (["coordinator"], ["worker", "--data", "x"], ["queues"]):
-        with pytest.raises(UsageError, match="^the value of FLUFFLE_URL is not the URL"):
+        with pytest.raises(UsageError, match="^the value of --url or FLUFFLE_URL is not the URL"):
             CliRunner().invoke(fluffle, [*words, "--federation", "f"], catch_exceptions=False)
 
 

@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="Codec to load from your own file, given as path.py:name. The coordinator can then "
-    "select this codec. May be given several times. Installed codecs are found without this "
+    help="Codec to load from your own file, given as path.py:name. The coordinator's --compress "
+    "can then name this codec. May be given several times. Installed codecs are found without this "
     "option.",
 )
 @click.option(
@@ -133,9 +133,7 @@ def worker(**options: Any) -> None:
     federation = check_federation(options["federation"])
     name = options["worker_id"] or id_from(options["data"])
     if not name:
-        raise UsageError(
-            f"--data '{options['data']}' has no part that can be this worker's ID; add --id"
-        )
+        raise UsageError(f"no worker ID can be derived from --data '{options['data']}'; add --id")
     _run(federation, check_worker(name), options)
 
 

@@ -81,11 +81,7 @@ class QueueOverview:
 
 
 def read_overview(api: Management, topology: Topology) -> QueueOverview:
-    """Read the figures of a federation's queues.
-
-    Raises:
-        BrokerError: if the broker cannot be reached by AMQP either.
-    """
+    """Read the figures of a federation's queues; raise ``BrokerError`` if no broker answers."""
     try:
         figures = _with_counts(api.queue_figures(topology, rates=True), api.url)
         overview = QueueOverview(topology, figures, api.alarms())

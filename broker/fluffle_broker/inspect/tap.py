@@ -51,7 +51,7 @@ class Wanted:
         return not self.kinds and decoded.kind != "heartbeat"
 
     def lists(self, decoded: DecodedMessage) -> bool:
-        """Return whether a message that is shown gets a line of its own."""
+        """Return whether a message that is shown gets a line; parts only do on request."""
         return decoded.kind != "part" or "part" in self.kinds
 
 

@@ -88,7 +88,7 @@ class ConfiguredCommand(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_remember,
-                help="Print the value and the source of every option as a TOML file, and exit.",
+                help="Print a TOML file of all options, with the origin of each value, and exit.",
             )
         )
 
@@ -148,7 +148,7 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"cannot read {path} ({why.strerror})") from None
     if len(text) > _MOST_CHARACTERS:  # perhaps a model, or a device without an end
         raise UsageError(
-            f"{path} is too large for a file of options (more than 1 MB); give a TOML file"
+            f"{path} is too large to be a TOML file with options (more than 1 MB); correct the path"
         )
     return text
 
@@ -288,7 +288,7 @@ def _single(option: click.Option, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and not value:
-        raise _WrongType("the value is empty; set it, or omit this option to use its default")
+        raise _WrongType("the value is empty; give a value, or omit this option to use its default")
     if isinstance(value, str) and "\0" in value:
         raise _WrongType("the value contains a null character; remove this character")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)

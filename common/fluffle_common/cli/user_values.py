@@ -11,11 +11,7 @@ from fluffle_common.user_errors import sendable
 
 
 def real(value: Any) -> float:
-    """Convert a number of any framework to a float, which may be NaN or infinite.
-
-    Raises:
-        ValueError: if it is not one; the message says what it is.
-    """
+    """Convert a number of any framework to a float, or raise ``ValueError`` with the reason."""
     try:
         return float(_plain(value))
     except OverflowError:
@@ -25,11 +21,7 @@ def real(value: Any) -> float:
 
 
 def number(value: Any) -> float:
-    """Convert a finite number of any framework to a float.
-
-    Raises:
-        ValueError: if it is not one; the message says what it is.
-    """
+    """Convert a finite number as ``real`` does."""
     converted = real(value)
     if not math.isfinite(converted):
         raise ValueError(f"the value is {converted}, but a finite number is expected")
@@ -37,11 +29,7 @@ def number(value: Any) -> float:
 
 
 def count(value: Any) -> int:
-    """Convert a whole number of any framework to an int.
-
-    Raises:
-        ValueError: if it is not one; the message says what it is.
-    """
+    """Convert a whole number to an int, as ``real`` does."""
     try:
         plain = _plain(value)
         if isinstance(plain, float) and plain.is_integer():
@@ -60,12 +48,8 @@ def shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the element of a one-element array or tensor; return other values as they are.
-
-    Raises:
-        TypeError: for text, which ``float`` would parse.
-    """
+    """Return the element of a one-element array or tensor; return other values as they are."""
     plain = value.item() if hasattr(value, "item") else value
-    if isinstance(plain, str | bytes | bytearray):
+    if isinstance(plain, str | bytes | bytearray):  # which ``float`` would parse
         raise TypeError
     return plain

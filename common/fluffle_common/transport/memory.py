@@ -144,7 +144,7 @@ class MemoryLink(Link):
             source.arrivals.discard(arrival)
 
     def _copy(self, source: MemoryQueue, message: StoredMessage) -> Delivery:
-        copy = MemoryDelivery(source, message, self, None)
+        copy = MemoryDelivery(source, message, self)
         copy.ack()  # so that losing the link does not put it into the stream again
         return copy
 
@@ -160,7 +160,7 @@ class MemoryLink(Link):
         source = self._find(queue)
         if not source.ready:
             return None
-        return MemoryDelivery(source, source.ready.popleft(), self, None)
+        return MemoryDelivery(source, source.ready.popleft(), self)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
         await self.declare([queue, *bindings])

@@ -94,9 +94,6 @@ async def _check_not_accepted(probe: Probe, *refused: SentFit) -> None:
 
     It is checked twice, because a worker that sends a heartbeat for each message may still be
     reading when ``read_by_now`` returns.
-
-    Raises:
-        Unmet: if it accepts one, or does not do the sound work.
     """
     await probe.read_by_now()
     _check_no_evidence(probe, refused)
@@ -161,7 +158,7 @@ async def lost_part(probe: Probe) -> str:
     if (beat.run, beat.round) != (probe.run, sent.fit.round):
         raise Unmet(
             f"the heartbeat in state receiving has run {beat.run} and round {beat.round}; expected "
-            f"run {probe.run} and round {sent.fit.round}, as in the fit"
+            f"run {probe.run} and round {sent.fit.round}, as in the 'fit' message"
         )
     await _send_strange_parts(probe)
     await probe.update(await probe.ask(sent.fit))
@@ -195,7 +192,7 @@ async def update_in_parts(probe: Probe) -> str:
         )
     if first.transfer.id == again.transfer.id:
         raise Unmet(
-            "the second transfer of the update has the id of the first one; expected a new id"
+            "the second transfer of the update has the ID of the first one; expected a new ID"
         )
     digest = "with" if first.transfer.digest else "without"
     return f"an update of {first.transfer.parts} parts, sent twice, {digest} a digest"
@@ -224,11 +221,7 @@ async def another_digest(probe: Probe) -> str:
 
 
 def _in_parts(probe: Probe) -> int:
-    """Return the number of parts that the model travels in.
-
-    Raises:
-        Skipped: if the model fits into one message.
-    """
+    """Return the number of parts that the model travels in."""
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:
         raise Skipped(
