@@ -221,7 +221,7 @@ def test_a_fraction_waits_for_the_fewest_workers_that_reach_the_quorum(fraction,
 
 
 def test_a_quorum_that_the_sample_cannot_reach_does_not_hang_the_coordinator():
-    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=2, least=3, quorum=Quorum(3)))
+    run = opened("a", "b", "c", rules=Rules(rounds=1, sample=2, quorum=Quorum(number=3)))
     assert (run.state.workers_needed, len(run.state.asked)) == (3, 2)
 
 
