@@ -94,10 +94,7 @@ class Counts(NamedTuple):
 
 
 class Delivery(Protocol):
-    """A message that the broker has delivered and that awaits our acknowledgement.
-
-    ``queue`` is the queue that it was delivered from.
-    """
+    """A message that the broker has delivered from ``queue`` and that awaits an acknowledgement."""
 
     body: Body
     queue: str
