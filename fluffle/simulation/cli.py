@@ -147,9 +147,8 @@ def simulate(**options: Any) -> None:
     from fluffle.run_folder import committed
     from fluffle.simulation.availability import parse_availability
     from fluffle.simulation.devices import devices
-    from fluffle.simulation.follower import Follower
     from fluffle.simulation.loop import SimulatedLoop
-    from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
+    from fluffle.simulation.simulate import RoundsView, clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_coordinator.observe.times import duration
@@ -182,7 +181,7 @@ def simulate(**options: Any) -> None:
             settings,
             clients_of(tasks, owned, availability, options["seed"]),
             store,
-            Follower(console),
+            RoundsView(console),
             task=options["task"],
             record=console.event,
             fresh=options["fresh"],

@@ -220,11 +220,7 @@ def _rule_of(task: Task) -> BoundRule | None:
 
 
 def _planned(change: Weights, plan: Plan) -> Weights:
-    """Return the part of a delta that the plan asks for.
-
-    Raises:
-        TaskError: if the model has none of the plan's tensors.
-    """
+    """Return the part of a delta that the plan asks for."""
     planned = select_tensors(change, plan.train)
     if not planned:
         names = ", ".join(plan.train or ())
@@ -236,11 +232,7 @@ def _planned(change: Weights, plan: Plan) -> Weights:
 
 
 def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
-    """Return the extra tensors to send: empty unless the strategy asks for some.
-
-    Raises:
-        TaskError: if they are missing, not finite, or have other names, dtypes or shapes.
-    """
+    """Return the extra tensors to send: empty unless the strategy asks for some."""
     if wanted is None:
         return {}
     if not extra:
@@ -259,11 +251,7 @@ def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
 
 
 def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
-    """Return the codec that the plan names, or None if updates are not encoded.
-
-    Raises:
-        TaskError: if this worker does not have that codec, or the codec rejects its settings.
-    """
+    """Return the codec that the plan names, or None if updates are not encoded."""
     if plan.compress is None:
         return None
     name = plan.compress.kind
@@ -287,11 +275,7 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
 def _encode(
     update: Update, change: Weights, codec: Codec, before: Weights, seed: int
 ) -> tuple[tuple[Update, Weights], Weights]:
-    """Return the update with its tensors encoded, and the tensors of the new residual.
-
-    Raises:
-        TaskError: if the codec's code fails.
-    """
+    """Return the update with its tensors encoded, and the tensors of the new residual."""
     rng = np.random.default_rng([seed, zlib.crc32(update.worker.encode())])
     try:
         tensors, left_out = compress(change, codec, before, rng)

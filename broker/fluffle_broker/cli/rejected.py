@@ -172,7 +172,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
     "--all",
     "everything",
     is_flag=True,
-    help="Requeue all messages that are currently in the queue.",
+    help="Requeue all rejected messages.",
 )
 @_common_options
 @click.pass_obj

@@ -28,7 +28,9 @@ def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryvi
     """Decode a part into its header and its piece of the payload, or raise ``MalformedMessage``."""
     message, payload = decode(body, federation, max_header=SMALL_HEADER_BYTES)
     if not isinstance(message, Part):
-        raise MalformedMessage(f"a message of kind {message.kind} is not a part", "kind")
+        raise MalformedMessage(
+            f"expected a part, but received a message of kind {message.kind}", "kind"
+        )
     return message, payload
 
 

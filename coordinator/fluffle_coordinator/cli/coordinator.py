@@ -83,7 +83,7 @@ _MOST_ROUNDS = 10**9  # as on the wire
     type=count(),
     metavar="N",
     help="Largest weight, in examples, that one update can have in the average.  "
-    "[default: the number that its worker announced when it connected]",
+    "[default: the number of examples that its worker announced]",
 )
 @click.option(
     "--max-norm-ratio",

@@ -88,11 +88,7 @@ def replay(
 
 
 def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
-    """Load the strategy that made a round, from ``given`` if its file has moved.
-
-    Raises:
-        UsageError: if ``given`` is another strategy, or the strategy draws noise that is not kept.
-    """
+    """Load the strategy that made a round, from ``given`` if its file has moved."""
     from fluffle_coordinator.storage.replay import strategy_of
     from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
     from fluffle_coordinator.user_code.strategy_loading import load_strategy

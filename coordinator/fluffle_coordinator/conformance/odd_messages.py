@@ -94,9 +94,6 @@ async def _check_not_accepted(probe: Probe, *refused: SentFit) -> None:
 
     It is checked twice, because a worker that sends a heartbeat for each message may still be
     reading when ``read_by_now`` returns.
-
-    Raises:
-        Unmet: if it accepts one, or does not do the sound work.
     """
     await probe.read_by_now()
     _check_no_evidence(probe, refused)
@@ -224,11 +221,7 @@ async def another_digest(probe: Probe) -> str:
 
 
 def _in_parts(probe: Probe) -> int:
-    """Return the number of parts that the model travels in.
-
-    Raises:
-        Skipped: if the model fits into one message.
-    """
+    """Return the number of parts that the model travels in."""
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:
         raise Skipped(

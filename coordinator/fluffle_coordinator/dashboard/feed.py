@@ -1,6 +1,6 @@
 """Connects a board to its viewers: change notification, cached JSON, and the queues' figures.
 
-Nothing is computed unless someone looks, and no failure here reaches the run.
+Nothing is computed unless someone looks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 
 from pydantic_core import to_json
 
-from fluffle_common.cli.console import warn
 from fluffle_common.cli.settings import management_finder
 from fluffle_common.clock import wall_time
 from fluffle_common.errors import UsageError
@@ -51,16 +50,10 @@ class Feed:
         self._sections_version = -1
         self._asking = asyncio.Lock()
         self._ask_again_at = -math.inf
-        self._warned = False
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
-        """Take in an event; skip one that the board cannot process, and warn of the first."""
-        try:
-            self._board.add(at, event, run)
-        except Exception as why:  # a fault of the page must not stop the run
-            if not self._warned:
-                warn(f"the page skips an event '{event.name}' ({why!r}); the run is not affected")
-            self._warned = True
+        """Take in an event; see ``Board.add``."""
+        self._board.add(at, event, run)
         self.touch()
 
     def touch(self) -> None:

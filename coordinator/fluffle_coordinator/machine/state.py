@@ -218,9 +218,7 @@ class State:
 
         A round may open with fewer, which train until the others have joined.
         """
-        return max(
-            self.workers_needed, 0 if self.schedule.continuous else self.rules.fewest_updates
-        )
+        return max(self.workers_needed, 0 if self.schedule.continuous else self.rules.least)
 
     @property
     def has_enough_workers(self) -> bool:

@@ -203,23 +203,9 @@ def _missing(explanation: Explanation) -> Iterator[str]:
         elif _rejection(explanation, worker) is not None:
             yield f"No update of {worker} was counted: {why}."
         elif worker not in this.came_late:
-            # In an asynchronous run, the worker may have answered in an earlier round.
-            yield (
-                f"Round {this.number} has no update of {worker}."
-                if this.is_asynchronous
-                else f"{worker} {_did_not_answer(explanation)}."
-            )
+            yield f"Round {this.number} has no update of {worker}."
     if explanation.short:
         yield f"Still waiting for {plural(explanation.short, 'more worker')} to join."
-
-
-def _did_not_answer(explanation: Explanation) -> str:
-    """Say that a worker did not answer: until when, if the run ended with the round open."""
-    ended = explanation.view.ended
-    if ended is None or not explanation.round.is_open:
-        return "did not answer"
-    what = "coordinator stopped" if isinstance(ended[1], run_events.Interrupted) else "run ended"
-    return f"had not answered when the {what} at {clock(ended[0])}"
 
 
 def _notes(explanation: Explanation) -> Iterator[str]:

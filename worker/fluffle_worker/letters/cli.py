@@ -97,7 +97,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     try:
         from fluffle_worker.letters.images import inverted_note
         from fluffle_worker.letters.inference import LettersModel, shown_names
-        from fluffle_worker.letters.pixels import read_picture
+        from fluffle_worker.letters.pixels import read_pixels
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     loaded = LettersModel(model)
@@ -105,14 +105,12 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     predictions, pictures, unreadable = [], [], []
     for path in (*images, *more):
         try:
-            picture = read_picture(path)
+            picture = read_pixels(path)
         except UsageError as why:
             unreadable.append(str(why))
             continue
-        if picture.frames > 1:
-            warn(f"{path} has {picture.frames} frames; only the first frame is read")
         pictures.append(picture)
-        scores = loaded.predict(picture.pixels)
+        scores = loaded.predict(picture)
         letter = max(scores, key=scores.__getitem__)
         confidence = scores[letter]
         predictions.append(

@@ -6,6 +6,7 @@
         local-rule-0007.safetensors    kept by the local rule in round 7
         local-rule-0006.safetensors    kept in round 6; needed if round 7 is trained again
         personal-0007.safetensors      tensors that the task does not send
+        owner.txt                      whose folder it is, if the data owner chose it
 
 The number is the sequence of the work's ticket: in synchronous rounds, the round. A file is
 completely written before the update of its round is sent.
@@ -29,6 +30,7 @@ WorkId = tuple[str, int, int]
 """The run, the round and the sequence of a piece of work; an asynchronous round can have several.
 """
 _ROUNDS_KEPT = 2
+_OWNER = "owner.txt"
 
 
 class _Kept(NamedTuple):
@@ -125,6 +127,32 @@ class PersistentTensors:
 
     def _files(self, folder: Path) -> list[Path]:
         return sorted(folder.glob(f"{self._prefix}-*.safetensors"))
+
+
+def claim(folder: Path, owner: str) -> None:
+    """Reserve a state folder for one worker; others would read and delete its files.
+
+    Raises:
+        UsageError: if the folder belongs to another worker, or cannot be written.
+    """
+    path = folder / _OWNER
+    try:
+        make_folder(folder)
+        with path.open("a+", encoding="utf-8", errors="replace") as file:
+            file.seek(0)
+            found = file.read().strip()
+            if not found:
+                file.write(f"{owner}\n")
+    except OSError as why:
+        raise UsageError(
+            f"cannot use the state folder {folder} ({why.strerror}); choose another folder with "
+            "--state-dir"
+        ) from None
+    if found not in ("", owner):
+        raise UsageError(
+            f"the state folder {folder} belongs to worker {found}, but this is worker {owner}; "
+            f"give each worker its own --state-dir, or remove {path} if this worker has a new name"
+        )
 
 
 def keep_in(folder: Path | None, name: str, task: Any) -> None:

@@ -25,16 +25,15 @@ from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.local.optax import filtered, gradient_transformation, named, tensor_name
-from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
-from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses, scores_of_all
+from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
-from fluffle_worker.tasks.examples import Examples, Stream, call, joined
+from fluffle_worker.tasks.examples import Examples, Stream, call
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
-from fluffle_worker.tasks.jax_examples import key_of, on_device, picked, scored, summed
+from fluffle_worker.tasks.jax_examples import key_of, on_device, picked
 from fluffle_worker.tasks.model_parts import ModelParts
 
 Augment = Callable[[jax.Array, Any], Any]
-_EVALUATION_BATCH = 256
 _NOTHING = np.zeros(0)
 
 
@@ -82,6 +81,9 @@ class FlaxTask(AdaptedTask):
         UsageError: if ``local_rule`` names no rule, or is none.
     """
 
+    _as_array, _map_arrays = staticmethod(np.asarray), staticmethod(jax.tree.map)
+    _map_trees, _concatenate = _map_arrays, staticmethod(jnp.concatenate)
+
     def __init__(
         self,
         model: Callable[[nnx.Rngs], nnx.Module],
@@ -110,26 +112,11 @@ class FlaxTask(AdaptedTask):
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._score_trained = score_trained
-        place = functools.partial(on_device, classes=classes)
-        self._take_examples(
-            train_data,
-            valid_data,
-            num_examples,
-            sample_seed,
-            on_device=place,
-            map_arrays=jax.tree.map,
-        )
-        self._failed: dict[str, Exception] = {}
+        self._take_examples(train_data, valid_data, num_examples, sample_seed)
         self._parts = ModelParts(model, federated, frozen)
         self._share_frozen(share_frozen)
         self._steps: dict[tuple[int, Any], FlatStep] = {}
-        self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
-
-    @property
-    def labels(self) -> Array:
-        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return joined([np.asarray(one) for one in self._data.targets()])
 
     def model_form(self) -> dict[str, Any]:
         """Return the names, shapes and dtypes of the tensors that travel."""
@@ -187,36 +174,15 @@ class FlaxTask(AdaptedTask):
 
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         states = jax.device_put(self._states(weights, personal))  # once, not with each batch
-        count = self._held_out
-        size = min(_EVALUATION_BATCH, count)
-        totals: dict[str, float] = {}
-        for start in range(0, count, size):
-            # Pad the last batch: one shape for all batches means one compilation.
-            wanted = np.arange(start, start + size)
-            real = wanted[wanted < count]
-            found = self._evaluate_batch(*states, self._valid, np.minimum(wanted, count - 1))
-            if len(real) < size and any(not values.shape for values in found.values()):
-                # A metric of the whole batch would include the padding.
-                found = self._evaluate_batch(*states, self._valid, real)
-            for name, values in found.items():
-                totals[name] = totals.get(name, 0.0) + summed(values, len(real))
-        means = {name: total / count for name, total in totals.items()}
-        means |= {name: FailedMetric(why) for name, why in self._failed.items()}
-        whole = {name for name, values in found.items() if not values.shape} & self._metrics.keys()
-        if whole and count > size:
-            inputs, targets = self._valid
-            batches = np.array_split(np.arange(count), range(size, count, size))
-            outputs = [self._forward(*states, picked(inputs, batch)) for batch in batches]
-            metrics = {name: self._metrics[name] for name in whole}
-            means |= scores_of_all(
-                metrics,
-                outputs,
-                targets,
-                count=count,
-                map_trees=jax.tree.map,
-                concatenate=jnp.concatenate,
-            )
-        return means
+
+        def outputs_of(rows: Array) -> tuple[Any, Any]:
+            inputs, targets = picked(self._valid, rows)
+            return self._forward(*states, inputs), targets
+
+        return self._means(outputs_of)
+
+    def _on_device(self, data: Examples, what: str) -> Any:
+        return on_device(data, what, self.classes)
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError if ``weights`` differ from the model in names, shapes or dtypes."""
@@ -291,19 +257,6 @@ class FlaxTask(AdaptedTask):
         model = self._parts.module(learnt, frozen, rest)
         model.eval()
         return call(model, inputs)
-
-    def _evaluate_step(
-        self, learnt: Any, frozen: Any, rest: Any, source: Any, batch: Any
-    ) -> dict[str, Any]:
-        inputs, targets = picked(source, batch)
-        outputs = self._forward_step(learnt, frozen, rest, inputs)
-        found = {"loss": scored(self._loss, outputs, targets, len(batch))}
-        for name, function in self._metrics.items():
-            try:
-                found[name] = scored(function, outputs, targets, len(batch))
-            except Exception as why:  # costs this metric, not the evaluation
-                self._failed[name] = why
-        return found
 
 
 flax_task = FlaxTask

@@ -1,4 +1,4 @@
-"""Examples on a JAX device, how a model scores on them, and random keys."""
+"""Examples on a JAX device, and random keys."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from fluffle_common.errors import TaskError
 from fluffle_worker.tasks.checks import check_pair, checked_array
@@ -42,40 +41,8 @@ def on_device(data: Examples, what: str, classes: Sequence[Any] = ()) -> Any:
     return jax.device_put((inputs, targets))
 
 
-def scored(function: Any, outputs: Any, targets: Any, count: int) -> Any:
-    """Return the losses, or another metric, of a batch of ``count`` examples.
-
-    Raises:
-        TaskError: if the result has another shape, or JAX cannot compile the function.
-    """
-    try:
-        values = jnp.asarray(function(outputs, targets))
-    except jax.errors.JAXTypeError as why:
-        raise TaskError(
-            "JAX compiles the task's loss and metrics, so they cannot use NumPy or scikit-learn; "
-            "use jax.numpy instead"
-        ) from why
-    if values.shape and values.shape[0] != count:
-        raise TaskError(
-            f"the loss or a metric has the shape {values.shape} for {count} examples; expected one "
-            "number for each example, or one number for all examples"
-        )
-    return values
-
-
 def picked(source: Any, batch: Any) -> Any:
     """Return the batch's examples: ``batch`` itself, or the rows of ``source`` that it indexes."""
     if source is None:
         return batch
     return jax.tree.map(lambda part: jnp.take(part, batch, axis=0), source)
-
-
-def summed(values: Any, count: int) -> float:
-    """Return a metric summed over the first ``count`` examples of a batch.
-
-    ``values`` has one entry per example, or is one mean for the whole batch.
-    """
-    found = np.asarray(values, np.float64)
-    if not found.shape:
-        return float(found) * count
-    return float(found[:count].reshape(count, -1).mean(axis=1).sum())

@@ -186,7 +186,7 @@ class ModelParts:
         if twice:
             raise TaskError(
                 f"two tensors of the model have the name '{twice[0]}', because the name of a "
-                "variable contains '/'; rename one of the two variables"
+                "variable contains '/'; rename this variable"
             )
 
 
