@@ -105,7 +105,7 @@ def test_a_round_waits_no_longer_than_it_may_stay_open():
 
 
 def test_all_texts_name_the_same_number_of_workers_once_a_resumed_run_opens_with_fewer():
-    run = resumed(Rules(rounds=9, least=2, quorum=Quorum(2), min_workers=2, wait_s=60))
+    run = resumed(Rules(rounds=9, quorum=Quorum(number=2), min_workers=2, wait_s=60))
     for _ in range(2):  # after 10 s, one worker is enough to open the round, but not to close it
         waiting = waiting_for(run.state, run.now)
         assert waiting is not None
@@ -428,7 +428,7 @@ def test_a_reopened_round_prefers_other_workers():
 
 
 def test_a_sample_below_the_quorum_waits_for_more_workers():
-    rules = Rules(rounds=1, min_workers=3, least=3, quorum=Quorum(3), fraction=0.5)
+    rules = Rules(rounds=1, min_workers=3, quorum=Quorum(number=3), fraction=0.5)
     run = Run(rules, hearing=True)
     run.connect()
     for name in "abcd":

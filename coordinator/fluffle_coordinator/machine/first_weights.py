@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import refuse_unfit
 from fluffle_coordinator.machine.effects import AskInit, Effects
 from fluffle_coordinator.machine.events import InitLost, WeightsReady
 from fluffle_coordinator.machine.finishing import end, last_failure
+from fluffle_coordinator.machine.records import Worker
 from fluffle_coordinator.machine.state import State
 
 
@@ -19,15 +22,26 @@ def ask_for_weights(state: State, now: float, out: Effects) -> State:
         name, reason = state.init_asked, f"no first weights within {limit_s:.0f} s (--deadline)"
         out.append(run_events.Failure(worker=name, round=0, reason=reason))
         state = state.replace(init_asked=None, failed=state.failed.insert(name, reason))
-    if not state.has_enough_workers:
-        return state  # the vote on the model is still to come
-    able = sorted(name for name in state.workers if name not in state.failed)
+    enough = state.has_enough_workers
+    candidates: Iterable[Worker] = state.workers.values()
+    if not enough:
+        # The vote on the model is still to come. A worker that declares nothing cannot lose it.
+        candidates = [worker for worker in candidates if _declares_nothing(worker)]
+        if not candidates:
+            return state
+    able = sorted(worker.name for worker in candidates if worker.name not in state.failed)
     if able:
         # The model of a worker that declares it was compared with the others' models.
         first = next((name for name in able if state.workers[name].model is not None), able[0])
         out += [AskInit(first), run_events.Init(worker=first)]
         return state.replace(init_asked=first, init_asked_at=now)
+    if not enough:
+        return state
     return end(state, "stopped", f"no first weights; {last_failure(state.failed)}", out)
+
+
+def _declares_nothing(worker: Worker) -> bool:
+    return worker.model is None and not worker.classes
 
 
 def init_lost(state: State, event: InitLost, _: object) -> State:

@@ -34,8 +34,8 @@ class Rules:
 
     rounds: int
     min_workers: int = 2  # how many workers must be present before the first round opens
-    # The fewest updates that a round commits with, however many workers are lost: at least the
-    # quorum's number. ``min_updates`` takes its place if ``close`` closes a round at its deadline.
+    # The fewest updates that a round commits with, however many workers are lost; ``min_updates``
+    # takes its place if ``close`` closes a round at its deadline.
     least: int = 1
     quorum: Quorum = Quorum()
     grace_s: float = 0.0  # how long to wait for further updates after the quorum
@@ -78,14 +78,19 @@ class Rules:
     rounds_limit: str = ""  # why there are no more rounds, if the operator asked for more
 
     @property
+    def fewest_updates(self) -> int:
+        """The fewest updates that the quorum can be."""
+        return max(self.least, self.quorum.number or 1)
+
+    @property
     def fewest_present(self) -> int:
         """With how many workers present a round that asks a sample of them can reach its quorum."""
         if not self.samples:
             return 0
+        least = self.fewest_updates
         if self.sample is not None:
-            return self.least
-        # See ``sample_size``.
-        return max(self.least, math.floor((self.least - 1 + 1e-9) / self.fraction) + 1)
+            return least
+        return max(least, math.floor((least - 1 + 1e-9) / self.fraction) + 1)  # see ``sample_size``
 
     @property
     def samples(self) -> bool:
