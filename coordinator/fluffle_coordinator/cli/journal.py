@@ -81,6 +81,8 @@ def journal(**options: Any) -> None:
       fluffle journal --federation letters --follow
       fluffle journal --run runs/simulation
     """
+    from fluffle_common.cli.runtime import run_until_signalled
+
     show = _print_json if options["as_json"] else _SentencePrinter()
     runs: dict[str, None] = {}
     rounds: set[int] = set()
@@ -104,7 +106,7 @@ def journal(**options: Any) -> None:
                 ):
                     show(event)
 
-    asyncio.run(run())
+    run_until_signalled(run())
     _check_found(options, list(runs), rounds, workers)
 
 

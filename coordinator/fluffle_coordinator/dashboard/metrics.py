@@ -75,6 +75,8 @@ def _run(board: Board) -> Iterator[Metric]:
     yield _labelled("fluffle_phase", words, "phase", phases)
     required = "Number of updates that must arrive before the open round can close."
     ratio = "Federated accuracy of the last evaluated model, from 0 to 1."
+    commit = "Time of the run's last commit, in seconds since 1970."
+    last = board.view.rounds.get(board.view.committed)
     loss, accuracy = latest(board.view, "loss"), latest(board.view, "accuracy")
     for name, words, value in (
         ("broker_linked", "1 if the broker is connected, else 0.", run["linked"]),
@@ -84,11 +86,7 @@ def _run(board: Board) -> Iterator[Metric]:
         ("quorum_needed_updates", required, needed),
         ("federated_loss", "Federated loss of the last evaluated model.", loss),
         ("federated_accuracy_ratio", ratio, accuracy),
-        (
-            "last_commit_timestamp_seconds",
-            "Time of the last commit, in seconds since 1970.",
-            board.view.counters.committed_at,
-        ),
+        ("last_commit_timestamp_seconds", commit, last.committed_at if last else None),
     ):
         if value is not None:
             yield GaugeMetricFamily(f"fluffle_{name}", words, float(value))

@@ -82,7 +82,7 @@ class RunView:
             self._begin(run)
         self.phase = _PHASE_AFTER.get(type(event), self.phase)
         self.workers.add(at, event)
-        self.counters.add(at, event)
+        self.counters.add(event)
         self._add_to_run(at, event)
         if isinstance(event, run_events.Disk):
             self.full_disk = (at, event)

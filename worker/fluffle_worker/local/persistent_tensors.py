@@ -61,14 +61,20 @@ class PersistentTensors:
         self._rounds: list[_Kept] | None = None if folder else []
 
     def before(self, work: WorkId) -> Weights:
-        """Return the tensors of the run's last work before this one; empty if none."""
+        """Return the tensors of the run's last work before this one; empty if none.
+
+        If the run went back further than the tensors do, return the oldest of them.
+        """
         run, number, sequence = work
+        ours = [kept for kept in self._all() if kept.run == run]
         earlier = [
             kept
-            for kept in self._all()
+            for kept in ours
             # A higher sequence is later work, even if an asynchronous run went back a round.
-            if kept.run == run and (kept.place < (number, sequence) or kept.sequence < sequence)
+            if kept.place < (number, sequence) or kept.sequence < sequence
         ]
+        if not earlier and len(ours) == _ROUNDS_KEPT:  # older ones have been there
+            earlier = ours[:1]
         return earlier[-1].arrays if earlier else {}
 
     def latest(self, run: str = "") -> Weights:
