@@ -13,13 +13,7 @@ import click
 from fluffle_broker.cli.options import federation_and_broker, inspection_options
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.printing import (
-    echo,
-    echo_json,
-    is_terminal,
-    printable,
-    screen,
-)
+from fluffle_common.cli.printing import echo, echo_json, is_terminal, printable, screen
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.queues import QueueOverview

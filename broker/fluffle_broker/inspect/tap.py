@@ -70,10 +70,7 @@ def is_work(decoded: DecodedMessage) -> bool:
 def bindings(
     topology: Topology, wanted: Wanted, queue: str, existing: Collection[str]
 ) -> set[Binding]:
-    """Return the bindings of a tap.
-
-    Only keys that route to one of the ``existing`` queues are tapped.
-    """
+    """Return the bindings of a tap: only keys that route to one of the ``existing`` queues."""
     result: set[Binding] = set()
     kinds = wanted.kinds or set(KINDS)
     ending = wanted.worker or "#"

@@ -17,15 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fluffle_broker.node import (
-    container,
-    launch,
-    network,
-    packages,
-    policies,
-    processes,
-    record,
-)
+from fluffle_broker.node import container, launch, network, packages, policies, processes, record
 from fluffle_broker.node.packages import Installation
 from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError

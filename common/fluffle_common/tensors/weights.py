@@ -142,11 +142,11 @@ def check_delta(update: Weights, base: Weights) -> float:
         NotFinite: naming the first tensor that holds NaN or infinity.
         ValueError: naming the first tensor that differs.
     """
-    if _share_float_layout(update, base):
-        return finite_norm(update)
+    layout = base.layout if isinstance(base, Tensors) and base.layout.floats else None
     if isinstance(update, InPieces) and update.layout is layout_for(base):
         return _norm_of_pieces(update)
-    check_delta_form(update, base)
+    if not isinstance(update, Tensors) or update.layout is not layout:
+        check_delta_form(update, base)
     return finite_norm(update)
 
 
@@ -155,12 +155,6 @@ def check_delta_form(update: Forms, base: Weights) -> None:
     _check_names(update, base)
     for name, expected in base.items():
         _check_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
-
-
-def _share_float_layout(update: Weights, base: Weights) -> bool:
-    if not isinstance(update, Tensors) or not isinstance(base, Tensors):
-        return False
-    return update.layout is base.layout and base.layout.floats
 
 
 def check_finite(weights: Weights) -> None:

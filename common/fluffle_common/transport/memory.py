@@ -223,15 +223,15 @@ class MemoryLink(Link):
     async def _wait_unblocked(self) -> None:
         """Wait until the broker accepts messages."""
         self._check()
-        if self.blocking.reason is None:
-            return
-        waits = [asyncio.ensure_future(event.wait()) for event in (self.blocking.free, self._lost)]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        self._check()
+        while self.blocking.reason is not None:
+            events = (self.blocking.changed, self._lost)
+            waits = [asyncio.ensure_future(event.wait()) for event in events]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            self._check()
 
     def _find(self, queue: str, *, reads: bool = False) -> MemoryQueue:
         source = self._broker.queues.get(queue)

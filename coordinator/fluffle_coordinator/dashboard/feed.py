@@ -9,6 +9,7 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_json
@@ -122,7 +123,7 @@ def queue_asker(
         UsageError: if ``management`` has a user.
     """
     find = management_finder(management)
-    return lambda: [one.as_dict() for one in find(find_url()).queue_figures(topology)]
+    return lambda: [asdict(one) for one in find(find_url()).queue_figures(topology)]
 
 
 def as_json(value: Any) -> str:

@@ -160,10 +160,7 @@ class ContentChannel:
         return response
 
     async def take(self, queue: str) -> Content | None:
-        """Get one message; return None if the queue is empty.
-
-        If the caller is cancelled, the message returns to its queue.
-        """
+        """Get one message, None from an empty queue; if cancelled, return it to its queue."""
         response = self.get(queue)
         try:
             return await response

@@ -84,10 +84,7 @@ def handshake_error(
 
 
 def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
-    """Return the error for a broker that does not offer the way to log in that the URL asks for.
-
-    None if it is another error.
-    """
+    """Return the error for a broker without the login that the URL asks for; None for others."""
     if not isinstance(error, AuthenticationError):
         return None
     offered, auth = str(error.args[0] if error.args else ""), url.query.get("auth", "plain")

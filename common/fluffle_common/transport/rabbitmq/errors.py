@@ -141,8 +141,8 @@ def _conflict(text: str) -> str:
         remedy = "delete the exchange on RabbitMQ's management page, or choose another --federation"
     else:
         remedy = (
-            "stop the coordinator and the workers, delete the queue with "
-            f"'rabbitmqctl delete_queue {match['name']}', and start again"
+            "another version of fluffle may have created it; stop the coordinator and the workers, "
+            f"delete the queue with 'rabbitmqctl delete_queue {match['name']}', and start again"
         )
     return f"{entity} already exists with different arguments ({text}); {remedy}"
 
