@@ -598,7 +598,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
-        ([Adder()], {"strategy": Adder}, "strategy= Adder is a class, not a strategy; give an"),
+        ([Adder()], {"strategy": Adder}, "strategy= Adder is a class or a function, not a strat"),
         ([Adder()], {"strategy": "median"}, "strategy = median needs at least 3 workers, but the"),
         ([Adder()], {"strategy": "krum:f=9", "quorum": 1}, "needs at least 21 updates per round"),
         ([Adder()], {"federation": None}, "(): federation = None, but a value is required"),
