@@ -196,6 +196,15 @@ def test_a_figure_shows_the_name_of_any_metric(name, tmp_path):
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [name]
 
 
+def test_the_best_model_can_be_read_although_its_checkpoint_is_removed():
+    run = fluffle.run([Adder()], rounds=4, keep_checkpoints=2, monitor="loss")
+    assert not run.best.checkpoint.exists()
+    first = run.history[-1].weights["w"] - 3
+    np.testing.assert_array_equal(run.best.weights["w"], first)
+    with pytest.raises(fluffle.UsageError, match=r"no model file .*round-0002"):
+        _ = run.history[1].weights
+
+
 def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
     class Silent(Adder):
         def train(self, weights, plan, progress):
