@@ -172,12 +172,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
-@click.option(
-    "--all",
-    "everything",
-    is_flag=True,
-    help="Requeue all rejected messages.",
-)
+@click.option("--all", "everything", is_flag=True, help="Requeue all rejected messages.")
 @_common_options
 @click.pass_obj
 def requeue(
