@@ -123,11 +123,18 @@ class Results:
                 loss = None
         return _whole(number_), _whole(steps), loss
 
-    def failed(self, why: BaseException) -> None:
-        """Report the traceback of an error in the task's code, once."""
-        own = why.__cause__ if isinstance(why, TaskError) else why
-        if own is not None and self._new(f"trace: {one_line(own)}"):
-            self._trace(full_trace(own))
+    def failed(self, why: BaseException) -> str:
+        """Report the traceback of an error in the task's code, once; return the error in one line.
+
+        Never raises: otherwise, the training thread would end, and the worker would wait for ever.
+        """
+        try:
+            own = why.__cause__ if isinstance(why, TaskError) else why
+            if own is not None and self._new(f"trace: {one_line(own)}"):
+                self._trace(full_trace(own))
+            return one_line(why)
+        except BaseException:  # its attributes fail, or there is no memory to describe it
+            return type(why).__name__
 
     def _metrics(self, method: str, result: Any) -> dict[str, float]:
         given = None
@@ -175,8 +182,7 @@ class Results:
     def _raised(self, key: str, what: str, why: BaseException) -> None:
         """Report once what an error in the task's code costs."""
         if self._new(key):
-            self.failed(why)
-            self._report(f"{what}: {one_line(why)}")
+            self._report(f"{what}: {self.failed(why)}")
 
     def _once(self, sentence: str, key: str) -> None:
         """Report a sentence unless one with the same key was reported.

@@ -7,6 +7,8 @@ import operator
 import reprlib
 from typing import Any
 
+import numpy as np
+
 from fluffle_common.user_errors import sendable
 
 
@@ -63,8 +65,11 @@ def _plain(value: Any) -> Any:
     """Return the element of a one-element array or tensor; return other values as they are.
 
     Raises:
-        TypeError: for text, which ``float`` would parse.
+        TypeError: for text, which ``float`` would parse, and for a masked element, of which
+            ``item`` returns the value under the mask.
     """
+    if np.ma.is_masked(value):
+        raise TypeError
     plain = value.item() if hasattr(value, "item") else value
     if isinstance(plain, str | bytes | bytearray):
         raise TypeError
