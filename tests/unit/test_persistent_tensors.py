@@ -35,7 +35,10 @@ def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
     assert keep("r", 5) == 2
     assert keep("r", 4) == 2  # the run went back
     assert keep("r", 6) == 4
-    assert len(list(folder.iterdir())) == 2
+    assert keep("r", 7) == 6
+    assert keep("r", 6) == 4  # the run went back while round 7 was open
+    assert keep("r", 7) == 6
+    assert len(list(folder.iterdir())) == 3
     assert keep("another", 6) is None
     assert [one.name for one in folder.iterdir()] == ["local-rule-0006.safetensors"]
 

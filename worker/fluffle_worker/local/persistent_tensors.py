@@ -5,6 +5,8 @@
     runs/workers/letters/client-1/
         local-rule-0007.safetensors    kept by the local rule in round 7
         local-rule-0006.safetensors    kept in round 6; needed if round 7 is trained again
+        local-rule-0005.safetensors    kept in round 5; needed if a damaged checkpoint of round 6
+                                       takes the run back to that round
         personal-0007.safetensors      tensors that the task does not send
 
 The number is the sequence of the work's ticket: in synchronous rounds, the round. A file is
@@ -28,7 +30,8 @@ from fluffle_worker.local.base import Named
 WorkId = tuple[str, int, int]
 """The run, the round and the sequence of a piece of work; an asynchronous round can have several.
 """
-_ROUNDS_KEPT = 2
+# Without a folder, a worker ends with its coordinator, so the run cannot go back during its life.
+_KEPT_IN_FOLDER, _KEPT_IN_MEMORY = 3, 2
 
 
 class _Kept(NamedTuple):
@@ -47,11 +50,11 @@ class _Kept(NamedTuple):
 
 
 class PersistentTensors:
-    """The tensors of a worker's last two pieces of work for a run.
+    """The tensors of a worker's last three pieces of work for a run.
 
     Every method raises ``TaskError`` if a file cannot be read or written.
 
-    Without a folder, they are in memory only. The files' names begin with ``prefix``.
+    Without a folder, there are only two, in memory. The files' names begin with ``prefix``.
     """
 
     def __init__(self, folder: Path | None = None, prefix: str = "local-rule") -> None:
@@ -90,7 +93,8 @@ class PersistentTensors:
         # If the run went back to an earlier round, the tensors of later rounds are obsolete.
         new = _Kept(*work, copies)
         earlier = [kept for kept in previous if kept.run == new.run and kept.place < new.place]
-        self._rounds = [*earlier, new][-_ROUNDS_KEPT:]
+        most = _KEPT_IN_FOLDER if self._folder is not None else _KEPT_IN_MEMORY
+        self._rounds = [*earlier, new][-most:]
         if self._folder is not None and (copies or any(kept.arrays for kept in previous)):
             self._write(self._folder, new)
 
