@@ -129,3 +129,7 @@ def test_an_asynchronous_run_that_becomes_synchronous_goes_on_with_what_was_kept
     assert keep(5, 20_001) == 4  # asynchronous again
     assert keep(5, 20_002) == 20_001
     assert keep(4, 30_001) == 20_002  # the run went back a round
+    assert [keep(4, 30_001 + more) for more in (1, 2)] == [30_001, 30_002]
+    assert keep(4, 4) == 30_003  # synchronous again, in the same round
+    assert keep(4, 4) == 30_003
+    assert keep(5, 5) == 4

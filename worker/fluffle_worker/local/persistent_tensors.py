@@ -39,14 +39,18 @@ class _Kept(NamedTuple):
     round: int
     sequence: int
     arrays: Weights
+    order: int  # grows with each piece of work
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """Where its work comes in the run.
+    def precedes(self, work: WorkId) -> bool:
+        """Whether its work came before ``work``, which may be a repetition.
 
-        Sequences alone do not tell: they start anew if an asynchronous run becomes synchronous.
+        A higher sequence is later work, even if an asynchronous run went back a round. If the run
+        becomes synchronous, the sequence starts anew: it is then the number of the round.
         """
-        return self.round, self.sequence
+        _, number, sequence = work
+        becomes_synchronous = sequence == number and self.sequence != self.round
+        earlier = (self.round, self.sequence) < (number, sequence)
+        return earlier or self.sequence < sequence or becomes_synchronous
 
 
 class PersistentTensors:
@@ -63,13 +67,7 @@ class PersistentTensors:
 
     def before(self, work: WorkId) -> Weights:
         """Return the tensors of the run's last work before this one; empty if none."""
-        run, number, sequence = work
-        earlier = [
-            kept
-            for kept in self._all()
-            # A higher sequence is later work, even if an asynchronous run went back a round.
-            if kept.run == run and (kept.place < (number, sequence) or kept.sequence < sequence)
-        ]
+        earlier = [kept for kept in self._all() if kept.run == work[0] and kept.precedes(work)]
         return earlier[-1].arrays if earlier else {}
 
     def latest(self, run: str = "") -> Weights:
@@ -78,7 +76,7 @@ class PersistentTensors:
         Empty if there are none.
         """
         ours = [kept for kept in self._all() if run in ("", kept.run)]
-        return max(ours, key=lambda kept: kept.place).arrays if ours else {}
+        return ours[-1].arrays if ours else {}
 
     def keep(self, work: WorkId, arrays: Named) -> None:
         """Keep copies of the tensors of a piece of work; an empty mapping keeps nothing.
@@ -91,8 +89,12 @@ class PersistentTensors:
             check_signature(copies)
         previous = self._all()
         # If the run went back to an earlier round, the tensors of later rounds are obsolete.
-        new = _Kept(*work, copies)
-        earlier = [kept for kept in previous if kept.run == new.run and kept.place < new.place]
+        new = _Kept(*work, copies, max((kept.order for kept in previous), default=0) + 1)
+        earlier = [
+            kept
+            for kept in previous
+            if kept.run == new.run and kept.round <= new.round and kept.precedes(work)
+        ]
         most = _KEPT_IN_FOLDER if self._folder is not None else _KEPT_IN_MEMORY
         self._rounds = [*earlier, new][-most:]
         if self._folder is not None and (copies or any(kept.arrays for kept in previous)):
@@ -102,12 +104,13 @@ class PersistentTensors:
         if self._rounds is None:
             assert self._folder is not None
             kept = [_read(path) for path in self._files(self._folder)]
-            self._rounds = sorted(kept, key=lambda one: one.place)  # 9999 is before 10000
+            self._rounds = sorted(kept, key=lambda one: one.order)
         return self._rounds
 
     def _write(self, folder: Path, new: _Kept) -> None:
         path = folder / self._name(new)
-        metadata = {"run": new.run, "round": str(new.round), "sequence": str(new.sequence)}
+        numbers = {"round": new.round, "sequence": new.sequence, "order": new.order}
+        metadata = {"run": new.run, **{name: str(number) for name, number in numbers.items()}}
         try:
             make_folder(folder)
             if new.arrays:
@@ -150,8 +153,8 @@ def keep_in(folder: Path | None, name: str, task: Any) -> None:
 def _read(path: Path) -> _Kept:
     try:
         arrays, metadata = read_checkpoint(path)
-        number, sequence = int(metadata["round"]), int(metadata["sequence"])
-        return _Kept(metadata["run"], number, sequence, arrays)
+        number, sequence, order = (int(metadata[name]) for name in ("round", "sequence", "order"))
+        return _Kept(metadata["run"], number, sequence, arrays, order)
     except (UsageError, KeyError, ValueError) as wrong:
         raise TaskError(
             f"the worker's state is damaged: {wrong}; remove {path} to continue without this state"
