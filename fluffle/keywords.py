@@ -97,10 +97,15 @@ def settings_from(
     if strategy is not None:
         options["strategy"] = strategy
     settings = settings_of(options)
-    fewest = settings.strategy.strategy.needs.min_updates
-    if workers and keywords.get("url") is None and fewest > workers:
-        raise UsageError(
-            f"{caller}(): the strategy {settings.strategy.name} needs at least {fewest} workers, "
-            f"but the number of tasks is {workers}; give more tasks, or another strategy"
-        )
+    rules, fewest = settings.rules, settings.strategy.strategy.needs.min_updates
+    for name, given, number in (
+        ("quorum", rules.quorum.number, rules.quorum.number or 0),
+        ("strategy", settings.strategy.name, fewest),
+        ("min_workers", rules.min_workers, rules.min_workers),
+    ):
+        if workers and keywords.get("url") is None and number > workers:
+            raise UsageError(
+                f"{caller}(): {name} = {given} needs at least {number} workers, but the number of "
+                f"tasks is {workers}; give more tasks, or change {name}="
+            )
     return settings, options

@@ -15,7 +15,7 @@ from fluffle.results import Run
 from fluffle.run_folder import RunFolder
 from fluffle_common.errors import FluffleError, UsageError
 from fluffle_common.protocol.topology import Topology
-from fluffle_coordinator.machine.state import Quorum, Rules, State
+from fluffle_coordinator.machine.state import Quorum, State
 
 if TYPE_CHECKING:
     from fluffle_coordinator.strategy.base import Strategy
@@ -137,6 +137,11 @@ def _start(
     """Check the arguments of ``run``, and start the run."""
     # First, what is named by a path: the code of a task may change the current folder.
     run_folder, named = RunFolder(folder), by_name(tasks, "worker")
+    if not named and url is None:
+        raise UsageError(
+            f"{_CALLER}() needs at least one task; pass tasks, or pass url= to wait for workers "
+            "that are started elsewhere"
+        )
     settings, options = settings_from(
         _CALLER,
         {**keywords, "federation": federation, "url": url},
@@ -146,7 +151,6 @@ def _start(
         on_round=on_round,
     )
     rules = settings.rules
-    _check_enough(rules, len(named), url)
     workers = [LocalTask(name, make_task(name, task)) for name, task in named.items()]
     one_by_one = rules.quorum == Quorum() if parallel is None else not parallel
 
@@ -170,24 +174,3 @@ def _start(
             return run_folder.result(state)
 
     return Background(body)
-
-
-def _check_enough(rules: Rules, workers: int, url: str | None) -> None:
-    """Check that a run in this process has the workers that its rules require.
-
-    Raises:
-        UsageError: if the run would wait for workers that cannot come.
-    """
-    if url is not None:
-        return
-    if not workers:
-        raise UsageError(
-            f"{_CALLER}() needs at least one task; pass tasks, or pass url= to wait for workers "
-            "that are started elsewhere"
-        )
-    for name, number in (("quorum", rules.quorum.number), ("min_workers", rules.min_workers)):
-        if number is not None and number > workers:
-            raise UsageError(
-                f"{_CALLER}(): {name} = {number} is more than the number of tasks ({workers}); "
-                f"give more tasks, or a lower {name}"
-            )

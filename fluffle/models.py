@@ -88,7 +88,8 @@ def load_into(
             for n, one in source.items()
         }
     elif isinstance(source, str | os.PathLike):
-        weights, frozen = _with_frozen(Path(source))
+        weights, metadata = read_checkpoint(Path(source))
+        frozen = read_frozen(Path(source).parent, metadata.get(IN_METADATA, "")).tensors
     else:
         raise UsageError(
             f"{source!r:.60} is not a model; expected the path of a model file, or a mapping of "
@@ -167,12 +168,6 @@ def _framework_of(module: Any) -> Any:
             "Model(rngs=rngs)"
         )
     return model_parts
-
-
-def _with_frozen(file: Path) -> tuple[Weights, Weights]:
-    """Read the model in a checkpoint, and the frozen tensors that belong to it."""
-    weights, metadata = read_checkpoint(file)
-    return weights, read_frozen(file.parent, metadata.get(IN_METADATA, "")).tensors
 
 
 def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:

@@ -73,7 +73,7 @@ class Progress(Watcher):
         if done >= rounds and (self._lines or self._bar is not None):
             self._print(
                 f"the run has {plural(done, 'round')} already, and rounds={rounds}, so no "
-                "round is left to run; use a higher rounds= to add rounds, or fresh=True to begin "
+                "round is left to run; use a higher rounds= to add rounds, or fresh=True to start "
                 "a new run"
             )
 

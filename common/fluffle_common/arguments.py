@@ -84,13 +84,7 @@ def within(
     above: bool = False,
     below: bool = False,
 ) -> None:
-    """Check that an argument is finite and in a range.
-
-    ``above`` and ``below`` exclude the bounds themselves.
-
-    Raises:
-        ValueError: if the value is out of range.
-    """
+    """Raise ``ValueError`` unless a value is in a range; ``above``, ``below`` exclude a bound."""
     too_low = value <= low if above else value < low
     too_high = value >= high if below else value > high
     if math.isfinite(value) and not too_low and not too_high:

@@ -88,10 +88,7 @@ def sendable(text: str, longest: int | None = None) -> str:
 
 
 def _shortened(text: str) -> str:
-    """Return a text without its middle if it is longer than anybody reads.
-
-    A library may quote a whole program or array in an error.
-    """
+    """Return a text without its middle if it is too long, as one that quotes an array may be."""
     left_out = len(text) - _LONGEST_TRACE
     if left_out <= 0:
         return text

@@ -142,14 +142,13 @@ def simulate(**options: Any) -> None:
       fluffle simulate --task digits.py:task --step-time classes:1,2,4
 
     You can use a coordinator's TOML file. Put the options that only this command has into a table
-    [simulation].
+    named [simulation].
     """
     from fluffle.run_folder import committed
     from fluffle.simulation.availability import parse_availability
     from fluffle.simulation.devices import devices
-    from fluffle.simulation.follower import Follower
     from fluffle.simulation.loop import SimulatedLoop
-    from fluffle.simulation.simulate import clients_of, simulate_run, tested_every
+    from fluffle.simulation.simulate import RoundsView, clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
     from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_coordinator.observe.times import duration
@@ -182,7 +181,7 @@ def simulate(**options: Any) -> None:
             settings,
             clients_of(tasks, owned, availability, options["seed"]),
             store,
-            Follower(console),
+            RoundsView(console),
             task=options["task"],
             record=console.event,
             fresh=options["fresh"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Real
 
@@ -42,17 +43,18 @@ class Device:
                 f"Device(bytes_per_s={self.bytes_per_s}) is not valid; expected a number above 0"
             )
 
-    def moving_s(self, nbytes: int) -> float:
-        """Return the seconds that it takes to transfer ``nbytes``."""
-        return nbytes / self.bytes_per_s
-
-    def training_s(self, steps: int) -> float:
-        """Return the seconds that a training of ``steps`` steps takes."""
-        return self.fit_s + steps * self.step_s
-
 
 def _is_non_negative(value: object) -> bool:
     return isinstance(value, Real) and float(value) >= 0
+
+
+_DISTRIBUTIONS: dict[str, tuple[int | None, Callable[..., Array]]] = {
+    "constant": (1, lambda rng, n, value: np.full(n, value)),
+    "classes": (None, lambda rng, n, *values: np.resize(np.array(values), n)),
+    "lognormal": (2, lambda rng, n, median, s: median * np.exp(s * rng.standard_normal(n))),
+    "uniform": (2, lambda rng, n, *limits: rng.uniform(*sorted(limits), n)),
+}
+"""By kind, the number of its parameters, None for any, and how values for n clients are drawn."""
 
 
 def draw(distribution: float | str, rng: np.random.Generator, clients: int) -> Array:
@@ -72,34 +74,18 @@ def draw(distribution: float | str, rng: np.random.Generator, clients: int) -> A
     kind, colon, given = text.partition(":")
     if not colon:
         kind, given = "constant", text
+    number, make = _DISTRIBUTIONS.get(kind, _DISTRIBUTIONS["constant"])
     try:
-        values = [float(one) for one in given.split(",")]
+        values = [float(one) for one in given.split(",")] if kind in _DISTRIBUTIONS else []
     except ValueError:
         values = []
-    known = {"constant": 1, "classes": None, "lognormal": 2, "uniform": 2}
-    number = known.get(kind, 0)
-    fits = len(values) == number if number else bool(values) and kind in known
+    fits = bool(values) and number in (None, len(values))
     if not fits or not all(0 <= value < float("inf") for value in values):
         raise UsageError(
             f"invalid distribution '{text}'; use one of: a number; classes:A,B,C; "
             "lognormal:MEDIAN,SIGMA; uniform:LOW,HIGH (all numbers must be at least 0)"
         )
-    match kind:
-        case "constant":
-            return np.full(clients, values[0])
-        case "classes":
-            return np.resize(np.array(values), clients)
-        case "lognormal":
-            median, sigma = values
-            return np.asarray(median * np.exp(sigma * rng.standard_normal(clients)))
-        case _:
-            low, high = values
-            if low > high:
-                raise UsageError(
-                    f"invalid distribution '{text}': LOW is above HIGH; use "
-                    f"uniform:{high:g},{low:g}"
-                )
-            return rng.uniform(low, high, clients)
+    return np.asarray(make(rng, clients, *values))
 
 
 def devices(

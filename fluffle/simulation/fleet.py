@@ -17,7 +17,6 @@ import numpy as np
 from fluffle.federation import cannot_take_part
 from fluffle.simulation.availability import Availability
 from fluffle.simulation.devices import Device
-from fluffle.simulation.loop import hidden_loop
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.protocol.messages import (
@@ -159,8 +158,7 @@ class Fleet:
         whole = getattr(client.task, "whole", client.task)
         if id(whole) not in self._models:
             try:
-                with hidden_loop():
-                    self._models[id(whole)] = signature_of_task(client.task), FrozenTensors(whole)
+                self._models[id(whole)] = signature_of_task(client.task), FrozenTensors(whole)
             except TaskError as why:
                 raise cannot_take_part(client.name, why) from None
         return self._models[id(whole)]
@@ -234,13 +232,12 @@ class Fleet:
                 await asyncio.sleep(0)
             self._acting = client.name
             try:
-                with hidden_loop():
-                    executor.execute(
-                        job,
-                        evaluated=lambda: None,
-                        progress=progress,
-                        residual=lambda: client.residual,
-                    )
+                executor.execute(
+                    job,
+                    evaluated=lambda: None,
+                    progress=progress,
+                    residual=lambda: client.residual,
+                )
             except BaseException as why:  # as in Trainer, even SystemExit
                 trace = why.__traceback__  # begins with this function
                 self._results.failed(why.with_traceback(trace and trace.tb_next))
@@ -249,9 +246,10 @@ class Fleet:
                 return
         if job.answer is not None:
             moved += size_bytes(job.answer[1]) + sum(map(size_bytes, job.others.values()))
-        seconds = client.device.moving_s(moved)
+        device = client.device
+        seconds = moved / device.bytes_per_s
         if job.work.kind == "fit":
-            seconds += client.device.training_s(steps)
+            seconds += device.fit_s + steps * device.step_s
         await self._pass(client, job.work, steps, seconds)
         client.at_work = None
         await self._answer(client, job, seconds)

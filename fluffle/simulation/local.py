@@ -154,11 +154,7 @@ def _show(event: RunEvent) -> None:
 
 
 def _check(options: Mapping[str, Any], **counts: int | None) -> None:
-    """Refuse a broker, and counts below 1.
-
-    Raises:
-        UsageError: if there is one.
-    """
+    """Refuse a broker, and counts below 1."""
     if options.get("url"):
         raise UsageError(
             f"{_CALLER}() has no url=, because its broker is in memory; use fluffle.run(url=…) "
@@ -170,11 +166,7 @@ def _check(options: Mapping[str, Any], **counts: int | None) -> None:
 
 
 def _devices(owned: Iterable[Device]) -> list[Device]:
-    """Return the devices in a list.
-
-    Raises:
-        UsageError: if ``owned`` is not a list of devices.
-    """
+    """Return the devices in a list."""
     given = list(owned) if isinstance(owned, Iterable) else []
     if not given or not all(isinstance(one, Device) for one in given):
         raise UsageError(

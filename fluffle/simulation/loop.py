@@ -8,10 +8,9 @@ simulated time. So the same seeds give the same events in the same order.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import selectors
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar, TypeVarTuple
 
@@ -20,20 +19,6 @@ from fluffle_common.errors import RunError
 
 _T = TypeVar("_T")
 _Ts = TypeVarTuple("_Ts")
-
-
-@contextlib.contextmanager
-def hidden_loop() -> Iterator[None]:
-    """Hide the running loop from code that has a thread to itself outside a simulation.
-
-    Otherwise, that code could not run a loop of its own, such as with ``asyncio.run``.
-    """
-    running = asyncio._get_running_loop()
-    asyncio._set_running_loop(None)
-    try:
-        yield
-    finally:
-        asyncio._set_running_loop(running)
 
 
 class _Selector(selectors.DefaultSelector):
@@ -47,8 +32,8 @@ class _Selector(selectors.DefaultSelector):
             return found
         if timeout is None:
             raise RunError(
-                "the simulation is stuck, because the coordinator and all clients wait for each "
-                "other; report this bug in fluffle, with the command"
+                "the simulation is stuck, because the coordinator and all clients are waiting for "
+                "each other; this is a bug in fluffle: report it, with the command"
             )
         self.loop.now_s += timeout
         return found
@@ -83,8 +68,7 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
         """Run the work at once in this thread, so that no simulated time passes."""
         done: Future[_T] = Future()
         try:
-            with hidden_loop():
-                done.set_result(func(*args))
+            done.set_result(func(*args))
         except BaseException as wrong:
             done.set_exception(wrong)
         return asyncio.wrap_future(done, loop=self)

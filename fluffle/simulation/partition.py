@@ -11,7 +11,6 @@ Example:
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from numbers import Integral
@@ -104,9 +103,8 @@ class By(Partition):
         values = _by_value(labels)
         if clients != len(values):
             raise UsageError(
-                f"column '{self.column}' has {len(values)} different values and makes one client "
-                f"for each of them, but {clients} clients were requested; use --clients "
-                f"{len(values)}"
+                f"column '{self.column}' has {len(values)} different values, and each value makes "
+                f"one client, but {clients} clients were requested; use --clients {len(values)}"
             )
         return values
 
@@ -137,12 +135,8 @@ def parse_partition(text: str | Partition) -> Partition:
         return Shards(_number(int, text, given, "a whole number above 0, such as shards:2"))
     if kind == "by" and given:
         return By(given)
-    known = ["iid", "dirichlet", "shards", "by"]
-    nearest = difflib.get_close_matches(kind, known, 1)
-    hint = f"; did you mean {nearest[0]}?" if nearest and nearest[0] != kind else ""
     raise UsageError(
-        f"unknown partition '{text}'{hint} (choose from iid, dirichlet:ALPHA, shards:N and "
-        "by:COLUMN)"
+        f"unknown partition '{text}'; choose from iid, dirichlet:ALPHA, shards:N and by:COLUMN"
     )
 
 

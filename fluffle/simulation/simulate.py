@@ -17,13 +17,15 @@ from fluffle.simulation.devices import Device
 from fluffle.simulation.fleet import Client, Fleet
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, TaskError, UsageError
+from fluffle_common.protocol import events
+from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.metric_names import TEST_PREFIX
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.memory import MemoryBroker
 from fluffle_coordinator.machine.state import State
 from fluffle_coordinator.observe.journal_file import JournalFile
-from fluffle_coordinator.observe.watchers import Watcher, Watchers
+from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.run_store import RunStore
@@ -34,6 +36,16 @@ from fluffle_worker.task import Task
 
 # Number of missed heartbeats after which a client counts as gone: idle clients send none.
 _NEVER = 10**9
+# The console shows none of these: a simulation can have thousands of clients.
+_OF_A_CLIENT = (
+    events.Connected,
+    events.Counted,
+    events.Joined,
+    events.Opened,
+    events.Quorum,
+    events.Waiting,
+)
+_FEW = 10  # participants of a round, at most, that the console lists by name
 
 
 async def simulate_run(
@@ -82,6 +94,18 @@ async def simulate_run(
         await asyncio.gather(run, taking_part, failure, return_exceptions=True)
         with contextlib.suppress(OSError):  # the run is over, and its files are whole
             journal.write()
+
+
+class RoundsView(View):
+    """The console output of a simulation: its rounds, but not every client's events."""
+
+    def record(self, event: RunEvent) -> None:
+        """See ``Watcher``; a commit with many participants does not list them."""
+        if isinstance(event, events.Committed) and len(event.participants or ()) > _FEW:
+            count = len(event.participants or ())
+            event = events.Note(what=f"round {event.round}: committed with {count} updates")
+        if not isinstance(event, _OF_A_CLIENT):
+            super().record(event)
 
 
 class _FailureWatcher(Watcher):

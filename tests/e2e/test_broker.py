@@ -261,7 +261,7 @@ def test_a_taken_port_is_one_line_and_exit_code_3(running: Running, tmp_path: Pa
     assert refused.returncode == 3
     assert refused.stdout == ""
     (line,) = refused.stderr.splitlines()
-    assert f"port {port} is already taken" in line
+    assert f"port {port} cannot be used" in line
 
 
 @pytest.mark.parametrize("moment", ["launched", "epmd answers"])

@@ -104,7 +104,7 @@ def test_who_took_part_and_what_came_late(browser: Browser, tmp_path: Path) -> N
         cells = seen.page.locator("#participation rect title").all_text_contents()
         assert cells == [
             "a, round 1: counted, 100 examples", "a, round 2: counted, 100 examples",
-            "b, round 1: came late", "b, round 2: counted, 100 examples",
+            "b, round 1: arrived late", "b, round 2: counted, 100 examples",
         ]  # fmt: skip
         assert texts(seen, "#tiles dt") == [
             "accuracy", "loss", "took part", "updates", "time", "late", "rejected",

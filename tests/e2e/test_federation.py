@@ -145,7 +145,7 @@ def test_a_second_worker_of_the_same_id_is_refused(federation: Federation) -> No
     second.wait_for("another connection already uses this worker's ID; waiting up to 1 s")
     assert second.end() == 6
     (told,) = [line for line in second.lines if line.startswith("fluffle: ")]
-    assert "another worker with the id 'shard-0-2' is connected" in told
+    assert "another worker with the ID 'shard-0-2' is connected" in told
 
 
 def test_a_worker_of_other_classes_is_refused(federation: Federation, tmp_path: Path) -> None:

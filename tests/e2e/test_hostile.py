@@ -156,9 +156,10 @@ def test_a_new_process_takes_no_mail_of_an_earlier_one_and_rejects_what_is_wrong
     bodies = [msgpack.packb([stop, b""]), msgpack.packb([{**stop, "kind": "dance"}, b""])]
     for body in bodies:
         connection.channel().basic_publish("", f"{federation.name}.inbox.shard-0-2", body)
+    coordinator = federation.coordinator("--quorum", 1, "--rounds", 1)
+    coordinator.wait_for("connected")
     second = federation.worker("shard:0/2", "--wait-id", 60)
     second.wait_for("rejected a message: ")
-    coordinator = federation.coordinator("--quorum", 1, "--rounds", 1)
     assert [program.end() for program in (coordinator, second)] == [0, 0]
     assert any("joined run" in line for line in second.lines)
     _, _, kept = connection.channel().basic_get(f"{federation.name}.rejected", auto_ack=True)

@@ -96,8 +96,8 @@ def test_whoever_follows_sees_it_as_it_happens_even_from_before_the_beginning(
     follower.wait_for("round 1: committed with shard-0-2, shard-1-2")
     follower.wait_for("finished: 1 round is done")
     assert [program.end() for program in (coordinator, *workers)] == [0, 0, 0]
-    follower.send(signal.SIGINT)
-    assert follower.end() == 128 + signal.SIGINT
+    follower.send(signal.SIGTERM)
+    assert follower.end() == 128 + signal.SIGTERM
 
 
 def test_a_killed_worker_is_named_by_explain_while_the_round_is_stuck(

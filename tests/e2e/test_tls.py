@@ -142,7 +142,7 @@ async def test_a_ca_in_the_url_is_trusted(broker_node, certificates):
         await opened(f"{url}?cafile={certificates.ca}")
         await opened(f"{url}?no_verify_ssl=1")
         said = await refused(f"amqps://w:open-sesame@127.0.0.1:{port}/")
-    assert "not signed by a CA that this machine trusts" in said
+    assert "issuer certificate" in said
     assert "?cafile=" in said
 
 

@@ -40,7 +40,7 @@ def test_every_block_runs_after_those_before(
             for number, figures in shown.items():
                 assert printed[number] == pytest.approx(figures, abs=0.01)  # CPUs differ a little
         if "evaluate=test" in block:
-            assert run.reason.endswith("of the test are right")
+            assert run.reason.endswith("of the test images are classified correctly")
             assert run.history["test/accuracy"][-1] > 0.85
         elif run is not None:
             assert run.reason.endswith("rounds are done")

@@ -152,8 +152,8 @@ class Federation:
         """Start a coordinator; ``options`` are settings, rules, or ``number`` for a quorum."""
         of_settings = {"classes", "init", "verify_users", "max_workers", "max_model_bytes", "plan"}
         of_settings |= {"max_held_bytes"}
-        of_settings |= {"learning_rate_schedule", "strategy", "keep_updates", "hooks", "stopping"}
-        of_settings |= {"schedule"}
+        of_settings |= {"learning_rate_schedule", "strategy", "hooks", "stopping"}
+        of_settings |= {"schedule", "keep_checkpoints", "keep_updates"}
         given = {name: options.pop(name) for name in of_settings & options.keys()}
         number, exchanges = options.pop("number", None), options.pop("exchanges", None)
         quorum = Quorum(number=number) if number else options.pop("quorum", Quorum())

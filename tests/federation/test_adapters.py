@@ -132,7 +132,7 @@ def test_a_backbone_that_only_the_coordinator_has_reaches_the_workers_and_the_ch
     lost = "frozen tensors cannot be read .*there is no model file .*; restore this file, or copy"
     with pytest.raises(fluffle.UsageError, match=lost):
         fluffle.load_into(filled, checkpoint, federated=nnx.LoRAParam)
-    with pytest.raises(fluffle.RunError, match=f"{lost} .*, or begin a new run with"):
+    with pytest.raises(fluffle.RunError, match=f"{lost} .*, or start a new run with"):
         fluffle.run(tasks, rounds=3, folder=tmp_path / "run", progress=False)
 
 

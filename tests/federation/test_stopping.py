@@ -97,6 +97,31 @@ def test_the_best_model_is_kept_across_a_restart(federated, written):
     federated(scenario)
 
 
+def checkpoints_of(federation):
+    return sorted(path.stem for path in federation.folder.glob("*.safetensors"))
+
+
+def test_only_the_newest_checkpoints_the_first_and_the_best_stay(federated):
+    async def scenario(federation):
+        coordinator = run_with(federation, Stopping("accuracy"), keep_checkpoints=2)
+        assert (await coordinator.end()).committed == 8
+        assert best_of(federation) == "4"
+        assert checkpoints_of(federation) == ["best", "round-0000", "round-0007", "round-0008"]
+
+    federated(scenario)
+
+
+def test_a_resumed_run_removes_the_checkpoints_that_an_earlier_command_kept(federated):
+    async def scenario(federation):
+        await run_with(federation, NO_STOPPING, rounds=5).end()
+        (federation.folder / "round-0005.safetensors").write_bytes(b"damaged")
+        again = run_with(federation, NO_STOPPING, rounds=6, keep_checkpoints=3)
+        assert (await again.end()).committed == 6
+        assert checkpoints_of(federation) == [f"round-{n:04d}" for n in (0, 4, 5, 6)]
+
+    federated(scenario)
+
+
 def test_a_run_resumes_without_the_checkpoint_of_its_best_model(federated):
     async def scenario(federation):
         first = run_with(federation, Stopping("accuracy"))

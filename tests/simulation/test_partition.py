@@ -125,7 +125,7 @@ def test_a_partition_is_named_by_a_text(text, partition):
         ("dirichlet:nan", "needs a number above 0"),
         ("dirichlet:0", "needs a number above 0"),
         ("shards:1.5", "needs a whole number"),
-        ("dirchlet:1", "did you mean dirichlet"),
+        ("dirchlet:1", "choose from iid, dirichlet:ALPHA"),
         ("by:", "unknown partition 'by:'"),
         ("iid:3", "unknown partition 'iid:3'"),
     ],

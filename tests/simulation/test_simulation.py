@@ -331,7 +331,7 @@ class TestDevices:
         ({"clients": "2"}, "clients = '2' is not valid; expected a whole number of at least 1"),
         ({"availability": 0.5}, "invalid availability '0.5'"),
         ({"partition": "iid"}, "partition='iid' has no effect on a list of tasks"),
-        ({"strategy": "median"}, "the strategy median needs at least 3 workers, but the number of"),
+        ({"strategy": "median"}, "strategy = median needs at least 3 workers, but the number of"),
         ({"federation": None}, "fluffle.simulate(): federation = None, but a value is required"),
         ({"folder": 3}, "folder = 3 is not a path"),
         ({"clients": 3}, "clients = 3, but the number of tasks is 2"),
@@ -340,7 +340,6 @@ class TestDevices:
         ({"owned": [1.0, 2.0]}, "one Device for each client, not [1.0, 2.0]"),
         ({"owned": [Device()]}, "there are 1 devices for 2 clients"),
         ({"availability": "often"}, "invalid availability 'often'"),
-        ({"step_s": "uniform:2,1"}, "LOW is above HIGH; use uniform:1,2"),
         ({"step_s": "uniform:0,1e400"}, "invalid distribution 'uniform:0,1e400'"),
     ],
 )
@@ -385,29 +384,6 @@ def test_a_seed_that_is_none_is_refused_before_the_data_are_divided(seed):
 def test_functions_can_make_the_tasks():
     run = fluffle.simulate({"a": Half, "b": lambda: Adder(1.5)}, rounds=1)
     assert run.weights["w"].tolist() == [1.0, 1.0, 1.0]
-
-
-def test_tasks_and_hooks_may_run_event_loops_of_their_own():
-    def elsewhere(value: Any) -> Any:
-        return asyncio.run(asyncio.sleep(0, value))
-
-    class Asynchronous(Adder):
-        def init(self, seed):
-            return elsewhere(super().init(seed))
-
-        def frozen(self):
-            return elsewhere({"f": np.ones(2)})
-
-        def train(self, weights, plan, progress):
-            return elsewhere(super().train(weights, plan, progress))
-
-        def evaluate(self, weights):
-            return elsewhere(super().evaluate(weights))
-
-    run = fluffle.simulate(
-        [Asynchronous(1.0)], rounds=2, evaluate=lambda weights: elsewhere({"a": 3})
-    )
-    assert (run.history["loss"], run.history["test/a"]) == ([1.0, 2.0], [3.0, 3.0])
 
 
 def test_devices_may_come_from_a_generator():

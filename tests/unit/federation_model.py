@@ -144,6 +144,7 @@ class CoordinatorModel:
             schedule=world.schedule,
             committed=last,
             counted=counted,
+            announced=rs.Table({t.worker: NUM_EXAMPLES for of in disk.counted for t in of}),
             earlier_starts=disk.starts,
             earlier=self.issued,
             evaluated=not last or last in disk.evaluated,

@@ -121,12 +121,12 @@ def changed(**changes: Any) -> type:
         (changed(decode=lambda self, parts, like: like), "no static method 'decode'"),
         (changed(dtypes="float32"), "must set 'dtypes'"),
         (changed(feeds_back=1), "'feeds_back' to True or False"),
-        (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails with ZeroDiv"),
+        (changed(parts=staticmethod(lambda shape: 1 / 0)), "fails: ZeroDivisionError"),
         (changed(parts=staticmethod(lambda shape: ())), "expected a tuple of one or two Part"),
         (changed(parts=staticmethod(lambda shape: [Part("", "int8", shape)])), "a tuple of one"),
         (changed(parts=staticmethod(lambda shape: (Part("q", "int8", shape),))), "suffix 'q'"),
         (changed(parts=staticmethod(lambda shape: (Part("", "int4", shape),))), "dtype 'int4'"),
-        (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "with the same suffix"),
+        (changed(parts=staticmethod(lambda s: (Part("", "int8", s),) * 2)), "the same suffix"),
         (
             changed(parts=staticmethod(lambda shape: (Part("", "float32", shape),))),
             "looks like a tensor that is not encoded",
@@ -190,8 +190,6 @@ def test_a_failing_encode_is_reported_in_one_line(codecs, encode, reason):
     [
         (fails, "'signs' fails to decode tensor 'w': RuntimeError: as it was written (test_codecs"),
         (leaves, "'signs' fails to decode tensor 'w': SystemExit: 3 (test_codecs"),
-        (lambda parts, like: like, "returned its argument like=, or a view of it, for tensor 'w'"),
-        (lambda parts, like: like[:], "or a view of it, for tensor 'w'; return a new array"),
         (lambda parts, like: parts[0], "returned int8 (30, 100) for tensor 'w'; expected float32"),
         (lambda parts, like: None, "returned NoneType  for tensor 'w'"),
     ],
@@ -209,9 +207,7 @@ def test_parts_are_checked_for_each_shape(codecs):
         return Signs.parts(shape) if shape == (4, 300) else None
 
     codecs.add(changed(parts=staticmethod(parts)), "here")
-    with pytest.raises(
-        CodecError, match="'signs' returned None for tensor 'w'; expected a tuple of one"
-    ):
+    with pytest.raises(CodecError, match="'signs' returned None; expected a tuple of one"):
         compress(DELTA, "signs", {})
 
 

@@ -108,8 +108,8 @@ def test_print_config_prints_an_equivalent_file(written):
         ('grace = "1"', "expected a number"),
         ("fresh = 1", "expected true or false"),
         ("url = 7", "expected text in quotes"),
-        ('codec = "x"', 'expected a list, such as codec = ["…"]'),
-        ("config = 3", "expected a table"),
+        ('codec = "x"', 'expected a value such as codec = ["…"]'),
+        ("config = 3", "expected a value such as config = {"),
         ("url = 2026-03-01", "url = 2026-03-01 is not valid (expected text in quotes"),
         ('url = ""', 'url = "" is not valid (the value is empty'),
         ('data = ""', 'data = "" is not valid (the value is empty'),
@@ -144,7 +144,7 @@ def test_an_option_that_a_table_hides_is_named(written, capsys):
     [
         (b"rounds = ", "is not valid TOML: Invalid value"),
         (b"\xff", "is not UTF-8 text"),
-        (b"\0" * 1_000_001, "is too large for a file of options"),
+        (b"\0" * 1_000_001, "is too large to be a TOML file with options"),
     ],
 )
 def test_an_unreadable_file_is_named(tmp_path, content, message):

@@ -318,7 +318,7 @@ def test_a_character_at_the_edge_of_a_full_pipe_stays_whole():
         assert stream.settle(10)
 
 
-def test_a_line_that_a_full_disk_cut_off_ends_before_the_note(tmp_path, monkeypatch):
+def test_a_line_that_a_full_disk_cut_off_counts_as_lost(tmp_path, monkeypatch):
     write, full = os.write, [OSError(errno.ENOSPC, "No space left on device")] * 2
 
     def limited(descriptor: int, data: memoryview) -> int:
@@ -336,4 +336,4 @@ def test_a_line_that_a_full_disk_cut_off_ends_before_the_note(tmp_path, monkeypa
         stream.write("here again\n")
         assert stream.settle(10)
     lines = (tmp_path / "log").read_text(encoding="utf-8").splitlines()
-    assert lines == ["ABC", "… 1 line could not be written here", "here again"]
+    assert lines == ["ABC… 1 line could not be written here", "here again"]

@@ -295,6 +295,17 @@ class TestWorkers:
         workers.add(60.0, farewell)
         assert workers.by_state()["left"] == 1
 
+    def test_a_worker_that_died_while_no_coordinator_was_there_is_gone(self) -> None:
+        resumed = ("resumed", {"run": RUN, "round": 1, "folder": "runs/letters"})
+        board = board_after(STARTED, *JOINED, source="journal")
+        for name, seen_at in (("north", 102.5), ("south", 104.0)):
+            board.view.workers.sign_of_life(seen_at, name, worker(name, step=1, steps=2))
+        board.view.add(103.0, from_fields(*resumed))
+        states = {row["name"]: row["state"] for row in board.snapshot()["workers"]}
+        assert states == {"north": "gone", "south": "training"}
+        board.view.workers.sign_of_life(105.0, "north", worker("north"))
+        assert board.view.workers.by_state()["training"] == 2
+
     def test_whoever_is_here_comes_first(self) -> None:
         board = board_after(*JOINED, ("gone", {"worker": "north", "silent_s": 9.0}))
         assert [row["name"] for row in board.snapshot()["workers"]] == ["south", "north"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from datetime import datetime
 
 import pytest
 from prometheus_client import Metric, generate_latest
@@ -16,6 +17,7 @@ from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import PHASES, ROLES, registry, role
 from fluffle_coordinator.observe.counters import OUTCOMES, STEPS
 from fluffle_coordinator.observe.worker_view import ABSENT, STATES
+from tests.history_lines import committed, participant
 
 _NO_BASE_UNITS = re.compile(
     r"_(milliseconds?|ms|microseconds?|minutes?|hours?|days?|kilobytes?|kb|megabytes?|mb|percent|"
@@ -158,6 +160,17 @@ def test_what_they_say() -> None:
         "fluffle_queue_size_bytes{queue=other}": 4,
     }
     assert {name: values[name] for name in expected} == expected
+
+
+def test_a_restarted_coordinator_knows_when_the_run_had_its_last_commit() -> None:
+    board = Board("letters")
+    row = committed(1, participant("north"))
+    board.view.remember([row])
+    board.add(9e9, from_fields("resumed", {"run": row["run"], "round": 1}))
+    at = datetime.fromisoformat(row["committed_at"]).timestamp()
+    values = samples(board)
+    assert values["fluffle_last_commit_timestamp_seconds"] == at
+    assert values["fluffle_rounds_committed_total"] == 0
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ async def test_the_page_and_its_parts(site: Site) -> None:
 async def test_it_can_only_be_read(site: Site) -> None:
     for method in ("POST", "PUT", "DELETE", "PATCH", "OPTIONS"):
         status, headers, _ = await site.ask("/api/board", method=method)
-        assert (status, headers["allow"]) == (405, "GET, HEAD"), method
+        assert (status, set(headers["allow"].split(", "))) == (405, {"GET", "HEAD"}), method
     status, _, body = await site.ask("/events", method="HEAD")
     assert (status, body) == (200, "")
     assert (await site.ask("/../../etc/passwd"))[0] == 404
@@ -252,20 +252,6 @@ def test_the_queues_of_a_private_broker_that_starts_late_are_found(tmp_path, mon
         (DEFAULT_URL, "http://127.0.0.1:15672"),
         ("amqp://127.0.0.1:5999/", "http://127.0.0.1:15999"),
     ]
-
-
-def test_an_event_that_cannot_be_shown_is_warned_of_once(
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    live = source()
-    live.listening.close()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(live.feed.board, "add", lambda *_: 1 / 0)
-        for _ in range(3):
-            live.record(from_fields("opened", {"round": 1}))
-    live.record(from_fields("joined", {"worker": "north", "num_examples": 7}))
-    assert capsys.readouterr().err.count("the page skips an event 'opened'") == 1
-    assert live.feed.board.snapshot()["workers"][0]["name"] == "north"
 
 
 def test_a_snapshot_that_fails_is_not_taken_for_an_empty_page(

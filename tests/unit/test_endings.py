@@ -72,7 +72,7 @@ def test_a_stop_names_the_command_that_continues():
     for other in ({"failed": {"a": "shape differs"}}, {"doubted": {"a": "tensors differ"}}):
         advice = endings.after_a_stop(state.replace(**other), FOLDER)
         assert "if the model or the classes have changed" in advice
-        assert "add --fresh to begin a new run" in advice
+        assert "add --fresh to start a new run" in advice
         assert advice.endswith("run the same command (without --fresh) to continue with round 4")
     assert endings.after_a_stop(State(Rules(6), "r", 1, QUORUM), FOLDER).endswith("with round 1")
 
@@ -81,7 +81,7 @@ def test_a_run_whose_strategy_allows_no_more_rounds_is_not_told_to_ask_for_more(
     rules = Rules(6, rounds_limit="the strategy dp allows no more rounds")
     advice = endings.done_already(FOLDER, 6, rules)
     assert "it has 6 rounds and the strategy dp allows no more rounds. " in advice
-    assert advice.endswith("shows the rounds; run the same command with --fresh to begin a new run")
+    assert advice.endswith("shows the rounds; run the same command with --fresh to start a new run")
 
 
 @pytest.fixture

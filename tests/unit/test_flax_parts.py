@@ -22,7 +22,7 @@ from fluffle_worker.local.clip import Clip
 from fluffle_worker.local.dp_sgd import DpSgd
 from fluffle_worker.local.scaffold import Scaffold
 from fluffle_worker.task import RoundPlan
-from fluffle_worker.tasks import flax as training
+from fluffle_worker.tasks import adapted
 from fluffle_worker.tasks.flax import FlaxTask, flax_task
 
 COUNT, FEATURES = 12, 3
@@ -329,7 +329,7 @@ def test_several_inputs_come_by_their_names_or_in_their_order():
 
 @pytest.mark.parametrize("count", [8, 11])
 def test_a_loss_may_look_at_the_whole_batch(monkeypatch, count):
-    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+    monkeypatch.setattr(adapted, "EVALUATION_BATCH", 4)
 
     def spread(outputs: Any, targets: Any) -> Any:
         return jnp.var(outputs - targets)

@@ -18,7 +18,7 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights, same_form
 from fluffle_worker.local.dp_sgd import DpSgd
 from fluffle_worker.task import RoundPlan
-from fluffle_worker.tasks import flat_step
+from fluffle_worker.tasks import adapted, flat_step
 from fluffle_worker.tasks import flax as training
 from fluffle_worker.tasks.examples import accuracy
 from fluffle_worker.tasks.flax import FlaxTask, flax_task
@@ -493,14 +493,14 @@ def test_a_step_is_compiled_once_for_all_learning_rates(optimizer):
     assert Net.traces == 1
 
 
-def test_an_evaluation_is_compiled_once_although_the_last_batch_is_short(monkeypatch):
-    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+def test_an_evaluation_is_compiled_once_per_size_of_a_batch(monkeypatch):
+    monkeypatch.setattr(adapted, "EVALUATION_BATCH", 4)
     task = net()
     weights = task.init(0)
     Net.traces = 0
     task.evaluate(weights)
     task.evaluate(weights)
-    assert Net.traces == 1
+    assert Net.traces == 2
 
 
 def test_a_training_leaves_no_arrays_to_the_garbage_collector(shared):
@@ -535,11 +535,11 @@ def test_a_step_writes_its_state_over_the_previous_one(monkeypatch, small_flops)
 
 
 def test_an_evaluation_moves_the_weights_to_the_device_only_once(monkeypatch):
-    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+    monkeypatch.setattr(adapted, "EVALUATION_BATCH", 4)
     task, given = net(), []
-    evaluate = task._evaluate_batch
+    forward = task._forward
     monkeypatch.setattr(
-        task, "_evaluate_batch", lambda *states: given.append(states[0]) or evaluate(*states)
+        task, "_forward", lambda *states: given.append(states[0]) or forward(*states)
     )
     task.evaluate(task.init(0))
     first, *later = map(jax.tree.leaves, given)
@@ -593,7 +593,7 @@ def test_what_is_compiled_is_kept_where_the_environment_says(monkeypatch, tmp_pa
 
 @pytest.mark.parametrize("count", [1, 3, 4, 5, 8, 11])
 def test_an_evaluation_is_numpys_mean_over_the_examples(monkeypatch, count):
-    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+    monkeypatch.setattr(adapted, "EVALUATION_BATCH", 4)
     inputs, targets = numbers(count, seed=2)
     task = line(valid_data=(inputs, targets), metrics={"off": lambda a, b: jnp.abs(a - b)})
     weights = task.init(3)
@@ -608,7 +608,7 @@ def test_an_evaluation_is_numpys_mean_over_the_examples(monkeypatch, count):
 
 @pytest.mark.parametrize("count", [3, 4, 5, 11])
 def test_a_metric_that_is_one_number_is_of_all_held_out_examples(monkeypatch, count):
-    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+    monkeypatch.setattr(adapted, "EVALUATION_BATCH", 4)
     inputs, targets = numbers(count, seed=2)
     metrics = {"top": lambda a, b: jnp.max(a), "off": lambda a, b: jnp.abs(a - b)}
     task = line(valid_data=(inputs, targets), metrics=metrics)
@@ -620,7 +620,7 @@ def test_a_metric_that_is_one_number_is_of_all_held_out_examples(monkeypatch, co
 
 
 def test_a_metric_of_outputs_without_a_row_for_each_example_is_a_mean_over_batches(monkeypatch):
-    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+    monkeypatch.setattr(adapted, "EVALUATION_BATCH", 4)
 
     class WithPenalty(Line):
         def __call__(self, inputs):

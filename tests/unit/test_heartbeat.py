@@ -75,12 +75,19 @@ async def test_it_names_no_weights_where_it_was_asked_for_the_first():
     assert (hello.run, hello.round, hello.base) == ("r", 0, None)
 
 
-def test_a_task_with_more_to_say_of_itself_than_may_be_sent_is_an_error_of_the_task():
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"classes": ("c" * 90,) * 1000}, "'classes' is .*90000 bytes"),
+        ({"classes": ("a", "c" * 101)}, r"'classes.1' is .*at most 100 characters"),
+        ({"num_examples": 10**13}, "'num_examples' is .*less than or equal to 1000000000000"),
+        ({"num_examples": 10**5000}, "'num_examples' is .*"),
+    ],
+)
+def test_a_task_with_more_to_say_of_itself_than_may_be_sent_is_an_error_of_the_task(fields, named):
     task = Nothing()
-    task.classes = ("c" * 90,) * 1000
-    with pytest.raises(
-        TaskError, match=r"'t' cannot be sent, because the field 'classes' is .*90000 bytes"
-    ):
+    vars(task).update(fields)
+    with pytest.raises(TaskError, match=f"'t' cannot be sent, because the field {named}"):
         presence_of(task)
 
 

@@ -22,7 +22,6 @@ from fluffle_common.protocol.events import (
     Doing,
     NoBroker,
     Opened,
-    Other,
     Standby,
     Waiting,
     from_fields,
@@ -152,9 +151,7 @@ async def test_an_event_is_readable_in_the_management_ui(broker):
 async def test_many_events_at_once_are_one_message(broker):
     journal = Journal(TOPOLOGY)
     for number in range(1, 21):
-        journal.record(
-            Other("opened", {"round": number, "odd": {1, number}} if number == 7 else {})
-        )
+        journal.record(from_fields("opened", {"round": number}))
     async with published(journal, await broker.open()):
         await drained(journal)
     (stored,) = broker.queues[TOPOLOGY.journal].ready
@@ -163,8 +160,7 @@ async def test_many_events_at_once_are_one_message(broker):
     assert stored.properties.message_id == f"events/{events[0].session}/1"
     assert dict(stored.properties.headers) == {"events": 20}
     assert [event.number for event in events] == list(range(1, 21))
-    assert events[6].fields == {"round": "7", "odd": "{1, 7}"}  # msgpack cannot encode a set
-    assert events[7].fields == {}
+    assert events[6].fields == {"round": 7}
 
 
 async def test_a_refused_batch_is_counted_in_the_gap(broker):
@@ -289,17 +285,6 @@ async def test_draining_waits_only_while_there_is_a_link(broker):
     async with published(journal, await broker.open()):
         await drained(journal)
     assert names(raw(broker)) == ["finished"]
-
-
-async def test_a_value_that_msgpack_cannot_encode_becomes_text(broker):
-    journal = Journal(TOPOLOGY)
-    async with published(journal, await broker.open()):
-        journal.record(from_fields("odd", {"what": object(), "round": 1}))
-        journal.record(from_fields("opened", {"round": 2}))
-        await drained(journal)
-    odd, opened = await read(broker)
-    assert "object" in odd.fields["what"]
-    assert opened.fields == {"round": 2}
 
 
 async def test_periodic_reports_are_published_only_on_a_change(broker):
@@ -587,10 +572,10 @@ async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
 
     warnings: asyncio.Queue[str] = asyncio.Queue()
     monkeypatch.setattr(journal_source, "warn", warnings.put_nowait)
-    following = journal_source.follow_broker(MemoryBroker(), TOPOLOGY, None)
+    following = journal_source.events_on_broker(MemoryBroker(), TOPOLOGY, live=True)
     first = asyncio.create_task(anext(following))
     warning = await asyncio.wait_for(warnings.get(), 60)
-    assert "federation f has no journal on this broker yet; waiting" in warning
+    assert "(federation f has no journal on this broker yet; if the name is wrong" in warning
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     assert warnings.empty()

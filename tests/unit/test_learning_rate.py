@@ -33,21 +33,22 @@ def test_a_plan_can_carry_the_rate_of_any_round(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    "text",
     [
-        ("cosin", "unknown learning-rate schedule 'cosin' .* did you mean 'cosine'"),
-        ("", "choose from constant, cosine, exponential:FACTOR, step:ROUNDS,FACTOR"),
-        ("cosine:0.5", "'cosine:0.5' of --learning-rate-schedule; expected cosine"),
-        ("exponential", "expected exponential:FACTOR"),
-        ("exponential:2", "a FACTOR above 0 and at most 1"),
-        ("exponential:nan", "a FACTOR above 0"),
-        ("step:0,0.5", "expected step:ROUNDS,FACTOR"),
-        ("step:2", "expected step:ROUNDS,FACTOR"),
-        ("step:x,0.5", "expected step:ROUNDS,FACTOR"),
+        "cosin",
+        "",
+        "cosine:0.5",
+        "exponential",
+        "exponential:2",
+        "exponential:nan",
+        "step:0,0.5",
+        "step:2",
+        "step:x,0.5",
     ],
 )
-def test_an_invalid_schedule_is_refused_with_the_valid_forms(text, message):
-    with pytest.raises(UsageError, match=message):
+def test_an_invalid_schedule_is_refused_with_the_valid_forms(text):
+    expected = f"'{text}' of --learning-rate-schedule; expected constant, .*:ROUNDS,FACTOR, with"
+    with pytest.raises(UsageError, match=expected):
         LearningRateSchedule.parse(text)
 
 

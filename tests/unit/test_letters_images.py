@@ -2,24 +2,17 @@
 
 import os
 import re
-import struct
 import unicodedata
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.letters.folders import class_order, find_classes
 from fluffle_worker.letters.images import read_images
-from fluffle_worker.letters.pixels import read_picture
-
-
-def read_image(path):
-    """Return the pixels of an image file."""
-    return read_picture(path).pixels
+from fluffle_worker.letters.pixels import read_pixels
 
 
 def _letter(size: int = 100) -> np.ndarray:
@@ -36,7 +29,7 @@ WANTED = (LETTER / 255).astype(np.float32)[..., None]
 
 
 def _assert_letter(path: Path, atol: float = 1 / 255) -> None:
-    found = read_image(path)
+    found = read_pixels(path)
     assert (found.shape, found.dtype) == ((100, 100, 1), np.float32)
     np.testing.assert_allclose(found, WANTED, atol=atol)
 
@@ -91,7 +84,7 @@ def test_a_dim_image_is_as_dim_in_sixteen_bits_as_in_eight(tmp_path):
     Image.fromarray(dim).save(tmp_path / "8.png")
     Image.fromarray(dim.astype(np.uint16) * 257).save(tmp_path / "16.png")
     np.testing.assert_allclose(
-        read_image(tmp_path / "16.png"), read_image(tmp_path / "8.png"), atol=1 / 255
+        read_pixels(tmp_path / "16.png"), read_pixels(tmp_path / "8.png"), atol=1 / 255
     )
 
 
@@ -127,35 +120,13 @@ def test_thirty_two_bits_keep_their_contrast(tmp_path, values):
     _assert_letter(tmp_path / "a.tif", atol=0.03)
 
 
-def test_unsigned_thirty_two_bits_do_not_wrap(tmp_path):
-    values = (LETTER.astype(np.uint32) * 2**24).view(np.int32)
-    Image.fromarray(values).save(tmp_path / "a.tif")
-    signed, unsigned = (struct.pack("<HHIH", 339, 3, 1, kind) for kind in (2, 1))
-    written = (tmp_path / "a.tif").read_bytes()
-    assert written.count(signed) == 1
-    (tmp_path / "a.tif").write_bytes(written.replace(signed, unsigned))
-    _assert_letter(tmp_path / "a.tif", atol=0.01)
-
-
-def test_a_deep_image_whose_white_is_zero_is_not_inverted(tmp_path):
-    info = TiffImagePlugin.ImageFileDirectory_v2()
-    info[262] = 0
-    Image.fromarray(65535 - LETTER.astype(np.uint16) * 257).save(tmp_path / "a.tif", tiffinfo=info)
-    with Image.open(tmp_path / "a.tif") as opened:
-        assert (opened.mode, opened.tag_v2[262]) == ("I;16", 0)
-    _assert_letter(tmp_path / "a.tif")
-
-
 def test_pixels_that_are_no_numbers_are_black_and_infinite_ones_white(tmp_path):
     values = (LETTER / 255).astype(np.float32)
     values[0, 0], values[0, 1] = np.nan, np.inf
     Image.fromarray(values).save(tmp_path / "a.tif")
-    found = read_image(tmp_path / "a.tif")
+    found = read_pixels(tmp_path / "a.tif")
     assert (found[0, 0, 0], found[0, 1, 0]) == (0, 1)
     np.testing.assert_allclose(found[1:], WANTED[1:], atol=1 / 255)
-    Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "b.tif")
-    with pytest.raises(UsageError, match="no pixel has a finite value"):
-        read_image(tmp_path / "b.tif")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"])
@@ -167,7 +138,7 @@ def test_every_mode_is_read_alike(tmp_path, mode):
     if mode == "PA":
         image = image.convert("RGBA").convert("LA").convert("PA")
     image.save(tmp_path / f"a{suffix}")
-    np.testing.assert_allclose(read_image(tmp_path / f"a{suffix}")[..., 0], two / 255, atol=0.02)
+    np.testing.assert_allclose(read_pixels(tmp_path / f"a{suffix}")[..., 0], two / 255, atol=0.02)
 
 
 def _transparent(ink: int) -> Image.Image:
@@ -179,7 +150,7 @@ def _transparent(ink: int) -> Image.Image:
 @pytest.mark.parametrize("mode", ["LA", "RGBA"])
 def test_ink_on_nothing_can_be_seen_whatever_its_grey(tmp_path, ink, mode):
     _transparent(ink).convert(mode).save(tmp_path / "a.png")
-    found = read_image(tmp_path / "a.png")[..., 0]
+    found = read_pixels(tmp_path / "a.png")[..., 0]
     assert found[0, 0] == 0
     assert found[50, 35] == (ink / 255 if ink > 100 else 1)
 
@@ -188,55 +159,15 @@ def test_a_transparent_palette_colour_is_black(tmp_path):
     image = Image.fromarray(LETTER).convert("P")
     image.save(tmp_path / "a.gif", transparency=image.getpixel((0, 0)))
     _assert_letter(tmp_path / "a.gif")
-    deep = LETTER.astype(np.uint16) * 257
-    deep[deep == 0] = 65535
-    deep[20:80, 30:40] = 60000
-    Image.fromarray(deep).save(tmp_path / "b.png", transparency=65535)
-    found = read_image(tmp_path / "b.png")[..., 0]
-    assert found[0, 0] == 0
-    assert found[50, 35] == pytest.approx(60000 / 65535, abs=1 / 255)
-
-
-def _png(pixels: np.ndarray, bits: int, clear: int) -> bytes:
-    """Return a grey PNG of 1 to 16 bits with a transparent grey; Pillow writes only 1, 8 and 16."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        check = zlib.crc32(kind + data)
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", check)
-
-    height, width = pixels.shape
-    planes = pixels[..., None] >> np.arange(bits - 1, -1, -1) & 1
-    rows = np.packbits(planes.reshape(height, -1).astype(np.uint8), axis=1)
-    return (
-        b"\x89PNG\r\n\x1a\n"
-        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, 0, 0, 0, 0))
-        + chunk(b"tRNS", struct.pack(">H", clear))
-        + chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
-        + chunk(b"IEND", b"")
-    )
-
-
-@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
-@pytest.mark.parametrize("ink_is_black", [True, False])
-def test_a_transparent_grey_of_any_depth_is_nothing(tmp_path, bits, ink_is_black):
-    white = 2**bits - 1
-    ink, paper = (0, white) if ink_is_black else (white, white // 2)
-    (tmp_path / "a.png").write_bytes(_png(np.where(LETTER > 0, ink, paper), bits, paper))
-    assert np.array_equal(read_image(tmp_path / "a.png"), (WANTED > 0).astype(np.float32))
 
 
 @pytest.mark.parametrize("suffix", [".gif", ".tif", ".webp", ".png"])
-def test_the_first_of_several_frames_is_read_and_said(tmp_path, suffix):
+def test_the_first_of_several_frames_is_read(tmp_path, suffix):
     others = [Image.fromarray(LETTER.T.copy()), Image.fromarray(255 - LETTER)]
-    path = tmp_path / f"a/1{suffix}"
-    path.parent.mkdir()
+    path = tmp_path / f"a{suffix}"
     more = {"lossless": True} if suffix == ".webp" else {}
     Image.fromarray(LETTER).save(path, save_all=True, append_images=others, **more)
     _assert_letter(path)
-    assert read_picture(path).frames == 3
-    assert "images with several frames: 1; only the first frame of each image is read" in (
-        read_images(tmp_path).notes
-    )
 
 
 def test_what_cannot_be_read_is_counted_and_named_and_the_rest_is_used(tmp_path):
@@ -267,7 +198,7 @@ def test_every_way_of_cutting_an_image_ends_in_a_reason(tmp_path):
         for length in range(0, min(len(whole), 120), 3):
             path.write_bytes(whole[:length])
             with pytest.raises(UsageError, match="cannot be read as an image"):
-                read_image(path)
+                read_pixels(path)
 
 
 @pytest.mark.parametrize("limit", [5_000, 9_000])  # an error of Pillow's, and a mere warning
@@ -316,7 +247,6 @@ def test_files_that_are_ignored_are_counted_by_suffix(tmp_path):
     note, nested = images.notes
     assert nested == "ignored 1 folder inside class folders"
     assert note.startswith("ignored 14 files: .heic 11, ")
-    assert note.endswith(" (convert HEIC to PNG or JPEG)")
     for one in (".txt", "no suffix", ".png outside a class folder"):
         assert f", {one} 1" in note
 
@@ -332,7 +262,7 @@ def test_the_parent_of_data_folders_names_the_likely_folder(tmp_path):
 def test_only_files_that_are_ignored_are_the_reason_for_no_images(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a/1.heic").touch()
-    with pytest.raises(TaskError, match=r"has no images.*\.heic 1 \(convert HEIC"):
+    with pytest.raises(TaskError, match=r"has no images.*\.heic 1$"):
         read_images(tmp_path)
 
 
@@ -343,9 +273,7 @@ def test_composed_and_decomposed_names_are_one_class(tmp_path):
     images = read_images(tmp_path)
     assert images.classes == ("z", composed)
     assert images.targets.tolist() == [0, 1, 1]
-    assert images.notes == (
-        "2 folders have the name 'é' in different Unicode forms; they are read as one class",
-    )
+    assert images.notes == ()
     # Whoever asks for the class may spell it either way.
     for asked in (composed, decomposed):
         assert read_images(tmp_path, ["z", asked]).classes == ("z", composed)
@@ -363,11 +291,9 @@ def test_a_class_asked_for_twice_is_refused(tmp_path):
         read_images(tmp_path, ["é", unicodedata.normalize("NFD", "é")])
 
 
-def test_classes_that_differ_in_case_are_two_and_it_is_said_once(tmp_path):
+def test_classes_that_differ_in_case_are_two(tmp_path):
     _save(tmp_path, "A/1.png", "a/1.png", "b/1.png")
-    images = read_images(tmp_path)
-    assert images.classes == ("A", "a", "b")
-    assert images.notes == ("class names that differ only in case are separate classes: A and a",)
+    assert read_images(tmp_path).classes == ("A", "a", "b")
 
 
 def test_numbers_are_in_order_of_value_and_before_names(tmp_path):
@@ -395,14 +321,7 @@ def test_a_folder_without_images_is_no_class_and_is_said(tmp_path):
     assert read_images(tmp_path, ["a", "b"]).classes == ("a", "b")
 
 
-def test_names_that_are_no_text_and_folders_that_cannot_be_read_end_in_one_line(
-    tmp_path, monkeypatch
-):
-    _save(tmp_path, "a/1.png")
-    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
-    with pytest.raises(TaskError, match="not valid UTF-8; rename the folder"):
-        read_images(tmp_path)
-
+def test_a_folder_that_cannot_be_read_ends_in_one_line(tmp_path, monkeypatch):
     def refuse(_: Path) -> None:
         raise PermissionError(13, "Permission denied")
 

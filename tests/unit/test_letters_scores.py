@@ -125,9 +125,7 @@ def test_the_largest_seed_is_one(folder):
 def test_a_worker_says_what_is_odd_about_its_folder(folder, capsys):
     (folder / "client-1/a/1.heic").touch()
     task(TaskOptions(data=str(folder / "client-1"), worker="client-1"))
-    assert capsys.readouterr().err == (
-        "fluffle: ignored 1 file: .heic 1 (convert HEIC to PNG or JPEG)\n"
-    )
+    assert capsys.readouterr().err == "fluffle: ignored 1 file: .heic 1\n"
 
 
 def test_all_tells_held_out_and_training_apart(folder):
@@ -194,16 +192,15 @@ def test_an_image_that_cannot_be_read_does_not_keep_the_others_from_being_named(
     done = CliRunner().invoke(predict, [str(word) for word in words])
     assert f"{good}: " in done.stdout
     assert isinstance(done.exception, UsageError)
-    assert "the file is empty" in str(done.exception)
+    assert "it is empty, or not a PNG" in str(done.exception)
 
 
 def test_the_temperature_is_explained_where_it_is_used():
     assert "temperature" in _call(predict, "--help").stdout
 
 
-@pytest.mark.parametrize("odd", [None, 0, -1, "warm", float("nan"), float("inf"), [1], 10**400])
-def test_a_temperature_that_is_none_divides_nothing(odd):
-    line = {"event": "evaluated", "round": 1, "temperature": odd}
+def test_a_model_without_a_temperature_is_not_calibrated():
+    line = {"event": "evaluated", "round": 1}
     assert temperature_of([line], "1") == 1
     assert temperature_of([line, {**line, "temperature": 2}], "1") == 2
     assert temperature_of([{**line, "temperature": 2}], "2") == 1
@@ -214,7 +211,6 @@ def test_the_participants_of_all_rounds_are_known():
         {"event": "committed", "participants": [{"worker": "x"}]},
         {"event": "evaluated"},
         {"event": "committed", "participants": [{"worker": "y"}]},
-        *({"event": "committed", "participants": odd} for odd in (3, None, ["x"], [{}], {"a": 1})),
     ]
     assert participants_of(lines) == {"x", "y"}
 

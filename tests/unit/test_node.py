@@ -125,14 +125,16 @@ def test_up_refuses_a_disk_on_which_publishers_would_hang(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(launch, "DISK_FREE_LIMIT_BYTES", 1 << 62)
-    with pytest.raises(BrokerError, match="MB are free"):
+    with pytest.raises(BrokerError, match="MB of free space"):
         node.up(tmp_path, ports=Ports(0, 0, 0))
 
 
 def test_a_taken_port_is_named_with_its_holder() -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with pytest.raises(BrokerError, match=f"AMQP port {port} is already taken") as refused:
+        with pytest.raises(
+            BrokerError, match=f"AMQP port {port} cannot be used .* in use"
+        ) as refused:
             network.require_free(port, "AMQP", "--port")
         if sys.platform == "linux":
             assert f"(pid {os.getpid()})" in str(refused.value)
@@ -155,7 +157,7 @@ def test_a_port_of_another_folders_broker_is_named_with_its_folder(tmp_path: Pat
         assert other.stdin is not None
         assert other.stdout is not None
         port = int(other.stdout.readline())
-        with pytest.raises(BrokerError, match=f"the fluffle broker of {tmp_path};"):
+        with pytest.raises(BrokerError, match=rf"the fluffle broker of {tmp_path}\);"):
             network.require_free(port, "AMQP", "--port")
         other.stdin.close()
 
@@ -408,15 +410,18 @@ case "$*" in
   *update) echo x >>"$state/updates" ;;
   *"-s "*) test -f "$state/updates" || { echo "E: Unable to locate package x" >&2; exit 100; }
            echo "Inst erlang-base (1 Debian [amd64])"; echo "Inst rabbitmq-server (1 Debian)" ;;
-  *download*) test $(wc -l <"$state/updates") -gt 1 || { echo "E: 404 Not Found" >&2; exit 100; }
+  *download*) test -s "$state/updates" || { echo "E: 404 Not Found" >&2; exit 100; }
            touch erlang-base_1_amd64.deb rabbitmq-server_1_all.deb ;;
 esac
 """
 
 
+@pytest.mark.parametrize("lists", ["missing", "old"])
 def test_missing_or_old_package_lists_are_updated(
-    tmp_path: Path, programs: Callable[[str, str], None]
+    tmp_path: Path, programs: Callable[[str, str], None], lists: str
 ) -> None:
+    if lists == "old":
+        (tmp_path / "programs/updates").touch()
     programs("apt-get", _FAKE_APT)
     programs("dpkg-deb", _FAKE_DPKG)
     steps: list[str] = []
@@ -424,7 +429,7 @@ def test_missing_or_old_package_lists_are_updated(
     installation = packages.unpack(steps.append, cache)
     assert installation == packages.find_unpacked(cache)
     assert installation.origin == "unpacked"
-    assert steps.count("updating the package lists") == 2
+    assert steps.count("updating the package lists") == 1
     assert [each.name for each in cache.parent.iterdir()] == ["debian"]
 
 

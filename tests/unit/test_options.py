@@ -15,7 +15,9 @@ from fluffle_common.cli.app import fluffle
 from fluffle_common.cli.settings import cache_folder, parse_classes, parse_config
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Plan
+from fluffle_common.transport.rabbitmq.transport import HEARTBEAT_S
 from fluffle_worker.cli import worker
+from fluffle_worker.settings import WorkerSettings
 
 WRONG = ["nan", "NaN", "-nan", "inf", "-inf", "1e999", "-1"]
 
@@ -70,6 +72,12 @@ def test_no_number_is_infinite_negative_or_too_large(words, flag, kind):
         kind.convert(str(2**63) if kind.max is not None else "1e999", None, None)
     # No limit suits every rate, ratio and metric.
     assert kind.max is not None or flag in ("--learning-rate", "--max-norm-ratio", "--target")
+
+
+def test_a_worker_waits_for_longer_than_the_broker_keeps_its_broken_connection():
+    by_command = next(option.default for option in worker.params if option.name == "wait_id")
+    by_settings = WorkerSettings("letters", "north", "task").occupied_s
+    assert by_command == by_settings > 3 * HEARTBEAT_S
 
 
 def test_technical_limits_appear_only_in_errors():
@@ -221,7 +229,7 @@ def test_a_chart_is_not_written_under_the_name_of_another_format(command, option
 def test_an_invalid_url_from_the_environment_is_named_so(monkeypatch):
     monkeypatch.setenv("FLUFFLE_URL", "xx")
     for words in (["coordinator"], ["worker", "--data", "x"], ["queues"]):
-        with pytest.raises(UsageError, match="^the value of FLUFFLE_URL is not the URL"):
+        with pytest.raises(UsageError, match="^the value of --url or FLUFFLE_URL is not the URL"):
             CliRunner().invoke(fluffle, [*words, "--federation", "f"], catch_exceptions=False)
 
 

@@ -71,15 +71,3 @@ def test_printed_commands_are_quoted_and_stop_at_the_first_failure(failing):
     until = [words[0] for words in commands].index(failing) + 1 if done.returncode else None
     assert ran == commands[:until]
     assert bool(done.returncode) == (failing != "nothing")
-
-
-@pytest.mark.parametrize("queue_type", TYPES)
-def test_printed_commands_fit_a_terminal(queue_type):
-    names = Topology("letters", queue_type)
-    its, mine = (
-        permissions.coordinator_permissions(names, "chief"),
-        permissions.worker_permissions(names, "hospital-7"),
-    )
-    lines = permissions.shell_lines(its, "/") + permissions.shell_lines(mine, "/")
-    # The lock of a quorum queue repeats its name, so this may be longer.
-    assert max(map(len, lines)) <= (80 if queue_type == "classic" else 120)

@@ -43,6 +43,16 @@ def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
     assert [one.name for one in folder.iterdir()] == ["local-rule-0006.safetensors"]
 
 
+def test_a_run_restored_from_an_old_backup_goes_on_with_the_oldest_tensors_that_are_left(tmp_path):
+    known = PersistentTensors(tmp_path)
+    known.keep(("r", 4, 4), {"c": np.array(4.0)})
+    assert known.before(("r", 3, 3)) == known.before(("r", 4, 4)) == {}  # 4 was the first
+    for number in (5, 6):
+        known.keep(("r", number, number), {"c": np.array(float(number))})
+    assert known.before(("r", 2, 2)) == {"c": 4.0}
+    assert known.before(("another", 2, 2)) == {}
+
+
 def test_rounds_of_more_digits_come_after_those_of_fewer(tmp_path):
     for number in (9999, 10000, 10001):
         PersistentTensors(tmp_path).keep(("r", number, number), {"c": np.array(float(number))})

@@ -6,12 +6,15 @@ import asyncio
 import os
 import socket
 import sys
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
 
 import pytest
+from pamqp import commands, frame
 from uvloop.loop import PseudoSocket
 
 from fluffle_common.transport.base import Blocking
-from fluffle_common.transport.rabbitmq import confirms as amqp_confirms
+from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import queued_bytes
 
@@ -24,7 +27,9 @@ class Line:
         self.reports_queue = True  # whether the system reports queued bytes
         self.why: list[str] = []
         self.blocking = Blocking()
-        self.watch = ConfirmWatch(self, self.why.append)
+        socket = SimpleNamespace(is_closing=lambda: False, write=len, writelines=len)
+        self.channel = ContentChannel(1, socket, 2**20)
+        self.watch = ConfirmWatch(self, self.channel, self.why.append)
 
     def buffered_bytes(self) -> int:
         return (self.written - self.left) // 2 if self.reports_queue else self.written - self.left
@@ -32,13 +37,16 @@ class Line:
     def queued_bytes(self) -> int | None:
         return self.written - self.left - self.buffered_bytes() if self.reports_queue else None
 
-    def received_bytes(self) -> int:
-        return self.received
+    @property
+    def splitter(self) -> SimpleNamespace:
+        return SimpleNamespace(received_bytes=self.received)
 
-    def send(self, nbytes: int) -> amqp_confirms.Unconfirmed:
-        one = self.watch.add(nbytes)
+    def send(self, nbytes: int) -> None:
+        self.channel.publish(b"", "", bytes(nbytes))
         self.written += nbytes
-        return one
+
+    def confirm(self, number: int) -> None:
+        self.channel.method(frame.marshal(commands.Basic.Ack(number), 1)[7:-1])
 
     def pass_s(self, seconds: float, rate: float = 0, *, asleep: bool = False) -> None:
         """Advance the clock while ``rate`` bytes leave per second."""
@@ -48,16 +56,17 @@ class Line:
             self.left = min(self.left + round(rate), self.written)
             now = real() + (seconds if asleep else 1.0)
             self.watch._checked_at -= now - real()
-            timer = self.watch._timer
-            if timer is None:
+            if self.why:
                 return
-            timer.cancel()
+            self.watch._timer.cancel()
             self.watch._check()
 
 
 @pytest.fixture
-async def line() -> Line:
-    return Line()
+async def line() -> AsyncIterator[Line]:
+    line = Line()
+    yield line
+    line.watch.close()
 
 
 async def test_a_message_is_not_overdue_while_its_bytes_leave(line):
@@ -70,12 +79,13 @@ async def test_a_message_is_not_overdue_while_its_bytes_leave(line):
 
 
 async def test_the_time_limit_starts_when_the_last_byte_has_left(line):
-    first = [line.send(4 * 2**20) for _ in range(4)]
-    for one in first:
+    for _ in range(4):
+        line.send(4 * 2**20)
+    for number in range(1, 5):
         line.pass_s(208, rate=20_000)
         assert line.why == []
-        line.watch.discard(one)
-    assert line.watch.unconfirmed_bytes == 0
+        line.confirm(number)
+    assert line.channel.unconfirmed_bytes == 0
 
 
 async def test_a_message_that_makes_no_progress_is_overdue(line):
@@ -88,9 +98,10 @@ async def test_a_message_that_makes_no_progress_is_overdue(line):
 
 async def test_progress_of_later_messages_does_not_extend_the_limit(line):
     line.send(1000)
-    for _ in range(25):
+    for number in range(2, 27):
         line.pass_s(1, rate=2000)
-        line.watch.discard(line.send(500))
+        line.send(500)
+        line.confirm(number)
     assert "a message of 1000 bytes" in line.why[0]
 
 
@@ -123,13 +134,11 @@ async def test_unknown_socket_buffers_get_extra_time(line):
     assert len(line.why) == 1
 
 
-async def test_no_timer_runs_without_unconfirmed_messages(line):
-    one = line.send(10)
-    line.watch.discard(one)
-    line.watch.discard(one)
-    assert line.watch.unconfirmed_bytes == 0
-    line.pass_s(1)
-    assert line.watch._timer is None
+async def test_a_message_whose_sender_gave_up_is_not_overdue(line):
+    line.send(10)
+    line.channel.unconfirmed[1].confirmation.cancel()
+    line.pass_s(100)
+    assert line.why == []
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")

@@ -302,14 +302,12 @@ def test_a_failed_tls_handshake_names_the_cause(reason, expected):
         assert "open-sesame" not in str(refusal)
 
 
-def test_a_certificate_that_newer_python_refuses_is_not_called_untrusted():
+def test_a_certificate_that_cannot_be_verified_is_reported_in_the_words_of_openssl():
     refused = ssl.SSLCertVerificationError(1, "[SSL: CERTIFICATE_VERIFY_FAILED]")
     refused.verify_code = 92
     refused.verify_message = "CA cert does not include key usage extension"
     said = str(tls_error(refused, URL("amqps://host/")))
-    assert "RFC 5280" in said
-    assert "key usage" in said
-    assert "not signed" not in said
+    assert "cannot be verified (CA cert does not include key usage extension)" in said
 
 
 @pytest.mark.parametrize("error", [OSError("no route"), ssl_error("UNEXPECTED_EOF_WHILE_READING")])
@@ -317,47 +315,15 @@ def test_a_broken_connection_is_not_a_tls_error(error):
     assert tls_error(error, NODE) is None
 
 
-@pytest.mark.parametrize(
-    ("mechanisms", "properties", "expected"),
-    [
-        ("PLAIN", {}, "needs: publisher_confirms, basic.nack, consumer_cancel_notify"),
-        (
-            "PLAIN",
-            {"capabilities": {"basic.nack": True, "consumer_cancel_notify": True}},
-            "needs: publisher_confirms;",
-        ),
-        (
-            "PLAIN",
-            {"capabilities": {"publisher_confirms": True, "basic.nack": False}},
-            "needs: basic.nack, consumer_cancel_notify",
-        ),
-        ("EXTERNAL SCRAM", {}, "it offers EXTERNAL SCRAM"),
-    ],
-)
-async def test_a_broker_that_lacks_what_fluffle_needs_is_an_error_at_once(
-    mechanisms, properties, expected
-):
+async def test_a_broker_without_the_login_mechanism_is_an_error_at_once():
     async def serve(reader, writer):
-        def send(method, channel=0):
-            writer.write(frame.marshal(method, channel))
-
         await reader.readexactly(8)
-        start = commands.Connection.Start(server_properties=properties, mechanisms=mechanisms)
-        send(start)
-        while header := await reader.read(7):
-            size = int.from_bytes(header[3:7], "big")
-            method = frame.unmarshal(header + await reader.readexactly(size + 1))[2]
-            match method:
-                case commands.Connection.StartOk():
-                    send(commands.Connection.Tune(2047, 131072, 60))
-                case commands.Connection.Open():
-                    send(commands.Connection.OpenOk())
-                case commands.Connection.Close():
-                    send(commands.Connection.CloseOk())
+        writer.write(frame.marshal(commands.Connection.Start(mechanisms="EXTERNAL SCRAM"), 0))
+        await reader.read()
         writer.close()
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         port = server.sockets[0].getsockname()[1]
-        with pytest.raises(BrokerError, match=expected):
+        with pytest.raises(BrokerError, match="it offers EXTERNAL SCRAM"):
             async with asyncio.timeout(PATIENCE_S):
                 await AmqpTransport(f"amqp://127.0.0.1:{port}", "w").open()

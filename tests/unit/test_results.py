@@ -183,7 +183,7 @@ def test_metrics_that_fail_when_asked_for_are_left_out_and_named_once(given):
         seen = Seen(Odd(**given), results=results)
         assert seen.delta == [1, 1, 1, 1]
         assert (seen.evaluation.loss, seen.evaluation.metrics) == (1.0, {})
-    assert reports[0].startswith("the metrics of evaluate() failed, so they are omitted: ")
+    assert reports[0].startswith("the metrics of evaluate() are omitted, because")
     assert "Error: no score (test_results.py:" in reports[0]
     assert len(reports) == (2 if "metrics" in given else 1)  # of train, too
 
@@ -195,7 +195,7 @@ def test_a_metric_whose_name_cannot_be_printed_costs_no_other():
 def test_of_too_many_metrics_the_first_stay_loss_and_accuracy_among_them():
     many = {f"class_{number:03}": 0.1 for number in range(100)} | {"accuracy": 0.5, "loss": 1.0}
     seen = Seen(Odd(metrics=many))
-    names = ["loss", "accuracy", *(f"class_{number:03}" for number in range(62))]
+    names = ["accuracy", "loss", *(f"class_{number:03}" for number in range(62))]
     assert list(seen.update.metrics) == names
     assert "102 metrics; at most 64 can be sent, so the last 38 are omitted" in seen.reports[0]
 
@@ -324,7 +324,7 @@ def test_evaluations_that_differ_in_each_round_are_named_once():
         Seen(Odd(raises=ValueError(f"batch {number}")), results=results)
         Seen(Odd(evaluated=[number]), results=results)
         Seen(Odd(loss=[number]), results=results)
-    assert (len(reports), len(traces)) == (3, 1)
+    assert (len(reports), len(traces)) == (2, 1)
 
 
 def test_the_last_evaluation_is_answered_even_where_it_fails():

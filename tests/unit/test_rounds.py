@@ -51,6 +51,8 @@ class Run:
         if participants := start.pop("participants", ()):
             last = start["committed"]
             start["counted"] = {last: frozenset(Ticket(name, last) for name in participants)}
+            announced = {**dict.fromkeys(participants, 10), **start.get("announced", {})}
+            start["announced"] = rs.Table(announced)
         start = {"has_weights": True, "base": "b0", **start}
         self.state = rounds.start(rules, RUN, self.now, **start)
 

@@ -513,7 +513,8 @@ def test_a_model_that_the_run_began_with_is_named_with_the_options_that_replace_
     run.connect()
     (refused,) = only(run.seen("w", hello=True, model=FLOAT32, classes=("a",)), fx.Refuse)
     assert "; that model comes from this run's first weights; give this worker" in refused.reason
-    assert refused.reason.endswith("or begin a new run with other first weights (--fresh, --init)")
+    remedy = "or start a new run with different first weights (--fresh, --init)"
+    assert refused.reason.endswith(remedy)
 
 
 def test_who_was_refused_is_named_as_long_as_the_run_waits():

@@ -123,19 +123,6 @@ def test_a_whole_view_keeps_events_before_the_opening_of_their_round():
     assert len(view.rounds[2].notes) == 1
 
 
-def test_a_departure_touches_only_the_rounds_in_which_the_worker_joined():
-    class Untouched(dict):
-        def pop(self, *_: object) -> None:
-            raise AssertionError
-
-    joined = run_events.Joined(worker="b")
-    view = view_of(opened(1, "a"), committed(1), opened(2, "a"), joined, committed(2), whole=True)
-    view.rounds[1].joined = Untouched()
-    assert "b" in view.rounds[2].joined
-    view.add(9.0, run_events.Left(worker="b"))
-    assert "b" not in view.rounds[2].joined
-
-
 def test_it_is_bounded():
     view = view_of(*(event for n in range(1, 2101) for event in (opened(n, "a"), committed(n))))
     assert len(view.rounds) == 2000

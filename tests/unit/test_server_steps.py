@@ -181,6 +181,7 @@ def test_without_optax_the_error_names_the_remedy(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", missing)
     with pytest.raises(
-        ValueError, match=r"optax: optax steps need optax and JAX; run pip install 'fluffle\["
+        ValueError,
+        match=r"optax: server steps from optax need optax and JAX; run pip install 'fluffle\[",
     ):
         named_strategy("optax:adam,learning_rate=0.1")

@@ -109,6 +109,28 @@ def test_a_task_that_changes_the_folder_moves_no_state_and_hides_no_local_rule(h
     assert settings["state_dir"] == here / "runs/workers/f/w"
 
 
+def test_two_workers_cannot_share_a_state_folder(here):
+    def started_as(worker_id: str) -> str:
+        command = ["--federation", "f", "--id", worker_id, "--data", "d", "--task", "no.py:task"]
+        return str(CliRunner().invoke(worker, [*command, "--state-dir", "kept"]).exception)
+
+    assert "no.py" in started_as("a")  # the folder is free
+    assert started_as("b").startswith(
+        f"the state folder {here / 'kept'} belongs to worker f/a, but this is worker f/b; "
+    )
+    assert "no.py" in started_as("a")  # restarted
+
+
+def test_a_chosen_state_folder_that_cannot_be_written_is_an_error_at_the_start(here):
+    write(here, "kept", "a file")
+    command = ["--federation", "f", "--id", "a", "--data", "d", "--state-dir", "kept/a"]
+    found = str(CliRunner().invoke(worker, command).exception)
+    assert found == (
+        f"cannot use the state folder {here / 'kept/a'} (Not a directory); choose another folder "
+        "with --state-dir"
+    )
+
+
 def test_a_task_file_replaces_no_module_of_its_name(here):
     import queue
 
@@ -149,19 +171,13 @@ def test_a_task_has_no_relative_name(here, name):
 @pytest.mark.parametrize(
     ("module", "remedy"),
     [
-        (
-            "cnn_of_mine",
-            "pip install cnn_of_mine or, if the module is your own, put cnn_of_mine.py",
-        ),
-        ("skimage.io", "pip install scikit-image"),
+        ("cnn_of_mine", "or, if the module is your own, put cnn_of_mine.py"),
         ("optax.nothing", "fluffle[worker]"),
         ("torch.nothing", "fluffle[torch]"),
     ],
 )
 @pytest.mark.parametrize("late", [False, True])
 def test_a_missing_module_is_named_with_what_brings_it(here, monkeypatch, module, remedy, late):
-    for name in [one for one in sys.modules if one.split(".")[0] == "skimage"]:
-        monkeypatch.delitem(sys.modules, name)
     text = TASK.replace("return Task()", f"import {module}") if late else f"import {module}\n{TASK}"
     with pytest.raises(UsageError) as wrong:
         load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
@@ -293,10 +309,6 @@ def test_a_task_that_ignores_the_option_classes_is_refused(here):
     [
         ({"num_examples": 0}, "no examples"),
         ({"num_examples": None}, "num_examples None"),
-        ({"num_examples": 10**13}, "at most 1000000000000"),
-        ({"classes": ("x" * 101,)}, "101 characters"),
-        ({"num_examples": 10**400}, r"num_examples 10+\.\.\.0+; at most 1000000000000"),
-        ({"num_examples": 10**5000}, "num_examples an unprintable int; at most 1000000000000"),
         ({"classes": 10}, "has classes 10; expected a sequence of class names"),
         ({"classes": "abc"}, "has classes 'abc'; expected a sequence of class names"),
         ({"classes": {"a"}}, "has classes {'a'}; expected a sequence of class names"),
@@ -308,62 +320,18 @@ def test_what_cannot_be_said_is_refused_when_loaded(fields, named):
         check_task("t", own(**fields))
 
 
-def test_a_class_is_a_task_only_if_its_methods_need_no_instance():
-    class Uncalled:
-        num_examples = 3
-
-        def train(self, weights, plan, progress): ...
-
-        init = evaluate = train
-
-    class Static(Uncalled):
-        init = train = evaluate = staticmethod(len)
-
-    with pytest.raises(
-        UsageError, match=r"^the task t is the class Uncalled, .* call the class: U"
-    ):
-        check_task("t", Uncalled)
-    check_task("t", Static)
-
-
 @pytest.mark.parametrize("name", ["init", "train", "evaluate"])
 def test_an_object_that_lacks_a_method_is_refused(name):
     with pytest.raises(UsageError, match=rf"^the task t is .*, which has no method '{name}'"):
         check_task("t", own(**{name: None}))
 
 
-@pytest.mark.parametrize("name", ["train", "num_examples", "classes", "keep_in", "model_form"])
-def test_an_attribute_that_raises_is_named_with_its_place(name):
-    class Raises(SimpleNamespace):
-        def __getattribute__(self, asked):
-            if asked == name:
-                raise RuntimeError("boom")
-            return super().__getattribute__(asked)
-
-    with pytest.raises(TaskError) as wrong:
-        check_task("t", Raises(**vars(own())))
-    message = str(wrong.value)
-    assert message.startswith(f"{name} of the task t fails: RuntimeError: boom (test_task_loading")
-
-
-@pytest.mark.parametrize("name", ["init", "train", "evaluate", "model_form"])
-def test_an_async_method_is_refused(name):
-    async def method(*_):
-        pass
-
-    with pytest.raises(
-        UsageError, match=rf"^{name}\(\) of the task t is async; define this method with 'def'"
-    ):
-        check_task("t", own(**{name: method}))
-
-
-def test_an_async_function_for_a_task_is_refused(here):
-    file = write(here, "stream.py", TASK.replace("def task(", "async def task("))
-    with pytest.raises(
-        UsageError,
-        match=r"makes the task .*stream.py:task is async; define this function with 'def'",
-    ):
-        load_task(f"{file}:task", OPTIONS)
+def test_an_attribute_that_raises_is_named_with_its_place(here, capsys):
+    broken = TASK.replace("num_examples = 3", "num_examples = property(lambda self: 1 / 0)")
+    name = f"{write(here, 'stream.py', broken)}:task"
+    with pytest.raises(TaskError, match="cannot start: ZeroDivisionError: .*stream.py:"):
+        load_task(name, OPTIONS)
+    assert "Traceback" in capsys.readouterr().err
 
 
 # --- the form of a model -----------------------------------------------------------------------
@@ -439,9 +407,14 @@ def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
     assert difference(signature_of_task(making(w=np.zeros(1))), UNKNOWN) is None
 
 
-def test_a_task_whose_form_cannot_be_told_says_which_method_fails(capsys):
+@pytest.mark.parametrize(
+    "form", [3, {"w": 3}, {"w": SimpleNamespace(dtype="no", shape=())}, NotImplementedError()]
+)
+def test_a_task_whose_form_cannot_be_told_says_which_method_fails(capsys, form):
     def model_form():
-        raise NotImplementedError
+        if isinstance(form, Exception):
+            raise form
+        return form
 
     assert signature_of_task(own(model_form=model_form)) == UNKNOWN
     stderr = capsys.readouterr().err
@@ -455,24 +428,6 @@ def test_a_task_that_can_say_its_form_makes_no_weights():
 
     (entry,) = signature_of_task(own(init=None, model_form=model_form))
     assert entry == ("w", np.dtype("float32"), (2, 3))
-
-
-@pytest.mark.parametrize(
-    ("form", "named"),
-    [
-        (3, r"model_form\(\) returned 3; expected a mapping of names"),
-        (
-            {"w": 3},
-            r"model_form\(\) returned tensor 'w' as 3; expected an object with the attributes"
-            " dtype and shape",
-        ),
-        ({"w": SimpleNamespace(dtype="no", shape=())}, r"tensor 'w' as namespace\("),
-        ({"w": SimpleNamespace(dtype="f4", shape="a")}, r"tensor 'w' as namespace\("),
-    ],
-)
-def test_a_form_that_is_none_is_refused(form, named):
-    with pytest.raises(TaskError, match=named):
-        signature_of_task(own(model_form=lambda: form))
 
 
 @pytest.mark.parametrize(

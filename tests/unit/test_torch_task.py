@@ -30,7 +30,7 @@ torch = pytest.importorskip("torch", reason="PyTorch is an optional dependency")
 
 from torch import nn  # noqa: E402
 
-from fluffle_worker.tasks import torch as training  # noqa: E402
+from fluffle_worker.tasks import adapted  # noqa: E402
 from fluffle_worker.tasks.examples import accuracy  # noqa: E402
 from fluffle_worker.tasks.torch import TorchTask, torch_task  # noqa: E402
 
@@ -723,7 +723,7 @@ def test_a_loss_that_is_no_tensor_is_named():
 
 
 def test_a_metric_that_is_one_number_is_of_all_held_out_examples(monkeypatch):
-    monkeypatch.setattr(training, "_EVALUATION_BATCH", 4)
+    monkeypatch.setattr(adapted, "EVALUATION_BATCH", 4)
 
     def median(outputs: Any, targets: Any) -> Any:
         return np.median((outputs - targets).numpy())

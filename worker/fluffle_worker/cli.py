@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     "codecs",
     multiple=True,
     metavar="PATH.PY:NAME",
-    help="Codec to load from your own file, given as path.py:name. The coordinator can then "
-    "select this codec. May be given several times. Installed codecs are found without this "
+    help="Codec to load from your own file, given as path.py:name. The coordinator's --compress "
+    "can then name this codec. May be given several times. Installed codecs are found without this "
     "option.",
 )
 @click.option(
@@ -88,16 +88,16 @@ if TYPE_CHECKING:
 @click.option(
     "--wait-id",
     type=seconds(),
-    default=45.0,
-    help="Seconds to wait if a worker with the same ID is still connected. After a crash, the "
-    "broker may keep the worker's own old connection open for a while.",
+    default=75.0,
+    help="Seconds to wait if a worker with the same ID is still connected. After a crash of the "
+    "machine, the broker may keep the worker's own old connection open for a minute.",
 )
 @click.option(
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Folder for the data that this worker keeps between rounds: the state of its local "
-    "rule, its personal tensors, and the frozen tensors that it received.  [default: "
+    help="Folder, of this worker alone, for the data that it keeps between rounds: the state of "
+    "its local rule, its personal tensors, and the frozen tensors that it received.  [default: "
     "runs/workers/FEDERATION/ID]",
     show_default=False,
 )
@@ -133,9 +133,7 @@ def worker(**options: Any) -> None:
     federation = check_federation(options["federation"])
     name = options["worker_id"] or id_from(options["data"])
     if not name:
-        raise UsageError(
-            f"--data '{options['data']}' has no part that can be this worker's ID; add --id"
-        )
+        raise UsageError(f"no worker ID can be derived from --data '{options['data']}'; add --id")
     _run(federation, check_worker(name), options)
 
 
@@ -161,6 +159,7 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_common.transport.reconnect import Backoff
+    from fluffle_worker.local.persistent_tensors import claim
     from fluffle_worker.service import WorkerService
     from fluffle_worker.settings import WorkerSettings
     from fluffle_worker.signature import signature_of_task
@@ -171,6 +170,8 @@ def _run(federation: str, name: str, options: dict[str, Any]) -> None:
     )
     # The code of the task may change the current folder.
     state_dir = (options["state_dir"] or Path("runs/workers", federation, name)).absolute()
+    if options["state_dir"]:
+        claim(state_dir, f"{federation}/{name}")
     for codec in options["codecs"]:
         load_codec(codec, "--codec")
     task = _task(name, options)

@@ -9,18 +9,12 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost, MalformedMessage, RefusedError
-from fluffle_common.protocol.events import (
-    Alone,
-    Connected,
-    Disconnected,
-    NoBroker,
-    Occupied,
-    Waiting,
-)
+from fluffle_common.protocol import events
 from fluffle_common.protocol.messages import Message
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Delivery, Link, QueueInUse, Transport, report_blocking
+from fluffle_common.transport.fetch_parts import read_part
 from fluffle_common.transport.reconnect import reconnecting
 from fluffle_worker.heartbeat import Presence
 from fluffle_worker.inbox import Record, Refusals, check_message
@@ -82,7 +76,7 @@ class Connection:
         """
 
         def no_broker(reason: str) -> None:
-            self._record(NoBroker(address=self._transport.address, reason=reason))
+            self._record(events.NoBroker(address=self._transport.address, reason=reason))
 
         first, occupied_since = True, 0.0
         async with contextlib.aclosing(
@@ -95,21 +89,23 @@ class Connection:
                     now = time.monotonic()
                     if not occupied_since:
                         self._record(
-                            Occupied(pause_s=self._settings.occupied_s)
+                            events.Occupied(pause_s=self._settings.occupied_s)
                             if first
-                            else Waiting(reason=_STILL_OCCUPIED, what="connection")
+                            else events.Waiting(reason=_STILL_OCCUPIED, what="connection")
                         )
                     occupied_since = occupied_since or now
                     # Later on, assume that it is this worker's own broken connection, and wait.
                     if first and now - occupied_since >= self._settings.occupied_s:
                         raise RefusedError(
-                            f"another worker with the id '{self._settings.worker}' is connected to "
+                            f"another worker with the ID '{self._settings.worker}' is connected to "
                             f"federation {self._settings.federation}; stop the other worker or, "
                             "if the two have different data, start this one with another --id"
                         ) from None
                     continue
                 except LinkLost as gone:
-                    self._record(Disconnected(address=self._transport.address, reason=str(gone)))
+                    self._record(
+                        events.Disconnected(address=self._transport.address, reason=str(gone))
+                    )
                 finally:
                     self.current = None
                     self._linked.clear()
@@ -124,14 +120,16 @@ class Connection:
             await self._presence.greet(link)
 
     async def ready_outbox(self, link: Link) -> None:
-        """Like ``renew_queues``, and wait until a new outbox is bound, else it would get nothing.
+        """Renew the queues, and empty the outbox of parts of earlier answers.
 
-        The wait is limited, since a coordinator asks again for an update whose parts are missing.
+        A new outbox gets nothing before it is bound. The wait for that is limited, since a
+        coordinator asks again for an update whose parts are missing.
         """
         await self.renew_queues(link)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_BOUND_WITHIN_S):
                 await self._outbox_bound.wait()
+        await self._refusals.drain(link, self._topology.outbox(self._settings.worker), read_part)
 
     def welcomed(self) -> None:
         """Note that a coordinator has answered, which binds our queues before it does."""
@@ -148,17 +146,18 @@ class Connection:
 
     async def _serve(self, link: Link, *, first: bool) -> None:
         inbox = self._topology.inbox(self._settings.worker)
-        self._refusals.forget()
         await self._declare_queues(link)
-        if first:
-            await self._empty_inbox(link, inbox)
+        if first:  # empty the inbox of messages for an earlier process of this worker
+            counts = await link.counts(inbox)
+            if counts is not None and not counts.consumers:  # otherwise, it is in use
+                await self._refusals.drain(link, inbox, check_message)
         # Over a slow line, an answer would wait behind the messages in the inbox.
         created = await link.exists(self._topology.results)
         messages = await link.consume(inbox, prefetch=_INBOX_PREFETCH, exclusive=True)
         self._opened()
         self.current = link
         self._linked.set()
-        self._record(Connected(address=self._transport.address))
+        self._record(events.Connected(address=self._transport.address))
         await run_all(
             self._read(link, messages),
             self._send_heartbeats(link, created=created),
@@ -167,12 +166,6 @@ class Connection:
             self._keep_queues(link),
             report_blocking(link, self._record),
         )
-
-    async def _empty_inbox(self, link: Link, inbox: str) -> None:
-        """Empty the inbox of messages for an earlier process of this worker."""
-        counts = await link.counts(inbox)
-        if counts is not None and not counts.consumers:  # with a consumer, the inbox is in use
-            await self._refusals.drain(link, inbox, check_message)
 
     async def _read(self, link: Link, messages: AsyncIterator[Delivery]) -> None:
         async for delivery in messages:
@@ -187,11 +180,10 @@ class Connection:
     async def _send_heartbeats(self, link: Link, *, created: bool) -> None:
         """Send heartbeats as soon as a coordinator has created the exchange that they go to."""
         if not created:
-            self._record(Alone(federation=self._settings.federation))
+            self._record(events.Alone(federation=self._settings.federation))
         while not created:
             await asyncio.sleep(_LOOK_AGAIN_S)
             created = await link.exists(self._topology.results)
-        await self._refusals.send_waiting(link)
         await self._presence.signs_of_life(link)
 
     async def _keep_queues(self, link: Link) -> None:
@@ -211,7 +203,7 @@ class Connection:
                     f"{time.monotonic() - began:.0f} s; start it at any time, or correct "
                     "--federation"
                 )
-                self._record(Waiting(reason=reason, what="coordinator"))
+                self._record(events.Waiting(reason=reason, what="coordinator"))
 
 
 async def _until_lost(link: Link) -> None:

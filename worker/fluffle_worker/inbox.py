@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -20,9 +20,6 @@ from fluffle_common.transport.base import Body, Delivery, Link, QueueFull, Unrou
 from fluffle_common.transport.messaging import Route, reject
 
 Record = Callable[[RunEvent], object]
-
-_MOST_WAITING = 100
-_TRY_AGAIN_S = 0.05
 
 
 def check_message(body: Body, federation: str) -> None:
@@ -83,25 +80,22 @@ class Refusals:
     """Forwards the messages that a worker rejects to ``F.rejected``, with cause and reason.
 
     A worker has no right to write to that queue, so rejected messages go through the results
-    exchange under a key of the worker's own. Until a coordinator has declared that exchange, they
-    wait here, unacknowledged. ``record`` is called with an event for each of them.
+    exchange under a key of the worker's own. If no coordinator has declared that yet, they are
+    dropped. ``record`` is called with an event for each of them.
     """
 
     def __init__(self, topology: Topology, worker: str, record: Record) -> None:
         self._federation, self._results = topology.federation, topology.results
         self._route = Route(topology.results, [topology.rejecting(worker)])
         self._record = record
-        self._waiting: list[tuple[Delivery, MalformedMessage]] = []
 
     async def refuse(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
-        """Forward a rejected message, or keep it for later; beyond 100 waiting, drop it."""
+        """Forward a rejected message, if there is room for it."""
         self._record(Rejected(reason=str(wrong), cause=wrong.cause))
         if await link.exists(self._results):
-            await self._send(link, delivery, wrong)
-        elif len(self._waiting) < _MOST_WAITING:
-            self._waiting.append((delivery, wrong))
-        else:
-            delivery.ack()
+            with contextlib.suppress(QueueFull, Unroutable):
+                return await reject(link, delivery, wrong, self._route)
+        delivery.ack()
 
     async def drain(self, link: Link, queue: str, check: Callable[[Body, str], object]) -> None:
         """Empty one of the worker's own queues, and refuse messages that ``check`` finds malformed.
@@ -119,22 +113,3 @@ class Refusals:
                 await self.refuse(link, delivery, wrong)
             else:
                 delivery.ack()
-
-    async def _send(self, link: Link, delivery: Delivery, wrong: MalformedMessage) -> None:
-        while True:
-            try:
-                return await reject(link, delivery, wrong, self._route)
-            except QueueFull:
-                return delivery.ack()
-            except Unroutable:  # the coordinator has not bound the queue yet
-                await asyncio.sleep(_TRY_AGAIN_S)
-
-    async def send_waiting(self, link: Link) -> None:
-        """Forward the messages that have waited for the exchange."""
-        waiting, self._waiting = self._waiting, []
-        for delivery, wrong in waiting:
-            await self._send(link, delivery, wrong)
-
-    def forget(self) -> None:
-        """Forget the waiting messages of a lost link; the broker redelivers them."""
-        self._waiting.clear()

@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -63,25 +64,21 @@ class Job:
     others: Groups = field(default_factory=dict)  # the answer's tensors of other groups
     residual: Residual = field(default_factory=Residual)  # what the codec left out of the answer
     sending: asyncio.Lock = field(default_factory=asyncio.Lock)  # held while parts of it are sent
-    work: Work = field(init=False)
 
-    def __post_init__(self) -> None:
-        """Read the identity of the requested work."""
-        self.work = _work_of(self.message)
+    @cached_property
+    def work(self) -> Work:
+        """The identity of the requested work."""
+        match self.message:
+            case InitRequest(run=run):
+                return Work("init", run, 0)
+            case Fit(run=run, round=number, base=base, attempt=attempt, sequence=sequence):
+                return Work("fit", run, number, base, attempt, sequence or number)
+            case Evaluate(run=run, round=number, base=base):
+                return Work("evaluate", run, number, base)
 
     def release(self) -> None:
         """Free the memory of what was received: the answer may be kept for long."""
         self.weights, self.broadcast = {}, {}
-
-
-def _work_of(message: Fit | Evaluate | InitRequest) -> Work:
-    match message:
-        case InitRequest():
-            return Work("init", message.run, 0)
-        case Fit(run=run, round=number, base=base):
-            return Work("fit", run, number, base, message.attempt, message.sequence or number)
-        case Evaluate():
-            return Work("evaluate", message.run, message.round, message.base)
 
 
 @dataclass(frozen=True)
@@ -220,11 +217,7 @@ def _rule_of(task: Task) -> BoundRule | None:
 
 
 def _planned(change: Weights, plan: Plan) -> Weights:
-    """Return the part of a delta that the plan asks for.
-
-    Raises:
-        TaskError: if the model has none of the plan's tensors.
-    """
+    """Return the part of a delta that the plan asks for."""
     planned = select_tensors(change, plan.train)
     if not planned:
         names = ", ".join(plan.train or ())
@@ -236,11 +229,7 @@ def _planned(change: Weights, plan: Plan) -> Weights:
 
 
 def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
-    """Return the extra tensors to send: empty unless the strategy asks for some.
-
-    Raises:
-        TaskError: if they are missing, not finite, or have other names, dtypes or shapes.
-    """
+    """Return the extra tensors to send: empty unless the strategy asks for some."""
     if wanted is None:
         return {}
     if not extra:
@@ -259,11 +248,7 @@ def _extra(wanted: ExtraForm | None, extra: Weights, model: Weights) -> Weights:
 
 
 def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
-    """Return the codec that the plan names, or None if updates are not encoded.
-
-    Raises:
-        TaskError: if this worker does not have that codec, or the codec rejects its settings.
-    """
+    """Return the codec that the plan names, or None if updates are not encoded."""
     if plan.compress is None:
         return None
     name = plan.compress.kind
@@ -287,11 +272,7 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
 def _encode(
     update: Update, change: Weights, codec: Codec, before: Weights, seed: int
 ) -> tuple[tuple[Update, Weights], Weights]:
-    """Return the update with its tensors encoded, and the tensors of the new residual.
-
-    Raises:
-        TaskError: if the codec's code fails.
-    """
+    """Return the update with its tensors encoded, and the tensors of the new residual."""
     rng = np.random.default_rng([seed, zlib.crc32(update.worker.encode())])
     try:
         tensors, left_out = compress(change, codec, before, rng)

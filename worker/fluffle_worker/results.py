@@ -74,40 +74,27 @@ class Results:
         training continues without it.
         """
         try:
-            return self._evaluation(evaluate())
+            result = evaluate()
         except BaseException as why:
             what = "evaluate() failed, so this worker trains without evaluation"
-            self._raised(f"evaluate {type(why).__name__}", what, why)
+            self._once(f"evaluate {type(why).__name__}", what, why)
             return _NOTHING
-
-    def _evaluation(self, result: Any) -> EvalResult | None:
         if result is None:
             return None
         try:
-            num_examples = count(result.num_examples)
-            loss = number(result.loss)
-        except AttributeError:
-            wrong = (
-                f"returned {shown(result)}, but must return EvalResult(loss, num_examples, "
-                "metrics) or None"
+            num_examples, loss = count(result.num_examples), number(result.loss)
+            if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
+                raise ValueError(f"num_examples is not from 0 to {MAX_NUM_EXAMPLES}")
+        except (AttributeError, ValueError) as wrong:
+            self._once(
+                "evaluate result",
+                f"evaluate() returned {shown(result)}, which is not sent; expected "
+                f"EvalResult(loss, num_examples, metrics) or None ({wrong})",
             )
-            return self._unusable("type", wrong)
-        except ValueError as why:
-            return self._unusable("numbers", f"returned an invalid loss or num_examples: {why}")
-        if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
-            wrong = (
-                f"returned num_examples {shown(num_examples)}; expected the number of examples "
-                f"evaluated on, from 0 to {MAX_NUM_EXAMPLES}"
-            )
-            return self._unusable("num_examples", wrong)
+            return _NOTHING
         if num_examples == 0:
             return _NOTHING
         return EvalResult(loss, num_examples, self._metrics("evaluate", result))
-
-    def _unusable(self, key: str, wrong: str) -> EvalResult:
-        sentence = f"evaluate() {wrong}; invalid evaluations are not sent"
-        self._once(sentence, key=f"evaluate {key}")
-        return _NOTHING
 
     def step(self, number_: Any, steps: Any, loss: Any) -> tuple[int, int, float | None]:
         """Return the checked arguments of a ``progress`` call; an invalid loss becomes None."""
@@ -115,11 +102,8 @@ class Results:
             try:
                 loss = number(loss)
             except ValueError as wrong:
-                self._once(
-                    f"the loss of a training step is invalid: {wrong}; invalid losses are not "
-                    "shown",
-                    key="loss",
-                )
+                what = f"the loss of a training step is invalid: {wrong}; such losses are not shown"
+                self._once("loss", what)
                 loss = None
         return _whole(number_), _whole(steps), loss
 
@@ -130,69 +114,53 @@ class Results:
         """
         try:
             own = why.__cause__ if isinstance(why, TaskError) else why
-            if own is not None and self._new(f"trace: {one_line(own)}"):
+            if own is not None and self._is_new(f"trace: {one_line(own)}"):
                 self._trace(full_trace(own))
             return one_line(why)
         except BaseException:  # its attributes fail, or there is no memory to describe it
             return type(why).__name__
 
     def _metrics(self, method: str, result: Any) -> dict[str, float]:
-        given = None
         try:
             given = getattr(result, "metrics", None)
             pairs = [] if given is None else list(dict(given).items())
-        except Exception as why:
-            if given is None or isinstance(given, Mapping):  # its values are computed only now
-                what = f"the metrics of {method}() failed, so they are omitted"
-                self._raised(f"{method} metrics", what, why)
-            else:
-                self._once(
-                    f"{method}() returned the metrics {shown(given)}, but must return a mapping of "
-                    "names to numbers; the metrics are omitted",
-                    key=f"{method} metrics",
-                )
+        except Exception as why:  # some compute their values only now
+            what = f"the metrics of {method}() are omitted, because they are no mapping of names to"
+            self._once(f"{method} metrics", f"{what} numbers: {one_line(why)}")
             return {}
         valid: dict[str, float] = {}
         for given_name, value in pairs:
             name = _metric_name(given_name)
+            key, metric = f"{method} metric {name}", f"the metric '{name}' of {method}()"
             if isinstance(value, FailedMetric):
-                what = f"the metric '{name}' of {method}() failed, so it is omitted"
-                self._raised(f"{method} metric {name}", what, value.why)
+                self._once(key, f"{metric} failed, so it is omitted", value.why)
                 continue
             try:
                 valid[name] = number(value)
             except ValueError as wrong:
-                self._once(
-                    f"the metric '{name}' of {method}() is invalid: {wrong}; invalid values "
-                    "are omitted",
-                    key=f"{method} metric {name}",
-                )
+                self._once(key, f"{metric} is invalid: {wrong}; invalid values are omitted")
         if len(valid) > MAX_METRICS:
-            dropped = len(valid) - MAX_METRICS
             self._once(
+                f"{method} number of metrics",
                 f"{method}() returned {len(valid)} metrics; at most {MAX_METRICS} can be sent, so "
-                f"the last {dropped} are omitted",
-                key=f"{method} number of metrics",
+                f"the last {len(valid) - MAX_METRICS} are omitted",
             )
-            names = [name for name in _FIRST if name in valid]
-            names += [name for name in valid if name not in _FIRST]
+            names = sorted(valid, key=lambda name: name not in _FIRST)
             valid = {name: valid[name] for name in names[:MAX_METRICS]}
         return valid
 
-    def _raised(self, key: str, what: str, why: BaseException) -> None:
-        """Report once what an error in the task's code costs."""
-        if self._new(key):
-            self._report(f"{what}: {self.failed(why)}")
-
-    def _once(self, sentence: str, key: str) -> None:
-        """Report a sentence unless one with the same key was reported.
+    def _once(self, key: str, what: str, why: BaseException | None = None) -> None:
+        """Report a fault, with the error in the task's code that is its cause, if there is one.
 
         The key is the kind of the fault: the value in a sentence may differ in every step.
         """
-        if self._new(key):
-            self._report(sentence)
+        if not self._is_new(key):
+            return
+        if why is not None:
+            what = f"{what}: {self.failed(why)}"
+        self._report(what)
 
-    def _new(self, key: str) -> bool:
+    def _is_new(self, key: str) -> bool:
         if key in self._reported or len(self._reported) >= _MAX_REPORTS:
             return False
         self._reported.add(key)

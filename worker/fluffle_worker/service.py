@@ -13,19 +13,7 @@ from typing import Any
 
 from fluffle_common.debug_loggers import log_step, logger
 from fluffle_common.errors import FluffleError, RefusedError, RunError, TaskError
-from fluffle_common.protocol.events import (
-    Abandoned,
-    Begun,
-    Ended,
-    Failure,
-    FrozenReceived,
-    Late,
-    NotCounted,
-    Sent,
-    Waiting,
-    Welcomed,
-    decimal,
-)
+from fluffle_common.protocol import events
 from fluffle_common.protocol.exchanges import Handlers, handle_exchange
 from fluffle_common.protocol.messages import (
     Evaluate,
@@ -118,13 +106,12 @@ class WorkerService:
         self._uploader = Uploader(
             topology,
             settings.worker,
-            link=self._connection.link,
+            self._connection,
             wanted=lambda job: self._jobs.get(job.work) is job,
             due=lambda job: self._state.sending == job.work,
             confirmed=self._sent,
             record=record,
             sent=self._sent_parts,
-            ready_outbox=self._connection.ready_outbox,
         )
         sender = {"federation": settings.federation, "worker": settings.worker}
         self._trainer = Trainer(
@@ -211,7 +198,7 @@ class WorkerService:
                 self._presence.speak_up()
                 if self._welcomed != (run, number, rounds):  # not shown yet
                     self._welcomed = (run, number, rounds)
-                    self._record(Welcomed(run=run, round=min(number, rounds), rounds=rounds))
+                    self._record(events.Welcomed(run=run, round=min(number, rounds), rounds=rounds))
             case Refusal(session=refused, reason=reason) if refused == self._presence.session:
                 raise RefusedError(reason)
             case InitRequest():
@@ -242,12 +229,12 @@ class WorkerService:
             return
         sequence = verdict.sequence or verdict.round
         if verdict.outcome == "late":
-            self._record(Late(worker=self._settings.worker, round=verdict.round))
+            self._record(events.Late(worker=self._settings.worker, round=verdict.round))
         else:
             self._trained.discard(sequence)
             self._failed_with = f"its update was rejected: {verdict.reason}"
             reason, cause = verdict.reason, verdict.cause
-            self._record(NotCounted(round=verdict.round, reason=reason, cause=cause))
+            self._record(events.NotCounted(round=verdict.round, reason=reason, cause=cause))
         if verdict.train_again:
             self._advance(machine.Rejected(verdict.run, verdict.round, verdict.base, sequence))
 
@@ -267,7 +254,7 @@ class WorkerService:
         weights, broadcast, frozen = read_work(message, payload)
         if message.frozen is not None:
             if self._frozen.receive(frozen):
-                self._record(FrozenReceived(round=message.round, digest=message.frozen))
+                self._record(events.FrozenReceived(round=message.round, digest=message.frozen))
                 self._presence.speak_up()  # so that they are not sent again
             if message.frozen not in self._frozen.digests:
                 self._presence.now("receiving", message)  # lost with a link, they come again
@@ -294,7 +281,7 @@ class WorkerService:
                     self._begin(self._jobs[work])
                 case machine.Abandon(work):
                     self._jobs[work].wanted = False
-                    self._record(Abandoned(round=work.round))
+                    self._record(events.Abandoned(round=work.round))
                 case machine.Send(work):
                     self._presence.now("sending", work)
                     self._uploader.put(self._jobs[work])
@@ -302,13 +289,12 @@ class WorkerService:
                     self._jobs.pop(work).wanted = False
                 case machine.Report(work, reason):
                     self._failed_with = reason
-                    self._record(
-                        Failure(worker=self._settings.worker, round=work.round, reason=reason)
-                    )
+                    worker = self._settings.worker
+                    self._record(events.Failure(worker=worker, round=work.round, reason=reason))
                     self._presence.now("idle", work)
                     self._presence.failed(self._connection.current, work, reason)
                 case machine.Leave(reason):
-                    self._record(Ended(reason=reason))
+                    self._record(events.Ended(reason=reason))
                     if self._settings.stay:
                         self._forget()
                     elif not self._ended.done():
@@ -330,7 +316,7 @@ class WorkerService:
             isinstance(job.message, Fit) and job.message.evaluate
         )
         self._presence.now("evaluating" if evaluating else "training", job.work)
-        self._record(Begun(round=job.work.round, kind=job.work.kind))
+        self._record(events.Begun(round=job.work.round, kind=job.work.kind))
 
         def evaluated() -> None:
             if self._state.doing == job.work:
@@ -352,7 +338,9 @@ class WorkerService:
         self._presence.now("training", work, steps=steps)
         self._presence.progress(step, loss)
         self._steps = steps
-        shown = f"round {work.round}" + (f", loss {decimal(loss)}" if loss is not None else "")
+        shown = f"round {work.round}"
+        if loss is not None:
+            shown += f", loss {events.decimal(loss)}"
         self._bar("training", step, steps, shown)
 
     # --- messages sent ---------------------------------------------------------------------------
@@ -365,7 +353,7 @@ class WorkerService:
         self._advance(machine.Sent(job.work))
         answer = job.answer[0] if job.answer else None
         metrics = answer.metrics if isinstance(answer, Update) else None
-        self._record(Sent(round=job.work.round, kind=job.work.kind, metrics=metrics))
+        self._record(events.Sent(round=job.work.round, kind=job.work.kind, metrics=metrics))
         if self._state.answered == job.work:  # no newer work has arrived
             self._presence.now("idle", job.work)
             if job.work.kind == "fit":
@@ -393,4 +381,4 @@ class WorkerService:
                 f"{_WAITING_AFTER_S:.0f} s ago; the coordinator may be waiting for "
                 "other workers, or may have stopped"
             )
-            self._record(Waiting(reason=reason, what="coordinator"))
+            self._record(events.Waiting(reason=reason, what="coordinator"))

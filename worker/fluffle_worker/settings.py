@@ -17,8 +17,8 @@ class WorkerSettings:
     task: str  # its name, as shown to people
     heartbeat_s: float = 2.0  # between heartbeats
     # To wait at the start while another connection has this id; the broker keeps a broken
-    # connection for up to two AMQP heartbeats.
-    occupied_s: float = 45.0
+    # connection for up to three AMQP heartbeats.
+    occupied_s: float = 75.0
     stay: bool = False  # whether to wait for the next run after one has ended
     state_dir: Path | None = None  # for state that outlives a restart; None keeps it in memory
     backoff: Backoff = field(default_factory=Backoff)

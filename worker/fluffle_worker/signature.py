@@ -7,20 +7,18 @@ loaded.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.user_code import warn_in_full
-from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
-from fluffle_common.user_errors import is_ctrl_c, one_line, sendable
+from fluffle_common.user_errors import is_ctrl_c, one_line
 from fluffle_worker.results import arrays
 from fluffle_worker.task import Task
 
@@ -35,13 +33,15 @@ def signature_of_task(task: Task) -> Signature:
     It comes from the task's method ``model_form`` if there is one, else from ``init(0)``.
 
     Raises:
-        TaskError: if the method returns something else, or a tensor cannot travel; it names the
-            tensor, the problem and the remedy.
+        TaskError: if a tensor cannot travel; it names the tensor, the problem and the remedy.
     """
     ask = getattr(task, "model_form", None)
     try:
         if callable(ask):
-            signature = _signature_from(ask())
+            signature = tuple(
+                (name, np.dtype(like.dtype), tuple(map(operator.index, like.shape)))
+                for name, like in ask().items()
+            )
         else:
             signature = signature_of(arrays(task.init(0), "init()"))
     except TaskError:
@@ -110,27 +110,3 @@ def difference(federation: Signature, own: Signature) -> str | None:
 
 def _by_name(signature: Signature) -> dict[str, tuple[np.dtype[Any], tuple[int, ...]]]:
     return {name: (dtype.newbyteorder("="), shape) for name, dtype, shape in signature}
-
-
-def _signature_from(given: Any) -> Signature:
-    """Return the signature that a task's ``model_form`` describes.
-
-    Raises:
-        TaskError: if it is not a mapping of names to objects with a dtype and a shape.
-    """
-    if not isinstance(given, Mapping):
-        raise TaskError(
-            f"model_form() returned {shown(given)}; expected a mapping of names to objects with "
-            "the attributes dtype and shape"
-        )
-    signature = []
-    for name, like in given.items():
-        try:
-            shape = tuple(map(operator.index, like.shape))
-            signature.append((name, np.dtype(like.dtype), shape))
-        except Exception:
-            raise TaskError(
-                f"model_form() returned tensor '{sendable(str(name), 60)}' as {shown(like)}; "
-                "expected an object with the attributes dtype and shape"
-            ) from None
-    return tuple(signature)

@@ -32,14 +32,13 @@ def load_factory(name: str) -> Callable[[TaskOptions], Task]:
 
     def make(options: TaskOptions) -> Task:
         try:
-            task = factory(options)
+            task = check_task(name, factory(options))
         except (TaskError, UsageError):
             raise
         except ModuleNotFoundError as why:
             raise place.missing(why) from None
         except BaseException as why:
             raise task_error(why, f"the task {name} cannot start", "task") from why
-        task = check_task(name, task)
         own, named = classes_of(task), options.classes or ()
         if own and named and len(own) != len(named):  # it may spell them otherwise
             raise UsageError(

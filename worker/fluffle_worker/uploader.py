@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import functools
 import threading
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost
@@ -15,10 +15,10 @@ from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
-from fluffle_common.transport.fetch_parts import read_part
 from fluffle_common.transport.messaging import Route, send, send_tensors
+from fluffle_worker.connection import Connection
 from fluffle_worker.error_feedback import Residual
-from fluffle_worker.inbox import Record, Refusals
+from fluffle_worker.inbox import Record
 from fluffle_worker.job import Job, NotWanted
 
 _RETRY_S = 1.0
@@ -34,27 +34,24 @@ class Uploader:
     an update only when the coordinator acknowledges it, after its round is on disk. Large answers,
     which go in parts through the worker's one outbox, are sent one at a time.
 
-    ``link`` returns the current link, waiting for one if necessary. ``wanted`` returns whether a
-    job is still wanted, and ``due`` whether its answer is to be sent; if not, only its evaluation
-    is. ``confirmed`` is called with each job whose answer the broker has confirmed, and ``sent``
-    with the numbers of parts sent and of all parts of a large answer. ``ready_outbox`` declares the
-    worker's queues again, in case they have expired, and waits until the outbox is bound.
+    ``wanted`` returns whether a job is still wanted, and ``due`` whether its answer is to be sent;
+    if not, only its evaluation is. ``confirmed`` is called with each job whose answer the broker
+    has confirmed, and ``sent`` with the numbers of parts sent and of all parts of a large answer.
     """
 
     def __init__(
         self,
         topology: Topology,
         worker: str,
+        connection: Connection,
         *,
-        link: Callable[[], Awaitable[Link]],
         wanted: Callable[[Job], bool],
         due: Callable[[Job], bool],
         confirmed: Callable[[Job], object],
         record: Record,
         sent: Callable[[int, int], None],
-        ready_outbox: Callable[[Link], Awaitable[None]],
     ) -> None:
-        self._outbox, self._link = topology.outbox(worker), link
+        self._connection = connection
         self._routes = {
             kind: Route(topology.results, [f"{kind}.{worker}"])
             for kind in ("evaluation", "first_weights", "update")
@@ -62,8 +59,7 @@ class Uploader:
         # Not durable: the worker keeps the answer and sends it again when asked.
         self._parts_route = Route(topology.results, [f"part.{worker}"], durable=False)
         self._wanted, self._due, self._confirmed = wanted, due, confirmed
-        self._record, self._parts_sent, self._ready_outbox = record, sent, ready_outbox
-        self._refusals = Refusals(topology, worker, record)
+        self._record, self._parts_sent = record, sent
         self._sending: set[asyncio.Task[None]] = set()
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._in_parts = asyncio.Lock()  # one answer at a time
@@ -110,7 +106,7 @@ class Uploader:
         reported = ""  # a queue may stay full for hours
         async with job.sending:  # a job's evaluation before its answer
             while self._wanted(job):
-                link = await self._link()
+                link = await self._connection.link()
                 try:
                     return await self._send(link, job)
                 except NotWanted:
@@ -176,7 +172,5 @@ class Uploader:
     @contextlib.asynccontextmanager
     async def _with_outbox(self, link: Link) -> AsyncIterator[None]:
         async with self._in_parts:
-            await self._ready_outbox(link)
-            # It may still hold parts of earlier answers.
-            await self._refusals.drain(link, self._outbox, read_part)
+            await self._connection.ready_outbox(link)
             yield

@@ -49,13 +49,13 @@ def _port_option(
 
 @click.group()
 def broker() -> None:
-    """Run a private RabbitMQ on this machine.
+    """Run a private RabbitMQ server on this machine.
 
     The broker listens on 127.0.0.1 only, keeps all its files in one folder and needs no root
     permissions. If rabbitmq-server is installed, fluffle starts it. Otherwise, fluffle unpacks
-    Debian's packages into ~/.cache/fluffle without installing them. If apt cannot provide the
-    packages, fluffle runs RabbitMQ in Docker. A coordinator or worker that you start in the same
-    folder as the broker finds it automatically.
+    Debian packages into ~/.cache/fluffle without installing them. If apt cannot provide the
+    packages, fluffle runs RabbitMQ in Docker. Coordinators and workers that you start in the
+    same folder find the broker automatically.
 
     \b
       fluffle broker up            start the broker, or show where it runs
@@ -164,9 +164,9 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
 def permissions(**options: Any) -> None:
     """Print the minimal permissions of a RabbitMQ user.
 
-    The command prints rabbitmqctl commands for any broker. The new permissions replace all earlier
-    permissions of the user in the vhost. Start the coordinator with --verify-users, so that no
-    worker can impersonate another worker. docs/permissions.md explains each permission.
+    The command prints rabbitmqctl commands that work on any broker. The new permissions replace all
+    earlier permissions of the user in the vhost. Start the coordinator with --verify-users, so that
+    no worker can impersonate another worker. docs/permissions.md explains each permission.
 
     \b
       fluffle broker permissions --federation letters --coordinator

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
@@ -12,7 +13,10 @@ from fluffle_common.cli.app import federation_option, url_option
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
+    from fluffle_common.transport.base import Link
     from fluffle_common.transport.rabbitmq.management import Management, QueueFigures
+
+T = TypeVar("T")
 
 
 def inspection_options(json_help: str, federation: Any = federation_option) -> Callable[[Any], Any]:
@@ -22,11 +26,7 @@ def inspection_options(json_help: str, federation: Any = federation_option) -> C
 
 
 def federation_and_broker(federation: str, url: str | None) -> tuple[Topology, str]:
-    """Validate both options; return the federation's names and the broker's URL.
-
-    Raises:
-        UsageError: if one of them is invalid.
-    """
+    """Return the federation's names and the broker's URL, or raise ``UsageError``."""
     from fluffle_common.cli.settings import broker_url, check_federation
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.urls import parse_urls
@@ -34,6 +34,20 @@ def federation_and_broker(federation: str, url: str | None) -> tuple[Topology, s
     address = broker_url(url)
     parse_urls(address)
     return Topology(check_federation(federation)), address
+
+
+def with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
+    """Run a coroutine function on a link of its own, which has the name of the command."""
+    from fluffle_common.transport.open_once import open_once
+    from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+
+    command = click.get_current_context().command_path
+
+    async def run() -> T:
+        async with open_once(AmqpTransport(address, command)) as link:
+            return await work(link)
+
+    return asyncio.run(run())
 
 
 def available_figures(api: Management, topology: Topology) -> dict[str, QueueFigures]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
+from fluffle_broker.cli.options import (
+    available_figures,
+    federation_and_broker,
+    inspection_options,
+    with_link,
+)
 from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.console import warn
@@ -41,20 +45,20 @@ def peek(queue: str, count: int, **options: Any) -> None:
     messages are marked 'redelivered', and the time after which an unused queue expires (30 minutes)
     starts again.
 
-    The command refuses a queue other than 'updates' while a process reads it, because the reader
-    could get the messages in another order. It also refuses quorum queues, because they cannot take
-    a message back without side effects. It cannot show updates that the coordinator holds
-    unacknowledged; 'fluffle journal' shows their events.
+    Except for 'updates', the command refuses a queue while a process reads it, because this process
+    could get the messages in another order. The command also refuses quorum queues, because they
+    cannot take a message back without side effects. The command cannot show updates that the
+    coordinator holds unacknowledged; 'fluffle journal' shows their events.
 
     \b
       fluffle peek updates --federation letters
       fluffle peek rejected -n 3 --federation letters --json
     """
-    from fluffle_broker.inspect.peek import full_name
+    from fluffle_broker.inspect import peek as peeking
     from fluffle_common.cli.settings import management_of
 
     topology, address = federation_and_broker(options["federation"], options["url"])
-    peeked = asyncio.run(_peek(address, topology, full_name(topology, queue), count))
+    peeked = with_link(address, lambda link: peeking.peek(link, topology, queue, count))
     now = time.time()
     if options["as_json"]:
         echo_json([decoded.as_dict(now) for decoded in peeked.messages])
@@ -63,15 +67,6 @@ def peek(queue: str, count: int, **options: Any) -> None:
     held = _held(peeked, topology, management_of(address, options["management"]))
     if held:
         warn(held)
-
-
-async def _peek(address: str, topology: Topology, queue: str, count: int) -> Peeked:
-    from fluffle_broker.inspect import peek as peeking
-    from fluffle_common.transport.open_once import open_once
-    from fluffle_common.transport.rabbitmq.transport import AmqpTransport
-
-    async with open_once(AmqpTransport(address, "fluffle peek")) as link:
-        return await peeking.peek(link, topology, queue, count)
 
 
 def _held(peeked: Peeked, topology: Topology, api: Management) -> str | None:

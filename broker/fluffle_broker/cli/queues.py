@@ -13,14 +13,7 @@ import click
 from fluffle_broker.cli.options import federation_and_broker, inspection_options
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.printing import (
-    echo,
-    echo_json,
-    echo_sentences,
-    is_terminal,
-    printable,
-    screen,
-)
+from fluffle_common.cli.printing import echo, echo_json, is_terminal, printable, screen
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.queues import QueueOverview
@@ -74,13 +67,8 @@ def queues(
     overview = once()
     if as_json:
         echo_json(overview.as_dicts())
-    elif overview.queues:
-        _show(overview)
     else:
-        echo_sentences(
-            f"federation {federation} has no queues on this broker yet; start the coordinator and "
-            f"the workers, which create them, or check --federation{_others(overview)}"
-        )
+        _show(overview)
     _warn(overview)
 
 
@@ -88,26 +76,22 @@ def _show(overview: QueueOverview) -> None:
     from fluffle_broker.inspect.queues_table import build_table, hints, legend
 
     shown = screen()
-    shown.print(build_table(overview, shown.width))
+    if overview.queues:
+        shown.print(build_table(overview, shown.width))
     for line in legend(overview):
         shown.print(line, style="dim")
     for line in hints(overview):
         # In a pipe, a hint stays on one line, so that grep finds it.
         shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)
     if not overview.created:
-        federation = overview.topology.federation
+        others = f" (this broker has {', '.join(overview.others)})" if overview.others else ""
         shown.print(
-            f"no coordinator has created federation {federation} on this broker yet; start the "
-            f"coordinator, or check --federation{_others(overview)}"
+            f"no coordinator has created federation {overview.topology.federation} on this broker "
+            f"yet; start the coordinator, or check --federation{others}"
         )
     elif overview.at_rest:
         at = f"--federation {overview.topology.federation}"
         shown.print(f"nobody is connected; see the last run with 'fluffle explain {at}'")
-
-
-def _others(overview: QueueOverview) -> str:
-    have = ", ".join(overview.others)
-    return f" (this broker has {have})" if have else ""
 
 
 def _warn(overview: QueueOverview) -> None:

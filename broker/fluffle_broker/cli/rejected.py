@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from fluffle_broker.cli.options import available_figures, federation_and_broker, inspection_options
+from fluffle_broker.cli.options import (
+    available_figures,
+    federation_and_broker,
+    inspection_options,
+    with_link,
+)
 from fluffle_common.cli.app import count as counts
 from fluffle_common.cli.app import management_option, optional_federation
-from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
+from fluffle_common.cli.printing import aligned, echo, echo_json, echo_sentences, text_table
 from fluffle_common.errors import UsageError
 from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.rejected import Rejected, Requeued
     from fluffle_common.protocol.topology import Topology
-    from fluffle_common.transport.base import Link
     from fluffle_common.transport.rabbitmq.management import Management
 
-T = TypeVar("T")
-# A narrower terminal has no room for the reason next to the other columns, or for time and size.
-_WIDE, _NARROW = 120, 70
+_WIDEST = 16  # characters of what a sender can choose, so that a row fits a terminal
 # These options may stand before the sub-command or after it.
 _common_options = inspection_options("Print the result as JSON.", optional_federation)
 
@@ -55,7 +56,7 @@ def rejected(ctx: click.Context, /, **options: Any) -> None:
     \b
       fluffle rejected --federation letters
       fluffle rejected show 3 --federation letters
-      fluffle rejected requeue 3 --federation letters    after you fixed the cause
+      fluffle rejected requeue 3 --federation letters    after fixing the cause
       fluffle rejected requeue --all --federation letters
       fluffle rejected purge --federation letters
     """
@@ -82,21 +83,10 @@ def _target(
     return *federation_and_broker(merged["federation"], merged["url"]), merged["as_json"]
 
 
-def _with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:
-    from fluffle_common.transport.open_once import open_once
-    from fluffle_common.transport.rabbitmq.transport import AmqpTransport
-
-    async def visit() -> T:
-        async with open_once(AmqpTransport(address, "fluffle rejected")) as link:
-            return await work(link)
-
-    return asyncio.run(visit())
-
-
 def _list(topology: Topology, api: Management, most: int | None, as_json: bool) -> None:
     from fluffle_broker.inspect.rejected import dropped, list_rejected
 
-    rejects = _with_link(api.url, lambda link: list_rejected(link, topology))
+    rejects = with_link(api.url, lambda link: list_rejected(link, topology))
     figures = available_figures(api, topology)
     gone = dropped(figures.get(topology.rejected), len(rejects))
     listed = rejects if most is None else rejects[-most:]
@@ -109,7 +99,7 @@ def _list(topology: Topology, api: Management, most: int | None, as_json: bool) 
     if rejects:
         causes = Counter(message.cause for message in rejects).most_common()
         echo_sentences("by cause: " + ", ".join(f"{cause} {count:,}" for cause, count in causes))
-        _table(listed)
+        _print_rows(listed)
 
 
 def _how_many(kept: int, gone: int | None) -> str:
@@ -126,47 +116,31 @@ def _how_many(kept: int, gone: int | None) -> str:
     )
 
 
-def _table(rejects: list[Rejected]) -> None:
-    """Print one row a message; a narrow terminal shows its reason in lines of its own."""
-    from rich.segment import SegmentLines
-
+def _print_rows(rejects: list[Rejected]) -> None:
+    """Print two lines for each message; the second one is its reason."""
     from fluffle_broker.inspect.formatting import size
 
-    shown = screen()
-    wide = shown.width >= _WIDE
-    rows = table(collapse_padding=True, pad_edge=False, show_edge=False)
-    # A sender can write anything there, and too wide a column would leave the others no room.
-    most = {"kind": 13, "worker": 40 if wide else 16}
-    names = ("#", "when", "kind", "worker", "round", "size", "cause")
-    places = range(len(names)) if shown.width >= _NARROW else (0, 2, 3, 6)
-    for name in (names[place] for place in places):
-        rows.add_column(
-            name,
-            no_wrap=True,
-            justify="right" if name in ("#", "size") else "left",
-            max_width=most.get(name),
-        )
-    if wide:
-        rows.add_column("reason")
-    for message in rejects:
-        decoded = message.decoded
-        cells = (
+    rows = [
+        (
             str(message.number),
             (message.rejected_at or "?")[:19].replace("T", " "),
-            decoded.kind,
-            decoded.worker or "?",
-            "?" if decoded.round is None else str(decoded.round),
-            size(decoded.size_bytes),
+            message.decoded.kind[:_WIDEST],
+            (message.decoded.worker or "?")[:_WIDEST],
+            "?" if message.decoded.round is None else str(message.decoded.round),
+            size(message.decoded.size_bytes),
             message.cause,
         )
-        rows.add_row(*(cells[place] for place in places), *([message.reason] if wide else []))
-    if wide:
-        shown.print(rows)
-        return
-    lines = shown.render_lines(rows, pad=False)
-    shown.print(SegmentLines(lines[: -len(rejects)], new_lines=True))  # the header
-    for line, message in zip(lines[-len(rejects) :], rejects, strict=True):
-        shown.print(SegmentLines([line], new_lines=True))
+        for message in rejects
+    ]
+    names = ("#", "when", "kind", "worker", "round", "size", "cause")
+    columns = zip(names, zip(*rows, strict=True), strict=True)
+    right = ("#", "size")
+    header, *lines = text_table(
+        aligned(name, cells, left=name not in right) for name, cells in columns
+    )
+    echo(header)
+    for line, message in zip(lines, rejects, strict=True):
+        echo(line)
         echo_sentences(f"  {message.reason}")
 
 
@@ -183,7 +157,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
     from fluffle_broker.inspect.rejected import read_rejected
 
     topology, address, as_json = _target(options, group)
-    message = _with_link(address, lambda link: read_rejected(link, topology, number))
+    message = with_link(address, lambda link: read_rejected(link, topology, number))
     now = time.time()
     if as_json:
         echo_json(message.as_dict(now))
@@ -195,7 +169,10 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
 @click.option(
-    "--all", "everything", is_flag=True, help="Requeue all messages that are in the queue now."
+    "--all",
+    "everything",
+    is_flag=True,
+    help="Requeue all rejected messages.",
 )
 @_common_options
 @click.pass_obj
@@ -219,7 +196,7 @@ def requeue(
         )
     topology, address, as_json = _target(options, group)
     chosen = None if everything else set(numbers)
-    results = _with_link(address, lambda link: rejected_queue.requeue(link, topology, chosen))
+    results = with_link(address, lambda link: rejected_queue.requeue(link, topology, chosen))
     if as_json:
         echo_json([_result_dict(each) for each in results])
     elif not results:
@@ -253,7 +230,7 @@ def _print_result(each: Requeued) -> None:
 @_common_options
 @click.pass_obj
 def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
-    """Delete all messages that are in the queue 'rejected' now."""
+    """Delete all messages that are currently in the queue 'rejected'."""
     from fluffle_broker.inspect import rejected as rejected_queue
 
     topology, address, as_json = _target(options, group)
@@ -261,7 +238,7 @@ def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
         click.confirm(
             f"delete all messages in {topology.rejected} permanently?", abort=True, err=True
         )
-    deleted = _with_link(address, lambda link: rejected_queue.purge(link, topology))
+    deleted = with_link(address, lambda link: rejected_queue.purge(link, topology))
     if as_json:
         echo_json({"purged": deleted}, indent=None)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import json
 import time
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from fluffle_common.transport.base import Link
     from fluffle_common.transport.rabbitmq.management import Management
 
-_MOST_TRANSFERS = 256
 _WHO_WIDTH, _WIDEST_WHO = 12, 32
 
 
@@ -35,8 +33,7 @@ _WHO_WIDTH, _WIDEST_WHO = 12, 32
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
     help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part "
-    "…); may be given several times.  [default: all kinds except heartbeat; the parts "
-    "of one message share a line]",
+    "…); may be given several times.  [default: all kinds except heartbeat and part]",
 )  # fmt: skip
 @click.option(
     "--worker", metavar="W", help="Show only messages from or to the worker with this ID."
@@ -71,8 +68,8 @@ def tap(**options: Any) -> None:
     once more. To exclude models, use '--kind update'. The parts of updates are copied only with
     --save or '--kind part'.
 
-    The command does not show a message whose queue does not exist, because copying the message
-    would make it look delivered. The command looks for new queues every 10 seconds, so it may miss
+    The command does not copy a message that matches no queue, because the broker would then treat
+    the message as delivered. The command looks for new queues every 10 seconds, so it may miss
     the first messages to a new worker.
     """
     from fluffle_broker.inspect.archive import MessageArchive
@@ -136,34 +133,25 @@ def _run(
     async def follow() -> None:
         async with contextlib.aclosing(reconnecting(transport, Backoff(), no_broker)) as opened:
             async for link in opened:
-                tapping = Tap(link, topology, printer.wanted, workers, printer.show)
-                run = asyncio.ensure_future(tapping.run(ready))
-                end = asyncio.ensure_future(printer.enough.wait())
                 try:
                     await warn_if_missing(link)
-                    await asyncio.wait({run, end}, return_when=asyncio.FIRST_COMPLETED)
-                    if printer.enough.is_set():
-                        return
-                    await run
+                    await Tap(link, topology, printer.wanted, workers, printer.show).run(ready)
                 except LinkLost as gone:
                     warn(
                         f"lost the connection to the broker ({gone}); messages are not shown until "
                         "the connection is back"
                     )
-                finally:
-                    run.cancel()
-                    end.cancel()
-                    await asyncio.gather(run, end, return_exceptions=True)
 
-    with explain_refusals():
+    with explain_refusals(), contextlib.suppress(Enough):
         run_until_signalled(follow())
 
 
-class TapPrinter:
-    """Prints and saves the messages of a tap.
+class Enough(Exception):
+    """All the lines that were asked for are printed."""
 
-    ``enough`` is set after ``most`` lines.
-    """
+
+class TapPrinter:
+    """Prints and saves the messages of a tap, at most ``most`` lines."""
 
     def __init__(
         self,
@@ -176,11 +164,9 @@ class TapPrinter:
         print_line: Callable[[str], None] | None = None,
     ) -> None:
         self.wanted = wanted
-        self.enough = asyncio.Event()
         self._as_json, self._left, self._archive = as_json, most, archive
         self._clock = clock
         self._print_line = print_line or (echo if as_json else echo_sentences)
-        self._parts: dict[str, tuple[int, int]] = {}
         self._who_width = _WHO_WIDTH  # of the widest line so far, so that later lines align
 
     def show(self, decoded: DecodedMessage) -> None:
@@ -188,28 +174,21 @@ class TapPrinter:
 
         Raises:
             UsageError: if it cannot be saved.
+            Enough: after the last line.
         """
-        if self.enough.is_set():
-            return
         now = self._clock()
         if self._archive is not None:
             self._archive.save(decoded, now)
-        if self._as_json and self.wanted.lists(decoded):
+        if not self.wanted.lists(decoded):
+            return
+        if self._as_json:
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
             fields = {"time": arrived, **_direction(decoded), **decoded.as_dict(now)}
             self._line(visible_json(json.dumps(fields)))
-        elif self.wanted.lists(decoded):
+        else:
             self._line(self._in_words(decoded, now))
-        elif not self._as_json:
-            self._count_part(decoded, now)
 
-    def _in_words(
-        self,
-        decoded: DecodedMessage,
-        now: float,
-        text: str | None = None,
-        size_bytes: int | None = None,
-    ) -> str:
+    def _in_words(self, decoded: DecodedMessage, now: float) -> str:
         from fluffle_broker.inspect.formatting import facts, size
         from fluffle_broker.inspect.tap import is_work, workers_of
 
@@ -218,31 +197,15 @@ class TapPrinter:
             who += f" and {many - 1} more"
         self._who_width = max(self._who_width, min(len(who), _WIDEST_WHO))
         at = time.strftime("%H:%M:%S", time.localtime(now))
-        text = text or ", ".join(facts(decoded))
-        bytes_ = size(decoded.size_bytes if size_bytes is None else size_bytes)
-        return f"{at}  {arrow} {who:<{self._who_width}} {decoded.kind:<13} {text}  ({bytes_})"
+        text = f"{', '.join(facts(decoded))}  ({size(decoded.size_bytes)})"
+        return f"{at}  {arrow} {who:<{self._who_width}} {decoded.kind:<13} {text}"
 
     def _line(self, text: str) -> None:
         self._print_line(text)
         if self._left is not None:
             self._left -= 1
             if not self._left:
-                self.enough.set()
-
-    def _count_part(self, decoded: DecodedMessage, now: float) -> None:
-        """Print one line for all parts of a transfer, once the last one has passed."""
-        from fluffle_broker.inspect.decode import part_of
-
-        transfer = getattr(decoded.message, "transfer", "")
-        part = part_of(decoded)
-        count, size_bytes = self._parts.pop(transfer, (0, 0))
-        count, size_bytes = count + 1, size_bytes + decoded.size_bytes
-        if part is not None and count == part[1]:
-            self._line(self._in_words(decoded, now, f"all {count} parts", size_bytes))
-            return
-        self._parts[transfer] = (count, size_bytes)
-        if len(self._parts) > _MOST_TRANSFERS:
-            del self._parts[next(iter(self._parts))]
+                raise Enough
 
 
 def _direction(decoded: DecodedMessage) -> dict[str, Any]:

@@ -35,17 +35,18 @@ def full_name(topology: Topology, name: str) -> str:
     """Return the full name of a queue, with its federation.
 
     Raises:
-        UsageError: if the federation has no queue of that name.
+        UsageError: if the federation has no such queue, or it cannot be peeked at.
 
     Example:
         >>> full_name(Topology("letters"), "inbox.w1"), full_name(Topology("a"), "a.updates")
         ('letters.inbox.w1', 'a.updates')
     """
     for full in (name, f"{topology.federation}.{name}"):
-        if topology.find(full) is not None:
+        # The coordinator would take parts that are missing from an outbox for lost.
+        if topology.find(full) is not None and not full.startswith(topology.outbox("")):
             return full
     raise UsageError(
-        f"federation {topology.federation} has no queue '{name}'; choose updates, presence, "
+        f"cannot peek at '{name}' of federation {topology.federation}; choose updates, presence, "
         "rejected, unrouted, journal or inbox.WORKER"
     )
 
@@ -64,15 +65,12 @@ async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
         raise UsageError(f"queue {full} does not exist, because {_why_not(topology, full)}")
     if full == topology.journal:
         return Peeked(full, counts, await _end_of_stream(link, topology, count))
-    refusal = _refusal(topology, full, counts)
-    if refusal is not None:
-        raise UsageError(refusal)
-    queue = topology.find(full)
-    assert queue is not None
-    if not await is_classic(link, queue):
+    if obstacle := await _obstacle(link, topology, full, counts):
+        at = f"--federation {topology.federation}"
         raise UsageError(
-            f"cannot peek at {full}, because reading it would change the order of its messages "
-            f"(it is not a classic queue); {_instead(topology)}"
+            f"cannot peek at {full} ({counts.ready} ready), because {obstacle} and 'peek' would "
+            f"change the order of its messages; use 'fluffle tap {at}' for new messages, or "
+            f"'fluffle journal {at}' for past events"
         )
     async with borrowed(link, full, count=count, most_bytes=MOST_BYTES) as messages:
         deliveries = [delivery async for delivery in messages]
@@ -94,35 +92,22 @@ async def _end_of_stream(link: Link, topology: Topology, count: int) -> list[Dec
     return messages[-count:]
 
 
-def _refusal(topology: Topology, full: str, counts: Counts) -> str | None:
-    """Return why a queue must not be read, judging from its name and counts; None if it may."""
-    instead = _instead(topology)
-    if full.startswith(topology.outbox("")):
-        return (
-            f"cannot peek at {full} ({counts.ready} ready), because the coordinator would treat "
-            f"the parts that 'peek' takes out as lost; {instead}"
-        )
-    if not counts.consumers or full == topology.updates:
-        return None
-    inbox = topology.inbox("")
-    who = f"worker {full.removeprefix(inbox)}" if full.startswith(inbox) else "the coordinator"
-    return (
-        f"cannot peek at {full} ({counts.ready} ready) while it is being read by {who}, because "
-        f"'peek' would change the order of the messages; {instead}"
-    )
+async def _obstacle(link: Link, topology: Topology, full: str, counts: Counts) -> str | None:
+    """Return why a queue must not be read; None if it may."""
+    if counts.consumers and full != topology.updates:
+        inbox = topology.inbox("")
+        who = f"worker {full.removeprefix(inbox)}" if full.startswith(inbox) else "the coordinator"
+        return f"it is being read by {who}"
+    queue = topology.find(full)
+    assert queue is not None
+    return None if await is_classic(link, queue) else "it is not a classic queue"
 
 
 def _why_not(topology: Topology, full: str) -> str:
-    for prefix in (topology.inbox(""), topology.outbox("")):
-        if full.startswith(prefix):
-            worker = full.removeprefix(prefix)
-            return (
-                f"worker {worker} has not connected in the last 30 minutes; list the connected "
-                f"workers with 'fluffle queues --federation {topology.federation}'"
-            )
+    inbox = topology.inbox("")
+    if full.startswith(inbox):
+        return (
+            f"worker {full.removeprefix(inbox)} has not connected in the last 30 minutes; list the "
+            f"connected workers with 'fluffle queues --federation {topology.federation}'"
+        )
     return f"no process of federation {topology.federation} has connected to this broker yet"
-
-
-def _instead(topology: Topology) -> str:
-    at = f"--federation {topology.federation}"
-    return f"use 'fluffle tap {at}' for new messages, or 'fluffle journal {at}' for past events"

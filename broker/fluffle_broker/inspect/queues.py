@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from fluffle_common.errors import BrokerError
@@ -77,15 +77,11 @@ class QueueOverview:
 
     def as_dicts(self) -> list[dict[str, Any]]:
         """Return the queues as JSON objects."""
-        return [{**queue.as_dict(), "hint": self.hint(queue)} for queue in self.queues]
+        return [{**asdict(queue), "hint": self.hint(queue)} for queue in self.queues]
 
 
 def read_overview(api: Management, topology: Topology) -> QueueOverview:
-    """Read the figures of a federation's queues.
-
-    Raises:
-        BrokerError: if the broker cannot be reached by AMQP either.
-    """
+    """Read the figures of a federation's queues; raise ``BrokerError`` if no broker answers."""
     try:
         figures = _with_counts(api.queue_figures(topology, rates=True), api.url)
         overview = QueueOverview(topology, figures, api.alarms())

@@ -66,8 +66,12 @@ class Rejected:
         }
 
 
-async def list_rejected(link: Link, topology: Topology) -> list[Rejected]:
+async def list_rejected(
+    link: Link, topology: Topology, *, full: int | None = None
+) -> list[Rejected]:
     """Return all rejected messages without their bodies, oldest first; leave them in the queue.
+
+    Only the message with the number ``full`` has statistics of its tensors.
 
     Raises:
         UsageError: if the queue does not exist, or reading it would have side effects.
@@ -77,8 +81,9 @@ async def list_rejected(link: Link, topology: Topology) -> list[Rejected]:
     messages: list[Rejected] = []
     async with borrowed(link, topology.rejected, count=count) as deliveries:
         async for delivery in deliveries:
-            decoded = decode_message(delivery, topology.federation, values=False)
-            messages.append(Rejected(len(messages) + 1, decoded))
+            number = len(messages) + 1
+            decoded = decode_message(delivery, topology.federation, values=number == full)
+            messages.append(Rejected(number, decoded))
             delivery.body = b""
     return messages
 
@@ -89,16 +94,10 @@ async def read_rejected(link: Link, topology: Topology, number: int) -> Rejected
     Raises:
         UsageError: if there is no message of that number, or as ``list_rejected`` does.
     """
-    count = await _count(link, topology)
-    await _must_be_classic(link, topology)
-    at = 0
-    async with borrowed(link, topology.rejected, count=number) as deliveries:
-        async for delivery in deliveries:
-            at += 1
-            if at == number:
-                return Rejected(number, decode_message(delivery, topology.federation))
-            delivery.body = b""
-    raise _no_such(topology, number, count)
+    messages = await list_rejected(link, topology, full=number)
+    if number > len(messages):
+        raise _no_such(topology, number, len(messages))
+    return messages[number - 1]
 
 
 @dataclass(frozen=True)

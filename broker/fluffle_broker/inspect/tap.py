@@ -51,7 +51,7 @@ class Wanted:
         return not self.kinds and decoded.kind != "heartbeat"
 
     def lists(self, decoded: DecodedMessage) -> bool:
-        """Return whether a message that is shown gets a line of its own."""
+        """Return whether a message that is shown gets a line; parts only do on request."""
         return decoded.kind != "part" or "part" in self.kinds
 
 
@@ -70,10 +70,7 @@ def is_work(decoded: DecodedMessage) -> bool:
 def bindings(
     topology: Topology, wanted: Wanted, queue: str, existing: Collection[str]
 ) -> set[Binding]:
-    """Return the bindings of a tap.
-
-    Only keys that route to one of the ``existing`` queues are tapped.
-    """
+    """Return the bindings of a tap: only keys that route to one of the ``existing`` queues."""
     result: set[Binding] = set()
     kinds = wanted.kinds or set(KINDS)
     ending = wanted.worker or "#"

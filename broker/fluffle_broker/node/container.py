@@ -65,8 +65,8 @@ def _compose(info: NodeInfo, *arguments: str) -> str:
     docker = shutil.which("docker")
     if docker is None:  # removed since the container was started
         raise BrokerError(
-            "a container runs RabbitMQ, but the command 'docker' is not installed; install Docker, "
-            "and run this command again"
+            "RabbitMQ runs in a container, but the command 'docker' is not installed; install "
+            "Docker, and run this command again"
         )
     done = subprocess.run(
         [docker, "compose", "--project-name", project, "--file", compose, *arguments],

@@ -128,7 +128,10 @@ def launch(info: NodeInfo, installation: Installation) -> int:
     shell = subprocess.Popen(
         # Started from its own folder, because the scripts do not quote their own path.
         ["/bin/sh", "-c", _LAUNCH, "sh", server.parent, server.name, startup_log(info)],
-        env={**_without_foreign(os.environ), **environment(info, installation, os.environ)},
+        env={
+            **{name: of for name, of in os.environ.items() if not name.startswith(_FOREIGN)},
+            **environment(info, installation, os.environ),
+        },
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -199,7 +202,3 @@ def failure_reason(log: str) -> str:
     return textwrap.shorten(
         paragraph.strip().partition("\n\n")[0], _LONGEST_REASON, placeholder=" …"
     )
-
-
-def _without_foreign(inherited: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in inherited.items() if not name.startswith(_FOREIGN)}

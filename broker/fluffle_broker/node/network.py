@@ -49,16 +49,12 @@ def require_free(port: int, what: str, option: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((LOOPBACK, port))
-        except PermissionError:
-            raise BrokerError(
-                f"{what} port {port} needs root permissions; give a port above 1023 with {option}"
-            ) from None
-        except OSError:
+        except OSError as why:
             holder = processes.listener(port)
             by = f" by {holder}" if holder else ""
             raise BrokerError(
-                f"{what} port {port} is already taken{by}; choose another port with {option} "
-                "(--port 0 chooses free ports)"
+                f"{what} port {port} cannot be used ({why.strerror}{by}); choose another port with "
+                f"{option} (--port 0 chooses free ports)"
             ) from None
 
 

@@ -17,15 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from fluffle_broker.node import (
-    container,
-    launch,
-    network,
-    packages,
-    policies,
-    processes,
-    record,
-)
+from fluffle_broker.node import container, launch, network, packages, policies, processes, record
 from fluffle_broker.node.packages import Installation
 from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError
@@ -137,7 +129,7 @@ def _start(
             return ready
         if installation is None:
             log = container.saved_log(info)
-            raise BrokerError(f"the container with RabbitMQ ended at once{log}")
+            raise BrokerError(f"the RabbitMQ container exited before it was ready{log}")
         raise BrokerError(launch.boot_failure(info))
     except BaseException:  # Ctrl-C as well: leave nothing running
         with contextlib.suppress(BrokerError):  # the first error is the one to report
@@ -171,7 +163,7 @@ def _await_ready(info: NodeInfo) -> NodeInfo | None:
             return ready
         if time.monotonic() > end:
             raise BrokerError(
-                f"RabbitMQ (pid {info.pid}) does not answer on port {info.ports.amqp} after "
+                f"RabbitMQ (pid {info.pid}) did not answer on port {info.ports.amqp} within "
                 f"{_BOOT_TIMEOUT_S:.0f} s; read the logs in {info.logs}, and run 'fluffle broker "
                 "down' before you try again"
             )
@@ -245,7 +237,7 @@ def _require_space(folder: Path, extra_conf: str) -> None:
     free = shutil.disk_usage(folder).free
     if free < launch.DISK_FREE_LIMIT_BYTES and "disk_free_limit" not in extra_conf:
         raise BrokerError(
-            f"only {free / 1e6:.0f} MB are free in {folder}, but RabbitMQ needs at least "
+            f"{folder} has only {free / 1e6:.0f} MB of free space, but RabbitMQ needs at least "
             f"{launch.DISK_FREE_LIMIT_BYTES / 1e6:.0f} MB to accept messages; free some space, or "
             "choose another folder with --state"
         )
@@ -296,10 +288,8 @@ def _readable_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as refused:
-        where = str(refused.filename or folder)
-        if len(where) > 120:
-            where = f"{where[:60]}…{where[-59:]}"
+        where, reason = refused.filename or folder, refused.strerror or refused
         raise BrokerError(
-            f"cannot use the state folder ({where}: {refused.strerror or refused}); choose "
-            "another folder with --state (FLUFFLE_STATE)"
+            f"cannot use the state folder ({where}: {reason}); choose another folder with --state "
+            "(FLUFFLE_STATE)"
         ) from refused

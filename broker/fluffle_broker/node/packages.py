@@ -107,37 +107,18 @@ def _unpack_into(scratch: Path, report: Report) -> Path:
     debs = scratch / "debs"
     debs.mkdir()
     apt = _Apt(scratch)
-    names = _needed(apt, report)
-    report(f"downloading {len(names)} packages of RabbitMQ and Erlang (about 35 MB)")
     try:
-        apt.run("download", *names, cwd=debs)
-    except _AptFailed:
-        # Old package lists name versions that the mirror no longer has.
+        apt.download(debs, report)
+    except _AptFailed:  # the lists lack the packages, or name versions that the mirror has not
         apt.update(report)
-        apt.run("download", *_needed(apt, report), cwd=debs)
+        apt.download(debs, report)
     whole = scratch / "whole"
-    for position, deb in enumerate(sorted(debs.glob("*.deb")), start=1):
-        report(f"unpacking {deb.name.partition('_')[0]} ({position} of {len(names)})")
+    packages = sorted(debs.glob("*.deb"))
+    for position, deb in enumerate(packages, start=1):
+        report(f"unpacking {deb.name.partition('_')[0]} ({position} of {len(packages)})")
         _run(["dpkg-deb", "--extract", str(deb), str(whole)], cwd=scratch)
     _rewrite_erl(whole)
     return whole
-
-
-def _needed(apt: _Apt, report: Report) -> list[str]:
-    """Return the packages to download: those that an installation would add."""
-    try:
-        names = apt.simulate()
-    except _AptFailed as failed:
-        if not failed.unknown_package:
-            raise
-        apt.update(report)
-        names = apt.simulate()
-    if "erlang-base" in names:
-        return names
-    # Parts of Erlang are installed. An unpacked RabbitMQ needs all applications in one place, so
-    # download all of Erlang, as if nothing were installed.
-    bare = apt.simulate("-o", "Dir::State::status=/dev/null")
-    return sorted({*names, *(each for each in bare if each.startswith("erlang-"))})
 
 
 class _AptFailed(BrokerError):
@@ -146,9 +127,6 @@ class _AptFailed(BrokerError):
     def __init__(self, output: str) -> None:
         lines = [line for line in output.splitlines() if line.startswith("E:")]
         reason = lines[0].removeprefix("E:").strip() if lines else "it gave no reason"
-        self.unknown_package = any(
-            text in output for text in ("Unable to locate package", "no installation cand")
-        )
         super().__init__(f"apt-get cannot fetch RabbitMQ ({reason}); {REMEDIES}")
 
 
@@ -160,8 +138,18 @@ class _Apt:
         # If we are root, apt would download as another user, who cannot write into our folder.
         self._options: tuple[str, ...] = ("-o", "APT::Sandbox::User=root")
 
-    def simulate(self, *options: str) -> list[str]:
-        """Return the packages that installing RabbitMQ would add."""
+    def download(self, folder: Path, report: Report) -> None:
+        """Download the packages that an installation of RabbitMQ would add."""
+        names = self._simulate()
+        if "erlang-base" not in names:
+            # Parts of Erlang are installed. An unpacked RabbitMQ needs all applications in one
+            # place, so download all of Erlang, as if nothing were installed.
+            bare = self._simulate("-o", "Dir::State::status=/dev/null")
+            names = sorted({*names, *(each for each in bare if each.startswith("erlang-"))})
+        report(f"downloading {len(names)} packages of RabbitMQ and Erlang (about 35 MB)")
+        self.run("download", *names, cwd=folder)
+
+    def _simulate(self, *options: str) -> list[str]:
         output = self.run(*options, "install", "-s", "--no-install-recommends", _SERVER)
         return sorted(re.findall(r"^Inst (\S+)", output, flags=re.MULTILINE))
 

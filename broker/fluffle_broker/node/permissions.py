@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from fluffle_common.protocol.topology import Exchange, Queue, Topology, locks_of
 
 NOTHING = "^$"
-_LINE = 77  # characters, before the backslash of a continued line
 # Publishing to a queue by its name and dead-lettering need write access to this exchange.
 _DEFAULT_EXCHANGE = "amq.default"
 _REPLACED = re.compile(r"[^A-Za-z0-9_-]")
@@ -79,24 +78,13 @@ def coordinator_permissions(topology: Topology, user: str) -> Permissions:
 
 
 def shell_lines(permissions: Permissions, vhost: str) -> list[str]:
-    """Return the commands to run on the broker's machine, in lines that fit a terminal.
-
-    The commands are one shell list, which stops at the first failure.
-    """
+    """Return the commands to run on the broker's machine: a list that stops at a failure."""
     lines = [f"# add_user asks for a password; omit its line if {permissions.user} already exists"]
     for exchange in permissions.topics:
         lines.append(f"# RabbitMQ 4.3 needs the exchange {exchange}: start the coordinator first")
-    lines.append(f"rabbitmqctl add_user {shlex.quote(permissions.user)}")
-    for command in permissions.commands(vhost):
-        lines[-1] += " &&"
-        lines.append("rabbitmqctl")
-        for word in map(shlex.quote, command):
-            if len(lines[-1]) + len(word) < _LINE:
-                lines[-1] += f" {word}"
-            else:
-                lines[-1] += " \\"
-                lines.append(f"  {word}")
-    return lines
+    commands = [["add_user", permissions.user], *permissions.commands(vhost)]
+    joined = [shlex.join(["rabbitmqctl", *command]) for command in commands]
+    return [*lines, *(f"{command} &&" for command in joined[:-1]), joined[-1]]
 
 
 def _one_of(names: Sequence[str]) -> str:

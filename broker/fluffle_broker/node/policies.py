@@ -55,14 +55,10 @@ def apply(policies: Sequence[Policy], api: Management, *, keep: bool = False) ->
                 }
                 api.ask(f"{path}/{one.name}", put=value)
     except urllib.error.HTTPError as no:
-        if no.code not in (401, 403):
-            raise BrokerError(
-                f"the management API at {api.base} rejects a policy ({no.code} {no.reason}); check "
-                f"the vhost in --url, {_INSTEAD}"
-            ) from None
         raise BrokerError(
-            f"user '{api.user}' is not allowed to set policies on the broker at {api.base}; give "
-            f"this user the tag 'policymaker' and permissions in the vhost, {_INSTEAD}"
+            f"user '{api.user}' cannot set policies on the broker at {api.base} ({no.code} "
+            f"{no.reason}); check the vhost in --url, give this user the tag 'policymaker' and "
+            f"permissions in the vhost, {_INSTEAD}"
         ) from None
     except REQUEST_ERRORS as why:
         fault, remedy = fault_and_remedy(why)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import click
-from click.core import ParameterSource
 
 from fluffle_common.cli.exit_now import Interrupted, exit_soon, reset_when_delivered
 from fluffle_common.cli.open_files import too_many_files
@@ -28,7 +27,7 @@ from fluffle_common.cli.printing import (
     prepare_streams,
     settle_streams,
 )
-from fluffle_common.errors import FluffleError, UsageError
+from fluffle_common.errors import FluffleError
 from fluffle_common.installed import installed
 
 _GROUP = "fluffle.commands"
@@ -201,7 +200,7 @@ def fluffle() -> None:
     machines that can reach the broker:
 
     \b
-      fluffle broker up                                a private RabbitMQ
+      fluffle broker up                                a private RabbitMQ server
       fluffle coordinator --federation letters         opens rounds, averages
       fluffle worker --federation letters --data DIR   one for each data owner
       fluffle queues --federation letters              what is in the queues
@@ -212,22 +211,9 @@ def fluffle() -> None:
         show_debug_log()
 
 
-def _check_environment(ctx: click.Context, option: click.Parameter, url: str | None) -> str | None:
-    """Validate a URL from FLUFFLE_URL, so that an error names the variable and not ``--url``."""
-    if url and ctx.get_parameter_source(str(option.name)) is ParameterSource.ENVIRONMENT:
-        from fluffle_common.transport.rabbitmq.urls import parse_urls
-
-        try:
-            parse_urls(url)
-        except UsageError as why:
-            raise UsageError(str(why).replace("--url", "FLUFFLE_URL")) from None
-    return url
-
-
 url_option = click.option(
     "--url",
     envvar="FLUFFLE_URL",
-    callback=_check_environment,
     metavar="URL",
     help="URL of the broker: amqp://user:password@host:port/vhost or, with TLS, amqps://…. "
     "For a cluster, give the URLs of several nodes, separated by commas; the command uses any "

@@ -18,7 +18,6 @@ import os
 import select
 import sys
 import threading
-from collections.abc import Callable
 from typing import IO
 
 from fluffle_common.cli.printing import is_terminal
@@ -29,17 +28,13 @@ _CAPACITY_BYTES = 2**20
 
 
 class BackgroundStream(io.TextIOBase):
-    """Writes to another stream in a background thread.
+    """Writes to another stream in a background thread; without one, drops all text.
 
-    Args:
-        stream: the stream to write to; None drops all text.
-        failed: called once, in the thread, with the reason of the first error.
+    The first error is reported on stderr.
     """
 
-    def __init__(
-        self, stream: IO[str] | None, failed: Callable[[str], None] = lambda _: None
-    ) -> None:
-        self._stream, self._failed = stream, failed
+    def __init__(self, stream: IO[str] | None) -> None:
+        self._stream, self._stderr = stream, sys.stderr  # which progress bars may replace later
         self._descriptor: int | None = None
         if stream is not None:
             with contextlib.suppress(OSError, ValueError):
@@ -51,8 +46,6 @@ class BackgroundStream(io.TextIOBase):
         self._size = 0
         self._writing = False
         self._lost_lines, self._reported = 0, False
-        self._begun = False  # whether the beginning of the pending text is written
-        self._torn = False  # whether the last write was cut off in the middle of a line
         self._thread: threading.Thread | None = None
 
     @property
@@ -77,10 +70,9 @@ class BackgroundStream(io.TextIOBase):
                 self._lost_lines += data.count(b"\n")
                 return len(text)
             if not self._pending and not self._writing and not self._lost_lines:
-                rest = self._write_ready(data)
-                if not rest:
+                data = self._write_ready(data)
+                if not data:
                     return len(text)
-                self._begun, data = len(rest) < len(data), rest
             self._pending.append(data)
             self._size += len(data)
             if self._thread is None and self._stream is not None:
@@ -136,19 +128,20 @@ class BackgroundStream(io.TextIOBase):
             note = f"… {plural(lost, 'line')} could not be written here\n"
             data = note.encode(self._encoding, "backslashreplace") + data
         try:
-            self._put(b"\n" + data if self._torn else data)
+            self._put(data)
         except (OSError, ValueError) as why:
-            self._torn |= self._begun
             with self._changed:
                 self._lost_lines += data.count(b"\n") - bool(lost)
             if not self._reported:
                 self._reported = True
-                self._failed(str(getattr(why, "strerror", None) or why))
+                reason = getattr(why, "strerror", None) or why
+                text = f"fluffle: cannot write the log ({reason}); continuing without it\n"
+                with contextlib.suppress(OSError, ValueError, AttributeError):  # it may be None
+                    self._stderr.write(text)
+                    self._stderr.flush()
         else:
-            self._torn = False
             with self._changed:
                 self._lost_lines -= lost
-        self._begun = False
 
     def _put(self, data: bytes) -> None:
         assert self._stream is not None
@@ -163,21 +156,4 @@ class BackgroundStream(io.TextIOBase):
             except BlockingIOError:  # another process has made the terminal non-blocking
                 select.select([], [self._descriptor], [], 1.0)
                 continue
-            self._torn = True
             left = left[written:]
-
-
-def warning_about(what: str) -> Callable[[str], None]:
-    """Return a callback that reports on stderr, if possible, that ``what`` cannot be written.
-
-    It uses the current ``sys.stderr``, which progress bars may replace later.
-    """
-    stderr = sys.stderr
-
-    def warn(reason: str) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            if stderr is not None:
-                stderr.write(f"fluffle: cannot write {what} ({reason}); continuing without it\n")
-                stderr.flush()
-
-    return warn

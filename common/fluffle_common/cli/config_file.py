@@ -89,7 +89,7 @@ class ConfiguredCommand(click.Command):
                 is_eager=True,
                 expose_value=False,
                 callback=_remember,
-                help="Print the value and the source of every option as a TOML file, and exit.",
+                help="Print a TOML file of all options, with the origin of each value, and exit.",
             )
         )
 
@@ -149,7 +149,7 @@ def _read_text(path: Path) -> str:
         raise UsageError(f"cannot read {path} ({why.strerror})") from None
     if len(text) > _MOST_CHARACTERS:  # perhaps a model, or a device without an end
         raise UsageError(
-            f"{path} is too large for a file of options (more than 1 MB); give a TOML file"
+            f"{path} is too large to be a TOML file with options (more than 1 MB); correct the path"
         )
     return text
 
@@ -230,17 +230,12 @@ def _validated(
         try:
             values[str(option.name)] = raw = _raw(option, value)
             option.type_cast_value(ctx, raw)
-        except (click.BadParameter, _WrongType) as why:
-            text = why.message.rstrip(".") if isinstance(why, click.BadParameter) else str(why)
-            shown = _without_password(_toml(value))
+        except click.BadParameter as why:
+            shown, text = _without_password(_toml(value)), why.message.rstrip(".")
             raise UsageError(f"{place(name)}: {name} = {shown} is not valid ({text})") from None
         except UsageError as why:
             raise UsageError(f"{place(name)}: {why}") from None
     return values
-
-
-class _WrongType(Exception):
-    """A value has the wrong type for its option."""
 
 
 def _without_numpy(value: Any) -> Any:
@@ -258,40 +253,35 @@ def _raw(option: click.Option, value: Any) -> Any:
     For example, ``rounds = 2.5`` is an error and does not become 2.
 
     Raises:
-        _WrongType: with the expected type.
+        BadParameter: with the expected type.
     """
     if isinstance(option.type, KeyValue) and isinstance(value, Mapping):
         return [f"{key}={_json(key, one)}" for key, one in value.items()]
     if option.multiple:
         if not isinstance(value, list | tuple):
-            expected = "a table" if isinstance(option.type, KeyValue) else "a list"
-            raise _WrongType(f"expected {expected}, such as {_example(option)}")
+            example = "{momentum = 0.9}" if isinstance(option.type, KeyValue) else '["…"]'
+            raise click.BadParameter(f"expected a value such as {_key_of(option)} = {example}")
         return [_single(option, one) for one in value]
     return _single(option, value)
 
 
 def _json(key: str, value: Any) -> str:
     if "=" in str(key):  # KEY=VALUE is split at the first one
-        raise _WrongType(f"the key '{key}' contains '='; choose another key")
+        raise click.BadParameter(f"the key '{key}' contains '='; choose another key")
     if not isinstance(value, bool | int | float | str):
-        raise _WrongType(f"{key} must be true, false, a number or text")
+        raise click.BadParameter(f"{key} must be true, false, a number or text")
     return json.dumps(value)
-
-
-def _example(option: click.Option) -> str:
-    key = _key_of(option)
-    if isinstance(option.type, KeyValue):
-        return f"{key} = {{momentum = 0.9}}"
-    return f'{key} = ["…"]'
 
 
 def _single(option: click.Option, value: Any) -> Any:
     if isinstance(value, os.PathLike):
         value = os.fspath(value)
     if isinstance(value, str) and not value:
-        raise _WrongType("the value is empty; set it, or omit this option to use its default")
+        raise click.BadParameter(
+            "the value is empty; give a value, or omit this option to use its default"
+        )
     if isinstance(value, str) and "\0" in value:
-        raise _WrongType("the value contains a null character; remove this character")
+        raise click.BadParameter("the value contains a null character; remove this character")
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     kind = option.type
     if option.is_flag:
@@ -308,7 +298,7 @@ def _single(option: click.Option, value: Any) -> Any:
         fits, expected = isinstance(value, str) or is_number, "text or a number"
         value = str(value) if is_number else value
     if not fits:
-        raise _WrongType(f"expected {expected}")
+        raise click.BadParameter(f"expected {expected}")
     return value
 
 

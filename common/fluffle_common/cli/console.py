@@ -12,7 +12,7 @@ from typing import IO, TYPE_CHECKING, Any, Literal, Self
 import click
 from pydantic_core import to_json
 
-from fluffle_common.cli.background_stream import BackgroundStream, warning_about
+from fluffle_common.cli.background_stream import BackgroundStream
 from fluffle_common.cli.printing import echo, echo_sentences, printable, visible_json, wrapped
 from fluffle_common.clock import time_is_simulated, timestamp, wall_time
 
@@ -41,7 +41,7 @@ class Console:
     def __init__(
         self, log_format: LogFormat, always: Mapping[str, Any], stream: IO[str] | None = None
     ) -> None:
-        self._stream = BackgroundStream(stream or sys.stdout, warning_about("the log"))
+        self._stream = BackgroundStream(stream or sys.stdout)
         self._json = log_format == "json"
         self._always = dict(always)
         self._pending: list[Callable[[], str]] = []  # render lines that are not written yet

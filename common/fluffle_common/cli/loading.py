@@ -27,16 +27,6 @@ _OF_AN_EXTRA = {
     **dict.fromkeys(("jax", "jaxlib", "flax", "optax", "PIL"), _OF_THE_WORKER),
     "torch": "'fluffle[torch]', which includes PyTorch",
 }
-# Import names that differ from the name of the package to install.
-_INSTALLED_AS = {
-    "attr": "attrs",
-    "bs4": "beautifulsoup4",
-    "cv2": "opencv-python",
-    "PIL": "pillow",
-    "skimage": "scikit-image",
-    "sklearn": "scikit-learn",
-    "yaml": "PyYAML",
-}
 
 
 # Files that several options name are loaded once, as modules are, so that they share their globals.
@@ -53,11 +43,7 @@ class Place:
 
     @classmethod
     def parse(cls, what: str, name: str) -> Place:
-        """Parse ``module:name`` or ``path.py:name``.
-
-        Raises:
-            UsageError: if it is neither.
-        """
+        """Parse ``module:name`` or ``path.py:name``; raise ``UsageError`` for other text."""
         where, colon, attribute = name.rpartition(":")
         relative = where.startswith(".") and not where.endswith(".py")
         if not colon or not where or not attribute or relative:
@@ -99,8 +85,8 @@ class Place:
         else:
             beside = f"beside {self.where}" if self.is_file else "in this folder"
             remedy = (
-                f"run pip install {_INSTALLED_AS.get(package, package)} or, if the module is your "
-                f"own, put {package}.py {beside}"
+                "install the package that provides it or, if the module is your own, put "
+                f"{package}.py {beside}"
             )
         return UsageError(
             f"the {self.what} {self.where} needs the module '{why.name}', which is not installed"
@@ -155,11 +141,7 @@ class Place:
 
 
 def load_installed(what: str, point: EntryPoint) -> Any:
-    """Import the object of an entry point.
-
-    Args:
-        what: what the object is used for, such as ``strategy``.
-        point: the entry point.
+    """Import the object of an entry point; ``what`` is its use, such as ``strategy``.
 
     Raises:
         TaskError: if its own code fails; the traceback goes to stderr.

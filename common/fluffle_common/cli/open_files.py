@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
 import resource
-
-from fluffle_common.errors import RunError
 
 
 def too_many_files(why: OSError) -> str:
@@ -21,17 +17,3 @@ def too_many_files(why: OSError) -> str:
         f"too many open files; raise the limit of {limit} open files per process, for example "
         "with 'ulimit -n 4096'"
     )
-
-
-def check_open_files(number: int) -> None:
-    """Check that this process may open ``number`` more files.
-
-    Raises:
-        RunError: if it may not.
-    """
-    with contextlib.ExitStack() as opened:
-        try:
-            for _ in range(number):
-                opened.callback(os.close, os.open(os.devnull, os.O_RDONLY))
-        except OSError as why:
-            raise RunError(too_many_files(why) or f"cannot open files ({why})") from None

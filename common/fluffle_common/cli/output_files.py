@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -25,11 +26,7 @@ class ChartFile(click.Path):
         super().__init__(path_type=Path, dir_okay=False)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the path.
-
-        Raises:
-            UsageError: if its suffix is that of another format.
-        """
+        """Return the path; raise ``UsageError`` if its suffix is that of another format."""
         path = Path(str(super().convert(value, param, ctx)))
         if path.suffix.lower() not in ("", ".png"):
             given = f"{param.opts[0]} {path}" if param else str(path)
@@ -59,24 +56,23 @@ def draw_into_files() -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of this size, in inches.
-
-    Raises:
-        UsageError: if matplotlib is not installed.
-    """
+    """Return a figure of this size in inches; raise ``UsageError`` without matplotlib."""
     try:
-        from fluffle_common.cli.chart import Chart
+        from matplotlib.figure import Figure
     except ImportError:
         raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
+
+    class Chart(Figure):
+        def _repr_png_(self) -> bytes:  # for a notebook in which ``pyplot`` was never used
+            image = io.BytesIO()
+            self.savefig(image, format="png")
+            return image.getvalue()
+
     return Chart(figsize=(width, height), layout="constrained")
 
 
 def save_chart(figure: Figure, path: Path, option: str = "--out") -> None:
-    """Write a figure to the PNG file that an option names.
-
-    Raises:
-        UsageError: if the file cannot be written.
-    """
+    """Write a figure to the PNG file that an option names; raise what ``output_file`` does."""
     with output_file(path, option) as file, warnings.catch_warnings():
         # A character that the font lacks becomes a box.
         warnings.filterwarnings("ignore", message="Glyph")

@@ -16,16 +16,12 @@ from typing import Any, TypeVar
 import uvloop
 
 from fluffle_common.cli.exit_now import Interrupted, reset_when_delivered
-from fluffle_common.cli.open_files import check_open_files
 from fluffle_common.cli.printing import prepare_streams
-from fluffle_common.errors import RunError
 
 T = TypeVar("T")
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-# The event loop, a connection and the files of a run. Without its own, uvloop does not even end.
-_OPEN_FILES = 16
 # Parameters of glibc's mallopt. Every round allocates messages and models of a few megabytes. Up to
 # these sizes, free memory is kept for the next round, because returning it to the system and
 # faulting it in again, page by page, takes about as long as filling it.
@@ -47,13 +43,7 @@ def run_until_signalled(
 
     Raises:
         Interrupted: after a signal, once the coroutine has cleaned up.
-        RunError: if the process may not open the files of an event loop.
     """
-    try:
-        check_open_files(_OPEN_FILES)
-    except RunError:
-        main.close()
-        raise
     received: list[int] = []
     before = {each: signal.getsignal(each) for each in _ENDING}
     _reset_signals_in_children()

@@ -100,11 +100,7 @@ def management_finder(given: str | None) -> Callable[[str], Management]:
 
 
 def check_federation(name: str) -> str:
-    """Return the name of a federation.
-
-    Raises:
-        UsageError: if it is invalid.
-    """
+    """Return the name of a federation; raise ``UsageError`` if it is invalid."""
     from fluffle_common.protocol.messages import FEDERATION_PATTERN
 
     if not re.fullmatch(FEDERATION_PATTERN, name):
@@ -112,20 +108,11 @@ def check_federation(name: str) -> str:
             f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and "
             "'_', and begin with a letter or digit"
         )
-    if name == "amq":
-        raise UsageError(
-            "the federation name 'amq' is not possible, because RabbitMQ reserves names that begin "
-            "with 'amq.'; choose another name"
-        )
     return name
 
 
 def check_worker(name: str) -> str:
-    """Return the ID of a worker.
-
-    Raises:
-        UsageError: if it is invalid.
-    """
+    """Return the ID of a worker; raise ``UsageError`` if it is invalid."""
     from fluffle_common.protocol.messages import WORKER_PATTERN
 
     if not re.fullmatch(WORKER_PATTERN, name):

@@ -13,11 +13,7 @@ from fluffle_common.user_errors import sendable
 
 
 def real(value: Any) -> float:
-    """Convert a number of any framework to a float, which may be NaN or infinite.
-
-    Raises:
-        ValueError: if it is not one; the message says what it is.
-    """
+    """Convert a number of any framework to a float, or raise ``ValueError`` with the reason."""
     try:
         return float(_plain(value))
     except OverflowError:
@@ -27,11 +23,7 @@ def real(value: Any) -> float:
 
 
 def number(value: Any) -> float:
-    """Convert a finite number of any framework to a float.
-
-    Raises:
-        ValueError: if it is not one; the message says what it is.
-    """
+    """Convert a finite number as ``real`` does."""
     converted = real(value)
     if not math.isfinite(converted):
         raise ValueError(f"the value is {converted}, but a finite number is expected")
@@ -39,11 +31,7 @@ def number(value: Any) -> float:
 
 
 def count(value: Any) -> int:
-    """Convert a whole number of any framework to an int.
-
-    Raises:
-        ValueError: if it is not one; the message says what it is.
-    """
+    """Convert a whole number to an int, as ``real`` does."""
     try:
         plain = _plain(value)
         if isinstance(plain, float) and plain.is_integer():
@@ -62,15 +50,10 @@ def shown(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """Return the element of a one-element array or tensor; return other values as they are.
-
-    Raises:
-        TypeError: for text, which ``float`` would parse, and for a masked element, of which
-            ``item`` returns the value under the mask.
-    """
-    if np.ma.is_masked(value):
+    """Return the element of a one-element array or tensor; return other values as they are."""
+    if np.ma.is_masked(value):  # ``item`` would return the value under the mask
         raise TypeError
     plain = value.item() if hasattr(value, "item") else value
-    if isinstance(plain, str | bytes | bytearray):
+    if isinstance(plain, str | bytes | bytearray):  # which ``float`` would parse
         raise TypeError
     return plain

@@ -38,6 +38,7 @@ from fluffle_common.tensors.codecs.base import (
     Part,
     Shape,
     codec_error,
+    parts_of,
 )
 from fluffle_common.tensors.codecs.registry import CODECS, OWN_NAMES
 from fluffle_common.tensors.layout import Forms, Place
@@ -88,7 +89,7 @@ def compress(
         if not _is_encodable(name, wanted, codec, delta):
             tensors[name] = wanted.astype(tensor.dtype, copy=False)
             continue
-        parts = _parts(type(codec), name, wanted.shape)
+        parts = parts_of(type(codec), wanted.shape)
         encoded = _encode(codec, name, wanted, parts, rng)
         tensors.update(zip(_names(name, parts), encoded, strict=True))
         if codec.feeds_back:
@@ -120,7 +121,7 @@ def _is_encodable(name: str, tensor: Array, codec: Codec, delta: Weights) -> boo
     ):
         return False
     # A tensor of the model itself may have the name of a part.
-    names = _names(name, _parts(type(codec), name, tensor.shape))
+    names = _names(name, parts_of(type(codec), tensor.shape))
     if any(other != name and other in delta for other in names):
         return False
     return bool(np.isfinite(tensor).all())
@@ -193,7 +194,7 @@ def _replace_parts(
             continue
         if not is_float(base.dtype):
             continue
-        parts = _parts(codec, name, base.shape)
+        parts = parts_of(codec, base.shape)
         names = _names(name, parts)
         if all(part in rest for part in names):
             encoded = tuple(rest.pop(part) for part in names)
@@ -203,9 +204,9 @@ def _replace_parts(
 
 
 def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Array) -> Array:
-    blank = np.zeros(like.shape, like.dtype)  # both sides must decode to the same
+    blank = read_only(np.zeros(like.shape, like.dtype))  # both sides must decode to the same
     try:
-        result = codec.decode(encoded, read_only(blank))
+        result = codec.decode(encoded, blank)
     except NotFinite as error:
         raise NotFinite(f"tensor '{name}', encoded as {codec.name}: {error}") from None
     except ValueError as error:
@@ -214,11 +215,6 @@ def _decode(codec: type[Codec], name: str, encoded: tuple[Array, ...], like: Arr
         raise ValueError(f"{reason} ({where})" if where else reason) from error
     except (Exception, SystemExit) as error:
         raise codec_error(codec, "decode", name, error) from error
-    if isinstance(result, np.ndarray) and np.may_share_memory(result, blank):
-        raise CodecError(
-            f"decode() of the codec '{codec.name}' returned its argument like=, or a view of it, "
-            f"for tensor '{name[:60]}'; return a new array, made from the parts"
-        )
     if not isinstance(result, np.ndarray) or (result.dtype, result.shape) != (
         like.dtype,
         like.shape,
@@ -249,19 +245,6 @@ def _check_parts(name: str, parts: tuple[Part, ...], encoded: Iterable[Array | P
                 f"tensor '{name}{part.suffix}' is {tensor.dtype} {shape}; "
                 f"expected {part.dtype} {expected}{bound}"
             )
-
-
-def _parts(codec: type[Codec], name: str, shape: Shape) -> tuple[Part, ...]:
-    try:
-        parts = codec.parts(shape)
-    except (Exception, SystemExit) as error:
-        raise codec_error(codec, "lay out", name, error) from error
-    if not isinstance(parts, tuple) or not all(isinstance(part, Part) for part in parts):
-        raise CodecError(
-            f"parts({shape}) of the codec '{codec.name}' returned {parts!r:.80} for tensor "
-            f"'{name[:60]}'; expected a tuple of one or two Part objects"
-        )
-    return parts
 
 
 def _names(name: str, parts: tuple[Part, ...]) -> tuple[str, ...]:

@@ -194,11 +194,7 @@ def layout_of(table: tuple[TensorEntry, ...]) -> Layout:
 
 
 def layout_for(weights: Weights) -> Layout:
-    """Return the layout in which these weights travel.
-
-    Raises:
-        ValueError: if a tensor has an unsupported dtype.
-    """
+    """Return the layout in which weights travel; raise ``ValueError`` for an unsupported dtype."""
     if isinstance(weights, Tensors):
         return weights.layout
     return layout_of_signature(signature_of(weights))
@@ -247,11 +243,7 @@ def signature_of(weights: Weights) -> Signature:
 
 @cached
 def layout_of_signature(signature: Signature) -> Layout:
-    """Return the layout in which tensors with these names, dtypes and shapes travel.
-
-    Raises:
-        ValueError: if a dtype is unsupported.
-    """
+    """Return the layout of these names, dtypes and shapes; raise what ``layout_for`` does."""
     return layout_of(_table_of(signature))
 
 

@@ -126,11 +126,7 @@ def read_only(tensor: Array) -> Array:
 
 
 def same_form(weights: Weights, like: Weights) -> None:
-    """Check that two sets of weights have the same names, shapes and dtypes.
-
-    Raises:
-        ValueError: naming the first tensor that differs.
-    """
+    """Raise ``ValueError``, naming a tensor, unless names, shapes and dtypes are the same."""
     _check_names(weights, like)
     for name, expected in like.items():
         _check_tensor(name, weights[name], expected.shape, expected.dtype)
@@ -146,37 +142,23 @@ def check_delta(update: Weights, base: Weights) -> float:
         NotFinite: naming the first tensor that holds NaN or infinity.
         ValueError: naming the first tensor that differs.
     """
-    if _share_float_layout(update, base):
-        return finite_norm(update)
+    layout = base.layout if isinstance(base, Tensors) and base.layout.floats else None
     if isinstance(update, InPieces) and update.layout is layout_for(base):
         return _norm_of_pieces(update)
-    check_delta_form(update, base)
+    if not isinstance(update, Tensors) or update.layout is not layout:
+        check_delta_form(update, base)
     return finite_norm(update)
 
 
 def check_delta_form(update: Forms, base: Weights) -> None:
-    """Check that tensors have the names, shapes and dtypes of a delta for ``base``.
-
-    Raises:
-        ValueError: naming the first tensor that differs.
-    """
+    """Raise ``ValueError``, naming a tensor, unless ``update`` has the form of a delta."""
     _check_names(update, base)
     for name, expected in base.items():
         _check_tensor(name, update[name], expected.shape, delta_dtype(expected.dtype))
 
 
-def _share_float_layout(update: Weights, base: Weights) -> bool:
-    if not isinstance(update, Tensors) or not isinstance(base, Tensors):
-        return False
-    return update.layout is base.layout and base.layout.floats
-
-
 def check_finite(weights: Weights) -> None:
-    """Check that no value is NaN or infinite.
-
-    Raises:
-        NotFinite: naming the first tensor that holds NaN or infinity.
-    """
+    """Raise ``NotFinite``, naming a tensor, if a value is NaN or infinite."""
     flat = weights.flat if isinstance(weights, Tensors) else None
     if flat is not None and not _count_not_finite(flat):
         return
@@ -261,7 +243,7 @@ def _measure(values: Array) -> tuple[float, int]:
     """Return the norm of the finite values of a vector, and how many are not finite.
 
     A plain sum of squares is right unless it overflows, underflows, or meets NaN; only then are
-    rows scaled before they are squared.
+    values scaled before they are squared.
     """
     with np.errstate(over="ignore", under="ignore", invalid="ignore"):
         squares = 0.0
@@ -270,10 +252,11 @@ def _measure(values: Array) -> tuple[float, int]:
         if _MIN_EXACT < squares < math.inf:
             return math.sqrt(squares), 0
         norm, bad = 0.0, 0
-        for rows in _rows(values):
-            for row in rows if rows.any() else ():
-                row_norm, bad_in_row = _measure_scaled(row)
-                norm, bad = math.hypot(norm, row_norm), bad + bad_in_row
+        for rows in filter(np.any, _rows(values)):
+            finite = rows[np.isfinite(rows)].astype(np.float64)
+            bad += rows.size - finite.size
+            if scale := float(np.abs(finite).max(initial=0)):
+                norm = math.hypot(norm, scale * math.sqrt(np.square(finite / scale).sum()))
     return norm, bad
 
 
@@ -291,18 +274,6 @@ def _rows(values: Array) -> Iterator[Array]:
             yield block[:whole].reshape(-1, _ROW)
         if whole < block.size:
             yield block[whole:].reshape(1, -1)
-
-
-def _measure_scaled(row: Array) -> tuple[float, int]:
-    """Return what ``_measure`` does, dividing by the largest magnitude before squaring."""
-    if not row.any():
-        return 0.0, 0
-    finite = row[np.isfinite(row)].astype(np.float64)
-    scale = float(np.abs(finite).max(initial=0))
-    if not scale:
-        return 0.0, row.size - finite.size
-    finite /= scale
-    return scale * math.sqrt(float(np.vecdot(finite, finite))), row.size - finite.size
 
 
 def size_bytes(weights: Weights) -> int:

@@ -95,10 +95,7 @@ class Counts(NamedTuple):
 
 
 class Delivery(Protocol):
-    """A message that the broker has delivered and that awaits our acknowledgement.
-
-    ``queue`` is the queue that it was delivered from.
-    """
+    """A message that the broker has delivered from ``queue`` and that awaits an acknowledgement."""
 
     body: Body
     queue: str
@@ -142,31 +139,24 @@ class Blocking:
 
     def __init__(self) -> None:
         self.reason: str | None = None
-        self.free = asyncio.Event()  # set while there is no reason
-        self.free.set()
-        self._changed = asyncio.Event()
+        self.changed = asyncio.Event()  # replaced when it is set
 
     def set(self, reason: str | None) -> None:
         """Set the reason for blocking, or None when the broker accepts messages again."""
         if reason != self.reason:
             self.reason = reason
-            if reason is None:
-                self.free.set()
-            else:
-                self.free.clear()
-            self._changed.set()
-            self._changed = asyncio.Event()
+            self.changed.set()
+            self.changed = asyncio.Event()
 
     async def changes(self) -> AsyncGenerator[str | None]:
         """Yield the current reason, unless it is None, and then the new one after each change."""
         yielded: str | None = None
         while True:
-            changed = self._changed
             if self.reason != yielded:
                 yielded = self.reason
                 yield yielded
             else:
-                await changed.wait()
+                await self.changed.wait()
 
 
 class Link(Protocol):

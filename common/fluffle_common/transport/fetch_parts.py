@@ -25,14 +25,12 @@ class PartsGone(Exception):
 
 
 def read_part(body: Body, federation: str | None = None) -> tuple[Part, memoryview]:
-    """Decode a part from an outbox into its header and its piece of the payload.
-
-    Raises:
-        MalformedMessage: if the body is not a valid part.
-    """
+    """Decode a part into its header and its piece of the payload, or raise ``MalformedMessage``."""
     message, payload = decode(body, federation, max_header=SMALL_HEADER_BYTES)
     if not isinstance(message, Part):
-        raise MalformedMessage(f"a message of kind {message.kind} is not a part", "kind")
+        raise MalformedMessage(
+            f"expected a part, but received a message of kind {message.kind}", "kind"
+        )
     return message, payload
 
 

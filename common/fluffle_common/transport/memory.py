@@ -144,7 +144,7 @@ class MemoryLink(Link):
             source.arrivals.discard(arrival)
 
     def _copy(self, source: MemoryQueue, message: StoredMessage) -> Delivery:
-        copy = MemoryDelivery(source, message, self, None)
+        copy = MemoryDelivery(source, message, self)
         copy.ack()  # so that losing the link does not put it into the stream again
         return copy
 
@@ -160,7 +160,7 @@ class MemoryLink(Link):
         source = self._find(queue)
         if not source.ready:
             return None
-        return MemoryDelivery(source, source.ready.popleft(), self, None)
+        return MemoryDelivery(source, source.ready.popleft(), self)
 
     async def tap(self, queue: Queue, bindings: Iterable[Binding]) -> AsyncGenerator[Delivery]:
         await self.declare([queue, *bindings])
@@ -223,15 +223,15 @@ class MemoryLink(Link):
     async def _wait_unblocked(self) -> None:
         """Wait until the broker accepts messages."""
         self._check()
-        if self.blocking.reason is None:
-            return
-        waits = [asyncio.ensure_future(event.wait()) for event in (self.blocking.free, self._lost)]
-        try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for wait in waits:
-                wait.cancel()
-        self._check()
+        while self.blocking.reason is not None:
+            events = (self.blocking.changed, self._lost)
+            waits = [asyncio.ensure_future(event.wait()) for event in events]
+            try:
+                await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for wait in waits:
+                    wait.cancel()
+            self._check()
 
     def _find(self, queue: str, *, reads: bool = False) -> MemoryQueue:
         source = self._broker.queues.get(queue)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import bisect
 import itertools
+import math
 from collections import defaultdict, deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -61,11 +62,6 @@ class MemoryQueue:
         """Whether this is a stream, which keeps what is read."""
         return self.spec.arguments.get("x-queue-type") == "stream"
 
-    @property
-    def ready_bytes(self) -> int:
-        """The total size of the ready messages."""
-        return sum(len(message.body) for message in self.ready)
-
     @cached_property
     def limits(self) -> dict[str, ArgumentValue]:
         """The limits from its arguments and its policy, which always applies here."""
@@ -74,24 +70,24 @@ class MemoryQueue:
 
     def put(self, message: StoredMessage) -> None:
         """Add a message; raise ``QueueFull`` if the queue is full and rejects new messages."""
-        limits = self.limits
-        max_length, max_bytes = limits.get("max-length"), limits.get("max-length-bytes")
-
-        def over_limit(*extra: StoredMessage) -> bool:
-            if max_length is not None and len(self.ready) + len(extra) > int(max_length):
-                return True
-            nbytes = sum(len(message.body) for message in extra)
-            return max_bytes is not None and self.ready_bytes + nbytes > int(max_bytes)
-
-        if limits.get("overflow") == "reject-publish" and over_limit(message):
+        self.ready.append(message)
+        if self.limits.get("overflow") == "reject-publish" and self._is_over_limit():
+            self.ready.pop()
             raise QueueFull(f"queue '{self.spec.name}' is full")
         message.number = next(self.numbers)
-        self.ready.append(message)
-        while self.ready and over_limit():
+        while self.ready and self._is_over_limit():
             self.ready.popleft()
         for arrival in self.arrivals:
             arrival.set()
         self.dispatch()
+
+    def _is_over_limit(self) -> bool:
+        most, most_bytes = (
+            float(self.limits.get(name, math.inf)) for name in ("max-length", "max-length-bytes")
+        )
+        if most_bytes < math.inf and sum(len(one.body) for one in self.ready) > most_bytes:
+            return True
+        return len(self.ready) > most
 
     def dispatch(self) -> None:
         """Deliver the ready messages round robin to the consumers below their prefetch."""
@@ -112,7 +108,11 @@ class MemoryDelivery:
     """A delivery from a ``MemoryQueue``."""
 
     def __init__(
-        self, queue: MemoryQueue, message: StoredMessage, link: Holder, consumer: Consumer | None
+        self,
+        queue: MemoryQueue,
+        message: StoredMessage,
+        link: Holder,
+        consumer: Consumer | None = None,
     ) -> None:
         self.body: Body = message.body
         self.properties = message.properties

@@ -55,31 +55,19 @@ class Route:
     urgent: bool = False
 
 
-class _Refusals:
-    """Lets a transfer to several receivers go on although the queue of one of them is full.
+@contextlib.contextmanager
+def _collected(refusals: list[QueueFull], route: Route) -> Iterator[None]:
+    """Keep a refusal for later if there are several receivers.
 
     RabbitMQ refuses a message if one of its queues does, but the other queues have it. The owner of
     a queue may even have declared it such that it refuses everything.
     """
-
-    def __init__(self, route: Route) -> None:
-        self._several = len(route.keys) > 1
-        self._first: QueueFull | None = None
-
-    @contextlib.contextmanager
-    def collected(self) -> Iterator[None]:
-        """Keep a refusal for later; with a single receiver, raise it."""
-        try:
-            yield
-        except QueueFull as refusal:
-            if not self._several:
-                raise
-            self._first = self._first or refusal
-
-    def raise_first(self) -> None:
-        """Raise the first refusal that was kept."""
-        if self._first is not None:
-            raise self._first
+    try:
+        yield
+    except QueueFull as refusal:
+        if len(route.keys) == 1:
+            raise
+        refusals.append(refusal)
 
 
 async def send(link: Link, message: Message, route: Route, body: bytes | None = None) -> None:
@@ -118,12 +106,13 @@ async def send_tensors(
             await _send_parts(link, outgoing, parts, progress)
             await _publish(link, message, outgoing.body(await digest_task), route)
             return
-        refusals = _Refusals(route)
-        with refusals.collected():
+        refusals: list[QueueFull] = []
+        with _collected(refusals, route):
             await _publish(link, message, outgoing.body(await hashing), route)
-        with refusals.collected():
+        with _collected(refusals, route):
             await _send_parts(link, outgoing, route, progress)
-        refusals.raise_first()
+        if refusals:
+            raise refusals[0]
 
 
 async def send_ahead(
@@ -145,10 +134,10 @@ async def send_ahead(
     """
     outgoing = Outgoing(message, *lay_out(weights, others))
     last = outgoing.parts - 1
-    refusals = _Refusals(route)  # whoever refuses these parts refuses the last one, too
-    with refusals.collected():
+    refusals: list[QueueFull] = []  # whoever refuses these parts refuses the last one, too
+    with _collected(refusals, route):
         await _publish(link, message, outgoing.body(await digest), route)
-    with refusals.collected():
+    with _collected(refusals, route):
         await _send_parts(link, outgoing, route, until=last)
     return lambda: _send_parts(link, outgoing, route, first=last)
 
@@ -180,7 +169,7 @@ async def _send_parts(
     """Publish parts; concurrent publishers share one iterator, so that some are in flight."""
     remaining = enumerate(outgoing.bodies(first, until), first)
     confirmed = itertools.count(first + 1)
-    refusals = _Refusals(route)
+    refusals: list[QueueFull] = []
 
     async def publish_remaining() -> None:
         for number, body in remaining:
@@ -191,13 +180,14 @@ async def _send_parts(
                 headers=headers,
                 durable=route.durable,
             )
-            with refusals.collected():
+            with _collected(refusals, route):
                 await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
             if progress is not None:
                 progress(next(confirmed), outgoing.parts)
 
     await run_all(*(publish_remaining() for _ in range(_WINDOW)))
-    refusals.raise_first()
+    if refusals:
+        raise refusals[0]
 
 
 def rejection(

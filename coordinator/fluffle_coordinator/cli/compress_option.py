@@ -36,11 +36,7 @@ def _compression(text: str) -> str:
 
 
 def _custom_codec(text: str) -> str | None:
-    """Return a user's codec as a training plan names it; None if ``text`` names no such codec.
-
-    Raises:
-        UsageError: if the object is not a codec, or does not accept these settings.
-    """
+    """Return a user's codec as a training plan names it; None if ``text`` names no such codec."""
     from fluffle_common.cli.loading import load_codec
     from fluffle_common.protocol.messages import Compression
     from fluffle_common.tensors.codecs.base import UnknownCodec

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option(
     "--worker",
     metavar="ID",
-    help="ID of the worker to examine.  [default: the first worker that connects]",
+    help="ID of the worker to check.  [default: the first worker that connects]",
 )
 @click.option(
     "--large",
@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     "patience_s",
     type=seconds(min_open=True),
     default=60.0,
-    help="Time limit in seconds for each reply from the worker. Give more time than the worker "
+    help="Time limit in seconds for each reply from the worker. Allow more time than the worker "
     "needs to train once.",
 )
 @click.option(
@@ -68,11 +68,11 @@ if TYPE_CHECKING:
 def conformance(ctx: click.Context, /, **options: Any) -> None:
     """Check whether a worker does what docs/protocol.md requires.
 
-    The command plays a coordinator and waits for a worker. The worker then gets what can occur in a
-    real run: repeated, newer and older work, other weights, a lost part, a rejected update, unusual
-    messages, and the end of the run. The command prints one line for each requirement of the
-    protocol, and exits with code 1 if a requirement is not met. The worker trains about thirty
-    times, so give it a quick task.
+    The command plays the coordinator and waits for a worker. The worker then faces situations
+    that can occur in a real run: repeated, newer and older work, different weights, a lost part, a
+    rejected update, unusual messages, and the end of the run. The command prints one line for each
+    requirement of the protocol, and exits with code 1 if a requirement is not met. The worker
+    trains about thirty times, so give it a quick task.
 
     \b
       fluffle conformance --url amqp://localhost &

@@ -68,7 +68,8 @@ _MOST_ROUNDS = 10**9  # as on the wire
     "--init",
     type=click.Path(path_type=Path, dir_okay=False),
     metavar="FILE",
-    help="Model file (safetensors) with the first weights.  [default: a worker initializes them]",
+    help="Model file (safetensors) that a new run starts from.  [default: a worker initializes the "
+    "weights]",
 )
 @click.option(
     "--run",
@@ -82,7 +83,7 @@ _MOST_ROUNDS = 10**9  # as on the wire
     type=count(),
     metavar="N",
     help="Largest weight, in examples, that one update can have in the average.  "
-    "[default: the number that its worker announced when it connected]",
+    "[default: the number of examples that its worker announced]",
 )
 @click.option(
     "--max-norm-ratio",
@@ -107,7 +108,16 @@ _MOST_ROUNDS = 10**9  # as on the wire
     "--verify-users",
     is_flag=True,
     help="Require each worker to log in to the broker with its worker ID as the user name, and "
-    "reject messages in a worker's name that any other user sent.",
+    "reject messages that any other user sends in a worker's name.",
+)
+@click.option(
+    "--keep-checkpoints",
+    type=count(2),
+    metavar="N",
+    help="Number of recent checkpoints to keep. Older checkpoints are removed after each round, "
+    "except the first weights and, with --monitor, the best model. If the newest checkpoint is "
+    "damaged, the run continues from the previous one, so N must be at least 2.  "
+    "[default: keep all checkpoints]",
 )
 @click.option(
     "--keep-updates",
@@ -127,12 +137,12 @@ def coordinator(**options: Any) -> None:
     """Run a federation: open rounds, average updates, keep models.
 
     The coordinator waits for workers and sends them the global weights. When a quorum of updates
-    has arrived, it averages them, weighted by their numbers of examples, and opens the next round.
-    It keeps every round's model in the run folder, and acknowledges a round's updates when the
-    model is on disk.
+    has arrived, the coordinator averages them, weighted by their numbers of examples, and opens the
+    next round. It keeps every round's model in the run folder, and acknowledges a round's updates
+    when the model is on disk.
 
-    After Ctrl-C or a crash, the same command continues after the last committed round. A second
-    coordinator on the same run folder waits, and takes over when the first one is gone.
+    After Ctrl-C or a crash, the same command resumes the run after the last committed round. A
+    second coordinator with the same run folder waits, and takes over when the first one is gone.
 
     \b
       fluffle coordinator --federation letters --quorum 3

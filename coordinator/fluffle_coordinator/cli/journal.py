@@ -72,7 +72,7 @@ def journal(**options: Any) -> None:
 
     The coordinator keeps its journal on the broker. Any user with permission can read the journal
     from any machine, and reading removes nothing. Times are in local time. A heading marks each
-    change of the day or the run.
+    new day and each new run.
 
     \b
       fluffle journal --federation letters --since 10m
@@ -81,6 +81,8 @@ def journal(**options: Any) -> None:
       fluffle journal --federation letters --follow
       fluffle journal --run runs/simulation
     """
+    from fluffle_common.cli.runtime import run_until_signalled
+
     show = _print_json if options["as_json"] else _SentencePrinter()
     runs: dict[str, None] = {}
     rounds: set[int] = set()
@@ -104,7 +106,7 @@ def journal(**options: Any) -> None:
                 ):
                     show(event)
 
-    asyncio.run(run())
+    run_until_signalled(run())
     _check_found(options, list(runs), rounds, workers)
 
 
@@ -115,17 +117,14 @@ def _check_found(
     from fluffle_common.arguments import nearest
 
     what = "the journal" if options["since"] is None else "the journal after --since"
-    if options["run_id"] not in (None, *runs):
-        have = f"; choose from {', '.join(runs)}" if runs else ", which has no run"
-        raise UsageError(f"run {options['run_id']} is not in {what}{have}")
-    number = options["number"]
+    number, known = options["number"], {"run": runs, "worker": workers}
     if number is not None and number not in rounds:
         have = f"rounds {_spans(rounds)}" if rounds else "no round"
         raise UsageError(f"round {number} is not in {what}, which has {have}")
-    worker = options["worker"]
-    if worker not in (None, *workers):
-        have = f"; {nearest(worker, workers)}" if workers else ", which has no worker"
-        raise UsageError(f"worker {worker} is not in {what}{have}")
+    for kind, name in (("run", options["run_id"]), ("worker", options["worker"])):
+        if name not in (None, *known[kind]):
+            have = f"; {nearest(name, known[kind])}" if known[kind] else f", which has no {kind}"
+            raise UsageError(f"{kind} {name} is not in {what}{have}")
 
 
 @click.command()
@@ -174,11 +173,7 @@ def explain(
 
 
 def _choose_round(entries: list[Entry], run: str | None, number: int | None) -> tuple[str, int]:
-    """Return the run and round to explain, the newest by default; round 0 if there is none yet.
-
-    Raises:
-        UsageError: if the journal does not have them; the message lists those that it has.
-    """
+    """Return the run and round to explain, the newest by default; round 0 if there is none yet."""
     from fluffle_coordinator.observe.explain import runs_of
 
     runs = runs_of(entries)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 from collections import deque
 from collections.abc import AsyncGenerator, Mapping, Sequence
@@ -74,7 +73,7 @@ def events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
     if folder is None:
         start = _since(since, datetime.now(UTC))
         broker = broker_of(options["federation"], options["url"])
-        return follow_broker(*broker, start) if follow else events_on_broker(*broker, start)
+        return events_on_broker(*broker, start, live=follow)
     if follow:
         raise UsageError(
             "--follow conflicts with --run, because only a journal on a broker can be followed; "
@@ -117,29 +116,6 @@ def events_on_broker(
     return read_journal(
         transport, topology, since=since, live=live, waiting=waiting, backoff=backoff
     )
-
-
-async def follow_broker(
-    transport: Transport, topology: Topology, since: datetime | None
-) -> AsyncGenerator[Event]:
-    """Yield the events of a journal for ever; say so if it does not exist yet."""
-    from fluffle_common.errors import BrokerError
-    from fluffle_common.transport.open_once import open_once
-
-    federation = topology.federation
-    with contextlib.suppress(BrokerError):  # which reading reports, and waits
-        async with open_once(transport) as link:
-            if await link.counts(topology.journal) is None:
-                warn(
-                    f"federation {federation} has no journal on this broker yet; waiting. If the "
-                    f"name is wrong, 'fluffle queues --federation {federation}' lists the right "
-                    "ones"
-                )
-    async with contextlib.aclosing(
-        events_on_broker(transport, topology, since, live=True)
-    ) as events:
-        async for event in events:
-            yield event
 
 
 async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Event]:

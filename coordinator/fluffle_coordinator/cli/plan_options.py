@@ -26,7 +26,7 @@ plan_options = option_group(
         "--learning-rate-schedule",
         default="constant",
         metavar="NAME",
-        help="Change of --learning-rate over the rounds: constant; cosine (falls to almost 0 in "
+        help="How --learning-rate changes over the rounds: constant; cosine (falls to almost 0 in "
         "the last round); exponential:FACTOR (multiplied by FACTOR after each round); or "
         "step:ROUNDS,FACTOR (multiplied by FACTOR after every ROUNDS rounds).",
     ),

@@ -37,9 +37,9 @@ round_options = option_group(
         metavar="N",
         help="Number of workers that must be connected before the first round starts. If you set "
         "this option, the quorum is also computed as if at least N workers were connected: with N "
-        "= 4 and --quorum 0.5, a round needs at least 2 updates. This second effect does not apply "
-        "with --select poisson or path.py:name.  [default: --quorum if given as a number, else "
-        f"{Rules.min_workers}]",
+        "= 4 and --quorum 0.5, a round needs at least 2 updates. With --select poisson or "
+        "path.py:name, the quorum does not depend on this option.  [default: --quorum if given as "
+        f"a number, else {Rules.min_workers}]",
     ),
     click.option(
         "--wait-workers",

@@ -88,11 +88,7 @@ def replay(
 
 
 def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
-    """Load the strategy that made a round, from ``given`` if its file has moved.
-
-    Raises:
-        UsageError: if ``given`` is another strategy, or the strategy draws noise that is not kept.
-    """
+    """Load the strategy that made a round, from ``given`` if its file has moved."""
     from fluffle_coordinator.storage.replay import strategy_of
     from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
     from fluffle_coordinator.user_code.strategy_loading import load_strategy
@@ -168,8 +164,8 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     report shows the curves, the participants and times of each round, late and rejected updates
     with the reasons, the configuration, the software versions, and the checkpoints with their
     SHA-256. The curves show every round; the page has the details and the checkpoints of the last
-    1,000 rounds, and --json those of all rounds. RUN is the run folder, such as runs/letters. You
-    can also write a report while the run continues.
+    1,000 rounds, and --json prints those of all rounds. RUN is the run folder, such as
+    runs/letters. You can also write a report while the run continues.
 
     \b
       fluffle report runs/letters --out report.html

@@ -52,8 +52,8 @@ schedule_options = option_group(
         metavar="NAME|PATH.PY:NAME",
         help="Rule that selects workers: uniform (at random); poisson (each worker independently "
         "at random); weighted (at random, in proportion to examples); round-robin (in turn); "
-        "fastest:0.2 (20 % of the selected workers in turn, the other 80 % by speed, fastest "
-        "first); or path.py:name (your own function).",
+        "fastest:0.2 (the fastest workers, but 20 % of the places go to workers in turn); or "
+        "path.py:name (your own function).",
     ),
     click.option(
         "--schedule",
@@ -81,9 +81,9 @@ schedule_options = option_group(
         "--max-staleness",
         type=count(0, 10_000),
         metavar="S",
-        help="Maximum staleness of an update; staler updates are discarded. An update that started "
-        "from version 5 has staleness 2 when versions 6 and 7 have been made.  [default: 20 with "
-        "'--schedule buffered', 2 with '--late discount']",
+        help="Maximum staleness of an update; staler updates are discarded. An update that was "
+        "trained from version 5 has a staleness of 2 when version 7 is the newest.  [default: 20 "
+        "with '--schedule buffered', 2 with '--late discount']",
     ),
     click.option(
         "--staleness",

@@ -16,9 +16,9 @@ def strategies() -> None:
     """List the built-in strategies with their arguments.
 
     A strategy consists of parts that you join with '+': transforms of an update, at most one mean,
-    and at most one server step. Without a mean, updates are averaged with their numbers of examples
-    as weights. Without a server step, the average is added to the model. Give the arguments of a
-    part by name; you may leave out the name of the first argument.
+    and at most one server step. Without a mean, updates are averaged, weighted by their numbers of
+    examples. Without a server step, the average is added to the model. Give the arguments of a part
+    by name; you may leave out the name of the first argument.
 
     \b
       fluffle coordinator --federation letters --strategy fedadam:lr=0.03

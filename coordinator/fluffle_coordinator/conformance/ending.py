@@ -28,8 +28,8 @@ async def one_session(probe: Probe) -> str:
     sessions = _sessions(probe)
     if len(sessions) > 1:
         raise Unmet(
-            f"the worker used {len(sessions)} sessions; expected the same session until the "
-            "worker restarts"
+            f"the worker used {len(sessions)} sessions; expected one session until the worker "
+            "restarts"
         )
     return "one session"
 
@@ -90,7 +90,8 @@ async def refusal(probe: Probe) -> str:
                 await asyncio.sleep(_POLL_S)
     except TimeoutError:
         raise Unmet(
-            f"the worker still consumes its inbox {probe.options.patience_s:g} s after the refusal"
+            f"the worker still consumes from its inbox {probe.options.patience_s:g} s after the "
+            "refusal"
         ) from None
     return "the worker left"
 

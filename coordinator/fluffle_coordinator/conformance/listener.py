@@ -45,7 +45,7 @@ class ExamOptions:
     """The options of an examination.
 
     Args:
-        worker: the id of the worker to examine; None takes the first that connects.
+        worker: the ID of the worker to check; None takes the first that connects.
         large: add a tensor to the model, so that it travels in parts.
         twice: wait for a second start of the worker, and refuse it.
         wait_s: seconds to wait for the worker.
@@ -173,7 +173,7 @@ class Listener(ABC):
                     await self._news.wait()
                 continue
             if within_s is None and await self.gone() and find() is None:
-                raise Unmet(f"the worker sent no {what} and no longer consumes its inbox")
+                raise Unmet(f"the worker sent no {what} and no longer consumes from its inbox")
 
     def _last_heartbeat(self) -> str:
         if not (signs := signs_of_life(self.messages)):

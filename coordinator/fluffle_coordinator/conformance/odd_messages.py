@@ -94,9 +94,6 @@ async def _check_not_accepted(probe: Probe, *refused: SentFit) -> None:
 
     It is checked twice, because a worker that sends a heartbeat for each message may still be
     reading when ``read_by_now`` returns.
-
-    Raises:
-        Unmet: if it accepts one, or does not do the sound work.
     """
     await probe.read_by_now()
     _check_no_evidence(probe, refused)
@@ -154,25 +151,20 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
     "when all parts are sent again as a new transfer",
 )
 async def lost_part(probe: Probe) -> str:
-    """Send a model in parts without the last one, then all of it."""
+    """Send a model in parts without the last one, then strange parts, then all of it."""
     parts = _in_parts(probe)
     sent = await probe.ask(probe.next_fit(), lose=[parts - 1])
     beat = await probe.heartbeat("receiving", "heartbeat in state receiving")
     if (beat.run, beat.round) != (probe.run, sent.fit.round):
         raise Unmet(
             f"the heartbeat in state receiving has run {beat.run} and round {beat.round}; expected "
-            f"run {probe.run} and round {sent.fit.round}, as in the fit"
+            f"run {probe.run} and round {sent.fit.round}, as in the 'fit' message"
         )
-    await _send_strange_parts(probe)
-    await probe.update(await probe.ask(sent.fit))
-    return f"state receiving with {beat.step} of {beat.steps} parts, then an update"
-
-
-async def _send_strange_parts(probe: Probe) -> None:
-    """Send parts of an unknown transfer."""
     for number in (0, 10**6):
         part = Part(federation=probe.topology.federation, transfer="strange", part=number)
         await probe.deliver(encode(part, bytes(64)), "part")
+    await probe.update(await probe.ask(sent.fit))
+    return f"state receiving with {beat.step} of {beat.steps} parts, then an update"
 
 
 @requires(
@@ -195,7 +187,7 @@ async def update_in_parts(probe: Probe) -> str:
         )
     if first.transfer.id == again.transfer.id:
         raise Unmet(
-            "the second transfer of the update has the id of the first one; expected a new id"
+            "the second transfer of the update has the ID of the first one; expected a new ID"
         )
     digest = "with" if first.transfer.digest else "without"
     return f"an update of {first.transfer.parts} parts, sent twice, {digest} a digest"
@@ -224,11 +216,7 @@ async def another_digest(probe: Probe) -> str:
 
 
 def _in_parts(probe: Probe) -> int:
-    """Return the number of parts that the model travels in.
-
-    Raises:
-        Skipped: if the model fits into one message.
-    """
+    """Return the number of parts that the model travels in."""
     transfer, *_ = pack(probe.next_fit(), probe.weights)
     if transfer is None:
         raise Skipped(

@@ -1,6 +1,6 @@
 """Connects a board to its viewers: change notification, cached JSON, and the queues' figures.
 
-Nothing is computed unless someone looks, and no failure here reaches the run.
+Nothing is computed unless someone looks.
 """
 
 from __future__ import annotations
@@ -9,11 +9,11 @@ import asyncio
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 from pydantic_core import to_json
 
-from fluffle_common.cli.console import warn
 from fluffle_common.cli.settings import management_finder
 from fluffle_common.clock import wall_time
 from fluffle_common.errors import UsageError
@@ -50,16 +50,10 @@ class Feed:
         self._sections_version = -1
         self._asking = asyncio.Lock()
         self._ask_again_at = -math.inf
-        self._warned = False
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
-        """Take in an event; skip one that the board cannot process, and warn of the first."""
-        try:
-            self._board.add(at, event, run)
-        except Exception as why:  # a fault of the page must not stop the run
-            if not self._warned:
-                warn(f"the page skips an event '{event.name}' ({why!r}); the run is not affected")
-            self._warned = True
+        """Take in an event; see ``Board.add``."""
+        self._board.add(at, event, run)
         self.touch()
 
     def touch(self) -> None:
@@ -129,7 +123,7 @@ def queue_asker(
         UsageError: if ``management`` has a user.
     """
     find = management_finder(management)
-    return lambda: [one.as_dict() for one in find(find_url()).queue_figures(topology)]
+    return lambda: [asdict(one) for one in find(find_url()).queue_figures(topology)]
 
 
 def as_json(value: Any) -> str:

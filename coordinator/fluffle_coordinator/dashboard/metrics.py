@@ -69,30 +69,27 @@ class BoardCollector(Collector):
 
 
 def _run(board: Board) -> Iterator[Metric]:
-    run = board.run()
-    updates, needed = board.filling
-    yield _gauge("fluffle_broker_linked", "1 if the broker is connected, else 0.", run["linked"])
+    run, (updates, needed) = board.run(), board.filling
     phases = {phase: int(phase == run["phase"]) for phase in PHASES}
     words = "Phase of the run: 1 for the current phase, 0 for the others."
     yield _labelled("fluffle_phase", words, "phase", phases)
-    yield _gauge(
-        "fluffle_round",
-        "Number of the open round, or of the next round if none is open.",
-        run["round"],
-    )
-    if run["rounds"] is not None:
-        yield _gauge("fluffle_rounds_planned", "Number of rounds of the run.", run["rounds"])
-    yield _gauge(
-        "fluffle_quorum_received_updates", "Number of updates counted in the open round.", updates
-    )
-    words = "Number of updates that must arrive before the open round can close."
-    yield _gauge("fluffle_quorum_needed_updates", words, needed)
-    if (loss := latest(board.view, "loss")) is not None:
-        words = "Federated loss of the most recently evaluated model."
-        yield _gauge("fluffle_federated_loss", words, loss)
-    if (accuracy := latest(board.view, "accuracy")) is not None:
-        words = "Federated accuracy of the most recently evaluated model, from 0 to 1."
-        yield _gauge("fluffle_federated_accuracy_ratio", words, accuracy)
+    required = "Number of updates that must arrive before the open round can close."
+    ratio = "Federated accuracy of the last evaluated model, from 0 to 1."
+    commit = "Time of the run's last commit, in seconds since 1970."
+    last = board.view.rounds.get(board.view.committed)
+    loss, accuracy = latest(board.view, "loss"), latest(board.view, "accuracy")
+    for name, words, value in (
+        ("broker_linked", "1 if the broker is connected, else 0.", run["linked"]),
+        ("round", "Number of the open round, or of the next if none is open.", run["round"]),
+        ("rounds_planned", "Number of rounds of the run.", run["rounds"]),
+        ("quorum_received_updates", "Number of updates counted in the open round.", updates),
+        ("quorum_needed_updates", required, needed),
+        ("federated_loss", "Federated loss of the last evaluated model.", loss),
+        ("federated_accuracy_ratio", ratio, accuracy),
+        ("last_commit_timestamp_seconds", commit, last.committed_at if last else None),
+    ):
+        if value is not None:
+            yield GaugeMetricFamily(f"fluffle_{name}", words, float(value))
 
 
 def _counters(counters: Counters) -> Iterator[Metric]:
@@ -117,9 +114,6 @@ def _counters(counters: Counters) -> Iterator[Metric]:
     for step in STEPS:
         steps.add_metric([step], counters.step_rounds[step], counters.step_seconds[step])
     yield steps
-    if counters.committed_at is not None:
-        words = "Time of the last commit, in seconds since 1970."
-        yield _gauge("fluffle_last_commit_timestamp_seconds", words, counters.committed_at)
 
 
 def _queues(board: Board) -> Iterator[Metric]:
@@ -130,10 +124,6 @@ def _queues(board: Board) -> Iterator[Metric]:
                 sums[role(str(queue["name"]), board.federation)] += queue[figure]
         if sums:
             yield _labelled(name, words, "queue", sums)
-
-
-def _gauge(name: str, words: str, value: float) -> Metric:
-    return GaugeMetricFamily(name, words, float(value))
 
 
 def _labelled(

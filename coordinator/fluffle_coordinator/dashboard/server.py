@@ -26,7 +26,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from fluffle_common.cli.console import warn
 from fluffle_common.clock import wall_time
@@ -45,14 +45,14 @@ _SHUTDOWN_S = 2.0
 _STATIC = Path(__file__).with_name("static")
 _HEADERS = [
     (
-        b"content-security-policy",
-        b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-        b"object-src 'none'",
+        "content-security-policy",
+        "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+        "object-src 'none'",
     ),
-    (b"referrer-policy", b"no-referrer"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"cross-origin-resource-policy", b"same-origin"),
-    (b"cache-control", b"no-store"),
+    ("referrer-policy", "no-referrer"),
+    ("x-content-type-options", "nosniff"),
+    ("cross-origin-resource-policy", "same-origin"),
+    ("cache-control", "no-store"),
 ]
 
 
@@ -130,6 +130,7 @@ async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
         access_log=False,
         proxy_headers=False,
         server_header=False,
+        headers=_HEADERS,
         timeout_graceful_shutdown=int(_SHUTDOWN_S),
     )
     server = _Server(config)
@@ -212,7 +213,8 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         Route("/", _page),
         Mount("/", StaticFiles(directory=_STATIC)),
     ]
-    return _read_only(Starlette(routes=routes), hosts)
+    app = Starlette(routes=routes)
+    return app if hosts is None else _only_for(hosts, app)
 
 
 async def _page(_: Request) -> Response:
@@ -258,29 +260,16 @@ def _joined(sections: dict[str, str]) -> str:
     return "{" + ",".join(f'"{name}":{text}' for name, text in sections.items()) + "}"
 
 
-def _read_only(app: ASGIApp, hosts: set[str] | None) -> ASGIApp:
-    """Return middleware that admits only reads of known host names and adds security headers.
+def _only_for(hosts: set[str], app: ASGIApp) -> ASGIApp:
+    """Return middleware that admits only requests to known host names.
 
-    The host check prevents DNS rebinding: a web page can point its own name at 127.0.0.1 and make
-    a browser read this server, but that name is then in the ``Host`` header.
+    This prevents DNS rebinding: a web page can point its own name at 127.0.0.1 and make a browser
+    read this server, but that name is then in the ``Host`` header.
     """
+    refusal = PlainTextResponse("this page answers to localhost and 127.0.0.1 only\n", 403)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_with_headers(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                present = {name for name, _ in message["headers"]}
-                missing = [header for header in _HEADERS if header[0] not in present]
-                message["headers"] = [*message["headers"], *missing]
-            await send(message)
-
-        respond = app
-        if scope["method"] not in ("GET", "HEAD"):
-            respond = PlainTextResponse(
-                "this page is read-only; use GET or HEAD\n", 405, headers={"allow": "GET, HEAD"}
-            )
-        elif hosts is not None and _host(scope) not in hosts:
-            respond = PlainTextResponse("this page answers to localhost and 127.0.0.1 only\n", 403)
-        await respond(scope, receive, send_with_headers)
+        await (app if _host(scope) in hosts else refusal)(scope, receive, send)
 
     return answer
 

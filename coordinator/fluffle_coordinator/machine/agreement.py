@@ -68,8 +68,8 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         return Misfit(
             "classes",
             f"worker {worker.name} {_difference(worker.classes, state.classes)}; the federation's "
-            f"classes come from {state.classes_by}; start this worker with --classes or other "
-            "data, or the coordinator with --classes",
+            f"classes come from {state.classes_by}; start this worker with --classes or "
+            "different data, or the coordinator with --classes",
         )
     model = state.model
     if model is not None and worker.model is not None and worker.model.digest != model.digest:
@@ -79,7 +79,7 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
             difference = f"tensors whose names or shapes differ from the federation's ({ours})"
         remedy = "the same task and the same JAX_ENABLE_X64 as the other workers"
         if state.model_by == FIRST_WEIGHTS:
-            remedy += ", or begin a new run with other first weights (--fresh, --init)"
+            remedy += ", or start a new run with different first weights (--fresh, --init)"
         return Misfit(
             "model",
             f"the model of worker {worker.name} has {difference}; that model comes from "

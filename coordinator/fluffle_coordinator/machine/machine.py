@@ -84,7 +84,6 @@ def start(
         round=committed + 1,
         sequence=sequence + (1 + earlier_starts) * SEQUENCE_GAP,
         evaluate_pending=not evaluated,
-        met=Table({ticket.worker: None for ticket in counted.get(committed, ())}),
         gate=rules.min_workers,
         waiting_since=now,
         unlinked_since=now,

@@ -60,7 +60,6 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         worker.name,
         workers=state.workers.insert(worker.name, worker),
         failed=failed,
-        met=state.met if worker.name in state.met else state.met.insert(worker.name, None),
     )
     state = schedule_check(settle_doubt(state, worker.name), worker.name)
     return _offer(state, worker, event, restarted or event.hello, out)

@@ -46,7 +46,6 @@ class Worker:
     steps: int = 0
     loss: float | None = None
     incomplete_bytes: int | None = None  # of messages that are arriving
-    task: str = ""
     model: ModelForm | None = None
     features: tuple[str, ...] = ()
     frozen: tuple[str, ...] = ()  # the digests of the frozen tensors that it holds

@@ -7,6 +7,7 @@ name, so that a worker that leaves does not reshuffle the others.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -166,7 +167,6 @@ _RULES = {
         Selection("round-robin", _round_robin),
     )
 }
-NAMES = (*_RULES, "fastest[:FLOOR]")
 
 
 def parse_selection(text: str) -> Selection:
@@ -182,15 +182,11 @@ def parse_selection(text: str) -> Selection:
     if text in _RULES:
         return _RULES[text]
     name, _, setting = text.partition(":")
-    if name != "fastest":
-        raise ValueError(f"unknown selection '{text[:60]}'; choose from {', '.join(NAMES)}")
-    try:
+    with contextlib.suppress(ValueError):
         floor = float(setting) if setting else _FLOOR
-    except ValueError:
-        floor = math.nan
-    if not 0 <= floor <= 1:
-        raise ValueError(
-            f"invalid selection '{text[:60]}'; give a fraction from 0 to 1, as in "
-            f"fastest:{_FLOOR:g}"
-        )
-    return Selection(f"fastest:{floor:g}", _FastestFirst(floor))
+        if name == "fastest" and 0 <= floor <= 1:
+            return Selection(f"fastest:{floor:g}", _FastestFirst(floor))
+    raise ValueError(
+        f"unknown selection '{text[:60]}'; choose from {', '.join(_RULES)} and fastest[:FLOOR], "
+        "with a FLOOR from 0 to 1"
+    )

@@ -6,6 +6,7 @@ FedBuff uses the polynomial with a = 0.5. All are 1 at staleness 0.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,19 +47,15 @@ class Discount:
             ValueError: if there is no such function, or its arguments are wrong.
         """
         kind, _, values = text.partition(":")
-        if kind not in _KINDS:
-            raise ValueError(f"unknown discount '{text[:60]}'; choose from {', '.join(_KINDS)}")
-        default = _KINDS[kind][1]
-        try:
+        with contextlib.suppress(KeyError, ValueError):
+            default = _KINDS[kind][1]
             args = tuple(map(float, values.split(","))) if values else default
-        except ValueError:
-            args = (math.nan,)
-        if len(args) != len(default) or not all(0 <= arg < math.inf for arg in args):
-            raise ValueError(
-                f"invalid discount '{text[:60]}'; write a discount like {cls(kind, default)}, "
-                "with numbers of at least 0"
-            )
-        return cls(kind, args)
+            if len(args) == len(default) and all(0 <= arg < math.inf for arg in args):
+                return cls(kind, args)
+        forms = ", ".join(str(cls(kind, args)) for kind, (_, args) in _KINDS.items())
+        raise ValueError(
+            f"invalid discount '{text[:60]}'; expected one of {forms}, with numbers of at least 0"
+        )
 
     def __str__(self) -> str:
         """Return the text that ``parse`` reads."""

@@ -123,7 +123,6 @@ class State:
 
     # Workers.
     workers: Table[str, Worker] = field(default_factory=Table)  # those that are connected
-    met: Table[str, None] = field(default_factory=Table)  # every worker that was ever here
     announced: Table[str, int] = field(default_factory=Table)  # each one's number of examples
     # Workers whose old heartbeats were answered on this link.
     greeted: Table[str, None] = field(default_factory=Table)
@@ -237,7 +236,7 @@ class State:
     @property
     def known(self) -> tuple[str, ...]:
         """Every worker that was ever in the run, as far as the history and the messages tell."""
-        return tuple(sorted({*self.met, *self.announced, *self.asked_in}))
+        return tuple(sorted({*self.announced, *self.asked_in}))
 
     @property
     def unheard(self) -> tuple[str, ...]:

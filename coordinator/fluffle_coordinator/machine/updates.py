@@ -97,10 +97,7 @@ def _fold(state: State, update: Arrived) -> Fold:
 
 def _reject(state: State, update: Arrived, reason: str, out: Effects) -> State:
     """Reject an update from a round or from weights that this run does not have."""
-    out += [
-        Reject(update.handle, reason, "round"),
-        Judge(update, "rejected", reason, "round"),
-    ]
+    out += [Reject(update.handle, reason, "round"), Judge(update, "rejected", reason, "round")]
     return state
 
 
@@ -283,10 +280,7 @@ def _unevaluated(state: State) -> frozenset[int]:
 
 
 def _next_round(
-    state: State,
-    event: Committed,
-    counted: frozenset[Ticket],
-    carried: Iterable[Arrived],
+    state: State, event: Committed, counted: frozenset[Ticket], carried: Iterable[Arrived]
 ) -> State:
     before = {**state.counted_before, event.round: counted}
     tickets = {update.ticket for update in carried}

@@ -28,9 +28,8 @@ class Counters:
     update_bytes: int = 0
     step_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
     step_rounds: Counter[str] = field(default_factory=Counter)
-    committed_at: float | None = None
 
-    def add(self, at: float, event: run_events.RunEvent) -> None:
+    def add(self, event: run_events.RunEvent) -> None:
         """Count an event."""
         match event:
             case run_events.Counted(bytes=size):
@@ -48,7 +47,6 @@ class Counters:
                 self.outages += 1
             case run_events.Committed(timings=timings):
                 self.rounds += 1
-                self.committed_at = at
                 for step in STEPS:
                     if timings and f"{step}_s" in timings:
                         self.step_seconds[step] += timings[f"{step}_s"]

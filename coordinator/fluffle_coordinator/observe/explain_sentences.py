@@ -203,23 +203,9 @@ def _missing(explanation: Explanation) -> Iterator[str]:
         elif _rejection(explanation, worker) is not None:
             yield f"No update of {worker} was counted: {why}."
         elif worker not in this.came_late:
-            # In an asynchronous run, the worker may have answered in an earlier round.
-            yield (
-                f"Round {this.number} has no update of {worker}."
-                if this.is_asynchronous
-                else f"{worker} {_did_not_answer(explanation)}."
-            )
+            yield f"Round {this.number} has no update of {worker}."
     if explanation.short:
         yield f"Still waiting for {plural(explanation.short, 'more worker')} to join."
-
-
-def _did_not_answer(explanation: Explanation) -> str:
-    """Say that a worker did not answer: until when, if the run ended with the round open."""
-    ended = explanation.view.ended
-    if ended is None or not explanation.round.is_open:
-        return "did not answer"
-    what = "coordinator stopped" if isinstance(ended[1], run_events.Interrupted) else "run ended"
-    return f"had not answered when the {what} at {clock(ended[0])}"
 
 
 def _notes(explanation: Explanation) -> Iterator[str]:
@@ -261,7 +247,10 @@ def _progress(explanation: Explanation) -> Iterator[str]:
         )
     if explanation.view.full_disk is not None:
         at, disk = explanation.view.full_disk
-        yield f"At {clock(at)}: {disk.sentence()}. The deadline does not apply meanwhile."
+        yield (
+            f"At {clock(at)}: {disk.sentence()}. Until the write succeeds, the deadline does not "
+            "apply."
+        )
     else:
         yield _deadline(explanation)
     yield from _waiting(explanation)
@@ -286,7 +275,7 @@ def _deadline(explanation: Explanation) -> str:
     if explanation.view.waiting is not None and explanation.view.waiting[0] > this.deadline_at:
         return f"{passed}; the round stays open while workers advance or an update is being added."
     if explanation.coordinated:
-        return f"{passed}; the coordinator is connected, but has not reported yet what it does now."
+        return f"{passed}; the coordinator is connected, but has not yet reported what it is doing."
     return (
         f"{passed}, but the journal has no later event; the coordinator is not running, or cannot "
         "reach the broker."

@@ -42,7 +42,8 @@ async def read_journal(
         since: yield events from this time on; None yields all that the broker keeps.
         live: continue with new events until cancelled, and wait for a journal that does not exist
             yet; otherwise end with the newest existing event.
-        waiting: called with the reason when the link is lost or cannot be opened.
+        waiting: called with the reason when the link is lost or cannot be opened, or the journal
+            does not exist yet.
         backoff: how to wait for an unreachable broker.
 
     Raises:
@@ -54,7 +55,7 @@ async def read_journal(
     opened = reconnecting(transport, backoff or Backoff(), waiting)
     async with contextlib.aclosing(opened):
         async for link in opened:
-            entries = _entries(link, topology, begin, live=live)
+            entries = _entries(link, topology, begin, live=live, waiting=waiting)
             try:
                 async with contextlib.aclosing(entries):
                     async for entry in entries:
@@ -75,17 +76,22 @@ async def read_journal(
 
 
 async def _entries(
-    link: Link, topology: Topology, begin: Since, *, live: bool
+    link: Link, topology: Topology, begin: Since, *, live: bool, waiting: Waiting
 ) -> AsyncGenerator[Delivery]:
     """Yield the entries of the stream from ``begin`` on, over one link."""
-    while await link.counts(topology.journal) is None:
+    if await link.counts(topology.journal) is None:
+        missing = f"federation {topology.federation} has no journal on this broker"
         if not live:
             raise UsageError(
-                f"federation {topology.federation} has no journal on this broker; check that "
-                "--federation is right, that the coordinator has been connected to this broker, "
-                "and that the broker supports streams"
+                f"{missing}; check that --federation is right, that the coordinator has been "
+                "connected to this broker, and that the broker supports streams"
             )
-        await asyncio.sleep(_POLL_S)
+        waiting(
+            f"{missing} yet; if the name is wrong, 'fluffle queues --federation "
+            f"{topology.federation}' lists the right ones"
+        )
+        while await link.counts(topology.journal) is None:  # noqa: ASYNC110 - nobody announces it
+            await asyncio.sleep(_POLL_S)
     last: int | None = None
     if not live or isinstance(begin, int):
         newest = await link.newest(topology.journal)

@@ -18,8 +18,6 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-import msgpack
-
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import FluffleError
 from fluffle_common.protocol.events import Gap, RunEvent
@@ -44,7 +42,6 @@ _WINDOW = 500  # the most unconfirmed events
 # Up to this many events become one message each, which is readable in RabbitMQ's own UI. More are
 # packed into a single message, which is much cheaper.
 _FEW = 8
-_UNENCODABLE = (TypeError, ValueError, OverflowError)  # what msgpack raises
 
 
 class Journal(Watcher):
@@ -175,11 +172,6 @@ class Journal(Watcher):
         ]
 
     async def _send(self, link: Link, message: Event | Events) -> None:
-        try:
-            body = encode(message)
-        except _UNENCODABLE:
-            _make_encodable(message)
-            body = encode(message)
         headers: dict[str, HeaderValue] = {}
         if isinstance(message, Event):
             headers["event"] = message.event
@@ -189,7 +181,7 @@ class Journal(Watcher):
         else:
             headers["events"] = len(message.events)
         properties = Properties(type=message.kind, message_id=message.identity, headers=headers)
-        await link.publish(body, properties, exchange="", keys=[self._topology.journal])
+        await link.publish(encode(message), properties, exchange="", keys=[self._topology.journal])
 
     async def drained(self, within_s: float) -> None:
         """At the end of a run, wait until the broker has every event.
@@ -207,21 +199,9 @@ async def _forever() -> None:
     await asyncio.Event().wait()
 
 
-def _records(message: Event | Events) -> Sequence[Event | EventRecord]:
-    return message.events if isinstance(message, Events) else (message,)
-
-
 def _number_of_events(message: Event | Events) -> int:
     """Return how many events are missing without this message: those of its gaps too."""
-    return sum(
-        each.fields["dropped"] if each.event == Gap.name else 1 for each in _records(message)
+    records: Sequence[EventRecord | Event] = (
+        message.events if isinstance(message, Events) else (message,)
     )
-
-
-def _make_encodable(message: Event | Events) -> None:
-    """Replace the fields of events that msgpack cannot encode by text."""
-    for each in _records(message):
-        try:
-            msgpack.packb(each.fields)
-        except _UNENCODABLE:
-            each.fields.update({name: repr(value)[:2000] for name, value in each.fields.items()})
+    return sum(each.fields["dropped"] if each.event == Gap.name else 1 for each in records)

@@ -88,13 +88,6 @@ class RoundView:
         return f"{worker} ({updates})" if again else worker
 
     @property
-    def is_asynchronous(self) -> bool:
-        """Whether it has updates that started in earlier rounds, or several of one worker."""
-        return any(
-            update.staleness or key != update.worker for key, (_, update) in self.answers.items()
-        )
-
-    @property
     def is_done(self) -> bool:
         """Whether the round has a result."""
         return self.committed_at is not None or self.evaluated

@@ -74,7 +74,6 @@ class RunView:
         self.unlinked_since: float | None = None  # when the coordinator lost the broker
         self._blocked_since: float | None = None
         self._open: dict[int, RoundView] = {}
-        self._joined_in: dict[str, list[RoundView]] = {}  # only if ``whole``
 
     def add(self, at: float, event: RunEvent, run: str | None = None) -> None:
         """Apply an event; ``run`` is its run, if it does not name that itself."""
@@ -83,7 +82,7 @@ class RunView:
             self._begin(run)
         self.phase = _PHASE_AFTER.get(type(event), self.phase)
         self.workers.add(at, event)
-        self.counters.add(at, event)
+        self.counters.add(event)
         self._add_to_run(at, event)
         if isinstance(event, run_events.Disk):
             self.full_disk = (at, event)
@@ -157,7 +156,7 @@ class RunView:
 
     def _begin(self, run: str) -> None:
         if self.run is not None:
-            self.rounds, self._open, self._joined_in, self.planned = {}, {}, {}, None
+            self.rounds, self._open, self.planned = {}, {}, None
             self.causes.clear()
             self.rejections.clear()
             self.workers.clear()  # those that are connected join the new run
@@ -203,7 +202,7 @@ class RunView:
                 view.take_back()
             if is_lost or view.is_open:
                 view.restart(at)
-        self.workers.begin_coordinator()
+        self.workers.begin_coordinator(at)
         self.waiting = self.full_disk = self.ended = None
         self.unlinked_since = self._blocked_since = None
 
@@ -223,11 +222,9 @@ class RunView:
             view.rejections.pop(worker, None)
             if worker not in view.asked:
                 view.joined[worker] = at
-                if self.whole:
-                    self._joined_in.setdefault(worker, []).append(view)
 
     def _depart(self, worker: str) -> None:
-        for view in self._joined_in.pop(worker, ()) if self.whole else self._open.values():
+        for view in self._open.values():
             view.joined.pop(worker, None)
 
     def _add_rejected(self, at: float, event: run_events.Rejected) -> None:

@@ -140,10 +140,15 @@ class Workers(dict[str, WorkerView]):
             self[name].state = "gone"
         return self[name]
 
-    def begin_coordinator(self) -> None:
-        """Forget who has joined or departed, since a new coordinator knows no worker yet."""
+    def begin_coordinator(self, at: float) -> None:
+        """Count everyone as gone until heard again, since a new coordinator knows no worker yet.
+
+        A worker that died while no coordinator was there is not reported by any event.
+        """
         for row in self.values():
             row.joined, row.departed = False, None
+            if row.is_here and at >= (row.last_seen or 0.0):
+                row.state, row.why, row.step, row.steps = "gone", "", 0, 0
 
     @property
     def present(self) -> set[str]:

@@ -46,17 +46,8 @@ _AT_ONCE_BYTES = 4 * 2**20  # about 2 ms of work
 class Aggregator:
     """The weights of a run, and the running sum of its open round.
 
-    Strategies other than FedAvg always run in a thread.
-
-    Args:
-        fetcher: fetches the parts of large updates.
-        saved: the state of the run on disk, with its model.
-        committer: stores first weights, averages and kept updates.
-        settings: the operator's settings.
-        post: sends an event to the machine.
-        record: records a run event.
-        averaged: called with a round and the name of its new weights, which are being written;
-            not called if their privacy cost is accounted for.
+    Strategies other than FedAvg always run in a thread. ``averaged`` is called with a round and the
+    name of its new weights, which are being written; not if their privacy cost is accounted for.
     """
 
     def __init__(

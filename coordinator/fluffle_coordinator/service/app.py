@@ -132,6 +132,7 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         classes=parse_classes(options["classes"]),
         init=init,
         verify_users=options["verify_users"],
+        keep_checkpoints=options["keep_checkpoints"],
         keep_updates=options["keep_updates"],
         hooks=Hooks.load(options["evaluate"], options["on_round"]),
         stopping=Stopping(

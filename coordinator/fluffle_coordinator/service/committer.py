@@ -38,7 +38,7 @@ from fluffle_coordinator.storage.round_stats import (
     examples_by_worker,
     personal_means,
 )
-from fluffle_coordinator.storage.run_checkpoints import keep_best
+from fluffle_coordinator.storage.run_checkpoints import keep_best, remove_old
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.user_code.hooks import Commit, HookCalls, copied
 
@@ -107,6 +107,7 @@ class Committer:
         self.counts = Counts()
         self._store, self._metadata, self._record, self._post = store, metadata, record, post
         self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
+        self._keep_checkpoints = settings.keep_checkpoints
         self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
         self._standing = Standing(stopping, lines)
@@ -214,6 +215,8 @@ class Committer:
         enough = enough or self.enough()
         about = base, sum(participants.values()), line["timings"], enough
         self._post(ev.Committed(monotonic(), number, *about))
+        if keep := self._keep_checkpoints:
+            await self._on_disk(lambda: remove_old(self._store.folder, number, keep))
 
     async def _call_hooks(
         self, number: int, weights: Weights, participants: Mapping[str, int]
@@ -246,7 +249,7 @@ class Committer:
         self._warn_if_missing(metrics)
         best = self._standing.best
         if self._stopping.monitor and best and best != self._best:
-            if (self._store.folder / checkpoint_name(best)).exists():  # else the user deleted it
+            if (self._store.folder / checkpoint_name(best)).exists():  # else it was deleted
                 await self._on_disk(lambda: keep_best(self._store.folder, best))
             self._best = best
 

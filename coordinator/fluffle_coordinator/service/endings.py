@@ -17,7 +17,7 @@ def after_the_end(folder: Path, committed: int, rules: Rules, *, by_rule: bool =
 
     >>> after_the_end(Path("runs/letters"), 6, Rules(6))
     "'fluffle history runs/letters' shows the rounds; run the same command with --rounds 12 \
-(without --fresh) to add rounds, or with --fresh to begin a new run"
+(without --fresh) to add rounds, or with --fresh to start a new run"
     >>> after_the_end(Path("runs/letters"), 3, Rules(6))
     "'fluffle history runs/letters' shows the rounds; run the same command (without --fresh) \
 to continue with round 4"
@@ -35,10 +35,10 @@ remove the option that ended the run, and run the command again (without --fresh
         again = "run the same command (without --fresh) to continue with round"
         return f"{shows}; {again} {committed + 1}"
     if rules.rounds_limit:
-        return f"{shows}; run the same command with --fresh to begin a new run"
+        return f"{shows}; run the same command with --fresh to start a new run"
     return (
         f"{shows}; run the same command with --rounds {2 * committed} (without --fresh) to add "
-        "rounds, or with --fresh to begin a new run"
+        "rounds, or with --fresh to start a new run"
     )
 
 
@@ -64,7 +64,7 @@ def after_a_stop(state: State, folder: Path) -> str:
     same = f"run the same command (without --fresh) to continue with round {state.committed + 1}"
     if state.failed or state.doubted:
         return (
-            "if the model or the classes have changed since this run began, add --fresh to begin a "
+            "if the model or the classes have changed since this run began, add --fresh to start a "
             f"new run (the run in {folder} is moved aside). Otherwise, fix the workers, and {same}"
         )
     return f"fix the cause, and {same}"

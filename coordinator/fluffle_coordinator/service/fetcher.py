@@ -35,11 +35,8 @@ class Fetcher:
     ahead. Any other update needs one block of memory and is fetched when it is folded. Only the
     updates of ``fedavg`` may stay in pieces: other strategies need whole tensors, by name.
 
-    Args:
-        topology: the names of the queues that hold the parts of large updates.
-        settings: the operator's settings.
-        link: returns the current link, or None while disconnected.
-        folder: the folder of spool files; None for the system's temporary folder.
+    ``link`` returns the current link, or None while disconnected. Spool files are in ``folder``, or
+    in the system's temporary folder if it is None.
     """
 
     def __init__(
@@ -72,11 +69,9 @@ class Fetcher:
             self._expected.remove(held)
 
     async def payload(self, held: Held, weights: Weights | None) -> Payload:
-        """Return the tensors of an update, as one block of bytes or in pieces.
+        """Return the tensors of an update or of first weights, whole or in pieces.
 
-        Args:
-            held: the update, or first weights.
-            weights: the model; None before the first weights.
+        ``weights`` is the model, or None before the first weights.
 
         Raises:
             MalformedMessage: if the announcement or the parts are invalid.

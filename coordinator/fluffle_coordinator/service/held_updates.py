@@ -74,8 +74,7 @@ class Held:
 class Room:
     """A budget of bytes for the bodies of held updates.
 
-    Args:
-        most_bytes: the budget; a single larger message is admitted while nothing else is held.
+    A single message above ``most_bytes`` is admitted while nothing else is held.
     """
 
     def __init__(self, most_bytes: int) -> None:

@@ -28,33 +28,25 @@ class HelloLimiter:
     def __init__(self) -> None:
         self._buckets: dict[str, _Bucket] = {}
 
-    def admit(self, sign: Hello | Heartbeat, now: float) -> Hello | Heartbeat | None:
-        """Return a sign of life as the machine is to see it.
+    def admit(self, sign: Hello | Heartbeat, now: float) -> bool:
+        """Return whether the machine is to see a sign of life.
 
         The first heartbeat of a new session counts as a hello, because the coordinator answers it
-        like one.
-
-        Returns:
-            ``sign`` if it is within the limit; a heartbeat instead of a surplus hello of the same
-            session; None for a surplus hello of another session or of one that has left, and for a
-            heartbeat of one that has left: else a bye and a heartbeat would be as good as a hello.
+        like one. A heartbeat of a session that has left is not admitted.
         """
         bucket = self._buckets.get(sign.worker)
-        new_session = bucket is None or bucket.session != sign.session
-        has_left = not new_session and bucket is not None and bucket.left
-        if not new_session and isinstance(sign, Heartbeat):
-            return None if has_left else sign
+        if bucket is not None and bucket.session == sign.session and isinstance(sign, Heartbeat):
+            return not bucket.left
         tokens = _BURST
         if bucket is not None:
             tokens = min(_BURST, bucket.tokens + (now - bucket.updated_at) / _REFILL_S)
         if tokens < 1:
-            surplus = {**sign.__dict__, "kind": "heartbeat"}
-            return None if new_session or has_left else Heartbeat.model_construct(**surplus)
+            return False
         self._buckets.pop(sign.worker, None)
         if len(self._buckets) >= _MAX_WORKERS:
             del self._buckets[next(iter(self._buckets))]  # the least recently updated
         self._buckets[sign.worker] = _Bucket(sign.session, tokens - 1, now)
-        return sign
+        return True
 
     def left(self, worker: str, session: str) -> None:
         """Note that a session has ended with a bye."""

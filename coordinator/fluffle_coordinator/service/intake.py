@@ -131,17 +131,13 @@ class Intake:
 
     async def read_presence(self, deliveries: Any) -> None:
         """Read signs of life and our own echoes."""
-        message: Message | None
         async for delivery in deliveries:
             try:
                 message, _ = decode(
                     delivery.body, self._settings.federation, max_header=SMALL_HEADER_BYTES
                 )
                 self._check_sender(message, delivery)
-                if isinstance(message, Hello | Heartbeat):
-                    message = self._hellos.admit(message, monotonic())
-                if message is not None:
-                    self._presence(message)
+                self._presence(message)
             except MalformedMessage as wrong:
                 self._reject(delivery, wrong)
                 if wrong.cause == "malformed":
@@ -174,7 +170,7 @@ class Intake:
     def _presence(self, message: Any) -> None:
         now = monotonic()
         match message:
-            case Hello() | Heartbeat():
+            case Hello() | Heartbeat() if self._hellos.admit(message, now):
                 self._outbox.bind(message.worker, message.session, again=isinstance(message, Hello))
                 self.task = self.task or message.task
                 worker = rs.Worker(
@@ -185,6 +181,8 @@ class Intake:
                     **message.model_dump(include=_WORKER_FIELDS),
                 )
                 self._post(ev.Seen(now, worker, isinstance(message, Hello)))
+            case Hello() | Heartbeat():
+                pass
             case Echo(session=session, number=link):
                 if session == self._session:  # otherwise from an earlier coordinator
                     self._post(ev.Echoed(now, link))

@@ -153,7 +153,7 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
     """Check that ``--init`` names the weights that an existing run began with.
 
     Raises:
-        UsageError: if the file holds other weights.
+        UsageError: if the file holds different weights.
     """
     first = store.folder / checkpoint_name(0)
     if not first.exists():
@@ -166,8 +166,8 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
         return
     if not same:
         raise UsageError(
-            f"--init {file} conflicts with the existing run, which began with other weights; "
-            "remove --init to continue the existing run, or add --fresh to begin a new run (the "
+            f"--init {file} conflicts with the existing run, which began with different weights; "
+            "remove --init to continue the existing run, or add --fresh to start a new run (the "
             "existing run is moved aside)"
         )
 

@@ -45,6 +45,7 @@ class CoordinatorSettings:
     max_held_bytes: int = 2**30  # of updates in memory that wait to be folded; see ``held_updates``
     max_model_bytes: int = MAX_MODEL_BYTES  # of a model or an update
     verify_users: bool = False  # reject messages whose broker user differs from the worker's id
+    keep_checkpoints: int | None = None  # the newest rounds' checkpoints that stay; None: all
     keep_updates: bool = False  # store every counted update as it arrived
     hooks: Hooks = NO_HOOKS
     stopping: Stopping = NO_STOPPING
@@ -81,6 +82,7 @@ class CoordinatorSettings:
             "classes": self.classes,
             "init": None if self.init is None else str(self.init),
             "verify_users": self.verify_users,
+            "keep_checkpoints": self.keep_checkpoints,
             "keep_updates": self.keep_updates,
             **self.hooks.names(),
             "stopping": asdict(self.stopping),

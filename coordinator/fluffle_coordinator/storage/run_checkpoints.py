@@ -1,4 +1,4 @@
-"""The checkpoints in a run folder: which of them a run can go on from, and the best of them."""
+"""The checkpoints in a run folder: which a run can go on from, which is the best, which may go."""
 
 from __future__ import annotations
 
@@ -67,6 +67,16 @@ def _check_place(
             f"{path} holds weights with the base {of_base}, but history.jsonl names the "
             f"base {base} for round {number}"
         )
+
+
+def remove_old(folder: Path, last: int, keep: int) -> None:
+    """Remove all checkpoints but the first weights and those of the ``keep`` rounds up to ``last``.
+
+    The first weights stay because ``--init`` is compared with them.
+    """
+    for number, path in checkpoint_files(folder).items():
+        if 0 < number <= last - keep:
+            path.unlink(missing_ok=True)
 
 
 def keep_best(folder: Path, number: int) -> None:

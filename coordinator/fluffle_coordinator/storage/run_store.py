@@ -6,7 +6,8 @@
         run.json                  the run's id, and its configurations
         history.jsonl             a line for each commit, for each evaluation and for the end
         frozen-….safetensors      the model's frozen tensors, if the workers share them
-        round-0000.safetensors    the first weights, then one file per round
+        round-0000.safetensors    the first weights, then one file per round, or with
+                                  --keep-checkpoints only for the newest rounds
         best.safetensors          with --monitor: the best of them
         updates/round-0001/       with --keep-updates: a round's updates (see ``update_archive``)
         journal.jsonl             of a simulation: its journal (see ``observe.journal_file``)
@@ -229,7 +230,7 @@ class RunStore:
         try:
             return read_frozen(self.folder, checkpoint.metadata.get(IN_METADATA, ""))
         except UsageError as why:
-            raise RunError(f"{why}, or begin a new run with --fresh") from None
+            raise RunError(f"{why}, or start a new run with --fresh") from None
 
     def _bases(self, committed: Iterable[dict[str, Any]]) -> dict[int, str]:
         """Return the names of the weights that each round began with, as far as they are known."""

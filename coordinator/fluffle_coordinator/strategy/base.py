@@ -77,7 +77,6 @@ class Needs:
         extra: the tensors that workers must send besides their deltas: names with shapes, or
             ``"model"`` for one of the same name and shape for each tensor that they train.
         min_updates: the fewest updates that a round may commit with.
-        min_examples: the fewest examples that a round may commit with.
         max_rounds: the most rounds of a run; None sets no bound.
         once: whether a worker may count only once per round and must not affect whether another's
             update counts: synchronous rounds, no late updates, no bounds from other updates' norms.
@@ -90,7 +89,6 @@ class Needs:
     ranges: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     extra: ExtraForm | None = None
     min_updates: int = 1
-    min_examples: int = 1
     max_rounds: int | None = None
     once: bool = False
     rate: float | None = None

@@ -12,13 +12,7 @@ from fluffle_common.protocol.messages import FirstWeights, Plan, Update
 from fluffle_common.protocol.transfer_parts import announced_layout
 from fluffle_common.protocol.wire_format import read_groups
 from fluffle_common.tensors.compression import check_announced_signature, decompress
-from fluffle_common.tensors.groups import (
-    EXTRA,
-    GroupedLayout,
-    Groups,
-    check_extra,
-    select_tensors,
-)
+from fluffle_common.tensors.groups import EXTRA, GroupedLayout, Groups, check_extra, select_tensors
 from fluffle_common.tensors.in_pieces import InPieces
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import (
@@ -88,10 +82,7 @@ def check_metrics(message: Update, needs: Needs) -> None:
 
 
 def decode_update(
-    message: Update,
-    payload: memoryview | InPieces,
-    base: Weights,
-    plan: Plan = EVERYTHING,
+    message: Update, payload: memoryview | InPieces, base: Weights, plan: Plan = EVERYTHING
 ) -> tuple[Weights, float, Weights]:
     """Read an update's tensors, whole or in pieces, decode them, and check them against the model.
 

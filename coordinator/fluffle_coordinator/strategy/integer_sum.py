@@ -22,7 +22,6 @@ MOST = 2**63 - 1  # the largest factor and the largest count
 _HALF = np.uint64(32)
 _LOWER_HALF = np.uint64(2**32 - 1)
 _STEP_END = float(2**63 - 1024)  # the largest float64 that is an int64
-_STEPS = 4  # two suffice: each reduces the rest to 2**-52 of its size
 
 
 def add_scaled(high: Array, low: Array, values: Array, factor: int) -> None:
@@ -39,11 +38,10 @@ def rounded_mean(high: Array, low: Array, count: int, base: Array) -> Array:
     ``count`` is from 1 to ``MOST``. ``base`` has integers of any dtype; the result has the same
     dtype, and saturates at its ends.
     """
-    quotient, rest = _divide(high, low, count)
-    parity = (quotient ^ base.astype(np.int64)) & 1
-    half = count - rest
-    quotient += (rest > half) | ((rest == half) & (parity == 1))
-    return _added(base, quotient)
+    total = _whole(high, low)
+    quotient, rest = total // count, total % count
+    odd = (quotient + base) % 2 == 1
+    return _added(base, quotient + ((2 * rest > count) | ((2 * rest == count) & odd)))
 
 
 def mean(high: Array, low: Array, count: int) -> Array:
@@ -54,8 +52,7 @@ def mean(high: Array, low: Array, count: int) -> Array:
     >>> mean(high, low, 2)
     array([-1.5])
     """
-    quotient, rest = _divide(high, low, count)
-    return quotient.astype(np.float64) + rest.astype(np.float64) / count
+    return (_whole(high, low) / count).astype(np.float64)
 
 
 def moved(base: Array, change: Array) -> Array:
@@ -89,35 +86,13 @@ def _product(values: Array, factor: int) -> tuple[Array, Array]:
     return high.view(np.int64) - np.where(signed < 0, factor, 0), low
 
 
-def _divide(high: Array, low: Array, count: int) -> tuple[Array, Array]:
-    """Return the quotient, rounded down, and the remainder, both int64."""
-    quotient = np.zeros(high.shape, np.int64)
-    for _ in range(_STEPS):
-        step = np.clip(np.rint(_as_float(high, low) / count), -_STEP_END, _STEP_END)
-        if not step.any():
-            break
-        whole = step.astype(np.int64)
-        quotient += whole
-        upper, lower = _product(whole, count)
-        high = high - upper - (low < lower)
-        low = low - lower
-    rest = low.view(np.int64)  # at most about half of the count, which fits into 64 bits
-    negative = rest < 0
-    return quotient - negative, rest + np.where(negative, count, 0)
-
-
-def _as_float(high: Array, low: Array) -> Array:
-    negative = high < 0  # -x is the complement of x, plus 1, which keeps small values exact
-    size = np.where(negative, ~high, high).astype(np.float64) * 2.0**64
-    size += np.where(negative, ~low, low).astype(np.float64) + negative
-    return np.where(negative, -size, size)
+def _whole(high: Array, low: Array) -> Array:
+    """Return sums as Python's integers, of a block at a time, because they take much memory."""
+    whole: Array = high.astype(object) * 2**64 + low.astype(object)
+    return whole
 
 
 def _added(base: Array, change: Array) -> Array:
     limits = np.iinfo(base.dtype)
-    wide = base.astype(np.uint64 if base.dtype.kind == "u" else np.int64)
-    total = wide + change.view(wide.dtype)
-    ends = np.iinfo(wide.dtype)
-    total[(change > 0) & (total < wide)] = ends.max  # it overflowed
-    total[(change < 0) & (total > wide)] = ends.min
-    return np.clip(total, limits.min, limits.max).astype(base.dtype)
+    exact: Array = np.clip(base.astype(object) + change, limits.min, limits.max)
+    return exact.astype(base.dtype)

@@ -49,7 +49,7 @@ PARTS = {
     "trimmed": Part(
         "mean", robust_means.trimmed_mean, "the mean of each coordinate without its extremes"
     ),
-    "krum": Part("mean", robust_means.krum, "the update closest to its neighbours"),
+    "krum": Part("mean", robust_means.krum, "the update closest to its neighbors"),
     "multikrum": Part(
         "mean", robust_means.multi_krum, "the mean of the m updates that krum ranks best"
     ),

@@ -68,7 +68,7 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         optax = importlib.import_module("optax")
     except ModuleNotFoundError:
         raise ValueError(
-            "optax steps need optax and JAX; run pip install 'fluffle[worker]'"
+            "server steps from optax need optax and JAX; run pip install 'fluffle[worker]'"
         ) from None
     make = getattr(optax, optimizer, None)
     if make is None:

@@ -5,16 +5,6 @@ there in blocks, so memory stays that of the model, however many workers there a
 in the order of their workers' names, so the order of arrival does not change the result. All have
 the same weight, since the number of examples is the worker's own claim.
 
-=================  ========================================  =============================
-mean               source                                    withstands, of n updates
-=================  ========================================  =============================
-``median``         Yin et al., ICML 2018                     fewer than n / 2
-``trimmed_mean``   Yin et al., ICML 2018                     ``fraction`` of them
-``krum``           Blanchard et al., NeurIPS 2017            f, with n of at least 2 f + 3
-``multi_krum``     the same                                  the same
-``rfa``            Pillutla et al., IEEE TSP 2022            fewer than n / 2
-=================  ========================================  =============================
-
 Example:
     >>> mean = median()
     >>> base = {"w": np.zeros(2)}
@@ -87,6 +77,7 @@ class _RobustMean(Mean[Updates]):
 def median() -> Mean[Updates]:
     """Return the coordinate-wise median; of an even number of updates, the mean of the middle two.
 
+    It withstands fewer than half of the updates, and ``trimmed_mean`` its ``fraction`` of them.
     Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates", ICML
     2018, algorithm 1, option I.
     """
@@ -120,7 +111,7 @@ def trimmed_mean(fraction: float = 0.2) -> Mean[Updates]:
 
 
 def krum(f: int = 1) -> Mean[Updates]:
-    """Return the mean that selects the update closest to its nearest neighbours.
+    """Return the mean that selects the update closest to its nearest neighbors.
 
     Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient Descent",
     NeurIPS 2017. The score of an update is the sum of its squared distances to the n - f - 2
@@ -161,9 +152,10 @@ def rfa(iterations: int = 1000, nu: float = 1e-6) -> Mean[Updates]:
     """Return the geometric median: the point with the smallest sum of distances to all updates.
 
     Pillutla et al., "Robust Aggregation for Federated Learning", IEEE Transactions on Signal
-    Processing 2022, algorithm 2, the smoothed Weiszfeld algorithm. It starts from the received
-    weights, so that a large update gets no more weight. The updates are read only twice, however
-    many iterations there are, since all distances follow from their scalar products.
+    Processing 2022, algorithm 2, the smoothed Weiszfeld algorithm. It withstands fewer than half of
+    the updates. It starts from the received weights, so that a large update gets no more weight.
+    The updates are read only twice, however many iterations there are, since all distances follow
+    from their scalar products.
 
     Args:
         iterations: the most iterations, from 1. It stops when no share changes by more than a

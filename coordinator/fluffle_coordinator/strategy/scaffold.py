@@ -15,12 +15,7 @@ from fluffle_common.tensors.layout import is_float
 from fluffle_common.tensors.weights import Array, Weights, largest
 from fluffle_coordinator.strategy.base import Contribution, Needs, Strategy
 from fluffle_coordinator.strategy.linear_means import uniform
-from fluffle_coordinator.strategy.pipeline import (
-    pipeline,
-    replace,
-    with_prefix,
-    without_prefix,
-)
+from fluffle_coordinator.strategy.pipeline import pipeline, replace, with_prefix, without_prefix
 
 _MODEL, _CONTROL = "model/", "control/"  # prefixes in a checkpoint
 _END = largest(np.dtype(np.float32))

@@ -147,12 +147,7 @@ class _Adaptive(Server[_Moments]):
 def adagrad(lr: float = 0.1, tau: float = 0.001) -> Server[_Moments]:
     """Return the server step of FedAdagrad, without momentum, as in the paper's experiments.
 
-    Args:
-        lr: the server's learning rate, above 0 and below a million.
-        tau: the constant that limits adaptivity, above 0; smaller values adapt more.
-
-    Raises:
-        ValueError: if an argument is out of range.
+    The arguments are as in ``adam``.
     """
     return _Adaptive(lr, 0.0, 0.0, tau, lambda v, squared: v + squared)
 
@@ -170,7 +165,7 @@ def adam(
         lr: the server's learning rate, above 0 and below a million: about how far a
             weight moves per round.
         beta1: the decay of the first moment, from 0 and below 1.
-        beta2: the decay of the second moment, from 0 and below 1.
+        beta2: the decay of the second moment, from 0 and below 1; larger values change it slower.
         tau: the constant that limits adaptivity, above 0; smaller values adapt more.
         bias_correction: whether to correct the bias of moments that start at 0, as in Kingma and
             Ba, "Adam", ICLR 2015. Algorithm 2 of Reddi et al. does not, so its first steps are
@@ -191,15 +186,7 @@ def yogi(
 ) -> Server[_Moments]:
     """Return the server step of FedYogi: like ``adam``, but the second moment shrinks more slowly.
 
-    Args:
-        lr: the server's learning rate, above 0 and below a million: about how far a
-            weight moves per round.
-        beta1: the decay of the first moment, from 0 and below 1.
-        beta2: the decay of the second moment, from 0 and below 1; larger values change it slower.
-        tau: the constant that limits adaptivity, above 0; smaller values adapt more.
-
-    Raises:
-        ValueError: if an argument is out of range.
+    The arguments are as in ``adam``.
     """
 
     def second(v: Array, squared: Array) -> Array:

@@ -258,28 +258,11 @@ def _average(result: Array, total: Array, base: Array, count: float) -> None:
         if not narrow:
             np.clip(mean, -end, end, out=mean)  # a rounding error may have made it infinite
         mean += base
-        is_bfloat16 = base.dtype == BFLOAT16
-        if narrow and not is_bfloat16:  # a cast to bfloat16 does not report an overflow
+        if narrow and base.dtype != BFLOAT16:  # a cast to bfloat16 does not report an overflow
             try:
                 result[...] = mean
                 return
             except FloatingPointError:  # a value overflows the dtype
                 pass
         np.clip(mean, -end, end, out=mean)
-        result[...] = _for_bfloat16(mean) if is_bfloat16 else mean
-
-
-def _for_bfloat16(values: Array) -> Array:
-    """Round float64 to float32 such that rounding that to bfloat16 gives the nearest bfloat16.
-
-    The cast from float64 to bfloat16 goes through float32. A value that float32 rounds to the
-    middle between two bfloat16 values would then be rounded a second time, to the even one.
-    """
-    rounded = values.astype(np.float32)
-    bits = rounded.view(np.uint32)
-    (middle,) = np.nonzero((bits & 0xFFFF) == 0x8000)
-    if middle.size:
-        exact, halfway = values[middle], rounded[middle]
-        towards = np.where(exact > halfway, np.float32(np.inf), np.float32(-np.inf))
-        rounded[middle] = np.where(exact == halfway, halfway, np.nextafter(halfway, towards))
-    return rounded
+        result[...] = mean

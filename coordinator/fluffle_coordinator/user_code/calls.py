@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 
 from fluffle_common.cli.exit_now import exit_now
 from fluffle_common.cli.user_code import warn_in_full
-from fluffle_common.errors import RunError, TaskError
+from fluffle_common.errors import RunError, TaskError, UsageError
 from fluffle_common.protocol.events import Slow
 from fluffle_common.user_errors import is_ctrl_c, one_line
 
@@ -53,9 +53,33 @@ def call_guarded(
         raise failed(what, where, one_line(why)) from why
 
 
-def fields_of(what: str, value: Any, names: Iterable[str]) -> dict[str, Any]:
-    """Return fields of a user's object, None for those that it lacks; see ``call_guarded``."""
-    return {name: call_guarded(what, name, getattr, value, name, None) for name in names}
+def check_object(
+    base: type, name: str, value: Any, methods: Iterable[str], **fields: type
+) -> dict[str, Any]:
+    """Check that ``value``, which ``name`` loads, is like an instance of ``base``; return fields.
+
+    Raises:
+        UsageError: if it is a class, or lacks some of the methods or fields.
+        TaskError: if its code fails.
+    """
+    kind, made = base.__name__.lower(), type(value).__name__
+    if isinstance(value, type):
+        raise UsageError(
+            f"--{kind} {name} is a class, not a {kind}; give an instance, such as "
+            f"my_{value.__name__.lower()} = {value.__name__}()"
+        )
+    found = {
+        field: call_guarded(f"{kind} {name}", field, getattr, value, field, None)
+        for field in (*methods, *fields)
+    }
+    missing = [f"{method}()" for method in methods if not callable(found[method])]
+    missing += [f"{f} ({t.__name__})" for f, t in fields.items() if not isinstance(found[f], t)]
+    if missing:
+        raise UsageError(
+            f"--{kind} {name} is not a {kind}: this {made} lacks {', '.join(missing)}; inherit "
+            f"from {base.__module__}.{base.__name__}"
+        )
+    return found
 
 
 async def call_user(what: str, call: Callable[[], T], record: Callable[[Slow], object]) -> T:

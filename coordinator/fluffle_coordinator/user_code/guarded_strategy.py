@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.errors import TaskError
 from fluffle_common.tensors.checkpoint import add_strategy_prefix
 from fluffle_common.tensors.layout import Tensors, check_signature, layout_for
 from fluffle_common.tensors.weights import Weights, check_finite, read_only, same_form
@@ -57,12 +56,8 @@ class GuardedStrategy:
         dtypes) and copied into one block of memory.
         """
         result = self._call("finish", state, self._protected(weights))
-        try:
+        with self._checking("finish()", "something other than (weights, state)"):
             new, next_state = result
-        except (TypeError, ValueError):
-            raise self._failed(
-                "finish()", f"it returned {type(result).__name__}, not (weights, state)"
-            ) from None
         if self.named.ours:
             return new, next_state
         with self._checking("finish()", "an invalid model"):
@@ -86,12 +81,8 @@ class GuardedStrategy:
         if not hasattr(self.named.strategy, "spent"):
             return {}
         budget = self._call("spent", number)
-        try:
+        with self._checking("spent()", "something other than a mapping of names to numbers"):
             return {name: float(budget[name]) for name in ("epsilon", "delta") if name in budget}
-        except (TypeError, ValueError, OverflowError):
-            raise self._failed(
-                "spent()", f"it returned {budget!r:.60}, not a mapping of names to numbers"
-            ) from None
 
     def load(self, saved: Weights, weights: Weights) -> Any:
         """Return the state that ``dump`` saved."""
@@ -112,14 +103,11 @@ class GuardedStrategy:
 
     @contextlib.contextmanager
     def _checking(self, where: str, wrong: str) -> Iterator[None]:
-        """Turn a ``ValueError`` into a ``TaskError``: the method returned something wrong."""
+        """Turn the error of a check into a ``TaskError``: the method returned something wrong."""
         try:
             yield
-        except ValueError as why:
-            raise self._failed(where, f"it returned {wrong} ({why})") from None
-
-    def _failed(self, where: str, why: str) -> TaskError:
-        return failed(*self._where(where), why)
+        except (TypeError, ValueError, OverflowError) as why:
+            raise failed(*self._where(where), f"it returned {wrong} ({why})") from None
 
     def _where(self, where: str) -> tuple[str, str]:
         return f"strategy {self.named.name}", f"round {self.number}, in {where}"

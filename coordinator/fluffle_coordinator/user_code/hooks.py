@@ -6,6 +6,7 @@ hook that fails loses no round, and a run that a hook stops ends at exactly that
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -28,9 +29,6 @@ T = TypeVar("T")
 
 class StopRun(Exception):
     """Raised by an ``on_round`` hook to end the run; its text is the reason that users see."""
-
-    def __str__(self) -> str:
-        return "" if self.args == (None,) else super().__str__()
 
 
 @dataclass(frozen=True)
@@ -112,17 +110,13 @@ def _function(given: Any, option: str, argument: str) -> Any:
         raise UsageError(f"{option} must be a function, not {type(function).__name__}")
     if any(map(inspect.iscoroutinefunction, (function, function.__call__))):
         raise UsageError(f"{option} must be a plain function; remove its 'async'")
-    try:
-        signature = inspect.signature(function)
-    except (TypeError, ValueError):  # written in C
-        return function
-    try:
-        signature.bind(argument)
-    except TypeError:
-        raise UsageError(
-            f"{option} must be a function that accepts one argument, {argument}, but the "
-            f"function's parameters are {signature}"
-        ) from None
+    with contextlib.suppress(ValueError):  # a function in C may have no signature
+        try:
+            inspect.signature(function).bind(argument)
+        except TypeError as wrong:
+            raise UsageError(
+                f"{option} must be a function that accepts one argument, {argument} ({wrong})"
+            ) from None
     return function
 
 
@@ -144,13 +138,6 @@ class HookCalls:
             return {}
         tested = await self._call("evaluate", number, lambda: _metrics(hook(weights)))
         metrics, faults = tested or ({}, {})
-        for name, value in metrics.items():
-            if not math.isfinite(value):
-                fault = (
-                    f"is {value} in round {number}; this value is recorded as missing, and never "
-                    "counts as the best"
-                )
-                faults[name, str(value)] = fault
         for (name, kind), fault in faults.items():
             if self._is_new(f"metric {name} {kind}"):
                 warn(what := f"the evaluate hook's metric {sendable(name)!r:.60} {fault}")
@@ -204,7 +191,7 @@ def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
 
 
 def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str]]:
-    """Return the metrics as floats, and what is wrong with those that are left out.
+    """Return the metrics as floats, and what is wrong with some, by name and kind of fault.
 
     Raises:
         TaskError: if ``returned`` is not a mapping.
@@ -219,6 +206,9 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
         name = sendable(str(given))
         try:
             metrics[name] = real(value)
+            if not math.isfinite(metrics[name]):
+                fault = f"is {value}; it is recorded as missing, and never counts as the best"
+                faults[name, str(value)] = fault
         except ValueError as wrong:
             faults[name, type(value).__name__] = f"is invalid: {wrong}; this metric is left out"
     return metrics, faults

@@ -13,7 +13,7 @@ from fluffle_coordinator.machine.schedules.quorum import QUORUM, QuorumRounds
 from fluffle_coordinator.machine.selection import Choose, Selection, parse_selection
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.user_code.calls import fields_of
+from fluffle_coordinator.user_code.calls import check_object
 from fluffle_coordinator.user_code.guarded_schedule import GuardedSchedule, guarded_choice
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
@@ -100,24 +100,9 @@ def load_selection(text: str) -> Selection:
 def _from_file(name: str) -> tuple[str, Schedule[State]]:
     place = Place.parse("schedule", name)
     schedule = place.load()
-    if isinstance(schedule, type):
-        raise UsageError(
-            f"--schedule {name} is a class, not a schedule; create an instance in the file, and "
-            "give the name of the instance"
-        )
-    names = (*_METHODS, "max_staleness", "continuous")
-    fields = fields_of(f"schedule {place.called}", schedule, names)
-    missing = [f"{method}()" for method in _METHODS if not callable(fields[method])]
-    missing += [
-        f"{field} ({kind.__name__})"
-        for field, kind in (("max_staleness", int), ("continuous", bool))
-        if not isinstance(fields[field], kind)
-    ]
-    if missing:
-        raise UsageError(
-            f"--schedule {name} is not a schedule: this {type(schedule).__name__} lacks "
-            f"{', '.join(missing)}; inherit from fluffle_coordinator.machine.schedule.Schedule"
-        )
+    fields = check_object(
+        Schedule, place.called, schedule, _METHODS, max_staleness=int, continuous=bool
+    )
     max_staleness = fields["max_staleness"]
     if max_staleness < 0:
         raise UsageError(

@@ -19,7 +19,7 @@ from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
-from fluffle_coordinator.user_code.calls import fields_of
+from fluffle_coordinator.user_code.calls import check_object
 from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
 
 _GROUP = "fluffle.strategies"
@@ -40,12 +40,7 @@ def load_strategy(given: str | Strategy[Any]) -> NamedStrategy:
         return _by_name(given)
     if given is FEDAVG.strategy:
         return FEDAVG
-    if isinstance(given, type):
-        name = given.__name__
-        raise UsageError(
-            f"--strategy {name} is a class, not a strategy; give an instance, such as {name}()"
-        )
-    name = type(given).__name__
+    name = given.__name__ if isinstance(given, type) else type(given).__name__
     return NamedStrategy(name, _checked(name, given))
 
 
@@ -77,30 +72,7 @@ def _installed(name: str) -> Any:
 
 
 def _checked(name: str, value: Any) -> Any:
-    """Return ``value`` if it has the methods and needs of a strategy.
-
-    Raises:
-        UsageError: if it is a class or lacks some of them.
-        TaskError: if its code fails.
-    """
-    attribute = name.rpartition(":")[2]
-    if isinstance(value, type):
-        raise UsageError(
-            f"--strategy {name} is a class, not a strategy; create an instance in the file, such "
-            f"as my_{attribute.lower()} = {attribute}(), and give the name of the instance"
-        )
-    found = fields_of(f"strategy {name}", value, (*_METHODS, "needs"))
-    missing = [f"{method}()" for method in _METHODS if not callable(found[method])]
-    if not isinstance(found["needs"], Needs):
-        missing.append("needs (a Needs object)")
-    if missing:
-        kind = type(value).__name__
-        called = ", or call the function in the file and give the name of the result"
-        hint = called * (kind == "function")
-        raise UsageError(
-            f"--strategy {name} is not a strategy, because this {kind} lacks "
-            f"{', '.join(missing)}; make a strategy with pipeline(){hint}"
-        )
+    check_object(Strategy, name, value, _METHODS, needs=Needs)
     return value
 
 
@@ -117,12 +89,6 @@ def rules_for(
         UsageError: if the strategy cannot get what it needs.
     """
     needs: Needs = named.strategy.needs
-    if needs.min_examples > 1:
-        raise UsageError(
-            f"the strategy {named.name} has min_examples = {needs.min_examples}, but this version "
-            "of fluffle does not support a minimum number of examples per round; choose another "
-            "strategy with --strategy"
-        )
     try:
         Plan(extra=needs.extra)
     except ValidationError:
@@ -223,5 +189,5 @@ def check_same(named: NamedStrategy, saved: Saved, folder: Path) -> None:
         raise UsageError(
             f"the run in {folder} used the strategy {saved.strategy} up to round "
             f"{saved.committed}, but this command names {named.name}; give --strategy "
-            f"{saved.strategy} to continue the run, or --fresh to begin a new run"
+            f"{saved.strategy} to continue the run, or --fresh to start a new run"
         )

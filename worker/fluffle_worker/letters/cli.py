@@ -85,11 +85,11 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
 @click.argument("more", nargs=-1, type=_FILE)
 @click.option("--json", "as_json", is_flag=True, help="Print the scores of all classes, as JSON.")
 def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_json: bool) -> None:
-    """Classify the letter in an image, with the model's confidence.
+    """Classify the letter in an image, and show the confidence.
 
-    The confidence is calibrated, so that predictions with a confidence of 90 % are right in about
-    90 % of the cases. To calibrate it, the command divides the model's outputs by a temperature
-    that the workers determine on held-out letters.
+    The confidence is calibrated, so that predictions with a confidence of 90 % are correct about
+    90 % of the time. To calibrate it, the command divides the model's outputs by a temperature that
+    the workers determine on held-out letters.
 
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png
@@ -97,7 +97,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     try:
         from fluffle_worker.letters.images import inverted_note
         from fluffle_worker.letters.inference import LettersModel, shown_names
-        from fluffle_worker.letters.pixels import read_picture
+        from fluffle_worker.letters.pixels import read_pixels
     except ImportError:
         raise UsageError(_NEEDS_WORKER) from None
     loaded = LettersModel(model)
@@ -105,14 +105,12 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     predictions, pictures, unreadable = [], [], []
     for path in (*images, *more):
         try:
-            picture = read_picture(path)
+            picture = read_pixels(path)
         except UsageError as why:
             unreadable.append(str(why))
             continue
-        if picture.frames > 1:
-            warn(f"{path} has {picture.frames} frames; only the first frame is read")
         pictures.append(picture)
-        scores = loaded.predict(picture.pixels)
+        scores = loaded.predict(picture)
         letter = max(scores, key=scores.__getitem__)
         confidence = scores[letter]
         predictions.append(
@@ -162,10 +160,10 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
 def confusion(**options: Any) -> None:
     """Draw the confusion matrix of a model on a folder of letters.
 
-    A model recognizes the letters that it was trained on better than other letters. Therefore, by
-    default, the command scores only the held-out letters of the worker that trained on the folder.
-    The folder must not have changed since the training. If no worker trained on the folder, use
-    --unseen.
+    A model performs better on the letters that it was trained on than on other letters. Therefore,
+    by default, the command scores only the held-out letters of the worker that trained on the
+    folder. The folder must not have changed since the training. If no worker trained on the folder,
+    use --unseen.
     """
     try:
         from fluffle_worker.cli import id_from

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from pathlib import Path
 
 from fluffle_common.errors import TaskError
@@ -30,7 +30,6 @@ _JUNK = frozenset(
         "thumbs.db",
     }
 )
-_TO_CONVERT = {".heic": "HEIC", ".heif": "HEIF", ".avif": "AVIF", ".svg": "SVG", ".pdf": "PDF"}
 
 
 def find_classes(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
@@ -41,7 +40,7 @@ def find_classes(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     the same class. Files and folders that are junk (``is_junk``) are skipped.
 
     Raises:
-        TaskError: if there is no such folder, it cannot be read, or a class has an unusable name.
+        TaskError: if there is no such folder, or it cannot be read.
     """
     if not folder.is_dir():
         raise TaskError(
@@ -67,9 +66,10 @@ def find_classes(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
                 ignored[_kind(file)] += 1
         files[name] = images
     classes = {name: images for name, images in files.items() if images}
-    notes = [*_spelling_notes(spellings), *_case_notes(classes)]
+    notes = []
     if ignored:
-        notes.append(_ignored_note(ignored))
+        listed = some([f"{kind} {count}" for kind, count in ignored.most_common()])
+        notes.append(f"ignored {plural(ignored.total(), 'file')}: {listed}")
     if nested:
         notes.append(_nested_note(nested, classes))
     empty = files.keys() - classes.keys()
@@ -81,17 +81,10 @@ def find_classes(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
 def class_name(name: str) -> str:
     """Return the name of a class in Unicode's composed form.
 
-    Raises:
-        TaskError: if it is not valid UTF-8.
-
     Example:
         >>> len("e\u0301"), len(class_name("e\u0301"))
         (2, 1)
     """
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        raise TaskError(f"the folder name {name!r} is not valid UTF-8; rename the folder") from None
     return unicodedata.normalize("NFC", name)
 
 
@@ -139,32 +132,7 @@ def _kind(path: Path) -> str:
     return path.suffix.lower() or "no suffix"
 
 
-def _spelling_notes(spellings: dict[str, list[Path]]) -> Iterable[str]:
-    for name, paths in spellings.items():
-        if len(paths) > 1:
-            yield (
-                f"{len(paths)} folders have the name '{name}' in different Unicode forms; they are "
-                "read as one class"
-            )
-
-
-def _case_notes(names: Iterable[str]) -> Iterable[str]:
-    alike: dict[str, list[str]] = defaultdict(list)
-    for name in names:
-        alike[name.casefold()].append(name)
-    pairs = [" and ".join(names) for names in alike.values() if len(names) > 1]
-    if pairs:
-        yield f"class names that differ only in case are separate classes: {some(pairs)}"
-
-
 def _nested_note(folders: list[Path], classes: Collection[str]) -> str:
     if classes:
         return f"ignored {plural(len(folders), 'folder')} inside class folders"
     return f"if {folders[0]} is a class, set --data to {folders[0].parent} instead"
-
-
-def _ignored_note(ignored: Counter[str]) -> str:
-    listed = some([f"{kind} {count}" for kind, count in ignored.most_common()])
-    hints = [_TO_CONVERT[kind] for kind in sorted(ignored) if kind in _TO_CONVERT]
-    hint = f" (convert {', '.join(hints)} to PNG or JPEG)" if hints else ""
-    return f"ignored {plural(ignored.total(), 'file')}: {listed}{hint}"

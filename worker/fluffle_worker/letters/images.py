@@ -1,6 +1,6 @@
 """Reads folders ``<class>/<image>`` as arrays of 100 by 100 grey pixels, white on black.
 
-``folders.find_classes`` decides what is a class, and ``pixels.read_picture`` decodes an image.
+``folders.find_classes`` decides what is a class, and ``pixels.read_pixels`` decodes an image.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import numpy as np
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.letters.folders import class_name, find_classes, some
-from fluffle_worker.letters.pixels import Picture, read_picture
+from fluffle_worker.letters.pixels import read_pixels
 
 _HELD_OUT = 0.1
+_BRIGHT = 0.5
 _NAMED = 5  # unreadable images named one by one; the rest are counted
 
 
@@ -59,14 +60,13 @@ def read_images(
         or_add = ", or add their names to --classes" if source == "--classes" else ""
         raise TaskError(
             f"{folder} has images of the classes {', '.join(unexpected)}, but {source} has only "
-            f"{', '.join(names)}; move the folders of the other classes elsewhere{or_add}"
+            f"{', '.join(names)}; move the other folders elsewhere{or_add}"
         )
-    pictures: list[Picture] = []
-    targets, paths, skipped = [], [], []
+    pictures, targets, paths, skipped = [], [], [], []
     for index, name in enumerate(names):
         for path in files.get(name, ()):
             try:
-                pictures.append(read_picture(path))
+                pictures.append(read_pixels(path))
             except UsageError as why:
                 skipped.append(str(why))
                 continue
@@ -77,14 +77,9 @@ def read_images(
             f"none of the images in {folder} can be read; the first error: {skipped[0]}"
         )
     notes += _skipped_notes(skipped, len(pictures))
-    layered = sum(picture.frames > 1 for picture in pictures)
-    if layered:
-        notes.append(
-            f"images with several frames: {layered}; only the first frame of each image is read"
-        )
     notes += inverted_note(pictures)
     return Images(
-        np.stack([picture.pixels for picture in pictures]),
+        np.stack(pictures),
         np.asarray(targets, np.int32),
         names,
         tuple(paths),
@@ -92,14 +87,19 @@ def read_images(
     )
 
 
-def inverted_note(pictures: Sequence[Picture]) -> Iterable[str]:
+def inverted_note(pictures: Sequence[Array]) -> Iterable[str]:
     """Yield a warning if most pictures look like black ink on white paper."""
-    bright = sum(picture.bright_border for picture in pictures)
+    bright = sum(map(_has_bright_border, pictures))
     if bright > len(pictures) / 2:
         yield (
             f"{bright} of {len(pictures)} images have a bright border, like black letters on "
             "white; expected white letters on black, so invert these images"
         )
+
+
+def _has_bright_border(pixels: Array) -> bool:
+    border = [pixels[0], pixels[-1], pixels[1:-1, 0], pixels[1:-1, -1]]
+    return bool(np.concatenate(border).mean() > _BRIGHT)
 
 
 def held_out_split(images: Images, seed: int) -> tuple[Array, Array]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,33 +103,25 @@ def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> 
         number: the round, as given in the model's file.
     """
     for line in reversed(history):
-        if line.get("event") == "evaluated" and str(line.get("round")) == number:
-            temperature = line.get("temperature")
-            if isinstance(temperature, int | float) and 0 < temperature <= sys.float_info.max:
-                return float(temperature)
+        if line.get("event") == "evaluated" and str(line["round"]) == number:
+            if "temperature" in line:
+                return float(line["temperature"])
     return 1.0
 
 
 def participants_of(history: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     """Return the workers whose updates were counted in any round of a run's history."""
-    lists = [line.get("participants") for line in history if line.get("event") == "committed"]
     return frozenset(
-        str(participant["worker"])
-        for participants in lists
-        if isinstance(participants, list)
-        for participant in participants
-        if isinstance(participant, dict) and "worker" in participant
+        participant["worker"] for line in history for participant in line.get("participants", ())
     )
 
 
 def _read_history(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a history up to the first damaged one; none if there is no history."""
     lines: list[dict[str, Any]] = []
-    try:
+    with contextlib.suppress(OSError, ValueError):
         lines.extend(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
-    except (OSError, ValueError, RecursionError):
-        pass
-    return [line for line in lines if isinstance(line, dict)]
+    return lines
 
 
 def shown_names(classes: Sequence[str]) -> dict[str, str]:

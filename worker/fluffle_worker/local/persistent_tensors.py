@@ -8,6 +8,7 @@
         local-rule-0005.safetensors    kept in round 5; needed if a damaged checkpoint of round 6
                                        takes the run back to that round
         personal-0007.safetensors      tensors that the task does not send
+        owner.txt                      whose folder it is, if the data owner chose it
 
 The number is the sequence of the work's ticket: in synchronous rounds, the round. A file is
 completely written before the update of its round is sent.
@@ -32,6 +33,7 @@ WorkId = tuple[str, int, int]
 """
 # Without a folder, a worker ends with its coordinator, so the run cannot go back during its life.
 _KEPT_IN_FOLDER, _KEPT_IN_MEMORY = 3, 2
+_OWNER = "owner.txt"
 
 
 class _Kept(NamedTuple):
@@ -64,10 +66,17 @@ class PersistentTensors:
     def __init__(self, folder: Path | None = None, prefix: str = "local-rule") -> None:
         self._folder, self._prefix = folder, prefix
         self._rounds: list[_Kept] | None = None if folder else []
+        self._most = _KEPT_IN_FOLDER if folder else _KEPT_IN_MEMORY
 
     def before(self, work: WorkId) -> Weights:
-        """Return the tensors of the run's last work before this one; empty if none."""
-        earlier = [kept for kept in self._all() if kept.run == work[0] and kept.precedes(work)]
+        """Return the tensors of the run's last work before this one; empty if none.
+
+        If the run went back further than the tensors do, return the oldest of them.
+        """
+        ours = [kept for kept in self._all() if kept.run == work[0]]
+        earlier = [kept for kept in ours if kept.precedes(work)]
+        if not earlier and len(ours) == self._most:  # older ones have been there
+            earlier = ours[:1]
         return earlier[-1].arrays if earlier else {}
 
     def latest(self, run: str = "") -> Weights:
@@ -95,8 +104,7 @@ class PersistentTensors:
             for kept in previous
             if kept.run == new.run and kept.round <= new.round and kept.precedes(work)
         ]
-        most = _KEPT_IN_FOLDER if self._folder is not None else _KEPT_IN_MEMORY
-        self._rounds = [*earlier, new][-most:]
+        self._rounds = [*earlier, new][-self._most :]
         if self._folder is not None and (copies or any(kept.arrays for kept in previous)):
             self._write(self._folder, new)
 
@@ -132,6 +140,32 @@ class PersistentTensors:
 
     def _files(self, folder: Path) -> list[Path]:
         return sorted(folder.glob(f"{self._prefix}-*.safetensors"))
+
+
+def claim(folder: Path, owner: str) -> None:
+    """Reserve a state folder for one worker; others would read and delete its files.
+
+    Raises:
+        UsageError: if the folder belongs to another worker, or cannot be written.
+    """
+    path = folder / _OWNER
+    try:
+        make_folder(folder)
+        with path.open("a+", encoding="utf-8", errors="replace") as file:
+            file.seek(0)
+            found = file.read().strip()
+            if not found:
+                file.write(f"{owner}\n")
+    except OSError as why:
+        raise UsageError(
+            f"cannot use the state folder {folder} ({why.strerror}); choose another folder with "
+            "--state-dir"
+        ) from None
+    if found not in ("", owner):
+        raise UsageError(
+            f"the state folder {folder} belongs to worker {found}, but this is worker {owner}; "
+            f"give each worker its own --state-dir, or remove {path} if this worker has a new name"
+        )
 
 
 def keep_in(folder: Path | None, name: str, task: Any) -> None:

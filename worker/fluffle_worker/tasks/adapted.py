@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -20,21 +20,30 @@ from fluffle_worker.task import EvalResult, FailedMetric, Progress, TrainResult,
 from fluffle_worker.tasks.examples import (
     Examples,
     InMemory,
-    MapArrays,
     Stream,
     Streamed,
     arrays_in,
     count_of,
+    joined,
 )
 
 Loss = Callable[[Any, Any], Any]
+EVALUATION_BATCH = 256
 
 
 class AdaptedTask(ABC):
     """A task that trains and scores a model of some framework on a data owner's examples."""
 
     only_reads = True
+    # Of the framework: the value of an array in NumPy, a function applied to each array of the
+    # examples, one applied to the arrays in several outputs, and the concatenation of arrays.
+    _as_array: ClassVar[Callable[..., Any]]
+    _map_arrays: ClassVar[Callable[..., Any]]
+    _map_trees: ClassVar[Callable[..., Any]]
+    _concatenate: ClassVar[Callable[..., Any]]
     local_rule: BoundRule
+    _loss: Loss
+    _metrics: Mapping[str, Loss]
     _score_trained: bool
     _valid: Any
 
@@ -44,22 +53,18 @@ class AdaptedTask(ABC):
         valid_data: Examples | None,
         num_examples: int | None,
         sample_seed: int,
-        *,
-        on_device: Callable[[Any, str], Any],
-        map_arrays: MapArrays,
     ) -> None:
-        """Put the examples on the device; ``map_arrays`` applies a function to their arrays."""
-        self.whole = self
+        self.whole, map_arrays = self, self._map_arrays
         self._data: InMemory | Streamed
         if callable(train_data):
             self._data = Streamed(train_data, num_examples, sample_seed, map_arrays)
         else:
-            source = on_device(train_data, "train_data")
+            source = self._on_device(train_data, "train_data")
             self._data = InMemory(source, arrays_in(source, map_arrays), sample_seed)
         self.num_examples, self._sample_seed = self._data.num_examples, sample_seed
         self._valid, self._held_out = None, 0
         if valid_data is not None:
-            self._valid = on_device(valid_data, "valid_data")
+            self._valid = self._on_device(valid_data, "valid_data")
             self._held_out = count_of(arrays_in(self._valid, map_arrays), "valid_data")
         self._personal = PersistentTensors()
 
@@ -69,6 +74,11 @@ class AdaptedTask(ABC):
             raise TaskError(
                 "frozen= selects no tensor, so share_frozen= has no effect; remove share_frozen="
             )
+
+    @property
+    def labels(self) -> Array:
+        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
+        return joined([self._as_array(one) for one in self._data.targets()])
 
     def keep_in(self, folder: Path) -> None:
         """Keep the personal tensors in this folder, so that they outlive a restart."""
@@ -116,42 +126,53 @@ class AdaptedTask(ABC):
         """Return the frozen tensors."""
 
     @abstractmethod
+    def _on_device(self, data: Examples, what: str) -> Any:
+        """Return examples, which ``what`` names in errors, on the device."""
+
+    @abstractmethod
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         """Return the mean loss and metrics of a model on the held-out data."""
 
+    def _means(self, outputs_of: Callable[[Array], tuple[Any, Any]]) -> dict[str, float]:
+        """Return the mean loss and metrics over the held-out examples, batch by batch.
 
-def scores_of_all(
-    metrics: Mapping[str, Loss],
-    outputs: Sequence[Any],
-    targets: Any,
-    *,
-    count: int,
-    map_trees: Callable[..., Any],
-    concatenate: Callable[[Sequence[Any]], Any],
-) -> dict[str, float]:
-    """Return metrics of all ``count`` held-out examples at once, from the outputs of each batch.
+        A metric that is one number, such as a precision, is not the mean of the batches'
+        precisions: it is computed from all outputs at once, unless these cannot be concatenated.
 
-    Precision, for example, is not the mean of the batches' precisions. If an output of the model
-    does not have one row for each example, no metric is returned.
-    """
-
-    def rows(*parts: Any) -> Any:
-        every = concatenate(parts)
-        if every.shape[0] != count:
-            raise ValueError
-        return every
-
-    try:
-        every = map_trees(rows, *outputs)
-    except (RuntimeError, TypeError, ValueError):  # not an array, or of another shape
-        return {}
-    found: dict[str, float] = {}
-    for name, function in metrics.items():
-        try:
-            found[name] = float(function(every, targets))
-        except Exception as why:  # costs this metric, not the evaluation
-            found[name] = FailedMetric(why)
-    return found
+        ``outputs_of`` returns the model's outputs and the targets of the examples with the given
+        indices.
+        """
+        functions = {"loss": self._loss, **self._metrics}
+        totals = dict.fromkeys(functions, 0.0)
+        failed: dict[str, float] = {}
+        whole, kept = set(), []  # metrics that may need all examples, and what they are given
+        for start in range(0, self._held_out, EVALUATION_BATCH):
+            rows = np.arange(start, min(start + EVALUATION_BATCH, self._held_out))
+            outputs, targets = outputs_of(rows)
+            for name, function in functions.items():
+                try:
+                    values = np.asarray(self._as_array(function(outputs, targets)), np.float64)
+                except Exception as why:  # costs this metric, not the evaluation
+                    if name == "loss":
+                        raise
+                    failed[name], values = FailedMetric(why), np.zeros(())
+                if not start and not values.shape and name != "loss":
+                    whole.add(name)
+                totals[name] += float(values.mean()) * len(rows)
+            if whole:
+                kept.append((outputs, targets))
+        found = {name: total / self._held_out for name, total in totals.items()} | failed
+        if len(kept) > 1:
+            try:
+                outputs, targets = self._map_trees(lambda *parts: self._concatenate(parts), *kept)
+            except (RuntimeError, TypeError, ValueError):  # one has no row for each example
+                return found
+            for name in whole:
+                try:
+                    found[name] = float(self._metrics[name](outputs, targets))
+                except Exception as why:
+                    found[name] = FailedMetric(why)
+        return found
 
 
 class StepLosses:

@@ -18,23 +18,27 @@ import optax
 from flax import nnx
 
 from fluffle_common.cli.settings import cache_folder
-from fluffle_common.errors import UsageError
+from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.local.optax import filtered, gradient_transformation, named, tensor_name
-from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
-from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses, scores_of_all
-from fluffle_worker.tasks.checks import as_metrics, as_rate, check_function
-from fluffle_worker.tasks.examples import Examples, Stream, call, joined
+from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
+from fluffle_worker.tasks.checks import (
+    as_metrics,
+    as_rate,
+    check_function,
+    check_pair,
+    checked_array,
+)
+from fluffle_worker.tasks.examples import Examples, Stream, call
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
-from fluffle_worker.tasks.jax_examples import key_of, on_device, picked, scored, summed
 from fluffle_worker.tasks.model_parts import ModelParts
 
 Augment = Callable[[jax.Array, Any], Any]
-_EVALUATION_BATCH = 256
 _NOTHING = np.zeros(0)
 
 
@@ -82,6 +86,9 @@ class FlaxTask(AdaptedTask):
         UsageError: if ``local_rule`` names no rule, or is none.
     """
 
+    _as_array, _map_arrays = staticmethod(np.asarray), staticmethod(jax.tree.map)
+    _map_trees, _concatenate = _map_arrays, staticmethod(jnp.concatenate)
+
     def __init__(
         self,
         model: Callable[[nnx.Rngs], nnx.Module],
@@ -110,26 +117,11 @@ class FlaxTask(AdaptedTask):
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._score_trained = score_trained
-        place = functools.partial(on_device, classes=classes)
-        self._take_examples(
-            train_data,
-            valid_data,
-            num_examples,
-            sample_seed,
-            on_device=place,
-            map_arrays=jax.tree.map,
-        )
-        self._failed: dict[str, Exception] = {}
+        self._take_examples(train_data, valid_data, num_examples, sample_seed)
         self._parts = ModelParts(model, federated, frozen)
         self._share_frozen(share_frozen)
         self._steps: dict[tuple[int, Any], FlatStep] = {}
-        self._evaluate_batch = jax.jit(self._evaluate_step)
         self._forward = jax.jit(self._forward_step)
-
-    @property
-    def labels(self) -> Array:
-        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return joined([np.asarray(one) for one in self._data.targets()])
 
     def model_form(self) -> dict[str, Any]:
         """Return the names, shapes and dtypes of the tensors that travel."""
@@ -145,7 +137,7 @@ class FlaxTask(AdaptedTask):
 
     def init(self, seed: int) -> Weights:
         """Return initial weights, determined by ``seed``."""
-        return self._parts.init(key_of(seed))
+        return self._parts.init(_key_of(seed))
 
     def train(self, weights: Weights, plan: Plan, progress: Progress) -> TrainResult:
         """Train from ``weights`` and return the result; see ``task.Task.train``.
@@ -163,7 +155,7 @@ class FlaxTask(AdaptedTask):
         params = filtered(learnt, trained)
         # Mixed, because a sum would be that of another worker in another round.
         mixed = np.random.default_rng([plan.seed, self._sample_seed]).integers(2**63)
-        key = key_of(int(mixed))
+        key = _key_of(int(mixed))
         frozen, rest = parts.at_home.frozen, parts.seeded(key)
         learning_rate = plan.learning_rate or self._learning_rate
         step, steps = self._step(plan, params), data.steps(plan)
@@ -187,36 +179,30 @@ class FlaxTask(AdaptedTask):
 
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         states = jax.device_put(self._states(weights, personal))  # once, not with each batch
-        count = self._held_out
-        size = min(_EVALUATION_BATCH, count)
-        totals: dict[str, float] = {}
-        for start in range(0, count, size):
-            # Pad the last batch: one shape for all batches means one compilation.
-            wanted = np.arange(start, start + size)
-            real = wanted[wanted < count]
-            found = self._evaluate_batch(*states, self._valid, np.minimum(wanted, count - 1))
-            if len(real) < size and any(not values.shape for values in found.values()):
-                # A metric of the whole batch would include the padding.
-                found = self._evaluate_batch(*states, self._valid, real)
-            for name, values in found.items():
-                totals[name] = totals.get(name, 0.0) + summed(values, len(real))
-        means = {name: total / count for name, total in totals.items()}
-        means |= {name: FailedMetric(why) for name, why in self._failed.items()}
-        whole = {name for name, values in found.items() if not values.shape} & self._metrics.keys()
-        if whole and count > size:
-            inputs, targets = self._valid
-            batches = np.array_split(np.arange(count), range(size, count, size))
-            outputs = [self._forward(*states, picked(inputs, batch)) for batch in batches]
-            metrics = {name: self._metrics[name] for name in whole}
-            means |= scores_of_all(
-                metrics,
-                outputs,
-                targets,
-                count=count,
-                map_trees=jax.tree.map,
-                concatenate=jnp.concatenate,
-            )
-        return means
+
+        def outputs_of(rows: Array) -> tuple[Any, Any]:
+            inputs, targets = _picked(self._valid, rows)
+            return self._forward(*states, inputs), targets
+
+        return self._means(outputs_of)
+
+    def _on_device(self, data: Examples, what: str) -> Any:
+        """Return (inputs, targets) on the device, if each target is the index of a class.
+
+        For another, JAX would compute a loss of NaN or, if the index is negative, that of a class.
+        """
+        check_pair(data, what)
+        inputs, targets = jax.tree.map(lambda part: checked_array(part, what), tuple(data))
+        count = len(self.classes) if hasattr(self.classes, "__len__") else 0
+        are_labels = getattr(targets, "ndim", 0) == 1 and jnp.issubdtype(targets.dtype, jnp.integer)
+        if count and are_labels:
+            least, most = int(targets.min(initial=0)), int(targets.max(initial=0))
+            if least < 0 or most >= count:
+                raise TaskError(
+                    f"{what} contains the target {least if least < 0 else most}, but classes= has "
+                    f"{count} names, for the targets 0 to {count - 1}; list all classes"
+                )
+        return jax.device_put((inputs, targets))
 
     def check(self, weights: Weights) -> None:
         """Raise ValueError if ``weights`` differ from the model in names, shapes or dtypes."""
@@ -260,7 +246,7 @@ class FlaxTask(AdaptedTask):
         key: Any,
     ) -> tuple[tuple[Any, Any, Any], Any]:
         learnt, rest, optimizer_state = state
-        inputs, targets = picked(source, batch)
+        inputs, targets = _picked(source, batch)
         if self._augment is not None:
             inputs = self._augment(key, inputs)
         params, still, others = nnx.split_state(learnt, trained, nnx.Param, ...)
@@ -292,22 +278,22 @@ class FlaxTask(AdaptedTask):
         model.eval()
         return call(model, inputs)
 
-    def _evaluate_step(
-        self, learnt: Any, frozen: Any, rest: Any, source: Any, batch: Any
-    ) -> dict[str, Any]:
-        inputs, targets = picked(source, batch)
-        outputs = self._forward_step(learnt, frozen, rest, inputs)
-        found = {"loss": scored(self._loss, outputs, targets, len(batch))}
-        for name, function in self._metrics.items():
-            try:
-                found[name] = scored(function, outputs, targets, len(batch))
-            except Exception as why:  # costs this metric, not the evaluation
-                self._failed[name] = why
-        return found
-
 
 flax_task = FlaxTask
 """The public name, as in ``fluffle.flax_task``."""
+
+
+def _key_of(seed: int) -> Any:
+    """Return a random key that depends on all bits of a seed; JAX ignores those above 32."""
+    key = jax.random.key(seed % 2**32)
+    return jax.random.fold_in(key, seed >> 32) if seed >> 32 else key
+
+
+def _picked(source: Any, batch: Any) -> Any:
+    """Return the batch's examples: ``batch`` itself, or the rows of ``source`` that it indexes."""
+    if source is None:
+        return batch
+    return jax.tree.map(lambda part: jnp.take(part, batch, axis=0), source)
 
 
 def _trained(plan: Plan) -> Any:

@@ -80,7 +80,8 @@ class ModelParts:
         self.at_home: AtHome = compiled(lambda: self._split(model(nnx.Rngs(0)))[2])()
         self._first_personal = named(self.at_home.personal)
         self._init = compiled(lambda key: self._split(model(nnx.Rngs(key)))[1])
-        self._seeded = jax.jit(_with_keys_from) if _has_keys(self.at_home.rest) else None
+        has_keys = any(map(_is_key, jax.tree.leaves(self.at_home.rest)))
+        self._seeded = jax.jit(_with_keys_from) if has_keys else None
 
     @property
     def has_statistics(self) -> bool:
@@ -186,7 +187,7 @@ class ModelParts:
         if twice:
             raise TaskError(
                 f"two tensors of the model have the name '{twice[0]}', because the name of a "
-                "variable contains '/'; rename one of the two variables"
+                "variable contains '/'; rename this variable"
             )
 
 
@@ -236,10 +237,6 @@ def fill(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
 
 def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key))
-
-
-def _has_keys(state: Any) -> bool:
-    return any(map(_is_key, jax.tree.leaves(state)))
 
 
 def _with_keys_from(state: Any, key: Any) -> Any:

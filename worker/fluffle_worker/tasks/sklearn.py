@@ -145,11 +145,7 @@ sklearn_task = SklearnTask
 
 
 def _checked(data: Any, what: str) -> tuple[Any, Any]:
-    """Return inputs and targets as arrays; the inputs may be a sparse matrix.
-
-    Raises:
-        TaskError: if they are something else, or differ in length; ``what`` names them.
-    """
+    """Return inputs and targets as arrays; the inputs may be a sparse matrix."""
     check_pair(data, what)
     check_unmasked(data[1], what)
     inputs, targets = checked_array(data[0], what), np.asarray(data[1])
@@ -164,11 +160,7 @@ def _checked(data: Any, what: str) -> tuple[Any, Any]:
 
 
 def _classes(given: Sequence[Any] | None, targets: Array, held_out: Array) -> Array:
-    """Return the given classes; by default, those of the targets.
-
-    Raises:
-        TaskError: if there is only one, they are no sequence, or they are of several types.
-    """
+    """Return the given classes; by default, those of the targets."""
     try:
         classes = np.unique(targets) if given is None else np.asarray(given)
         if classes.ndim != 1:

@@ -27,10 +27,10 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
-from fluffle_worker.task import FailedMetric, Progress, TrainResult, work_of
-from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses, scores_of_all
+from fluffle_worker.task import Progress, TrainResult, work_of
+from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
-from fluffle_worker.tasks.examples import Examples, Stream, call, joined, mapped
+from fluffle_worker.tasks.examples import Examples, Stream, call, mapped
 from fluffle_worker.tasks.torch_gradients import (
     gradients_of_examples,
     mean_loss,
@@ -52,7 +52,6 @@ from fluffle_worker.tasks.torch_tensors import (
     untrained,
 )
 
-_EVALUATION_BATCH = 256
 # Steps draw from torch's random state, which is global, so only one may be running in the process.
 _random_state = threading.RLock()  # a user's function may use another task
 # For each task's module, the parameters of the one that ``model`` made, if these are still in use.
@@ -105,6 +104,10 @@ class TorchTask(AdaptedTask):
         UsageError: if ``local_rule`` names no rule, or is none.
     """
 
+    _as_array = staticmethod(lambda values: as_array(torch.as_tensor(values)))
+    _map_arrays, _map_trees = staticmethod(mapped), staticmethod(_pytree.tree_map)
+    _concatenate = staticmethod(torch.cat)
+
     def __init__(
         self,
         model: Callable[[], nn.Module],
@@ -133,10 +136,7 @@ class TorchTask(AdaptedTask):
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._score_trained = score_trained
-        place = functools.partial(on_device, device=self._device)
-        self._take_examples(
-            train_data, valid_data, num_examples, sample_seed, on_device=place, map_arrays=mapped
-        )
+        self._take_examples(train_data, valid_data, num_examples, sample_seed)
         self._model = model
         made = self._made(0)
         self._module = copy_of(made).to(self._device)
@@ -145,11 +145,6 @@ class TorchTask(AdaptedTask):
         ]
         self._travel, self._frozen = self._split(federated, frozen)
         self._share_frozen(share_frozen)
-
-    @property
-    def labels(self) -> Array:
-        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return joined([as_array(one) for one in self._data.targets()])
 
     def model_form(self) -> dict[str, Array]:
         """Return arrays with the names, shapes and dtypes of the tensors that travel."""
@@ -205,46 +200,23 @@ class TorchTask(AdaptedTask):
         if not rule.changes_nothing:
             rule.end(copies_of(params), state)
         trained = arrays_of(module, self._travel.__contains__)
-        personal = arrays_of(module, self._is_personal)
+        personal = arrays_of(module, lambda name: name not in self._travel | self._frozen)
         return self._result(plan, trained, personal, losses)
 
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         # Not the module that was trained: training has changed its frozen statistics.
         module = self._filled(weights, personal).eval()
-        totals: dict[str, float] = {}
-        failed: dict[str, float] = {}
-        whole, kept = set(), []  # metrics that may need all examples, and the outputs for these
+
+        def outputs_of(rows: Array) -> tuple[Any, Any]:
+            # A copy, because the model may change its inputs in place.
+            inputs, targets = mapped(operator.itemgetter(torch.from_numpy(rows)), self._valid)
+            return call(module, inputs), targets
+
         with self._seeded(0), torch.no_grad():
-            for start in range(0, self._held_out, _EVALUATION_BATCH):
-                rows = slice(start, min(start + _EVALUATION_BATCH, self._held_out))
-                batch = mapped(operator.itemgetter(rows), self._valid)
-                inputs, targets = mapped(torch.clone, batch)  # the model may change them in place
-                outputs = call(module, inputs)
-                for name, function in {"loss": self._loss, **self._metrics}.items():
-                    try:
-                        values = torch.as_tensor(function(outputs, targets))
-                        mean = float(values.to("cpu", torch.float64).mean())
-                    except Exception as why:  # costs this metric, not the evaluation
-                        if name == "loss":
-                            raise
-                        failed[name], mean = FailedMetric(why), 0.0
-                    if not start and (name in failed or not values.shape):
-                        whole.add(name)
-                    totals[name] = totals.get(name, 0.0) + mean * (rows.stop - rows.start)
-                if whole := whole & self._metrics.keys():
-                    kept.append(outputs)
-            if len(kept) > 1:
-                metrics = {name: self._metrics[name] for name in whole}
-                targets = mapped(torch.clone, self._valid[1])
-                failed |= scores_of_all(
-                    metrics,
-                    kept,
-                    targets,
-                    count=self._held_out,
-                    map_trees=_pytree.tree_map,
-                    concatenate=torch.cat,
-                )
-        return {name: total / self._held_out for name, total in totals.items()} | failed
+            return self._means(outputs_of)
+
+    def _on_device(self, data: Examples, what: str) -> Any:
+        return on_device(data, what, self._device)
 
     def _differentiate(
         self, module: nn.Module, params: dict[str, Any], examples: Examples, state: Any
@@ -275,7 +247,7 @@ class TorchTask(AdaptedTask):
     def _examples(self, batch: Any) -> Any:
         """Return a batch on the device, from indices or as the stream yields it."""
         if self._data.source is None:
-            inputs, targets = on_device(batch, "a batch of train_data", self._device)
+            inputs, targets = self._on_device(batch, "a batch of train_data")
         else:
             rows = torch.from_numpy(batch).to(self._device)
             inputs, targets = mapped(operator.itemgetter(rows), self._data.source)
@@ -293,11 +265,7 @@ class TorchTask(AdaptedTask):
         return made
 
     def _filled(self, weights: Weights, personal: Weights) -> nn.Module:
-        """Return a copy of the module with these tensors; it shares the frozen parameters.
-
-        Raises:
-            ValueError: if ``weights`` differ from the model in names, shapes or dtypes.
-        """
+        """Return a copy of the module with these tensors; it shares the frozen parameters."""
         same_form(weights, self.model_form())
         tensors = tensors_of(self._module)
         frozen = [one for name, one in tensors.items() if name in self._frozen]
@@ -324,9 +292,6 @@ class TorchTask(AdaptedTask):
             params[name].requires_grad_(False)
         return frozenset(travel), frozenset(still)
 
-    def _is_personal(self, name: str) -> bool:
-        return name not in self._travel and name not in self._frozen
-
     def _originals_in_use(self) -> list[tuple[str, torch.Tensor]]:
         """Return the trainable parameters that are left of the module that ``model`` made."""
         return [
@@ -342,8 +307,8 @@ class TorchTask(AdaptedTask):
         def refuse(name: str, _: Any) -> None:
             raise TaskError(
                 f"the model or the loss uses the tensor '{name}' of the module that model= made, "
-                "but training changes only a copy of this module; call its layers through self, "
-                "not through a function or object that holds them, and not in loss="
+                "but training changes only a copy of this module; call the layers only through "
+                "self, never through another object or function, and never in loss="
             )
 
         hooks = [

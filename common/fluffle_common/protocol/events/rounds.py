@@ -79,7 +79,7 @@ class Counted(RunEvent):
         return {"stale": f", discounted to {self.weight or 0.0:.1f} for being {old}"}
 
 
-@event("late", "round {round}: update of {worker} came late and was discarded", "odd")
+@event("late", "round {round}: update of {worker} arrived late and was discarded", "odd")
 class Late(RunEvent):
     """An update arrived after its round was committed."""
 

@@ -57,11 +57,7 @@ class Disconnected(BrokerEvent):
     reason: Text = None
 
 
-@event(
-    "no_broker",
-    "no broker at {address} ({reason}); trying again{remedy}",
-    "bad",
-)
+@event("no_broker", "no broker at {address} ({reason}); trying again{remedy}", "bad")
 class NoBroker(BrokerEvent):
     journalled = False
     reason: Text = None

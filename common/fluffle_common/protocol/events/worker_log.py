@@ -45,10 +45,7 @@ class Loaded(WorkerEvent):
         return {"more": f", classes {formatted(self.classes)}" if self.classes else ""}
 
 
-@event(
-    "alone",
-    "federation {federation} has no queues yet; waiting for a coordinator",
-)
+@event("alone", "federation {federation} has no queues yet; waiting for a coordinator")
 class Alone(WorkerEvent):
     federation: Text = None
 

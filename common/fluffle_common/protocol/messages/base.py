@@ -80,9 +80,7 @@ class TensorHeader(Header):
     """A message with tensors in its payload."""
 
     tensors: Annotated[
-        tuple[TensorEntry, ...],
-        Strict(False),
-        Field(max_length=MAX_TENSORS, fail_fast=True),
+        tuple[TensorEntry, ...], Strict(False), Field(max_length=MAX_TENSORS, fail_fast=True)
     ] = ()
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from typing import ClassVar, NamedTuple, Protocol, Self
 
 import numpy as np
 
-from fluffle_common.tensors.weights import Array, largest
+from fluffle_common.tensors.weights import DTYPES, Array, largest
 from fluffle_common.user_errors import one_line
 
 Shape = tuple[int, ...]
 MAX_SUFFIX = 10  # characters
+_SUFFIX = re.compile(rf"(#[A-Za-z0-9_]{{1,{MAX_SUFFIX - 1}}})?")
+_MAX_PARTS = 2  # wire_format.header_room relies on it
 
 
 class Part(NamedTuple):
@@ -98,6 +101,42 @@ def codec_error(codec: type[Codec], action: str, tensor: str, error: BaseExcepti
     )
     wrapped.__cause__ = error
     return wrapped
+
+
+def parts_of(codec: type[Codec], shape: Shape) -> tuple[Part, ...]:
+    """Return the parts of a tensor of this shape.
+
+    Raises:
+        CodecError: if ``parts`` fails, or returns other than one or two valid parts.
+    """
+    call = f"parts({shape}) of the codec '{codec.name}'"
+    try:
+        parts = codec.parts(shape)
+    except (Exception, SystemExit) as error:
+        raise CodecError(f"{call} fails: {one_line(error)}") from error
+    valid = isinstance(parts, tuple) and 1 <= len(parts) <= _MAX_PARTS
+    if not valid or not all(isinstance(part, Part) for part in parts):
+        raise CodecError(
+            f"{call} returned {parts!r:.80}; expected a tuple of one or two Part objects"
+        )
+    for suffix, dtype, *_ in parts:
+        if not _SUFFIX.fullmatch(suffix):
+            raise CodecError(
+                f"{call} returned the suffix '{suffix[:40]}'; expected an empty suffix, or '#' "
+                f"followed by 1 to {MAX_SUFFIX - 1} letters, digits or '_'"
+            )
+        if dtype not in DTYPES:
+            raise CodecError(
+                f"{call} returned the dtype '{dtype!s:.40}'; use one of {', '.join(sorted(DTYPES))}"
+            )
+        if not suffix and dtype in codec.dtypes:
+            raise CodecError(
+                f"{call} returned the dtype '{dtype}' with an empty suffix, so the part looks like "
+                "a tensor that is not encoded; give the part a suffix such as '#q'"
+            )
+    if len({part.suffix for part in parts}) < len(parts):
+        raise CodecError(f"{call} returned the same suffix twice; give each part its own suffix")
+    return parts
 
 
 def clip_to(tensor: Array, limit: float) -> Array:

@@ -15,17 +15,16 @@ from typing import Any
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_common.tensors.codecs.base import (
-    MAX_SUFFIX,
     BrokenCodec,
     Codec,
-    Part,
+    CodecError,
     UnknownCodec,
+    parts_of,
 )
 from fluffle_common.tensors.codecs.bf16 import Bf16
 from fluffle_common.tensors.codecs.f16 import F16
 from fluffle_common.tensors.codecs.int8 import Int8
 from fluffle_common.tensors.codecs.topk import TopK
-from fluffle_common.tensors.layout import DTYPES
 from fluffle_common.tensors.table import ENCODING_PATTERN
 from fluffle_common.user_errors import one_line
 
@@ -33,8 +32,6 @@ GROUP = "fluffle.codecs"
 _BUILT_IN: tuple[type[Codec], ...] = (Bf16, F16, Int8, TopK)
 OWN_NAMES = frozenset(codec.name for codec in _BUILT_IN)
 """The names of the built-in codecs."""
-_MAX_PARTS = 2  # codec.header_room relies on it
-_SUFFIX = re.compile(rf"(#[A-Za-z0-9_]{{1,{MAX_SUFFIX - 1}}})?")
 
 
 class Registry:
@@ -163,47 +160,11 @@ def check_codec(codec: Any, where: str) -> type[Codec]:
             f"the codec {where} must set 'dtypes' to a tuple, such as ('float32', 'float64'), and "
             "'feeds_back' to True or False; see docs/codecs.md"
         )
-    _check_parts(codec, where)
-    return codec
-
-
-def _check_parts(codec: Any, where: str) -> None:
-    """Check the parts of an example shape."""
     try:
-        parts = codec.parts((4, 300))
-    except (Exception, SystemExit) as error:
-        raise UsageError(
-            f"the call parts((4, 300)) of the codec {where} fails with {type(error).__name__}: "
-            f"{error}"
-        ) from error
-    valid = isinstance(parts, tuple) and 1 <= len(parts) <= _MAX_PARTS
-    if not valid or not all(isinstance(part, Part) for part in parts):
-        raise UsageError(
-            f"the codec {where} has parts {parts!r:.80}; expected a tuple of one or two Part "
-            "objects"
-        )
-    for part in parts:
-        if not _SUFFIX.fullmatch(part.suffix):
-            raise UsageError(
-                f"the codec {where} has a part with the suffix '{part.suffix[:40]}'; expected an "
-                f"empty suffix, or '#' followed by 1 to {MAX_SUFFIX - 1} letters, digits or '_'"
-            )
-        if part.dtype not in DTYPES:
-            supported = ", ".join(sorted(DTYPES))
-            raise UsageError(
-                f"the codec {where} has a part of dtype '{part.dtype!s:.40}'; use one of "
-                f"{supported}"
-            )
-        if not part.suffix and part.dtype in codec.dtypes:
-            raise UsageError(
-                f"the codec {where} has a part with the dtype '{part.dtype}' and an empty suffix, "
-                "so the part looks like a tensor that is not encoded; give the part a suffix such "
-                "as '#q'"
-            )
-    if len({part.suffix for part in parts}) < len(parts):
-        raise UsageError(
-            f"the codec {where} has two parts with the same suffix; give each part its own suffix"
-        )
+        parts_of(codec, (4, 300))  # an example
+    except CodecError as error:
+        raise UsageError(f"the codec {where} is not valid: {error}") from error
+    return codec
 
 
 CODECS = Registry()

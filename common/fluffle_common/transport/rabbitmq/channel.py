@@ -52,11 +52,7 @@ class Content:
         self._buffer = np.empty(self.missing_bytes, np.uint8).data
 
     def fill(self, data: memoryview) -> None:
-        """Add the next bytes of the body.
-
-        Raises:
-            ConnectionError: if they are more than are missing.
-        """
+        """Add the next bytes of the body; raise ``ConnectionError`` if they are too many."""
         if len(data) > self.missing_bytes:
             raise ConnectionError("a message body is longer than its header declares")
         filled = self.filled_bytes
@@ -76,12 +72,16 @@ class Content:
 
 
 @dataclass(slots=True)
-class _Unconfirmed:
-    """An unconfirmed message; ``return_reason`` is the broker's if it was unroutable."""
+class Unconfirmed:
+    """A message that is not confirmed yet; a ``ConfirmWatch`` keeps the last two fields."""
 
     message_id: str
     confirmation: asyncio.Future[None]
-    return_reason: str | None = None
+    nbytes: int
+    end_offset: int  # the number of bytes sent on the channel when its last byte has left
+    return_reason: str | None = None  # the broker's, if it was unroutable
+    progress_at: float | None = None
+    has_left: bool = False
 
 
 class ContentChannel:
@@ -103,7 +103,8 @@ class ContentChannel:
         self.frame_max = frame_max  # the most bytes of a frame
         self._socket, self._on_delivery = socket, on_delivery
         self._publish_seq = 0  # the broker numbers messages the same way
-        self._unconfirmed: dict[int, _Unconfirmed] = {}
+        self.sent_bytes = 0  # of messages
+        self.unconfirmed: dict[int, Unconfirmed] = {}
         self._pending_gets: deque[asyncio.Future[Content | None]] = deque()
         self._unsettled: set[int] = set()  # delivery tags
         self._unsent_acks: set[int] = set()  # delivery tags
@@ -117,6 +118,11 @@ class ContentChannel:
     def _check(self) -> None:
         if self._closed:
             raise LinkLost("the connection is lost")
+
+    @property
+    def unconfirmed_bytes(self) -> int:
+        """The size of the unconfirmed messages."""
+        return sum(message.nbytes for message in self.unconfirmed.values())
 
     # --- sending -------------------------------------------------------------------------------
 
@@ -133,7 +139,11 @@ class ContentChannel:
         self._check()
         confirmation: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._publish_seq += 1
-        self._unconfirmed[self._publish_seq] = _Unconfirmed(message_id, confirmation)
+        nbytes = len(head) + len(body)
+        self.sent_bytes += nbytes
+        self.unconfirmed[self._publish_seq] = Unconfirmed(
+            message_id, confirmation, nbytes, self.sent_bytes
+        )
         pieces: list[Body] = [head, *frames.bodies(self.number, body, self.frame_max)]
         if len(body) < LARGE_BYTES:
             self._socket.write(b"".join(pieces))
@@ -142,11 +152,7 @@ class ContentChannel:
         return confirmation
 
     def get(self, queue: str) -> asyncio.Future[Content | None]:
-        """Request one message; the future's result is None if the queue is empty.
-
-        Raises:
-            LinkLost: if the socket is already closed.
-        """
+        """Request one message; the future's result is None if the queue is empty."""
         self._check()
         response: asyncio.Future[Content | None] = asyncio.get_running_loop().create_future()
         self._pending_gets.append(response)
@@ -154,10 +160,7 @@ class ContentChannel:
         return response
 
     async def take(self, queue: str) -> Content | None:
-        """Get one message; return None if the queue is empty.
-
-        If the caller is cancelled, the message returns to its queue.
-        """
+        """Get one message, None from an empty queue; if cancelled, return it to its queue."""
         response = self.get(queue)
         try:
             return await response
@@ -213,10 +216,10 @@ class ContentChannel:
         self._send_acks()
         self._ended = True
         pending: list[asyncio.Future[Any]] = [
-            message.confirmation for message in self._unconfirmed.values()
+            message.confirmation for message in self.unconfirmed.values()
         ]
         pending += self._pending_gets
-        self._unconfirmed.clear()
+        self.unconfirmed.clear()
         self._pending_gets.clear()
         for future in pending:
             if not future.done():
@@ -249,7 +252,7 @@ class ContentChannel:
                 self._answer_get(content)
             case frames.RETURN:  # the confirmation follows
                 message_id = frames.properties(content.header).message_id or ""
-                for message in self._unconfirmed.values():
+                for message in self.unconfirmed.values():
                     if message.message_id == message_id and message.return_reason is None:
                         message.return_reason = frames.return_reason(content.method)
                         break
@@ -262,9 +265,9 @@ class ContentChannel:
         last, multiple = frames.settlement(payload)
         tags = [last]
         if multiple:
-            tags = [tag for tag in self._unconfirmed if not last or tag <= last]
+            tags = [tag for tag in self.unconfirmed if not last or tag <= last]
         for tag in tags:
-            message = self._unconfirmed.pop(tag, None)
+            message = self.unconfirmed.pop(tag, None)
             if message is None or message.confirmation.done():
                 continue
             if nacked:

@@ -19,28 +19,27 @@ _LIMIT = "limit"
 _PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
 _PROBE_S = 3.0
 
-# Alerts by which the broker rejects our certificate.
-_CERTIFICATE_ALERTS = (
-    "CERTIFICATE_REQUIRED",
-    "UNKNOWN_CA",
-    "BAD_CERTIFICATE",
-    "CERTIFICATE_EXPIRED",
-    "CERTIFICATE_UNKNOWN",
-    "UNSUPPORTED_CERTIFICATE",
-    "ACCESS_DENIED",
+_GIVE_CERTIFICATE = (
+    "give a certificate that the broker trusts in --url, as in "
+    "amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem"
 )
-# OpenSSL's codes from INVALID_CA to EXTENSIONS_REQUIRE_VERSION_3.
-_RFC_5280 = range(79, 94)
-_NOT_TLS_REASONS = (
-    "WRONG_VERSION_NUMBER",
-    "HTTP_REQUEST",
-    "RECORD_LAYER_FAILURE",
-    "UNEXPECTED_MESSAGE",
-)
-_VERSION_ALERTS = (
-    "PROTOCOL_VERSION",
-    "UNSUPPORTED_PROTOCOL",
-    "NO_SHARED_CIPHER",
+# Words in OpenSSL's reasons, what they mean, and the remedy.
+_TLS_FAULTS = (
+    (
+        ("CERTIFICATE", "UNKNOWN_CA", "ACCESS_DENIED"),
+        "does not accept this client's certificate",
+        _GIVE_CERTIFICATE,
+    ),
+    (
+        ("WRONG_VERSION_NUMBER", "HTTP_REQUEST", "RECORD_LAYER_FAILURE", "UNEXPECTED_MESSAGE"),
+        "does not use TLS on this port",
+        "use amqp://… in --url, or give the port of the broker's TLS listener (usually 5671)",
+    ),
+    (  # with TLS 1.2, a missing certificate is only a HANDSHAKE_FAILURE
+        ("HANDSHAKE_FAILURE", "PROTOCOL_VERSION", "UNSUPPORTED_PROTOCOL", "NO_SHARED_CIPHER"),
+        "refuses the TLS handshake",
+        f"{_GIVE_CERTIFICATE}, if it requires one, or allow TLS 1.2 or 1.3 on the broker",
+    ),
 )
 
 
@@ -85,10 +84,7 @@ def handshake_error(
 
 
 def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
-    """Return the error for a broker that does not offer the way to log in that the URL asks for.
-
-    None if it is another error.
-    """
+    """Return the error for a broker without the login that the URL asks for; None for others."""
     if not isinstance(error, AuthenticationError):
         return None
     offered, auth = str(error.args[0] if error.args else ""), url.query.get("auth", "plain")
@@ -99,61 +95,22 @@ def mechanism_error(error: BaseException, url: URL) -> WrongNode | None:
     )
 
 
-def capability_error(missing: list[str], url: URL) -> WrongNode:
-    """Return the error for a broker that lacks these AMQP extensions."""
-    return WrongNode(
-        f"the broker at {display_url(url)} lacks AMQP extensions that fluffle needs: "
-        f"{', '.join(missing)}; use RabbitMQ 3.10 or newer"
-    )
-
-
 def tls_error(error: BaseException, url: URL) -> WrongNode | None:
     """Return the error for a failed TLS handshake; None if TLS was not the cause."""
     cause = _ssl_error(error)
     if cause is None:
         return None
-    where, host = display_url(url), url.host
+    where = display_url(url)
     if isinstance(cause, ssl.SSLCertVerificationError):
-        message = cause.verify_message.rstrip(".")
-        match cause.verify_code:  # OpenSSL's X509_V_ERR_…
-            case 10:
-                why, remedy = "has expired", "renew the certificate on the broker"
-            case 9:
-                why, remedy = "is not valid yet", "check the clocks of both machines"
-            case 62 | 64:
-                why = f"is not valid for '{host}'"
-                remedy = "use a host name from the certificate in --url, or renew the certificate"
-            case code if code in _RFC_5280:
-                why = f"breaks a rule of RFC 5280, which Python 3.13 and newer check ({message})"
-                remedy = "create the certificate or its CA again, with the required extensions"
-            case _:
-                why = f"is not signed by a CA that this machine trusts ({message})"
-                remedy = "in --url, give the CA's file, as in amqps://…?cafile=/path/ca.pem"
-        return WrongNode(f"the certificate of the broker at {where} {why}; {remedy}")
+        return WrongNode(
+            f"the certificate of the broker at {where} cannot be verified "
+            f"({cause.verify_message.rstrip('.')}); renew the certificate, use its host name in "
+            "--url, or give the file of its CA there, as in amqps://…?cafile=/path/ca.pem"
+        )
     reason = (cause.reason or str(cause)).upper().replace(" ", "_")
-    if any(word in reason for word in _CERTIFICATE_ALERTS):
-        return WrongNode(
-            f"the broker at {where} does not accept this client's certificate ({reason}); in "
-            "--url, give a certificate that the broker trusts, as in "
-            "amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem"
-        )
-    if any(word in reason for word in _NOT_TLS_REASONS):
-        return WrongNode(
-            f"the port at {where} does not use TLS ({reason}); use amqp://… in --url, or give the "
-            "port of the broker's TLS listener (usually 5671)"
-        )
-    if "HANDSHAKE_FAILURE" in reason:  # with TLS 1.2, this is all that the broker says
-        return WrongNode(
-            f"the broker at {where} refuses the TLS handshake ({reason}); if it requires a client "
-            "certificate, give one in --url, as in "
-            "amqps://…?certfile=/path/cert.pem&keyfile=/path/key.pem; otherwise, allow TLS 1.2 or "
-            "1.3 on the broker"
-        )
-    if any(word in reason for word in _VERSION_ALERTS):
-        return WrongNode(
-            f"the broker at {where} and this machine have no TLS version or cipher in common "
-            f"({reason}); allow TLS 1.2 or 1.3 on the broker"
-        )
+    for words, fault, remedy in _TLS_FAULTS:
+        if any(word in reason for word in words):
+            return WrongNode(f"the broker at {where} {fault} ({reason}); {remedy}")
     return None
 
 

@@ -41,10 +41,7 @@ _FRAME_HEAD, _read_head = frames.FRAME.size, frames.FRAME.unpack_from
 _BODY, _END_BYTE = frames.BODY, frames.END_BYTE
 _NO_END = "an AMQP frame does not end with its frame-end byte"
 _WITH_CONTENT = frozenset((frames.DELIVER, frames.GET_OK, frames.RETURN))
-# With a consumer, a broker that does not announce a deleted queue would be waited for forever.
-_NEEDED_CAPABILITIES = ("publisher_confirms", "basic.nack", "consumer_cancel_notify")
 _BLOCKING = frozenset((frames.BLOCKED, frames.UNBLOCKED))
-_TLS_ALERT = b"\x15\x03"
 _KINDS = frozenset((frames.METHOD, frames.HEADER, frames.BODY, frames.HEARTBEAT))
 _QUEUED = struct.Struct("@i")
 
@@ -71,7 +68,7 @@ class FrameSplitter:
         self._frame_missing_bytes = 0  # of that body frame, its end byte included
         self.received_bytes = 0  # total size of the received bodies
         self._foreign = False  # not AMQP 0-9-1; aiormq reports what is wrong
-        self.first_bytes = b""  # the first bytes received
+        self.first_bytes = b""  # the first two bytes received
         self.close_reason: tuple[int, str] | None = None  # code and text of connection.close
 
     def attach(self, channel: ContentChannel) -> None:
@@ -91,7 +88,7 @@ class FrameSplitter:
             ConnectionError: if the bytes are not well-formed frames.
         """
         if not self.first_bytes:
-            self.first_bytes = data[: len(_TLS_ALERT)]
+            self.first_bytes = data[:2]
         if self._rest:
             data, self._rest = self._rest + data, b""
         at, end, fed = 0, len(data), False
@@ -201,11 +198,7 @@ class SocketFactory(TransportFactory):
     async def create(
         self, url: URL, **options: Any
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        """Open the socket.
-
-        Raises:
-            OSError: if nothing answers.
-        """
+        """Open the socket; raise ``OSError`` if nothing answers."""
         provider = options.pop("ssl_context_provider", None)
         context = await provider.get_context() if url.scheme == "amqps" else None
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
@@ -240,22 +233,9 @@ class Connection(aio_pika.Connection):
         )
 
     @property
-    def close_reason(self) -> tuple[int, str] | None:
-        """Code and text with which the broker closed the connection; None if it did not."""
-        return self._sockets.splitter.close_reason
-
-    def missing_capabilities(self) -> list[str]:
-        """Return the names of the AMQP extensions that fluffle needs and the broker lacks."""
-        properties = self.transport.connection.server_properties if self.transport else {}
-        offered = properties.get("capabilities")
-        offered = offered if isinstance(offered, dict) else {}
-        return [name for name in _NEEDED_CAPABILITIES if not offered.get(name)]
-
-    @property
-    def may_need_tls(self) -> bool:
-        """Whether the broker has sent nothing, or has answered with a TLS alert."""
-        first_bytes = self._sockets.splitter.first_bytes
-        return not first_bytes or first_bytes == _TLS_ALERT
+    def splitter(self) -> FrameSplitter:
+        """What has arrived on this connection."""
+        return self._sockets.splitter
 
     def __del__(self) -> None:
         """Do nothing: links close their connections, and aio_pika's version needs a loop."""
@@ -268,14 +248,6 @@ class Connection(aio_pika.Connection):
         """Return how many sent bytes the peer's TCP has not acknowledged; None if unknown."""
         socket = self._sockets.socket.get_extra_info("socket")
         return None if socket is None else queued_bytes(socket.fileno())
-
-    def received_bytes(self) -> int:
-        """Return the total size of the received bodies, behind which a confirmation may wait."""
-        return self._sockets.splitter.received_bytes
-
-    def incomplete_bytes(self) -> int:
-        """Return how many bytes have arrived of message bodies that are still incomplete."""
-        return self._sockets.splitter.incomplete_bytes
 
     async def content_channel(
         self,
@@ -296,7 +268,7 @@ class Connection(aio_pika.Connection):
         content_channel = ContentChannel(
             underlay.number, self._sockets.socket, frame_max, on_delivery, prefetch
         )
-        self._sockets.splitter.attach(content_channel)
+        self.splitter.attach(content_channel)
         return content_channel
 
 

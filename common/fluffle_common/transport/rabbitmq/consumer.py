@@ -20,9 +20,8 @@ from fluffle_common.transport.rabbitmq.errors import map_exceptions
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 
 _CLOSE_TIMEOUT_S = 2.0
-# How many entries of a stream are prefetched.
-STREAM_PREFETCH = 500
-_STREAM_ACK_EVERY = 100
+# How many entries of a stream are prefetched and acknowledged at once.
+STREAM_PREFETCH, STREAM_ACK_EVERY = 500, 100
 # How long to wait for an entry before a stream counts as empty.
 _EMPTY_S = 0.5
 
@@ -114,24 +113,17 @@ class Consumer:
         finally:
             await self._end()
 
-    async def auto_acked(self) -> AsyncGenerator[Delivery]:
-        """Yield deliveries, each acknowledged before it is yielded."""
-        async with contextlib.aclosing(self.deliveries()) as deliveries:
-            async for delivery in deliveries:
-                delivery.ack()
-                yield delivery
-
-    async def entries(self) -> AsyncGenerator[Delivery]:
-        """Yield the entries of a stream, acknowledged in batches to keep the broker sending."""
+    async def acked(self, every: int = 1) -> AsyncGenerator[Delivery]:
+        """Yield deliveries, acknowledged ``every`` so many to keep the broker sending."""
         count = 0
         async with contextlib.aclosing(self.deliveries()) as deliveries:
-            async for entry in deliveries:
+            async for delivery in deliveries:
                 count += 1
-                if count % _STREAM_ACK_EVERY:
-                    entry.take_tag()
+                if count % every:
+                    delivery.take_tag()
                 else:
-                    entry.ack(multiple=True)
-                yield entry
+                    delivery.ack(multiple=True)
+                yield delivery
 
     async def newest(self) -> Delivery | None:
         """Return the last entry of a stream that is read from its last chunk."""

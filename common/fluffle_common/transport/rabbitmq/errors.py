@@ -131,23 +131,20 @@ def map_declare_errors() -> Iterator[None]:
 def _conflict(text: str) -> str:
     """Describe a conflict with an existing queue or exchange, and the remedy."""
     match = _ARGUMENT.search(text)
-    if match is not None and match["what"] == "exchange":
-        return (
-            f"exchange '{match['name']}' already exists with different arguments ({text}); "
-            "delete the exchange on RabbitMQ's management page, or choose another --federation"
+    entity = f"{match['what']} '{match['name']}'" if match else "a queue"
+    if match is None or match["argument"] == "x-queue-type":
+        remedy = (
+            "use the same --queue-type for the coordinator and all workers, or delete the "
+            "federation's old queues"
         )
-    if match is None or match["argument"] in ("x-queue-type", "type"):
-        return (
-            f"a queue already exists on the broker with different arguments ({text}); use the same "
-            "--queue-type for the coordinator and all workers, or delete the federation's old "
-            "queues"
+    elif match["what"] == "exchange":
+        remedy = "delete the exchange on RabbitMQ's management page, or choose another --federation"
+    else:
+        remedy = (
+            "another version of fluffle may have created it; stop the coordinator and the workers, "
+            f"delete the queue with 'rabbitmqctl delete_queue {match['name']}', and start again"
         )
-    return (
-        f"queue '{match['name']}' already exists with different arguments, for example because "
-        f"another version of fluffle created the queue ({text}); stop the coordinator and the "
-        "workers, delete the queue with "
-        f"'rabbitmqctl delete_queue {match['name']}', and start again"
-    )
+    return f"{entity} already exists with different arguments ({text}); {remedy}"
 
 
 def closing_error(why: BaseException, user: str = "") -> BrokerError | LinkLost:
@@ -200,13 +197,12 @@ def _missing_permission(text: str, who: str, right: Right | None) -> str:
         )
     if match := _ACCESS.search(text):
         name, entity = match["name"], match["what"]
-        # Binding needs write on the queue and read on the exchange. Without a known right, the
-        # request was to get from a queue or to publish to an exchange.
-        usual = ("write", "read") if right == "bind" else ("read", "write")
-        usual_right = usual[0] if entity == "queue" else usual[1]
-        needed = match["right"] or (
-            right if right in ("configure", "read", "write") else usual_right
-        )
+        # Without a known right, the request was to get from a queue or to publish to an exchange.
+        implied = {
+            "bind": {"queue": "write", "exchange": "read"},
+            None: {"queue": "read", "exchange": "write"},
+        }
+        needed = match["right"] or (implied[right][entity] if right in implied else right)
         vhost = f" in vhost '{match['vhost']}'" if match["vhost"] is not None else ""
         return f"the broker does not let {who} {needed} {entity} '{name}'{vhost}"
     return f"the broker denies {who} access ({text})"

@@ -39,7 +39,7 @@ from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import Connection, close
-from fluffle_common.transport.rabbitmq.consumer import STREAM_PREFETCH, Consumer
+from fluffle_common.transport.rabbitmq.consumer import STREAM_ACK_EVERY, STREAM_PREFETCH, Consumer
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
 from fluffle_common.transport.rabbitmq.errors import Right, map_declare_errors, map_exceptions
 from fluffle_common.transport.rabbitmq.getter import Getter
@@ -73,24 +73,19 @@ class AmqpLink(Link):
         self.blocking = publishing.blocking
         self._connections = (publishing, consuming)
         self._user = user
-        self._lifetime = Lifetime(user, lambda: consuming.close_reason)
+        self._lifetime = Lifetime(user, lambda: consuming.splitter.close_reason)
         self._getter = Getter(connect, self._lifetime)
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
         self._request_channel: AbstractChannel
         self._publish_channel: ContentChannel
         self._get_channel: ContentChannel  # urgent messages are published there too
-        # One for each channel that is published on. While a quorum queue elects a new leader, a
-        # channel can get into a state in which RabbitMQ never confirms its messages again, or
-        # refuses all of them as if the queue were full. Only a new link's channels help.
-        self._watch, self._urgent_watch = (
-            ConfirmWatch(connection, self._lifetime.give_up) for connection in self._connections
-        )
+        self._watches: list[ConfirmWatch] = []
         self._probe_channel: AbstractChannel | None = None
         self._probe_lock = asyncio.Lock()
 
     @property
     def incomplete_bytes(self) -> int:
-        return self._connections[1].incomplete_bytes()
+        return self._connections[1].splitter.incomplete_bytes
 
     async def start(self) -> AmqpLink:
         """Open the channels."""
@@ -107,10 +102,17 @@ class AmqpLink(Link):
             self._get_channel = await consuming.content_channel(self._request_channel)
         self._lifetime.end_callbacks.add(self._on_end)
         self._lifetime.check()
+        # While a quorum queue elects a new leader, a channel can get into a state in which RabbitMQ
+        # never confirms its messages again, or refuses all of them as if the queue were full. Only
+        # a new link's channels help.
+        self._watches = [
+            ConfirmWatch(publishing, self._publish_channel, self._lifetime.give_up),
+            ConfirmWatch(consuming, self._get_channel, self._lifetime.give_up),
+        ]
         return self
 
     def _on_end(self) -> None:
-        for watch in (self._watch, self._urgent_watch):
+        for watch in self._watches:
             watch.close()
         for channel in (self._publish_channel, self._get_channel):
             channel.close(self._lifetime.error())
@@ -199,7 +201,7 @@ class AmqpLink(Link):
         if rest:
             header = "CC" if len(keys) <= MAX_LISTED_KEYS else "BCC"  # the broker removes BCC
             headers[header] = rest
-        channel, watch = self._choose_channel(urgent=urgent)
+        channel = self._choose_channel(urgent=urgent)
         head_on = functools.partial(
             frames.publish,
             size=len(body),
@@ -215,7 +217,6 @@ class AmqpLink(Link):
         if len(head) > channel.frame_max and rest:
             await self._publish_in_halves(body, properties, exchange, keys, urgent=urgent)
             return
-        unconfirmed = watch.add(len(head) + len(body))
         try:
             await channel.publish(head, properties.message_id, body)
         except QueueFull:
@@ -224,10 +225,8 @@ class AmqpLink(Link):
                 refused = f"the broker refused the {properties.type} for {listed}"
                 raise QueueFull(refused) from None
             why = "the broker refused a message on one channel, but not on another"
-            self._lifetime.give_up(why)  # see ``_watch``
+            self._lifetime.give_up(why)  # see ``start``
             raise self._lifetime.error() from None
-        finally:
-            watch.discard(unconfirmed)
 
     async def _takes(self, head_on: Callable[[int], bytes], message_id: str, body: Body) -> bool:
         """Return whether a new channel takes a message that another one refused.
@@ -242,13 +241,13 @@ class AmqpLink(Link):
                 self._lifetime.end_callbacks.add(
                     on_end := lambda: fresh.close(self._lifetime.error())
                 )
-                unconfirmed = self._watch.add(len(body))
+                watch = ConfirmWatch(self._connections[0], fresh, self._lifetime.give_up)
                 try:
                     await fresh.publish(head_on(fresh.number), message_id, body)
                 except (QueueFull, Unroutable):
                     return False
                 finally:
-                    self._watch.discard(unconfirmed)
+                    watch.close()
                     self._lifetime.end_callbacks.discard(on_end)
                 return True
             finally:
@@ -276,16 +275,16 @@ class AmqpLink(Link):
         if full or len(refusals) == 2:  # else some queue has it
             raise (full or refusals)[0]
 
-    def _choose_channel(self, *, urgent: bool) -> tuple[ContentChannel, ConfirmWatch]:
+    def _choose_channel(self, *, urgent: bool) -> ContentChannel:
         """Choose the channel to publish on.
 
         A blocked broker stops reading from every connection that publishes. Publishing on the
         consuming connection would then hold up its acknowledgements as well.
         """
-        if urgent and self._watch.unconfirmed_bytes > _LITTLE_BYTES:
+        if urgent and self._publish_channel.unconfirmed_bytes > _LITTLE_BYTES:
             if not any(connection.blocking.reason for connection in self._connections):
-                return self._get_channel, self._urgent_watch
-        return self._publish_channel, self._watch
+                return self._get_channel
+        return self._publish_channel
 
     async def consume(
         self, queue: str, *, prefetch: int, exclusive: bool = False
@@ -304,7 +303,7 @@ class AmqpLink(Link):
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         arguments = {"x-stream-offset": "first" if since is None else since}
-        return (await self._stream(stream, arguments)).entries()
+        return (await self._stream(stream, arguments)).acked(STREAM_ACK_EVERY)
 
     async def newest(self, stream: str) -> Delivery | None:
         # "last" is the last chunk, which may hold many entries.
@@ -325,7 +324,7 @@ class AmqpLink(Link):
                 )
         await self.declare(bindings)
         consumer = Consumer(queue.name, self._connections[1], self._lifetime)
-        return (await consumer.start(_TAP_PREFETCH, exclusive=True)).auto_acked()
+        return (await consumer.start(_TAP_PREFETCH, exclusive=True)).acked()
 
     async def unbind(self, binding: Binding) -> None:
         with self._lifetime.requesting("bind"):

@@ -16,7 +16,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fluffle_common.errors import UsageError
@@ -54,10 +54,6 @@ class QueueFigures:
     settled: int | None = None  # acknowledged, or delivered without, since then
     state: str = "running"  # or what is wrong with it
     limited: bool | None = None  # whether a policy limits its length; None if it needs no limit
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the figures as a JSON object."""
-        return asdict(self)
 
 
 class Management:
@@ -204,10 +200,7 @@ def _address(url: urllib.parse.SplitResult) -> tuple[str | None, int]:
 
 
 def read_queue(entry: Mapping[str, Any], topology: Topology, now: float) -> QueueFigures:
-    """Read the figures of one queue from its entry in ``/api/queues``.
-
-    ``now`` is in seconds since 1970.
-    """
+    """Read the figures of one queue from its entry in ``/api/queues``; ``now`` is Unix time."""
     # A new queue has neither. One that was never used has "messages" but no "message_stats".
     stats: Mapping[str, Any] | None = entry.get("message_stats") or (
         {} if "messages" in entry else None

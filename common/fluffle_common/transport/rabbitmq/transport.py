@@ -12,7 +12,6 @@ from fluffle_common.errors import BrokerError, LinkLost, UsageError
 from fluffle_common.transport.base import Link, Transport
 from fluffle_common.transport.rabbitmq.connect_errors import (
     WrongNode,
-    capability_error,
     handshake_error,
     mechanism_error,
     probe_tls_error,
@@ -28,8 +27,10 @@ if TYPE_CHECKING:
 
 # Over TLS, opening a connection takes six round trips, of up to 4 s over a bad line.
 _CONNECT_TIMEOUT_S = 30.0
-# Silence of this length means that the other side is gone; both sides send twice in this time.
-_HEARTBEAT_S = 20
+# Both sides send twice in this time. RabbitMQ closes a connection after two to three times this
+# without a byte.
+HEARTBEAT_S = 20
+_TLS_ALERT = b"\x15\x03"  # how it begins
 
 
 class AmqpTransport(Transport):
@@ -95,7 +96,7 @@ class AmqpTransport(Transport):
 
 async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
     """Open a connection; ``was_connected`` says that this process was connected before."""
-    with_heartbeat = url.update_query(heartbeat=_HEARTBEAT_S)
+    with_heartbeat = url.update_query(heartbeat=HEARTBEAT_S)
     try:
         context = tls_context(str(url))
     except UsageError as error:
@@ -114,20 +115,15 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
     except TimeoutError:
         raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
     except Exception as error:
-        if connection.close_reason is not None:
-            raise handshake_error(
-                *connection.close_reason, url, was_connected=was_connected
-            ) from None
+        if (reason := connection.splitter.close_reason) is not None:
+            raise handshake_error(*reason, url, was_connected=was_connected) from None
         if refusal := tls_error(error, url) or mechanism_error(error, url):
             raise refusal from None
         if not is_connection_error(error):
             raise
-        if connection.may_need_tls:
+        if connection.splitter.first_bytes in (b"", _TLS_ALERT):
             refusal = await asyncio.to_thread(probe_tls_error, url, context)
             if refusal is not None:
                 raise refusal from None
         raise LinkLost(error_text(error)) from None
-    if missing := connection.missing_capabilities():
-        await close(connection)
-        raise capability_error(missing, url)
     return connection

@@ -7,6 +7,7 @@ No error text contains anything before the last ``@`` of a URL, which may be a p
 from __future__ import annotations
 
 import base64
+import contextlib
 import errno
 import os
 import re
@@ -124,16 +125,13 @@ def _parse(url: str) -> URL:
     from yarl import URL
 
     fault = _fault(url)
-    parsed = None
     if fault is None:
-        try:
+        with contextlib.suppress(ValueError, TypeError):
             parsed = URL(url)
             _ = parsed.port, parsed.password, parsed.path, display_url(parsed)
-        except (ValueError, TypeError):
-            fault = f"it cannot be parsed; {_QUOTE}"
-    if parsed is None:
-        raise UsageError(f"{_redacted(url)} is not the URL of a broker: {fault}")
-    return parsed
+            return parsed
+        fault = f"it cannot be parsed; {_QUOTE}"
+    raise UsageError(f"{_redacted(url)} is not the URL of a broker: {fault}")
 
 
 def _redacted(url: str) -> str:
@@ -141,35 +139,24 @@ def _redacted(url: str) -> str:
     before, at, after = url.rpartition("@")
     scheme = re.match(r"[a-z]{1,10}://", before, re.IGNORECASE)
     if not at or _CONTROL.search(after):
-        return "the value of --url"
+        return "the value of --url or FLUFFLE_URL"
     return f"'{scheme[0] if scheme else ''}…@{after.partition('?')[0]}'"
 
 
 def _fault(url: str) -> str | None:
-    scheme, colon, rest = url.partition("://")
-    if not colon or scheme not in ("amqp", "amqps"):
-        known = re.fullmatch(r"[A-Za-z]{1,10}", scheme) and colon
-        return (f"it starts with '{scheme}://'" if known else "it has no scheme") + f"; {_FORM}"
-    if _CONTROL.search(url):
-        return f"it contains a control character; {_QUOTE}"
+    if not url.startswith(("amqp://", "amqps://")):
+        return f"it does not begin with amqp:// or amqps://; {_FORM}"
+    rest = url.partition("://")[2]
     end = _AUTHORITY_END.search(rest)
-    if end and "@" in rest[end.start() :]:
-        return f"it contains '{end[0]}' before an '@'; {_QUOTE}"
-    if "#" in rest:
-        return f"it contains '#'; {_QUOTE}"
+    if _CONTROL.search(url) or "#" in rest or (end and "@" in rest[end.start() :]):
+        return f"it contains a special character that is not quoted; {_QUOTE}"
     try:
         split = urlsplit(url)
-        hostname = split.hostname
+        hostname, _ = split.hostname, split.port
     except ValueError:
-        return f"its host cannot be parsed; {_QUOTE}"
-    if not hostname:
-        return f"it has no host; {_FORM}"
-    if "," in hostname:
-        return "its host contains a comma; for several nodes, write a whole URL for each node"
-    try:
-        _ = split.port
-    except ValueError:
-        return f"its port is not a number up to 65535; {_QUOTE}"
+        return f"its host or its port cannot be parsed; {_QUOTE}"
+    if not hostname or "," in hostname:
+        return f"'{hostname or ''}' is not a host; {_FORM}, and for several nodes, a URL for each"
     if len(unquote(split.path).encode()) > _MAX_VHOST + 1:
         return f"its vhost has more than {_MAX_VHOST} bytes, which AMQP does not allow"
     return _wrong_option(split)

@@ -131,7 +131,7 @@ function participation(board) {
     if (count !== undefined) {
       return { kind: "counted", text: whole(count), words: `counted, ${whole(count)} examples`, strength: (count ?? 0) / most };
     }
-    if (late[place].has(name)) return { kind: "late", text: "late", words: "came late" };
+    if (late[place].has(name)) return { kind: "late", text: "late", words: "arrived late" };
     if (!asked[place].has(name)) return { kind: "absent", words: "was not asked" };
     return later ? { kind: "working", words: "was at work" } : { kind: "missing", words: "did not answer" };
   };
