@@ -90,6 +90,14 @@ class Late(Mapping[str, Any]):
         raise ValueError("no score")
 
 
+class LateLoss(Late):
+    """An evaluation whose loss is computed only when somebody asks."""
+
+    @property
+    def loss(self):
+        raise RuntimeError("no loss")
+
+
 class Unnamed:
     """A metric's name that cannot be printed."""
 
@@ -303,6 +311,7 @@ def test_an_evaluation_that_fails_costs_no_training_and_is_said_once(raised):
         {"loss": None},
         {"loss": np.ma.masked},  # the mean of no examples
         {"evaluated": 0.5},
+        {"evaluated": LateLoss()},
         {"evaluated": EvalResult(1.0, None)},
         {"evaluated": EvalResult(1.0, -5)},
         {"evaluated": EvalResult(1.0, 10**400)},

@@ -85,7 +85,7 @@ class Results:
             num_examples, loss = count(result.num_examples), number(result.loss)
             if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
                 raise ValueError(f"num_examples is not from 0 to {MAX_NUM_EXAMPLES}")
-        except (AttributeError, ValueError) as wrong:
+        except Exception as wrong:  # some compute their values only now
             self._once(
                 "evaluate result",
                 f"evaluate() returned {shown(result)}, which is not sent; expected "
