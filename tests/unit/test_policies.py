@@ -144,7 +144,7 @@ def test_keep_leaves_existing_policies():
 
 
 @pytest.mark.parametrize(
-    ("code", "message"), [(401, "user 'me' cannot set"), (404, "check the vhost")]
+    ("code", "message"), [(401, "check the password"), (404, "the vhost in --url")]
 )
 def test_a_refusal_names_the_remedy(code, message):
     with Api(refuses=code) as api, pytest.raises(BrokerError, match=message) as refused:

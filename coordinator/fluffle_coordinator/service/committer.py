@@ -108,6 +108,9 @@ class Committer:
         self._store, self._metadata, self._record, self._post = store, metadata, record, post
         self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
         self._keep_checkpoints = settings.keep_checkpoints
+        if self._keep_checkpoints and stopping.monitor:  # the best may be evaluated so late
+            still_evaluated = settings.schedule.max_staleness + 2
+            self._keep_checkpoints = max(self._keep_checkpoints, still_evaluated)
         self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
         self._standing = Standing(stopping, lines)
