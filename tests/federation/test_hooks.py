@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.service.stopping import Stopping
+from fluffle_coordinator.service.early_stopping import Stopping
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.user_code.hooks import Hooks, StopRun
 from tests.federation.harness import Adder

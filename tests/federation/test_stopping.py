@@ -8,7 +8,7 @@ import pytest
 
 from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_coordinator.machine.schedules.buffered import Buffered
-from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
+from fluffle_coordinator.service.early_stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_worker.task import EvalResult
 from tests.federation.harness import Adder

@@ -619,20 +619,23 @@ def test_a_metric_that_is_one_number_is_of_all_held_out_examples(monkeypatch, co
     assert found["off"] == pytest.approx(np.abs(predicted - targets).mean(), rel=1e-5)
 
 
-def test_a_metric_of_outputs_without_a_row_for_each_example_is_a_mean_over_batches(monkeypatch):
+@pytest.mark.parametrize("shape", [(), (2,)])
+def test_a_metric_of_outputs_without_a_row_for_each_example_is_a_mean_over_batches(
+    monkeypatch, shape
+):
     monkeypatch.setattr(adapted, "EVALUATION_BATCH", 4)
 
     class WithPenalty(Line):
         def __call__(self, inputs):
-            return super().__call__(inputs), jnp.float32(3)
+            return super().__call__(inputs), jnp.full(shape, 3.0)
 
     task = line(
         model=WithPenalty,
         loss=lambda outputs, targets: squared(outputs[0], targets),
         valid_data=numbers(6),
-        metrics={"penalty": lambda outputs, _: outputs[1]},
+        metrics={"penalty": lambda outputs, _: outputs[1].sum()},
     )
-    assert dict(task.evaluate(task.init(0)).metrics) == {"penalty": 3.0}
+    assert dict(task.evaluate(task.init(0)).metrics) == {"penalty": 3.0 * (2 if shape else 1)}
 
 
 def test_an_evaluation_uses_the_running_statistics_it_was_given(shared):

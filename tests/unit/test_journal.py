@@ -148,6 +148,14 @@ async def test_an_event_is_readable_in_the_management_ui(broker):
     assert stored.properties.durable
 
 
+async def test_a_path_that_is_not_utf_8_does_not_end_the_journal(broker):
+    journal = Journal(TOPOLOGY)
+    journal.record(from_fields("started", {"folder": "runs/\udcff"}))
+    async with published(journal, await broker.open()):
+        await drained(journal)
+    assert [event.fields for event in await read(broker)] == [{"folder": r"runs/\udcff"}]
+
+
 async def test_many_events_at_once_are_one_message(broker):
     journal = Journal(TOPOLOGY)
     for number in range(1, 21):

@@ -325,6 +325,9 @@ def test_a_folder_that_cannot_be_read_ends_in_one_line(tmp_path, monkeypatch):
     def refuse(_: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
+    os.mkdir(os.fsencode(tmp_path) + b"/\xff")
+    with pytest.raises(TaskError, match="not valid UTF-8; rename the folder"):
+        read_images(tmp_path)
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(TaskError, match=r"cannot be read \(Permission denied\)"):
         find_classes(tmp_path)

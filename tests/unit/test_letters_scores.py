@@ -204,6 +204,8 @@ def test_a_model_without_a_temperature_is_not_calibrated():
     assert temperature_of([line], "1") == 1
     assert temperature_of([line, {**line, "temperature": 2}], "1") == 2
     assert temperature_of([{**line, "temperature": 2}], "2") == 1
+    assert temperature_of([{**line, "temperature": -1}], "1") == 1
+    assert temperature_of([{**line, "temperature": None}], "1") == 1
 
 
 def test_the_participants_of_all_rounds_are_known():

@@ -326,8 +326,9 @@ def test_an_object_that_lacks_a_method_is_refused(name):
         check_task("t", own(**{name: None}))
 
 
-def test_an_attribute_that_raises_is_named_with_its_place(here, capsys):
-    broken = TASK.replace("num_examples = 3", "num_examples = property(lambda self: 1 / 0)")
+@pytest.mark.parametrize("attribute", ["num_examples", "keep_in", "model_form", "share_frozen"])
+def test_an_attribute_that_raises_is_named_with_its_place(here, capsys, attribute):
+    broken = TASK.replace("num_examples = 3", f"{attribute} = property(lambda self: 1 / 0)")
     name = f"{write(here, 'stream.py', broken)}:task"
     with pytest.raises(TaskError, match="cannot start: ZeroDivisionError: .*stream.py:"):
         load_task(name, OPTIONS)

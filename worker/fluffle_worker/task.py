@@ -22,6 +22,16 @@ from fluffle_common.user_errors import sendable
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
 
+_OPTIONAL = (
+    "frozen",
+    "keep_in",
+    "local_rule",
+    "model_form",
+    "only_reads",
+    "share_frozen",
+    "use_frozen",
+)
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -164,6 +174,8 @@ def check_task(name: str, task: Any) -> Task:
                 f"the task {name} is {shown(task)}, which has no method '{method}'; expected an "
                 "object with the methods init, train and evaluate"
             )
+    for optional in _OPTIONAL:
+        getattr(task, optional, None)  # if it raises, this is the task's error, and not a later bug
     given: Any = getattr(task, "num_examples", None)
     try:
         num_examples = operator.index(given)

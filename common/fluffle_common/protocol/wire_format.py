@@ -77,7 +77,8 @@ def encode(
         header["tensors"] = as_maps(message.tensors if table is None else table)
     if nbytes:
         header["pad"] = b""  # comes last, so that the last byte is its length
-    packed: bytes = msgpack.packb(header)
+    # Paths and errors can have text that is not valid UTF-8.
+    packed: bytes = msgpack.packb(header, unicode_errors="backslashreplace")
     if nbytes:
         fill = -(len(_ARRAY_OF_TWO) + len(packed) + _BIN32.size) % ALIGNMENT
         packed = packed[:-1] + bytes([fill]) + bytes(fill)

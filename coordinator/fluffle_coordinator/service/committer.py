@@ -26,10 +26,10 @@ from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.early_stopping import Standing
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.stopping import Standing
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.evaluation_averages import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.round_stats import (

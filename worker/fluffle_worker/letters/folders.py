@@ -40,7 +40,7 @@ def find_classes(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     the same class. Files and folders that are junk (``is_junk``) are skipped.
 
     Raises:
-        TaskError: if there is no such folder, or it cannot be read.
+        TaskError: if there is no such folder, it cannot be read, or a class has an unusable name.
     """
     if not folder.is_dir():
         raise TaskError(
@@ -81,10 +81,17 @@ def find_classes(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
 def class_name(name: str) -> str:
     """Return the name of a class in Unicode's composed form.
 
+    Raises:
+        TaskError: if it is not valid UTF-8, and so cannot be sent.
+
     Example:
         >>> len("e\u0301"), len(class_name("e\u0301"))
         (2, 1)
     """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise TaskError(f"the folder name {name!r} is not valid UTF-8; rename the folder") from None
     return unicodedata.normalize("NFC", name)
 
 

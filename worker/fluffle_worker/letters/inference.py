@@ -104,7 +104,7 @@ def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> 
     """
     for line in reversed(history):
         if line.get("event") == "evaluated" and str(line["round"]) == number:
-            if "temperature" in line:
+            if (line.get("temperature") or 0) > 0:  # any worker can report another number
                 return float(line["temperature"])
     return 1.0
 

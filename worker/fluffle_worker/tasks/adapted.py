@@ -142,6 +142,13 @@ class AdaptedTask(ABC):
         ``outputs_of`` returns the model's outputs and the targets of the examples with the given
         indices.
         """
+
+        def joined_rows(*parts: Any) -> Any:
+            every = self._concatenate(parts)
+            if len(every) != self._held_out:
+                raise ValueError
+            return every
+
         functions = {"loss": self._loss, **self._metrics}
         totals = dict.fromkeys(functions, 0.0)
         failed: dict[str, float] = {}
@@ -164,7 +171,7 @@ class AdaptedTask(ABC):
         found = {name: total / self._held_out for name, total in totals.items()} | failed
         if len(kept) > 1:
             try:
-                outputs, targets = self._map_trees(lambda *parts: self._concatenate(parts), *kept)
+                outputs, targets = self._map_trees(joined_rows, *kept)
             except (RuntimeError, TypeError, ValueError):  # one has no row for each example
                 return found
             for name in whole:
