@@ -31,8 +31,8 @@ from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import compress, decompress
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.decoding import decode_update
 from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_coordinator.strategy.update_checks import decode_update
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.job import Executor, Job

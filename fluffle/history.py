@@ -14,8 +14,10 @@ from fluffle_common.errors import UsageError
 from fluffle_common.plural import plural
 from fluffle_common.protocol.events import decimal
 from fluffle_common.protocol.metric_names import TEST_PREFIX, add_test_prefix, lower_is_better
+from fluffle_common.tensors.checkpoint import read_metadata
 from fluffle_coordinator.observe.round_view import metrics_of
 from fluffle_coordinator.storage.round_stats import examples_by_worker, mean_train_loss, seconds_of
+from fluffle_coordinator.storage.run_checkpoints import BEST
 from fluffle_worker.task import EvalResult
 
 if TYPE_CHECKING:
@@ -61,7 +63,14 @@ class Round:
 
     @property
     def weights(self) -> dict[str, Array]:
-        """The model's arrays by name, read from its checkpoint at each access."""
+        """The model's arrays by name, read from its checkpoint at each access.
+
+        If ``keep_checkpoints=`` removed the checkpoint, the best model is still there.
+        """
+        best = self.checkpoint.with_name(BEST)
+        if not self.checkpoint.exists() and best.exists():
+            if read_metadata(best).get("round") == str(self.number):
+                return load_model(best)
         return load_model(self.checkpoint)
 
     def __repr__(self) -> str:

@@ -79,6 +79,23 @@ def test_first_weights_are_asked_for_again_if_their_parts_are_lost(federated):
     federated(scenario)
 
 
+def test_first_weights_arrive_although_the_outbox_is_not_bound(federated, in_parts):
+    async def scenario(federation):
+        workers = [start(federation, name) for name in VALUES]
+        coordinator = federation.coordinator(rounds=2, min_workers=len(VALUES))
+        await coordinator.log.until("joined", len(VALUES))
+        bindings = federation.broker.bindings
+        for binding in [one for one in bindings if "outbox" in one.queue]:
+            bindings.discard(binding)
+        assert (await coordinator.end()).outcome == "finished"
+        federation.check_averages(VALUES)
+        assert len(coordinator.log.of("init")) <= 2
+        for worker in workers:
+            await worker.end()
+
+    federated(scenario)
+
+
 def test_a_run_works_without_a_journal_if_the_broker_has_no_streams(federated, monkeypatch):
     declare = MemoryLink.declare
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from fluffle_common.errors import UsageError
-from fluffle_coordinator.service.stopping import Stopping
+from fluffle_coordinator.service.early_stopping import Stopping
 from fluffle_coordinator.storage.history import read_history
 from fluffle_coordinator.user_code.hooks import Hooks, StopRun
 from tests.federation.harness import Adder
@@ -214,7 +214,7 @@ def test_a_metric_that_is_not_finite_is_reported_and_is_no_improvement(federated
     async def scenario(federation):
         rest = iter(values)
         stopping = Stopping("test/a", patience=2)
-        hooks = Hooks(lambda _: {"a": next(rest)})
+        hooks = Hooks(lambda _: {"a": np.array([next(rest)])})
         coordinator = federation.coordinator(5, hooks=hooks, stopping=stopping)
         federation.workers(2)
         state = await coordinator.end()

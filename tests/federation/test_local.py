@@ -196,6 +196,15 @@ def test_a_figure_shows_the_name_of_any_metric(name, tmp_path):
     assert [text.get_text() for text in figure.axes[1].get_legend().get_texts()] == [name]
 
 
+def test_the_best_model_can_be_read_although_its_checkpoint_is_removed():
+    run = fluffle.run([Adder()], rounds=4, keep_checkpoints=2, monitor="loss")
+    assert not run.best.checkpoint.exists()
+    first = run.history[-1].weights["w"] - 3
+    np.testing.assert_array_equal(run.best.weights["w"], first)
+    with pytest.raises(fluffle.UsageError, match=r"no model file .*round-0002"):
+        _ = run.history[1].weights
+
+
 def test_a_figure_needs_matplotlib_and_something_to_draw(monkeypatch):
     class Silent(Adder):
         def train(self, weights, plan, progress):
@@ -598,7 +607,7 @@ def test_tasks_may_be_functions_and_strategies_objects():
         ([Adder()], {"schedule": "buffered", "grace": 1.0}, "grace= has no effect with schedule="),
         ([Adder()], {"strategy": "nosuch"}, "unknown strategy 'nosuch'"),
         ([Adder()], {"strategy": Adder()}, "lacks broadcast(), fold()"),
-        ([Adder()], {"strategy": Adder}, "strategy= Adder is a class, not a strategy; give an"),
+        ([Adder()], {"strategy": Adder}, "strategy= Adder is a class or a function, not a strat"),
         ([Adder()], {"strategy": "median"}, "strategy = median needs at least 3 workers, but the"),
         ([Adder()], {"strategy": "krum:f=9", "quorum": 1}, "needs at least 21 updates per round"),
         ([Adder()], {"federation": None}, "(): federation = None, but a value is required"),

@@ -397,7 +397,10 @@ def test_a_deadline_reissues_lost_work(federated):
         ({"staleness": Discount()}, "--staleness needs"),
         ({"name": "buffered", "late": "discount"}, "--late discount needs --schedule quorum"),
         ({"name": f"{Path(__file__).parent}/windows.py:Windows"}, "is a class"),
-        ({"name": f"{Path(__file__).parent}/windows.py:dataclass"}, "is not a schedule"),
+        (
+            {"name": f"{Path(__file__).parent}/windows.py:dataclass"},
+            "such as my_dataclass = dataclass()",
+        ),
         ({"name": f"{Path(__file__).parent}/windows.py:x"}, "has no 'x'"),
     ],
 )

@@ -8,7 +8,7 @@ import pytest
 
 from fluffle_common.tensors.checkpoint import read_checkpoint
 from fluffle_coordinator.machine.schedules.buffered import Buffered
-from fluffle_coordinator.service.stopping import NO_STOPPING, Standing, Stopping
+from fluffle_coordinator.service.early_stopping import NO_STOPPING, Standing, Stopping
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_worker.task import EvalResult
 from tests.federation.harness import Adder
@@ -107,6 +107,24 @@ def test_only_the_newest_checkpoints_the_first_and_the_best_stay(federated):
         assert (await coordinator.end()).committed == 8
         assert best_of(federation) == "4"
         assert checkpoints_of(federation) == ["best", "round-0000", "round-0007", "round-0008"]
+
+    federated(scenario)
+
+
+def test_the_checkpoint_of_a_model_that_may_still_become_the_best_stays(federated):
+    async def scenario(federation):
+        class Slow(Adder):
+            def evaluate(self, weights):
+                federation.loop.sleep(5)  # while the other worker trains for several rounds
+                return EvalResult(1.0, 5, {"accuracy": 0.9})
+
+        options = {"stopping": Stopping("accuracy"), "schedule": Buffered(buffer=1)}
+        coordinator = federation.coordinator(12, keep_checkpoints=2, min_workers=2, **options)
+        for name, task in (("a", Adder), ("b", Slow)):
+            federation.worker(name, task(federation.loop))
+        assert (await coordinator.end()).committed == 12
+        best, *_ = (e["round"] for e in coordinator.log.of("evaluated") if e["accuracy"] == 0.9)
+        assert best_of(federation) == str(best)
 
     federated(scenario)
 

@@ -27,8 +27,8 @@ from fluffle_coordinator.service.run_opening import begin_with, read_first_model
 from fluffle_coordinator.storage.replay import distance
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.decoding import decode_update
 from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_coordinator.strategy.update_checks import decode_update
 
 HOWS = ("bf16", "f16", "int8", "topk:0.05")
 

@@ -17,7 +17,7 @@ from fluffle_common.tensors.codecs.int8 import BLOCK
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import SMALLEST, compress, decompress
 from fluffle_common.tensors.weights import check_delta, size_bytes
-from fluffle_coordinator.strategy.decoding import decode_update
+from fluffle_coordinator.strategy.update_checks import decode_update
 
 HOWS = ("bf16", "f16", "int8", "topk:0.01", "topk:0.5")
 FED_BACK = ("int8", "topk:0.01", "topk:0.5")

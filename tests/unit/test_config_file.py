@@ -152,6 +152,9 @@ def test_an_unreadable_file_is_named(tmp_path, content, message):
     file.write_bytes(content)
     assert message in str(invoke(file).exception)
     assert f"there is no file {tmp_path / 'x'}" in str(invoke(tmp_path / "x").exception)
+    url_in_its_place = str(invoke(Path("amqp://me:secret@h/")).exception)
+    assert "there is no file" in url_in_its_place
+    assert "secret" not in url_in_its_place
 
 
 def test_a_byte_order_mark_is_skipped(tmp_path):
@@ -231,6 +234,9 @@ def test_print_config_prints_toml_for_any_text(written, name):
             "amqp://m,e:***@h/v, amqps://you:***@g/v",
         ),
         ("amqp://me@h/v,amqp://g:5672/v", "amqp://me@h/v,amqp://g:5672/v"),
+        ("amqp://me:se cret@h/v", "amqp://me:***@h/v"),
+        ('amqp://me:s"ecret@h/v', "amqp://me:***@h/v"),
+        ("me:secret@h", "me:***@h"),  # without a scheme
     ],
 )
 def test_no_password_is_printed(written, url, shown):

@@ -17,7 +17,7 @@ from fluffle_common.protocol.wire_format import decode, encode, lay_out, read_gr
 from fluffle_common.tensors.groups import check_extra
 from fluffle_common.tensors.layout import as_maps, layout_for
 from fluffle_common.tensors.table import TensorEntry
-from fluffle_coordinator.strategy.decoding import (
+from fluffle_coordinator.strategy.update_checks import (
     check_announced,
     decode_update,
 )

@@ -35,7 +35,10 @@ def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
     assert keep("r", 5) == 2
     assert keep("r", 4) == 2  # the run went back
     assert keep("r", 6) == 4
-    assert len(list(folder.iterdir())) == 2
+    assert keep("r", 7) == 6
+    assert keep("r", 6) == 4  # the run went back while round 7 was open
+    assert keep("r", 7) == 6
+    assert len(list(folder.iterdir())) == 3
     assert keep("another", 6) is None
     assert [one.name for one in folder.iterdir()] == ["local-rule-0006.safetensors"]
 
@@ -44,7 +47,8 @@ def test_a_run_restored_from_an_old_backup_goes_on_with_the_oldest_tensors_that_
     known = PersistentTensors(tmp_path)
     known.keep(("r", 4, 4), {"c": np.array(4.0)})
     assert known.before(("r", 3, 3)) == known.before(("r", 4, 4)) == {}  # 4 was the first
-    known.keep(("r", 5, 5), {"c": np.array(5.0)})
+    for number in (5, 6):
+        known.keep(("r", number, number), {"c": np.array(float(number))})
     assert known.before(("r", 2, 2)) == {"c": 4.0}
     assert known.before(("another", 2, 2)) == {}
 
@@ -135,3 +139,7 @@ def test_an_asynchronous_run_that_becomes_synchronous_goes_on_with_what_was_kept
     assert keep(5, 20_001) == 4  # asynchronous again
     assert keep(5, 20_002) == 20_001
     assert keep(4, 30_001) == 20_002  # the run went back a round
+    assert [keep(4, 30_001 + more) for more in (1, 2)] == [30_001, 30_002]
+    assert keep(4, 4) == 30_003  # synchronous again, in the same round
+    assert keep(4, 4) == 30_003
+    assert keep(5, 5) == 4

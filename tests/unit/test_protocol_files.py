@@ -15,7 +15,7 @@ import pytest
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import messages, wire_format
 from fluffle_coordinator.conformance.examine import SCENARIOS
-from fluffle_coordinator.strategy.decoding import decode_update
+from fluffle_coordinator.strategy.update_checks import decode_update
 from fluffle_worker.inbox import check_message
 
 FOLDER = Path(__file__).parents[2] / "docs/protocol"

@@ -14,7 +14,12 @@ from pamqp import commands, frame
 from yarl import URL
 
 from fluffle_common.errors import BrokerError, LinkLost
-from fluffle_common.transport.base import OtherArguments, QueueInUse, UnknownQueueType
+from fluffle_common.transport.base import (
+    AccessRefused,
+    OtherArguments,
+    QueueInUse,
+    UnknownQueueType,
+)
 from fluffle_common.transport.rabbitmq.connect_errors import WrongNode, handshake_error, tls_error
 from fluffle_common.transport.rabbitmq.connection import Connection
 from fluffle_common.transport.rabbitmq.errors import (
@@ -24,6 +29,7 @@ from fluffle_common.transport.rabbitmq.errors import (
     map_declare_errors,
     map_exceptions,
 )
+from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
 PATIENCE_S = 60.0
@@ -206,6 +212,16 @@ async def test_a_connection_that_is_closed_before_the_handshake_is_a_lost_link(m
     monkeypatch.setattr(Connection, "connect", connect)
     with pytest.raises(LinkLost, match="^the connection was closed$"):
         await AmqpTransport("amqp://127.0.0.1:1/", "test").open()
+
+
+async def test_a_permission_that_is_withdrawn_is_named_with_one_remedy():
+    lifetime = Lifetime("w", lambda: None)
+    text = "ACCESS_REFUSED - access to exchange 'f.work' in vhost '/' refused for user 'w'"
+    lifetime.lose(None, aiormq.exceptions.ChannelAccessRefused(text))
+    with pytest.raises(AccessRefused) as refused:
+        await lifetime.lost()
+    assert "user 'w' " in refused.value.lacking
+    assert str(refused.value).count("grant the permissions") == 1
 
 
 def test_missed_heartbeats_are_a_lost_link_in_words():

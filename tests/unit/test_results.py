@@ -164,7 +164,9 @@ def test_counts_of_any_framework_are_counts(count):
     assert (seen.update.num_examples, seen.evaluation.num_examples) == (7, 7)
 
 
-@pytest.mark.parametrize("value", [NAN, INF, None, "0.5", [1, 2], np.zeros(3), 1j, 10**400])
+@pytest.mark.parametrize(
+    "value", [NAN, INF, None, "0.5", [1, 2], np.zeros(3), 1j, 10**400, np.ma.masked]
+)
 def test_a_metric_that_is_no_number_is_left_out_and_named_once(value):
     reports: list[str] = []
     results = Results(reports.append)
@@ -307,6 +309,7 @@ def test_an_evaluation_that_fails_costs_no_training_and_is_said_once(raised):
     [
         {"loss": NAN},
         {"loss": None},
+        {"loss": np.ma.masked},  # the mean of no examples
         {"evaluated": 0.5},
         {"evaluated": LateLoss()},
         {"evaluated": EvalResult(1.0, None)},

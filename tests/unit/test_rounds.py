@@ -282,6 +282,17 @@ def test_the_first_weights_are_asked_of_another_worker(event):
     assert only(event(run), fx.AskInit) == [fx.AskInit("a")]
 
 
+def test_first_weights_that_are_lost_again_are_not_asked_for_all_the_time():
+    run = Run(Rules(rounds=2, resend_s=15), has_weights=False)
+    run.connect()
+    run.seen("a", hello=True)
+    run.seen("b", hello=True)
+    assert only(run.on(ev.InitLost(run.now, "a")), fx.AskInit) == [fx.AskInit("a")]
+    assert not only(run.on(ev.InitLost(run.now, "a")), fx.AskInit)
+    assert rounds.wakeup(run.state) <= run.now + 15
+    assert fx.AskInit("a") in pass_time(run, 15.0, "ab")
+
+
 def test_first_weights_lost_on_their_way_from_an_earlier_worker_are_not_asked_for_again():
     run = Run(has_weights=False)
     run.connect()

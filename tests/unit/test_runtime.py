@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import platform
+import resource
 import signal
 import subprocess
 import sys
@@ -14,7 +16,7 @@ import pytest
 from fluffle_common.cli import app
 from fluffle_common.cli.exit_now import Interrupted
 from fluffle_common.cli.runtime import run_until_signalled
-from fluffle_common.errors import TaskError
+from fluffle_common.errors import RunError, TaskError
 from fluffle_coordinator.user_code.calls import call_guarded
 from tests.processes import press_ctrl_c_until_it_ends, wait_until_computed
 
@@ -41,6 +43,18 @@ def test_a_signal_ends_the_program_with_the_usual_exit_code(number):
     with pytest.raises(Interrupted) as caught:
         run_until_signalled(hit(number, 30.0))
     assert caught.value.exit_code == 128 + number
+
+
+def test_too_few_open_files_are_refused_before_the_loop_runs():
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    main = hit(signal.SIGINT, 0.0)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (12, limits[1]))
+    try:
+        with pytest.raises(RunError, match=r"limit of 12 open files .*ulimit -n"):
+            run_until_signalled(main)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert inspect.getcoroutinestate(main) == inspect.CORO_CLOSED
 
 
 def test_under_nohup_sighup_is_ignored():

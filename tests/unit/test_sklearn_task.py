@@ -151,6 +151,7 @@ def test_what_cannot_be_trained_in_rounds_is_refused(make, message):
         ),
         ((INPUTS, 3), "60 inputs and 1 targets; expected one target for each"),
         ((INPUTS[:0], CLASSES[:0]), "train_data has no examples"),
+        ((INPUTS, np.ma.masked_equal(CLASSES, 1)), "train_data contains a masked array; fill it"),
     ],
 )
 def test_data_that_are_no_pair_of_arrays_are_named(data, message):

@@ -229,10 +229,10 @@ def make():
         ("gone_too:x", r"there is no module gone_too; .* --strategy"),
         ("mine.py:", "--strategy expects module:name or path.py:name, not 'mine.py:'"),
         ("mine.py:x", "mine.py has no 'x'"),
-        ("mine.py:Half", "is a class, not a strategy; .* my_half = Half()"),
+        ("mine.py:Half", "is a class or a function, not a strategy; .* my_half = Half()"),
         ("mine.py:half", r"Half lacks broadcast\(\), finish\(\), dump\(\), load\(\), needs \("),
-        ("mine.py:make", "function lacks .*; inherit from .*base.Strategy"),
-        ("mine.py:number", "this int lacks init"),
+        ("mine.py:make", "call it, and give the result, such as my_make = make"),
+        ("mine.py:number", "this int lacks init.*; inherit from .*base.Strategy"),
     ],
 )
 def test_an_object_that_is_not_a_strategy_is_refused_in_one_line(here, name, message):

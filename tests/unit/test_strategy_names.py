@@ -14,9 +14,9 @@ from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Update
 from fluffle_coordinator.cli.strategies import strategies
 from fluffle_coordinator.strategy.base import Contribution
-from fluffle_coordinator.strategy.decoding import check_metrics
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, named_strategy
+from fluffle_coordinator.strategy.update_checks import check_metrics
 from fluffle_coordinator.user_code.strategy_loading import load_strategy
 
 ALGORITHMS = Path(__file__).parents[2] / "docs" / "algorithms.md"

@@ -14,7 +14,7 @@ from fluffle_common.errors import BrokerError, LinkLost
 from fluffle_common.protocol.messages import Evaluation, Fit, Plan, Update
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import PART_BYTES
-from fluffle_common.transport.base import Properties
+from fluffle_common.transport.base import Properties, QueueFull
 from fluffle_worker import uploader as answers
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.job import Job
@@ -200,6 +200,18 @@ async def test_what_was_lost_is_sent_again_while_it_is_wanted(worker, monkeypatc
     worker.slow.confirmation("update 2").set_result(None)
     await asyncio.to_thread(worker.answers.residual)
     assert (worker.confirmed, worker.events) == ([2], ["unsent", "unsent"])
+
+
+async def test_a_queue_that_stays_full_is_reported_once(worker, monkeypatch):
+    monkeypatch.setattr(answers, "_RETRY_S", 0.0)
+    worker.answers.put(job(1))
+    for tried in range(1, 4):
+        await worker.slow.until("update 1")
+        full, worker.slow = worker.slow, Slow()
+        reason = QueueFull("full") if tried < 3 else LinkLost("the connection was closed")
+        full.confirmation("update 1").set_exception(reason)
+    await worker.slow.until("update 1")
+    assert worker.events == ["unsent"] * 2  # for the full queue, and for the lost link
 
 
 async def test_what_an_update_left_goes_into_no_other_than_the_next_although_that_may_be_lost(

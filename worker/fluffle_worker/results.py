@@ -107,11 +107,18 @@ class Results:
                 loss = None
         return _whole(number_), _whole(steps), loss
 
-    def failed(self, why: BaseException) -> None:
-        """Report the traceback of an error in the task's code, once."""
-        own = why.__cause__ if isinstance(why, TaskError) else why
-        if own is not None and self._is_new(f"trace: {one_line(own)}"):
-            self._trace(full_trace(own))
+    def failed(self, why: BaseException) -> str:
+        """Report the traceback of an error in the task's code, once; return the error in one line.
+
+        Never raises: otherwise, the training thread would end, and the worker would wait for ever.
+        """
+        try:
+            own = why.__cause__ if isinstance(why, TaskError) else why
+            if own is not None and self._is_new(f"trace: {one_line(own)}"):
+                self._trace(full_trace(own))
+            return one_line(why)
+        except BaseException:  # its attributes fail, or there is no memory to describe it
+            return type(why).__name__
 
     def _metrics(self, method: str, result: Any) -> dict[str, float]:
         try:
@@ -150,8 +157,7 @@ class Results:
         if not self._is_new(key):
             return
         if why is not None:
-            self.failed(why)
-            what = f"{what}: {one_line(why)}"
+            what = f"{what}: {self.failed(why)}"
         self._report(what)
 
     def _is_new(self, key: str) -> bool:

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 from fluffle_common.protocol.events import Traceback, Unfit
-from fluffle_common.user_errors import one_line
 from fluffle_worker import machine
 from fluffle_worker.error_feedback import Residual
 from fluffle_worker.inbox import Record
@@ -115,8 +114,7 @@ class Trainer:
         except BaseException as why:  # reported to the coordinator, even SystemExit
             if not job.wanted:  # the task may have wrapped NotWanted
                 return machine.Abandoned(job.work)
-            self._results.failed(why)
-            return machine.Failed(job.work, one_line(why))
+            return machine.Failed(job.work, self._results.failed(why))
         return machine.Finished(job.work)
 
     def _over(self, job: Job, event: machine.Event) -> None:

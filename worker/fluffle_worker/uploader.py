@@ -103,6 +103,7 @@ class Uploader:
             self._ended.set_exception(why)
 
     async def _send_until_confirmed(self, job: Job) -> None:
+        reported = ""  # a queue may stay full for hours
         async with job.sending:  # a job's evaluation before its answer
             while self._wanted(job):
                 link = await self._connection.link()
@@ -112,7 +113,9 @@ class Uploader:
                     return None
                 except (LinkLost, QueueFull, Unroutable) as why:
                     # Sent again under the same identity: the coordinator counts it once.
-                    self._record(Unsent(round=job.work.round, reason=str(why)))
+                    if str(why) != reported:
+                        reported = str(why)
+                        self._record(Unsent(round=job.work.round, reason=reported))
                     await asyncio.sleep(_RETRY_S)
 
     async def _send(self, link: Link, job: Job) -> None:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.management import Management
 
-_WIDEST = 16  # characters of what a sender can choose, so that a row fits a terminal
+_WIDEST = 40  # characters of what a sender can choose, so that a row fits most terminals
 # These options may stand before the sub-command or after it.
 _common_options = inspection_options("Print the result as JSON.", optional_federation)
 
@@ -124,8 +124,8 @@ def _print_rows(rejects: list[Rejected]) -> None:
         (
             str(message.number),
             (message.rejected_at or "?")[:19].replace("T", " "),
-            message.decoded.kind[:_WIDEST],
-            (message.decoded.worker or "?")[:_WIDEST],
+            _shortened(message.decoded.kind),
+            _shortened(message.decoded.worker or "?"),
             "?" if message.decoded.round is None else str(message.decoded.round),
             size(message.decoded.size_bytes),
             message.cause,
@@ -142,6 +142,10 @@ def _print_rows(rejects: list[Rejected]) -> None:
     for line, message in zip(lines, rejects, strict=True):
         echo(line)
         echo_sentences(f"  {message.reason}")
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _WIDEST else f"{text[: _WIDEST - 1]}…"
 
 
 @rejected.command()
@@ -168,12 +172,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 
 @rejected.command()
 @click.argument("numbers", nargs=-1, type=counts(), metavar="[NUMBER]...")
-@click.option(
-    "--all",
-    "everything",
-    is_flag=True,
-    help="Requeue all rejected messages.",
-)
+@click.option("--all", "everything", is_flag=True, help="Requeue all rejected messages.")
 @_common_options
 @click.pass_obj
 def requeue(

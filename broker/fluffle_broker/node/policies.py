@@ -57,8 +57,8 @@ def apply(policies: Sequence[Policy], api: Management, *, keep: bool = False) ->
     except urllib.error.HTTPError as no:
         raise BrokerError(
             f"user '{api.user}' cannot set policies on the broker at {api.base} ({no.code} "
-            f"{no.reason}); check the vhost in --url, give this user the tag 'policymaker' and "
-            f"permissions in the vhost, {_INSTEAD}"
+            f"{no.reason}); check the password and the vhost in --url, give this user the tag "
+            f"'policymaker' and permissions in the vhost, {_INSTEAD}"
         ) from None
     except REQUEST_ERRORS as why:
         fault, remedy = fault_and_remedy(why)

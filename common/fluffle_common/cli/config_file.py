@@ -31,8 +31,9 @@ from fluffle_common.errors import UsageError
 _RAW = f"{__name__}.raw"  # key in ctx.meta: the parsed command line, by parameter name
 _PRINTS = f"{__name__}.prints"
 _FILE = f"{__name__}.file"
-# A password may contain "@", and also a comma, which separates only before another URL.
-_PASSWORD = re.compile(r"(://[^:/@\s]*):(?:(?!,\s*\w+://)\S)*@")
+# A password in text in quotes, perhaps of a URL without a scheme. It may contain "@" and white
+# space, and also a comma, which separates only before another URL.
+_PASSWORD = re.compile(r""":(?!//)(?:(?!,\s*\w+://)(?:\\.|[^"\\]))*@""")
 _PRINTABLE = (bool, int, float, str, list, tuple, Mapping, os.PathLike)
 _NUMBERS = (click.types.IntParamType, click.types.FloatParamType)
 _TEXT_SOURCES = (ParameterSource.COMMANDLINE, ParameterSource.ENVIRONMENT)  # always give text
@@ -141,7 +142,7 @@ def _read_text(path: Path) -> str:
         with path.open(encoding="utf-8-sig") as file:  # some editors write a byte order mark
             text = file.read(_MOST_CHARACTERS + 1)
     except FileNotFoundError:
-        raise UsageError(f"there is no file {path}") from None
+        raise UsageError(f"there is no file {_without_password(str(path))}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{path} is not UTF-8 text; save the file as UTF-8") from None
     except OSError as why:
@@ -325,7 +326,7 @@ def _print_config_lines(command: click.Command, ctx: click.Context) -> Iterable[
 
 
 def _without_password(text: str) -> str:
-    return _PASSWORD.sub(r"\1:***@", text)
+    return _PASSWORD.sub(":***@", text)
 
 
 def _source_of(option: click.Option, source: ParameterSource, ctx: click.Context) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable, Coroutine
@@ -16,11 +18,15 @@ from typing import Any, TypeVar
 import uvloop
 
 from fluffle_common.cli.exit_now import Interrupted, reset_when_delivered
+from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.cli.printing import prepare_streams
+from fluffle_common.errors import RunError
 
 T = TypeVar("T")
 
 _ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+# Enough to connect; with too few for its event loop, uvloop does not even end.
+_OPEN_FILES = 20
 
 # Parameters of glibc's mallopt. Every round allocates messages and models of a few megabytes. Up to
 # these sizes, free memory is kept for the next round, because returning it to the system and
@@ -43,7 +49,11 @@ def run_until_signalled(
 
     Raises:
         Interrupted: after a signal, once the coroutine has cleaned up.
+        RunError: if the process may not open enough files.
     """
+    if resource.getrlimit(resource.RLIMIT_NOFILE)[0] < _OPEN_FILES:
+        main.close()
+        raise RunError(too_many_files(OSError(errno.EMFILE, "")))
     received: list[int] = []
     before = {each: signal.getsignal(each) for each in _ENDING}
     _reset_signals_in_children()

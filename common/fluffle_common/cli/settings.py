@@ -103,10 +103,10 @@ def check_federation(name: str) -> str:
     """Return the name of a federation; raise ``UsageError`` if it is invalid."""
     from fluffle_common.protocol.messages import FEDERATION_PATTERN
 
-    if not re.fullmatch(FEDERATION_PATTERN, name):
+    if name == "amq" or not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
             f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and "
-            "'_', and begin with a letter or digit"
+            "'_', and begin with a letter or digit; RabbitMQ reserves 'amq'"
         )
     return name
 

@@ -7,6 +7,8 @@ import operator
 import reprlib
 from typing import Any
 
+import numpy as np
+
 from fluffle_common.user_errors import sendable
 
 
@@ -49,6 +51,8 @@ def shown(value: Any) -> str:
 
 def _plain(value: Any) -> Any:
     """Return the element of a one-element array or tensor; return other values as they are."""
+    if np.ma.is_masked(value):  # ``item`` would return the value under the mask
+        raise TypeError
     plain = value.item() if hasattr(value, "item") else value
     if isinstance(plain, str | bytes | bytearray):  # which ``float`` would parse
         raise TypeError

@@ -53,10 +53,11 @@ class AccessRefused(BrokerError):
     """
 
     def __init__(self, lacking: str) -> None:
+        super().__init__(lacking)
         self.lacking = lacking
-        super().__init__(
-            f"{lacking}; grant the permissions that 'fluffle broker permissions' prints"
-        )
+
+    def __str__(self) -> str:
+        return f"{self.lacking}; grant the permissions that 'fluffle broker permissions' prints"
 
 
 class OtherArguments(BrokerError):

@@ -65,6 +65,7 @@ def postpone(state: State, seconds: float) -> State:
         quorum_at=None if state.quorum_at is None else state.quorum_at + seconds,
         waiting_since=state.waiting_since + seconds,
         init_asked_at=state.init_asked_at + seconds,
+        init_after=state.init_after + seconds,
         gate_until=state.gate_until + seconds,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from fluffle_common.protocol import events as run_events
@@ -22,6 +23,9 @@ def ask_for_weights(state: State, now: float, out: Effects) -> State:
         name, reason = state.init_asked, f"no first weights within {limit_s:.0f} s (--deadline)"
         out.append(run_events.Failure(worker=name, round=0, reason=reason))
         state = state.replace(init_asked=None, failed=state.failed.insert(name, reason))
+    if now < state.init_after < math.inf:
+        return state
+    state = state.replace(init_after=math.inf)
     enough = state.has_enough_workers
     candidates: Iterable[Worker] = state.workers.values()
     if not enough:
@@ -33,7 +37,7 @@ def ask_for_weights(state: State, now: float, out: Effects) -> State:
     if able:
         # The model of a worker that declares it was compared with the others' models.
         first = next((name for name in able if state.workers[name].model is not None), able[0])
-        out += [AskInit(first), run_events.Init(worker=first)]
+        out += [run_events.Init(worker=first), AskInit(first)]
         return state.replace(init_asked=first, init_asked_at=now)
     if not enough:
         return state
@@ -45,8 +49,16 @@ def _declares_nothing(worker: Worker) -> bool:
 
 
 def init_lost(state: State, event: InitLost, _: object) -> State:
-    """Forget who was asked, so that a worker is asked again."""
-    return state.replace(init_asked=None) if event.worker == state.init_asked else state
+    """Forget who was asked, so that a worker is asked again: at once, or later if that was in vain.
+
+    Otherwise, a worker whose parts never arrive would send them all the time.
+    """
+    if event.worker != state.init_asked:
+        return state
+    again_at = event.now + state.rules.resend_s
+    in_vain = event.now < state.init_lost_at + state.rules.resend_s
+    after = again_at if in_vain else math.inf
+    return state.replace(init_asked=None, init_lost_at=event.now, init_after=after)
 
 
 def weights_ready(state: State, event: WeightsReady, out: Effects) -> State:

@@ -214,6 +214,7 @@ def _next_timer(state: State) -> float:
         times.append(state.waiting_since + rules.wait_s)
         if state.init_asked is not None and not state.has_weights:
             times.append(state.init_asked_at + rules.deadline_s)
+        times.append(state.init_after)
     elif state.phase is Phase.EVALUATING:
         times.append(state.opened_at + rules.deadline_s)
     return min(times)

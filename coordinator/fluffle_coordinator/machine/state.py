@@ -118,6 +118,8 @@ class State:
     model_by: str = FIRST_WEIGHTS
     init_asked: str | None = None  # the worker that was asked for the first weights
     init_asked_at: float = 0.0
+    init_lost_at: float = -math.inf  # when their parts were last missing
+    init_after: float = math.inf  # when to ask for them again; infinity for at once
 
     # Workers.
     workers: Table[str, Worker] = field(default_factory=Table)  # those that are connected

@@ -56,11 +56,15 @@ def waiting_for(state: State, now: float) -> Waiting | None:
     if state.phase is Phase.WAITING:
         return _before_a_round(state)
     if state.phase is Phase.OPEN:
-        left_s = max(0.0, deadline_at(state) + standstill_s(state, now) - now)
+        silent_s = standstill_s(state, now)
+        left_s = max(0.0, deadline_at(state) + silent_s - now)
         left = f"{left_s:.0f} s" if left_s < 60 else duration(left_s)
+        left += " to the deadline"
+        if silent_s > 0:
+            left += f", which is paused: the broker has delivered no heartbeat for {silent_s:.0f} s"
         return Waiting(
-            reason=f"round {state.round}: {state.folded} of {state.needed} updates, "
-            f"{left} to the deadline; {missing(state, now)}",
+            reason=f"round {state.round}: {state.folded} of {state.needed} updates, {left}; "
+            f"{missing(state, now)}",
             what="updates",
             round=state.round,
             missing=tuple(_doings(state, now)),

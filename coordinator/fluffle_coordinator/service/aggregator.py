@@ -34,8 +34,8 @@ from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import new_base
 from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
-from fluffle_coordinator.strategy.decoding import check_metrics, decode_update
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.strategy.update_checks import check_metrics, decode_update
 from fluffle_coordinator.user_code.calls import call_user
 from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
 

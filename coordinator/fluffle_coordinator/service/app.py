@@ -34,10 +34,10 @@ from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import endings
 from fluffle_coordinator.service.coordinator import Coordinator
+from fluffle_coordinator.service.early_stopping import Stopping
 from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.stopping import Stopping
 from fluffle_coordinator.storage.history import merged
 from fluffle_coordinator.storage.run_store import RunStore
 from fluffle_coordinator.storage.saved_run import Saved

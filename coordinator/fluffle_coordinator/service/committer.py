@@ -26,10 +26,10 @@ from fluffle_common.tensors.on_disk import map_to_disk
 from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.service.early_stopping import Standing
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.service.stopping import Standing
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.evaluation_averages import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.round_stats import (
@@ -108,6 +108,9 @@ class Committer:
         self._store, self._metadata, self._record, self._post = store, metadata, record, post
         self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
         self._keep_checkpoints = settings.keep_checkpoints
+        if self._keep_checkpoints and stopping.monitor:  # the best may be evaluated so late
+            still_evaluated = settings.schedule.max_staleness + 2
+            self._keep_checkpoints = max(self._keep_checkpoints, still_evaluated)
         self._hooks, self._calls = hooks, HookCalls(hooks, record)
         self._stopping, self._best, self._warned = stopping, 0, False
         self._standing = Standing(stopping, lines)

@@ -251,7 +251,7 @@ class Coordinator:
                         self._aggregator.opened()
                     case run_events.Reopened(asked=names):
                         self._bind_again(names or ())
-                    case run_events.Resend(worker=str(name)):
+                    case run_events.Resend(worker=str(name)) | run_events.Init(worker=str(name)):
                         self._bind_again((name,))  # else its parts may be lost again
                 self._record(effect)
             case fx.Fold(update):

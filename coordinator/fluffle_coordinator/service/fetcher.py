@@ -22,8 +22,8 @@ from fluffle_common.transport.fetch_parts import fetch
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.spool import Spool, SpoolFile
-from fluffle_coordinator.strategy.decoding import check_announced
 from fluffle_coordinator.strategy.fedavg import FEDAVG
+from fluffle_coordinator.strategy.update_checks import check_announced
 
 Payload = memoryview | InPieces
 

@@ -15,8 +15,8 @@ from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
+from fluffle_coordinator.service.early_stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule
-from fluffle_coordinator.service.stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.user_code.hooks import NO_HOOKS, Hooks

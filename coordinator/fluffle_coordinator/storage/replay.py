@@ -23,8 +23,8 @@ from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
 from fluffle_coordinator.strategy.base import Contribution, Strategy
-from fluffle_coordinator.strategy.decoding import decode_update
 from fluffle_coordinator.strategy.fedavg import fedavg
+from fluffle_coordinator.strategy.update_checks import decode_update
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import Checkpoint, checkpoint_name, read_whole
 
 _CHECKPOINT = re.compile(r"round-(\d+)\.safetensors")  # see ``checkpoint_name``
-_BEST = "best.safetensors"
+BEST = "best.safetensors"
 
 
 def checkpoint_files(folder: Path) -> dict[int, Path]:
@@ -81,10 +81,10 @@ def remove_old(folder: Path, last: int, keep: int) -> None:
 
 def keep_best(folder: Path, number: int) -> None:
     """Make ``best.safetensors`` the checkpoint of this round."""
-    checkpoint, best = folder / checkpoint_name(number), folder / _BEST
+    checkpoint, best = folder / checkpoint_name(number), folder / BEST
     if best.exists() and best.samefile(checkpoint):
         return  # to rename a hard link to another of the same file does nothing
-    partial = folder / f"{_BEST}.partial"
+    partial = folder / f"{BEST}.partial"
     partial.unlink(missing_ok=True)
     try:
         os.link(checkpoint, partial)  # safe, since a checkpoint is never written to again

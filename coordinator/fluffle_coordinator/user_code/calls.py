@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
+from types import FunctionType
 from typing import Any, NoReturn, TypeVar
 
 from fluffle_common.cli.exit_now import exit_now
@@ -59,14 +60,14 @@ def check_object(
     """Check that ``value``, which ``name`` loads, is like an instance of ``base``; return fields.
 
     Raises:
-        UsageError: if it is a class, or lacks some of the methods or fields.
+        UsageError: if it is a class or function, or lacks some of the methods or fields.
         TaskError: if its code fails.
     """
     kind, made = base.__name__.lower(), type(value).__name__
-    if isinstance(value, type):
+    if isinstance(value, type | FunctionType):
         raise UsageError(
-            f"--{kind} {name} is a class, not a {kind}; give an instance, such as "
-            f"my_{value.__name__.lower()} = {value.__name__}()"
+            f"--{kind} {name} is a class or a function, not a {kind}; call it, and give the "
+            f"result, such as my_{value.__name__.lower()} = {value.__name__}()"
         )
     found = {
         field: call_guarded(f"{kind} {name}", field, getattr, value, field, None)

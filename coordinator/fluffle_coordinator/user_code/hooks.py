@@ -205,10 +205,10 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
     for given, value in returned.items():
         name = sendable(str(given))
         try:
-            metrics[name] = real(value)
-            if not math.isfinite(metrics[name]):
-                fault = f"is {value}; it is recorded as missing, and never counts as the best"
-                faults[name, str(value)] = fault
+            metrics[name] = number = real(value)
+            if not math.isfinite(number):
+                fault = f"is {number}; it is recorded as missing, and never counts as the best"
+                faults[name, str(number)] = fault
         except ValueError as wrong:
             faults[name, type(value).__name__] = f"is invalid: {wrong}; this metric is left out"
     return metrics, faults

@@ -5,6 +5,8 @@
     runs/workers/letters/client-1/
         local-rule-0007.safetensors    kept by the local rule in round 7
         local-rule-0006.safetensors    kept in round 6; needed if round 7 is trained again
+        local-rule-0005.safetensors    kept in round 5; needed if a damaged checkpoint of round 6
+                                       takes the run back to that round
         personal-0007.safetensors      tensors that the task does not send
         owner.txt                      whose folder it is, if the data owner chose it
 
@@ -29,7 +31,8 @@ from fluffle_worker.local.base import Named
 WorkId = tuple[str, int, int]
 """The run, the round and the sequence of a piece of work; an asynchronous round can have several.
 """
-_ROUNDS_KEPT = 2
+# Without a folder, a worker ends with its coordinator, so the run cannot go back during its life.
+_KEPT_IN_FOLDER, _KEPT_IN_MEMORY = 3, 2
 _OWNER = "owner.txt"
 
 
@@ -38,42 +41,41 @@ class _Kept(NamedTuple):
     round: int
     sequence: int
     arrays: Weights
+    order: int  # grows with each piece of work
 
-    @property
-    def place(self) -> tuple[int, int]:
-        """Where its work comes in the run.
+    def precedes(self, work: WorkId) -> bool:
+        """Whether its work came before ``work``, which may be a repetition.
 
-        Sequences alone do not tell: they start anew if an asynchronous run becomes synchronous.
+        A higher sequence is later work, even if an asynchronous run went back a round. If the run
+        becomes synchronous, the sequence starts anew: it is then the number of the round.
         """
-        return self.round, self.sequence
+        _, number, sequence = work
+        becomes_synchronous = sequence == number and self.sequence != self.round
+        earlier = (self.round, self.sequence) < (number, sequence)
+        return earlier or self.sequence < sequence or becomes_synchronous
 
 
 class PersistentTensors:
-    """The tensors of a worker's last two pieces of work for a run.
+    """The tensors of a worker's last three pieces of work for a run.
 
     Every method raises ``TaskError`` if a file cannot be read or written.
 
-    Without a folder, they are in memory only. The files' names begin with ``prefix``.
+    Without a folder, there are only two, in memory. The files' names begin with ``prefix``.
     """
 
     def __init__(self, folder: Path | None = None, prefix: str = "local-rule") -> None:
         self._folder, self._prefix = folder, prefix
         self._rounds: list[_Kept] | None = None if folder else []
+        self._most = _KEPT_IN_FOLDER if folder else _KEPT_IN_MEMORY
 
     def before(self, work: WorkId) -> Weights:
         """Return the tensors of the run's last work before this one; empty if none.
 
         If the run went back further than the tensors do, return the oldest of them.
         """
-        run, number, sequence = work
-        ours = [kept for kept in self._all() if kept.run == run]
-        earlier = [
-            kept
-            for kept in ours
-            # A higher sequence is later work, even if an asynchronous run went back a round.
-            if kept.place < (number, sequence) or kept.sequence < sequence
-        ]
-        if not earlier and len(ours) == _ROUNDS_KEPT:  # older ones have been there
+        ours = [kept for kept in self._all() if kept.run == work[0]]
+        earlier = [kept for kept in ours if kept.precedes(work)]
+        if not earlier and len(ours) == self._most:  # older ones have been there
             earlier = ours[:1]
         return earlier[-1].arrays if earlier else {}
 
@@ -83,7 +85,7 @@ class PersistentTensors:
         Empty if there are none.
         """
         ours = [kept for kept in self._all() if run in ("", kept.run)]
-        return max(ours, key=lambda kept: kept.place).arrays if ours else {}
+        return ours[-1].arrays if ours else {}
 
     def keep(self, work: WorkId, arrays: Named) -> None:
         """Keep copies of the tensors of a piece of work; an empty mapping keeps nothing.
@@ -96,9 +98,13 @@ class PersistentTensors:
             check_signature(copies)
         previous = self._all()
         # If the run went back to an earlier round, the tensors of later rounds are obsolete.
-        new = _Kept(*work, copies)
-        earlier = [kept for kept in previous if kept.run == new.run and kept.place < new.place]
-        self._rounds = [*earlier, new][-_ROUNDS_KEPT:]
+        new = _Kept(*work, copies, max((kept.order for kept in previous), default=0) + 1)
+        earlier = [
+            kept
+            for kept in previous
+            if kept.run == new.run and kept.round <= new.round and kept.precedes(work)
+        ]
+        self._rounds = [*earlier, new][-self._most :]
         if self._folder is not None and (copies or any(kept.arrays for kept in previous)):
             self._write(self._folder, new)
 
@@ -106,12 +112,13 @@ class PersistentTensors:
         if self._rounds is None:
             assert self._folder is not None
             kept = [_read(path) for path in self._files(self._folder)]
-            self._rounds = sorted(kept, key=lambda one: one.place)  # 9999 is before 10000
+            self._rounds = sorted(kept, key=lambda one: one.order)
         return self._rounds
 
     def _write(self, folder: Path, new: _Kept) -> None:
         path = folder / self._name(new)
-        metadata = {"run": new.run, "round": str(new.round), "sequence": str(new.sequence)}
+        numbers = {"round": new.round, "sequence": new.sequence, "order": new.order}
+        metadata = {"run": new.run, **{name: str(number) for name, number in numbers.items()}}
         try:
             make_folder(folder)
             if new.arrays:
@@ -180,8 +187,8 @@ def keep_in(folder: Path | None, name: str, task: Any) -> None:
 def _read(path: Path) -> _Kept:
     try:
         arrays, metadata = read_checkpoint(path)
-        number, sequence = int(metadata["round"]), int(metadata["sequence"])
-        return _Kept(metadata["run"], number, sequence, arrays)
+        number, sequence, order = (int(metadata[name]) for name in ("round", "sequence", "order"))
+        return _Kept(metadata["run"], number, sequence, arrays, order)
     except (UsageError, KeyError, ValueError) as wrong:
         raise TaskError(
             f"the worker's state is damaged: {wrong}; remove {path} to continue without this state"

@@ -36,8 +36,7 @@ def checked_array(value: Any, what: str) -> Any:
     Raises:
         TaskError: if it is not an array of numbers with a first axis; ``what`` names the data.
     """
-    if isinstance(value, np.ma.MaskedArray):
-        raise TaskError(f"{what} contains a masked array; fill it, for example with filled(0)")
+    check_unmasked(value, what)
     if hasattr(value, "to_numpy"):  # such as a DataFrame or a Series of pandas or polars
         value = value.to_numpy()
     elif not hasattr(value, "dtype") and hasattr(value, "__array__"):
@@ -56,6 +55,16 @@ def checked_array(value: Any, what: str) -> Any:
     if isinstance(dtype, np.dtype) and not dtype.isnative:  # JAX and torch refuse such arrays
         value = value.astype(dtype.newbyteorder("="))
     return value
+
+
+def check_unmasked(value: Any, what: str) -> None:
+    """Check that one entry of users' data has no mask, which a conversion would drop.
+
+    Raises:
+        TaskError: if it has one; ``what`` names the data.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise TaskError(f"{what} contains a masked array; fill it, for example with filled(0)")
 
 
 def as_rate(given: Any) -> float:

@@ -15,7 +15,13 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.task import EvalResult, FailedMetric, Progress, RoundPlan, TrainResult
-from fluffle_worker.tasks.checks import as_metrics, check_pair, check_seed, checked_array
+from fluffle_worker.tasks.checks import (
+    as_metrics,
+    check_pair,
+    check_seed,
+    check_unmasked,
+    checked_array,
+)
 from fluffle_worker.tasks.examples import batch_size_of, index_batches, steps_of
 
 Score = Callable[[Any, Any, Any], float]
@@ -141,6 +147,7 @@ sklearn_task = SklearnTask
 def _checked(data: Any, what: str) -> tuple[Any, Any]:
     """Return inputs and targets as arrays; the inputs may be a sparse matrix."""
     check_pair(data, what)
+    check_unmasked(data[1], what)
     inputs, targets = checked_array(data[0], what), np.asarray(data[1])
     if hasattr(inputs, "tocsr"):  # a sparse matrix, of whose formats not all can be indexed
         inputs = inputs.tocsr()

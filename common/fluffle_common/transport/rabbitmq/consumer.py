@@ -114,7 +114,7 @@ class Consumer:
             await self._end()
 
     async def acked(self, every: int = 1) -> AsyncGenerator[Delivery]:
-        """Yield deliveries, acknowledged ``every`` so many to keep the broker sending."""
+        """Yield deliveries; acknowledge them in batches of ``every`` to keep the broker sending."""
         count = 0
         async with contextlib.aclosing(self.deliveries()) as deliveries:
             async for delivery in deliveries:

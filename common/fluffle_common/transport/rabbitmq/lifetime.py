@@ -55,7 +55,7 @@ class Lifetime:
 
     def error(self) -> LinkLost | BrokerError:
         """Return the reason as a new exception, so that each caller raises its own."""
-        return type(self._why)(str(self._why))
+        return type(self._why)(*self._why.args)
 
     def check(self) -> None:
         """Raise the reason if the link is over."""

@@ -21,7 +21,7 @@ from typing import Any
 
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context, without_credentials
+from fluffle_common.transport.rabbitmq.urls import split_urls, tls_context
 
 _TIMEOUT_S = 5.0
 # Everything that a request may raise, besides ``UsageError``.
@@ -170,10 +170,13 @@ def fault_and_remedy(why: Exception) -> tuple[str, str]:
 
 def check_base(given: str) -> None:
     """Raise ``UsageError`` if a URL of the API has a user: the API gets that of the broker's."""
-    if (shown := without_credentials(given)) != given:
+    _, at, host = given.rpartition("@")
+    if at:
+        scheme = re.match(r"[a-z]+://", given, re.IGNORECASE)
         raise UsageError(
-            f"the URL of the management API contains a user name; give {shown} instead, "
-            "because fluffle logs in to this API with the user name and the password of --url"
+            "the URL of the management API contains a user name; give "
+            f"{scheme[0] if scheme else 'http://'}{host} instead, because fluffle logs in to this "
+            "API with the user name and the password of --url"
         )
 
 

@@ -1,4 +1,4 @@
-"""Decoding of updates: from the bytes of a message to checked tensors."""
+"""From the bytes of an update to checked tensors: its form, its values and its metrics."""
 
 from __future__ import annotations
 
