@@ -94,8 +94,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     default="0.01",
     metavar="SECONDS",
     help=(
-        "Seconds that one training step takes on a client. Give one of: a number; "
-        "classes:1,2,4 (assigned to the clients in turn); lognormal:MEDIAN,SIGMA; uniform:LOW,HIGH."
+        "Seconds that one training step takes on a client: a number; classes:1,2,4 (assigned to "
+        "the clients in turn); lognormal:MEDIAN,SIGMA; or uniform:LOW,HIGH."
     ),
 )
 @click.option(

@@ -347,7 +347,7 @@ def test_the_journal_may_be_ahead_of_this_machines_clock():
         (
             "interrupted",
             f"The coordinator was told to stop at {clock(at(20))}; the same coordinator "
-            "command opens the round again and counts the updates that wait in the queue.",
+            "command opens the round again and counts the updates waiting in the queue.",
         ),
     ],
 )

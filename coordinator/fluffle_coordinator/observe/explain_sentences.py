@@ -14,7 +14,7 @@ from fluffle_coordinator.observe.times import clock, duration, iso, local
 from fluffle_coordinator.observe.worker_view import Departure
 
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "checkpoint"}
-_REOPENS = "opens the round again and counts the updates that wait in the queue"
+_REOPENS = "opens the round again and counts the updates waiting in the queue"
 _SHORTEST_WAIT_S = 0.001  # shorter waits get no sentence
 
 
