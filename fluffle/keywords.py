@@ -102,6 +102,7 @@ def settings_from(
         ("quorum", rules.quorum.number, rules.quorum.number or 0),
         ("strategy", settings.strategy.name, fewest),
         ("min_workers", rules.min_workers, rules.min_workers),
+        ("fraction", rules.fraction, rules.fewest_present),
     ):
         if workers and keywords.get("url") is None and number > workers:
             raise UsageError(

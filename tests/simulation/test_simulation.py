@@ -332,6 +332,7 @@ class TestDevices:
         ({"availability": 0.5}, "invalid availability '0.5'"),
         ({"partition": "iid"}, "partition='iid' has no effect on a list of tasks"),
         ({"strategy": "median"}, "strategy = median needs at least 3 workers, but the number of"),
+        ({"fraction": 0.5, "quorum": 2}, "fraction = 0.5 needs at least 3 workers, but the number"),
         ({"federation": None}, "fluffle.simulate(): federation = None, but a value is required"),
         ({"folder": 3}, "folder = 3 is not a path"),
         ({"clients": 3}, "clients = 3, but the number of tasks is 2"),
@@ -509,6 +510,23 @@ def test_a_simulation_never_continues_the_run_of_the_federation_in_its_file(tmp_
 def test_a_task_that_cannot_be_made_leaves_no_run_folder(tmp_path):
     arguments = "--task", "fluffle:absent", "--data", "{client}", "--run", str(tmp_path / "run")
     assert isinstance(CliRunner().invoke(simulate_command, arguments).exception, UsageError)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("options", "needed"),
+    [
+        (["--quorum", "5"], 5),
+        (["--strategy", "krum:f=1"], 5),
+        (["--quorum", "2", "--fraction", "0.3"], 4),
+    ],
+)
+def test_too_few_clients_for_a_round_are_refused_at_once(tmp_path, options, needed):
+    arguments = ["--task", f"{__file__}:one_each", "--data", "{client}", "--clients", "3", *options]
+    with pytest.raises(UsageError, match=f"round needs at least {needed} clients; give --clients"):
+        CliRunner().invoke(
+            simulate_command, [*arguments, "--run", str(tmp_path / "run")], catch_exceptions=False
+        )
     assert not list(tmp_path.iterdir())
 
 

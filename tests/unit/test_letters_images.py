@@ -127,6 +127,9 @@ def test_pixels_that_are_no_numbers_are_black_and_infinite_ones_white(tmp_path):
     found = read_pixels(tmp_path / "a.tif")
     assert (found[0, 0, 0], found[0, 1, 0]) == (0, 1)
     np.testing.assert_allclose(found[1:], WANTED[1:], atol=1 / 255)
+    Image.fromarray(np.full((9, 9), np.nan, np.float32)).save(tmp_path / "b.tif")
+    with pytest.raises(UsageError, match="no pixel has a finite value"):
+        read_pixels(tmp_path / "b.tif")
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "PA", "CMYK", "YCbCr"])

@@ -93,6 +93,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
     values = np.asarray(image, np.float64)
     finite = values[np.isfinite(values)]
+    if not finite.size:
+        raise ValueError("no pixel has a finite value")
     low, high = finite.min(), finite.max()
     white = next((white for white in _WHITES if high <= white), np.inf)
     if low >= 0 and high >= white * _DIMMEST:
