@@ -125,8 +125,8 @@ class Results:
             given = getattr(result, "metrics", None)
             pairs = [] if given is None else list(dict(given).items())
         except Exception as why:  # some compute their values only now
-            what = f"the metrics of {method}() are omitted, because they are no mapping of names to"
-            self._once(f"{method} metrics", f"{what} numbers: {one_line(why)}")
+            what = f"the metrics of {method}() cannot be read as a mapping of names to numbers, so"
+            self._once(f"{method} metrics", f"{what} they are omitted: {one_line(why)}")
             return {}
         valid: dict[str, float] = {}
         for given_name, value in pairs:
