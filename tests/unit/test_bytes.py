@@ -352,7 +352,7 @@ async def test_large_garbage_is_truncated_and_cannot_be_requeued(link):
     await link.publish(garbage, Properties(), exchange="", keys=[TOPOLOGY.updates])
     wrong = MalformedMessage("expected the header to be a map, but its type is int")
     await reject(link, await link.get(TOPOLOGY.updates), wrong, TOPOLOGY.rejected)
-    (result,) = await requeue(link, TOPOLOGY, [1])
+    (result,) = await requeue(await link._broker.open(), TOPOLOGY, [1])
     assert result.left == "only the first 65536 bytes of the message were kept"
     rejected = await link.get(TOPOLOGY.rejected)
     assert rejected.body == garbage[: 2**16]

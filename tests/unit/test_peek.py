@@ -152,7 +152,8 @@ async def test_the_last_entries_of_the_journal_are_shown(broker, link):
 async def test_borrowing_stops_at_the_size_limit(broker, link):
     for body in (b"a" * 10, b"b" * 10, b"c" * 10):
         await link.publish(body, Properties(), exchange="", keys=["f.updates"])
-    async with borrowed(link, "f.updates", count=5, most_bytes=15) as deliveries:
+    other = await broker.open()
+    async with borrowed(other, "f.updates", count=5, most_bytes=15) as deliveries:
         assert len([delivery async for delivery in deliveries]) == 2
         assert (await link.counts("f.updates")).ready == 1
     assert (await link.counts("f.updates")).ready == 3
@@ -160,8 +161,9 @@ async def test_borrowing_stops_at_the_size_limit(broker, link):
 
 async def test_borrowed_messages_are_returned_after_an_error(broker, link):
     await put_updates(link, 2)
+    other = await broker.open()
     with pytest.raises(RuntimeError):
-        async with borrowed(link, "f.updates", count=2, most_bytes=100_000) as deliveries:
+        async with borrowed(other, "f.updates", count=2, most_bytes=100_000) as deliveries:
             assert len([delivery async for delivery in deliveries]) == 2
             raise RuntimeError
     assert (await link.counts("f.updates")).ready == 2

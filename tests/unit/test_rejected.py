@@ -40,6 +40,11 @@ def body(number: int) -> bytes:
     return encode(Update(federation="f", num_examples=1, seconds=0, **ids))
 
 
+async def another(link: MemoryLink) -> MemoryLink:
+    """Open a link for a function that closes it."""
+    return await link._broker.open()
+
+
 async def refuse(link: MemoryLink, queue: str, message: bytes, **properties: object) -> None:
     """Reject a message as the coordinator or a worker does."""
     sent = Properties(**{"type": "update", "headers": {"worker": "w1"}, **properties})
@@ -61,7 +66,7 @@ async def test_listing_shows_the_reasons_and_keeps_the_messages(link):
     await refuse_updates(link, 3)
     await refuse(link, TOPOLOGY.updates, b"junk", type="", headers={})
     for _ in range(2):
-        rejects = await list_rejected(link, TOPOLOGY)
+        rejects = await list_rejected(await another(link), TOPOLOGY)
     assert [(m.number, m.cause, m.reason, m.queue) for m in rejects] == [
         (n, "run", "the message belongs to run other", "f.updates") for n in (1, 2, 3, 4)
     ]
@@ -76,28 +81,28 @@ async def test_listing_shows_the_reasons_and_keeps_the_messages(link):
 
 async def test_reading_one_keeps_the_messages(link):
     await refuse_updates(link, 3)
-    assert (await read_rejected(link, TOPOLOGY, 2)).decoded.round == 2
+    assert (await read_rejected(await another(link), TOPOLOGY, 2)).decoded.round == 2
     assert await ready(link) == 3
     for number in (4, 50):
         with pytest.raises(UsageError, match=f"no message {number}.*1 to 3"):
-            await read_rejected(link, TOPOLOGY, number)
+            await read_rejected(await another(link), TOPOLOGY, number)
     assert await ready(link) == 3
 
 
 async def test_requeue_restores_the_original_properties(link):
     await refuse_updates(link, 3)
-    (done,) = await requeue(link, TOPOLOGY, {2})
+    (done,) = await requeue(await another(link), TOPOLOGY, {2})
     assert (done.exchange, done.key, done.left) == ("f.results", "update.w1", None)
     again = await link.get(TOPOLOGY.updates)
     assert again.body == body(2)
     assert (again.properties.type, again.properties.message_id) == ("update", "m2")
     assert again.properties.headers == {"worker": "w1"}
-    assert [m.decoded.round for m in await list_rejected(link, TOPOLOGY)] == [1, 3]
+    assert [m.decoded.round for m in await list_rejected(await another(link), TOPOLOGY)] == [1, 3]
 
 
 async def test_requeue_all_sends_every_message(link):
     await refuse_updates(link, 3)
-    assert [done.left for done in await requeue(link, TOPOLOGY, None)] == [None] * 3
+    assert [done.left for done in await requeue(await another(link), TOPOLOGY, None)] == [None] * 3
     assert (await ready(link), await ready(link, TOPOLOGY.updates)) == (0, 3)
 
 
@@ -105,7 +110,7 @@ async def test_requeue_all_sends_every_message(link):
 async def test_an_unknown_number_sends_nothing(link, numbers):
     await refuse_updates(link, 3)
     with pytest.raises(UsageError, match="there is no message"):
-        await requeue(link, TOPOLOGY, numbers)
+        await requeue(await another(link), TOPOLOGY, numbers)
     assert (await ready(link), await ready(link, TOPOLOGY.updates)) == (3, 0)
 
 
@@ -114,11 +119,11 @@ async def test_a_message_without_a_destination_stays_with_the_reason(link):
     await link.publish(b"?", Properties(), exchange="", keys=[TOPOLOGY.rejected])
     link._broker.delete(TOPOLOGY.inbox("w1"))
     await refuse_updates(link, 1)
-    gone, unknown, fine = await requeue(link, TOPOLOGY, None)
+    gone, unknown, fine = await requeue(await another(link), TOPOLOGY, None)
     assert gone.left == "f.inbox.w1 no longer exists"
     assert unknown.left == "its origin is unknown"
     assert fine.left is None
-    assert [m.number for m in await list_rejected(link, TOPOLOGY)] == [1, 2]
+    assert [m.number for m in await list_rejected(await another(link), TOPOLOGY)] == [1, 2]
 
 
 @pytest.mark.parametrize(
@@ -142,7 +147,7 @@ async def test_a_message_without_a_destination_stays_with_the_reason(link):
 async def test_destination(link, headers, kind, expected):
     sent = Properties(type=kind, headers=headers)
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
-    (message,) = await list_rejected(link, TOPOLOGY)
+    (message,) = await list_rejected(await another(link), TOPOLOGY)
     assert destination(message, TOPOLOGY) == expected
 
 
@@ -153,14 +158,14 @@ async def test_a_worker_cannot_have_mail_requeued_for_another(link, headers, exp
     """Regression: a queue of its own that dead-letters to ``results`` can use any key."""
     sent = Properties(type="stop", headers={"from": "f.inbox.w1", **headers})
     await link.publish(b"junk", sent, exchange=TOPOLOGY.results, keys=["rejected.w1"])
-    (message,) = await list_rejected(link, TOPOLOGY)
+    (message,) = await list_rejected(await another(link), TOPOLOGY)
     assert destination(message, TOPOLOGY) == expected
 
 
 async def test_a_dead_lettered_message_has_rabbitmqs_reason(link):
     sent = Properties(headers={"x-first-death-reason": "maxlen"})
     await link.publish(b"junk", sent, exchange="", keys=[TOPOLOGY.rejected])
-    (message,) = await list_rejected(link, TOPOLOGY)
+    (message,) = await list_rejected(await another(link), TOPOLOGY)
     assert (message.reason, message.cause) == ("RabbitMQ dropped the message (maxlen)", "unknown")
 
 
@@ -177,16 +182,17 @@ async def test_a_quorum_queue_can_be_emptied_but_not_read(link):
     sent = Properties(type="update", headers={"worker": "w1", "from": "q.updates"})
     await link.publish(b"x", sent, exchange="", keys=["q.rejected"])
     with pytest.raises(UsageError, match="not a classic queue"):
-        await list_rejected(link, Topology("q"))
+        await list_rejected(await another(link), Topology("q"))
     await link.publish(b"x", sent, exchange="", keys=["q.rejected"])
     with pytest.raises(UsageError, match="not a classic queue"):
-        await requeue(link, Topology("q"), {2})  # would return message 1
-    assert [done.left for done in await requeue(link, Topology("q"), None)] == [None, None]
+        await requeue(await another(link), Topology("q"), {2})  # would return message 1
+    requeued = await requeue(await another(link), Topology("q"), None)
+    assert [done.left for done in requeued] == [None, None]
 
 
 async def test_an_unknown_federation_is_an_error(link):
     with pytest.raises(UsageError, match="no process of federation g"):
-        await list_rejected(link, Topology("g"))
+        await list_rejected(await another(link), Topology("g"))
 
 
 # --- dropped messages ----------------------------------------------------------------------------
@@ -222,6 +228,6 @@ async def test_a_workers_rejects_return_only_to_its_own_queues(source, stays):
     sent = Properties(headers={"reason": "no mail", "from": source})
     key = TOPOLOGY.rejecting("w1")
     await link.publish(b"x", sent, exchange=TOPOLOGY.results, keys=[key])
-    (done,) = await requeue(link, TOPOLOGY, None)
+    (done,) = await requeue(await another(link), TOPOLOGY, None)
     assert (done.left is not None) == stays
     assert await ready(link, source) == (0 if stays else 1)

@@ -34,26 +34,25 @@ async def borrowed(
 ) -> AsyncGenerator[AsyncIterator[Delivery]]:
     """Take messages from the head of a queue, and return each to its position on exit.
 
-    The iterator takes one message at a time. The caller may drop a body that it no longer needs,
-    and acknowledge a message that is not to return.
-
-    ``link`` must be used for nothing else, so that its loss returns the messages as well. Once the
-    messages have ``most_bytes`` in total, no more are taken.
+    ``link`` must be used for nothing else; its end returns the messages. The iterator takes one
+    message at a time. The caller may drop a body that it no longer needs, and acknowledge a
+    message that is not to return. Once the messages have ``most_bytes`` in total, no more are
+    taken.
     """
-    taken: list[Delivery] = []
 
     async def each() -> AsyncIterator[Delivery]:
-        size = 0
-        while len(taken) < count and size < most_bytes:
+        taken = size = 0
+        while taken < count and size < most_bytes:
             delivery = await link.get(queue)
             if delivery is None:
                 return
-            taken.append(delivery)
+            taken += 1
             size += len(delivery.body)
             yield delivery
 
     try:
         yield each()
     finally:
-        for delivery in taken:
-            delivery.release()
+        # Not one by one: RabbitMQ tells the next command how many messages are ready before it
+        # handles the returns that are still in its own queue, so that some would be missing.
+        await link.close()

@@ -54,7 +54,7 @@ def full_name(topology: Topology, name: str) -> str:
 async def peek(link: Link, topology: Topology, name: str, count: int) -> Peeked:
     """Read the first messages of a queue, or the last entries of a stream, and leave them there.
 
-    ``link`` must be used for nothing else.
+    ``link`` must be used for nothing else; this closes it.
 
     Raises:
         UsageError: if there is no such queue, or reading it would have side effects.

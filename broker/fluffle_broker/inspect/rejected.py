@@ -71,7 +71,7 @@ async def list_rejected(
 ) -> list[Rejected]:
     """Return all rejected messages without their bodies, oldest first; leave them in the queue.
 
-    Only the message with the number ``full`` has statistics of its tensors.
+    This closes ``link``. Only the message with the number ``full`` has statistics of its tensors.
 
     Raises:
         UsageError: if the queue does not exist, or reading it would have side effects.
@@ -118,8 +118,8 @@ async def requeue(
     A message is removed only after the broker has confirmed the new one. A crash in between
     duplicates a message but never loses it, and the coordinator recognizes duplicate updates.
 
-    ``link`` must be used for nothing else. ``numbers`` are those of the messages; None stands for
-    all.
+    ``link`` must be used for nothing else; this closes it. ``numbers`` are those of the messages;
+    None stands for all.
 
     Raises:
         UsageError: if one of the numbers does not exist, or returning the other messages to the
