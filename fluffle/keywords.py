@@ -97,16 +97,11 @@ def settings_from(
     if strategy is not None:
         options["strategy"] = strategy
     settings = settings_of(options)
-    rules, fewest = settings.rules, settings.strategy.strategy.needs.min_updates
-    for name, given, number in (
-        ("quorum", rules.quorum.number, rules.quorum.number or 0),
-        ("strategy", settings.strategy.name, fewest),
-        ("min_workers", rules.min_workers, rules.min_workers),
-        ("fraction", rules.fraction, rules.fewest_present),
-    ):
-        if workers and keywords.get("url") is None and number > workers:
-            raise UsageError(
-                f"{caller}(): {name} = {given} needs at least {number} workers, but the number of "
-                f"tasks is {workers}; give more tasks, or change {name}="
-            )
+    in_memory = workers and keywords.get("url") is None  # nobody else can join
+    if in_memory and (short := settings.needing_more(workers)):
+        name, given, number = short[0]
+        raise UsageError(
+            f"{caller}(): {name} = {given} needs at least {number} workers, but the number of "
+            f"tasks is {workers}; give more tasks, or change {name}="
+        )
     return settings, options

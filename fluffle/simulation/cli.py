@@ -160,9 +160,8 @@ def simulate(**options: Any) -> None:
     number: int = options["clients"]
     availability = parse_availability(options["availability"])
     settings = settings_of({**options, "federation": _FEDERATION, "min_workers": number})
-    rules = settings.rules
-    needed = max(rules.min_workers, rules.fewest_updates, rules.fewest_present)
-    if needed > number:
+    if short := settings.needing_more(number):
+        needed = max(least for _, _, least in short)
         raise UsageError(
             f"--clients {number} is too few: with these options, a round needs at least {needed} "
             f"clients; give --clients {needed}, or change --quorum, --fraction or --strategy"
@@ -194,7 +193,7 @@ def simulate(**options: Any) -> None:
             fresh=options["fresh"],
         )
         state = run_until_signalled(run, lambda: loop)
-        if done < rules.rounds:
+        if done < settings.rules.rounds:
             took_s, simulated_s = time.monotonic() - began, loop.time()
             fields = {"simulated_s": round(simulated_s, 3), "took_s": round(took_s, 3)}
             said = f"simulated {duration(simulated_s)} in {took_s:.1f} s"

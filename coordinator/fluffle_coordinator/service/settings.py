@@ -63,6 +63,17 @@ class CoordinatorSettings:
             }
         )
 
+    def needing_more(self, workers: int) -> list[tuple[str, Any, int]]:
+        """Return the settings that need more workers: name, value, and how many they need."""
+        rules, named = self.rules, self.strategy
+        needs = (
+            ("quorum", rules.quorum.number, rules.quorum.number or 0),
+            ("strategy", named.name, named.strategy.needs.min_updates),
+            ("min_workers", rules.min_workers, rules.min_workers),
+            ("fraction", rules.fraction, rules.fewest_present),
+        )
+        return [need for need in needs if need[2] > workers]
+
     def configuration(self, topology: Topology) -> dict[str, Any]:
         """Return the settings and the versions of the software for ``run.json``, ready for JSON.
 
