@@ -36,9 +36,9 @@ _WINDOW = 4
 # A body that is not a valid message is cut to this size, so that a flood of them cannot push older
 # entries out of the queue. A valid message is kept whole, so that it can be inspected or resent.
 _KEPT_BYTES = 64 * 2**10
-# How much of a rejected message's headers and of the reason is kept. With the other properties, they
-# must fit into the smallest frame that AMQP allows (4096 bytes): the broker would answer a larger one
-# by closing the connection, and then deliver the message again.
+# How much of a rejected message's headers and of the reason is kept. With the other properties,
+# they must fit into the smallest frame that AMQP allows (4096 bytes): the broker would answer a
+# larger one by closing the connection, and then deliver the message again.
 _HEADERS_BYTES, _REASON_BYTES = 1024, 1500
 _HEADER_OVERHEAD_BYTES = 16  # the most that the encoding of a header adds to its text
 
