@@ -290,7 +290,7 @@ class MemoryBroker(Transport):
         """Add a binding; return False if its queue or its exchange does not exist."""
         exists = binding.queue in self.queues and binding.exchange in self.exchanges
         if exists:
-            self.bindings.add(binding, self.exchanges[binding.exchange].type)
+            self.bindings.add(binding)
         return exists
 
     def declare(self, entity: Exchange | Queue) -> None:
@@ -333,8 +333,8 @@ class MemoryBroker(Transport):
     def _targets(self, exchange: str, key: str) -> set[str]:
         if not exchange:  # the default exchange routes to the queue named like the key
             return {key} & self.queues.keys()
-        targets = self.bindings.queues(exchange, key)
-        alternate = self.exchanges[exchange].alternate
-        if not targets and alternate:
-            return self._targets(alternate, key)
+        entity = self.exchanges[exchange]
+        targets = self.bindings.queues(entity, key)
+        if not targets and entity.alternate:
+            return self._targets(entity.alternate, key)
         return targets
