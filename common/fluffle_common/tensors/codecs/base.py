@@ -83,15 +83,11 @@ class Codec(Protocol):
 
 
 class CodecError(ValueError):
-    """A codec's code failed; ``__cause__`` is its exception, with the traceback of that code."""
+    """A codec cannot be used, or its code failed; ``__cause__`` is the exception of that code."""
 
 
 class UnknownCodec(ValueError):
     """No codec has this name."""
-
-
-class BrokenCodec(ValueError):
-    """A codec cannot be used: it fails to load, or to read its settings."""
 
 
 def codec_error(codec: type[Codec], action: str, tensor: str, error: BaseException) -> CodecError:

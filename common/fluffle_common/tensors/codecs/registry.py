@@ -14,17 +14,8 @@ from typing import Any
 
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
-from fluffle_common.tensors.codecs.base import (
-    BrokenCodec,
-    Codec,
-    CodecError,
-    UnknownCodec,
-    parts_of,
-)
-from fluffle_common.tensors.codecs.bf16 import Bf16
-from fluffle_common.tensors.codecs.f16 import F16
-from fluffle_common.tensors.codecs.int8 import Int8
-from fluffle_common.tensors.codecs.topk import TopK
+from fluffle_common.tensors.codecs.base import Codec, CodecError, UnknownCodec, parts_of
+from fluffle_common.tensors.codecs.built_in import F16, Bf16, Int8, TopK
 from fluffle_common.tensors.table import ENCODING_PATTERN
 from fluffle_common.user_errors import one_line
 
@@ -64,7 +55,7 @@ class Registry:
 
         Raises:
             UnknownCodec: if no codec has this name.
-            BrokenCodec: if the installed codec cannot be used.
+            CodecError: if the installed codec cannot be used.
         """
         if name not in self._codecs:
             entry_point = installed(GROUP).get(name)
@@ -82,13 +73,13 @@ class Registry:
         try:
             codec = self.add(entry_point.load(), where)
         except UsageError as error:
-            raise BrokenCodec(str(error)) from None
+            raise CodecError(str(error)) from None
         except (Exception, SystemExit) as error:
-            raise BrokenCodec(
+            raise CodecError(
                 f"the codec '{entry_point.name}' from {where} fails to load: {one_line(error)}"
             ) from error
         if codec.name != entry_point.name:
-            raise BrokenCodec(
+            raise CodecError(
                 f"the codec {where} has the name '{codec.name}', but its entry point has the name "
                 f"'{entry_point.name}'; use the same name for both"
             )
@@ -98,7 +89,7 @@ class Registry:
 
         Raises:
             UnknownCodec: if no codec has this name.
-            BrokenCodec: if the installed codec cannot be used, or its ``parse`` fails.
+            CodecError: if the installed codec cannot be used, or its ``parse`` fails.
             ValueError: if the codec does not accept the settings.
         """
         codec = self.get(encoding_of(spec))
@@ -107,11 +98,11 @@ class Registry:
         except ValueError:
             raise
         except (Exception, SystemExit) as error:
-            raise BrokenCodec(
+            raise CodecError(
                 f"parse('{spec[:60]}') of the codec '{codec.name}' fails: {one_line(error)}"
             ) from error
         if not isinstance(parsed, codec):
-            raise BrokenCodec(
+            raise CodecError(
                 f"parse('{spec[:60]}') of the codec '{codec.name}' returned a "
                 f"{type(parsed).__name__}; return an object of the class {codec.__name__}"
             )
