@@ -39,7 +39,7 @@ from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import Connection, close
-from fluffle_common.transport.rabbitmq.consumer import STREAM_ACK_EVERY, STREAM_PREFETCH, Consumer
+from fluffle_common.transport.rabbitmq.consumer import STREAM_PREFETCH, Consumer
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
 from fluffle_common.transport.rabbitmq.errors import Right, map_declare_errors, map_exceptions
 from fluffle_common.transport.rabbitmq.getter import Getter
@@ -303,7 +303,7 @@ class AmqpLink(Link):
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         arguments = {"x-stream-offset": "first" if since is None else since}
-        return (await self._stream(stream, arguments)).acked(STREAM_ACK_EVERY)
+        return (await self._stream(stream, arguments)).acked()
 
     async def newest(self, stream: str) -> Delivery | None:
         # "last" is the last chunk, which may hold many entries.
