@@ -55,17 +55,17 @@ def peek(queue: str, count: int, **options: Any) -> None:
       fluffle peek rejected -n 3 --federation letters --json
     """
     from fluffle_broker.inspect import peek as peeking
-    from fluffle_common.cli.settings import management_of
 
-    topology, address = federation_and_broker(options["federation"], options["url"])
-    peeked = with_link(address, lambda link: peeking.peek(link, topology, queue, count))
+    topology, api = federation_and_broker(
+        options["federation"], options["url"], options["management"]
+    )
+    peeked = with_link(api.url, lambda link: peeking.peek(link, topology, queue, count))
     now = time.time()
     if options["as_json"]:
         echo_json([decoded.as_dict(now) for decoded in peeked.messages])
     else:
         _show(peeked, now)
-    held = _held(peeked, topology, management_of(address, options["management"]))
-    if held:
+    if held := _held(peeked, topology, api):
         warn(held)
 
 

@@ -75,10 +75,12 @@ def tap(**options: Any) -> None:
     from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_broker.inspect.tap import KINDS, Wanted
     from fluffle_common.arguments import nearest
-    from fluffle_common.cli.settings import broker_url_finder, check_worker, management_of
+    from fluffle_common.cli.settings import broker_url_finder, check_worker
     from fluffle_common.errors import UsageError
 
-    topology, address = federation_and_broker(options["federation"], options["url"])
+    topology, api = federation_and_broker(
+        options["federation"], options["url"], options["management"]
+    )
     topology = replace(topology, queue_type=options["queue_type"])
     for kind in options["kinds"]:
         if kind not in KINDS:
@@ -89,7 +91,7 @@ def tap(**options: Any) -> None:
     wanted = Wanted(kinds, options["worker"], bool(options["save"]) or "part" in kinds)
     archive = MessageArchive(options["save"]) if options["save"] else None
     printer = TapPrinter(wanted, options["as_json"], options["count"], archive)
-    workers = _known_workers(topology, management_of(address, options["management"]))
+    workers = _known_workers(topology, api)
     _run(topology, broker_url_finder(options["url"]), printer, workers)
 
 

@@ -29,8 +29,6 @@ from fluffle_common.cli.settings import parse_config
 from fluffle_common.errors import UsageError
 
 _RAW = f"{__name__}.raw"  # key in ctx.meta: the parsed command line, by parameter name
-_PRINTS = f"{__name__}.prints"
-_FILE = f"{__name__}.file"
 # A password in text in quotes, perhaps of a URL without a scheme. It may contain "@" and white
 # space, and also a comma, which separates only before another URL.
 _PASSWORD = re.compile(r""":(?!//)(?:(?!,\s*\w+://)(?:\\.|[^"\\]))*@""")
@@ -46,14 +44,10 @@ TABLES = ("simulation",)
 Style: TypeAlias = Literal["key", "keyword"]
 
 
-class KeyValue(click.ParamType[str]):
+class KeyValue(click.types.StringParamType):
     """``KEY=VALUE`` on the command line; a table in a file, a mapping as a keyword argument."""
 
     name = "KEY=VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text unchanged."""
-        return str(value)
 
 
 class ConfiguredCommand(click.Command):
@@ -71,7 +65,7 @@ class ConfiguredCommand(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.append(
+        self.params += [
             click.Argument(
                 ["file"],
                 required=False,
@@ -80,18 +74,14 @@ class ConfiguredCommand(click.Command):
                 type=click.Path(dir_okay=False, path_type=Path),
                 metavar="[FILE.toml]",
                 callback=_read,
-            )
-        )
-        self.params.append(
+            ),
             click.Option(
                 ["--print-config"],
                 is_flag=True,
-                is_eager=True,
                 expose_value=False,
-                callback=_remember,
                 help="Print a TOML file of all options, with the origin of each value, and exit.",
-            )
-        )
+            ),
+        ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the command line, and keep the raw values for ``--print-config``."""
@@ -100,21 +90,16 @@ class ConfiguredCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, or print its configuration."""
-        if ctx.meta.get(_PRINTS):
+        if ctx.meta[_RAW].get("print_config") is True:
             echo(*_print_config_lines(self, ctx))
             return None
         return super().invoke(ctx)
-
-
-def _remember(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    ctx.meta[_PRINTS] = wanted
 
 
 def _read(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     """Make the keys of a file the defaults of the command's options."""
     if path is None:
         return
-    ctx.meta[_FILE] = path
     text = _read_text(path)
     try:
         given = tomllib.loads(text)
@@ -334,7 +319,7 @@ def _source_of(option: click.Option, source: ParameterSource, ctx: click.Context
         return max(option.opts, key=len)
     if source is ParameterSource.ENVIRONMENT:
         return f"${option.envvar}"
-    return str(ctx.meta[_FILE]) if source is ParameterSource.DEFAULT_MAP else "default"
+    return str(ctx.meta[_RAW]["file"]) if source is ParameterSource.DEFAULT_MAP else "default"
 
 
 def _toml(value: Any) -> str:

@@ -132,9 +132,6 @@ def screen() -> Console:
     from rich.console import Console
 
     class Screen(Console):
-        def on_broken_pipe(self) -> None:
-            raise ReaderGone from None
-
         def _write_buffer(self) -> None:
             with output_errors():
                 super()._write_buffer()

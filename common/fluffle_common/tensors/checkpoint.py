@@ -187,7 +187,12 @@ def _opened(path: Path) -> Iterator[Any]:
     """Open a checkpoint with the safetensors library, and name the file in errors."""
     from safetensors import SafetensorError, safe_open
 
-    _check_opens(path)
+    try:
+        path.open("rb").close()  # safetensors calls any file that cannot be opened missing
+    except FileNotFoundError:
+        raise UsageError(f"there is no model file {path}") from None
+    except OSError as why:
+        raise UsageError(f"{path} cannot be read ({why.strerror})") from None
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
@@ -256,17 +261,6 @@ def map_tensors(path: Path) -> dict[str, Array]:
         )
         for name, told in header.items()
     }
-
-
-def _check_opens(path: Path) -> None:
-    """Raise ``UsageError`` if a file cannot be opened; safetensors then calls it missing."""
-    try:
-        with path.open("rb"):
-            pass
-    except FileNotFoundError:
-        raise UsageError(f"there is no model file {path}") from None
-    except OSError as why:
-        raise UsageError(f"{path} cannot be read ({why.strerror})") from None
 
 
 def _check_readable(
