@@ -90,7 +90,7 @@ def _held(peeked: Peeked, topology: Topology, api: Management) -> str | None:
 
 
 def _show(peeked: Peeked, now: float) -> None:
-    from fluffle_broker.inspect.message_view import show_message
+    from fluffle_broker.inspect.formatting import show_message
 
     shown = f", {len(peeked.messages)} shown" if peeked.messages else ""
     kept = "kept" if any(r.delivery.offset is not None for r in peeked.messages) else "ready"

@@ -156,7 +156,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 
     The command prints the same details as 'fluffle peek'.
     """
-    from fluffle_broker.inspect.message_view import show_message
+    from fluffle_broker.inspect.formatting import show_message
     from fluffle_broker.inspect.rejected import read_rejected
 
     topology, api, as_json = _target(options, group)

@@ -118,9 +118,6 @@ def _run(
     def ready() -> None:
         warn(f"following federation {topology.federation} on {transport.address}")
 
-    def no_broker(reason: str) -> None:
-        warn(f"no broker ({reason}); trying again")
-
     warned = False
 
     async def warn_if_missing(link: Link) -> None:
@@ -133,8 +130,11 @@ def _run(
             )
 
     async def follow() -> None:
-        async with contextlib.aclosing(reconnecting(transport, Backoff(), no_broker)) as opened:
-            async for link in opened:
+        links = reconnecting(
+            transport, Backoff(), lambda reason: warn(f"no broker ({reason}); trying again")
+        )
+        async with contextlib.aclosing(links):
+            async for link in links:
                 try:
                     await warn_if_missing(link)
                     await Tap(link, topology, printer.wanted, workers, printer.show).run(ready)
@@ -172,12 +172,7 @@ class TapPrinter:
         self._who_width = _WHO_WIDTH  # of the widest line so far, so that later lines align
 
     def show(self, decoded: DecodedMessage) -> None:
-        """Print and save one message.
-
-        Raises:
-            UsageError: if it cannot be saved.
-            Enough: after the last line.
-        """
+        """Print and save one message; raise ``Enough`` after the last line."""
         now = self._clock()
         if self._archive is not None:
             self._archive.save(decoded, now)
