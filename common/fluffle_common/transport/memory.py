@@ -271,20 +271,12 @@ class MemoryBroker(Transport):
         return link
 
     def stop(self) -> None:
-        """Stop the broker: cut every link and lose every message that is not durable."""
+        """Stop until ``up`` is set: cut all links, and lose the messages that are not durable."""
         self.up = False
         for link in list(self.links):
             link.cut()
         for queue in self.queues.values():
             queue.ready = deque(s for s in queue.ready if s.properties.durable)
-
-    def block(self, reason: str | None) -> None:
-        """Block publishers, as RabbitMQ does when memory runs out; None unblocks them."""
-        self.blocking.set(reason)
-
-    def start(self) -> None:
-        """Start again with the durable messages."""
-        self.up = True
 
     def bind(self, binding: Binding) -> bool:
         """Add a binding; return False if its queue or its exchange does not exist."""
