@@ -105,21 +105,16 @@ def _read(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
         given = tomllib.loads(text)
     except (ValueError, RecursionError) as why:  # also an integer of thousands of digits
         raise UsageError(f"{path} is not valid TOML: {why}") from None
-    given = _keys_for(ctx.command, given, path)
-    place = functools.partial(_place_in_file, path, text)
-    ctx.default_map = {**(ctx.default_map or {}), **_validated(ctx, given, "key", place)}
-
-
-def _keys_for(command: click.Command, given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the keys that apply to a command, including those in its own table."""
-    table = getattr(command, "own_table", None)
-    keys = {name: value for name, value in given.items() if name not in TABLES}
+    table = getattr(ctx.command, "own_table", None)
     own = given.get(table, {}) if table else {}
     if not isinstance(own, Mapping):
         raise UsageError(
             f"{path}: '{table}' must be a table; begin the table with the line [{table}]"
         )
-    return {**keys, **own}
+    keys = {name: value for name, value in given.items() if name not in TABLES}
+    place = functools.partial(_place_in_file, path, text)
+    valid = _validated(ctx, {**keys, **own}, "key", place)
+    ctx.default_map = {**(ctx.default_map or {}), **valid}
 
 
 def _read_text(path: Path) -> str:
@@ -176,8 +171,7 @@ def _place_in_file(path: Path, text: str, key: str) -> str:
 
 
 def _options_of(command: click.Command) -> list[click.Option]:
-    options = [param for param in command.params if isinstance(param, click.Option)]
-    return [option for option in options if option.expose_value]
+    return [one for one in command.params if isinstance(one, click.Option) and one.expose_value]
 
 
 def _key_of(option: click.Option, style: Style = "key") -> str:
@@ -188,13 +182,7 @@ def _key_of(option: click.Option, style: Style = "key") -> str:
 def _validated(
     ctx: click.Context, given: Mapping[str, Any], style: Style, place: Callable[[str], str]
 ) -> dict[str, Any]:
-    """Validate values and return them by the names of the command's parameters.
-
-    ``place`` returns where an option was given, for error messages.
-
-    Raises:
-        UsageError: if an option does not exist or does not accept its value.
-    """
+    """Return valid values by parameter; ``place`` tells where one was given, for ``UsageError``."""
     known = {_key_of(one, style): one for one in _options_of(ctx.command)}
     values = {}
     for name, given_value in given.items():
@@ -233,13 +221,7 @@ def _without_numpy(value: Any) -> Any:
 
 
 def _raw(option: click.Option, value: Any) -> Any:
-    """Return a value as it would come from the command line, after a strict type check.
-
-    For example, ``rounds = 2.5`` is an error and does not become 2.
-
-    Raises:
-        BadParameter: with the expected type.
-    """
+    """Return a value as from the command line, checked strictly: ``rounds = 2.5`` is an error."""
     if isinstance(option.type, KeyValue) and isinstance(value, Mapping):
         return [f"{key}={_json(key, one)}" for key, one in value.items()]
     if option.multiple:

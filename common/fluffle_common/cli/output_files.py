@@ -36,11 +36,7 @@ class ChartFile(click.Path):
 
 @contextlib.contextmanager
 def output_file(path: Path, option: str = "--out") -> Iterator[IO[bytes]]:
-    """Yield the file that an option names, to write to; it replaces an earlier one on success.
-
-    Raises:
-        UsageError: if it cannot be written.
-    """
+    """Yield the file that an option names, replaced on success; errors are ``UsageError``."""
     try:
         with replacing(path) as file:
             yield file

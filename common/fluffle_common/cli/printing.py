@@ -64,12 +64,7 @@ def one_line(text: str) -> str:
 
 
 def echo(*lines: str, err: bool = False) -> None:
-    """Print lines, escaped and flushed.
-
-    Raises:
-        ReaderGone: if the reader closed the pipe (``| head``).
-        OutputError: if writing fails for another reason, such as a full disk.
-    """
+    """Print lines, escaped and flushed; raise ``ReaderGone`` (``| head``) or ``OutputError``."""
     _write(["".join(f"{printable(line)}\n" for line in lines or ("",))], err=err)
 
 

@@ -28,11 +28,7 @@ def state_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder for caches: ``$XDG_CACHE_HOME``, else ``~/.cache``.
-
-    Raises:
-        UsageError: if the user has no home folder, as in some containers.
-    """
+    """Return ``$XDG_CACHE_HOME``, else ``~/.cache``; raise ``UsageError`` without a home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
         return Path(base)

@@ -85,7 +85,11 @@ def compress(
     tensors: dict[str, Array] = {}
     new_residual: dict[str, Array] = {}
     for name, tensor in delta.items():
-        wanted = _add_residual(tensor, residual.get(name), codec)
+        wanted = tensor
+        if codec.feeds_back and is_float(tensor.dtype) and tensor.dtype.itemsize < 4:
+            wanted = tensor.astype(np.float32)
+        if name in residual:
+            wanted = wanted + residual[name]
         if not _is_encodable(name, wanted, codec, delta):
             tensors[name] = wanted.astype(tensor.dtype, copy=False)
             continue
@@ -94,22 +98,12 @@ def compress(
         tensors.update(zip(_names(name, parts), encoded, strict=True))
         if codec.feeds_back:
             new_residual[name] = wanted - _decode(type(codec), name, encoded, tensor)
-            _check_residual(codec, name, new_residual[name])
+            if codec.name not in OWN_NAMES and not np.isfinite(new_residual[name]).all():
+                raise CodecError(
+                    f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values "
+                    "are finite before encoding, but NaN or infinite after decoding"
+                )
     return tensors, new_residual
-
-
-def _check_residual(codec: Codec, name: str, residual: Array) -> None:
-    if codec.name not in OWN_NAMES and not np.isfinite(residual).all():
-        raise CodecError(
-            f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values are "
-            "finite before encoding, but NaN or infinite after decoding"
-        )
-
-
-def _add_residual(tensor: Array, residual: Array | None, codec: Codec) -> Array:
-    if codec.feeds_back and is_float(tensor.dtype) and tensor.dtype.itemsize < 4:
-        tensor = tensor.astype(np.float32)
-    return tensor if residual is None else tensor + residual
 
 
 def _is_encodable(name: str, tensor: Array, codec: Codec, delta: Weights) -> bool:
