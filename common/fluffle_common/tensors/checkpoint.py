@@ -66,11 +66,7 @@ def checkpoint_name(number: int) -> str:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Check that no tensor of a model has a name that checkpoints reserve.
-
-    Raises:
-        ValueError: naming the first such tensor, and the remedy.
-    """
+    """Raise ``ValueError`` if a tensor of a model has a name that checkpoints reserve."""
     for name in names:
         if name == _METADATA:
             raise ValueError(
@@ -163,21 +159,13 @@ def _described(layout: Layout) -> tuple[list[TensorEntry], str]:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Read a checkpoint's weights and metadata.
-
-    Raises:
-        UsageError: as ``read_whole`` does.
-    """
+    """Read a checkpoint's weights and metadata; raise what ``read_whole`` raises."""
     checkpoint = read_whole(path)
     return checkpoint.weights, checkpoint.metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read a checkpoint's metadata without its weights.
-
-    Raises:
-        UsageError: if the file is missing or cannot be read.
-    """
+    """Read a checkpoint's metadata; raise ``UsageError`` if the file is missing or unreadable."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 

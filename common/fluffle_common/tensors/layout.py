@@ -201,11 +201,7 @@ def layout_for(weights: Weights) -> Layout:
 
 
 def check_signature(weights: Weights) -> None:
-    """Check that weights can be a model: there are tensors, and each is an array that travels.
-
-    Raises:
-        ValueError: naming the first unsuitable tensor, and the remedy.
-    """
+    """Raise ``ValueError`` unless weights can be a model: arrays that travel, at least one."""
     if not weights:
         raise ValueError("the weights contain no tensors; expected at least one tensor")
     for name, tensor in weights.items():

@@ -240,11 +240,7 @@ def _bounded_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValu
 
 
 def check_user(user: str | None, delivery: Delivery) -> None:
-    """Check that the broker's verified sender of a delivery is ``user``; None accepts anyone.
-
-    Raises:
-        MalformedMessage: with cause ``sender``, if the sender is someone else or unknown.
-    """
+    """Raise ``MalformedMessage`` unless ``user``, if given, is a delivery's verified sender."""
     if user is None:
         return
     sender = delivery.properties.user

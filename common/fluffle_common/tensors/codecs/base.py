@@ -100,11 +100,7 @@ def codec_error(codec: type[Codec], action: str, tensor: str, error: BaseExcepti
 
 
 def parts_of(codec: type[Codec], shape: Shape) -> tuple[Part, ...]:
-    """Return the parts of a tensor of this shape.
-
-    Raises:
-        CodecError: if ``parts`` fails, or returns other than one or two valid parts.
-    """
+    """Return the parts of a tensor of this shape; raise ``CodecError`` unless they are valid."""
     call = f"parts({shape}) of the codec '{codec.name}'"
     try:
         parts = codec.parts(shape)

@@ -36,11 +36,7 @@ class Registry:
         self._codecs: dict[str, type[Codec]] = {codec.name: codec for codec in _BUILT_IN}
 
     def add(self, codec: Any, where: str) -> type[Codec]:
-        """Add a codec and return it; ``where`` is its origin, for error messages.
-
-        Raises:
-            UsageError: if it is not a codec, or has the name of a built-in one.
-        """
+        """Add and return a codec from ``where``, or raise ``UsageError`` if it is not a new one."""
         checked = check_codec(codec, where)
         if checked.name in OWN_NAMES:
             raise UsageError(
@@ -119,11 +115,7 @@ def encoding_of(spec: str) -> str:
 
 
 def check_codec(codec: Any, where: str) -> type[Codec]:
-    """Check that an object has the attributes and methods of a codec, and return it.
-
-    Raises:
-        UsageError: naming what is missing or wrong, and the remedy.
-    """
+    """Return a codec; raise ``UsageError`` that names what it lacks, and the remedy."""
     if not isinstance(codec, type):
         raise UsageError(
             f"the object {where} is a {type(codec).__name__}, but a codec must be a class; see "
