@@ -1,14 +1,6 @@
 """Compression of deltas by a codec, with error feedback, and checked decompression.
 
-A codec replaces a large float tensor ``name`` with one or two others in the tensor table:
-
-========  =============================================================================
-bf16      ``name`` uint16: the upper half of each float32, rounded to nearest, ties to even
-f16       ``name`` float16
-int8      ``name#q`` int8, and ``name#scale`` float32 for each 256 values: q * scale
-topk      ``name#index`` int32, strictly increasing, and ``name#value`` float32: others are 0
-========  =============================================================================
-
+A codec replaces a large float tensor with one or two others in the tensor table, its parts.
 Integers, small tensors, and tensors with NaN or infinity travel unchanged; the coordinator rejects
 the latter. ``int8`` and ``topk`` have large encoding errors, which are added to the next delta:
 error feedback (Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et

@@ -92,11 +92,9 @@ class UnknownCodec(ValueError):
 
 def codec_error(codec: type[Codec], action: str, tensor: str, error: BaseException) -> CodecError:
     """Return a ``CodecError`` that says in one line what a codec's code raised, and where."""
-    wrapped = CodecError(
+    return CodecError(
         f"the codec '{codec.name}' fails to {action} tensor '{tensor[:60]}': {one_line(error)}"
     )
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def parts_of(codec: type[Codec], shape: Shape) -> tuple[Part, ...]:
