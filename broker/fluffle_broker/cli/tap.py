@@ -173,6 +173,8 @@ class TapPrinter:
 
     def show(self, decoded: DecodedMessage) -> None:
         """Print and save one message; raise ``Enough`` after the last line."""
+        from fluffle_broker.inspect.tap import is_work, workers_of
+
         now = self._clock()
         if self._archive is not None:
             self._archive.save(decoded, now)
@@ -180,10 +182,16 @@ class TapPrinter:
             return
         if self._as_json:
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
-            fields = {"time": arrived, **_direction(decoded), **decoded.as_dict(now)}
-            self._line(visible_json(json.dumps(fields)))
+            direction, workers = "to" if is_work(decoded) else "from", workers_of(decoded)
+            fields = {"time": arrived, "direction": direction, "workers": list(workers)}
+            text = visible_json(json.dumps(fields | decoded.as_dict(now)))
         else:
-            self._line(self._in_words(decoded, now))
+            text = self._in_words(decoded, now)
+        self._print_line(text)
+        if self._left is not None:
+            self._left -= 1
+            if not self._left:
+                raise Enough
 
     def _in_words(self, decoded: DecodedMessage, now: float) -> str:
         from fluffle_broker.inspect.formatting import facts, size
@@ -196,16 +204,3 @@ class TapPrinter:
         at = time.strftime("%H:%M:%S", time.localtime(now))
         text = f"{', '.join(facts(decoded))}  ({size(decoded.size_bytes)})"
         return f"{at}  {arrow} {who:<{self._who_width}} {decoded.kind:<13} {text}"
-
-    def _line(self, text: str) -> None:
-        self._print_line(text)
-        if self._left is not None:
-            self._left -= 1
-            if not self._left:
-                raise Enough
-
-
-def _direction(decoded: DecodedMessage) -> dict[str, Any]:
-    from fluffle_broker.inspect.tap import is_work, workers_of
-
-    return {"direction": "to" if is_work(decoded) else "from", "workers": list(workers_of(decoded))}

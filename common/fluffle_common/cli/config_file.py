@@ -301,7 +301,7 @@ def _source_of(option: click.Option, source: ParameterSource, ctx: click.Context
         return max(option.opts, key=len)
     if source is ParameterSource.ENVIRONMENT:
         return f"${option.envvar}"
-    return str(ctx.meta[_RAW]["file"]) if source is ParameterSource.DEFAULT_MAP else "default"
+    return str(Path(ctx.meta[_RAW]["file"])) if source is ParameterSource.DEFAULT_MAP else "default"
 
 
 def _toml(value: Any) -> str:
