@@ -142,8 +142,8 @@ class Stalled(RunEvent):
 
 @event(
     "overweight",
-    "round {round}: the update of {worker} claims {num_examples:example}, but is weighted as "
-    "{limit:example}, the maximum that {worker} announced or that --max-examples sets",
+    "round {round}: the update of {worker} claims {num_examples:example}, but counts as "
+    "{limit:example} (the limit from --max-examples or from the numbers that workers announced)",
     "odd",
 )
 class Overweight(RunEvent):
