@@ -44,8 +44,7 @@ from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.strategy.update_checks import check_announced
 
 TOPOLOGY = Topology("f")

@@ -18,7 +18,7 @@ from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.machine import start
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Table, Worker
-from fluffle_coordinator.observe.counters import OUTCOMES
+from fluffle_coordinator.observe.run_view import OUTCOMES
 from fluffle_coordinator.observe.worker_view import Workers
 from tests.history_lines import committed, evaluated, participant
 

@@ -39,7 +39,7 @@ from fluffle_coordinator.service.committer import Average
 from fluffle_coordinator.service.fetcher import Fetcher
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import Saved
 from fluffle_coordinator.strategy import weighted
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
 from fluffle_coordinator.strategy.fedavg import fedavg

@@ -38,8 +38,7 @@ from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import replay
 from fluffle_coordinator.storage import update_archive as archive
 from fluffle_coordinator.storage.history import read_history_lines
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 RUN = "abc"
 TOPOLOGY = Topology("letters")

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from fluffle_coordinator.dashboard.snapshot import train_loss
 from fluffle_coordinator.machine.state import Evaluated
 from fluffle_coordinator.observe.round_view import RoundView, remembered
-from fluffle_coordinator.storage.evaluation_averages import average_evaluations
-from fluffle_coordinator.storage.round_stats import weighted_mean
+from fluffle_coordinator.storage.round_stats import average_evaluations, weighted_mean
 from tests.history_lines import committed, participant
 
 MOST = sys.float_info.max

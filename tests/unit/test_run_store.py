@@ -36,12 +36,10 @@ from fluffle_coordinator.service.run_opening import (
 )
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_file
-from fluffle_coordinator.storage.evaluation_averages import evaluation_metrics
-from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.history_lines import check_line
+from fluffle_coordinator.storage.history import check_line, read_history
+from fluffle_coordinator.storage.round_stats import evaluation_metrics
 from fluffle_coordinator.storage.run_file import count_start, read_run_file, write_run_file
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.storage.update_archive import keep_update, update_path
 from tests import history_lines
 from tests.history_lines import RUN, ended, evaluated, participant

@@ -42,23 +42,14 @@ RUNS = "conformance-"
 
 @dataclass(frozen=True)
 class ExamOptions:
-    """The options of an examination.
+    """The options of an examination."""
 
-    Args:
-        worker: the ID of the worker to check; None takes the first that connects.
-        large: add a tensor to the model, so that it travels in parts.
-        twice: wait for a second start of the worker, and refuse it.
-        wait_s: seconds to wait for the worker.
-        patience_s: seconds to wait for an answer.
-        tell: called with progress messages for people.
-    """
-
-    worker: str | None = None
-    large: bool = False
-    twice: bool = False
-    wait_s: float = 600.0
-    patience_s: float = 60.0
-    tell: Callable[[str], object] = lambda _: None
+    worker: str | None = None  # the ID of the worker to check; None takes the first that connects
+    large: bool = False  # add a tensor to the model, so that it travels in parts
+    twice: bool = False  # wait for a second start of the worker, and refuse it
+    wait_s: float = 600.0  # for the worker
+    patience_s: float = 60.0  # for an answer
+    tell: Callable[[str], object] = lambda _: None  # called with progress messages for people
 
 
 class SentFit(NamedTuple):

@@ -10,9 +10,8 @@ from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.observe.counters import cause_of
 from fluffle_coordinator.observe.round_view import RoundView
-from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.run_view import RunView, cause_of
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 from fluffle_coordinator.storage.round_stats import weighted_mean
 

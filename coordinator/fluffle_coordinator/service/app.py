@@ -39,8 +39,7 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.history import merged
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.user_code.calls import leave
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_coordinator.user_code.schedule_loading import load_schedule

@@ -31,9 +31,7 @@ from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.state import FIRST_WEIGHTS, State, Table
 from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.storage.run_file import count_start
-from fluffle_coordinator.storage.run_store import RunStore, new_base
-from fluffle_coordinator.storage.sampling_secret import sampling_secret
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, sampling_secret
 from fluffle_coordinator.user_code.strategy_loading import check_same
 
 if TYPE_CHECKING:

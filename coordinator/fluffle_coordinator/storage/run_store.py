@@ -24,13 +24,15 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from fluffle_common.durable_files import make_folder, sync_folder
+from fluffle_common.durable_files import make_folder, replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
     Checkpoint,
@@ -45,7 +47,7 @@ from fluffle_common.tensors.frozen import (
     read_frozen,
     save_frozen,
 )
-from fluffle_common.tensors.weights import Weights
+from fluffle_common.tensors.weights import Array, Weights
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
@@ -57,7 +59,6 @@ from fluffle_coordinator.storage.run_file import (
     read_run_file,
     write_run_file,
 )
-from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -82,6 +83,35 @@ def new_base() -> str:
 
 def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
     return frozenset(Ticket(who["worker"], who["sequence"]) for who in line["participants"])
+
+
+@dataclass(frozen=True)
+class Saved:
+    """The state of a run on disk; the defaults are those of a new run."""
+
+    run: str  # its id
+    lines: Sequence[Mapping[str, Any]] = ()  # of its history
+    committed: int = 0  # the last committed round; 0 for none
+    # The largest number of examples that each worker was counted with.
+    announced: Mapping[str, int] = field(default_factory=dict)
+    counted: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)  # in each round
+    # The name of the weights that each round began with.
+    earlier: Mapping[int, str] = field(default_factory=dict)
+    asked_in: Mapping[str, int] = field(default_factory=dict)  # the last round of each worker
+    train_s: Mapping[str, float] = field(default_factory=dict)  # each worker's last training time
+    median_norms: tuple[float, ...] = ()  # of the updates of each of the last rounds
+    evaluated: bool = True  # whether the last model's evaluation is in the history
+    weights: dict[str, Array] | None = None  # of the last model; None if there is none yet
+    metadata: dict[str, str] = field(default_factory=dict)  # of its checkpoint
+    repairs: tuple[str, ...] = ()  # descriptions of what was repaired
+    strategy: str = FEDAVG.name  # the one that made the last model
+    kept: Mapping[str, Array] = field(default_factory=dict)  # the state that it saved with that
+    frozen: Frozen = NO_FROZEN  # the frozen tensors of the model
+
+    @property
+    def base(self) -> str:
+        """The name of the weights; empty if there are none yet."""
+        return self.metadata.get("base", "")
 
 
 class RunStore:
@@ -314,3 +344,25 @@ class RunStore:
                 f"{self.shown} holds the checkpoint of round {newest}, but history.jsonl {known}; "
                 "restore history.jsonl, or move the run aside with --fresh"
             )
+
+
+def sampling_secret(folder: Path) -> int:
+    """Return the secret of the run in a folder; the first call creates it.
+
+    A run keeps its secret, so that a round that a crash interrupts asks the same sample again.
+
+    Raises:
+        RunError: if the file cannot be read or written.
+    """
+    path = folder / "sampling.secret"
+    try:
+        if not path.exists():
+            with replacing(path) as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(f"{secrets.randbits(128):032x}\n".encode())
+        return int(path.read_text(), 16)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path}, which determines the selected workers, cannot be used ({error}); restore "
+            "this file, or start a new run with --fresh"
+        ) from None
