@@ -65,7 +65,9 @@ def assert_weights(got: Any, value: float) -> None:
 
 def participants_of(saved: Saved) -> frozenset[str]:
     """The participants of the last committed round."""
-    return frozenset(ticket.worker for ticket in saved.counted.get(saved.committed, ()))
+    line = next((x for x in reversed(saved.lines) if x["event"] == "committed"), None)
+    assert (line["round"] if line else 0) == saved.committed
+    return frozenset(who["worker"] for who in line["participants"]) if line else frozenset()
 
 
 def committed(number: int, *workers: str) -> dict[str, Any]:

@@ -8,21 +8,14 @@ from datetime import datetime
 from functools import cached_property
 from typing import NamedTuple
 
-from fluffle_common.protocol.events import (
-    Committed,
-    Counted,
-    Doing,
-    Opened,
-    RunEvent,
-    Waiting,
-    from_fields,
-)
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.events import Counted, Doing, RunEvent, Waiting, from_fields
 from fluffle_common.protocol.messages import Event
 from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import Departure
 
-_ROUND_EVENTS = (Opened, Counted, Committed)
+_ROUND_EVENTS = (run_events.Opened, run_events.Counted, run_events.Committed)
 
 
 class Entry(NamedTuple):

@@ -23,15 +23,10 @@ _MAX_ROUNDS = 2000
 _MAX_DETAILED = 50  # older rounds keep only their result
 _MAX_REJECTIONS = 30
 
-# The events of one round. Only the first kind creates its view, since the others may come from
-# messages that name any round.
-_RoundResult = (
+# The events that create the view of their round; the others may come from messages that name any.
+_CREATES_ROUND = (
     run_events.Opened | run_events.Reopened | run_events.Counted | run_events.Committed
-    | run_events.Evaluated | run_events.Personal | run_events.Tested | run_events.Privacy
-)  # fmt: skip
-_RoundNote = (
-    run_events.Closed | run_events.Duplicate | run_events.Failure | run_events.Late
-    | run_events.Outlier | run_events.Overweight | run_events.Quorum | run_events.Stalled
+    | run_events.MeasuredEvent | run_events.Privacy
 )  # fmt: skip
 _PHASE_AFTER: dict[type[RunEvent], str] = {
     run_events.Standby: "standby",
@@ -140,10 +135,9 @@ class RunView:
             self.full_disk = (at, event)
         elif isinstance(event, run_events.Counted | run_events.Committed):
             self.full_disk = None  # this is what had waited for the disk
-        if isinstance(event, _RoundResult):
-            self._add_to_round(self._round(event.round), at, event)
-        elif isinstance(event, _RoundNote):
-            self._add_to_round(self._known(event.round), at, event)
+        if isinstance(event, run_events.RoundEvent):
+            find = self._round if isinstance(event, _CREATES_ROUND) else self._known
+            self._add_to_round(find(event.round), at, event)
 
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Apply the rows of a history (``read_history``); they do not change ``counters``."""

@@ -48,10 +48,8 @@ from fluffle_common.tensors.frozen import (
     save_frozen,
 )
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History, finite
-from fluffle_coordinator.storage.round_stats import median_norms
 from fluffle_coordinator.storage.run_checkpoints import checkpoint_files, last_intact
 from fluffle_coordinator.storage.run_file import (
     RUN_FILE,
@@ -81,10 +79,6 @@ def new_base() -> str:
     return secrets.token_hex(6)
 
 
-def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
-    return frozenset(Ticket(who["worker"], who["sequence"]) for who in line["participants"])
-
-
 @dataclass(frozen=True)
 class Saved:
     """The state of a run on disk; the defaults are those of a new run."""
@@ -92,14 +86,10 @@ class Saved:
     run: str  # its id
     lines: Sequence[Mapping[str, Any]] = ()  # of its history
     committed: int = 0  # the last committed round; 0 for none
-    # The largest number of examples that each worker was counted with.
-    announced: Mapping[str, int] = field(default_factory=dict)
-    counted: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)  # in each round
+
     # The name of the weights that each round began with.
     earlier: Mapping[int, str] = field(default_factory=dict)
-    asked_in: Mapping[str, int] = field(default_factory=dict)  # the last round of each worker
-    train_s: Mapping[str, float] = field(default_factory=dict)  # each worker's last training time
-    median_norms: tuple[float, ...] = ()  # of the updates of each of the last rounds
+
     evaluated: bool = True  # whether the last model's evaluation is in the history
     weights: dict[str, Array] | None = None  # of the last model; None if there is none yet
     metadata: dict[str, str] = field(default_factory=dict)  # of its checkpoint
@@ -207,29 +197,17 @@ class RunStore:
             )
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
-        line = committed.get(last, {})
-        commits = [line for line in committed.values() if line["round"] <= last]
-        counted = {line["round"]: _tickets(line) for line in commits}
-        counts = [who for line in commits for who in line["participants"]]
-        announced: dict[str, int] = {}
-        for who in counts:
-            announced[who["worker"]] = max(who["num_examples"], announced.get(who["worker"], 0))
         return Saved(
             run=identity,
             lines=lines,
             committed=last,
-            announced=announced,
-            counted=counted,
-            earlier=self._bases(commits),
-            asked_in={name: line["round"] for line in commits for name in line["asked"]},
-            train_s={w["worker"]: w["seconds"] for w in counts if w["seconds"] is not None},
-            median_norms=median_norms(commits),
+            earlier=self._bases(line for line in committed.values() if line["round"] <= last),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
             weights=checkpoint.weights if checkpoint else None,
             metadata=checkpoint.metadata if checkpoint else {},
             repairs=tuple(repairs),
-            strategy=line.get("strategy", FEDAVG.name),
+            strategy=committed.get(last, {}).get("strategy", FEDAVG.name),
             kept=checkpoint.strategy_state if checkpoint else {},
             frozen=frozen,
         )
