@@ -136,7 +136,7 @@ class History:
         Raises:
             OSError: if it cannot be written; no part of the line is left in the file.
         """
-        data = _line(line).encode()
+        data = _encoded([line])
         written = 0
         create = 0 if self._begun else os.O_CREAT
         history = os.open(self.path, os.O_WRONLY | os.O_APPEND | create, 0o666)
@@ -182,9 +182,9 @@ class History:
 
     def forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:
         """Cut off the lines after a round, and append them to ``history.removed.jsonl``."""
-        self._archive_removed("".join(_line(x) for x in lines if x["round"] > last).encode())
+        self._archive_removed(_encoded(x for x in lines if x["round"] > last))
         with replacing(self.path) as file:
-            file.write("".join(_line(x) for x in lines if x["round"] <= last).encode())
+            file.write(_encoded(x for x in lines if x["round"] <= last))
 
     def _archive_removed(self, removed: bytes) -> None:
         with self.path.with_name("history.removed.jsonl").open("ab") as archive:
@@ -194,20 +194,8 @@ class History:
         sync_folder(self.path.parent)
 
 
-def _line(fields: dict[str, Any]) -> str:
-    text = json_line(fields)
-    if "NaN" in text or "Infinity" in text:  # not JSON, and many parsers reject them
-        text = json_line(finite(fields))
-    return f"{text}\n"
-
-
-def finite(value: Any) -> Any:
-    """Return a value in which None replaces each number that is not finite, at any depth."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+def _encoded(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(f"{json_line(line)}\n" for line in lines).encode()
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:

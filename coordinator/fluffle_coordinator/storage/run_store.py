@@ -32,6 +32,7 @@ from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
+from fluffle_common.cli.console import finite
 from fluffle_common.durable_files import make_folder, replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
@@ -49,7 +50,7 @@ from fluffle_common.tensors.frozen import (
 )
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_coordinator.storage import update_archive
-from fluffle_coordinator.storage.history import History, finite
+from fluffle_coordinator.storage.history import History
 from fluffle_coordinator.storage.run_checkpoints import checkpoint_files, last_intact
 from fluffle_coordinator.storage.run_file import (
     RUN_FILE,
