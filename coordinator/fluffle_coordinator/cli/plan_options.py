@@ -18,9 +18,7 @@ _MIN_FRACTION, _MAX_FRACTION = 1e-6, 0.5
 def _compression(text: str) -> str:
     """Return the compression as a training plan names it.
 
-    Args:
-        text: ``int8``, ``topk:FRACTION``, or a codec of the user's own: ``path.py:name`` or an
-            installed codec's name, optionally with ``:`` and its settings.
+    A user's own codec is ``path.py:name`` or an installed codec's name, and may have ``:SETTINGS``.
     """
     from fluffle_common.protocol.messages import Compression
     from fluffle_common.tensors.codecs.registry import OWN_NAMES, encoding_of

@@ -133,11 +133,7 @@ class Listener(ABC):
     ) -> _T:
         """Wait until ``find`` returns something other than None, and return that.
 
-        Args:
-            find: searches the messages received so far.
-            what: the name of what is awaited, for error messages.
-            within_s: seconds to wait. None: the patience of the examination, or until nobody
-                consumes from the worker's inbox.
+        Without ``within_s``, wait as long as the options say and someone consumes from the inbox.
 
         Raises:
             Unmet: if it did not come in time.

@@ -83,11 +83,8 @@ class Probe(Listener):
     ) -> None:
         """Send a message to the worker; work is sent with the weights.
 
-        Args:
-            message: the header.
-            beside: tensors of other groups.
-            changes: header keys to add or replace, valid or not.
-            lose: the numbers of the parts to leave out.
+        ``beside`` has tensors of other groups, ``changes`` the header keys to add or replace, valid
+        or not, and ``lose`` the numbers of the parts to leave out.
         """
         transfer: Transfer | None = None
         parts: Iterable[bytes] = ()
@@ -169,10 +166,8 @@ class Probe(Listener):
     async def update(self, sent: SentFit, *, crossed: bool = False) -> ReceivedUpdate:
         """Wait for the update of a ``fit``, fetch its parts, and check it as a coordinator does.
 
-        Args:
-            sent: the work.
-            crossed: whether other work was sent meanwhile. The worker may have purged its outbox
-                for that, so if the parts are gone, the ``fit`` is sent again.
+        If other work has ``crossed`` it, the worker may have purged its outbox for that; if the
+        parts are gone, the ``fit`` is then sent again.
 
         Raises:
             Unmet: if no update came, or a coordinator would reject it.

@@ -109,12 +109,9 @@ class Feed:
 def queue_asker(
     topology: Topology, find_url: Callable[[], str], management: str | None
 ) -> Callable[[], Figures]:
-    """Return a function that fetches the queues' figures; see ``Management.queue_figures``.
+    """Return a function that fetches the queues' figures from the broker's management API.
 
-    Args:
-        topology: the names of the federation.
-        find_url: returns the broker's URL, at each call.
-        management: the URL of the management API, if it is not the usual one of the broker.
+    ``management`` is the URL of that API, if it is not the usual one of the broker.
 
     Raises:
         UsageError: if ``management`` has a user.

@@ -60,11 +60,7 @@ _HEADERS = [
 
 
 def listen(address: str, flag: str) -> socket.socket:
-    """Bind the page's address.
-
-    Args:
-        address: ``HOST:PORT``, or just a port of 127.0.0.1; port 0 means any free one.
-        flag: the option that the address comes from, for error messages.
+    """Bind the page's address: ``HOST:PORT``, or a port of 127.0.0.1; port 0 means any free one.
 
     Raises:
         UsageError: if ``address`` is malformed or cannot be bound.
@@ -156,12 +152,7 @@ async def _guarded(server: _Server, listening: socket.socket) -> None:
 
 
 def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
-    """Return the ASGI application that serves a feed.
-
-    Args:
-        feed: the content of the page.
-        hosts: host names that requests may use; None allows any.
-    """
+    """Return the ASGI application that serves a feed to requests with these host names, or any."""
     metrics = registry(feed)
     viewers = 0
 

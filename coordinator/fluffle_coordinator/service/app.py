@@ -20,6 +20,7 @@ from fluffle_common.cli.settings import (
     parse_config,
 )
 from fluffle_common.errors import LinkLost, RunError, UsageError
+from fluffle_common.installed import needs
 from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
@@ -364,9 +365,7 @@ def _page(
     """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
-    from fluffle_coordinator.dashboard import needs
-
-    with needs():
+    with needs("the page needs starlette, uvicorn and prometheus-client", "dashboard"):
         from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
         from fluffle_coordinator.dashboard.feed import queue_asker
         from fluffle_coordinator.dashboard.server import listen

@@ -102,12 +102,7 @@ def _plan(run: Path, number: int, strategy: Strategy[Any]) -> Plan:
 
 
 def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
-    """Compute the model of a round again, and compare it with the checkpoint.
-
-    Args:
-        run: the run folder.
-        number: the round, from 1.
-        strategy: the strategy that made it; see ``strategy_of``.
+    """Compute a round's model again with its strategy, and compare it with the checkpoint.
 
     Raises:
         UsageError: if a file is missing, or is not the one that was counted.
