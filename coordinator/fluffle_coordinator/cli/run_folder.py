@@ -30,10 +30,7 @@ def _run_folder(_: click.Context, __: click.Parameter, folder: Path) -> Path:
 
 
 run_argument = click.argument(
-    "folder",
-    metavar="RUN",
-    type=click.Path(file_okay=False, path_type=Path),
-    callback=_run_folder,
+    "folder", metavar="RUN", type=click.Path(file_okay=False, path_type=Path), callback=_run_folder
 )
 
 

@@ -39,11 +39,7 @@ from fluffle_common.transport.base import HeaderValue, Link, Properties, Unrouta
 from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_coordinator.conformance.listener import RUNS, ExamOptions, Listener, SentFit
 from fluffle_coordinator.conformance.received import ReceivedUpdate, Unmet
-from fluffle_coordinator.strategy.update_checks import (
-    EVERYTHING,
-    check_announced,
-    decode_update,
-)
+from fluffle_coordinator.strategy.update_checks import EVERYTHING, check_announced, decode_update
 
 _T = TypeVar("_T")
 _LARGE = {"conformance/large": np.zeros(5 * 2**20 // 4, np.float32)}

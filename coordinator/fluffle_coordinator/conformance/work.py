@@ -127,8 +127,7 @@ async def newer_fit(probe: Probe) -> str:
 
 
 @requires(
-    "Work",
-    "a worker accepts or ignores a fit for an older round, but always answers the newer fit",
+    "Work", "a worker accepts or ignores a fit for an older round, but always answers the newer fit"
 )
 async def older_fit(probe: Probe) -> str:
     newer = await probe.ask(probe.next_fit(round=probe.round + 2))

@@ -145,11 +145,7 @@ def _committed_line(run: Path, number: int) -> dict[str, Any]:
 
 
 def _archived(
-    path: Path,
-    line: Mapping[str, Any],
-    participant: Mapping[str, Any],
-    base: Weights,
-    plan: Plan,
+    path: Path, line: Mapping[str, Any], participant: Mapping[str, Any], base: Weights, plan: Plan
 ) -> Contribution:
     """Read an archived update as the coordinator read it when it arrived."""
     worker = participant["worker"]

@@ -41,13 +41,7 @@ from fluffle_common.tensors.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
-from fluffle_common.tensors.frozen import (
-    IN_METADATA,
-    NO_FROZEN,
-    Frozen,
-    read_frozen,
-    save_frozen,
-)
+from fluffle_common.tensors.frozen import IN_METADATA, NO_FROZEN, Frozen, read_frozen, save_frozen
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_coordinator.storage import update_archive
 from fluffle_coordinator.storage.history import History
@@ -249,11 +243,7 @@ class RunStore:
         return bases
 
     def save_weights(
-        self,
-        number: int,
-        weights: Weights,
-        metadata: dict[str, str],
-        kept: Weights = NO_TENSORS,
+        self, number: int, weights: Weights, metadata: dict[str, str], kept: Weights = NO_TENSORS
     ) -> Path:
         """Write the checkpoint of a round, with the state that its strategy keeps."""
         path = self.folder / checkpoint_name(number)
