@@ -183,11 +183,7 @@ class Listener(ABC):
         *,
         within_s: float | None = None,
     ) -> _T:
-        """Wait for an acceptable message of one kind, ignoring the first ``since`` messages.
-
-        Raises:
-            Unmet: see ``until``.
-        """
+        """Wait as ``until`` does for a message of one kind after the first ``since`` messages."""
 
         def find() -> _T | None:
             return next((each for each in self.received(kind, since) if accept(each)), None)

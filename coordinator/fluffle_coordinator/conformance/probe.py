@@ -98,11 +98,7 @@ class Probe(Listener):
     async def deliver(
         self, body: bytes, kind: str, headers: Mapping[str, HeaderValue] = MappingProxyType({})
     ) -> None:
-        """Publish any bytes to the worker's inbox, with AMQP headers as a coordinator sends them.
-
-        Raises:
-            Unmet: if the worker's inbox no longer exists.
-        """
+        """Publish any bytes to the worker's inbox like a coordinator; ``Unmet`` if it is gone."""
         assert self.worker is not None
         properties = Properties(
             type=kind,
@@ -193,12 +189,7 @@ class Probe(Listener):
     async def _payload(
         self, message: Update | FirstWeights, inline: memoryview, plan: Plan = EVERYTHING
     ) -> memoryview:
-        """Return the payload of a message: the inline one, or the parts of its transfer.
-
-        Raises:
-            PartsGone: if parts are missing.
-            Unmet: if the parts do not match the announcement.
-        """
+        """Return a message's payload: the inline one, or the parts; they may be ``PartsGone``."""
         if message.transfer is None:
             return inline
         try:

@@ -159,11 +159,7 @@ def explain(
     *,
     coordinated: bool | None = None,
 ) -> Explanation:
-    """Return the explanation of a round at time ``now``; round 0 is the time before the first.
-
-    The journal begins as early as possible. ``coordinated`` says whether a coordinator is connected
-    now; None if that is unknown.
-    """
+    """Return the explanation of a round, from a journal that begins as early as possible."""
     # Before the first round, a message that names some round must not create it.
     view, now_s = RunView(whole=number > 0), now.timestamp()
     for moment, of, event in journal:

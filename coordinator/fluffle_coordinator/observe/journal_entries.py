@@ -19,9 +19,7 @@ class Entries:
         self._gists: dict[str, object] = {}  # of the latest report of each kind
 
     def record_of(self, event: RunEvent) -> EventRecord | None:
-        """Return the record of an event that happens now.
-
-        It is None for an event that is not journalled, or a repetition.
+        """Return the record of an event that happens now; None if none is journalled.
 
         Raises:
             ValueError: if the event does not fit into a record.

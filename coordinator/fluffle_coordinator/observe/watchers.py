@@ -15,11 +15,9 @@ class Watcher(Protocol):
 
     def record(self, event: RunEvent) -> None:
         """Receive an event of the run."""
-        return
 
     def show(self, state: State, now: float) -> None:
         """Receive the machine's state, after every event of the machine."""
-        return
 
 
 class Watchers(Watcher):

@@ -107,11 +107,7 @@ _FORMS: dict[str, type[_Line]] = {"committed": _Committed, "evaluated": _Evaluat
 
 
 def check_line(line: Any) -> None:
-    """Check the fields of a history line.
-
-    Raises:
-        ValueError: naming the first field that is invalid or missing.
-    """
+    """Check the fields of a history line; ``ValueError`` names the first invalid or missing one."""
     event = line.get("event") if isinstance(line, dict) else None
     try:
         _FORMS.get(event if isinstance(event, str) else "", _Line).model_validate(line)
@@ -240,11 +236,7 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """Return what ``History.read`` does.
-
-    Raises:
-        ValueError: if any line but the last is damaged; the message has its number.
-    """
+    """Return what ``History.read`` does; ``ValueError`` names a damaged line before the last."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines, b""
