@@ -187,7 +187,7 @@ class Sum:
         self.averages: asyncio.Queue[Average] = asyncio.Queue()
         self.running: asyncio.Future[None]
         self.model = in_one_piece(values(0))
-        settings = CoordinatorSettings("f", Rules(rounds=1), max_model_bytes=2**20, **options)
+        settings = CoordinatorSettings("f", Rules(rounds=1), **options)
         self.aggregator = Aggregator(
             Fetcher(TOPOLOGY, settings, link=lambda: self.link, folder=folder),
             Saved("r", weights=self.model),

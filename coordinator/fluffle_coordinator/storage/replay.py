@@ -5,7 +5,6 @@ A replay uses the coordinator's checks and strategy, and the same order of updat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.cli.console import finite
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.wire_format import decode
@@ -54,7 +54,7 @@ class Replay:
     run: str
     round: int
     checkpoint: str
-    participants: tuple[tuple[str, int], ...]  # worker, num_examples
+    participants: tuple[dict[str, Any], ...]  # their ``worker`` and ``num_examples``
     tensors: tuple[Tensor, ...]
 
     @property
@@ -64,14 +64,7 @@ class Replay:
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields as a JSON object."""
-        fields = asdict(self)
-        fields["participants"] = [
-            {"worker": worker, "num_examples": examples} for worker, examples in self.participants
-        ]
-        for tensor in fields["tensors"]:
-            if math.isinf(tensor["replayed"]["largest"]):
-                tensor["replayed"]["largest"] = None  # JSON has no infinity
-        return {"equal": self.equal, **fields}
+        return {"equal": self.equal, **finite(asdict(self))}
 
 
 def strategy_of(run: Path, number: int) -> tuple[str, str | None]:
@@ -127,7 +120,7 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
         run=line["run"],
         round=number,
         checkpoint=checkpoint_name(number),
-        participants=tuple((who["worker"], who["num_examples"]) for who in participants),
+        participants=tuple({n: who[n] for n in ("worker", "num_examples")} for who in participants),
         tensors=_compared(committed, replayed),
     )
 
