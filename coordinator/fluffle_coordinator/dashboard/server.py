@@ -91,11 +91,6 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def is_loopback(listening: socket.socket) -> bool:
-    """Return whether only this machine can reach the page."""
-    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
-
-
 # --- the server --------------------------------------------------------------------------------
 
 
@@ -111,8 +106,9 @@ class _Server(uvicorn.Server):
 @contextlib.asynccontextmanager
 async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
     """Serve the page while the body runs; a failure of the server is only a warning."""
-    hosts: set[str] | None = {"localhost", "127.0.0.1", "::1", listening.getsockname()[0]}
-    if not is_loopback(listening):
+    address = listening.getsockname()[0]
+    hosts: set[str] | None = {"localhost", "127.0.0.1", "::1", address}
+    if not ipaddress.ip_address(address).is_loopback:
         hosts = None
         warn(f"anyone who can reach this machine can read the page at {url_of(listening)}")
     config = uvicorn.Config(
