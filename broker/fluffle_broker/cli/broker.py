@@ -68,7 +68,9 @@ def broker() -> None:
 
 @broker.command()
 @_state_option
-@_port_option("--port", "AMQP", 5673, zero="a free port for this and each omitted port option")
+@_port_option(
+    "--port", "AMQP", 5673, zero="a free port for AMQP, and one for each omitted port option"
+)
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
 def up(

@@ -39,7 +39,7 @@ def queues(
     unacked    messages that are delivered but not acknowledged; an update is
                acknowledged once its round is on the coordinator's disk
     in/s out/s messages published and delivered per second
-    oldest     age of the message at the head, by its sender's clock
+    oldest     age of the oldest ready message, by its sender's clock
 
     Below the table, each line with "!" names a problem. Several empty queues of one kind share a
     row. A wide terminal also shows the purpose of each queue; --json prints every queue with all

@@ -240,7 +240,7 @@ management_option = click.option(
     "--management",
     envvar="FLUFFLE_MANAGEMENT_URL",
     metavar="URL",
-    help="URL of RabbitMQ's management API, which provides queue statistics.  [default: the "
+    help="URL of RabbitMQ's management API, for queue statistics and policies.  [default: the "
     "API of the broker that 'fluffle broker up' started in the current folder, else port 15672 "
     "(with TLS, 15671) on the host of --url]",
     show_default=False,

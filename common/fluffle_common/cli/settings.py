@@ -106,7 +106,7 @@ def check_federation(name: str) -> str:
     if name == "amq" or not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
             f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and "
-            "'_', and begin with a letter or digit; RabbitMQ reserves 'amq'"
+            "'_', and begin with a letter or digit (RabbitMQ reserves the name 'amq')"
         )
     return name
 

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 def conformance(ctx: click.Context, /, **options: Any) -> None:
     """Check whether a worker does what docs/protocol.md requires.
 
-    The command plays the coordinator and waits for a worker. The worker then faces situations
+    The command acts as the coordinator and waits for a worker. The worker then faces situations
     that can occur in a real run: repeated, newer and older work, different weights, a lost part, a
     rejected update, unusual messages, and the end of the run. The command prints one line for each
     requirement of the protocol, and exits with code 1 if a requirement is not met. The worker

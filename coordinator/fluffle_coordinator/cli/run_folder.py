@@ -157,7 +157,7 @@ def _words(distance: Distance) -> str:
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a report of a run: one HTML file, to keep or to send.
 
-    The report is the live page at the end of the run, in one file that works without a network. The
+    The report is the run's live page, saved as one file that works without a network. The
     report shows the curves, the participants and times of each round, late and rejected updates
     with the reasons, the configuration, the software versions, and the checkpoints with their
     SHA-256. The curves show every round; the page has the details and the checkpoints of the last

@@ -34,7 +34,7 @@ _QUEUE_FIGURES = {
     "unacknowledged": (
         "fluffle_queue_unacknowledged_messages",
         "Messages delivered but not acknowledged; an update stays unacknowledged until its round "
-        "is on disk.",
+        "is committed.",
     ),
     "consumers": ("fluffle_queue_consumers", "Number of consumers of these queues."),
     "size_bytes": ("fluffle_queue_size_bytes", "Bytes of the messages in these queues."),

@@ -189,7 +189,7 @@ def _compared(committed: Weights, replayed: Weights) -> tuple[Tensor, ...]:
     if {n: (t.shape, t.dtype) for n, t in committed.items()} != {
         n: (t.shape, t.dtype) for n, t in replayed.items()
     }:
-        raise UsageError("the checkpoints before and after the round belong to different models")
+        raise UsageError("the checkpoints before and after the round have different tensors")
     return tuple(
         Tensor(name, tensor.dtype.name, tensor.shape, distance(tensor, replayed[name]))
         for name, tensor in committed.items()

@@ -139,8 +139,8 @@ class Stalled(RoundEvent):
 
 @event(
     "overweight",
-    "round {round}: the update of {worker} claims {num_examples:example}, but is weighted as "
-    "{limit:example}, the maximum that {worker} announced or that --max-examples sets",
+    "round {round}: the update of {worker} claims {num_examples:example}, but counts as "
+    "{limit:example} (the limit from --max-examples or from the numbers that workers announced)",
     "odd",
 )
 class Overweight(RoundEvent):
