@@ -19,15 +19,15 @@ class Entries:
         self._gists: dict[str, object] = {}  # of the latest report of each kind
 
     def record_of(self, event: RunEvent) -> EventRecord | None:
-        """Return the record of an event that happens now; None if none is journalled.
+        """Return the record of an event that happens now; None if it is not to be journalled.
 
         Raises:
             ValueError: if the event does not fit into a record.
         """
         if isinstance(event, run_events.Started | run_events.Resumed) and event.run:
             self._run = event.run
-        if isinstance(event, run_events.Opened | run_events.Committed):
-            self._gists.pop(run_events.Waiting.name, None)  # readers forget it too
+        if isinstance(event, run_events.Opened | run_events.Committed):  # readers forget the wait
+            self._gists.pop(run_events.Waiting.name, None)
         gist = event.gist()
         if not event.journalled or (gist is not None and gist == self._gists.get(event.name)):
             return None

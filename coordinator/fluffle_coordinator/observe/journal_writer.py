@@ -89,7 +89,7 @@ class Journal(Watcher):
             LinkLost: if the link is lost while an event is unconfirmed.
         """
         if self._broken:
-            await asyncio.Event().wait()
+            await asyncio.Event().wait()  # until cancelled
         try:
             await self._publish(link)
         except (FluffleError, QueueInUse):  # the coordinator, which owns the link, handles these
@@ -101,7 +101,7 @@ class Journal(Watcher):
             warn(
                 f"the journal cannot be published ({wrong!r}); the run continues without a journal"
             )
-            await asyncio.Event().wait()
+            await asyncio.Event().wait()  # until cancelled
 
     async def _publish(self, link: Link) -> None:
         self._linked = True
