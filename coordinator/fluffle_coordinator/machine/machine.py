@@ -25,7 +25,7 @@ The tests check these rules under random interleavings:
 5. Time alone leads to progress or to a declared stop; time without a link does not count.
 
 An event is handled in two steps. Its handler takes it in: ``updates`` handles updates,
-``membership`` workers, ``evaluation`` evaluations. Then ``_progress`` takes the run from phase to
+``membership`` workers, ``finishing`` evaluations. Then ``_progress`` takes the run from phase to
 phase, whatever event led there. The run's ``schedule`` decides what differs between synchronous and
 asynchronous rounds.
 """
@@ -44,8 +44,12 @@ from fluffle_coordinator.machine import first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
 from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
 from fluffle_coordinator.machine.effects import Ack, Effects, Welcome
-from fluffle_coordinator.machine.evaluation import evaluation_arrived, record_evaluation
-from fluffle_coordinator.machine.finishing import evaluate_last_model, try_to_finish
+from fluffle_coordinator.machine.finishing import (
+    evaluate_last_model,
+    evaluation_arrived,
+    record_evaluation,
+    try_to_finish,
+)
 from fluffle_coordinator.machine.opening import try_to_open
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.rules import Rules
