@@ -99,9 +99,6 @@ class Hooks:
         }
 
 
-NO_HOOKS = Hooks()
-
-
 def _function(given: Any, option: str, argument: str) -> Any:
     function = load_object(given, option) if isinstance(given, str) else given
     if function is None:
