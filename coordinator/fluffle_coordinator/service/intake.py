@@ -101,19 +101,13 @@ class Intake:
             self._reject(held.delivery, MalformedMessage(reason, cause), held.message)
             held.free()
 
-    def link_opened(self) -> None:
-        """Read no updates until the first echo over the new link has come back."""
+    def link_lost(self) -> None:
+        """Forget parked deliveries; read no updates before the first echo over the next link."""
+        self._room.link_lost()
         self._caught_up.clear()
 
-    def link_lost(self) -> None:
-        """Forget parked deliveries, because the broker delivers them again."""
-        self._room.link_lost()
-
     async def send_echoes(self, link: Link, number: int) -> None:
-        """Send echoes through the presence queue to ourselves; ``machine.clock`` says why.
-
-        They bring the link's number back, by which the machine recognises them.
-        """
+        """Send the link's number to ourselves, all the time; ``machine.clock`` says why."""
         echo = Echo(federation=self._settings.federation, session=self._session, number=number)
         route = Route("", [self._topology.presence], durable=False, urgent=True)
         while True:
@@ -127,7 +121,23 @@ class Intake:
         await self._caught_up.wait()
         prefetch = self._settings.max_workers + 100
         updates = await link.consume(self._topology.updates, prefetch=prefetch)
-        await self._read_updates(updates, number)
+        count = 0
+        async for delivery in updates:
+            count += 1
+            if self._room.park(delivery):
+                continue
+            try:
+                message, payload = decode(
+                    delivery.body,
+                    self._settings.federation,
+                    max_header=self._aggregator.max_header,
+                )
+                self._check_sender(message, delivery)
+                self._update(message, payload, delivery, rs.Handle(number, count))
+            except MalformedMessage as wrong:
+                self._reject(delivery, wrong)
+            if not self._room.used_bytes:  # it needed no room, so nobody frees any for the parked
+                self._room.unpark()
 
     async def read_presence(self, deliveries: Any) -> None:
         """Read signs of life and our own echoes."""
@@ -150,11 +160,10 @@ class Intake:
         hello = minimal_hello(delivery.body, self._settings.federation)
         if hello is None or self._outbox.was_refused(hello):
             return
-        if self._settings.verify_users:
-            try:
-                check_user(hello.worker, delivery)
-            except MalformedMessage:
-                return
+        try:
+            self._check_sender(hello, delivery)
+        except MalformedMessage:
+            return
         if hello.protocol == PROTOCOL:
             code = "malformed"
             reason = f"the hello message of worker {hello.worker} is malformed: {wrong}"
@@ -194,29 +203,7 @@ class Intake:
             case Failure(worker=worker_name, run=run, round=number, reason=reason):
                 self._post(ev.Failed(now, worker_name, run, number, reason))
             case _:
-                raise MalformedMessage(
-                    f"a message of kind {message.kind} does not belong in the queue for heartbeats",
-                    "kind",
-                )
-
-    async def _read_updates(self, deliveries: Any, link: int) -> None:
-        number = 0
-        async for delivery in deliveries:
-            number += 1
-            if self._room.park(delivery):
-                continue
-            try:
-                message, payload = decode(
-                    delivery.body,
-                    self._settings.federation,
-                    max_header=self._aggregator.max_header,
-                )
-                self._check_sender(message, delivery)
-                self._update(message, payload, delivery, rs.Handle(link, number))
-            except MalformedMessage as wrong:
-                self._reject(delivery, wrong)
-            if not self._room.used_bytes:  # it needed no room, so nobody frees any for the parked
-                self._room.unpark()
+                raise _misplaced(message, "heartbeats")
 
     def _check_sender(self, message: Any, delivery: Delivery) -> None:
         """Check that a message comes from the broker user of the worker that it names."""
@@ -250,10 +237,7 @@ class Intake:
                     "run",
                 )
             case _:
-                raise MalformedMessage(
-                    f"a message of kind {message.kind} does not belong in the queue for updates",
-                    "kind",
-                )
+                raise _misplaced(message, "updates")
 
     def _first_weights(
         self, message: FirstWeights, payload: memoryview, delivery: Delivery
@@ -276,3 +260,8 @@ class Intake:
         details = {"reason": str(wrong), "cause": wrong.cause, **about}
         self._record(run_events.from_fields("rejected", details))
         self._outbox.reject(delivery, wrong)
+
+
+def _misplaced(message: Any, queue: str) -> MalformedMessage:
+    what = f"a message of kind {message.kind} does not belong in the queue for {queue}"
+    return MalformedMessage(what, "kind")
