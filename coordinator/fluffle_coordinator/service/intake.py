@@ -17,20 +17,8 @@ from typing import Any
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol import messages as msg
 from fluffle_common.protocol.exchanges import Handlers, handle_exchange
-from fluffle_common.protocol.messages import (
-    PROTOCOL,
-    Bye,
-    Echo,
-    Evaluation,
-    Exchange,
-    Failure,
-    FirstWeights,
-    Heartbeat,
-    Hello,
-    Message,
-    Update,
-)
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import SMALL_HEADER_BYTES, decode, describe, minimal_hello
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
@@ -51,7 +39,7 @@ _LEAST_HEARTBEAT_S = 0.2
 # The fields of a heartbeat that the machine keeps as they are.
 _WORKER_FIELDS = {
     field.name for field in dataclasses.fields(rs.Worker)
-} & Heartbeat.model_fields.keys() - {"model", "heartbeat_s"}
+} & msg.Heartbeat.model_fields.keys() - {"model", "heartbeat_s"}
 
 
 class Intake:
@@ -108,7 +96,7 @@ class Intake:
 
     async def send_echoes(self, link: Link, number: int) -> None:
         """Send the link's number to ourselves, all the time; ``machine.clock`` says why."""
-        echo = Echo(federation=self._settings.federation, session=self._session, number=number)
+        echo = msg.Echo(federation=self._settings.federation, session=self._session, number=number)
         route = Route("", [self._topology.presence], durable=False, urgent=True)
         while True:
             with contextlib.suppress(QueueFull, Unroutable):  # a deleted queue ends the link
@@ -164,14 +152,14 @@ class Intake:
             self._check_sender(hello, delivery)
         except MalformedMessage:
             return
-        if hello.protocol == PROTOCOL:
+        if hello.protocol == msg.PROTOCOL:
             code = "malformed"
             reason = f"the hello message of worker {hello.worker} is malformed: {wrong}"
         else:
             code = "protocol"
             reason = (
                 f"worker {hello.worker} speaks protocol {hello.protocol}, but this coordinator "
-                f"speaks protocol {PROTOCOL}; install the same version of fluffle on both sides"
+                f"speaks protocol {msg.PROTOCOL}; install the same version of fluffle on both sides"
             )
         self._outbox.bind(hello.worker, hello.session, again=True)
         self._outbox.refuse(hello, reason, code, report=True)
@@ -179,8 +167,10 @@ class Intake:
     def _presence(self, message: Any) -> None:
         now = monotonic()
         match message:
-            case Hello() | Heartbeat() if self._hellos.admit(message, now):
-                self._outbox.bind(message.worker, message.session, again=isinstance(message, Hello))
+            case msg.Hello() | msg.Heartbeat() if self._hellos.admit(message, now):
+                self._outbox.bind(
+                    message.worker, message.session, again=isinstance(message, msg.Hello)
+                )
                 self.task = self.task or message.task
                 worker = rs.Worker(
                     name=message.worker,
@@ -189,18 +179,18 @@ class Intake:
                     heartbeat_s=max(message.heartbeat_s, _LEAST_HEARTBEAT_S),
                     **message.model_dump(include=_WORKER_FIELDS),
                 )
-                self._post(ev.Seen(now, worker, isinstance(message, Hello)))
-            case Hello() | Heartbeat():
+                self._post(ev.Seen(now, worker, isinstance(message, msg.Hello)))
+            case msg.Hello() | msg.Heartbeat():
                 pass
-            case Echo(session=session, number=link):
+            case msg.Echo(session=session, number=link):
                 if session == self._session:  # otherwise from an earlier coordinator
                     self._post(ev.Echoed(now, link))
                     if link == self._state().link:
                         self._caught_up.set()
-            case Bye(worker=worker_name, session=session, reason=reason):
+            case msg.Bye(worker=worker_name, session=session, reason=reason):
                 self._hellos.left(worker_name, session)
                 self._post(ev.Left(now, worker_name, session, reason))
-            case Failure(worker=worker_name, run=run, round=number, reason=reason):
+            case msg.Failure(worker=worker_name, run=run, round=number, reason=reason):
                 self._post(ev.Failed(now, worker_name, run, number, reason))
             case _:
                 raise _misplaced(message, "heartbeats")
@@ -216,21 +206,21 @@ class Intake:
     ) -> None:
         now = monotonic()
         match message:
-            case Update():
+            case msg.Update():
                 self._held[handle] = held = Held(delivery, message, payload, self._room)
                 self._post(held.arrived(now, handle))
-            case Evaluation():
+            case msg.Evaluation():
                 evaluated = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)
                 self._post(ev.EvaluationArrived(now, *of, evaluated, message.base))
                 delivery.ack()
-            case FirstWeights() if message.run == self._state().run:
+            case msg.FirstWeights() if message.run == self._state().run:
                 self._first_weights(message, payload, delivery)
-            case Exchange(worker=str()) if message.run == self._state().run:
+            case msg.Exchange(worker=str()) if message.run == self._state().run:
                 for sent, body in handle_exchange(self._exchanges, message, payload):
                     self._outbox.exchange(sent, body)
                 delivery.ack()
-            case FirstWeights() | Exchange(worker=str()):
+            case msg.FirstWeights() | msg.Exchange(worker=str()):
                 raise MalformedMessage(
                     f"the message belongs to run {message.run}, but this coordinator runs "
                     f"{self._state().run}",
@@ -240,7 +230,7 @@ class Intake:
                 raise _misplaced(message, "updates")
 
     def _first_weights(
-        self, message: FirstWeights, payload: memoryview, delivery: Delivery
+        self, message: msg.FirstWeights, payload: memoryview, delivery: Delivery
     ) -> None:
         """Accept first weights only from the worker that was asked for them."""
         asked = self._state().init_asked
@@ -254,7 +244,7 @@ class Intake:
             )
 
     def _reject(
-        self, delivery: Delivery, wrong: MalformedMessage, message: Message | None = None
+        self, delivery: Delivery, wrong: MalformedMessage, message: msg.Message | None = None
     ) -> None:
         about = {"kind": message.kind, **describe(message)} if message else {}
         details = {"reason": str(wrong), "cause": wrong.cause, **about}

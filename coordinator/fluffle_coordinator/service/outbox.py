@@ -14,19 +14,9 @@ from typing import Any
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost
+from fluffle_common.protocol import messages as msg
 from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
-from fluffle_common.protocol.messages import (
-    PROTOCOL,
-    Evaluate,
-    Fit,
-    InitRequest,
-    Message,
-    Refusal,
-    Stop,
-    Verdict,
-    Welcome,
-)
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer_parts import digest_of
 from fluffle_common.protocol.wire_format import PART_BYTES, MinimalHello, encode_refusal
@@ -55,7 +45,7 @@ class _Ahead:
     """Work that is sent ahead of its effect, all but the last part of its weights."""
 
     effect: fx.SendFit
-    fit: Fit | Evaluate
+    fit: msg.Fit | msg.Evaluate
     # Set once the other parts are sent: the link that they went over, and what sends the last one.
     link: Link | None = None
     send_last: Callable[[], Awaitable[None]] | None = None
@@ -190,15 +180,15 @@ class Outbox:
             case fx.Welcome(worker):
                 self._ahead = None  # the worker's new link or process has not received it
                 rounds = state.rules.rounds
-                welcome = Welcome(**self._of_run, round=state.round, rounds=rounds)
+                welcome = msg.Welcome(**self._of_run, round=state.round, rounds=rounds)
                 self._put(self._to(welcome, [worker]))
             case fx.AskInit(worker):
-                request = InitRequest(**self._of_run, seed=state.rules.seed)
+                request = msg.InitRequest(**self._of_run, seed=state.rules.seed)
                 self._put(self._to(request, [worker]))
             case fx.Refuse(worker, session, reason, code):
-                self.refuse(MinimalHello(PROTOCOL, worker, session), reason, code)
+                self.refuse(MinimalHello(msg.PROTOCOL, worker, session), reason, code)
             case fx.Judge(update, outcome, reason, cause):
-                verdict = Verdict(
+                verdict = msg.Verdict(
                     **self._of_run,
                     round=update.round,
                     base=update.base,
@@ -211,21 +201,23 @@ class Outbox:
                 self._put(self._to(verdict, [update.ticket.worker]))
             case fx.End(outcome, reason, workers) if workers:
                 reason, number = reason[:_STOP_REASON_CHARACTERS], state.round - 1
-                stop = Stop(**self._of_run, round=number, outcome=outcome, reason=reason)
+                stop = msg.Stop(**self._of_run, round=number, outcome=outcome, reason=reason)
                 self._jobs.put(lambda: self._until_sent(self._to(stop, workers)))
 
-    def _work(self, effect: fx.SendFit | fx.SendEvaluate, state: rs.State) -> Fit | Evaluate:
+    def _work(
+        self, effect: fx.SendFit | fx.SendEvaluate, state: rs.State
+    ) -> msg.Fit | msg.Evaluate:
         """Return the work of the open round, or the request to evaluate the last model."""
         about = {**self._of_run, "base": state.base}
         if state.frozen:
             about |= {"frozen": state.frozen, "critical": (FROZEN,)}
         if isinstance(effect, fx.SendEvaluate):
-            return Evaluate(**about, round=state.round - 1)
+            return msg.Evaluate(**about, round=state.round - 1)
         plan = self._plan
         if plan.learning_rate is not None and self._schedule != CONSTANT:
             rate = self._schedule.at(state.round, state.rules.rounds, plan.learning_rate)
             plan = plan.model_copy(update={"learning_rate": rate})
-        return Fit(
+        return msg.Fit(
             **about,
             round=state.round,
             evaluate=effect.evaluate,
@@ -261,7 +253,7 @@ class Outbox:
     def _rest_of(
         self,
         effect: fx.SendFit | fx.SendEvaluate,
-        work: Fit | Evaluate,
+        work: msg.Fit | msg.Evaluate,
         weights: Weights,
         others: Groups,
     ) -> Job:
@@ -292,7 +284,7 @@ class Outbox:
         ``report`` records an event when it is sent, as the machine does for its own refusals.
         """
         federation, shown = self._of_run["federation"], reason[:_REASON_CHARACTERS]
-        refusal = Refusal(federation=federation, session=to.session, code=code, reason=shown)
+        refusal = msg.Refusal(federation=federation, session=to.session, code=code, reason=shown)
         route = Route(self._topology.work, [to.worker])
 
         async def refuse_once(link: Link) -> None:
@@ -328,7 +320,7 @@ class Outbox:
         except Unroutable:
             pass  # all inboxes have expired
 
-    def _to(self, message: Message, workers: Sequence[str]) -> Job:
+    def _to(self, message: msg.Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))
 
     def _to_inboxes(self, workers: Sequence[str]) -> Route:
