@@ -189,8 +189,6 @@ class Coordinator:
         """
         self._outbox.exchange(sent, sent.body())
 
-    # --- the machine ---------------------------------------------------------------------------
-
     def _post(self, event: ev.Event) -> None:
         """Advance the machine and perform the effects.
 
@@ -309,8 +307,6 @@ class Coordinator:
             **({IN_METADATA: self.state.frozen} if self.state.frozen else {}),
         }
 
-    # --- what comes in -------------------------------------------------------------------------
-
     async def _links(self) -> None:
         def no_broker(reason: str) -> None:
             self._record(run_events.NoBroker(reason=reason))
@@ -340,7 +336,6 @@ class Coordinator:
         self._standby.takes_over()
         self._link = link
         self._linked.set()
-        self._intake.link_opened()
         for worker in self.state.workers.values():  # before the machine sends them anything
             self._outbox.bind(worker.name, worker.session, again=False)
         self._post(ev.Connected(monotonic(), number))
