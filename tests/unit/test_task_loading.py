@@ -20,10 +20,11 @@ from flax import nnx
 
 from fluffle_common.cli.loading import load_object
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.layout import DTYPES
 from fluffle_common.user_errors import full_trace, one_line
 from fluffle_worker.cli import worker
-from fluffle_worker.signature import UNKNOWN, described, difference, signature_of_task
+from fluffle_worker.signature import UNKNOWN, difference, signature_of_task
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
 from fluffle_worker.task_loading import load_task
 from fluffle_worker.tasks.flax import flax_task
@@ -387,14 +388,11 @@ def test_nested_weights_are_refused_with_a_flat_name():
 
 def test_a_form_is_told_in_short_and_its_digest_knows_no_order():
     w, n = np.zeros((300, 4), np.float32), np.zeros((), np.int64)
-    form, other = (described(signature_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
-    assert form is not None
-    assert other is not None
+    form, other = (form_from(signature_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
     assert form.summary == "2 tensors, 1,201 parameters: float32 1, int64 1"
     assert form.digest == other.digest == "c7a99ca8e815d968"
     for changed in (making(w=w.T, n=n), making(v=w, n=n), making(w=w.astype(float), n=n)):
-        assert described(signature_of_task(changed)).digest != form.digest
-    assert described(UNKNOWN) is None
+        assert form_from(signature_of_task(changed)).digest != form.digest
 
 
 def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
@@ -498,8 +496,7 @@ def test_a_flax_model_says_its_form_without_being_made(monkeypatch):
     task = flax(Colliding.__base__)
     monkeypatch.setattr(task, "init", None)
     if "bfloat16" in DTYPES:
-        form = described(signature_of_task(task))
-        assert form is not None
+        form = form_from(signature_of_task(task))
         assert form.summary == "2 tensors, 3 parameters: bfloat16 2"
     else:
         with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which is not supported"):
