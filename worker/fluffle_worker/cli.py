@@ -217,17 +217,16 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
     from fluffle_common.cli.settings import parse_classes
     from fluffle_worker.local.loading import use_local_rule
     from fluffle_worker.task import TaskOptions
-    from fluffle_worker.task_loading import load_task
+    from fluffle_worker.task_loading import load_factory
 
     here = Path.cwd()
-    task = load_task(
-        options["task"],
+    task = load_factory(options["task"])(
         TaskOptions(
             data=options["data"],
             worker=worker,
             seed=options["seed"],
             classes=parse_classes(options["classes"]),
-        ),
+        )
     )
     if options["local_rule"]:
         with contextlib.chdir(here):  # which the code of the task may have left
