@@ -79,8 +79,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--plot-partition",
     type=ChartFile(),
     metavar="FILE.png",
-    help="File for a chart of the labels that each client has. The chart is drawn before the "
-    "first round.",
+    help="File for a chart that shows the number of examples per label for each client. The chart "
+    "is drawn before the first round.",
 )
 @click.option(
     "--step-time",
@@ -225,7 +225,7 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
 
 
 def _plot(whole: Any, options: dict[str, Any]) -> None:
-    """Write a chart of the labels that each client holds."""
+    """Write a chart of the number of examples per label for each client."""
     from fluffle.simulation.plot import plot_partition
 
     if whole is None:

@@ -96,9 +96,9 @@ if TYPE_CHECKING:
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Folder, of this worker alone, for the data that it keeps between rounds: the state of "
-    "its local rule, its personal tensors, and the frozen tensors that it received.  [default: "
-    "runs/workers/FEDERATION/ID]",
+    help="Folder for the data that this worker keeps between rounds: the state of its local rule, "
+    "its personal tensors, and the frozen tensors that it received. Each worker needs its own "
+    "folder.  [default: runs/workers/FEDERATION/ID]",
     show_default=False,
 )
 @click.option(
@@ -116,9 +116,9 @@ def worker(**options: Any) -> None:
     """Take part in a federation with your own data.
 
     The data never leaves this machine. The worker sends only weight changes, metrics, and facts
-    such as its number of examples and its class names. You can start it before or after the broker
-    and the coordinator. It waits for them, joins the open round or the next round, and reconnects
-    after any outage.
+    such as its number of examples and its class names. You can start the worker before or after
+    the broker and the coordinator. It waits for them, joins the open round or the next round, and
+    reconnects after any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1

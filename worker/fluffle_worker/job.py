@@ -22,7 +22,7 @@ from fluffle_common.protocol.messages import (
     Plan,
     Update,
 )
-from fluffle_common.tensors.codecs.base import BrokenCodec, Codec, CodecError, UnknownCodec
+from fluffle_common.tensors.codecs.base import Codec, CodecError, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.groups import (
@@ -245,7 +245,7 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     name = plan.compress.kind
     try:
         return codecs.parse(str(plan.compress))
-    except BrokenCodec as why:
+    except CodecError as why:
         raise TaskError(str(why)) from why.__cause__
     except UnknownCodec:
         raise TaskError(

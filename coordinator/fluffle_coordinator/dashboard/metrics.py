@@ -24,7 +24,7 @@ from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.state import Phase
-from fluffle_coordinator.observe.counters import OUTCOMES, STEPS, Counters
+from fluffle_coordinator.observe.run_view import OUTCOMES, STEPS, Counters
 
 PHASES = ("standby", *Phase)
 ROLES = ("updates", "presence", "rejected", "unrouted", "journal", "inboxes", "outboxes", "other")
@@ -34,7 +34,7 @@ _QUEUE_FIGURES = {
     "unacknowledged": (
         "fluffle_queue_unacknowledged_messages",
         "Messages delivered but not acknowledged; an update stays unacknowledged until its round "
-        "is on disk.",
+        "is committed.",
     ),
     "consumers": ("fluffle_queue_consumers", "Number of consumers of these queues."),
     "size_bytes": ("fluffle_queue_size_bytes", "Bytes of the messages in these queues."),

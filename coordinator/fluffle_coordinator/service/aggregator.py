@@ -31,8 +31,7 @@ from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.round_stats import Clock
-from fluffle_coordinator.storage.run_store import new_base
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import Saved, new_base
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.update_checks import check_metrics, decode_update
@@ -122,7 +121,7 @@ class Aggregator:
 
     def commit(self, number: int, asked: tuple[str, ...]) -> None:
         """Average the round and commit it, without the updates whose folding has not begun."""
-        self._clock.close()
+        self._clock.closed_at = monotonic()
         if self._quick:
             self._close(*self._finish(number, asked))
         else:
@@ -304,7 +303,7 @@ class Aggregator:
 
     def _close(self, average: Average, state: Any, broadcast: Weights) -> None:
         """Commit the average and begin the next sum."""
-        self._clock.average()
+        self._clock.averaged_at = monotonic()
         self._committer.commit(average)
         self.weights, self._state, self.broadcast = average.weights, state, broadcast
         self._clock = Clock()

@@ -20,6 +20,7 @@ from fluffle_common.cli.settings import (
     parse_config,
 )
 from fluffle_common.errors import LinkLost, RunError, UsageError
+from fluffle_common.installed import needs
 from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
@@ -39,8 +40,7 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.history import merged
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.user_code.calls import leave
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_coordinator.user_code.schedule_loading import load_schedule
@@ -365,9 +365,7 @@ def _page(
     """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
-    from fluffle_coordinator.dashboard import needs
-
-    with needs():
+    with needs("the page needs starlette, uvicorn and prometheus-client", "dashboard"):
         from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
         from fluffle_coordinator.dashboard.feed import queue_asker
         from fluffle_coordinator.dashboard.server import listen

@@ -31,10 +31,11 @@ from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import update_archive
-from fluffle_coordinator.storage.evaluation_averages import average_evaluations, evaluation_metrics
 from fluffle_coordinator.storage.round_stats import (
     Clock,
     Counts,
+    average_evaluations,
+    evaluation_metrics,
     examples_by_worker,
     personal_means,
 )

@@ -52,8 +52,7 @@ from fluffle_coordinator.service.run_opening import first_state
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.service.topology_watch import keep_bound
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 _LOG = logger("coordinator.machine")
 _JOURNAL_DRAIN_S = 2.0  # how long the end of a run waits for the broker to take the journal

@@ -49,7 +49,7 @@ class Fetcher:
     ) -> None:
         self._topology, self._link, self._plan = topology, link, settings.whole_plan
         self._in_pieces = settings.strategy.name == FEDAVG.name
-        self._max_bytes, self._verify_users = settings.max_model_bytes, settings.verify_users
+        self._verify_users = settings.verify_users
         self._folder, self._free_files = folder, list[SpoolFile]()
         self._expected: deque[Held] = deque()
         self._ahead: tuple[Held, asyncio.Task[Payload]] | None = None
@@ -130,10 +130,10 @@ class Fetcher:
         into: Spool | Assembly
         if in_pieces:
             file = self._free_files.pop() if self._free_files else SpoolFile(self._folder)
-            into = Spool(message.transfer, self._max_bytes, layout.layouts[MODEL], file)
+            into = Spool(message.transfer, layout.layouts[MODEL], file)
             weakref.finalize(into, self._free_files.append, file)
         else:
-            into = Assembly(message.transfer, self._max_bytes)
+            into = Assembly(message.transfer)
         async with self._fetching:
             await fetch(
                 link,

@@ -9,10 +9,10 @@ import asyncio
 import contextlib
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.clock import monotonic, real_sleep
@@ -28,12 +28,12 @@ from fluffle_common.tensors.checkpoint import (
 from fluffle_common.tensors.frozen import IN_METADATA, Frozen, read_frozen
 from fluffle_common.tensors.weights import Array, Weights, check_finite, check_signature
 from fluffle_coordinator.machine import machine
+from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.state import FIRST_WEIGHTS, State, Table
 from fluffle_coordinator.service.standby import Standby
+from fluffle_coordinator.storage.round_stats import median_norms
 from fluffle_coordinator.storage.run_file import count_start
-from fluffle_coordinator.storage.run_store import RunStore, new_base
-from fluffle_coordinator.storage.sampling_secret import sampling_secret
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, sampling_secret
 from fluffle_coordinator.user_code.strategy_loading import check_same
 
 if TYPE_CHECKING:
@@ -187,19 +187,25 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
     rules = settings.rules
     if settings.strategy.strategy.needs.rate is not None:
         rules = replace(rules, secret=sampling_secret(folder))
+    commits = [line for line in saved.lines if line["event"] == "committed"]
+    updates = [update for line in commits for update in line["participants"]]
+    announced: dict[str, int] = {}
+    for update in updates:
+        worker = update["worker"]
+        announced[worker] = max(update["num_examples"], announced.get(worker, 0))
     return machine.start(
         rules,
         saved.run,
         monotonic(),
         schedule=settings.schedule,
         committed=saved.committed,
-        counted=saved.counted,
+        counted={line["round"]: _tickets(line["participants"]) for line in commits},
         earlier_starts=count_start(folder) if settings.schedule.continuous else 0,
         earlier=saved.earlier,
-        asked_in=Table(saved.asked_in),
-        train_s=Table(saved.train_s),
-        median_norms=saved.median_norms,
-        announced=Table(saved.announced),
+        asked_in=Table({name: line["round"] for line in commits for name in line["asked"]}),
+        train_s=Table({u["worker"]: u["seconds"] for u in updates if u["seconds"] is not None}),
+        median_norms=median_norms(commits),
+        announced=Table(announced),
         evaluated=saved.evaluated,
         enough=enough,
         has_weights=saved.weights is not None,
@@ -209,3 +215,7 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         frozen=saved.frozen.digest,
         classes_by="--classes" if settings.classes else FIRST_WEIGHTS,
     )
+
+
+def _tickets(updates: Iterable[Mapping[str, Any]]) -> frozenset[Ticket]:
+    return frozenset(Ticket(update["worker"], update["sequence"]) for update in updates)

@@ -10,7 +10,6 @@ from typing import Any
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer_parts import MAX_MODEL_BYTES
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedule import Schedule
@@ -43,7 +42,6 @@ class CoordinatorSettings:
     # AMQP allows no more than 65,535.
     max_workers: int = 65_000
     max_held_bytes: int = 2**30  # of updates in memory that wait to be folded; see ``held_updates``
-    max_model_bytes: int = MAX_MODEL_BYTES  # of a model or an update
     verify_users: bool = False  # reject messages whose broker user differs from the worker's id
     keep_checkpoints: int | None = None  # the newest rounds' checkpoints that stay; None: all
     keep_updates: bool = False  # store every counted update as it arrived

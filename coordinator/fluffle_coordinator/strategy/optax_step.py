@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.arguments import write_arguments
+from fluffle_common.installed import needs
 from fluffle_common.tensors.codecs.base import clip_to
 from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Weights, is_float, largest
@@ -64,12 +65,8 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         ValueError: if optax is not installed, or has no such optimizer, or it fails with these
             arguments.
     """
-    try:
+    with needs("server steps from optax need optax and JAX", "worker", ValueError):
         optax = importlib.import_module("optax")
-    except ModuleNotFoundError:
-        raise ValueError(
-            "server steps from optax need optax and JAX; run pip install 'fluffle[worker]'"
-        ) from None
     make = getattr(optax, optimizer, None)
     if make is None:
         near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)

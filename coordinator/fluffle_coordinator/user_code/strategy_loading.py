@@ -15,7 +15,7 @@ from fluffle_common.installed import installed
 from fluffle_common.protocol.messages import Plan
 from fluffle_coordinator.machine.selection import POISSON, UNIFORM
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
