@@ -32,7 +32,7 @@ def test_the_modules_with_examples_are_found():
         "fluffle_coordinator.machine.rules",
         "fluffle_coordinator.strategy.fedavg",
         "fluffle_worker.cli",
-        "fluffle_worker.letters.folders",
+        "fluffle_worker.letters.images",
     } <= set(MODULES)
 
 

@@ -62,7 +62,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
             per_client=per_client,
             unseen=unseen,
             seed=seed,
-            progress=lambda done, _: bar.update(done - bar.pos),
+            progress=lambda: bar.update(1),
         )
     more = f" and {plural(unseen, 'more writer')}" if unseen else ""
     echo(f"{plural(clients, 'client')}{more} with {per_client} letters each in {out}")
@@ -174,7 +174,16 @@ def confusion(**options: Any) -> None:
     for note in images.notes:
         warn(note)
     trained = id_from(str(data)) in loaded.participants
-    _warn_of_participant(data, loaded.participants, options["unseen"], trained)
+    if options["unseen"] and trained:
+        warn(
+            f"the worker {data.name} took part in this run; if this worker trained on {data}, "
+            "remove --unseen"
+        )
+    elif loaded.participants and not (options["unseen"] or trained):
+        warn(
+            f"this run has no participant with the name {data.name}; if no worker trained on "
+            f"{data}, use --unseen to score all its letters"
+        )
     score, of_what, lines = _scored(loaded, images, options, trained)
     title = f"{model.stem} on {data.name}: {score.accuracy:.2f} %\nof {of_what}"
     draw_into_files()
@@ -214,28 +223,8 @@ def _scored(
         )
     score = model.score(images, held_out)
     of_what = f"{score.total} held-out letters"
-    return (
-        score,
-        of_what,
-        [
-            f"accuracy {score.accuracy:.2f} % of {of_what}",
-            f"not scored: the {len(train)} letters that a worker with --seed {options['seed']} "
-            "trains on; use --all to score them too",
-        ],
+    not_scored = (
+        f"not scored: the {len(train)} letters that a worker with --seed {options['seed']} trains "
+        "on; use --all to score them too"
     )
-
-
-def _warn_of_participant(
-    data: Path, participants: frozenset[str], unseen: bool, trained: bool
-) -> None:
-    """Warn if --unseen seems to be set, or to be missing, by mistake."""
-    if unseen and trained:
-        warn(
-            f"the worker {data.name} took part in this run; if this worker trained on {data}, "
-            "remove --unseen"
-        )
-    elif participants and not (unseen or trained):
-        warn(
-            f"this run has no participant with the name {data.name}; if no worker trained on "
-            f"{data}, use --unseen to score all its letters"
-        )
+    return score, of_what, [f"accuracy {score.accuracy:.2f} % of {of_what}", not_scored]
