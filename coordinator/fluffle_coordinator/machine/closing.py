@@ -12,8 +12,9 @@ import math
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Commit, Effects
+from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Event, Left
-from fluffle_coordinator.machine.finishing import end, last_failure, record_evaluation
+from fluffle_coordinator.machine.finishing import end, last_failure
 from fluffle_coordinator.machine.norms import report_outliers
 from fluffle_coordinator.machine.opening import reopen
 from fluffle_coordinator.machine.state import Phase, State
