@@ -219,11 +219,9 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
     """
     from fluffle_broker.cli.options import federation_and_broker
     from fluffle_broker.node import policies
-    from fluffle_common.cli.settings import management_of
     from fluffle_common.protocol import topology
 
-    _, address = federation_and_broker(federation, url)
-    api = management_of(address, management)
+    _, api = federation_and_broker(federation, url, management)
     wanted = topology.policies(federation)
     if prints:
         echo(*policies.shell_lines(wanted, api.vhost))

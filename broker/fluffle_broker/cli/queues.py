@@ -55,7 +55,7 @@ def queues(
     from fluffle_broker.inspect.queues import read_overview
     from fluffle_common.cli.settings import broker_url_finder, management_finder
 
-    topology, _ = federation_and_broker(federation, url)
+    topology, _ = federation_and_broker(federation, url, management)
     find_url, find_management = broker_url_finder(url), management_finder(management)
 
     def once() -> QueueOverview:

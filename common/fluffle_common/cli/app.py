@@ -319,11 +319,7 @@ def _debugging() -> bool:
 
 
 def unexpected(wrong: BaseException) -> str:
-    """Describe an unexpected error in one line.
-
-    Errors of the operating system concern a file or the machine; everything else is a bug in
-    fluffle.
-    """
+    """Describe an unexpected error in one line: one of the system, or else a bug in fluffle."""
     while isinstance(wrong, BaseExceptionGroup):
         wrong = wrong.exceptions[0]
     what = f"{type(wrong).__name__}: {wrong}".removesuffix(": ")

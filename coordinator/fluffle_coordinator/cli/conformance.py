@@ -109,7 +109,7 @@ async def _examine(
     **options: Any,
 ) -> None:
     from fluffle_common.cli.console import warn
-    from fluffle_common.cli.settings import broker_url, check_federation, check_worker
+    from fluffle_common.cli.settings import broker_url_finder, check_federation, check_worker
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_coordinator.conformance.examine import examine
@@ -118,7 +118,7 @@ async def _examine(
     topology = Topology(check_federation(federation), queue_type)
     if options["worker"] is not None:
         check_worker(options["worker"])
-    transport = AmqpTransport(broker_url(url), f"fluffle conformance of {federation}")
+    transport = AmqpTransport(broker_url_finder(url)(), f"fluffle conformance of {federation}")
     async for finding in examine(transport, topology, ExamOptions(**options, tell=warn)):
         report(finding)
 

@@ -21,9 +21,8 @@ from fluffle_common.cli.config_file import ConfiguredCommand
 from fluffle_common.cli.console import log_format_option
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.plan_options import plan_options
-from fluffle_coordinator.cli.round_options import round_options
+from fluffle_coordinator.cli.round_options import round_options, stopping_options
 from fluffle_coordinator.cli.schedule_options import check_schedule_options, schedule_options
-from fluffle_coordinator.cli.stopping_options import stopping_options
 
 _MOST_ROUNDS = 10**9  # as on the wire
 

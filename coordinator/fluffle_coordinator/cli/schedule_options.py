@@ -105,11 +105,7 @@ schedule_options = option_group(
 
 
 def check_schedule_options(options: dict[str, Any]) -> None:
-    """Refuse options of the current command that ``--schedule buffered`` would ignore.
-
-    Raises:
-        UsageError: if one of them was given; the message names it.
-    """
+    """Refuse (``UsageError``) options of this command that ``--schedule buffered`` would ignore."""
     if options["schedule"] != "buffered":
         return
     context = click.get_current_context()

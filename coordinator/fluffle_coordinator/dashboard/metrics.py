@@ -24,7 +24,7 @@ from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.state import Phase
-from fluffle_coordinator.observe.counters import OUTCOMES, STEPS, Counters
+from fluffle_coordinator.observe.run_view import OUTCOMES, STEPS, Counters
 
 PHASES = ("standby", *Phase)
 ROLES = ("updates", "presence", "rejected", "unrouted", "journal", "inboxes", "outboxes", "other")

@@ -12,9 +12,8 @@ import math
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Commit, Effects
-from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Event, Left
-from fluffle_coordinator.machine.finishing import end, last_failure
+from fluffle_coordinator.machine.finishing import end, last_failure, record_evaluation
 from fluffle_coordinator.machine.norms import report_outliers
 from fluffle_coordinator.machine.opening import reopen
 from fluffle_coordinator.machine.state import Phase, State
@@ -110,9 +109,6 @@ def _commit(state: State, out: Effects) -> State:
     return state.replace(phase=Phase.COMMITTING)
 
 
-# --- the deadline ------------------------------------------------------------------------------
-
-
 def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     rules = state.rules
     reason = _progress_after(state, now - state.opened_at)
@@ -164,9 +160,6 @@ def _why_missing(state: State) -> str:
         worker, reason = max(rejected.items())
         return f"; the update of {worker} was rejected: {reason}"
     return ""
-
-
-# --- a smaller quorum --------------------------------------------------------------------------
 
 
 def report_smaller_quorum(before: State, after: State, event: Event, out: Effects) -> None:

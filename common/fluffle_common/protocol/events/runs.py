@@ -76,14 +76,12 @@ class Standby(RunEvent):
     what: Text = None
 
     def gist(self) -> object:
-        """Return the part that must change before the event is reported again."""
+        """Return what the coordinator waits for."""
         return self.what
 
 
 @event("note", "{what}")
 class Note(RunEvent):
-    """A message to the operator."""
-
     what: Text = None
 
 
@@ -96,8 +94,6 @@ class Unmeasured(RunEvent):
 
 @event("slow", "{what} has been running for {running_s:g} s; the run waits for it", "odd")
 class Slow(RunEvent):
-    """The run has been waiting for a hook or a strategy."""
-
     what: Text = None
     running_s: Number = None
 
@@ -122,8 +118,6 @@ class Unblocked(RunEvent):
     "'fluffle journal' and 'fluffle dashboard' cannot show this run, but everything else works",
 )
 class NoJournal(RunEvent):
-    """The broker cannot hold a journal."""
-
     journalled = False
 
 
@@ -163,10 +157,7 @@ class Waiting(RunEvent):
     short: Integer = None
 
     def gist(self) -> object:
-        """Return the part that must change before the event is reported again.
-
-        Progress within a state, and time waited, do not count as changes.
-        """
+        """Return what the run waits for, without progress within a state and time waited."""
         if self.missing is None:
             return self.reason
         return self.round, self.short, [(d.worker, d.state, d.round) for d in self.missing]
@@ -264,8 +255,6 @@ class FrozenSent(RunEvent):
     "odd",
 )
 class FrozenDiffers(RunEvent):
-    """Two workers whose tasks keep their own frozen tensors have different ones."""
-
     worker: Text = None
     other: Text = None
 
