@@ -134,7 +134,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 def _too_long(state: State) -> str:
     progress = _progress_after(state, state.rules.max_round_s)
-    return f"{progress}; a round may not stay open longer than --max-round"
+    return f"{progress}; the round reached the limit --max-round"
 
 
 def _progress_after(state: State, seconds: float) -> str:
