@@ -113,7 +113,9 @@ def test_only_the_runs_own_first_weights_are_accepted_as_init(store, tmp_path):
     with pytest.raises(UsageError, match=r"other\.safetensors conflicts with .* --fresh"):
         run_opening.check_first_weights(other, store, watcher)
     for differs in ({"w": weights["w"]}, {**weights, "w": weights["w"].astype(np.float64)}):
-        assert not run_opening.same_weights(weights, differs)
+        save_checkpoint(other, differs, {})
+        with pytest.raises(UsageError, match="conflicts"):
+            run_opening.check_first_weights(other, store, watcher)
 
 
 async def test_a_run_that_the_broker_refuses_leaves_the_earlier_run_in_its_folder(store):

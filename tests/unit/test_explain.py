@@ -155,7 +155,7 @@ def test_what_an_operator_should_look_at_is_explained():
     story.add(15, "frozen_differs", worker="b", other="a")
     _, text = story.explained(now=200)
     assert (
-        f"At {clock(at(11))}: the update of a claims 1,000,000,000 examples, but is weighted as 80"
+        f"At {clock(at(11))}: the update of a claims 1,000,000,000 examples, but counts as 80"
         in text
     )
     assert "b sends heartbeats, but has made no progress for 120 s (training, step 3 of 40)" in text

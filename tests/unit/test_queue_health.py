@@ -148,7 +148,7 @@ def test_a_sender_clock_ahead_of_ours_gives_age_zero():
 )  # fmt: skip
 def test_management_url(monkeypatch, url, given, record, expected):
     monkeypatch.setattr(settings, "node_record", lambda _: record)
-    assert settings.management_of(url, given).base == expected
+    assert settings.management_finder(given)(url).base == expected
 
 
 @pytest.mark.parametrize(

@@ -149,12 +149,7 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
     headers = {**describe(message), "bytes": len(body)}
     if len(route.keys) > MAX_LISTED_KEYS:
         headers["recipients"] = len(route.keys)
-    properties = Properties(
-        type=message.kind,
-        message_id=message.identity,
-        headers=headers,
-        durable=route.durable,
-    )
+    properties = Properties(message.kind, message.identity, headers, route.durable)
     await link.publish(
         body, properties, exchange=route.exchange, keys=route.keys, urgent=route.urgent
     )
@@ -177,12 +172,7 @@ async def _send_parts(
     async def publish_remaining() -> None:
         for number, body in remaining:
             headers = {"part": number, "parts": outgoing.parts, "bytes": len(body)}
-            properties = Properties(
-                type="part",
-                message_id=f"{outgoing.id}/{number}",
-                headers=headers,
-                durable=route.durable,
-            )
+            properties = Properties("part", f"{outgoing.id}/{number}", headers, route.durable)
             with _collected(refusals, route):
                 await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
             if progress is not None:
@@ -210,12 +200,8 @@ def rejection(
     if len(delivery.body) > _KEPT_BYTES and (error.cause == "malformed" or not whole):
         headers[CUT] = len(delivery.body)
         delivery.body = bytes(delivery.body[:_KEPT_BYTES])  # a copy, so that the rest is freed
-    properties = Properties(
-        type=delivery.properties.type,
-        message_id=delivery.properties.message_id,
-        headers=headers,
-    )
-    return delivery.body, properties
+    original = delivery.properties
+    return delivery.body, Properties(original.type, original.message_id, headers)
 
 
 async def reject(
@@ -244,11 +230,7 @@ def _bounded_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValu
 
 
 def check_user(user: str | None, delivery: Delivery) -> None:
-    """Check that the broker's verified sender of a delivery is ``user``; None accepts anyone.
-
-    Raises:
-        MalformedMessage: with cause ``sender``, if the sender is someone else or unknown.
-    """
+    """Raise ``MalformedMessage`` unless ``user``, if given, is a delivery's verified sender."""
     if user is None:
         return
     sender = delivery.properties.user

@@ -174,7 +174,7 @@ def _opening(explanation: Explanation) -> Iterator[str]:
     )
     if this.openings > 1:
         yield (
-            "While the round was open, a coordinator was lost or stopped; then the round was "
+            "A coordinator was lost or stopped while the round was open; later, the round was "
             "opened again."
         )
 

@@ -20,6 +20,8 @@ PHASES = ("waiting", "training", "transfer", "aggregation", "checkpoint")
 """The phases of the time between two commits; see ``RoundView.phases``."""
 
 _NO_METRIC = {"loss", "epsilon", "delta"}  # the floats in a history line that are not metrics
+# The fields of ``Counted`` that a history has, under the same names.
+_IN_HISTORY = ("worker", "num_examples", "bytes", "staleness", "weight")
 
 
 @dataclass(frozen=True)
@@ -261,7 +263,11 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
         participants = row["participants"]
         for number, participant in enumerate(participants, start=1):
             key = view.answer_key(participant["worker"], number)
-            view.answers[key] = opened_at + participant["counted_s"], _counted(participant)
+            update = run_events.Counted(
+                train_s=participant["seconds"],
+                **{name: participant.get(name) for name in _IN_HISTORY},
+            )
+            view.answers[key] = opened_at + participant["counted_s"], update
         view.participants = tuple(dict.fromkeys(each["worker"] for each in participants))
         view.num_examples = sum(each["num_examples"] for each in participants)
         losses = ((each["num_examples"], each["train_loss"]) for each in participants)
@@ -272,17 +278,6 @@ def remembered(row: Mapping[str, Any]) -> RoundView:
         view.evaluated, view.loss, view.evaluated_on = True, row["loss"], row["num_examples"]
     view.metrics = metrics_of(row)
     return view
-
-
-def _counted(participant: Mapping[str, Any]) -> run_events.Counted:
-    return run_events.Counted(
-        worker=participant["worker"],
-        num_examples=participant["num_examples"],
-        train_s=participant["seconds"],
-        bytes=participant["bytes"],
-        staleness=participant.get("staleness"),
-        weight=participant.get("weight"),
-    )
 
 
 def metrics_of(row: Mapping[str, Any]) -> dict[str, float]:

@@ -43,11 +43,7 @@ remove the option that ended the run, and run the command again (without --fresh
 
 
 def done_already(folder: Path, committed: int, rules: Rules) -> str:
-    """Return the message for a run that is started again with no rounds left.
-
-    >>> done_already(Path("runs/letters"), 6, Rules(6))[:68]
-    'the run in runs/letters is done: it has 6 rounds and --rounds is 6. '
-    """
+    """Return the message for a run that is started again with no rounds left."""
     why = rules.rounds_limit or f"--rounds is {rules.rounds}"
     return (
         f"the run in {folder} is done: it has {plural(committed, 'round')} and "
