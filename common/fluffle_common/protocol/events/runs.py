@@ -121,7 +121,7 @@ class NoJournal(RunEvent):
     journalled = False
 
 
-@event("repaired", "{what}")
+@event("repaired", "{what}", "odd")
 class Repaired(RunEvent):
     """Something in the run folder was repaired."""
 
