@@ -35,7 +35,7 @@ from fluffle_coordinator.service.run_opening import (
     read_first_model,
 )
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.storage import run_file
+from fluffle_coordinator.storage import run_checkpoints, run_file
 from fluffle_coordinator.storage.history import check_line, read_history
 from fluffle_coordinator.storage.round_stats import evaluation_metrics
 from fluffle_coordinator.storage.run_file import count_start, read_run_file, write_run_file
@@ -533,6 +533,23 @@ def test_starts_are_counted_in_the_run_file_and_those_on_a_full_disk_are_not(thr
 
 def test_an_older_damaged_checkpoint_does_not_matter(three):
     (three.folder / checkpoint_name(1)).write_bytes(b"")
+    assert three.load("letters").committed == 3
+
+
+def test_a_copy_with_a_date_in_its_name_is_not_searched_for_from_that_number_down(
+    three, monkeypatch
+):
+    (three.folder / "round-20261201.safetensors").write_bytes(
+        (three.folder / checkpoint_name(3)).read_bytes()
+    )
+    looked_for = []
+
+    def read(path: Path) -> checkpoint.Checkpoint:
+        looked_for.append(path.name)
+        assert len(looked_for) < 10
+        return checkpoint.read_whole(path)
+
+    monkeypatch.setattr(run_checkpoints, "read_whole", read)
     assert three.load("letters").committed == 3
 
 

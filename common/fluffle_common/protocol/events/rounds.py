@@ -140,7 +140,8 @@ class Stalled(RoundEvent):
 @event(
     "overweight",
     "round {round}: the update of {worker} claims {num_examples:example}, but counts as "
-    "{limit:example} (the limit from --max-examples or from the numbers that workers announced)",
+    "{limit:example} (limited by --max-examples, or by the numbers of examples that workers "
+    "announced)",
     "odd",
 )
 class Overweight(RoundEvent):
@@ -170,7 +171,9 @@ class Committed(RoundEvent):
     timings: Numbers = None
 
 
-@event("privacy", "round {round}: privacy spent so far is epsilon {epsilon:.4g} at delta {delta:g}")
+@event(
+    "privacy", "round {round}: the privacy loss so far is epsilon {epsilon:.4g} at delta {delta:g}"
+)
 class Privacy(RoundEvent):
     epsilon: Number = None
     delta: Number = None

@@ -18,7 +18,7 @@ from fluffle_common.protocol.events.base import (
 _THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-@event("started", "run {run} in {folder}")
+@event("started", "started run {run} in {folder}")
 class Started(RunEvent):
     run: Text = None
     rounds: Integer = None
@@ -121,7 +121,7 @@ class NoJournal(RunEvent):
     journalled = False
 
 
-@event("repaired", "{what}")
+@event("repaired", "{what}", "odd")
 class Repaired(RunEvent):
     """Something in the run folder was repaired."""
 
@@ -135,7 +135,7 @@ class Disk(RunEvent):
     pause_s: Number = None
 
 
-@event("gap", "{dropped} earlier events are missing here, because they could not be published")
+@event("gap", "{dropped:earlier event} could not be published, so the journal has a gap here")
 class Gap(RunEvent):
     dropped: Integer = None
 
@@ -242,7 +242,7 @@ class FirstWeights(RunEvent):
     parameters: Integer = None
 
 
-@event("frozen_sent", "sending the frozen tensors {digest:.12} once to each of {workers}")
+@event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}")
 class FrozenSent(RunEvent):
     workers: Names = None
     digest: Text = None
