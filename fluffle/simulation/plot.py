@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fluffle.simulation.partition import Partition, counts, parse_partition
-from fluffle.simulation.population import Divisible, labels_of, parts_of
+from fluffle.simulation.partition import (
+    Divisible,
+    Partition,
+    counts,
+    labels_of,
+    parse_partition,
+    parts_of,
+)
 from fluffle_common.cli.output_files import new_figure
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from fluffle_common.tensors.codecs.base import CodecError, Part, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
 from fluffle_common.tensors.compression import check_announced_signature, compress, decompress
 from fluffle_common.tensors.layout import Place
-from fluffle_coordinator.cli.compress_option import COMPRESS
+from fluffle_coordinator.cli.plan_options import COMPRESS
 
 DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).reshape(30, 100) / 7}
 
