@@ -87,6 +87,27 @@ def test_a_stalled_training_is_reported_and_optionally_not_waited_for(federated)
     federated(scenario)
 
 
+def test_a_last_evaluation_that_hangs_is_optionally_not_waited_for(federated):
+    class Hangs(Adder):
+        def evaluate(self, weights):
+            if weights["w"][0]:
+                federation_loop[0].sleep(1e9)
+            return super().evaluate(weights)
+
+    federation_loop = []
+
+    async def scenario(federation):
+        federation_loop.append(federation.loop)
+        coordinator = federation.coordinator(rounds=1, deadline_s=6000, stall_timeout_s=300)
+        federation.worker("a", Adder(federation.loop))
+        federation.worker("b", Hangs(federation.loop))
+        assert (await coordinator.end(within_s=600)).outcome == "finished"
+        (line,) = federation.history("evaluated")[-1:]
+        assert (line["round"], line["evaluators"]) == (1, ["a"])
+
+    federated(scenario)
+
+
 class Bad(Adder):
     """A task whose first update is not finite and whose later ones are valid."""
 

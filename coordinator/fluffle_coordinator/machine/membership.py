@@ -193,13 +193,13 @@ def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> 
         return state
     still_s, name = now - worker.moved_at, worker.name
     # The sums are those of ``stall_times``: a difference may be rounded to less than the limit.
-    if not worker.stalled and now >= worker.moved_at + state.rules.stall_s:
+    if not worker.stalled and now >= worker.moved_at + worker.stall_s(state.rules):
         stalled = run_events.Stalled(
             worker=name,
             round=worker.round,
             state=worker.state,
-            step=worker.step,
-            steps=worker.steps,
+            step=worker.step if worker.has_steps else None,
+            steps=worker.steps if worker.has_steps else None,
             still_s=round(still_s, 1),
         )
         out.append(stalled)
@@ -207,6 +207,7 @@ def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> 
     limit_s = state.rules.stall_timeout_s
     if limit_s is None or now < worker.moved_at + limit_s or not state.busy(name):
         return state
-    reason = f"no progress for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
+    where = f"at step {worker.step} of {worker.steps}" if worker.has_steps else worker.state
+    reason = f"no progress for {still_s:.0f} s, {where} (--stall-timeout)"
     out.append(run_events.Failure(worker=name, round=worker.round, reason=reason))
     return state.replace_for(name, failed=state.failed.insert(name, reason))

@@ -127,17 +127,24 @@ class Failure(RunEvent):
 
 @event(
     "stalled",
-    "round {round}: {worker} sends heartbeats, but has made no progress for {still_s:.0f} s "
-    "({state}, step {step} of {steps}); to count this as a failure, set --stall-timeout",
+    "round {round}: {worker} sends heartbeats, but has reported no progress for {still_s:.0f} s "
+    "({state}{where}); to count this as a failure, set --stall-timeout",
     "odd",
 )
 class Stalled(RunEvent):
+    """A worker's work stands still; ``step`` and ``steps`` are None if it has reported none."""
+
     worker: Text = None
     round: Integer = None
     state: Text = None
     step: Integer = None
     steps: Integer = None
     still_s: Number = None
+
+    def _derived(self) -> dict[str, str]:
+        if self.steps:
+            return {"where": f", step {self.step} of {self.steps}"}
+        return {"where": ", no step reported" if self.state == "training" else ""}
 
 
 @event(
