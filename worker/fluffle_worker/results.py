@@ -82,19 +82,26 @@ class Results:
         if result is None:
             return None
         try:
-            num_examples, loss = count(result.num_examples), number(result.loss)
+            given = result.num_examples, result.loss
+        except BaseException as why:  # some compute their values only now
+            return self._unfit(result, one_line(why))
+        try:
+            num_examples, loss = count(given[0]), number(given[1])
             if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
                 raise ValueError(f"num_examples is not from 0 to {MAX_NUM_EXAMPLES}")
-        except Exception as wrong:  # some compute their values only now
-            self._once(
-                "evaluate result",
-                f"evaluate() returned {shown(result)}, which is not sent; expected "
-                f"EvalResult(loss, num_examples, metrics) or None ({wrong})",
-            )
-            return _NOTHING
+        except ValueError as wrong:
+            return self._unfit(result, str(wrong))
         if num_examples == 0:
             return _NOTHING
         return EvalResult(loss, num_examples, self._metrics("evaluate", result))
+
+    def _unfit(self, result: Any, why: str) -> EvalResult:
+        self._once(
+            "evaluate result",
+            f"evaluate() returned {shown(result)}, which is not sent; expected "
+            f"EvalResult(loss, num_examples, metrics) or None ({why})",
+        )
+        return _NOTHING
 
     def step(self, number_: Any, steps: Any, loss: Any) -> tuple[int, int, float | None]:
         """Return the checked arguments of a ``progress`` call; an invalid loss becomes None."""
