@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 
 import msgpack
 import numpy as np
@@ -68,6 +69,24 @@ def test_a_long_round_is_waited_for_while_its_workers_advance(federated):
         assert state.outcome == "finished"
         assert federation.participants() == [["a", "b"]]
         assert len(coordinator.log.of("reopened")) > 20
+
+    federated(scenario)
+
+
+def test_a_coordinator_whose_run_folder_is_outdated_says_so_once(federated):
+    async def scenario(federation):
+        federation.workers(2)
+        coordinator = federation.coordinator(rounds=6, number=2)
+        await coordinator.log.until("committed", 2)
+        backup = shutil.copytree(federation.folder, federation.folder.with_name("backup"))
+        await coordinator.log.until("committed", 4)
+        await coordinator.kill()
+        federation.folder = backup
+        coordinator = federation.coordinator(rounds=6, number=2)
+        assert (await coordinator.end()).outcome == "finished"
+        (outdated,) = coordinator.log.of("outdated")
+        assert outdated["round"] in {2, 3}  # the copy may have the next commit
+        assert outdated["ahead"] > outdated["round"] + 1
 
     federated(scenario)
 
