@@ -16,13 +16,15 @@ from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
 from fluffle_coordinator.observe.watchers import Watcher
 
 _UPDATE_EVERY_S = 0.2
+_ALWAYS = (run_events.Unmeasured, run_events.Repaired)
 
 
 class Progress(Watcher):
     """Shows the progress of a run of so many rounds on stderr.
 
     If ``wanted`` is None, it is shown on a terminal and in a notebook. A monitored metric that no
-    model has is always reported, because the run then does not end as the user expects.
+    model has is always reported, because the run then does not end as the user expects, and so is a
+    repair of the run folder, because rounds may be lost.
     """
 
     _under_way = False  # before the first round and after the last, notes name commands
@@ -56,15 +58,13 @@ class Progress(Watcher):
                 self._print_if_none_left(done, rounds)
             case run_events.Finished():
                 self._under_way = False
-        if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
-            self._latest = self._brief = event.sentence()
-            if not isinstance(event, run_events.Tested):
-                self._brief = event.in_brief()
+        if isinstance(event, run_events.MeasuredEvent):
+            self._latest, self._brief = event.sentence(), event.in_brief()
             if self._lines:
                 self._print(self._latest)
         elif isinstance(event, run_events.Interrupted):
             pass  # it names a command, but the run was a call; RunFolder names that
-        elif self._lines or self._bar is not None or isinstance(event, run_events.Unmeasured):
+        elif self._lines or self._bar is not None or isinstance(event, _ALWAYS):
             noted = self._under_way and isinstance(event, run_events.Note)
             if noted or event.severity in ("odd", "bad"):
                 self._print(with_keywords(event.sentence()))

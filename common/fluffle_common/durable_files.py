@@ -64,11 +64,7 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def make_folder(folder: Path, *, parents: bool = True) -> None:
-    """Create a folder and its parents durably, unless it exists.
-
-    Raises:
-        OSError: if it cannot be created, or a parent is missing and ``parents`` is false.
-    """
+    """Create a folder durably, with missing parents unless ``parents`` is false."""
     if folder.is_dir():
         return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]

@@ -751,6 +751,17 @@ def test_a_run_without_rounds_left_says_so(tmp_path, capsys):
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_repair_of_the_run_folder_is_reported_because_rounds_are_repeated(tmp_path, capsys):
+    fluffle.run([Adder()], rounds=2, folder=tmp_path)
+    (tmp_path / "round-0002.safetensors").write_bytes(b"")
+    fluffle.run([Adder()], rounds=3, folder=tmp_path)  # no terminal
+    assert capsys.readouterr().err.endswith(
+        "continuing from the newest intact checkpoint, which belongs to round 1\n"
+    )
+    fluffle.run([Adder()], rounds=1, folder=tmp_path, fresh=True)  # no repair
+    assert capsys.readouterr().err == ""
+
+
 async def test_a_traceback_shows_the_call_and_not_what_it_calls(tmp_path):
     for call in (fluffle.run, fluffle.simulate):
         with pytest.raises(fluffle.UsageError, match="unknown keyword 'round'") as caught:

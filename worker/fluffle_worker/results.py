@@ -88,7 +88,9 @@ class Results:
         try:
             num_examples, loss = count(given[0]), number(given[1])
             if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
-                raise ValueError(f"num_examples is not from 0 to {MAX_NUM_EXAMPLES}")
+                raise ValueError(
+                    f"num_examples is {shown(num_examples)}; expected 0 to {MAX_NUM_EXAMPLES}"
+                )
         except ValueError as wrong:
             return self._unfit(result, str(wrong))
         if num_examples == 0:

@@ -18,7 +18,7 @@ from fluffle_common.protocol.events.base import (
 _THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-@event("started", "run {run} in {folder}")
+@event("started", "started run {run} in {folder}")
 class Started(RunEvent):
     run: Text = None
     rounds: Integer = None
@@ -91,14 +91,12 @@ class Standby(RunEvent):
     what: Text = None
 
     def gist(self) -> object:
-        """Return the part that must change before the event is reported again."""
+        """Return what the coordinator waits for."""
         return self.what
 
 
 @event("note", "{what}")
 class Note(RunEvent):
-    """A message to the operator."""
-
     what: Text = None
 
 
@@ -111,8 +109,6 @@ class Unmeasured(RunEvent):
 
 @event("slow", "{what} has been running for {running_s:g} s; the run waits for it", "odd")
 class Slow(RunEvent):
-    """The run has been waiting for a hook or a strategy."""
-
     what: Text = None
     running_s: Number = None
 
@@ -137,12 +133,10 @@ class Unblocked(RunEvent):
     "'fluffle journal' and 'fluffle dashboard' cannot show this run, but everything else works",
 )
 class NoJournal(RunEvent):
-    """The broker cannot hold a journal."""
-
     journalled = False
 
 
-@event("repaired", "{what}")
+@event("repaired", "{what}", "odd")
 class Repaired(RunEvent):
     """Something in the run folder was repaired."""
 
@@ -156,7 +150,7 @@ class Disk(RunEvent):
     pause_s: Number = None
 
 
-@event("gap", "{dropped} earlier events are missing here, because they could not be published")
+@event("gap", "{dropped:earlier event} could not be published, so the journal has a gap here")
 class Gap(RunEvent):
     dropped: Integer = None
 
@@ -178,10 +172,7 @@ class Waiting(RunEvent):
     short: Integer = None
 
     def gist(self) -> object:
-        """Return the part that must change before the event is reported again.
-
-        Progress within a state, and time waited, do not count as changes.
-        """
+        """Return what the run waits for, without progress within a state and time waited."""
         if self.missing is None:
             return self.reason
         return self.round, self.short, [(d.worker, d.state, d.round) for d in self.missing]
@@ -266,7 +257,7 @@ class FirstWeights(RunEvent):
     parameters: Integer = None
 
 
-@event("frozen_sent", "sending the frozen tensors {digest:.12} once to each of {workers}")
+@event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}")
 class FrozenSent(RunEvent):
     workers: Names = None
     digest: Text = None
@@ -279,8 +270,6 @@ class FrozenSent(RunEvent):
     "odd",
 )
 class FrozenDiffers(RunEvent):
-    """Two workers whose tasks keep their own frozen tensors have different ones."""
-
     worker: Text = None
     other: Text = None
 
