@@ -35,8 +35,8 @@ class Resumed(RunEvent):
 @event(
     "outdated",
     "{worker} has trained for round {ahead} of this run, but the run folder has only "
-    "{round:round}: it is an old copy, or another coordinator has continued a copy of it; all "
-    "later rounds are trained again",
+    "{round:round}: it is an old copy, or has lost a checkpoint, or another coordinator has "
+    "continued a copy of it; all later rounds are trained again",
     "bad",
 )
 class Outdated(RunEvent):
