@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,11 +68,14 @@ def make_folder(folder: Path, *, parents: bool = True) -> None:
     """Create a folder and its parents durably, unless it exists.
 
     Raises:
-        OSError: if it cannot be created, or a parent is missing and ``parents`` is false.
+        OSError: if it cannot be created, or a parent is missing and ``parents`` is false. A folder
+            called ``~`` is not created: a shell leaves ``--run=~/x`` as it is, and so do files.
     """
     if folder.is_dir():
         return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if any(path.name == "~" for path in missing):
+        raise OSError(errno.ENOENT, "~ does not stand for the home folder here", str(folder))
     folder.mkdir(parents=parents, exist_ok=True)
     for path in reversed(missing):
         sync_folder(path.parent)
