@@ -129,8 +129,7 @@ def main() -> None:
     parser.add_argument("--updates", type=int, default=3, help="updates per round (3)")
     parser.add_argument("--repeats", type=int, default=7, help="repetitions (7)")
     options = parser.parse_args()
-    results = measure(options.size_mb, options.updates, options.repeats)
-    command.show(results, options, as_text)
+    command.show(measure(options.size_mb, options.updates, options.repeats), options, as_text)
 
 
 if __name__ == "__main__":

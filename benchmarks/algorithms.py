@@ -122,17 +122,10 @@ class Partitioned:
     def _trained(
         self, weights: Mapping[str, Array], inputs: Array, labels: Array, epochs: int
     ) -> tuple[dict[str, Array], dict[str, float]]:
-        kernel, bias, losses = weights["kernel"].copy(), weights["bias"].copy(), []
-        for _ in range(epochs):
-            for batch in np.split(self._numbers.permutation(len(labels)), len(labels) // _BATCH):
-                shares = softmax(inputs[batch] @ kernel + bias)
-                right = np.arange(_BATCH), labels[batch]
-                losses.append(-np.log(np.maximum(shares[right], 1e-12)).mean())
-                shares[right] -= 1
-                kernel -= _RATE * inputs[batch].T @ shares / _BATCH
-                bias -= _RATE * shares.mean(axis=0)
-        delta = {"kernel": kernel - weights["kernel"], "bias": bias - weights["bias"]}
-        return delta, {"loss": float(np.mean(losses)), "steps": float(len(losses))}
+        trained = {name: one.copy() for name, one in weights.items()}
+        orders = [self._numbers.permutation(len(labels)) for _ in range(epochs)]
+        metrics = descend(trained, inputs, labels, orders, _BATCH, _RATE)
+        return {name: one - weights[name] for name, one in trained.items()}, metrics
 
     def accuracy(self, weights: Mapping[str, Array]) -> float:
         """Return the share of the test images that a model gets right."""
@@ -145,6 +138,32 @@ def softmax(scores: Array) -> Array:
     """Return the softmax of scores of shape [examples, classes]."""
     shares = np.exp(scores - scores.max(axis=1, keepdims=True))
     return np.asarray(shares / shares.sum(axis=1, keepdims=True))
+
+
+def descend(  # noqa: PLR0917
+    weights: Mapping[str, Array],
+    inputs: Array,
+    labels: Array,
+    orders: Sequence[Array],
+    batch_size: int,
+    rate: float,
+) -> dict[str, float]:
+    """Train ``kernel`` and ``bias`` of softmax regression in place, by plain SGD.
+
+    ``orders`` has the order of the examples in each epoch. Return the mean loss and the number of
+    steps.
+    """
+    kernel, bias, losses = weights["kernel"], weights["bias"], []
+    for order in orders:
+        for start in range(0, len(order), batch_size):
+            batch = order[start : start + batch_size]
+            shares = softmax(inputs[batch] @ kernel + bias)
+            right = np.arange(len(batch)), labels[batch]
+            losses.append(-np.log(np.maximum(shares[right], 1e-12)).mean())
+            shares[right] -= 1
+            kernel -= rate / len(batch) * inputs[batch].T @ shares
+            bias -= rate * shares.mean(axis=0)
+    return {"loss": float(np.mean(losses)), "steps": float(len(losses))}
 
 
 def accuracies(name: str, data: str, case: str, rounds: int, seed: int = 0) -> list[float]:

@@ -23,6 +23,11 @@ def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     return options
 
 
+def listed(convert: Callable[[str], Any] = str) -> Callable[[str], list[Any]]:
+    """Return the type of an option whose value lists several, separated by commas."""
+    return lambda text: [convert(part) for part in text.split(",")]
+
+
 def add_rounds(options: argparse.ArgumentParser) -> None:
     """Add ``--rounds``, whose default depends on the model's size (``stats.enough_rounds``)."""
     options.add_argument(

@@ -212,26 +212,15 @@ def main() -> None:
     parser.add_argument("--per-client", type=int, default=250, help="letters per worker (250)")
     parser.add_argument("--rounds", type=int, default=6, help="number of rounds (6)")
     parser.add_argument(
-        "--seeds",
-        type=lambda text: [int(each) for each in text.split(",")],
-        default=[1],
-        help="seeds of data and initial weights, such as 1,2,3 (1)",
+        "--seeds", type=command.listed(int), default=[1], help="of data and initial weights (1)"
     )
+    all_of_them = ",".join(ENCODINGS)
     parser.add_argument(
-        "--encodings",
-        type=lambda text: text.split(","),
-        default=list(ENCODINGS),
-        help=f"encodings ({','.join(ENCODINGS)})",
+        "--encodings", type=command.listed(), default=list(ENCODINGS), help=f"({all_of_them})"
     )
-    parser.add_argument(
-        "--size-mb",
-        type=float,
-        default=100.0,
-        help="size of the noise to encode (100)",
-    )
+    parser.add_argument("--size-mb", type=float, default=100.0, help="noise to encode (100)")
     options = parser.parse_args()
-    results = measure(options)
-    command.show(results, options, as_text)
+    command.show(measure(options), options, as_text)
 
 
 if __name__ == "__main__":

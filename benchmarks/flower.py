@@ -141,15 +141,13 @@ def as_text(results: Mapping[str, Any]) -> str:
     return command.table(["median s", *names, "over floor", "over Flower"], rows)
 
 
-def _list(convert: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    return lambda text: [convert(part) for part in text.split(",")]
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the options."""
     made = command.parser("flower", __doc__)
-    made.add_argument("--size-mb", type=_list(float), default=[0.1, 1.36, 10.0, 100.0])
-    made.add_argument("--clients", type=_list(int), default=[3], help="numbers of clients (3)")
+    made.add_argument("--size-mb", type=command.listed(float), default=[0.1, 1.36, 10.0, 100.0])
+    made.add_argument(
+        "--clients", type=command.listed(int), default=[3], help="numbers of clients (3)"
+    )
     command.add_rounds(made)
     made.add_argument("--blocks", type=int, default=4, help="blocks of rounds per side (4)")
     made.add_argument(

@@ -100,7 +100,5 @@ def jobs_as_text(results: Mapping[str, Any]) -> str:
     """Return the results as a table."""
     rows = [[name, median] for name, median in results["medians_s"].items()]
     head = [f"letters, {results['clients']} clients, {results['rounds']} rounds", "model saved s"]
-    return (
-        f"{command.table(head, rows)}\n"
-        f"fluffle over the fastest of Flower's engines {results['over_fastest_flower']:.2f}"
-    )
+    last = f"fluffle over the fastest of Flower's engines {results['over_fastest_flower']:.2f}"
+    return f"{command.table(head, rows)}\n{last}"

@@ -121,15 +121,9 @@ def main() -> None:
     parser.add_argument("--per-client", type=int, default=250, help="letters per client (250)")
     parser.add_argument("--rounds", type=int, default=6, help="number of rounds (6)")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions (3)")
-    parser.add_argument(
-        "--cache",
-        choices=["kept", "wiped"],
-        default="kept",
-        help="JAX's cache (kept)",
-    )
+    parser.add_argument("--cache", choices=["kept", "wiped"], default="kept", help="JAX's (kept)")
     options = parser.parse_args()
-    results = measure(options)
-    command.show(results, options, as_text)
+    command.show(measure(options), options, as_text)
 
 
 if __name__ == "__main__":

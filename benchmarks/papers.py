@@ -28,10 +28,9 @@ import numpy as np
 
 import fluffle
 from benchmarks import command
-from benchmarks.algorithms import softmax
+from benchmarks.algorithms import descend, softmax
 from benchmarks.arrays import Array
-from fluffle.simulation.partition import parse_partition
-from fluffle.simulation.population import dealt
+from fluffle.simulation.partition import dealt, parse_partition
 from fluffle_worker.task import Progress, RoundPlan, Task, TrainResult
 
 if TYPE_CHECKING:
@@ -242,24 +241,12 @@ class SoftmaxRegression:
     def train(self, weights: Any, plan: RoundPlan, progress: Progress) -> TrainResult:
         """Take a step for each batch of each epoch."""
         inputs, labels = self._training
-        kernel, bias = weights["kernel"].copy(), weights["bias"].copy()
+        trained = {name: one.copy() for name, one in weights.items()}
         numbers = np.random.default_rng([self._seed, plan.round])
-        assert plan.batch_size is not None
         assert plan.learning_rate is not None
-        steps, losses = 0, []
-        for _ in range(plan.epochs):
-            order = numbers.permutation(len(labels))
-            for start in range(0, len(order), plan.batch_size):
-                batch = order[start : start + plan.batch_size]
-                shares = softmax(inputs[batch] @ kernel + bias)
-                right = np.arange(len(batch)), labels[batch]
-                losses.append(-np.log(np.maximum(shares[right], 1e-12)).mean())
-                shares[right] -= 1
-                kernel -= plan.learning_rate / len(batch) * inputs[batch].T @ shares
-                bias -= plan.learning_rate * shares.mean(axis=0)
-                steps += 1
-        metrics = {"loss": float(np.mean(losses)), "steps": float(steps)}
-        return TrainResult({"kernel": kernel, "bias": bias}, self.num_examples, metrics)
+        orders = [numbers.permutation(len(labels)) for _ in range(plan.epochs)]
+        metrics = descend(trained, inputs, labels, orders, plan.batch_size, plan.learning_rate)
+        return TrainResult(trained, self.num_examples, metrics)
 
     def evaluate(self, weights: Any) -> None:
         """Hold nothing out at a client."""

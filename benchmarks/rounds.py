@@ -66,16 +66,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         private_broker(folder / "state", conf) as broker,
         Programs(folder) as programs,
     ):
-        floor = Floor(
-            programs,
-            Spec(
-                broker.url,
-                options.workers,
-                size_bytes,
-                queue_type,
-                durable_parts=options.durable_parts,
-            ),
-        )
+        durable = options.durable_parts
+        spec = Spec(broker.url, options.workers, size_bytes, queue_type, durable_parts=durable)
+        floor = Floor(programs, spec)
         fluffle = Fluffle(
             programs,
             broker.url,
@@ -149,8 +142,7 @@ def as_text(results: Mapping[str, Any]) -> str:
 def main() -> None:
     """Run the benchmark from the command line."""
     options = parser().parse_args()
-    results = measure(options)
-    command.show(results, options, as_text)
+    command.show(measure(options), options, as_text)
 
 
 if __name__ == "__main__":

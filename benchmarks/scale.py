@@ -75,13 +75,8 @@ def run(
             "--rounds", 10**6, "--quorum", workers, "--deadline", options.limit,
         )  # fmt: skip
         for crowd in crowds(broker.url, federation, options, workers):
-            programs.start(
-                f"crowd-{crowd.first}",
-                sys.executable,
-                "-m",
-                "benchmarks.worker_crowd",
-                crowd.json(),
-            )
+            command_line = sys.executable, "-m", "benchmarks.worker_crowd", crowd.json()
+            programs.start(f"crowd-{crowd.first}", *command_line)
         seen = _watch(programs, broker, Watched(federation, workers, coordinator.pid), options)
     times = stats.gaps(seen["committed"])[WARM_UP - 1 :][: options.rounds]
     return {
@@ -190,10 +185,7 @@ def main() -> None:
     """Run the benchmark from the command line."""
     parser = command.parser("scale", __doc__)
     parser.add_argument(
-        "--workers",
-        type=lambda text: [int(part) for part in text.split(",")],
-        default=[3, 10, 30],
-        help="numbers of workers, growing (3,10,30)",
+        "--workers", type=command.listed(int), default=[3, 10, 30], help="growing (3,10,30)"
     )
     parser.add_argument("--size-mb", type=float, default=1.36, help="size of the model (1.36)")
     parser.add_argument("--rounds", type=int, default=8, help="measured rounds (8)")

@@ -144,8 +144,8 @@ def make_task(name: str, task: Task | MakesTask) -> Task:
     return check_task(f"'{name}'", task)
 
 
-class Federation:
-    """One run: its coordinator, and the workers in this process.
+class Federation(Watcher):
+    """One run: its coordinator, which it also watches, and the workers in this process.
 
     The run folder is locked. Without ``url``, the broker is in this process too. With
     ``one_by_one``, all tasks train in one thread, in the order in which they are asked.
@@ -165,8 +165,8 @@ class Federation:
     ) -> None:
         self._settings, self._topology, self._store = settings, topology, store
         self._tasks, self._url, self._fresh = tasks, url, fresh
-        self._linked = asyncio.Event()
-        self._watcher = Watchers(watcher, _LinkWatcher(self._linked))
+        self._linked = asyncio.Event()  # set once the coordinator has declared what all share
+        self._watcher = Watchers(watcher, self)
         shared = TrainingThread()
         self._threads = {task.name: shared if one_by_one else TrainingThread() for task in tasks}
         self._broker = MemoryBroker() if url is None else None
@@ -178,7 +178,17 @@ class Federation:
             TaskError: if a task fails.
             RefusedError: if the coordinator refuses a worker, or another worker has its name.
         """
-        coordinator = asyncio.ensure_future(self._coordinate())
+        coordinator = asyncio.ensure_future(
+            coordinate(
+                self._settings,
+                self._transport("coordinator"),
+                self._topology,
+                self._store,
+                self._watcher,
+                journaled=self._url is not None,
+                fresh=self._fresh,
+            )
+        )
         failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         workers = [asyncio.ensure_future(self._work(task, failure)) for task in self._tasks]
         try:
@@ -196,22 +206,16 @@ class Federation:
                 future.cancel()
             await asyncio.gather(*futures, return_exceptions=True)
 
+    def show(self, state: State, now: float) -> None:
+        """Let the workers begin once the coordinator has a link; see ``Watcher``."""
+        if state.link:
+            self._linked.set()
+
     def end(self) -> None:
         """End the training threads; call this after the event loop is closed."""
         deadline = time.monotonic() + _STEP_S
         for thread in set(self._threads.values()):
             thread.end(max(0.0, deadline - time.monotonic()))
-
-    async def _coordinate(self) -> State:
-        return await coordinate(
-            self._settings,
-            self._transport("coordinator"),
-            self._topology,
-            self._store,
-            self._watcher,
-            journaled=self._url is not None,
-            fresh=self._fresh,
-        )
 
     async def _work(self, task: LocalTask, failure: asyncio.Future[None]) -> None:
         await self._linked.wait()  # spares the worker from polling for the coordinator
@@ -258,15 +262,3 @@ def _on_worker_event(task: LocalTask, failure: asyncio.Future[None], event: RunE
             warn(f"the task '{task.name}': {reason}")
         case Traceback() if task.error is None:
             echo(*event.sentence().splitlines(), err=True)
-
-
-class _LinkWatcher(Watcher):
-    """Sets an event once the coordinator is connected and has declared the shared entities."""
-
-    def __init__(self, linked: asyncio.Event) -> None:
-        self._linked = linked
-
-    def show(self, state: State, now: float) -> None:
-        """Set the event if the coordinator has a link."""
-        if state.link:
-            self._linked.set()

@@ -13,8 +13,7 @@ import numpy as np
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, read_frozen, save_frozen
-
-_SHOWN = 5  # names of a difference that are listed
+from fluffle_common.tensors.weights import same_form
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -101,12 +100,11 @@ def load_into(
     untrained = tensors.untrained(module)
     if not untrained & weights.keys():  # as in the checkpoints of a task that freezes them
         current = {name: array for name, array in current.items() if name not in untrained}
-    differences = _differences(weights, current)
-    if differences:
+    try:
+        same_form(current, weights)
+    except ValueError as why:
         what = "the model" if isinstance(source, Mapping) else os.fspath(source)
-        raise UsageError(
-            f"{what} does not fit the module {type(module).__name__}: {'; '.join(differences)}"
-        )
+        raise UsageError(f"the module {type(module).__name__} does not fit {what}: {why}") from None
     tensors.fill(module, weights)
 
 
@@ -168,25 +166,3 @@ def _framework_of(module: Any) -> Any:
             "Model(rngs=rngs)"
         )
     return model_parts
-
-
-def _differences(weights: Weights, current: Mapping[str, Any]) -> list[str]:
-    """Return the differences between a model and a module, as phrases for an error."""
-    differences = []
-    for names, what in (
-        (current.keys() - weights.keys(), "the model lacks"),
-        (weights.keys() - current.keys(), "the module lacks"),
-    ):
-        if names:
-            more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-            differences.append(f"{what} {', '.join(sorted(names)[:_SHOWN])}{more}")
-    for name in sorted(current.keys() & weights.keys()):
-        new, old = weights[name], current[name]
-        if (new.shape, new.dtype) != (old.shape, old.dtype) and len(differences) < _SHOWN:
-            forms = f"{_form(new)} in the model, but {_form(old)} in the module"
-            differences.append(f"{name} is {forms}")
-    return differences
-
-
-def _form(tensor: Any) -> str:
-    return f"{tensor.dtype.name}{list(tensor.shape)}"

@@ -65,10 +65,8 @@ class Progress(Watcher):
                 self._print_if_none_left(done, rounds)
             case run_events.Finished():
                 self._under_way = False
-        if isinstance(event, run_events.Evaluated | run_events.Personal | run_events.Tested):
-            self._latest = self._brief = event.sentence()
-            if not isinstance(event, run_events.Tested):
-                self._brief = event.in_brief()
+        if isinstance(event, run_events.MeasuredEvent):
+            self._latest, self._brief = event.sentence(), event.in_brief()
             if self._lines:
                 self._print(self._latest)
         elif isinstance(event, run_events.Interrupted):

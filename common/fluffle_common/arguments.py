@@ -6,6 +6,7 @@ defines their names, types and defaults.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import inspect
 import math
@@ -53,9 +54,11 @@ def read_arguments(
         if name in parameters:
             given[name] = _convert(name, value, parameters[name].annotation)
         elif var_keyword and equals:
-            given[name] = _convert_unannotated(name, value)
+            given[name] = _convert(name, value, inspect.Parameter.empty)
+        elif parameters:
+            raise ValueError(f"unknown argument '{name}'; {nearest(name, parameters)}")
         else:
-            raise ValueError(_unknown_argument(name, parameters))
+            raise ValueError(f"no arguments are accepted, but '{name}' is given")
     missing = [name for name, p in parameters.items() if p.default is p.empty and name not in given]
     if missing:
         raise ValueError(f"the argument '{missing[0]}' is missing (write {missing[0]}=VALUE)")
@@ -105,15 +108,12 @@ def nearest(name: str, known: Collection[str]) -> str:
     return f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(sorted(known))}"
 
 
-def _unknown_argument(name: str, parameters: Collection[str]) -> str:
-    if not parameters:
-        return f"no arguments are accepted, but '{name}' is given"
-    return f"unknown argument '{name}'; {nearest(name, parameters)}"
-
-
 def _convert(name: str, value: str, annotation: Any) -> Any:
     if annotation is inspect.Parameter.empty:
-        return _convert_unannotated(name, value)
+        for type_name in ("int", "float"):
+            with contextlib.suppress(ValueError):
+                return _convert_to(type_name, name, value)
+        return {"true": True, "false": False}.get(value.lower(), value)
     type_name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
     return _convert_to(type_name.removesuffix(" | None"), name, value)
 
@@ -137,12 +137,3 @@ def _convert_to(type_name: str, name: str, value: str) -> Any:
         pass
     expected = _EXPECTED.get(type_name, type_name)
     raise ValueError(f"{name}='{value[:60]}' is not valid; expected {expected}")
-
-
-def _convert_unannotated(name: str, value: str) -> Any:
-    for type_name in ("int", "float"):
-        try:
-            return _convert_to(type_name, name, value)
-        except ValueError:
-            continue
-    return {"true": True, "false": False}.get(value.lower(), value)

@@ -65,11 +65,11 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def make_folder(folder: Path, *, parents: bool = True) -> None:
-    """Create a folder and its parents durably, unless it exists.
+    """Create a folder durably, with missing parents unless ``parents`` is false.
 
     Raises:
-        OSError: if it cannot be created, or a parent is missing and ``parents`` is false. A folder
-            called ``~`` is not created: a shell leaves ``--run=~/x`` as it is, and so do files.
+        OSError: if it cannot be created. A folder called ``~`` is not: a shell leaves ``--run=~/x``
+            as it is, and so do files.
     """
     if folder.is_dir():
         return

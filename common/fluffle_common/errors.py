@@ -17,33 +17,19 @@
 from typing import Literal, get_args
 
 Cause = Literal[
-    "malformed",
-    "kind",
-    "run",
-    "round",
-    "tensors",
-    "not_finite",
-    "norm",
-    "sender",
-    "exchange",
-    "sealed",
+    "malformed",  # it cannot be decoded, or a field is invalid
+    "kind",  # its kind does not belong in this queue
+    "run",  # it belongs to another run
+    "round",  # it belongs to a round that is not open
+    "tensors",  # its tensors do not match the model or what was announced
+    "not_finite",  # a tensor holds NaN or infinity
+    "norm",  # its norm is far larger than that of other updates
+    "sender",  # it comes from a worker or user that it should not come from
+    "exchange",  # nobody handles this ``exchange``, or its handler failed
+    "sealed",  # its payload is encrypted
 ]
+"""Why a message is rejected."""
 CAUSES: tuple[Cause, ...] = get_args(Cause)
-"""Why a message is rejected.
-
-==========  ==========================================================
-malformed   it cannot be decoded, or a field is invalid
-kind        its kind does not belong in this queue
-run         it belongs to another run
-round       it belongs to a round that is not open
-tensors     its tensors do not match the model or what was announced
-not_finite  a tensor holds NaN or infinity
-norm        its norm is far larger than that of other updates
-sender      it comes from a worker or user that it should not come from
-exchange    nobody handles this ``exchange``, or its handler failed
-sealed      its payload is encrypted
-==========  ==========================================================
-"""
 
 
 class FluffleError(Exception):

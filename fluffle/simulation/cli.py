@@ -24,17 +24,10 @@ if TYPE_CHECKING:
 _FEDERATION = "simulation"
 # Options without a meaning in a simulation. They are accepted, so that the TOML file of a real
 # coordinator can be simulated as it is.
-_PASSED_OVER = {
-    "federation",
-    "url",
-    "management",
-    "dashboard",
-    "queue_type",
-    "verify_users",
-    "wait_broker",
-    "wait_workers",
-    "min_workers",
-}
+_PASSED_OVER = (
+    "federation url management dashboard queue_type verify_users wait_broker wait_workers "
+    "min_workers"
+).split()
 
 
 class _Simulate(ConfiguredCommand):
@@ -86,8 +79,8 @@ def _of_the_coordinator() -> list[click.Parameter]:
     "--plot-partition",
     type=CHART_FILE,
     metavar="FILE.png",
-    help="File for a chart of the labels that each client has. The chart is drawn before the "
-    "first round.",
+    help="File for a chart that shows the number of examples per label for each client. The chart "
+    "is drawn before the first round.",
 )
 @click.option(
     "--step-time",
@@ -145,8 +138,7 @@ def simulate(**options: Any) -> None:
     named [simulation].
     """
     from fluffle.run_folder import committed
-    from fluffle.simulation.availability import parse_availability
-    from fluffle.simulation.devices import devices
+    from fluffle.simulation.devices import devices, parse_availability
     from fluffle.simulation.loop import SimulatedLoop
     from fluffle.simulation.simulate import RoundsView, clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console
@@ -208,8 +200,7 @@ simulate.params += _of_the_coordinator()
 
 def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
     """Return the task that was divided, or None, and the clients' tasks by name."""
-    from fluffle.simulation.partition import parse_partition
-    from fluffle.simulation.population import Divisible, dealt, each_its_own
+    from fluffle.simulation.partition import Divisible, dealt, each_its_own, parse_partition
     from fluffle_worker.task import TaskOptions
     from fluffle_worker.task_loading import load_factory
 
@@ -234,7 +225,7 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
 
 
 def _plot(whole: Any, options: dict[str, Any]) -> None:
-    """Write a chart of the labels that each client holds."""
+    """Write a chart of the number of examples per label for each client."""
     from fluffle.simulation.plot import plot_partition
 
     if whole is None:

@@ -1,8 +1,8 @@
-"""The speed of simulated clients: of their computation and of their network connection."""
+"""The speed of simulated clients and of their connections, and the times when they are present."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 
@@ -71,16 +71,14 @@ def draw(distribution: float | str, rng: np.random.Generator, clients: int) -> A
         UsageError: if it is not a distribution.
     """
     text = str(distribution)
-    kind, colon, given = text.partition(":")
-    if not colon:
-        kind, given = "constant", text
-    number, make = _DISTRIBUTIONS.get(kind, _DISTRIBUTIONS["constant"])
+    kind, given = text.split(":", 1) if ":" in text else ("constant", text)
+    number, make = _DISTRIBUTIONS.get(kind, (0, None))
     try:
-        values = [float(one) for one in given.split(",")] if kind in _DISTRIBUTIONS else []
+        values = [float(one) for one in given.split(",")]
     except ValueError:
         values = []
     fits = bool(values) and number in (None, len(values))
-    if not fits or not all(0 <= value < float("inf") for value in values):
+    if make is None or not fits or not all(0 <= value < float("inf") for value in values):
         raise UsageError(
             f"invalid distribution '{text}'; use one of: a number; classes:A,B,C; "
             "lognormal:MEDIAN,SIGMA; uniform:LOW,HIGH (all numbers must be at least 0)"
@@ -114,3 +112,54 @@ def devices(
                 f"invalid bandwidth '{bytes_per_s}'; give more than 0 bytes per second"
             )
     return [Device(*map(float, one)) for one in zip(steps, fits, lines, strict=True)]
+
+
+@dataclass(frozen=True)
+class Availability:
+    """An on/off renewal process with exponentially distributed times present and away."""
+
+    share: float = 1.0  # of the time that a client is present, in (0, 1]; 1 means always
+    present_s: float = float("inf")  # the mean time that it stays
+
+    def begin(self, rng: np.random.Generator) -> bool:
+        """Draw whether a client is present at the start of the simulation."""
+        return bool(rng.random() < self.share)
+
+    def spells(self, rng: np.random.Generator, *, present: bool) -> Iterator[float]:
+        """Yield the seconds until a client's next change, alternately present and away, forever.
+
+        ``present`` says whether the client is present first.
+        """
+        if self.share == 1:
+            return
+        mean_s = {True: self.present_s, False: self.present_s * (1 / self.share - 1)}
+        while True:
+            yield float(rng.exponential(mean_s[present]))
+            present = not present
+
+
+ALWAYS = Availability()
+
+
+def parse_availability(text: str) -> Availability:
+    """Return the availability that ``always`` or ``FRACTION:SECONDS`` describes.
+
+    Example:
+        >>> parse_availability("0.25:600")
+        Availability(share=0.25, present_s=600.0)
+
+    Raises:
+        UsageError: if ``text`` is neither.
+    """
+    if text == "always":
+        return ALWAYS
+    try:
+        share, present_s = map(float, text.split(":"))
+    except ValueError:
+        share = present_s = 0.0
+    if not (0 < share < 1 and 0 < present_s < float("inf")):
+        raise UsageError(
+            f"invalid availability '{text}'; give 'always', or FRACTION:SECONDS such as 0.8:3600 "
+            "(clients are present 80 % of the time, and stay for 3600 s on average)"
+        )
+    return Availability(share, present_s)

@@ -1,4 +1,4 @@
-"""A chart of a partition: how many examples of each label each client holds."""
+"""A chart of a partition: each client's number of examples per label."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from fluffle.simulation.partition import Partition, counts, parse_partition
-from fluffle.simulation.population import Divisible, labels_of, parts_of
+from fluffle.simulation.partition import (
+    Divisible,
+    Partition,
+    counts,
+    labels_of,
+    parse_partition,
+    parts_of,
+)
 from fluffle_common.cli.output_files import new_figure
 
 if TYPE_CHECKING:
@@ -20,7 +26,7 @@ _COLOURS = 20
 def plot_partition(
     task: Divisible, *, clients: int = 100, partition: str | Partition = "iid", seed: int = 0
 ) -> Figure:
-    """Draw the labels that each client holds when a task is divided among them.
+    """Draw each client's number of examples per label when a task is divided among the clients.
 
     Args:
         task: the task with all examples, such as a ``flax_task``.

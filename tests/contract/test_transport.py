@@ -452,7 +452,7 @@ async def test_a_receiver_that_refuses_does_not_keep_a_model_from_the_others(
     with pytest.raises(QueueFull):
         await soon(sending)
     announced, _ = decode((await soon(link.get(sound))).body)
-    into = Assembly(announced.transfer, 10_000)
+    into = Assembly(announced.transfer)
     await soon(fetch(link, sound, into, "rejected"))
     assert into.payload() == weights["w"].tobytes()
 
@@ -810,7 +810,7 @@ async def test_a_bounded_stream_drops_the_oldest_and_keeps_its_offsets():
     await put(link, "s", *[b"x"] * 10)
     assert offsets(await take(await link.follow("s", since=2), 3)) == [7, 8, 9]
     broker.stop()
-    broker.start()
+    broker.up = True
     assert (await (await broker.open()).newest("s")).offset == 9
 
 
@@ -1089,7 +1089,7 @@ async def test_a_restarted_broker_keeps_durable_messages():
     held.ack()
     with pytest.raises(LinkLost, match="down"):
         await broker.open()
-    broker.start()
+    broker.up = True
     link = await broker.open()
     assert await drain(link, "q") == [b"held", b"ready"]
 
@@ -1402,7 +1402,7 @@ async def test_parts_that_were_fetched_in_vain_return_to_the_queue(bench, monkey
         await soon(sending)
     for _ in range(2):
         announced, _ = decode((await soon(link.get(updates))).body)
-        into = Assembly(announced.transfer, 10_000)
+        into = Assembly(announced.transfer)
         await soon(fetch(link, outbox, into, "rejected"))
         assert into.payload() == weights["w"].tobytes()
         await bench.settled(link)
@@ -1422,7 +1422,7 @@ async def test_garbage_among_the_parts_costs_a_bounded_time(bench, monkeypatch):
     announced, _ = decode((await soon(link.get(updates))).body)
     assert announced.transfer.parts == 10
     with pytest.raises(PartsGone, match="only 0 of 10 parts arrived"):
-        await soon(fetch(link, outbox, Assembly(announced.transfer, 10_000), rejected))
+        await soon(fetch(link, outbox, Assembly(announced.transfer), rejected))
     await bench.settled(link)
     assert (await link.counts(outbox)).ready == 60
     assert (await link.counts(rejected)).ready == 100
@@ -1474,8 +1474,8 @@ async def test_a_queue_that_another_connection_has_for_itself_counts_as_missing(
 
     async def declare_once_free() -> None:
         while True:  # RabbitMQ 4.3 deletes the other queue a moment after the connection is closed
-            with contextlib.suppress(QueueInUse):
-                return await link.declare(names.queues_of("w"))
+            with contextlib.suppress(QueueInUse):  # which ends the link
+                return await (await real.open()).declare(names.queues_of("w"))
 
     await soon(declare_once_free())
     assert await soon(link.bind(names.bindings_of("w")))
@@ -1494,7 +1494,7 @@ async def test_parts_from_another_user_are_rejected(real, monkeypatch, parts):
     for user, taken in (("guest", True), ("mallory", False)):
         await soon(send_tensors(link, update, weights, Route("", [updates]), parts=to_outbox))
         announced, _ = decode((await soon(link.get(updates))).body)
-        into = Assembly(announced.transfer, 10_000)
+        into = Assembly(announced.transfer)
         fetching = fetch(link, outbox, into, rejected, user=user)
         if taken:
             await soon(fetching)

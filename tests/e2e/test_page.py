@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Page, Route
 
+from fluffle_common.cli.console import json_line
 from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import Board
-from fluffle_coordinator.dashboard.feed import as_json
 from tests.browser import PATIENCE_MS, chromium
 
 STATIC = files("fluffle_coordinator.dashboard") / "static"
@@ -54,7 +54,7 @@ def show(browser: Browser) -> Iterator[Callable[..., Show]]:
         page.goto("http://page.test/")
 
         def shown(board: Board) -> Page:
-            sections = {name: json.loads(as_json(s)) for name, s in board.snapshot().items()}
+            sections = {name: json.loads(json_line(s)) for name, s in board.snapshot().items()}
             page.evaluate(
                 "data => stream.onmessage({data})", json.dumps(sections | {"now": 2000.0})
             )

@@ -11,8 +11,9 @@ import pytest
 
 from fluffle_broker.node import node, record
 from fluffle_common.errors import BrokerError
+from fluffle_common.protocol.events import Blocked, RunEvent, Unblocked
 from fluffle_common.protocol.topology import Queue
-from fluffle_common.transport.base import Properties, UnknownQueueType
+from fluffle_common.transport.base import Properties, UnknownQueueType, report_blocking
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 from tests.e2e.programs import Federation
 
@@ -113,16 +114,17 @@ async def test_a_memory_alarm_blocks_publishing_until_it_clears(picky, ctl):
         while True:
             await publish()
 
-    news = link.blocking.changes()
+    news: asyncio.Queue[RunEvent] = asyncio.Queue()
+    reporting = asyncio.ensure_future(report_blocking(link, news.put_nowait))
     await asyncio.to_thread(ctl, "set_vm_memory_high_watermark", "0")
     publishing = asyncio.ensure_future(keep_publishing())
     try:
-        assert await asyncio.wait_for(anext(news), PATIENCE_S) == "low on memory"
+        assert await asyncio.wait_for(news.get(), PATIENCE_S) == Blocked(reason="low on memory")
         assert link.blocking.reason == "low on memory"
     finally:
         await asyncio.to_thread(ctl, "set_vm_memory_high_watermark", "0.4")
-    assert await asyncio.wait_for(anext(news), PATIENCE_S) is None
+    assert await asyncio.wait_for(news.get(), PATIENCE_S) == Unblocked()
     publishing.cancel()
     await asyncio.wait_for(publish(), PATIENCE_S)
-    await news.aclose()
+    reporting.cancel()
     await link.close()

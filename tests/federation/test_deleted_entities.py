@@ -132,7 +132,7 @@ def test_after_a_move_to_an_empty_broker_no_part_of_an_update_misses_its_outbox(
             broker.delete_exchange(exchange)
         broker.queues.clear()
         await asyncio.sleep(20.0)
-        broker.start()
+        broker.up = True
         await check(federation, coordinator)
         assert not broker.queues[federation.topology.unrouted].ready
         assert not coordinator.log.of("resend")

@@ -98,12 +98,12 @@ def test_a_worker_reports_that_it_waits_for_a_coordinator_that_was_stopped(feder
 
 def test_a_worker_does_not_suspect_the_coordinator_while_the_broker_accepts_nothing(federated):
     async def scenario(federation):
-        federation.broker.block("low on disk")
+        federation.broker.blocking.set("low on disk")
         worker = federation.worker("a")
         coordinator = federation.coordinator(rounds=1, min_workers=1)
         await asyncio.sleep(100.0)
         assert not worker.log.of("waiting")
-        federation.broker.block(None)
+        federation.broker.blocking.set(None)
         assert (await coordinator.end()).outcome == "finished"
 
     federated(scenario)
@@ -116,7 +116,7 @@ def test_a_worker_that_has_lost_the_broker_does_not_suspect_the_coordinator(fede
         await asyncio.sleep(40.0)
         assert worker.log.of("no_broker")
         assert not worker.log.of("waiting")
-        federation.broker.start()
+        federation.broker.up = True
         event = await worker.log.until("waiting")
         assert event["reason"].startswith("round 1: no new work since the update was sent 15 s ago")
 

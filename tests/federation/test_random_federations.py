@@ -184,7 +184,7 @@ class Rain:
     async def stop_broker(self) -> None:
         self.federation.broker.stop()
         await asyncio.sleep(self.rng.choice([0.5, 20.0]))
-        self.federation.broker.start()
+        self.federation.broker.up = True
 
     def any_queue(self) -> str:
         queues = self.federation.broker.queues

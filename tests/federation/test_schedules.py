@@ -265,8 +265,8 @@ def test_late_updates_count_in_the_next_round_with_late_discount(federated):
 
 def test_a_schedule_from_a_file(federated):
     where = Path(__file__).parent / "windows.py"
-    name, schedule = load_schedule(f"{where}:minutes")
-    assert name == "windows.py:minutes"
+    schedule = load_schedule(f"{where}:minutes")
+    assert str(schedule) == "windows.py:minutes"
 
     async def scenario(federation):
         federation.workers(2)
@@ -284,7 +284,7 @@ def test_a_schedule_that_never_closes_a_round_is_overruled(federated, tmp_path):
     original = (Path(__file__).parent / "windows.py").read_text()
     never = original.replace("window_s: float = 60.0", "window_s: float = float('inf')")
     (tmp_path / "never.py").write_text(never)
-    _, schedule = load_schedule(f"{tmp_path}/never.py:minutes")
+    schedule = load_schedule(f"{tmp_path}/never.py:minutes")
 
     async def scenario(federation):
         federation.workers(2)
@@ -323,7 +323,7 @@ def test_a_failing_user_schedule_ends_the_run(federated, tmp_path, method, messa
     original = (Path(__file__).parent / "windows.py").read_text()
     broken = original.replace("minutes = Windows()", f"    def {method}\n\n\nminutes = Windows()")
     (tmp_path / "broken.py").write_text(broken)
-    _, schedule = load_schedule(f"{tmp_path}/broken.py:minutes")
+    schedule = load_schedule(f"{tmp_path}/broken.py:minutes")
 
     async def scenario(federation):
         federation.workers(2)
@@ -343,7 +343,7 @@ def test_a_user_schedule_may_return_numbers_of_numpy(federated, tmp_path):
     (tmp_path / "numpy_windows.py").write_text(
         numpy.replace("import dataclass\n", "import dataclass\n\nimport numpy as np\n")
     )
-    _, schedule = load_schedule(f"{tmp_path}/numpy_windows.py:minutes")
+    schedule = load_schedule(f"{tmp_path}/numpy_windows.py:minutes")
 
     async def scenario(federation):
         federation.workers(2)

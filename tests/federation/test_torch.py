@@ -15,7 +15,7 @@ import fluffle
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights
 from fluffle_worker.task import TaskOptions
-from fluffle_worker.task_loading import load_task
+from fluffle_worker.task_loading import load_factory
 from fluffle_worker.tasks.examples import index_batches
 
 torch = pytest.importorskip("torch", reason="PyTorch is an optional dependency")
@@ -196,6 +196,6 @@ def test_clients_of_a_divided_task_are_simulated():
 def test_the_example_of_the_docs_is_a_task(tmp_path):
     path = tmp_path / "torch_digits.py"
     path.write_text(BLOCKS[path.name])
-    parts = [load_task(f"{path}:task", TaskOptions(f"{n}/3", f"client-{n}")) for n in range(3)]
+    parts = [load_factory(f"{path}:task")(TaskOptions(f"{n}/3", f"client-{n}")) for n in range(3)]
     done = fluffle.run(parts, rounds=4, epochs=3, progress=False)
     assert done.history[-1].metrics["accuracy"] > 0.85

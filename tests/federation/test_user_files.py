@@ -19,7 +19,7 @@ from fluffle_common.cli.loading import load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression, Plan
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
-from fluffle_coordinator.cli.compress_option import COMPRESS
+from fluffle_coordinator.cli.plan_options import COMPRESS
 from fluffle_worker.local import loading
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import find_rule, use_local_rule

@@ -10,8 +10,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import fluffle
-from fluffle.simulation.partition import By, Dirichlet, Iid, Shards, counts, parse_partition
-from fluffle.simulation.population import labels_of, parts_of
+from fluffle.simulation.partition import (
+    By,
+    Dirichlet,
+    Iid,
+    Shards,
+    counts,
+    labels_of,
+    parse_partition,
+    parts_of,
+)
 from fluffle_common.errors import TaskError, UsageError
 
 PARTITIONS = [Iid(), Dirichlet(0.1), Dirichlet(100.0), Shards(2)]

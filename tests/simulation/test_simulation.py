@@ -27,8 +27,7 @@ from fluffle.federation import numbered
 from fluffle.simulation.cli import simulate as simulate_command
 from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
-from fluffle.simulation.partition import Shards
-from fluffle.simulation.population import dealt, each_its_own
+from fluffle.simulation.partition import Shards, dealt, each_its_own
 from fluffle.simulation.simulate import clients_of, simulate_run
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint

@@ -44,8 +44,7 @@ from fluffle_coordinator.service.held_updates import Held, Room
 from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.strategy.update_checks import check_announced
 
 TOPOLOGY = Topology("f")
@@ -157,7 +156,7 @@ class Untouched:
 @pytest.mark.parametrize("first", [False, True])
 async def test_no_part_is_fetched_of_an_update_that_does_not_match_the_model(tmp_path, first):
     events: list[ev.Event] = []
-    settings = CoordinatorSettings("f", rs.Rules(rounds=1), max_model_bytes=2**33)
+    settings = CoordinatorSettings("f", rs.Rules(rounds=1))
     committer = Committer(
         RunStore(tmp_path / "run"),
         settings,
@@ -240,7 +239,7 @@ async def test_parts_of_another_user_are_ignored(link):
         await link.publish(delivery.body, delivery.properties, **about)
         delivery.ack()
     outbox = TOPOLOGY.outbox("w")
-    into = Assembly(transfer, 1000)
+    into = Assembly(transfer)
     await fetch(link, outbox, into, TOPOLOGY.rejected, user="w")
     assert into.payload() == payload
     for _ in range(transfer.parts):
@@ -257,7 +256,7 @@ async def test_replaced_parts_are_detected_without_verified_users(link):
     about = {"exchange": "", "keys": [TOPOLOGY.outbox("w")]}
     await link.publish(wire.encode(false, bytes(64)), Properties(), **about)
     first.ack()
-    into = Assembly(transfer, 1000)
+    into = Assembly(transfer)
     await fetch(link, TOPOLOGY.outbox("w"), into, TOPOLOGY.rejected)
     with pytest.raises(MalformedMessage, match="replaced or damaged") as caught:
         into.payload()
@@ -268,9 +267,7 @@ async def test_replaced_parts_are_detected_without_verified_users(link):
 async def test_parts_of_another_user_alone_count_as_missing(link):
     transfer = (await send_as(link, "mallory")).transfer
     with pytest.raises(PartsGone):
-        await fetch(
-            link, TOPOLOGY.outbox("w"), Assembly(transfer, 1000), TOPOLOGY.rejected, user="w"
-        )
+        await fetch(link, TOPOLOGY.outbox("w"), Assembly(transfer), TOPOLOGY.rejected, user="w")
     assert (await link.counts(TOPOLOGY.rejected)).ready == transfer.parts
 
 
@@ -282,7 +279,7 @@ async def test_a_part_that_cannot_even_be_rejected_does_not_end_the_run(link):
     for part in reversed(first):  # the garbage comes first
         await link.publish(part.body, Properties(), exchange="", keys=[TOPOLOGY.outbox("w")])
         part.ack()
-    into = Assembly(transfer, 1000)
+    into = Assembly(transfer)
     await fetch(link, TOPOLOGY.outbox("w"), into, "deleted")
     assert into.payload() == np.arange(40.0).tobytes()
     assert await link.get(TOPOLOGY.outbox("w")) is None

@@ -59,7 +59,7 @@ C = ["coordinator", "--federation", "f"]
         ([*C, "--url", "http://x"], "is not the URL of a broker"),
         (["coordinator", "--federation", "a.b"], "is not a valid federation name"),
         (["coordinator", "--federation", "_a"], "and begin with a letter or digit"),
-        (["coordinator", "--federation", "amq"], "RabbitMQ reserves 'amq'"),
+        (["coordinator", "--federation", "amq"], "RabbitMQ reserves the name 'amq'"),
         (["worker", "--federation", "f", "--data", "/"], "no worker ID can be derived from"),
         ([*W, "--id", ".a"], "begin with a letter or digit"),
         (["tap", "--federation", "f", "--worker", ".a"], "not a valid worker ID; use at most 64"),

@@ -14,11 +14,11 @@ from fluffle_common.cli.loading import load_codec, load_object
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol.messages import Compression
 from fluffle_common.tensors.codecs import registry
-from fluffle_common.tensors.codecs.base import BrokenCodec, CodecError, Part, UnknownCodec
+from fluffle_common.tensors.codecs.base import CodecError, Part, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry, check_codec
 from fluffle_common.tensors.compression import check_announced_signature, compress, decompress
 from fluffle_common.tensors.layout import Place
-from fluffle_coordinator.cli.compress_option import COMPRESS
+from fluffle_coordinator.cli.plan_options import COMPRESS
 
 DELTA = {"w": (np.arange(3000) * 7919 % 3001 - 1500.25).astype(np.float32).reshape(30, 100) / 7}
 
@@ -250,7 +250,7 @@ def test_decoding_sees_neither_the_delta_nor_the_model(codecs):
 )
 def test_a_failing_parse_is_reported_in_one_line(codecs, parse, reason):
     codecs.add(changed(parse=staticmethod(parse)), "here")
-    with pytest.raises(BrokenCodec) as wrong:
+    with pytest.raises(CodecError) as wrong:
         codecs.parse("signs:1")
     assert f"parse('signs:1') of the codec 'signs' {reason}" in str(wrong.value)
 
@@ -301,7 +301,7 @@ def test_an_installed_codec_is_found_by_name(monkeypatch):
     ],
 )
 def test_an_invalid_installed_codec_is_reported(monkeypatch, name, value, reason):
-    with pytest.raises(BrokenCodec, match=reason):
+    with pytest.raises(CodecError, match=reason):
         entry_point(monkeypatch, name, value).get(name)
 
 

@@ -7,7 +7,6 @@ import errno
 import fcntl
 import io
 import json
-import math
 import os
 import select
 import threading
@@ -282,8 +281,7 @@ def test_json_lines_are_ascii(value):
 def test_json_converts_other_types():
     entry = {"path": Path("/a"), "many": ("x", "y"), "none": float("nan"), "why": OSError("gone")}
     decoded = json.loads(json_line(entry))
-    assert math.isnan(decoded.pop("none"))
-    assert decoded == {"path": "/a", "many": ["x", "y"], "why": "gone"}
+    assert decoded == {"path": "/a", "many": ["x", "y"], "none": None, "why": "gone"}
 
 
 def test_a_writable_output_needs_no_thread(tmp_path):

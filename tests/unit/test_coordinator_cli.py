@@ -9,8 +9,8 @@ from click.testing import CliRunner
 from fluffle.simulation.cli import simulate
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages import Compression
-from fluffle_coordinator.cli.compress_option import COMPRESS
 from fluffle_coordinator.cli.coordinator import coordinator
+from fluffle_coordinator.cli.plan_options import COMPRESS
 from fluffle_coordinator.service import app as main
 from fluffle_coordinator.service.app import settings_of
 

@@ -9,16 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fluffle_common.cli.console import json_line
 from fluffle_common.errors import CAUSES
 from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.coordinator_source import bring_up_to_date
-from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.machine import start
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Table, Worker
-from fluffle_coordinator.observe.counters import OUTCOMES
+from fluffle_coordinator.observe.run_view import OUTCOMES
 from fluffle_coordinator.observe.worker_view import Workers
 from tests.history_lines import committed, evaluated, participant
 
@@ -399,13 +399,13 @@ class TestJournal:
 
 
 def test_what_json_cannot_say_becomes_null_or_text() -> None:
-    assert json.loads(as_json({"a": float("nan"), "b": b"x", "c": {1}})) == {
+    assert json.loads(json_line({"a": float("nan"), "b": b"x", "c": {1}})) == {
         "a": None,
         "b": "x",
         "c": [1],
     }
     not_unicode = {"file": "\udcff", "stall_s": [float("inf")]}  # as in a file name
-    assert as_json(not_unicode) == '{"file":"\\udcff","stall_s":[null]}'
+    assert json_line(not_unicode) == '{"file":"\\udcff","stall_s":[null]}'
 
 
 names = st.sampled_from(["north", "south", "east"])
@@ -434,7 +434,7 @@ events = st.one_of(
 def test_whatever_happens_there_is_a_page(happened: list[tuple[str, dict[str, Any]]]) -> None:
     board = board_after(*happened)
     shown = board.snapshot()
-    json.loads(as_json(shown))
+    json.loads(json_line(shown))
     assert len({len(curve) for curve in shown["curves"].values()}) == 1
     assert len({row["name"] for row in shown["workers"]}) == len(shown["workers"])
     if shown["open"] is not None:

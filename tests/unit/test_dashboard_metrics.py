@@ -15,7 +15,7 @@ from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import PHASES, ROLES, registry, role
-from fluffle_coordinator.observe.counters import OUTCOMES, STEPS
+from fluffle_coordinator.observe.run_view import OUTCOMES, STEPS
 from fluffle_coordinator.observe.worker_view import ABSENT, STATES
 from tests.history_lines import committed, participant
 

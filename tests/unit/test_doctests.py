@@ -28,11 +28,11 @@ MODULES = _with_examples()
 def test_the_modules_with_examples_are_found():
     assert {
         "fluffle_common.tensors.weights",
-        "fluffle_coordinator.storage.evaluation_averages",
+        "fluffle_coordinator.storage.round_stats",
         "fluffle_coordinator.machine.rules",
         "fluffle_coordinator.strategy.fedavg",
         "fluffle_worker.cli",
-        "fluffle_worker.letters.folders",
+        "fluffle_worker.letters.images",
     } <= set(MODULES)
 
 

@@ -1,5 +1,6 @@
 """Drawn letters are reproducible, inside the frame, and differ between writers."""
 
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -45,10 +46,8 @@ def test_a_writer_does_not_depend_on_how_many_there_are(tmp_path):
 
 def test_every_file_is_a_grey_image_where_the_task_looks_for_it(tmp_path):
     seen = []
-    draw_letters(
-        tmp_path, clients=2, per_client=40, progress=lambda done, total: seen.append((done, total))
-    )
-    assert seen == [(done, 80) for done in range(1, 81)]
+    draw_letters(tmp_path, clients=2, per_client=40, progress=lambda: seen.append(1))
+    assert len(seen) == 80
     assert sorted(folder.name for folder in tmp_path.iterdir()) == ["client-1", "client-2"]
     counts = []
     for client in sorted(tmp_path.iterdir()):
@@ -127,8 +126,10 @@ def test_a_file_in_place_of_the_folder_is_refused(tmp_path):
 
 
 def test_a_run_cut_short_leaves_nothing_half_done(tmp_path):
-    def stop(done: int, total: int) -> None:
-        if done == total - 1:
+    drawn = itertools.count(1)
+
+    def stop() -> None:
+        if next(drawn) == 19:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

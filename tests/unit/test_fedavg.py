@@ -305,11 +305,11 @@ def test_a_finished_state_is_empty_and_serves_the_next_round():
 def test_the_state_does_not_grow_with_the_number_of_updates():
     base = {"w": np.zeros(1000, np.float32)}
     state = fedavg.init(base)
-    empty_nbytes = state.mean.totals.nbytes
+    first, rest = state.mean.totals.memory, state.mean.totals.rest
     for _ in range(20):
         state = fold(state, {"w": np.ones(1000, np.float32)}, 5)
     assert state.mean.num_examples == 100
-    assert state.mean.totals.nbytes == empty_nbytes
+    assert (state.mean.totals.memory is first, state.mean.totals.rest is rest) == (True, True)
 
 
 # --- compared with exact fractions -------------------------------------------------------------

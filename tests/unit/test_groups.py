@@ -73,7 +73,7 @@ def test_groups_travel_in_parts(monkeypatch):
     monkeypatch.setattr(wire, "PART_BYTES", 64)
     transfer, body, parts = pack(update(), MODEL, {"extra": EXTRA})
     assert transfer is not None
-    assembly = Assembly(transfer, 10**6)
+    assembly = Assembly(transfer)
     for one in parts:
         part, payload = decode(one)
         assert isinstance(part, Part)

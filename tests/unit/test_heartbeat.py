@@ -63,6 +63,7 @@ async def test_it_says_what_it_is_at_and_which_weights_that_began_with(work):
     presence = presence_of(Nothing(), heartbeat_s=0.01)
     (hello,) = await sent_messages(presence, 1)
     assert (hello.kind, hello.run, hello.round, hello.base) == ("hello", None, 0, None)
+    assert hello.model is None  # that of a task whose init fails is unknown
     presence.now("training", work, steps=9)
     for beat in await sent_messages(presence, 2):
         assert (beat.run, beat.round, beat.base, beat.steps) == ("r", 3, "b7", 9)

@@ -263,7 +263,6 @@ async def test_updates_are_read_after_the_echo_over_each_new_link(coordinator):
     reading = asyncio.ensure_future(intake.read_presence(presence))
     for number in (1, 2):
         coordinator.state.link = number
-        intake.link_opened()
         updates = asyncio.ensure_future(intake.consume_updates(coordinator.link, number))
         await coordinator.send(UPDATE, TOPOLOGY.updates)
         echo = Echo(federation="f", session=intake._session, number=number)
@@ -272,4 +271,5 @@ async def test_updates_are_read_after_the_echo_over_each_new_link(coordinator):
         assert isinstance(await coordinator.event(), ev.Arrived)
         updates.cancel()
         await asyncio.gather(updates, return_exceptions=True)
+        intake.link_lost()
     reading.cancel()

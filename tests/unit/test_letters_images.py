@@ -10,8 +10,7 @@ import pytest
 from PIL import Image
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_worker.letters.folders import class_order, find_classes
-from fluffle_worker.letters.images import read_images
+from fluffle_worker.letters.images import class_order, find_classes, read_images
 from fluffle_worker.letters.pixels import read_pixels
 
 

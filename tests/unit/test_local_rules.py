@@ -12,10 +12,9 @@ import pytest
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.local import loading
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.local.chain import Chain
 from fluffle_worker.local.clip import Clip
 from fluffle_worker.local.dp_sgd import DpSgd
-from fluffle_worker.local.loading import find_rule
+from fluffle_worker.local.loading import Chain, find_rule
 from fluffle_worker.local.proximal import Proximal
 from fluffle_worker.local.scaffold import Scaffold
 

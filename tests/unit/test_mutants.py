@@ -169,8 +169,8 @@ MUTANTS = [
     Mutant(
         "folds updates of the round being committed into the next one",
         updates,
-        "    staleness = state.round + 1 - update.round\n",
-        "    staleness = state.round - update.round\n",
+        "_discount(state, state.round + 1 - update.round)\n",
+        "_discount(state, state.round - update.round)\n",
         "test_an_update_of_a_round_being_committed_is_held_until_it_is_on_disk",
     ),
     Mutant(
@@ -263,8 +263,8 @@ MUTANTS = [
     Mutant(
         "discards updates during the commit that still count",
         updates,
-        "            later = not last and _counts_later(state, update)\n",
-        "            later = False\n",
+        "            later = not last and _discount(",
+        "            later = False and _discount(",
         "test_an_update_during_the_commit_is_in_the_next_version",
     ),
     Mutant(

@@ -39,7 +39,7 @@ from fluffle_coordinator.service.committer import Average
 from fluffle_coordinator.service.fetcher import Fetcher
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import Saved
 from fluffle_coordinator.strategy import weighted
 from fluffle_coordinator.strategy.base import Contribution, NamedStrategy
 from fluffle_coordinator.strategy.fedavg import fedavg
@@ -187,7 +187,7 @@ class Sum:
         self.averages: asyncio.Queue[Average] = asyncio.Queue()
         self.running: asyncio.Future[None]
         self.model = in_one_piece(values(0))
-        settings = CoordinatorSettings("f", Rules(rounds=1), max_model_bytes=2**20, **options)
+        settings = CoordinatorSettings("f", Rules(rounds=1), **options)
         self.aggregator = Aggregator(
             Fetcher(TOPOLOGY, settings, link=lambda: self.link, folder=folder),
             Saved("r", weights=self.model),

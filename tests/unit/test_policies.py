@@ -15,7 +15,7 @@ from fluffle_broker.cli.broker import broker
 from fluffle_broker.inspect.queues import QueueOverview
 from fluffle_broker.inspect.queues_table import hints
 from fluffle_broker.node import policies
-from fluffle_common.cli.settings import management_of
+from fluffle_common.cli.settings import management_finder
 from fluffle_common.errors import BrokerError, UsageError
 from fluffle_common.protocol import topology
 from fluffle_common.protocol.topology import Queue, Topology
@@ -207,6 +207,6 @@ def test_a_user_in_the_url_of_the_management_api_is_refused_and_not_printed(base
     with pytest.raises(
         UsageError, match="management API contains a user name; give http://h:15672 instead"
     ) as no:
-        management_of("amqp://h/", base)
+        management_finder(base)("amqp://h/")
     assert "cret" not in str(no.value)
-    assert management_of("amqp://h/", "http://h:1/").base == "http://h:1"
+    assert management_finder("http://h:1/")("amqp://h/").base == "http://h:1"

@@ -15,7 +15,7 @@ from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.machine.selection import POISSON, parse_selection
 from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.storage.sampling_secret import sampling_secret
+from fluffle_coordinator.storage.run_store import sampling_secret
 from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy import dp_fedavg as module
 from fluffle_coordinator.strategy.accountant import accountant, epsilon

@@ -38,8 +38,7 @@ from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import replay
 from fluffle_coordinator.storage import update_archive as archive
 from fluffle_coordinator.storage.history import read_history_lines
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 RUN = "abc"
 TOPOLOGY = Topology("letters")
@@ -293,7 +292,8 @@ def test_a_round_is_equal_bit_by_bit(folder, number):
     result = replay.replay(folder, number)
     assert result.equal
     assert [tensor.name for tensor in result.tensors] == sorted(base())
-    assert result.participants[0] == (("c" if number == 1 else "a"), 3)
+    first = {"worker": "c" if number == 1 else "a", "num_examples": 3}
+    assert result.participants[0] == first
     for tensor in result.tensors:
         assert tensor.replayed == replay.Distance(True, 0, 0.0, 0)
 

@@ -16,7 +16,7 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Evaluate, Fit, InitRequest, Plan
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.storage.evaluation_averages import average_evaluations
+from fluffle_coordinator.storage.round_stats import average_evaluations
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.job import Executor, Job, NotWanted
 from fluffle_worker.results import Results

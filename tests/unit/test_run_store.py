@@ -36,12 +36,10 @@ from fluffle_coordinator.service.run_opening import (
 )
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage import run_checkpoints, run_file
-from fluffle_coordinator.storage.evaluation_averages import evaluation_metrics
-from fluffle_coordinator.storage.history import read_history
-from fluffle_coordinator.storage.history_lines import check_line
+from fluffle_coordinator.storage.history import check_line, read_history
+from fluffle_coordinator.storage.round_stats import evaluation_metrics
 from fluffle_coordinator.storage.run_file import count_start, read_run_file, write_run_file
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.storage.update_archive import keep_update, update_path
 from tests import history_lines
 from tests.history_lines import RUN, ended, evaluated, participant
@@ -67,7 +65,9 @@ def assert_weights(got: Any, value: float) -> None:
 
 def participants_of(saved: Saved) -> frozenset[str]:
     """The participants of the last committed round."""
-    return frozenset(ticket.worker for ticket in saved.counted.get(saved.committed, ()))
+    line = next((x for x in reversed(saved.lines) if x["event"] == "committed"), None)
+    assert (line["round"] if line else 0) == saved.committed
+    return frozenset(who["worker"] for who in line["participants"]) if line else frozenset()
 
 
 def committed(number: int, *workers: str) -> dict[str, Any]:

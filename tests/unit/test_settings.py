@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fluffle_common.cli.settings import DEFAULT_URL, broker_url_finder, management_of
+from fluffle_common.cli.settings import DEFAULT_URL, broker_url_finder, management_finder
 
 
 def test_the_address_of_a_private_broker_stays_known_while_the_broker_is_down(
@@ -57,10 +57,10 @@ def test_a_private_broker_that_starts_late_is_found_after_a_change_of_folder(tmp
 )
 def test_the_private_broker_has_its_own_management_api(tmp_path, monkeypatch, url, expected):
     monkeypatch.setenv("FLUFFLE_STATE", str(tmp_path))
-    assert management_of("amqp://h:5673/", None).base == "http://h:15672"
+    assert management_finder(None)("amqp://h:5673/").base == "http://h:15672"
     record = {"url": "amqp://guest:guest@127.0.0.1:5673/"}
     record["management_url"] = "http://127.0.0.1:15700/"
     (tmp_path / "broker").mkdir()
     (tmp_path / "broker" / "node.json").write_text(json.dumps(record))
-    assert management_of(url, None).base == expected
-    assert management_of(url, "http://m:2/").base == "http://m:2"
+    assert management_finder(None)(url).base == expected
+    assert management_finder("http://m:2/")(url).base == "http://m:2"

@@ -26,6 +26,7 @@ from fluffle_common.tensors.checkpoint import (
 )
 from fluffle_common.tensors.weights import NotFinite, check_delta
 from fluffle_coordinator.machine.schedules.buffered import Buffered
+from fluffle_coordinator.machine.schedules.quorum import QUORUM, QuorumRounds
 from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.service.run_opening import begin_with, read_first_model
 from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -36,6 +37,7 @@ from fluffle_coordinator.strategy.fedavg import FEDAVG, fedavg
 from fluffle_coordinator.strategy.pipeline import Server, pipeline, replace
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta, weighted
 from fluffle_coordinator.user_code import strategy_loading as module
+from fluffle_coordinator.user_code.schedule_loading import GuardedSchedule
 from fluffle_coordinator.user_code.strategy_loading import check_same, load_strategy, rules_for
 from tests.history_lines import committed
 
@@ -305,10 +307,11 @@ def test_a_schedule_that_does_not_meet_a_strategys_needs_is_refused():
     with pytest.raises(
         UsageError, match="needs at least 5 updates per version, but --buffer 3 makes"
     ):
-        rules_for(needing(min_updates=5), rules, "buffered:buffer=3", Buffered(buffer=3))
-    rules_for(needing(min_updates=5), rules, "buffered:buffer=5", Buffered(buffer=5))
-    rules_for(needing(once=True), rules, "quorum")
-    for schedule in ("buffered:buffer=3", "quorum:late=discount", "mine.py:mine"):
+        rules_for(needing(min_updates=5), rules, Buffered(buffer=3))
+    rules_for(needing(min_updates=5), rules, Buffered(buffer=5))
+    rules_for(needing(once=True), rules, QUORUM)
+    own = GuardedSchedule("mine.py:mine", QUORUM, max_staleness=0, continuous=False)
+    for schedule in (Buffered(buffer=3), QuorumRounds(2), own):
         with pytest.raises(UsageError, match="needs synchronous rounds that discard late updates"):
             rules_for(needing(once=True), rules, schedule)
 

@@ -20,12 +20,13 @@ from flax import nnx
 
 from fluffle_common.cli.loading import load_object
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.layout import DTYPES
 from fluffle_common.user_errors import full_trace, one_line
 from fluffle_worker.cli import worker
-from fluffle_worker.signature import UNKNOWN, described, difference, signature_of_task
+from fluffle_worker.signature import UNKNOWN, difference, signature_of_task
 from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
-from fluffle_worker.task_loading import load_task
+from fluffle_worker.task_loading import load_factory
 from fluffle_worker.tasks.flax import flax_task
 
 OPTIONS = TaskOptions("data", "w")
@@ -65,13 +66,15 @@ def test_a_task_file_s_neighbour_is_found_also_later(here):
     write(here / "sub", "near_by.py", "VALUE = 3\n")
     write(here / "sub", "near_too.py", "VALUE = 4\n")
     late = TASK.replace("return Task()", "import near_too; return Task()")
-    assert load_task(f"{write(here / 'sub', 'stream.py', 'import near_by' + late)}:task", OPTIONS)
+    assert load_factory(f"{write(here / 'sub', 'stream.py', 'import near_by' + late)}:task")(
+        OPTIONS
+    )
 
 
 def test_a_module_s_neighbour_is_found_also_later(here):
     write(here, "near_three.py", "")
     write(here, "a_task.py", TASK.replace("return Task()", "import near_three; return Task()"))
-    assert load_task("a_task:task", OPTIONS)
+    assert load_factory("a_task:task")(OPTIONS)
 
 
 def test_a_file_that_two_options_name_is_loaded_once_until_it_changes(here):
@@ -134,7 +137,7 @@ def test_a_chosen_state_folder_that_cannot_be_written_is_an_error_at_the_start(h
 def test_a_task_file_replaces_no_module_of_its_name(here):
     import queue
 
-    task = load_task(f"{write(here, 'queue.py', TASK)}:task", OPTIONS)
+    task = load_factory(f"{write(here, 'queue.py', TASK)}:task")(OPTIONS)
     assert sys.modules["queue"] is queue
     assert type(task).__module__ in sys.modules  # so that it can be pickled
 
@@ -143,7 +146,7 @@ def test_a_task_file_replaces_no_module_of_its_name(here):
 def test_a_task_file_replaces_no_module_that_is_imported_later(here, monkeypatch, name):
     if name != "__main__":
         monkeypatch.delitem(sys.modules, name, raising=False)
-    assert load_task(f"{write(here, f'{name}.py', TASK)}:task", OPTIONS)
+    assert load_factory(f"{write(here, f'{name}.py', TASK)}:task")(OPTIONS)
     assert not hasattr(importlib.import_module(name), "Task")
 
 
@@ -154,7 +157,7 @@ def test_a_task_file_that_changes_the_search_path_breaks_no_later_import(here, c
     before = list(dict.fromkeys(sys.path))
     monkeypatch.setattr(sys, "path", list(before))
     text = f"import sys; {change}; sys.path.append('/added')\n{TASK}"
-    assert load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
+    assert load_factory(f"{write(here, 'stream.py', text)}:task")(OPTIONS)
     assert sys.path == (before if "remove" in change else []) + ["/added"] + (
         [] if "remove" in change else before
     ) + [str(here)]
@@ -165,7 +168,7 @@ def test_a_task_has_no_relative_name(here, name):
     with pytest.raises(
         UsageError, match=f"--task expects module:name or path.py:name, not '{name}"
     ):
-        load_task(name, OPTIONS)
+        load_factory(name)(OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +183,7 @@ def test_a_task_has_no_relative_name(here, name):
 def test_a_missing_module_is_named_with_what_brings_it(here, monkeypatch, module, remedy, late):
     text = TASK.replace("return Task()", f"import {module}") if late else f"import {module}\n{TASK}"
     with pytest.raises(UsageError) as wrong:
-        load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
+        load_factory(f"{write(here, 'stream.py', text)}:task")(OPTIONS)
     assert remedy in str(wrong.value)
     assert ("fluffle[" in str(wrong.value)) == ("fluffle[" in remedy)
     assert f"(stream.py:{9 if late else 1})" in str(wrong.value)
@@ -192,7 +195,7 @@ def test_a_module_missing_in_a_task_of_fluffle_has_no_place(monkeypatch):
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "jax", None)  # as if it were not installed
     with pytest.raises(UsageError, match="'jax', which is not installed; run pip install"):
-        load_task("fluffle_worker.letters.task:task", OPTIONS)
+        load_factory("fluffle_worker.letters.task:task")(OPTIONS)
 
 
 @pytest.mark.parametrize(
@@ -209,7 +212,7 @@ def test_a_module_missing_in_a_task_of_fluffle_has_no_place(monkeypatch):
 def test_what_fails_while_it_is_loaded_is_told_with_file_and_line(here, capsys, broken, late):
     text = TASK.replace("return Task()", broken) if late else f"{broken}\n"
     with pytest.raises(TaskError) as wrong:
-        load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
+        load_factory(f"{write(here, 'stream.py', text)}:task")(OPTIONS)
     assert f"(stream.py:{9 if late else 1})" in str(wrong.value)
     stderr = capsys.readouterr().err
     assert "\\n" not in stderr  # a line a line
@@ -224,7 +227,7 @@ def test_ctrl_c_while_a_task_loads_is_no_error_of_the_task(here, late):
     broken = "raise KeyboardInterrupt"
     text = TASK.replace("return Task()", broken) if late else f"{broken}\n"
     with pytest.raises(KeyboardInterrupt):
-        load_task(f"{write(here, 'stream.py', text)}:task", OPTIONS)
+        load_factory(f"{write(here, 'stream.py', text)}:task")(OPTIONS)
 
 
 # --- errors of a user's code -------------------------------------------------------------------
@@ -298,10 +301,10 @@ def test_counts_and_classes_of_any_kind_will_do():
 def test_a_task_that_ignores_the_option_classes_is_refused(here):
     ignores = TASK.replace("num_examples = 3", "num_examples, classes = 3, ['b', 'a']")
     name = f"{write(here, 'ignores.py', ignores)}:task"
-    assert load_task(name, TaskOptions("data", "w", classes=("a", "b")))
+    assert load_factory(name)(TaskOptions("data", "w", classes=("a", "b")))
     message = f"--classes names a, b, c, but the task {name} has the classes b, a; let the task use"
     with pytest.raises(UsageError, match=f"^{re.escape(message)} options.classes$"):
-        load_task(name, TaskOptions("data", "w", classes=("a", "b", "c")))
+        load_factory(name)(TaskOptions("data", "w", classes=("a", "b", "c")))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +334,7 @@ def test_an_attribute_that_raises_is_named_with_its_place(here, capsys, attribut
     broken = TASK.replace("num_examples = 3", f"{attribute} = property(lambda self: 1 / 0)")
     name = f"{write(here, 'stream.py', broken)}:task"
     with pytest.raises(TaskError, match="cannot start: ZeroDivisionError: .*stream.py:"):
-        load_task(name, OPTIONS)
+        load_factory(name)(OPTIONS)
     assert "Traceback" in capsys.readouterr().err
 
 
@@ -387,14 +390,11 @@ def test_nested_weights_are_refused_with_a_flat_name():
 
 def test_a_form_is_told_in_short_and_its_digest_knows_no_order():
     w, n = np.zeros((300, 4), np.float32), np.zeros((), np.int64)
-    form, other = (described(signature_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
-    assert form is not None
-    assert other is not None
+    form, other = (form_from(signature_of_task(t)) for t in (making(w=w, n=n), making(n=n, w=w)))
     assert form.summary == "2 tensors, 1,201 parameters: float32 1, int64 1"
     assert form.digest == other.digest == "c7a99ca8e815d968"
     for changed in (making(w=w.T, n=n), making(v=w, n=n), making(w=w.astype(float), n=n)):
-        assert described(signature_of_task(changed)).digest != form.digest
-    assert described(UNKNOWN) is None
+        assert form_from(signature_of_task(changed)).digest != form.digest
 
 
 def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
@@ -498,8 +498,7 @@ def test_a_flax_model_says_its_form_without_being_made(monkeypatch):
     task = flax(Colliding.__base__)
     monkeypatch.setattr(task, "init", None)
     if "bfloat16" in DTYPES:
-        form = described(signature_of_task(task))
-        assert form is not None
+        form = form_from(signature_of_task(task))
         assert form.summary == "2 tensors, 3 parameters: bfloat16 2"
     else:
         with pytest.raises(TaskError, match="'dense/bias' is bfloat16, which is not supported"):

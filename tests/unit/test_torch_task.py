@@ -647,7 +647,7 @@ def test_a_model_file_fills_a_module_of_torch(tmp_path):
     assert module.norm.num_batches_tracked == 6
     del loaded["norm.running_var"]
     with pytest.raises(
-        fluffle.UsageError, match=r"fit the module Normed: the model lacks norm\.running_var"
+        fluffle.UsageError, match=r"Normed does not fit the model: .* unknown norm\.running_var$"
     ):
         fluffle.load_into(module, loaded)
 
@@ -676,13 +676,13 @@ def test_a_model_without_its_frozen_parameters_fills_a_module():
     assert torch.equal(module.head.weight, torch.tensor(weights["head.weight"]))
     assert torch.equal(module.body.weight, body)
     del weights["head.weight"]
-    with pytest.raises(fluffle.UsageError, match=r"the model lacks head\.weight"):
+    with pytest.raises(fluffle.UsageError, match=r"unknown head\.weight$"):
         fluffle.load_into(module, weights)
     whole = task_of(Normed).init(1)
     fluffle.load_into(module, whole)
     assert torch.equal(module.body.weight, torch.tensor(whole["body.weight"]))
     del whole["body.weight"]
-    with pytest.raises(fluffle.UsageError, match=r"the model lacks body\.weight"):
+    with pytest.raises(fluffle.UsageError, match=r"unknown body\.weight$"):
         fluffle.load_into(module, whole)
 
 

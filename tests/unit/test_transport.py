@@ -34,31 +34,16 @@ async def test_a_delivery_of_another_or_an_unknown_user_is_rejected(sender, fact
     assert error.value.cause == "sender"
 
 
-async def test_changes_begin_with_the_current_state():
-    blocking = Blocking()
-    blocking.set("low on disk")
-    news = blocking.changes()
-    assert await anext(news) == "low on disk"
-    coming = asyncio.ensure_future(anext(news))
-    await asyncio.sleep(0)
-    blocking.set("low on disk")
-    await asyncio.sleep(0)
-    assert not coming.done(), "nothing has changed"
-    blocking.set(None)
-    assert await coming is None
-    await news.aclose()
-
-
 async def test_publishing_waits_until_the_broker_unblocks():
     broker = MemoryBroker()
     link = await broker.open()
     await link.declare([Queue("q", "of a test")])
-    broker.block("low on memory")
+    broker.blocking.set("low on memory")
     assert link.blocking.reason == "low on memory"
     publishing = asyncio.ensure_future(link.publish(b"x", Properties(), exchange="", keys=["q"]))
     await asyncio.sleep(0)
     assert (await link.counts("q")).ready == 0
-    broker.block(None)
+    broker.blocking.set(None)
     await publishing
     assert link.blocking.reason is None
     assert (await link.counts("q")).ready == 1
@@ -67,7 +52,7 @@ async def test_publishing_waits_until_the_broker_unblocks():
 async def test_waiting_for_a_blocked_broker_ends_when_the_link_is_lost():
     broker = MemoryBroker()
     link = await broker.open()
-    broker.block("low on memory")
+    broker.blocking.set("low on memory")
     publishing = asyncio.ensure_future(link.publish(b"x", Properties(), exchange="", keys=["q"]))
     await asyncio.sleep(0)
     link.cut()
@@ -114,12 +99,16 @@ async def test_blocking_and_unblocking_are_events():
     broker = MemoryBroker()
     link = await broker.open()
     events: asyncio.Queue[RunEvent] = asyncio.Queue()
+    broker.blocking.set("low on memory")
     task = asyncio.ensure_future(report_blocking(link, events.put_nowait))
+    assert await events.get() == Blocked(reason="low on memory")  # the state at the beginning
+    broker.blocking.set("low on memory")
     await asyncio.sleep(0)
-    broker.block("low on memory")
-    assert await events.get() == Blocked(reason="low on memory")
-    broker.block(None)
+    assert events.empty(), "nothing has changed"
+    broker.blocking.set(None)
     assert await events.get() == Unblocked()
+    broker.blocking.set("low on disk")
+    assert await events.get() == Blocked(reason="low on disk")
     task.cancel()
 
 

@@ -96,9 +96,9 @@ if TYPE_CHECKING:
     "--state-dir",
     type=click.Path(path_type=Path, file_okay=False),
     metavar="DIR",
-    help="Folder, of this worker alone, for the data that it keeps between rounds: the state of "
-    "its local rule, its personal tensors, and the frozen tensors that it received.  [default: "
-    "runs/workers/FEDERATION/ID]",
+    help="Folder for the data that this worker keeps between rounds: the state of its local rule, "
+    "its personal tensors, and the frozen tensors that it received. Each worker needs its own "
+    "folder.  [default: runs/workers/FEDERATION/ID]",
     show_default=False,
 )
 @click.option(
@@ -116,9 +116,9 @@ def worker(**options: Any) -> None:
     """Take part in a federation with your own data.
 
     The data never leaves this machine. The worker sends only weight changes, metrics, and facts
-    such as its number of examples and its class names. You can start it before or after the broker
-    and the coordinator. It waits for them, joins the open round or the next round, and reconnects
-    after any outage.
+    such as its number of examples and its class names. You can start the worker before or after
+    the broker and the coordinator. It waits for them, joins the open round or the next round, and
+    reconnects after any outage.
 
     \b
       fluffle worker --federation letters --data data/client-1
@@ -217,17 +217,16 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
     from fluffle_common.cli.settings import parse_classes
     from fluffle_worker.local.loading import use_local_rule
     from fluffle_worker.task import TaskOptions
-    from fluffle_worker.task_loading import load_task
+    from fluffle_worker.task_loading import load_factory
 
     here = Path.cwd()
-    task = load_task(
-        options["task"],
+    task = load_factory(options["task"])(
         TaskOptions(
             data=options["data"],
             worker=worker,
             seed=options["seed"],
             classes=parse_classes(options["classes"]),
-        ),
+        )
     )
     if options["local_rule"]:
         with contextlib.chdir(here):  # which the code of the task may have left
@@ -244,29 +243,26 @@ def _run_to_end(make_service: Callable[[], WorkerService], console: Console) -> 
     from fluffle_common.protocol.events import Leaving
 
     running: WorkerService | None = None
+    code = 0
 
     async def run() -> None:
         nonlocal running
         running = make_service()  # needs a running event loop
         await running.run()
-
-    def at_work() -> bool:
-        return running is not None and running.at_work
+        if (error := running.verdict()) is not None:
+            raise error
 
     try:
         run_until_signalled(run())
-        error = running.verdict() if running is not None else None
     except Interrupted as signalled:
         console.event(Leaving())
-        return signalled.exit_code, at_work()
+        code = signalled.exit_code
     except FluffleError as why:
-        error = why
+        warn(str(why))
+        code = why.exit_code
     except Exception:
-        if not at_work():
+        if running is None or not running.at_work:
             raise
         traceback.print_exc()
-        return 1, True
-    if error is not None:
-        warn(str(error))
-        return error.exit_code, at_work()
-    return 0, at_work()
+        code = 1
+    return code, running is not None and running.at_work

@@ -19,6 +19,7 @@ from fluffle_common.protocol.messages import (
     Heartbeat,
     Hello,
 )
+from fluffle_common.protocol.model_form import form_from
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_common.tensors.layout import Signature
@@ -28,7 +29,7 @@ from fluffle_common.user_errors import sendable
 from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
-from fluffle_worker.signature import described
+from fluffle_worker.signature import UNKNOWN
 from fluffle_worker.task import Task, classes_of, num_examples_of
 
 _BYE_PATIENCE_S = 2.0
@@ -59,12 +60,13 @@ class Presence:
             "worker": settings.worker,
             "session": self.session,
         }
+        shared = frozen.signature if frozen.shared else ()
         self._about: dict[str, Any] = {
             "num_examples": num_examples_of(task),
             # The end of a path is the more telling part.
             "task": sendable(settings.task[-MAX_TASK_CHARACTERS:], MAX_TASK_CHARACTERS),
             "classes": classes_of(task),
-            "model": described(signature, frozen.signature if frozen.shared else ()),
+            "model": None if signature == UNKNOWN else form_from(signature, shared),
             "features": (FROZEN,) if frozen.shared else (),
             "heartbeat_s": settings.heartbeat_s,
         }

@@ -22,7 +22,7 @@ from fluffle_common.protocol.messages import (
     Plan,
     Update,
 )
-from fluffle_common.tensors.codecs.base import BrokenCodec, Codec, CodecError, UnknownCodec
+from fluffle_common.tensors.codecs.base import Codec, CodecError, UnknownCodec
 from fluffle_common.tensors.codecs.registry import CODECS, Registry
 from fluffle_common.tensors.compression import compress
 from fluffle_common.tensors.groups import (
@@ -135,8 +135,13 @@ class Executor:
         if job.evaluation is not None:
             evaluated()
 
+        def report(step: int, steps: int, loss: float | None = None) -> None:
+            if not job.wanted:
+                raise NotWanted
+            progress(*self.results.step(step, steps, loss))
+
+        report.__qualname__ = "progress"  # as the task's author knows it, for Python's TypeError
         codec, plan = _codec_of(message.plan, self.codecs), _plan_of(message, job.work)
-        report = _progress_of(job, self.results, progress)
         update, change = self._train(job, message, plan, report, ids)
         if codec is None:
             job.answer = update, change
@@ -197,20 +202,6 @@ class Executor:
         return update, change
 
 
-def _progress_of(
-    job: Job, results: Results, progress: Callable[[int, int, float | None], object]
-) -> Progress:
-    """Return the function that the task's ``train`` calls after each step."""
-
-    def report(step: int, steps: int, loss: float | None = None) -> None:
-        if not job.wanted:
-            raise NotWanted
-        progress(*results.step(step, steps, loss))
-
-    report.__qualname__ = "progress"  # as the task's author knows it, for Python's TypeError
-    return report
-
-
 def _rule_of(task: Task) -> BoundRule | None:
     rule = getattr(task, "local_rule", None)
     return rule if isinstance(rule, BoundRule) else None
@@ -254,7 +245,7 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
     name = plan.compress.kind
     try:
         return codecs.parse(str(plan.compress))
-    except BrokenCodec as why:
+    except CodecError as why:
         raise TaskError(str(why)) from why.__cause__
     except UnknownCodec:
         raise TaskError(
@@ -293,7 +284,7 @@ def _plan_of(message: Fit, work: Work) -> RoundPlan:
 
     The plan gets a copy of ``config``, so the task may modify it.
     """
-    seed = (message.plan.seed * 1_000_003 + work.sequence) % 2**63
-    changes = {"seed": seed, "config": dict(message.plan.config)}
-    ids = {"run": work.run, "round": work.round, "sequence": work.sequence}
-    return RoundPlan(**{**vars(message.plan), **changes, **ids})
+    fields = vars(message.plan) | {"run": work.run, "round": work.round, "sequence": work.sequence}
+    fields["seed"] = (message.plan.seed * 1_000_003 + work.sequence) % 2**63
+    fields["config"] = dict(message.plan.config)
+    return RoundPlan(**fields)

@@ -84,7 +84,9 @@ class Results:
         try:
             num_examples, loss = count(result.num_examples), number(result.loss)
             if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
-                raise ValueError(f"num_examples is not from 0 to {MAX_NUM_EXAMPLES}")
+                raise ValueError(
+                    f"num_examples is {shown(num_examples)}; expected 0 to {MAX_NUM_EXAMPLES}"
+                )
         except Exception as wrong:  # some compute their values only now
             self._once(
                 "evaluate result",

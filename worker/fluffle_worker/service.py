@@ -177,10 +177,12 @@ class WorkerService:
         self._assembly = self._welcomed = None
 
     async def _handle(self, link: Link, message: Message, payload: memoryview) -> None:
-        if isinstance(message, Exchange):
-            await self._exchange(link, message, payload)
-        else:
+        if not isinstance(message, Exchange):
             self._receive(message, payload)
+        elif message.run == self._run:  # otherwise, it is of an earlier run
+            for sent, body in handle_exchange(self._exchanges, message, payload):
+                key = f"{sent.message.kind}.{self._settings.worker}"
+                await send(link, sent.message, Route(self._topology.results, [key]), body)
 
     def _receive(self, message: Message, payload: memoryview) -> None:
         match message:
@@ -214,14 +216,6 @@ class WorkerService:
                 pass  # meant for an earlier process of this worker, or an earlier run
             case _:
                 raise not_for_workers(message)
-
-    async def _exchange(self, link: Link, message: Exchange, payload: memoryview) -> None:
-        """Handle one phase of a multi-phase protocol and send the replies in order."""
-        if message.run != self._run:
-            return  # of an earlier run
-        for sent, body in handle_exchange(self._exchanges, message, payload):
-            key = f"{sent.message.kind}.{self._settings.worker}"
-            await send(link, sent.message, Route(self._topology.results, [key]), body)
 
     def _handle_verdict(self, verdict: Verdict) -> None:
         """Show why an update does not count, and train again if asked to."""

@@ -14,8 +14,6 @@ import numpy as np
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.user_code import warn_in_full
 from fluffle_common.errors import TaskError
-from fluffle_common.protocol.messages import ModelForm
-from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.checkpoint import check_names
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_common.user_errors import is_ctrl_c, one_line
@@ -72,11 +70,6 @@ def check_signature(signature: Signature) -> None:
         check_names(name for name, _, _ in signature)
     except ValueError as wrong:
         raise TaskError(str(wrong)) from None
-
-
-def described(signature: Signature, frozen: Signature = ()) -> ModelForm | None:
-    """Return the form of a signature as ``hello`` carries it; None for ``UNKNOWN``."""
-    return None if signature == UNKNOWN else form_from(signature, frozen)
 
 
 def difference(federation: Signature, own: Signature) -> str | None:

@@ -2,8 +2,8 @@
 
 A task owns one data owner's data and model code. It receives the global weights and a plan, and
 returns trained weights; it knows nothing about brokers or other workers. Any object with the three
-methods is a task, whatever its framework; ``flax_task``,
-``torch_task`` and ``sklearn_task`` are adapters.
+methods is a task, whatever its framework; ``flax_task``, ``torch_task`` and ``sklearn_task`` are
+adapters.
 """
 
 from __future__ import annotations
@@ -22,15 +22,7 @@ from fluffle_common.user_errors import sendable
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
 
-_OPTIONAL = (
-    "frozen",
-    "keep_in",
-    "local_rule",
-    "model_form",
-    "only_reads",
-    "share_frozen",
-    "use_frozen",
-)
+_OPTIONAL = "frozen keep_in local_rule model_form only_reads share_frozen use_frozen".split()
 
 
 @dataclass(frozen=True)
@@ -70,6 +62,14 @@ class FailedMetric(float):
         made = super().__new__(cls, "nan")
         made.why = why
         return made
+
+
+def measured(metric: Callable[..., Any], *args: Any) -> float:
+    """Return a metric; its error costs only this metric."""
+    try:
+        return float(metric(*args))
+    except Exception as why:
+        return FailedMetric(why)
 
 
 class RoundPlan(Plan):

@@ -10,19 +10,14 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_worker.task import Task, TaskOptions, check_task, classes_of
 
 
-def load_task(name: str, options: TaskOptions) -> Task:
-    """Return the task that the factory at ``module:name`` or ``path.py:name`` makes.
+def load_factory(name: str) -> Callable[[TaskOptions], Task]:
+    """Return the factory at ``module:name`` or ``path.py:name``, which makes checked tasks.
 
     Raises:
-        UsageError: if there is no such factory, what it returns is not a task, or the task ignores
-            ``options.classes``.
-        TaskError: if the factory fails with these options, for example because data is missing.
+        UsageError: if there is no such factory; when called, if what it returns is not a task, or
+            the task ignores ``options.classes``.
+        TaskError: when called, if it fails, for example because data is missing.
     """
-    return load_factory(name)(options)
-
-
-def load_factory(name: str) -> Callable[[TaskOptions], Task]:
-    """Return the function that ``load_task`` calls; it raises what ``load_task`` does."""
     place = Place.parse("task", name)
     factory = place.load()
     if not callable(factory):

@@ -68,7 +68,9 @@ def broker() -> None:
 
 @broker.command()
 @_state_option
-@_port_option("--port", "AMQP", 5673, zero="a free port for this and each omitted port option")
+@_port_option(
+    "--port", "AMQP", 5673, zero="a free port, also for each port option that is not given"
+)
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)
 def up(
@@ -217,11 +219,9 @@ def apply_policy(federation: str, url: str | None, management: str | None, print
     """
     from fluffle_broker.cli.options import federation_and_broker
     from fluffle_broker.node import policies
-    from fluffle_common.cli.settings import management_of
     from fluffle_common.protocol import topology
 
-    _, address = federation_and_broker(federation, url)
-    api = management_of(address, management)
+    _, api = federation_and_broker(federation, url, management)
     wanted = topology.policies(federation)
     if prints:
         echo(*policies.shell_lines(wanted, api.vhost))

@@ -25,15 +25,17 @@ def inspection_options(json_help: str, federation: Any = federation_option) -> C
     return lambda command: federation(url_option(as_json(command)))
 
 
-def federation_and_broker(federation: str, url: str | None) -> tuple[Topology, str]:
-    """Return the federation's names and the broker's URL, or raise ``UsageError``."""
-    from fluffle_common.cli.settings import broker_url, check_federation
+def federation_and_broker(
+    federation: str, url: str | None, management: str | None
+) -> tuple[Topology, Management]:
+    """Return the federation's names and the broker's management API, or raise ``UsageError``."""
+    from fluffle_common.cli.settings import broker_url_finder, check_federation, management_finder
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.urls import parse_urls
 
-    address = broker_url(url)
+    address = broker_url_finder(url)()
     parse_urls(address)
-    return Topology(check_federation(federation)), address
+    return Topology(check_federation(federation)), management_finder(management)(address)
 
 
 def with_link(address: str, work: Callable[[Link], Awaitable[T]]) -> T:

@@ -55,17 +55,17 @@ def peek(queue: str, count: int, **options: Any) -> None:
       fluffle peek rejected -n 3 --federation letters --json
     """
     from fluffle_broker.inspect import peek as peeking
-    from fluffle_common.cli.settings import management_of
 
-    topology, address = federation_and_broker(options["federation"], options["url"])
-    peeked = with_link(address, lambda link: peeking.peek(link, topology, queue, count))
+    topology, api = federation_and_broker(
+        options["federation"], options["url"], options["management"]
+    )
+    peeked = with_link(api.url, lambda link: peeking.peek(link, topology, queue, count))
     now = time.time()
     if options["as_json"]:
         echo_json([decoded.as_dict(now) for decoded in peeked.messages])
     else:
         _show(peeked, now)
-    held = _held(peeked, topology, management_of(address, options["management"]))
-    if held:
+    if held := _held(peeked, topology, api):
         warn(held)
 
 
@@ -90,7 +90,7 @@ def _held(peeked: Peeked, topology: Topology, api: Management) -> str | None:
 
 
 def _show(peeked: Peeked, now: float) -> None:
-    from fluffle_broker.inspect.message_view import show_message
+    from fluffle_broker.inspect.formatting import show_message
 
     shown = f", {len(peeked.messages)} shown" if peeked.messages else ""
     kept = "kept" if any(r.delivery.offset is not None for r in peeked.messages) else "ready"

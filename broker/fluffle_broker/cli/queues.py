@@ -39,7 +39,7 @@ def queues(
     unacked    messages that are delivered but not acknowledged; an update is
                acknowledged once its round is on the coordinator's disk
     in/s out/s messages published and delivered per second
-    oldest     age of the message at the head, by its sender's clock
+    oldest     age of the oldest ready message, by its sender's clock
 
     Below the table, each line with "!" names a problem. Several empty queues of one kind share a
     row. A wide terminal also shows the purpose of each queue; --json prints every queue with all
@@ -55,7 +55,7 @@ def queues(
     from fluffle_broker.inspect.queues import read_overview
     from fluffle_common.cli.settings import broker_url_finder, management_finder
 
-    topology, _ = federation_and_broker(federation, url)
+    topology, _ = federation_and_broker(federation, url, management)
     find_url, find_management = broker_url_finder(url), management_finder(management)
 
     def once() -> QueueOverview:

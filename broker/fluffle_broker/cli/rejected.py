@@ -60,27 +60,26 @@ def rejected(ctx: click.Context, /, **options: Any) -> None:
       fluffle rejected requeue --all --federation letters
       fluffle rejected purge --federation letters
     """
-    from fluffle_common.cli.settings import management_of
-
     ctx.obj = options
     if ctx.invoked_subcommand is None:
-        topology, address, as_json = _target(options)
+        topology, api, as_json = _target(options)
         given = ctx.get_parameter_source("count") is not ParameterSource.DEFAULT
         # JSON has all messages unless --count is given.
         most = options["count"] if given or not as_json else None
-        _list(topology, management_of(address, options["management"]), most, as_json)
+        _list(topology, api, most, as_json)
 
 
 def _target(
     options: Mapping[str, Any], group: Mapping[str, Any] | None = None
-) -> tuple[Topology, str, bool]:
-    """Return the federation, the broker's URL and ``--json``, given here or to the group."""
+) -> tuple[Topology, Management, bool]:
+    """Return the federation, the management API and ``--json``, given here or to the group."""
     merged = {**options}
     for name, value in (group or {}).items():
         merged[name] = merged.get(name) or value
     if not merged["federation"]:
         raise UsageError("no federation is given; use --federation or set FLUFFLE_FEDERATION")
-    return *federation_and_broker(merged["federation"], merged["url"]), merged["as_json"]
+    found = federation_and_broker(merged["federation"], merged["url"], merged["management"])
+    return *found, merged["as_json"]
 
 
 def _list(topology: Topology, api: Management, most: int | None, as_json: bool) -> None:
@@ -157,11 +156,11 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
 
     The command prints the same details as 'fluffle peek'.
     """
-    from fluffle_broker.inspect.message_view import show_message
+    from fluffle_broker.inspect.formatting import show_message
     from fluffle_broker.inspect.rejected import read_rejected
 
-    topology, address, as_json = _target(options, group)
-    message = with_link(address, lambda link: read_rejected(link, topology, number))
+    topology, api, as_json = _target(options, group)
+    message = with_link(api.url, lambda link: read_rejected(link, topology, number))
     now = time.time()
     if as_json:
         echo_json(message.as_dict(now))
@@ -193,9 +192,9 @@ def requeue(
             f"{'numbers and --all are both given' if numbers else 'no message is chosen'}; choose "
             "messages by number, such as 'requeue 3 4', or choose all with --all"
         )
-    topology, address, as_json = _target(options, group)
+    topology, api, as_json = _target(options, group)
     chosen = None if everything else set(numbers)
-    results = with_link(address, lambda link: rejected_queue.requeue(link, topology, chosen))
+    results = with_link(api.url, lambda link: rejected_queue.requeue(link, topology, chosen))
     if as_json:
         echo_json([_result_dict(each) for each in results])
     elif not results:
@@ -232,12 +231,12 @@ def purge(group: dict[str, Any], /, yes: bool, **options: Any) -> None:
     """Delete all messages that are currently in the queue 'rejected'."""
     from fluffle_broker.inspect import rejected as rejected_queue
 
-    topology, address, as_json = _target(options, group)
+    topology, api, as_json = _target(options, group)
     if not yes:
         click.confirm(
             f"delete all messages in {topology.rejected} permanently?", abort=True, err=True
         )
-    deleted = with_link(address, lambda link: rejected_queue.purge(link, topology))
+    deleted = with_link(api.url, lambda link: rejected_queue.purge(link, topology))
     if as_json:
         echo_json({"purged": deleted}, indent=None)
     else:

@@ -68,17 +68,19 @@ def tap(**options: Any) -> None:
     once more. To exclude models, use '--kind update'. The parts of updates are copied only with
     --save or '--kind part'.
 
-    The command does not copy a message that matches no queue, because the broker would then treat
-    the message as delivered. The command looks for new queues every 10 seconds, so it may miss
-    the first messages to a new worker.
+    The command does not copy a message that matches no other queue. Otherwise, the broker would
+    treat the message as delivered, and would not move it to 'unrouted'. The command looks for new
+    queues every 10 seconds, so it may miss the first messages to a new worker.
     """
     from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_broker.inspect.tap import KINDS, Wanted
     from fluffle_common.arguments import nearest
-    from fluffle_common.cli.settings import broker_url_finder, check_worker, management_of
+    from fluffle_common.cli.settings import broker_url_finder, check_worker
     from fluffle_common.errors import UsageError
 
-    topology, address = federation_and_broker(options["federation"], options["url"])
+    topology, api = federation_and_broker(
+        options["federation"], options["url"], options["management"]
+    )
     topology = replace(topology, queue_type=options["queue_type"])
     for kind in options["kinds"]:
         if kind not in KINDS:
@@ -89,7 +91,7 @@ def tap(**options: Any) -> None:
     wanted = Wanted(kinds, options["worker"], bool(options["save"]) or "part" in kinds)
     archive = MessageArchive(options["save"]) if options["save"] else None
     printer = TapPrinter(wanted, options["as_json"], options["count"], archive)
-    workers = _known_workers(topology, management_of(address, options["management"]))
+    workers = _known_workers(topology, api)
     _run(topology, broker_url_finder(options["url"]), printer, workers)
 
 
@@ -116,9 +118,6 @@ def _run(
     def ready() -> None:
         warn(f"following federation {topology.federation} on {transport.address}")
 
-    def no_broker(reason: str) -> None:
-        warn(f"no broker ({reason}); trying again")
-
     warned = False
 
     async def warn_if_missing(link: Link) -> None:
@@ -126,13 +125,16 @@ def _run(
         if not warned and not await link.exists(topology.work):
             warned, name = True, topology.federation
             warn(
-                f"no coordinator has created federation {name} on this broker yet; waiting. If "
-                f"the name is wrong, 'fluffle queues --federation {name}' lists the right ones"
+                f"no coordinator has created federation {name} on this broker yet; waiting. To "
+                f"list the broker's federations, run 'fluffle queues --federation {name}'"
             )
 
     async def follow() -> None:
-        async with contextlib.aclosing(reconnecting(transport, Backoff(), no_broker)) as opened:
-            async for link in opened:
+        links = reconnecting(
+            transport, Backoff(), lambda reason: warn(f"no broker ({reason}); trying again")
+        )
+        async with contextlib.aclosing(links):
+            async for link in links:
                 try:
                     await warn_if_missing(link)
                     await Tap(link, topology, printer.wanted, workers, printer.show).run(ready)
@@ -170,12 +172,9 @@ class TapPrinter:
         self._who_width = _WHO_WIDTH  # of the widest line so far, so that later lines align
 
     def show(self, decoded: DecodedMessage) -> None:
-        """Print and save one message.
+        """Print and save one message; raise ``Enough`` after the last line."""
+        from fluffle_broker.inspect.tap import is_work, workers_of
 
-        Raises:
-            UsageError: if it cannot be saved.
-            Enough: after the last line.
-        """
         now = self._clock()
         if self._archive is not None:
             self._archive.save(decoded, now)
@@ -183,10 +182,16 @@ class TapPrinter:
             return
         if self._as_json:
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
-            fields = {"time": arrived, **_direction(decoded), **decoded.as_dict(now)}
-            self._line(visible_json(json.dumps(fields)))
+            direction, workers = "to" if is_work(decoded) else "from", workers_of(decoded)
+            fields = {"time": arrived, "direction": direction, "workers": list(workers)}
+            text = visible_json(json.dumps(fields | decoded.as_dict(now)))
         else:
-            self._line(self._in_words(decoded, now))
+            text = self._in_words(decoded, now)
+        self._print_line(text)
+        if self._left is not None:
+            self._left -= 1
+            if not self._left:
+                raise Enough
 
     def _in_words(self, decoded: DecodedMessage, now: float) -> str:
         from fluffle_broker.inspect.formatting import facts, size
@@ -199,16 +204,3 @@ class TapPrinter:
         at = time.strftime("%H:%M:%S", time.localtime(now))
         text = f"{', '.join(facts(decoded))}  ({size(decoded.size_bytes)})"
         return f"{at}  {arrow} {who:<{self._who_width}} {decoded.kind:<13} {text}"
-
-    def _line(self, text: str) -> None:
-        self._print_line(text)
-        if self._left is not None:
-            self._left -= 1
-            if not self._left:
-                raise Enough
-
-
-def _direction(decoded: DecodedMessage) -> dict[str, Any]:
-    from fluffle_broker.inspect.tap import is_work, workers_of
-
-    return {"direction": "to" if is_work(decoded) else "from", "workers": list(workers_of(decoded))}

@@ -35,11 +35,7 @@ class MessageArchive:
         self._latest = ""  # the clock may be set back, as local time is each autumn
 
     def save(self, decoded: DecodedMessage, now: float) -> Path:
-        """Write both files of a message, each atomically; return the path of the body.
-
-        Raises:
-            UsageError: if a file cannot be written.
-        """
+        """Write both files atomically, and return the body's; raise ``UsageError`` on failure."""
         arrived = time.strftime("%Y%m%dT%H%M%S", time.localtime(now))
         self._latest = max(self._latest, arrived)
         body = self._path / f"{self._latest}-{next(self._numbers):06d}-{_name(decoded)}.msgpack"

@@ -116,18 +116,14 @@ def _with_counts(figures: list[QueueFigures], url: str) -> list[QueueFigures]:
     if new:
         with contextlib.suppress(BrokerError):  # the statistics follow
             counted = asyncio.run(_counts(new, url))
-    return [
-        replace(
-            queue,
-            ready=counts.ready,
-            unacknowledged=None,
-            consumers=counts.consumers,
-            size_bytes=None,
-        )
-        if (counts := counted.get(queue.name)) is not None
-        else queue
-        for queue in figures
-    ]
+
+    def exact(queue: QueueFigures) -> QueueFigures:
+        if (counts := counted.get(queue.name)) is None:
+            return queue
+        known = replace(queue, ready=counts.ready, consumers=counts.consumers)
+        return replace(known, unacknowledged=None, size_bytes=None)
+
+    return list(map(exact, figures))
 
 
 async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
-from fluffle_broker.inspect.browse import borrowed, is_classic
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
+from fluffle_broker.inspect.peek import borrowed, is_classic
 from fluffle_common.errors import CAUSES, UsageError
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
@@ -89,11 +89,7 @@ async def list_rejected(
 
 
 async def read_rejected(link: Link, topology: Topology, number: int) -> Rejected:
-    """Return one rejected message in full; leave it in the queue.
-
-    Raises:
-        UsageError: if there is no message of that number, or as ``list_rejected`` does.
-    """
+    """Return one rejected message in full; raise ``UsageError`` if there is none of that number."""
     messages = await list_rejected(link, topology, full=number)
     if number > len(messages):
         raise _no_such(topology, number, len(messages))

@@ -118,13 +118,7 @@ class Tap:
         self._someone_new = asyncio.Event()
 
     async def run(self, ready: Callable[[], None]) -> None:
-        """Follow the traffic until cancelled.
-
-        ``ready`` is called once the tap is bound and misses nothing more.
-
-        Raises:
-            LinkLost: when the link is lost.
-        """
+        """Follow the traffic until ``LinkLost``; call ``ready`` once nothing is missed."""
         async with contextlib.aclosing(await self._link.tap(self._queue, [])) as copies:
             await self._bind()
             ready()

@@ -68,12 +68,7 @@ def answers(port: int) -> bool:
 
 
 def amqp_version(port: int) -> str | None:
-    """Start an AMQP 0-9-1 handshake on a port.
-
-    Returns:
-        The version in the broker's Connection.Start ("" if there is none), or None if no broker
-        answers.
-    """
+    """Return the version in an AMQP 0-9-1 handshake, perhaps ""; None if no broker answers."""
     try:
         with (
             socket.create_connection((LOOPBACK, port), _TIMEOUT_S) as link,
@@ -109,11 +104,7 @@ def epmd_nodes(port: int) -> list[str] | None:
 
 
 def stop_epmd(port: int, node: str) -> bool:
-    """Stop the epmd on a port, unless it serves other nodes than ``node``, which has ended.
-
-    Returns:
-        Whether the epmd is gone.
-    """
+    """Stop an epmd that serves at most ``node``, which has ended; return whether it is gone."""
 
     def gone_or_shared() -> bool:
         names = epmd_nodes(port)

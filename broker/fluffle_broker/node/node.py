@@ -81,14 +81,11 @@ def up(
 
 
 def down(state: Path, *, grace_s: float = 30.0, report: Report = lambda _: None) -> bool:
-    """Stop the node of a state folder and all its processes; keep its data.
+    """Stop the node of a state folder, keep its data, and return whether it was running.
 
     After ``grace_s`` without a clean stop, which takes RabbitMQ 3.10 6 s, it is killed; 0 kills it
     at once, for a node whose data nobody needs. ``report`` is called with a few words about each
     step.
-
-    Returns:
-        Whether a node was running.
     """
     folder = record.broker_folder(state)
     if not folder.is_dir():
@@ -146,11 +143,7 @@ def _limit_queues(info: NodeInfo, report: Report) -> None:
 
 
 def _await_ready(info: NodeInfo) -> NodeInfo | None:
-    """Wait until all listeners answer, AMQP with a handshake, and complete the record.
-
-    Returns:
-        The completed record, or None if the node has exited.
-    """
+    """Wait until all listeners answer; return the complete record, or None if the node is gone."""
     others = (info.ports.management, info.ports.prometheus)
     end = time.monotonic() + _BOOT_TIMEOUT_S
     while _is_alive(info):

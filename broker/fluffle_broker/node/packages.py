@@ -72,11 +72,7 @@ def find_unpacked(cache: Path | None = None) -> Installation | None:
 
 
 def unpack(report: Report, cache: Path | None = None) -> Installation:
-    """Download Debian's packages of RabbitMQ and Erlang and unpack them into the cache.
-
-    Raises:
-        BrokerError: if apt cannot download the packages, or the disk is full.
-    """
+    """Download and unpack RabbitMQ and Erlang; raise ``BrokerError`` if apt or the disk fails."""
     root = cache or _cache_folder()
     try:
         root.parent.mkdir(parents=True, exist_ok=True)

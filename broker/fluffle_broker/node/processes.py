@@ -27,11 +27,7 @@ def birth(pid: int) -> str | None:
 
 
 def stop_tree(root: int, *, grace_s: float) -> bool:
-    """Terminate a process, wait for it and its descendants, then kill those that are left.
-
-    Returns:
-        Whether all of them exited within ``grace_s``.
-    """
+    """Stop a process and its descendants, at last by force; return whether ``grace_s`` sufficed."""
     try:
         top = psutil.Process(root)
         tree = [top, *top.children(recursive=True)]

@@ -196,8 +196,8 @@ def fluffle() -> None:
 
     A coordinator publishes the global weights over RabbitMQ. Workers train on data that stays with
     them and send updates back. When a quorum of updates has arrived, the coordinator averages them
-    and opens the next round. Start the broker, the coordinator and the workers in any order, on any
-    machines that can reach the broker:
+    and opens the next round. Start the broker, the coordinator and the workers in any order. The
+    coordinator and the workers can run on any machine that can reach the broker:
 
     \b
       fluffle broker up                                a private RabbitMQ server
@@ -240,7 +240,7 @@ management_option = click.option(
     "--management",
     envvar="FLUFFLE_MANAGEMENT_URL",
     metavar="URL",
-    help="URL of RabbitMQ's management API, which provides queue statistics.  [default: the "
+    help="URL of RabbitMQ's management API, for queue statistics and policies.  [default: the "
     "API of the broker that 'fluffle broker up' started in the current folder, else port 15672 "
     "(with TLS, 15671) on the host of --url]",
     show_default=False,
@@ -319,11 +319,7 @@ def _debugging() -> bool:
 
 
 def unexpected(wrong: BaseException) -> str:
-    """Describe an unexpected error in one line.
-
-    Errors of the operating system concern a file or the machine; everything else is a bug in
-    fluffle.
-    """
+    """Describe an unexpected error in one line: one of the system, or else a bug in fluffle."""
     while isinstance(wrong, BaseExceptionGroup):
         wrong = wrong.exceptions[0]
     what = f"{type(wrong).__name__}: {wrong}".removesuffix(": ")

@@ -57,10 +57,6 @@ class BackgroundStream(io.TextIOBase):
         """Return whether the underlying stream is a terminal."""
         return is_terminal(self._stream)
 
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
     def write(self, text: str) -> int:
         """Accept a text, to be written soon or dropped; return its length."""
         # As bytes, because a write may end in the middle of a character.

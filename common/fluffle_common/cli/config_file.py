@@ -29,8 +29,6 @@ from fluffle_common.cli.settings import parse_config
 from fluffle_common.errors import UsageError
 
 _RAW = f"{__name__}.raw"  # key in ctx.meta: the parsed command line, by parameter name
-_PRINTS = f"{__name__}.prints"
-_FILE = f"{__name__}.file"
 # A password in text in quotes, perhaps of a URL without a scheme. It may contain "@" and white
 # space, and also a comma, which separates only before another URL.
 _PASSWORD = re.compile(r""":(?!//)(?:(?!,\s*\w+://)(?:\\.|[^"\\]))*@""")
@@ -46,14 +44,10 @@ TABLES = ("simulation",)
 Style: TypeAlias = Literal["key", "keyword"]
 
 
-class KeyValue(click.ParamType[str]):
+class KeyValue(click.types.StringParamType):
     """``KEY=VALUE`` on the command line; a table in a file, a mapping as a keyword argument."""
 
     name = "KEY=VALUE"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
-        """Return the text unchanged."""
-        return str(value)
 
 
 class ConfiguredCommand(click.Command):
@@ -71,7 +65,7 @@ class ConfiguredCommand(click.Command):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.params.append(
+        self.params += [
             click.Argument(
                 ["file"],
                 required=False,
@@ -80,18 +74,14 @@ class ConfiguredCommand(click.Command):
                 type=click.Path(dir_okay=False, path_type=Path),
                 metavar="[FILE.toml]",
                 callback=_read,
-            )
-        )
-        self.params.append(
+            ),
             click.Option(
                 ["--print-config"],
                 is_flag=True,
-                is_eager=True,
                 expose_value=False,
-                callback=_remember,
                 help="Print a TOML file of all options, with the origin of each value, and exit.",
-            )
-        )
+            ),
+        ]
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the command line, and keep the raw values for ``--print-config``."""
@@ -100,41 +90,31 @@ class ConfiguredCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, or print its configuration."""
-        if ctx.meta.get(_PRINTS):
+        if ctx.meta[_RAW].get("print_config") is True:
             echo(*_print_config_lines(self, ctx))
             return None
         return super().invoke(ctx)
-
-
-def _remember(ctx: click.Context, _: click.Parameter, wanted: bool) -> None:
-    ctx.meta[_PRINTS] = wanted
 
 
 def _read(ctx: click.Context, _: click.Parameter, path: Path | None) -> None:
     """Make the keys of a file the defaults of the command's options."""
     if path is None:
         return
-    ctx.meta[_FILE] = path
     text = _read_text(path)
     try:
         given = tomllib.loads(text)
     except (ValueError, RecursionError) as why:  # also an integer of thousands of digits
         raise UsageError(f"{path} is not valid TOML: {why}") from None
-    given = _keys_for(ctx.command, given, path)
-    place = functools.partial(_place_in_file, path, text)
-    ctx.default_map = {**(ctx.default_map or {}), **_validated(ctx, given, "key", place)}
-
-
-def _keys_for(command: click.Command, given: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the keys that apply to a command, including those in its own table."""
-    table = getattr(command, "own_table", None)
-    keys = {name: value for name, value in given.items() if name not in TABLES}
+    table = getattr(ctx.command, "own_table", None)
     own = given.get(table, {}) if table else {}
     if not isinstance(own, Mapping):
         raise UsageError(
             f"{path}: '{table}' must be a table; begin the table with the line [{table}]"
         )
-    return {**keys, **own}
+    keys = {name: value for name, value in given.items() if name not in TABLES}
+    place = functools.partial(_place_in_file, path, text)
+    valid = _validated(ctx, {**keys, **own}, "key", place)
+    ctx.default_map = {**(ctx.default_map or {}), **valid}
 
 
 def _read_text(path: Path) -> str:
@@ -191,8 +171,7 @@ def _place_in_file(path: Path, text: str, key: str) -> str:
 
 
 def _options_of(command: click.Command) -> list[click.Option]:
-    options = [param for param in command.params if isinstance(param, click.Option)]
-    return [option for option in options if option.expose_value]
+    return [one for one in command.params if isinstance(one, click.Option) and one.expose_value]
 
 
 def _key_of(option: click.Option, style: Style = "key") -> str:
@@ -203,13 +182,7 @@ def _key_of(option: click.Option, style: Style = "key") -> str:
 def _validated(
     ctx: click.Context, given: Mapping[str, Any], style: Style, place: Callable[[str], str]
 ) -> dict[str, Any]:
-    """Validate values and return them by the names of the command's parameters.
-
-    ``place`` returns where an option was given, for error messages.
-
-    Raises:
-        UsageError: if an option does not exist or does not accept its value.
-    """
+    """Return valid values by parameter; ``place`` tells where one was given, for ``UsageError``."""
     known = {_key_of(one, style): one for one in _options_of(ctx.command)}
     values = {}
     for name, given_value in given.items():
@@ -248,13 +221,7 @@ def _without_numpy(value: Any) -> Any:
 
 
 def _raw(option: click.Option, value: Any) -> Any:
-    """Return a value as it would come from the command line, after a strict type check.
-
-    For example, ``rounds = 2.5`` is an error and does not become 2.
-
-    Raises:
-        BadParameter: with the expected type.
-    """
+    """Return a value as from the command line, checked strictly: ``rounds = 2.5`` is an error."""
     if isinstance(option.type, KeyValue) and isinstance(value, Mapping):
         return [f"{key}={_json(key, one)}" for key, one in value.items()]
     if option.multiple:
@@ -334,7 +301,7 @@ def _source_of(option: click.Option, source: ParameterSource, ctx: click.Context
         return max(option.opts, key=len)
     if source is ParameterSource.ENVIRONMENT:
         return f"${option.envvar}"
-    return str(ctx.meta[_FILE]) if source is ParameterSource.DEFAULT_MAP else "default"
+    return str(Path(ctx.meta[_RAW]["file"])) if source is ParameterSource.DEFAULT_MAP else "default"
 
 
 def _toml(value: Any) -> str:

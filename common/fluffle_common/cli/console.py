@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -163,12 +164,22 @@ def _as_text(clock: time.struct_time, text: str) -> str:
     return f"{time.strftime('%H:%M:%S', clock)}  {printable(text)}"
 
 
-def json_line(entry: Mapping[str, Any]) -> str:
-    """Return one line of ASCII JSON; other types are converted with ``str``."""
+def json_line(value: Any) -> str:
+    """Return one line of ASCII JSON; NaN and infinity become null, other objects text."""
     try:
-        return visible_json(to_json(entry, ensure_ascii=True, fallback=str).decode())
+        text = to_json(value, ensure_ascii=True, inf_nan_mode="null", fallback=str).decode()
     except ValueError:  # a file name may not be valid Unicode
-        return visible_json(json.dumps(entry, default=str, separators=(",", ":")))
+        text = json.dumps(finite(value), default=str, separators=(",", ":"))
+    return visible_json(text)
+
+
+def finite(value: Any) -> Any:
+    """Return a value in which None replaces each number that is not finite, at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 log_format_option = click.option(

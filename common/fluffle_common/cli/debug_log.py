@@ -19,8 +19,7 @@ def show_debug_log() -> None:
     """Enable all fluffle loggers, with the time and the logger's name."""
     log = logging.getLogger(ROOT)
     log.setLevel(logging.DEBUG)
-    if not any(isinstance(handler, _Stderr) for handler in log.handlers):
-        handler = _Stderr()
-        line = "{asctime}.{msecs:03.0f}  {name}  {message}"
-        handler.setFormatter(logging.Formatter(line, "%H:%M:%S", style="{"))
-        log.addHandler(handler)
+    handler = _Stderr()
+    line = "{asctime}.{msecs:03.0f}  {name}  {message}"
+    handler.setFormatter(logging.Formatter(line, "%H:%M:%S", style="{"))
+    log.handlers = [handler]

@@ -141,11 +141,7 @@ class Place:
 
 
 def load_installed(what: str, point: EntryPoint) -> Any:
-    """Import the object of an entry point; ``what`` is its use, such as ``strategy``.
-
-    Raises:
-        TaskError: if its own code fails; the traceback goes to stderr.
-    """
+    """Import the object of an entry point for ``what``; raise ``TaskError`` if its code fails."""
     try:
         return point.load()
     except BaseException as why:
@@ -169,12 +165,7 @@ def load_object(name: str, option: str) -> Any:
 
 
 def load_codec(name: str, option: str) -> str:
-    """Register the codec that ``path.py:name`` names and return its own name.
-
-    Raises:
-        UsageError: if there is no such object, or it is not a codec.
-        TaskError: if the file fails to load.
-    """
+    """Register the codec at ``path.py:name``; return its name. Raise what ``load_object`` does."""
     from fluffle_common.tensors.codecs.registry import CODECS
 
     return CODECS.add(load_object(name, option), f"{name} ({option})").name

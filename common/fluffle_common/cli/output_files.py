@@ -14,6 +14,7 @@ import click
 
 from fluffle_common.durable_files import replacing
 from fluffle_common.errors import UsageError
+from fluffle_common.installed import needs
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,11 +41,7 @@ CHART_FILE = OutputFile(".png", "the chart is a PNG image")
 
 @contextlib.contextmanager
 def output_file(path: Path, option: str = "--out") -> Iterator[IO[bytes]]:
-    """Yield the file that an option names, to write to; it replaces an earlier one on success.
-
-    Raises:
-        UsageError: if it cannot be written.
-    """
+    """Yield the file that an option names, replaced on success; errors are ``UsageError``."""
     try:
         with replacing(path) as file:
             yield file
@@ -61,10 +58,8 @@ def draw_into_files() -> None:
 
 def new_figure(width: float, height: float) -> Figure:
     """Return a figure of this size in inches; raise ``UsageError`` without matplotlib."""
-    try:
+    with needs("charts need matplotlib", "plot"):
         from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("charts need matplotlib; run pip install 'fluffle[plot]'") from None
 
     class Chart(Figure):
         def _repr_png_(self) -> bytes:  # for a notebook in which ``pyplot`` was never used

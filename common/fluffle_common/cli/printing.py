@@ -64,12 +64,7 @@ def one_line(text: str) -> str:
 
 
 def echo(*lines: str, err: bool = False) -> None:
-    """Print lines, escaped and flushed.
-
-    Raises:
-        ReaderGone: if the reader closed the pipe (``| head``).
-        OutputError: if writing fails for another reason, such as a full disk.
-    """
+    """Print lines, escaped and flushed; raise ``ReaderGone`` (``| head``) or ``OutputError``."""
     _write(["".join(f"{printable(line)}\n" for line in lines or ("",))], err=err)
 
 
@@ -132,9 +127,6 @@ def screen() -> Console:
     from rich.console import Console
 
     class Screen(Console):
-        def on_broken_pipe(self) -> None:
-            raise ReaderGone from None
-
         def _write_buffer(self) -> None:
             with output_errors():
                 super()._write_buffer()

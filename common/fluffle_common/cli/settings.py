@@ -28,11 +28,7 @@ def state_folder() -> Path:
 
 
 def cache_folder() -> Path:
-    """Return the folder for caches: ``$XDG_CACHE_HOME``, else ``~/.cache``.
-
-    Raises:
-        UsageError: if the user has no home folder, as in some containers.
-    """
+    """Return ``$XDG_CACHE_HOME``, else ``~/.cache``; raise ``UsageError`` without a home folder."""
     base = os.environ.get("XDG_CACHE_HOME")
     if base:
         return Path(base)
@@ -54,16 +50,11 @@ def node_record(state: Path) -> dict[str, str | int]:
     return record if isinstance(record, dict) else {}
 
 
-def broker_url(given: str | None) -> str:
-    """Return the broker's URL: the given one, else the private node's, else the default."""
-    return broker_url_finder(given)()
-
-
 def broker_url_finder(given: str | None) -> Callable[[], str]:
-    """Return a function that finds the broker's URL at each attempt to connect.
+    """Return a function that returns the broker's URL: the given one, else the private node's.
 
     The private node may start later than this process, on another port. While the node is down, its
-    last URL stays valid.
+    last URL stays valid; before that, it is the default.
     """
     state, latest = state_folder().absolute(), DEFAULT_URL  # a task may change the current folder
 
@@ -75,20 +66,11 @@ def broker_url_finder(given: str | None) -> Callable[[], str]:
     return find
 
 
-def management_of(url: str, given: str | None) -> Management:
-    """Return the management API of the broker at ``url``, which has the URL ``given`` if set.
-
-    Raises:
-        UsageError: if ``given`` has a user, because the API gets that of ``url``.
-    """
-    return management_finder(given)(url)
-
-
 def management_finder(given: str | None) -> Callable[[str], Management]:
-    """Return a function that does what ``management_of`` does; see ``broker_url_finder``.
+    """Return a function that returns the management API, at ``given`` if set, of a broker's URL.
 
     Raises:
-        UsageError: as ``management_of`` does.
+        UsageError: if ``given`` has a user, because the API gets that of the broker's URL.
     """
     from fluffle_common.transport.rabbitmq import management as api
 
@@ -106,7 +88,7 @@ def check_federation(name: str) -> str:
     if name == "amq" or not re.fullmatch(FEDERATION_PATTERN, name):
         raise UsageError(
             f"'{name}' is not a valid federation name; use at most 64 letters, digits, '-' and "
-            "'_', and begin with a letter or digit; RabbitMQ reserves 'amq'"
+            "'_', and begin with a letter or digit (RabbitMQ reserves the name 'amq')"
         )
     return name
 

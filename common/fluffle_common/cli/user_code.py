@@ -31,11 +31,7 @@ def task_error(why: BaseException, failure: str, traced: str = "") -> TaskError:
 
 
 def call_task(failure: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a task's code and return its result; the text of an error begins with ``failure``.
-
-    Raises:
-        TaskError: if it raises an exception, other than fluffle's own for users.
-    """
+    """Call a task's code; raise its error as a ``TaskError`` that begins with ``failure``."""
     try:
         return call(*arguments)
     except (TaskError, UsageError):

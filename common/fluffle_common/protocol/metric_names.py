@@ -32,12 +32,7 @@ def avoid_fields(metrics: Mapping[str, T], fields: Collection[str]) -> dict[str,
 
 
 def add_test_prefix(metrics: Mapping[str, T]) -> dict[str, T]:
-    """Return the metrics of the coordinator's own test under their prefixed names.
-
-    Example:
-        >>> add_test_prefix({"accuracy": 0.5})
-        {'test/accuracy': 0.5}
-    """
+    """Return the metrics of the coordinator's own test under their prefixed names."""
     return {f"{TEST_PREFIX}{name}": value for name, value in metrics.items()}
 
 

@@ -23,17 +23,10 @@ GiB = 2**30
 _INBOX_BYTES = 8 * GiB  # several copies of a large model
 _UPDATES_BYTES = 16 * GiB
 _REJECTED_MESSAGES = 1000
-_REJECTED_BYTES = GiB // 4
-_PRESENCE_MESSAGES = 100_000
-_PRESENCE_TTL_MS = 60_000
-_TAP_MESSAGES = 10_000
-_TAP_BYTES = GiB // 4
-_UNUSED_TAP_MS = 60_000
+_JOURNAL_BYTES = GiB // 4
 _UNUSED_MS = 30 * 60 * 1000
 # Longer than any upload: only getting from a quorum queue, or consuming, counts as using it.
 _UNUSED_OUTBOX_MS = {"classic": _UNUSED_MS, "quorum": 24 * 60 * 60 * 1000}
-_JOURNAL_BYTES = GiB // 4
-_JOURNAL_AGE = "30D"
 
 
 @dataclass(frozen=True)
@@ -155,7 +148,7 @@ class Topology:
                 "rejected messages, each with its reason in its headers",
                 limits={
                     "max-length": _REJECTED_MESSAGES,
-                    "max-length-bytes": _REJECTED_BYTES,
+                    "max-length-bytes": GiB // 4,
                     "overflow": "drop-head",
                 },
             ),
@@ -174,8 +167,8 @@ class Topology:
             self._queue(
                 self.presence,
                 "presence of the workers: hello, heartbeat, bye, failure",
-                {"x-message-ttl": _PRESENCE_TTL_MS},
-                {"max-length": _PRESENCE_MESSAGES, "overflow": "drop-head"},
+                {"x-message-ttl": 60_000},
+                {"max-length": 100_000, "overflow": "drop-head"},
             ),
             self.journal_stream(),
             *(Binding(self.updates, self.results, f"{kind}.#") for kind in UPDATE_KINDS),
@@ -199,7 +192,7 @@ class Topology:
                 # RabbitMQ deletes whole segments, and no policy can change their size later.
                 "x-stream-max-segment-size-bytes": _JOURNAL_BYTES // 16,
             },
-            {"max-length-bytes": _JOURNAL_BYTES, "max-age": _JOURNAL_AGE},
+            {"max-length-bytes": _JOURNAL_BYTES, "max-age": "30D"},
         )
 
     def of_worker(self, worker: str) -> list[Entity]:
@@ -237,12 +230,12 @@ class Topology:
         refuses every message that it cannot copy to it.
         """
         arguments: dict[str, ArgumentValue] = {
-            "x-max-length": _TAP_MESSAGES,
-            "x-max-length-bytes": _TAP_BYTES,
+            "x-max-length": 10_000,
+            "x-max-length-bytes": GiB // 4,
             "x-overflow": "drop-head",
         }
         if self.queue_type == "quorum":  # which cannot be exclusive
-            arguments["x-expires"] = _UNUSED_TAP_MS
+            arguments["x-expires"] = 60_000
         return self._queue(f"{self.federation}.tap.{unique}", _TAP_PURPOSE, arguments)
 
     def purpose(self, queue: str) -> str | None:
@@ -250,7 +243,7 @@ class Topology:
         if queue.startswith(f"{self.federation}.tap."):
             return _TAP_PURPOSE
         if queue.startswith((f"{self.federation}.lock.", f"{self.federation}.lock2.")):
-            return _LOCK_PURPOSE
+            return "lock that gives one process at a time the queue of the same name; always empty"
         declared = self.find(queue)
         return declared.purpose if declared else None
 
@@ -307,7 +300,6 @@ def locks_of(queue: str) -> tuple[str, str]:
     return f"{federation}.lock.{rest}", f"{federation}.lock2.{rest}"
 
 
-_LOCK_PURPOSE = "lock that gives one process at a time the queue of the same name; always empty"
 _TAP_PURPOSE = "copies of messages for 'fluffle tap'; deleted soon after the command ends"
 UPDATE_KINDS = ("update", "evaluation", "first_weights", "exchange")
 PRESENCE_KINDS = ("hello", "heartbeat", "bye", "failure")

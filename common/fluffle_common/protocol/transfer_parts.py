@@ -149,15 +149,14 @@ class Incoming(ABC):
     """An incoming transfer; subclasses store the parts.
 
     Raises:
-        MalformedMessage: if the announced size exceeds ``max_bytes``, or the number of parts does
-            not match it.
+        MalformedMessage: if the announced size is too large, or the number of parts does not match.
     """
 
-    def __init__(self, transfer: Transfer, max_bytes: int = MAX_MODEL_BYTES) -> None:
-        if transfer.nbytes > max_bytes:
+    def __init__(self, transfer: Transfer) -> None:
+        if transfer.nbytes > MAX_MODEL_BYTES:
             raise MalformedMessage(
                 f"the announced transfer is too large: {transfer.nbytes} bytes; the limit is "
-                f"{max_bytes}"
+                f"{MAX_MODEL_BYTES}"
             )
         if transfer.parts != -(-transfer.nbytes // wire_format.PART_BYTES):
             raise MalformedMessage(
@@ -231,8 +230,8 @@ class Assembly(Incoming):
         MalformedMessage: also if there is not enough memory.
     """
 
-    def __init__(self, transfer: Transfer, max_bytes: int = MAX_MODEL_BYTES) -> None:
-        super().__init__(transfer, max_bytes)
+    def __init__(self, transfer: Transfer) -> None:
+        super().__init__(transfer)
         try:
             # Reserves addresses only: the system provides each page when it is first written.
             self._buffer = np.empty(transfer.nbytes, np.uint8)

@@ -66,11 +66,7 @@ def checkpoint_name(number: int) -> str:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Check that no tensor of a model has a name that checkpoints reserve.
-
-    Raises:
-        ValueError: naming the first such tensor, and the remedy.
-    """
+    """Raise ``ValueError`` if a tensor of a model has a name that checkpoints reserve."""
     for name in names:
         if name == _METADATA:
             raise ValueError(
@@ -163,21 +159,13 @@ def _described(layout: Layout) -> tuple[list[TensorEntry], str]:
 
 
 def read_checkpoint(path: Path) -> tuple[dict[str, Array], dict[str, str]]:
-    """Read a checkpoint's weights and metadata.
-
-    Raises:
-        UsageError: as ``read_whole`` does.
-    """
+    """Read a checkpoint's weights and metadata; raise what ``read_whole`` raises."""
     checkpoint = read_whole(path)
     return checkpoint.weights, checkpoint.metadata
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Read a checkpoint's metadata without its weights.
-
-    Raises:
-        UsageError: if the file is missing or cannot be read.
-    """
+    """Read a checkpoint's metadata; raise ``UsageError`` if the file is missing or unreadable."""
     with _opened(path) as file:
         return dict(file.metadata() or {})
 
@@ -187,7 +175,12 @@ def _opened(path: Path) -> Iterator[Any]:
     """Open a checkpoint with the safetensors library, and name the file in errors."""
     from safetensors import SafetensorError, safe_open
 
-    _check_opens(path)
+    try:
+        path.open("rb").close()  # safetensors calls any file that cannot be opened missing
+    except FileNotFoundError:
+        raise UsageError(f"there is no model file {path}") from None
+    except OSError as why:
+        raise UsageError(f"{path} cannot be read ({why.strerror})") from None
     try:
         with safe_open(path, framework="numpy") as file:
             yield file
@@ -256,17 +249,6 @@ def map_tensors(path: Path) -> dict[str, Array]:
         )
         for name, told in header.items()
     }
-
-
-def _check_opens(path: Path) -> None:
-    """Raise ``UsageError`` if a file cannot be opened; safetensors then calls it missing."""
-    try:
-        with path.open("rb"):
-            pass
-    except FileNotFoundError:
-        raise UsageError(f"there is no model file {path}") from None
-    except OSError as why:
-        raise UsageError(f"{path} cannot be read ({why.strerror})") from None
 
 
 def _check_readable(

@@ -1,14 +1,6 @@
 """Compression of deltas by a codec, with error feedback, and checked decompression.
 
-A codec replaces a large float tensor ``name`` with one or two others in the tensor table:
-
-========  =============================================================================
-bf16      ``name`` uint16: the upper half of each float32, rounded to nearest, ties to even
-f16       ``name`` float16
-int8      ``name#q`` int8, and ``name#scale`` float32 for each 256 values: q * scale
-topk      ``name#index`` int32, strictly increasing, and ``name#value`` float32: others are 0
-========  =============================================================================
-
+A codec replaces a large float tensor with one or two others in the tensor table, its parts.
 Integers, small tensors, and tensors with NaN or infinity travel unchanged; the coordinator rejects
 the latter. ``int8`` and ``topk`` have large encoding errors, which are added to the next delta:
 error feedback (Seide et al., "1-Bit Stochastic Gradient Descent", Interspeech 2014; Karimireddy et
@@ -85,7 +77,11 @@ def compress(
     tensors: dict[str, Array] = {}
     new_residual: dict[str, Array] = {}
     for name, tensor in delta.items():
-        wanted = _add_residual(tensor, residual.get(name), codec)
+        wanted = tensor
+        if codec.feeds_back and is_float(tensor.dtype) and tensor.dtype.itemsize < 4:
+            wanted = tensor.astype(np.float32)
+        if name in residual:
+            wanted = wanted + residual[name]
         if not _is_encodable(name, wanted, codec, delta):
             tensors[name] = wanted.astype(tensor.dtype, copy=False)
             continue
@@ -94,22 +90,12 @@ def compress(
         tensors.update(zip(_names(name, parts), encoded, strict=True))
         if codec.feeds_back:
             new_residual[name] = wanted - _decode(type(codec), name, encoded, tensor)
-            _check_residual(codec, name, new_residual[name])
+            if codec.name not in OWN_NAMES and not np.isfinite(new_residual[name]).all():
+                raise CodecError(
+                    f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values "
+                    "are finite before encoding, but NaN or infinite after decoding"
+                )
     return tensors, new_residual
-
-
-def _check_residual(codec: Codec, name: str, residual: Array) -> None:
-    if codec.name not in OWN_NAMES and not np.isfinite(residual).all():
-        raise CodecError(
-            f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values are "
-            "finite before encoding, but NaN or infinite after decoding"
-        )
-
-
-def _add_residual(tensor: Array, residual: Array | None, codec: Codec) -> Array:
-    if codec.feeds_back and is_float(tensor.dtype) and tensor.dtype.itemsize < 4:
-        tensor = tensor.astype(np.float32)
-    return tensor if residual is None else tensor + residual
 
 
 def _is_encodable(name: str, tensor: Array, codec: Codec, delta: Weights) -> bool:

@@ -57,11 +57,7 @@ def frozen_file(folder: Path, digest: str) -> Path:
 
 
 def save_frozen(folder: Path, frozen: Frozen) -> None:
-    """Write frozen tensors into a folder, whole or not at all, unless their file is intact.
-
-    Raises:
-        OSError: if the disk refuses.
-    """
+    """Write frozen tensors into a folder, whole or not at all, unless their file is intact."""
     path = frozen_file(folder, frozen.digest)
     with contextlib.suppress(UsageError):  # missing or damaged
         read_frozen(folder, frozen.digest)

@@ -45,8 +45,8 @@ _REMEDIES = {
     "longdouble": "use float64",
     "int": "use int8",  # int2 or int4
     "uint": "use uint8",
+    "": "keep this tensor out of the weights",
 }
-_DEFAULT_REMEDY = "keep this tensor out of the weights"
 
 
 class Place(NamedTuple):
@@ -201,11 +201,7 @@ def layout_for(weights: Weights) -> Layout:
 
 
 def check_signature(weights: Weights) -> None:
-    """Check that weights can be a model: there are tensors, and each is an array that travels.
-
-    Raises:
-        ValueError: naming the first unsuitable tensor, and the remedy.
-    """
+    """Raise ``ValueError`` unless weights can be a model: arrays that travel, at least one."""
     if not weights:
         raise ValueError("the weights contain no tensors; expected at least one tensor")
     for name, tensor in weights.items():
@@ -284,9 +280,9 @@ def _table_of(signature: Signature) -> tuple[TensorEntry, ...]:
         _check_name(name)
         dtype_name = _NAMES_BY_DTYPE.get(dtype) or _NAMES_BY_DTYPE.get(dtype.newbyteorder("<"))
         if dtype_name is None:
+            remedy = next(r for start, r in _REMEDIES.items() if dtype.name.startswith(start))
             raise ValueError(
-                f"{_label(name)} is {str(dtype)[:60]}, which is not supported; "
-                f"{_remedy(dtype.name)}"
+                f"{_label(name)} is {str(dtype)[:60]}, which is not supported; {remedy}"
             )
         if len(shape) > MAX_DIMENSIONS:
             raise ValueError(
@@ -316,10 +312,6 @@ def _check_name(name: object) -> None:
         raise ValueError(
             f"{_label(ascii(name)[1:-1])} has a name that is not valid Unicode; rename this tensor"
         ) from None
-
-
-def _remedy(dtype: str) -> str:
-    return next((r for start, r in _REMEDIES.items() if dtype.startswith(start)), _DEFAULT_REMEDY)
 
 
 def _label(name: object) -> str:

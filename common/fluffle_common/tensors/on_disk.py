@@ -18,9 +18,6 @@ def map_to_disk(tensors: Weights, folder: Path) -> Tensors:
     """Write tensors to a file and return them as a read-only memory map of it.
 
     ``folder`` should not be ``/tmp``, which many systems keep in memory.
-
-    Raises:
-        OSError: if writing fails.
     """
     layout = layout_for(tensors)
     if not layout.nbytes:

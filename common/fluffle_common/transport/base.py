@@ -19,7 +19,6 @@ link, instead of a connection in an unknown state.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncGenerator, Callable, Iterable, Mapping, Sequence
 from datetime import datetime
 from types import MappingProxyType
@@ -148,16 +147,6 @@ class Blocking:
             self.changed.set()
             self.changed = asyncio.Event()
 
-    async def changes(self) -> AsyncGenerator[str | None]:
-        """Yield the current reason, unless it is None, and then the new one after each change."""
-        yielded: str | None = None
-        while True:
-            if self.reason != yielded:
-                yielded = self.reason
-                yield yielded
-            else:
-                await self.changed.wait()
-
 
 class Link(Protocol):
     """One connection to the broker, from opening to loss.
@@ -259,21 +248,13 @@ class Link(Protocol):
         """Remove a binding if it exists."""
 
     async def counts(self, queue: str) -> Counts | None:
-        """Return the counts of a queue without changing it.
-
-        Returns:
-            None if it does not exist, or is exclusive to another link.
-        """
+        """Return the counts of a queue; None if it is missing, or exclusive to another link."""
 
     async def purge(self, queue: str) -> int:
         """Delete the ready messages of a queue and return how many there were."""
 
     async def lost(self) -> None:
-        """Return when the link is lost.
-
-        Raises:
-            BrokerError: if another link would be lost for the same reason (see ``Link``).
-        """
+        """Return when the link is lost; raise ``BrokerError`` if another would be lost as well."""
 
     async def close(self) -> None:
         """Close the link; this never raises."""
@@ -298,6 +279,10 @@ class Transport(Protocol):
 
 async def report_blocking(link: Link, emit: Callable[[RunEvent], object]) -> None:
     """Emit an event whenever the broker blocks or unblocks publishers, without end."""
-    async with contextlib.aclosing(link.blocking.changes()) as changes:
-        async for reason in changes:
-            emit(Unblocked() if reason is None else Blocked(reason=reason))
+    reported: str | None = None
+    while True:
+        if link.blocking.reason == reported:
+            await link.blocking.changed.wait()
+        else:
+            reported = link.blocking.reason
+            emit(Unblocked() if reported is None else Blocked(reason=reported))

@@ -271,26 +271,18 @@ class MemoryBroker(Transport):
         return link
 
     def stop(self) -> None:
-        """Stop the broker: cut every link and lose every message that is not durable."""
+        """Stop until ``up`` is set: cut all links, and lose the messages that are not durable."""
         self.up = False
         for link in list(self.links):
             link.cut()
         for queue in self.queues.values():
             queue.ready = deque(s for s in queue.ready if s.properties.durable)
 
-    def block(self, reason: str | None) -> None:
-        """Block publishers, as RabbitMQ does when memory runs out; None unblocks them."""
-        self.blocking.set(reason)
-
-    def start(self) -> None:
-        """Start again with the durable messages."""
-        self.up = True
-
     def bind(self, binding: Binding) -> bool:
         """Add a binding; return False if its queue or its exchange does not exist."""
         exists = binding.queue in self.queues and binding.exchange in self.exchanges
         if exists:
-            self.bindings.add(binding, self.exchanges[binding.exchange].type)
+            self.bindings.add(binding)
         return exists
 
     def declare(self, entity: Exchange | Queue) -> None:
@@ -333,8 +325,8 @@ class MemoryBroker(Transport):
     def _targets(self, exchange: str, key: str) -> set[str]:
         if not exchange:  # the default exchange routes to the queue named like the key
             return {key} & self.queues.keys()
-        targets = self.bindings.queues(exchange, key)
-        alternate = self.exchanges[exchange].alternate
-        if not targets and alternate:
-            return self._targets(alternate, key)
+        entity = self.exchanges[exchange]
+        targets = self.bindings.queues(entity, key)
+        if not targets and entity.alternate:
+            return self._targets(entity.alternate, key)
         return targets

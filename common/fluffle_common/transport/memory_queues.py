@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol
 
-from fluffle_common.protocol.topology import ArgumentValue, Binding, Queue
+from fluffle_common.protocol.topology import ArgumentValue, Binding, Exchange, Queue
 from fluffle_common.transport.base import MAX_LISTED_KEYS, Body, Properties, QueueFull
 
 
@@ -150,47 +150,35 @@ class MemoryDelivery:
 
 
 class Bindings:
-    """The bindings of all exchanges, indexed by key because there may be thousands."""
+    """The bindings of all exchanges, indexed because there may be thousands."""
 
     def __init__(self) -> None:
-        self._exact: defaultdict[tuple[str, str], set[str]] = defaultdict(set)
-        self._patterns: defaultdict[str, set[Binding]] = defaultdict(set)  # by exchange
+        self._queues: defaultdict[tuple[str, str], set[str]] = defaultdict(set)  # exchange and key
 
-    def add(self, binding: Binding, exchange_type: str) -> None:
-        """Add a binding to an exchange of this type."""
-        if exchange_type == "fanout" or (exchange_type == "topic" and binding.key.endswith(".#")):
-            self._patterns[binding.exchange].add(binding)
-        else:
-            self._exact[binding.exchange, binding.key].add(binding.queue)
+    def add(self, binding: Binding) -> None:
+        """Add a binding."""
+        self._queues[binding.exchange, binding.key].add(binding.queue)
 
     def discard(self, binding: Binding) -> None:
         """Remove a binding if it exists."""
-        self._patterns[binding.exchange].discard(binding)
-        self._exact[binding.exchange, binding.key].discard(binding.queue)
+        self._queues[binding.exchange, binding.key].discard(binding.queue)
 
     def forget(self, queue: str) -> None:
         """Remove all bindings of a queue."""
-        for queues in self._exact.values():
+        for queues in self._queues.values():
             queues.discard(queue)
-        for exchange, bindings in self._patterns.items():
-            self._patterns[exchange] = {binding for binding in bindings if binding.queue != queue}
 
     def __iter__(self) -> Iterator[Binding]:
         """Yield all bindings."""
-        for (exchange, key), queues in self._exact.items():
+        for (exchange, key), queues in self._queues.items():
             yield from (Binding(queue, exchange, key) for queue in queues)
-        for bindings in self._patterns.values():
-            yield from bindings
 
-    def queues(self, exchange: str, key: str) -> set[str]:
+    def queues(self, exchange: Exchange, key: str) -> set[str]:
         """Return the names of the queues that a key routes to."""
-        names = set(self._exact.get((exchange, key), ()))
-        for binding in self._patterns.get(exchange, ()):
-            pattern = binding.key
-            if (
-                not pattern.endswith(".#")  # a fanout ignores the key
-                or key == pattern[:-2]
-                or key.startswith(pattern[:-1])
-            ):
-                names.add(binding.queue)
-        return names
+        keys = [key]
+        if exchange.type == "fanout":
+            keys = [any_key for name, any_key in self._queues if name == exchange.name]
+        elif exchange.type == "topic":
+            words = key.split(".")
+            keys += [".".join([*words[:n], "#"]) for n in range(1, len(words) + 1)]
+        return set().union(*(self._queues.get((exchange.name, each), ()) for each in keys))

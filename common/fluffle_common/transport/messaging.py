@@ -36,8 +36,11 @@ _WINDOW = 4
 # A body that is not a valid message is cut to this size, so that a flood of them cannot push older
 # entries out of the queue. A valid message is kept whole, so that it can be inspected or resent.
 _KEPT_BYTES = 64 * 2**10
-# The most headers of a rejected message that are kept, and the most bytes of one.
-_HEADERS, _HEADER_BYTES = 32, 500
+# How much of a rejected message's headers and of the reason is kept. With the other properties,
+# they must fit into the smallest frame that AMQP allows (4096 bytes): the broker would answer a
+# larger one by closing the connection, and then deliver the message again.
+_HEADERS_BYTES, _REASON_BYTES = 1024, 1500
+_HEADER_OVERHEAD_BYTES = 16  # the most that the encoding of a header adds to its text
 
 # The header that holds the original size of a rejected message that was cut.
 CUT = "cut_from_bytes"
@@ -146,12 +149,7 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
     headers = {**describe(message), "bytes": len(body)}
     if len(route.keys) > MAX_LISTED_KEYS:
         headers["recipients"] = len(route.keys)
-    properties = Properties(
-        type=message.kind,
-        message_id=message.identity,
-        headers=headers,
-        durable=route.durable,
-    )
+    properties = Properties(message.kind, message.identity, headers, route.durable)
     await link.publish(
         body, properties, exchange=route.exchange, keys=route.keys, urgent=route.urgent
     )
@@ -174,12 +172,7 @@ async def _send_parts(
     async def publish_remaining() -> None:
         for number, body in remaining:
             headers = {"part": number, "parts": outgoing.parts, "bytes": len(body)}
-            properties = Properties(
-                type="part",
-                message_id=f"{outgoing.id}/{number}",
-                headers=headers,
-                durable=route.durable,
-            )
+            properties = Properties("part", f"{outgoing.id}/{number}", headers, route.durable)
             with _collected(refusals, route):
                 await link.publish(body, properties, exchange=route.exchange, keys=route.keys)
             if progress is not None:
@@ -199,7 +192,7 @@ def rejection(
     """
     headers: dict[str, HeaderValue] = {
         **_bounded_headers(delivery.properties.headers),
-        "reason": str(error),
+        "reason": str(error).encode(errors="replace")[:_REASON_BYTES].decode(errors="ignore"),
         "cause": error.cause,
         "rejected_at": timestamp(),
         "from": delivery.queue,
@@ -207,12 +200,8 @@ def rejection(
     if len(delivery.body) > _KEPT_BYTES and (error.cause == "malformed" or not whole):
         headers[CUT] = len(delivery.body)
         delivery.body = bytes(delivery.body[:_KEPT_BYTES])  # a copy, so that the rest is freed
-    properties = Properties(
-        type=delivery.properties.type,
-        message_id=delivery.properties.message_id,
-        headers=headers,
-    )
-    return delivery.body, properties
+    original = delivery.properties
+    return delivery.body, Properties(original.type, original.message_id, headers)
 
 
 async def reject(
@@ -230,21 +219,18 @@ async def reject(
 
 
 def _bounded_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
-    """Return the headers that fit into an AMQP frame together with our own."""
-    short = [
-        (k, v)
-        for k, v in headers.items()
-        if len(f"{k}{v}".encode(errors="surrogatepass")) <= _HEADER_BYTES
-    ]
-    return dict(short[:_HEADERS])
+    """Return the headers that fit, in their order."""
+    fitting, left = dict[str, HeaderValue](), _HEADERS_BYTES
+    for name, value in headers.items():
+        nbytes = len(f"{name}{value}".encode(errors="surrogatepass")) + _HEADER_OVERHEAD_BYTES
+        if nbytes <= left:
+            fitting[name] = value
+            left -= nbytes
+    return fitting
 
 
 def check_user(user: str | None, delivery: Delivery) -> None:
-    """Check that the broker's verified sender of a delivery is ``user``; None accepts anyone.
-
-    Raises:
-        MalformedMessage: with cause ``sender``, if the sender is someone else or unknown.
-    """
+    """Raise ``MalformedMessage`` unless ``user``, if given, is a delivery's verified sender."""
     if user is None:
         return
     sender = delivery.properties.user

@@ -11,11 +11,7 @@ from fluffle_common.transport.base import AccessRefused, Link, QueueInUse, Trans
 
 @contextlib.asynccontextmanager
 async def open_once(transport: Transport) -> AsyncGenerator[Link]:
-    """Open a link for the duration of a ``with`` block.
-
-    Raises:
-        BrokerError: if the broker cannot be reached, refuses the request, or the link is lost.
-    """
+    """Open a link for a ``with`` block; its refusals, failures and loss are ``BrokerError``."""
     try:
         link = await transport.open()
     except LinkLost as error:

@@ -68,7 +68,7 @@ if TYPE_CHECKING:
 def conformance(ctx: click.Context, /, **options: Any) -> None:
     """Check whether a worker does what docs/protocol.md requires.
 
-    The command plays the coordinator and waits for a worker. The worker then faces situations
+    The command acts as the coordinator and waits for a worker. The worker then faces situations
     that can occur in a real run: repeated, newer and older work, different weights, a lost part, a
     rejected update, unusual messages, and the end of the run. The command prints one line for each
     requirement of the protocol, and exits with code 1 if a requirement is not met. The worker
@@ -109,7 +109,7 @@ async def _examine(
     **options: Any,
 ) -> None:
     from fluffle_common.cli.console import warn
-    from fluffle_common.cli.settings import broker_url, check_federation, check_worker
+    from fluffle_common.cli.settings import broker_url_finder, check_federation, check_worker
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
     from fluffle_coordinator.conformance.examine import examine
@@ -118,7 +118,7 @@ async def _examine(
     topology = Topology(check_federation(federation), queue_type)
     if options["worker"] is not None:
         check_worker(options["worker"])
-    transport = AmqpTransport(broker_url(url), f"fluffle conformance of {federation}")
+    transport = AmqpTransport(broker_url_finder(url)(), f"fluffle conformance of {federation}")
     async for finding in examine(transport, topology, ExamOptions(**options, tell=warn)):
         report(finding)
 

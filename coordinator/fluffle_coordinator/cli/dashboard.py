@@ -50,11 +50,11 @@ def dashboard(
     from fluffle_common.cli.printing import echo
     from fluffle_common.cli.runtime import run_until_signalled
     from fluffle_common.cli.settings import broker_url_finder, check_federation
+    from fluffle_common.installed import needs
     from fluffle_common.protocol.topology import Topology
     from fluffle_common.transport.rabbitmq.transport import AmqpTransport
-    from fluffle_coordinator.dashboard import needs
 
-    with needs():
+    with needs("the page needs starlette, uvicorn and prometheus-client", "dashboard"):
         from fluffle_coordinator.dashboard.broker_source import BrokerSource
         from fluffle_coordinator.dashboard.server import listen, url_of
     from fluffle_coordinator.dashboard.feed import queue_asker

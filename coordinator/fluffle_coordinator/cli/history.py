@@ -42,11 +42,7 @@ def history(folder: Path, as_json: bool) -> None:
 @click.command()
 @run_argument
 @click.option(
-    "--out",
-    type=CHART_FILE,
-    required=True,
-    metavar="PNG",
-    help="File to write the chart to.",
+    "--out", type=CHART_FILE, required=True, metavar="PNG", help="File to write the chart to."
 )
 def plot(folder: Path, out: Path) -> None:
     """Draw the losses and the other metrics after each round.

@@ -20,10 +20,7 @@ _MOST_DRAWN = 1e300  # matplotlib computes with differences of the values, which
 
 
 def history_chart(rounds: Sequence[Mapping[str, Any]]) -> Figure:
-    """Draw the losses after each round, and the other metrics beside them.
-
-    Args:
-        rounds: the rows of a history (``read_history``).
+    """Draw the losses after each round of a ``read_history``, and the other metrics beside them.
 
     Raises:
         UsageError: if matplotlib is not installed, or no round has a metric.

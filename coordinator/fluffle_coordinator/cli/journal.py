@@ -65,7 +65,12 @@ def _known_kinds(_: click.Context, __: click.Parameter, kinds: tuple[str, ...]) 
     "times.",
 )
 @_run_id_option
-@click.option("--follow", "-f", is_flag=True, help="Continue with new events as they happen.")
+@click.option(
+    "--follow",
+    "-f",
+    is_flag=True,
+    help="Also print new events as they happen, until you press Ctrl-C.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object per line.")
 def journal(**options: Any) -> None:
     """Print what happened in a federation, one event per line.

@@ -14,6 +14,7 @@ import click
 from fluffle_common.cli.app import optional_federation, url_option
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import UsageError
+from fluffle_coordinator.cli.option_group import option_group
 
 if TYPE_CHECKING:
     from fluffle_common.protocol.messages import Event
@@ -36,30 +37,13 @@ def moment(text: str, now: datetime) -> datetime:
     '2026-03-01T11:00:00+00:00'
 
     Raises:
-        ValueError, OverflowError: if it is neither.
+        BadParameter: if it is neither.
     """
     ago = _AGO.fullmatch(text)
-    if ago is None:
-        return datetime.fromisoformat(text).astimezone()
-    return now - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
-
-
-def source_options(command: Any) -> Any:
-    """Add the options for the source of the journal: a broker, or a simulation's run folder."""
-    run_option = click.option(
-        "--run",
-        "folder",
-        type=click.Path(exists=True, file_okay=False, path_type=Path),
-        metavar="DIR",
-        help="Run folder of a simulation. The journal is read from this folder instead of from a "
-        "broker.",
-    )
-    return optional_federation(url_option(run_option(command)))
-
-
-def _since(text: str | None, now: datetime) -> datetime | None:
     try:
-        return None if text is None else moment(text, now)
+        if ago is None:
+            return datetime.fromisoformat(text).astimezone()
+        return now - timedelta(seconds=float(ago[1]) * _UNITS[ago[2]])
     except (ValueError, OverflowError):
         raise click.BadParameter(
             f"invalid time '{text}'; write 90s, 10m, 2h, 3d or 2026-03-01T12:00",
@@ -67,11 +51,25 @@ def _since(text: str | None, now: datetime) -> datetime | None:
         ) from None
 
 
+source_options = option_group(
+    optional_federation,
+    url_option,
+    click.option(
+        "--run",
+        "folder",
+        type=click.Path(exists=True, file_okay=False, path_type=Path),
+        metavar="DIR",
+        help="Run folder of a simulation. The journal is read from this folder instead of from a "
+        "broker.",
+    ),
+)
+
+
 def events_of(options: Mapping[str, Any]) -> AsyncGenerator[Event]:
     """Return the events of the journal that the options select."""
     folder, since, follow = options["folder"], options["since"], options["follow"]
     if folder is None:
-        start = _since(since, datetime.now(UTC))
+        start = None if since is None else moment(since, datetime.now(UTC))
         broker = broker_of(options["federation"], options["url"])
         return events_on_broker(*broker, start, live=follow)
     if follow:
@@ -123,7 +121,7 @@ async def _events_in_file(folder: Path, since: str | None) -> AsyncGenerator[Eve
 
     start = None
     if since is not None:
-        start = _since(since, end_of(deque(read_journal_file(folder), maxlen=1)))
+        start = moment(since, end_of(deque(read_journal_file(folder), maxlen=1)))
     for event in read_journal_file(folder):
         if start is None or (event.moment or start) >= start:
             yield event

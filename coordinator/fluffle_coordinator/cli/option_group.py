@@ -20,12 +20,7 @@ def option_group(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class Parsed(click.ParamType[Any]):
-    """The type of an option that a function parses; its ``ValueError`` says what is wrong.
-
-    Args:
-        name: the name of the type.
-        parse: turns the text into the value.
-    """
+    """The type of an option that a function parses; its ``ValueError`` says what is wrong."""
 
     def __init__(self, name: str, parse: Callable[[str], Any]) -> None:
         self.name, self._parse = name, parse

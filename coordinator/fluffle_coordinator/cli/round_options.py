@@ -1,4 +1,4 @@
-"""The options of ``fluffle coordinator`` for when a round opens, and when it closes.
+"""The options of ``fluffle coordinator`` for when a round opens and closes, and when a run ends.
 
 Their defaults are those of ``Rules``.
 """
@@ -9,7 +9,7 @@ import contextlib
 
 import click
 
-from fluffle_common.cli.app import MOST_COUNT, count, seconds
+from fluffle_common.cli.app import MOST_COUNT, FiniteFloat, count, seconds
 from fluffle_coordinator.cli.option_group import Parsed, option_group
 from fluffle_coordinator.machine.rules import Quorum, Rules
 
@@ -98,5 +98,36 @@ round_options = option_group(
         help="Seconds without progress after which a worker's training counts as failed. This "
         "option works only with tasks that call 'progress' while they train.  [default: no limit; "
         "after 2 minutes without progress, the coordinator prints a warning]",
+    ),
+)
+
+stopping_options = option_group(
+    click.option(
+        "--monitor",
+        metavar="METRIC",
+        help="Metric for --target and --patience; the model with the best value of this metric is "
+        "kept as best.safetensors. Give a federated metric such as accuracy, or test/NAME for a "
+        "metric of your --evaluate function. Lower is better if the name ends with loss, error, "
+        "error_rate, mse, mae, mape, nll, entropy or perplexity; otherwise, higher is better.  "
+        "[default: the loss, and no best model is kept]",
+    ),
+    click.option(
+        "--target",
+        type=FiniteFloat(),
+        metavar="VALUE",
+        help="End the run when the --monitor metric reaches this value.",
+    ),
+    click.option(
+        "--patience",
+        type=count(),
+        metavar="ROUNDS",
+        help="End the run when the --monitor metric has not improved for this number of rounds.",
+    ),
+    click.option(
+        "--time-budget",
+        type=seconds(min_open=True),
+        metavar="SECONDS",
+        help="Time limit in seconds for all rounds together. The run ends after the round that "
+        "exceeds this limit.  [default: no limit]",
     ),
 )

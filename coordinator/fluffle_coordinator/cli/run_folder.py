@@ -31,10 +31,7 @@ def _run_folder(_: click.Context, __: click.Parameter, folder: Path) -> Path:
 
 
 run_argument = click.argument(
-    "folder",
-    metavar="RUN",
-    type=click.Path(file_okay=False, path_type=Path),
-    callback=_run_folder,
+    "folder", metavar="RUN", type=click.Path(file_okay=False, path_type=Path), callback=_run_folder
 )
 
 
@@ -119,7 +116,7 @@ def _print(comparison: Replay) -> None:
         shape = " x ".join(map(str, tensor.shape)) or "()"
         rows.add_row(tensor.name, tensor.dtype, shape, _words(tensor.replayed))
     screen().print(rows)
-    workers = ", ".join(f"{worker} ({count})" for worker, count in comparison.participants)
+    workers = ", ".join(f"{u['worker']} ({u['num_examples']})" for u in comparison.participants)
     echo_sentences(
         f"round {comparison.round} of run {comparison.run} was averaged again from the updates "
         f"of {workers} and compared with {comparison.checkpoint}"
@@ -161,7 +158,7 @@ def _words(distance: Distance) -> str:
 def report(folder: Path, out: Path | None, as_json: bool) -> None:
     """Write a report of a run: one HTML file, to keep or to send.
 
-    The report is the live page at the end of the run, in one file that works without a network. The
+    The report is the run's live page, saved as one file that works without a network. The
     report shows the curves, the participants and times of each round, late and rejected updates
     with the reasons, the configuration, the software versions, and the checkpoints with their
     SHA-256. The curves show every round; the page has the details and the checkpoints of the last

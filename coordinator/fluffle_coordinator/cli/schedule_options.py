@@ -52,8 +52,8 @@ schedule_options = option_group(
         metavar="NAME|PATH.PY:NAME",
         help="Rule that selects workers: uniform (at random); poisson (each worker independently "
         "at random); weighted (at random, in proportion to examples); round-robin (in turn); "
-        "fastest:0.2 (the fastest workers, but 20 % of the places go to workers in turn); or "
-        "path.py:name (your own function).",
+        "fastest:0.2 (the fastest workers; 20 % of the places go to workers in turn, at any "
+        "speed); or path.py:name (your own function).",
     ),
     click.option(
         "--schedule",
@@ -105,11 +105,7 @@ schedule_options = option_group(
 
 
 def check_schedule_options(options: dict[str, Any]) -> None:
-    """Refuse options of the current command that ``--schedule buffered`` would ignore.
-
-    Raises:
-        UsageError: if one of them was given; the message names it.
-    """
+    """Refuse (``UsageError``) options of this command that ``--schedule buffered`` would ignore."""
     if options["schedule"] != "buffered":
         return
     context = click.get_current_context()

@@ -18,13 +18,11 @@ _FAULTS_SHOWN = 3
     "a worker never misses five heartbeats in a row, not even during training",
 )
 async def heartbeats(probe: Probe) -> str:
-    """Check the intervals between all hellos and heartbeats."""
     return check_rhythm(probe.messages, asyncio.get_running_loop().time())
 
 
 @requires("Hello and heartbeats", "a worker's session changes only when its process restarts")
 async def one_session(probe: Probe) -> str:
-    """Check the session of all presence messages."""
     sessions = _sessions(probe)
     if len(sessions) > 1:
         raise Unmet(
@@ -40,7 +38,6 @@ async def one_session(probe: Probe) -> str:
     "evaluations, first weights and failures are persistent",
 )
 async def well_formed(probe: Probe) -> str:
-    """Report the faults of all messages."""
     faults = list(dict.fromkeys(probe.faults))
     if faults:
         more = f", and {len(faults) - _FAULTS_SHOWN} more" if len(faults) > _FAULTS_SHOWN else ""
@@ -52,7 +49,6 @@ async def well_formed(probe: Probe) -> str:
 
 @requires("Leaving", "after a stop of its run, a worker sends a bye or waits for another run")
 async def stop(probe: Probe) -> str:
-    """End the run."""
     since = len(probe.messages)
     reason = "the conformance check is done"
     await probe.send(Stop(**probe.of_run(), round=probe.round, outcome="finished", reason=reason))
@@ -69,7 +65,6 @@ async def stop(probe: Probe) -> str:
 
 @requires("Hello and heartbeats", "a worker leaves when its session is refused")
 async def refusal(probe: Probe) -> str:
-    """Refuse the worker after it has been restarted."""
     if not probe.options.twice:
         raise Skipped("this check needs a restart of the worker; add --twice to wait for a restart")
     earlier = _sessions(probe)

@@ -21,7 +21,6 @@ _HELLO_AGAIN_S = 5.0
     needed=True,
 )
 async def hello(probe: Probe) -> str:
-    """Check the hello."""
     try:  # a worker may send heartbeats before it repeats a hello that was returned to it
         greeting = await probe.next(Hello, 0, "hello", within_s=_HELLO_AGAIN_S)
     except Unmet:
@@ -44,7 +43,6 @@ async def hello(probe: Probe) -> str:
 
 @requires("Hello and heartbeats", "a welcome is followed by a heartbeat")
 async def welcome(probe: Probe) -> str:
-    """Send another welcome, and wait for a heartbeat."""
     beat = await probe.heartbeat()
     return f"a heartbeat in state {beat.state}"
 
@@ -56,7 +54,6 @@ async def welcome(probe: Probe) -> str:
     needed=True,
 )
 async def first_weights(probe: Probe) -> str:
-    """Request the weights that all later scenarios start from."""
     groups = await probe.first_weights()
     weights, frozen = groups[MODEL], groups.get(FROZEN, {})
     try:

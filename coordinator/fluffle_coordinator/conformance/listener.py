@@ -42,23 +42,14 @@ RUNS = "conformance-"
 
 @dataclass(frozen=True)
 class ExamOptions:
-    """The options of an examination.
+    """The options of an examination."""
 
-    Args:
-        worker: the ID of the worker to check; None takes the first that connects.
-        large: add a tensor to the model, so that it travels in parts.
-        twice: wait for a second start of the worker, and refuse it.
-        wait_s: seconds to wait for the worker.
-        patience_s: seconds to wait for an answer.
-        tell: called with progress messages for people.
-    """
-
-    worker: str | None = None
-    large: bool = False
-    twice: bool = False
-    wait_s: float = 600.0
-    patience_s: float = 60.0
-    tell: Callable[[str], object] = lambda _: None
+    worker: str | None = None  # the ID of the worker to check; None takes the first that connects
+    large: bool = False  # add a tensor to the model, so that it travels in parts
+    twice: bool = False  # wait for a second start of the worker, and refuse it
+    wait_s: float = 600.0  # for the worker
+    patience_s: float = 60.0  # for an answer
+    tell: Callable[[str], object] = lambda _: None  # called with progress messages for people
 
 
 class SentFit(NamedTuple):
@@ -142,11 +133,7 @@ class Listener(ABC):
     ) -> _T:
         """Wait until ``find`` returns something other than None, and return that.
 
-        Args:
-            find: searches the messages received so far.
-            what: the name of what is awaited, for error messages.
-            within_s: seconds to wait. None: the patience of the examination, or until nobody
-                consumes from the worker's inbox.
+        Without ``within_s``, wait as long as the options say and someone consumes from the inbox.
 
         Raises:
             Unmet: if it did not come in time.
@@ -196,11 +183,7 @@ class Listener(ABC):
         *,
         within_s: float | None = None,
     ) -> _T:
-        """Wait for an acceptable message of one kind, ignoring the first ``since`` messages.
-
-        Raises:
-            Unmet: see ``until``.
-        """
+        """Wait as ``until`` does for a message of one kind after the first ``since`` messages."""
 
         def find() -> _T | None:
             return next((each for each in self.received(kind, since) if accept(each)), None)

@@ -23,7 +23,6 @@ _UNKNOWN = "conformance_later"
 
 @requires("Messages", "a worker ignores unknown keys and the keys ext and pad")
 async def unknown_keys(probe: Probe) -> str:
-    """Send work with keys of a future minor version."""
     fit = probe.next_fit()
     plan = {**fit.plan.model_dump(exclude_none=True), _UNKNOWN: {"a": [1, None]}}
     changes = {_UNKNOWN: [1, {"b": 2.5}], "ext": {"mine": "yours"}, "plan": plan}
@@ -31,12 +30,8 @@ async def unknown_keys(probe: Probe) -> str:
     return "an update"
 
 
-@requires(
-    "Messages",
-    "a worker refuses a message with an unknown key in the list critical",
-)
+@requires("Messages", "a worker refuses a message with an unknown key in the list critical")
 async def unknown_critical_key(probe: Probe) -> str:
-    """Send work whose meaning an unknown key may change."""
     changes = {_UNKNOWN: 1, "critical": ["base", _UNKNOWN]}
     refused = await probe.ask(probe.next_fit(), changes=changes)
     await _check_not_accepted(probe, refused)
@@ -50,7 +45,6 @@ async def unknown_critical_key(probe: Probe) -> str:
     "kind, and exchanges that it does not know",
 )
 async def messages_to_ignore(probe: Probe) -> str:
-    """Send such messages, then work."""
     elsewhere = probe.mark_sent(probe.next_fit())
     _, body, _ = pack(elsewhere.fit, _small(probe))
     header, _ = msgpack.unpackb(body)
@@ -79,7 +73,6 @@ async def messages_to_ignore(probe: Probe) -> str:
     "a worker refuses tensors that are not finite or do not match their header",
 )
 async def unsound_weights(probe: Probe) -> str:
-    """Send such work, then sound work."""
     refused = []
     for body, fit in unsound_fits(probe):
         refused.append(probe.mark_sent(fit))
@@ -151,7 +144,6 @@ def _small(probe: Probe) -> dict[str, np.ndarray]:
     "when all parts are sent again as a new transfer",
 )
 async def lost_part(probe: Probe) -> str:
-    """Send a model in parts without the last one, then strange parts, then all of it."""
     parts = _in_parts(probe)
     sent = await probe.ask(probe.next_fit(), lose=[parts - 1])
     beat = await probe.heartbeat("receiving", "heartbeat in state receiving")
@@ -173,7 +165,6 @@ async def lost_part(probe: Probe) -> str:
     "repeated fit; a digest of the transfer, if present, matches the parts",
 )
 async def update_in_parts(probe: Probe) -> str:
-    """Fetch the same update twice."""
     _in_parts(probe)
     sent = await probe.ask(probe.next_fit())
     first, payload = await probe.update(sent)
@@ -199,7 +190,6 @@ async def update_in_parts(probe: Probe) -> str:
     "announced digest",
 )
 async def another_digest(probe: Probe) -> str:
-    """Change the last part of a model on its way, then send another round."""
     _in_parts(probe)
     transfers = [each.transfer for each in probe.received(Update) if each.transfer]
     if not any(transfer.digest for transfer in transfers):
@@ -228,7 +218,6 @@ def _in_parts(probe: Probe) -> int:
 
 @requires("Leaving", "a worker ignores a stop of another run and a refusal of another session")
 async def stop_of_another_run(probe: Probe) -> str:
-    """Send both, then work."""
     federation, since = probe.topology.federation, len(probe.messages)
     run, session = RUNS + fresh_name(), fresh_name()
     reason = "the conformance check sends a message for another run or session"

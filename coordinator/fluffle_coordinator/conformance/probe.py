@@ -39,11 +39,7 @@ from fluffle_common.transport.base import HeaderValue, Link, Properties, Unrouta
 from fluffle_common.transport.fetch_parts import PartsGone, fetch
 from fluffle_coordinator.conformance.listener import RUNS, ExamOptions, Listener, SentFit
 from fluffle_coordinator.conformance.received import ReceivedUpdate, Unmet
-from fluffle_coordinator.strategy.update_checks import (
-    EVERYTHING,
-    check_announced,
-    decode_update,
-)
+from fluffle_coordinator.strategy.update_checks import EVERYTHING, check_announced, decode_update
 
 _T = TypeVar("_T")
 _LARGE = {"conformance/large": np.zeros(5 * 2**20 // 4, np.float32)}
@@ -83,11 +79,8 @@ class Probe(Listener):
     ) -> None:
         """Send a message to the worker; work is sent with the weights.
 
-        Args:
-            message: the header.
-            beside: tensors of other groups.
-            changes: header keys to add or replace, valid or not.
-            lose: the numbers of the parts to leave out.
+        ``beside`` has tensors of other groups, ``changes`` the header keys to add or replace, valid
+        or not, and ``lose`` the numbers of the parts to leave out.
         """
         transfer: Transfer | None = None
         parts: Iterable[bytes] = ()
@@ -105,11 +98,7 @@ class Probe(Listener):
     async def deliver(
         self, body: bytes, kind: str, headers: Mapping[str, HeaderValue] = MappingProxyType({})
     ) -> None:
-        """Publish any bytes to the worker's inbox, with AMQP headers as a coordinator sends them.
-
-        Raises:
-            Unmet: if the worker's inbox no longer exists.
-        """
+        """Publish any bytes to the worker's inbox like a coordinator; ``Unmet`` if it is gone."""
         assert self.worker is not None
         properties = Properties(
             type=kind,
@@ -169,10 +158,8 @@ class Probe(Listener):
     async def update(self, sent: SentFit, *, crossed: bool = False) -> ReceivedUpdate:
         """Wait for the update of a ``fit``, fetch its parts, and check it as a coordinator does.
 
-        Args:
-            sent: the work.
-            crossed: whether other work was sent meanwhile. The worker may have purged its outbox
-                for that, so if the parts are gone, the ``fit`` is sent again.
+        If other work has ``crossed`` it, the worker may have purged its outbox for that; if the
+        parts are gone, the ``fit`` is then sent again.
 
         Raises:
             Unmet: if no update came, or a coordinator would reject it.
@@ -202,12 +189,7 @@ class Probe(Listener):
     async def _payload(
         self, message: Update | FirstWeights, inline: memoryview, plan: Plan = EVERYTHING
     ) -> memoryview:
-        """Return the payload of a message: the inline one, or the parts of its transfer.
-
-        Raises:
-            PartsGone: if parts are missing.
-            Unmet: if the parts do not match the announcement.
-        """
+        """Return a message's payload: the inline one, or the parts; they may be ``PartsGone``."""
         if message.transfer is None:
             return inline
         try:

@@ -61,14 +61,7 @@ def signs_of_life(messages: Sequence[Received]) -> list[tuple[float, Hello | Hea
 
 
 def check_rhythm(messages: Sequence[Received], now: float) -> str:
-    """Check that a worker was never silent for so long that it would count as gone.
-
-    Returns:
-        A summary for people.
-
-    Raises:
-        Unmet: if the worker was silent for too long.
-    """
+    """Return a worker's rhythm in words; ``Unmet`` if a silence would have it count as gone."""
     signs = signs_of_life(messages)
     if not signs:
         raise Unmet("the worker sent no heartbeat")

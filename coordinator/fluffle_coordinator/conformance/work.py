@@ -24,7 +24,7 @@ from fluffle_coordinator.conformance.received import (
 )
 from fluffle_coordinator.conformance.scenario import requires
 
-_SEQUENCES_AHEAD = 1000  # how far the sequence is ahead of the round, as in an asynchronous run
+_SEQUENCES_AHEAD = 1000  # of the round, as in an asynchronous run
 
 
 @requires(
@@ -34,7 +34,6 @@ _SEQUENCES_AHEAD = 1000  # how far the sequence is ahead of the round, as in an 
     needed=True,
 )
 async def fit(probe: Probe) -> str:
-    """Play one round."""
     update, _ = await probe.update(await probe.ask(probe.next_fit()))
     return f"{update.num_examples:,} examples, {update.seconds:.2f} s of training"
 
@@ -45,7 +44,6 @@ async def fit(probe: Probe) -> str:
     "1 and the fit's base), then the update",
 )
 async def evaluation_before_the_update(probe: Probe) -> str:
-    """Ask for both, and check their order."""
     sent = await probe.ask(probe.next_fit(evaluate=True))
     await probe.update(sent)
     await probe.evaluation()  # by then, a late evaluation has arrived
@@ -71,7 +69,6 @@ async def evaluation_before_the_update(probe: Probe) -> str:
 
 @requires("Work", "an idle worker reports the run and the round of its last work")
 async def last_work(probe: Probe) -> str:
-    """Play a round, then ask for a heartbeat."""
     update, _ = await probe.update(await probe.ask(probe.next_fit()))
     beat = await probe.idle()
     if (beat.run, beat.round) != (update.run, update.round):
@@ -89,7 +86,6 @@ async def last_work(probe: Probe) -> str:
 
 @requires("Work", "if a fit is repeated after its update, the worker sends that update again")
 async def same_fit_again(probe: Probe) -> str:
-    """Send the same fit twice, the second time after the answer."""
     sent = await probe.ask(probe.next_fit())
     first = await probe.update(sent)
     await probe.idle()
@@ -104,7 +100,6 @@ async def same_fit_again(probe: Probe) -> str:
 
 @requires("Work", "a worker ignores a repeated fit while it trains for that fit")
 async def same_fit_while_at_work(probe: Probe) -> str:
-    """Send the same fit twice in a row."""
     sent = await probe.ask(probe.next_fit())
     await probe.send(sent.fit)
     await probe.update(sent, crossed=True)
@@ -118,7 +113,6 @@ async def same_fit_while_at_work(probe: Probe) -> str:
 
 @requires("Work", "a worker answers a fit that arrives before its last update is confirmed")
 async def next_fit_at_once(probe: Probe) -> str:
-    """Play rounds without a pause between them."""
     for _ in range(3):
         await probe.update(await probe.ask(probe.next_fit()))
     return "updates of 3 rounds without a pause"
@@ -126,7 +120,6 @@ async def next_fit_at_once(probe: Probe) -> str:
 
 @requires("Work", "a fit for a newer round replaces older work and is answered")
 async def newer_fit(probe: Probe) -> str:
-    """Send the next round while the worker trains."""
     older = await probe.ask(probe.next_fit())
     newer = await probe.ask(probe.next_fit())
     await probe.update(newer)
@@ -134,11 +127,9 @@ async def newer_fit(probe: Probe) -> str:
 
 
 @requires(
-    "Work",
-    "a worker accepts or ignores a fit for an older round, but always answers the newer fit",
+    "Work", "a worker accepts or ignores a fit for an older round, but always answers the newer fit"
 )
 async def older_fit(probe: Probe) -> str:
-    """Send an older round while the worker trains."""
     newer = await probe.ask(probe.next_fit(round=probe.round + 2))
     older = await probe.ask(probe.next_fit(round=newer.fit.round - 1))
     await probe.until(
@@ -155,7 +146,6 @@ async def older_fit(probe: Probe) -> str:
 
 @requires("Work", "a fit for the same round with another base is new work and is trained")
 async def another_base(probe: Probe) -> str:
-    """Send the round under another base while the worker trains."""
     first = await probe.ask(probe.next_fit())
     other = await probe.ask(first.fit.model_copy(update={"base": fresh_name()}))
     await probe.update(other)
@@ -168,24 +158,18 @@ async def another_base(probe: Probe) -> str:
     "the same round and base with a higher sequence is new work and is trained",
 )
 async def ticket(probe: Probe) -> str:
-    """Send a fit without a sequence, one with another number than the round, and the next one."""
-    without = await probe.ask(probe.next_fit(sequence=None))
-    _check_sequence(without, await probe.update(without))
-    first = await probe.ask(probe.next_fit(sequence=probe.round + _SEQUENCES_AHEAD))
-    _check_sequence(first, await probe.update(first))
-    assert first.fit.sequence is not None
-    second = await probe.ask(first.fit.model_copy(update={"sequence": first.fit.sequence + 1}))
-    _check_sequence(second, await probe.update(second))
+    without = probe.next_fit(sequence=None)
+    sequence = probe.round + _SEQUENCES_AHEAD
+    first = probe.next_fit(sequence=sequence)
+    second = first.model_copy(update={"sequence": sequence + 1})
+    for work in (without, first, second):
+        update, _ = await probe.update(await probe.ask(work))
+        if update.sequence != work.sequence:
+            raise Unmet(
+                f"the 'fit' message has {_sequence(work.sequence)}, but the worker's update has "
+                f"{_sequence(update.sequence)}; expected the same"
+            )
     return "an update without a sequence, and two of the same round with theirs"
-
-
-def _check_sequence(sent: SentFit, received: ReceivedUpdate) -> None:
-    has, wanted = received.update.sequence, sent.fit.sequence
-    if has != wanted:
-        raise Unmet(
-            f"the 'fit' message has {_sequence(wanted)}, but the worker's update has "
-            f"{_sequence(has)}; expected the same"
-        )
 
 
 def _sequence(number: int | None) -> str:
@@ -198,7 +182,6 @@ def _sequence(number: int | None) -> str:
     "worker sends a failure",
 )
 async def part_of_the_model(probe: Probe) -> str:
-    """Ask for a part of the model, and for a tensor that it does not have."""
     nothing = await probe.ask(probe.next_fit(plan=Plan(train=("conformance/none",))))
     await _failure_or_update(probe, nothing)
     if probe.updates_of(nothing):
@@ -220,7 +203,6 @@ async def part_of_the_model(probe: Probe) -> str:
     "if the plan asks for extra tensors, the update has them, or the worker sends a failure",
 )
 async def extra_tensors(probe: Probe) -> str:
-    """Ask for an extra tensor that no worker is likely to have."""
     sent = await probe.ask(probe.next_fit(plan=Plan(extra={"conformance": ()})))
     if failure := await _failure_or_update(probe, sent):
         return f"a failure ({failure.reason})"
@@ -242,7 +224,6 @@ async def _failure_or_update(probe: Probe, sent: SentFit) -> Failure | None:
     "after a verdict with train_again and a fit with the next attempt, the worker trains again",
 )
 async def rejected_update(probe: Probe) -> str:
-    """Reject an update, and send the round again."""
     sent = await probe.ask(probe.next_fit())
     rejected = await probe.update(sent)
     verdict = Verdict(
@@ -267,7 +248,6 @@ async def rejected_update(probe: Probe) -> str:
     "data",
 )
 async def evaluate(probe: Probe) -> str:
-    """Send an evaluate."""
     number = probe.round
     evaluation = await probe.evaluation()
     if evaluation.round != number:
@@ -281,7 +261,6 @@ async def evaluate(probe: Probe) -> str:
 
 @requires("Work", "a worker answers an evaluate while it trains for a fit of the same round")
 async def evaluate_during_training(probe: Probe) -> str:
-    """Send an evaluate while the worker trains, then the next round."""
     await probe.ask(probe.next_fit())
     await probe.evaluation()
     await probe.update(await probe.ask(probe.next_fit()))
@@ -294,7 +273,6 @@ async def evaluate_during_training(probe: Probe) -> str:
     "tensors; the worker keeps received frozen tensors, lists their digest, and uses them again",
 )
 async def frozen_tensors(probe: Probe) -> str:
-    """Send work that needs other frozen tensors: without them, with them, and without them."""
     if FROZEN not in _last_sign(probe).features:
         raise Skipped("the worker does not list the feature 'frozen' in its heartbeats")
     if not probe.frozen:

@@ -6,14 +6,12 @@ Nothing is computed unless someone looks.
 from __future__ import annotations
 
 import asyncio
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from pydantic_core import to_json
-
+from fluffle_common.cli.console import json_line
 from fluffle_common.cli.settings import management_finder
 from fluffle_common.clock import wall_time
 from fluffle_common.errors import UsageError
@@ -21,7 +19,6 @@ from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import REQUEST_ERRORS, fault_and_remedy
 from fluffle_coordinator.dashboard.board import Board
-from fluffle_coordinator.storage.history import finite
 
 Figures = Iterable[Mapping[str, Any]]
 _AFTER_A_FAILURE_S = 10.0
@@ -85,9 +82,9 @@ class Feed:
         """
         if self._sections_version != self.version:
             snapshot = self.board.snapshot()
-            self._sections = {name: as_json(section) for name, section in snapshot.items()}
+            self._sections = {name: json_line(section) for name, section in snapshot.items()}
             self._sections_version = self.version
-        return self._sections | {"now": as_json(wall_time())}
+        return self._sections | {"now": json_line(wall_time())}
 
     async def ask_queues(self, max_age_s: float) -> None:
         """Refresh the queues' figures, unless they are younger than ``max_age_s``."""
@@ -112,23 +109,12 @@ class Feed:
 def queue_asker(
     topology: Topology, find_url: Callable[[], str], management: str | None
 ) -> Callable[[], Figures]:
-    """Return a function that fetches the queues' figures; see ``Management.queue_figures``.
+    """Return a function that fetches the queues' figures from the broker's management API.
 
-    Args:
-        topology: the names of the federation.
-        find_url: returns the broker's URL, at each call.
-        management: the URL of the management API, if it is not the usual one of the broker.
+    ``management`` is the URL of that API, if it is not the usual one of the broker.
 
     Raises:
         UsageError: if ``management`` has a user.
     """
     find = management_finder(management)
     return lambda: [asdict(one) for one in find(find_url()).queue_figures(topology)]
-
-
-def as_json(value: Any) -> str:
-    """Return data as one line of ASCII JSON; NaN and infinity become null, other objects text."""
-    try:
-        return to_json(value, ensure_ascii=True, inf_nan_mode="null", fallback=str).decode()
-    except ValueError:  # a file name may not be valid Unicode
-        return json.dumps(finite(value), default=str, separators=(",", ":"))

@@ -24,7 +24,7 @@ from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.snapshot import latest
 from fluffle_coordinator.machine.state import Phase
-from fluffle_coordinator.observe.counters import OUTCOMES, STEPS, Counters
+from fluffle_coordinator.observe.run_view import OUTCOMES, STEPS, Counters
 
 PHASES = ("standby", *Phase)
 ROLES = ("updates", "presence", "rejected", "unrouted", "journal", "inboxes", "outboxes", "other")
@@ -34,7 +34,7 @@ _QUEUE_FIGURES = {
     "unacknowledged": (
         "fluffle_queue_unacknowledged_messages",
         "Messages delivered but not acknowledged; an update stays unacknowledged until its round "
-        "is on disk.",
+        "is committed.",
     ),
     "consumers": ("fluffle_queue_consumers", "Number of consumers of these queues."),
     "size_bytes": ("fluffle_queue_size_bytes", "Bytes of the messages in these queues."),
@@ -79,7 +79,7 @@ def _run(board: Board) -> Iterator[Metric]:
     last = board.view.rounds.get(board.view.committed)
     loss, accuracy = latest(board.view, "loss"), latest(board.view, "accuracy")
     for name, words, value in (
-        ("broker_linked", "1 if the broker is connected, else 0.", run["linked"]),
+        ("broker_linked", "1 if this process is connected to the broker, else 0.", run["linked"]),
         ("round", "Number of the open round, or of the next if none is open.", run["round"]),
         ("rounds_planned", "Number of rounds of the run.", run["rounds"]),
         ("quorum_received_updates", "Number of updates counted in the open round.", updates),

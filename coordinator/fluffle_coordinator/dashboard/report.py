@@ -18,9 +18,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from fluffle_common.cli.console import json_line
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import from_fields
-from fluffle_coordinator.dashboard.feed import as_json
 from fluffle_coordinator.dashboard.snapshot import ending, results
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import merged, read_history_lines
@@ -125,7 +125,7 @@ def page(data: Mapping[str, Any]) -> str:
         f'style-src {_hash(style)}; script-src {_hash(theme)} {_hash(script)}">'
     )
     # JSON has these characters only inside strings, where the escape means the same.
-    text = as_json(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    text = json_line(data).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     html = _LIVE_ONLY.sub("", _static("page.html"))
     for part, replacement in (
         ('href="icon.svg"', f'href="data:image/svg+xml;base64,{icon}"'),

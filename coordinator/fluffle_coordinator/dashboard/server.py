@@ -60,11 +60,7 @@ _HEADERS = [
 
 
 def listen(address: str, flag: str) -> socket.socket:
-    """Bind the page's address.
-
-    Args:
-        address: ``HOST:PORT``, or just a port of 127.0.0.1; port 0 means any free one.
-        flag: the option that the address comes from, for error messages.
+    """Bind the page's address: ``HOST:PORT``, or a port of 127.0.0.1; port 0 means any free one.
 
     Raises:
         UsageError: if ``address`` is malformed or cannot be bound.
@@ -95,11 +91,6 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
 
-def is_loopback(listening: socket.socket) -> bool:
-    """Return whether only this machine can reach the page."""
-    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback
-
-
 # --- the server --------------------------------------------------------------------------------
 
 
@@ -115,8 +106,9 @@ class _Server(uvicorn.Server):
 @contextlib.asynccontextmanager
 async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
     """Serve the page while the body runs; a failure of the server is only a warning."""
-    hosts: set[str] | None = {"localhost", "127.0.0.1", "::1", listening.getsockname()[0]}
-    if not is_loopback(listening):
+    address = listening.getsockname()[0]
+    hosts: set[str] | None = {"localhost", "127.0.0.1", "::1", address}
+    if not ipaddress.ip_address(address).is_loopback:
         hosts = None
         warn(f"anyone who can reach this machine can read the page at {url_of(listening)}")
     config = uvicorn.Config(
@@ -156,12 +148,7 @@ async def _guarded(server: _Server, listening: socket.socket) -> None:
 
 
 def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
-    """Return the ASGI application that serves a feed.
-
-    Args:
-        feed: the content of the page.
-        hosts: host names that requests may use; None allows any.
-    """
+    """Return the ASGI application that serves a feed to requests with these host names, or any."""
     metrics = registry(feed)
     viewers = 0
 

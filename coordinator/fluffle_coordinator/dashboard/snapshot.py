@@ -10,9 +10,8 @@ from typing import Any
 
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
-from fluffle_coordinator.observe.counters import cause_of
 from fluffle_coordinator.observe.round_view import RoundView
-from fluffle_coordinator.observe.run_view import RunView
+from fluffle_coordinator.observe.run_view import RunView, cause_of
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
 from fluffle_coordinator.storage.round_stats import weighted_mean
 
@@ -48,7 +47,7 @@ def curves(view: RunView) -> dict[str, Any]:
     """
     points = []
     for each in view.done:
-        loss = train_loss(each) if view.whole else None
+        loss = weighted_mean(each.train_losses) if view.whole else None
         values = _metrics(each) | {
             "loss": each.loss, "epsilon": each.epsilon, "training loss": loss,
         }  # fmt: skip
@@ -62,11 +61,6 @@ def curves(view: RunView) -> dict[str, Any]:
         "rounds": [number for number, _ in points],
         **{name: [values.get(name) for _, values in points] for name in names},
     }
-
-
-def train_loss(view: RoundView) -> float | None:
-    """Return the mean training loss, weighted by examples; None if no update reports one."""
-    return weighted_mean(view.train_losses)
 
 
 def staleness(view: RunView) -> dict[str, Any] | None:
@@ -145,7 +139,7 @@ def _round(view: RoundView) -> dict[str, Any]:
             "committed_at": view.committed_at,
             "num_examples": view.num_examples,
             "bytes": sum(update.bytes or 0 for update in updates),
-            "train_loss": train_loss(view),
+            "train_loss": weighted_mean(view.train_losses),
             "phases": view.phases,
             "late": view.late,
             "rejected": view.rejected,

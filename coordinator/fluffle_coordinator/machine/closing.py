@@ -110,9 +110,6 @@ def _commit(state: State, out: Effects) -> State:
     return state.replace(phase=Phase.COMMITTING)
 
 
-# --- the deadline ------------------------------------------------------------------------------
-
-
 def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     rules = state.rules
     reason = _progress_after(state, now - state.opened_at)
@@ -137,7 +134,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 def _too_long(state: State) -> str:
     progress = _progress_after(state, state.rules.max_round_s)
-    return f"{progress}; a round may not stay open longer than --max-round"
+    return f"{progress}; the round reached the limit --max-round"
 
 
 def _progress_after(state: State, seconds: float) -> str:
@@ -164,9 +161,6 @@ def _why_missing(state: State) -> str:
         worker, reason = max(rejected.items())
         return f"; the update of {worker} was rejected: {reason}"
     return ""
-
-
-# --- a smaller quorum --------------------------------------------------------------------------
 
 
 def report_smaller_quorum(before: State, after: State, event: Event, out: Effects) -> None:

@@ -1,7 +1,7 @@
 """The evaluations of each round's model.
 
 A worker evaluates the model that it is about to train, so the evaluation of a round's model arrives
-during the next round. Only the last model needs work of its own (``finishing``).
+during the next round. Only the last model needs work of its own; see ``machine.finishing``.
 """
 
 from __future__ import annotations

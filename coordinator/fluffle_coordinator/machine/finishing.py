@@ -1,4 +1,4 @@
-"""The end of a run: the evaluation of its last model, and why it finished or was stopped."""
+"""The end of a run, which waits for the evaluation of the last model."""
 
 from __future__ import annotations
 

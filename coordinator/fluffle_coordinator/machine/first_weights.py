@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.agreement import refuse_unfit
 from fluffle_coordinator.machine.effects import AskInit, Effects
 from fluffle_coordinator.machine.events import InitLost, WeightsReady
 from fluffle_coordinator.machine.finishing import end, last_failure
-from fluffle_coordinator.machine.records import Worker
 from fluffle_coordinator.machine.state import State
 
 
@@ -27,10 +25,10 @@ def ask_for_weights(state: State, now: float, out: Effects) -> State:
         return state
     state = state.replace(init_after=math.inf)
     enough = state.has_enough_workers
-    candidates: Iterable[Worker] = state.workers.values()
+    candidates = list(state.workers.values())
     if not enough:
         # The vote on the model is still to come. A worker that declares nothing cannot lose it.
-        candidates = [worker for worker in candidates if _declares_nothing(worker)]
+        candidates = [w for w in candidates if w.model is None and not w.classes]
         if not candidates:
             return state
     able = sorted(worker.name for worker in candidates if worker.name not in state.failed)
@@ -42,10 +40,6 @@ def ask_for_weights(state: State, now: float, out: Effects) -> State:
     if not enough:
         return state
     return end(state, "stopped", f"no first weights; {last_failure(state.failed)}", out)
-
-
-def _declares_nothing(worker: Worker) -> bool:
-    return worker.model is None and not worker.classes
 
 
 def init_lost(state: State, event: InitLost, _: object) -> State:

@@ -39,13 +39,11 @@ from types import MappingProxyType
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine import evaluation, finishing, first_weights, membership, updates
 from fluffle_coordinator.machine import events as ev
-from fluffle_coordinator.machine import first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
 from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
 from fluffle_coordinator.machine.effects import Ack, Effects, Welcome
-from fluffle_coordinator.machine.evaluation import evaluation_arrived, record_evaluation
-from fluffle_coordinator.machine.finishing import evaluate_last_model, try_to_finish
 from fluffle_coordinator.machine.opening import try_to_open
 from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.rules import Rules
@@ -161,7 +159,7 @@ _HANDLERS: Mapping[type[ev.Event], Callable[[State, Any, Effects], State]] = {
     ev.Arrived: updates.arrived,
     ev.Folded: updates.folded,
     ev.FoldFailed: updates.fold_failed,
-    ev.EvaluationArrived: evaluation_arrived,
+    ev.EvaluationArrived: evaluation.evaluation_arrived,
     ev.Committed: updates.committed,
     ev.Tick: membership.tick,
 }
@@ -176,17 +174,17 @@ def _progress(state: State, now: float, out: Effects) -> State:
         state = state.replace(gate=1, gate_until=math.inf)
     match state.phase:
         case Phase.OPEN:
-            return try_to_close(record_evaluation(state, out), now, out)
+            return try_to_close(evaluation.record_evaluation(state, out), now, out)
         case Phase.COMMITTING:
-            return record_evaluation(state, out)
+            return evaluation.record_evaluation(state, out)
         case Phase.WAITING if state.round > state.rules.rounds or state.enough:
-            return evaluate_last_model(state, now, out)
+            return finishing.evaluate_last_model(state, now, out)
         case Phase.WAITING:
             state = try_to_open(state, now, out)
             # Updates that an earlier coordinator asked for may have arrived before the opening.
             return try_to_close(state, now, out) if state.phase is Phase.OPEN else state
         case Phase.EVALUATING:
-            return try_to_finish(state, now, out)
+            return finishing.try_to_finish(state, now, out)
         case Phase.ENDED:
             return state
 

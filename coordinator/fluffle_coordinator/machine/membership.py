@@ -33,8 +33,7 @@ def seen(state: State, event: Seen, out: Effects) -> State:
     if known is None or restarted:
         worker = replace(worker, joined_at=event.now, moved_at=event.now)
         state = state.replace(refused=state.refused.discard(worker.name))
-        joined = run_events.Joined(worker=worker.name, num_examples=worker.num_examples)
-        out.append(joined)
+        out.append(run_events.Joined(worker=worker.name, num_examples=worker.num_examples))
         if differs := other_frozen(state, worker):
             out.append(differs)
     else:

@@ -14,6 +14,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Effects
 from fluffle_coordinator.machine.state import State
 
+_OUTLIER_RATIO = 10.0
 _ROUNDS_REMEMBERED = 5  # short, because norms usually fall during a run
 
 
@@ -28,7 +29,7 @@ def with_median(medians: tuple[float, ...], norms: Iterable[float]) -> tuple[flo
 
 
 def report_outliers(state: State, out: Effects) -> State:
-    """Report updates whose norm is many times the median of the round's norms.
+    """Report updates whose norm is above ten times the median of the round's norms.
 
     The median of one or two norms exposes no outlier, so these are compared with that of the last
     rounds. An outlier enters it too, but as a minority it does not change a median.
@@ -39,7 +40,7 @@ def report_outliers(state: State, out: Effects) -> State:
     medians = with_median(state.median_norms, norms.values())
     median = median_low(medians) if len(norms) <= 2 else medians[-1]
     for (worker, _), norm in sorted(norms.items()):
-        if norm > state.rules.outlier_ratio * median:
+        if norm > _OUTLIER_RATIO * median:
             outlier = run_events.Outlier(round=state.round, worker=worker, norm=norm, median=median)
             out.append(outlier)
     return state.replace(median_norms=medians)

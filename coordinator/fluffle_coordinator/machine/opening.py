@@ -60,15 +60,6 @@ def _still_at_work(state: State, now: float) -> Table[str, Issued]:
     return Table(asked)
 
 
-def _answered(state: State) -> dict[str, Issued]:
-    """Return the workers whose update for the open round is here, as if asked in it."""
-    return {
-        ticket.worker: Issued(-math.inf, ticket.sequence, state.round)
-        for ticket, update in state.received.items()
-        if update.round == state.round
-    }
-
-
 def reopen(state: State, reason: str, now: float, out: Effects) -> State:
     """Open the round again after its deadline, with the workers that are present now."""
     asked_before = state.asked_before.union(state.asked)
@@ -84,9 +75,14 @@ def _ask(
 ) -> State:
     """Ask a cohort for updates of the open round; ``reason`` says why, if it is open again."""
     issued = Issued(now, state.sequence, state.round)
+    continuous = state.schedule.continuous
     # When a round opens, updates that an earlier coordinator asked for may have arrived already.
-    answered = {} if state.schedule.continuous else _answered(state)
-    at_work = state.asked.items() if state.schedule.continuous else ()
+    answered = {
+        ticket.worker: Issued(-math.inf, ticket.sequence, state.round)
+        for ticket, update in state.received.items()
+        if not continuous and update.round == state.round
+    }
+    at_work = state.asked.items() if continuous else ()
     asked = {**dict(at_work), **dict.fromkeys(cohort, issued), **answered}
     state = state.replace_and_recount(
         opened_at=now,
@@ -109,6 +105,6 @@ def _ask(
         out.append(run_events.Opened(**about))
         return state
     out.append(run_events.Reopened(**about, reason=reason))
-    if not state.schedule.continuous:  # what is on its way is the same work
+    if not continuous:  # what is on its way is the same work
         unanswered = tuple(name for name in unanswered if not state.receives(name, now))
     return send_work(state, tuple(n for n in unanswered if not state.busy(n)), now, out)

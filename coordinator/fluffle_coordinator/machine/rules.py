@@ -62,9 +62,6 @@ class Rules:
     max_round_s: float = 86400.0  # how long a round may stay open, whatever its workers' progress
     stall_s: float = 120.0  # how long a training may stand still before it is reported
     stall_timeout_s: float | None = None  # and before it counts as failed; None sets no limit
-    # An update is reported if its norm is more than this many times the median of its round or, in
-    # a round of one or two updates, the median of the last five rounds.
-    outlier_ratio: float = 10.0
     # An update is rejected if its norm is more than this many times the median of the last five
     # rounds; None rejects none. While no round is known, the updates counted before it take their
     # place.

@@ -8,6 +8,7 @@ name, so that a worker that leaves does not reshuffle the others.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -100,16 +101,8 @@ def select(
 
 
 def by_chance(workers: Iterable[str], rate: float, draw: Draw) -> list[str]:
-    """Return a Poisson sample: each worker is in it with the same chance, so it may be empty.
-
-    Example:
-        >>> by_chance("abcd", 1.0, Draw(0, 1)), by_chance("abcd", 1e-9, Draw(0, 1))
-        (['a', 'b', 'c', 'd'], [])
-    """
+    """Return a Poisson sample: each worker is in it with the same chance, so it may be empty."""
     return [name for name in workers if draw.chance(name) <= rate]
-
-
-# --- the rules ---------------------------------------------------------------------------------
 
 
 def _uniform(candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
@@ -138,35 +131,23 @@ def _round_robin(candidates: Sequence[Candidate], count: int, draw: Draw) -> lis
     return [candidate.name for candidate in by_turn[:count]]
 
 
-@dataclass(frozen=True)
-class _FastestFirst:
+def _fastest(floor: float, candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
     """Select the fastest workers, but fill a fraction of the places, rounded up, in turn.
 
     Workers that have not trained yet count as the fastest, so that their speed becomes known.
     """
-
-    floor: float
-
-    def __call__(self, candidates: Sequence[Candidate], count: int, draw: Draw) -> list[str]:
-        in_turn = _round_robin(candidates, math.ceil(self.floor * count - 1e-9), draw)
-        others = [candidate for candidate in candidates if candidate.name not in in_turn]
-        others.sort(key=lambda c: (c.train_s or 0.0, draw.lot(c.name)))
-        return in_turn + [candidate.name for candidate in others[: count - len(in_turn)]]
+    in_turn = _round_robin(candidates, math.ceil(floor * count - 1e-9), draw)
+    others = [candidate for candidate in candidates if candidate.name not in in_turn]
+    others.sort(key=lambda c: (c.train_s or 0.0, draw.lot(c.name)))
+    return in_turn + [candidate.name for candidate in others[: count - len(in_turn)]]
 
 
 UNIFORM = Selection("uniform", _uniform)
 """The default."""
 _FLOOR = 0.2
 POISSON = Selection("poisson", _poisson, fixed=False)
-_RULES = {
-    rule.name: rule
-    for rule in (
-        UNIFORM,
-        POISSON,
-        Selection("weighted", _weighted),
-        Selection("round-robin", _round_robin),
-    )
-}
+_OTHERS = Selection("weighted", _weighted), Selection("round-robin", _round_robin)
+_RULES = {rule.name: rule for rule in (UNIFORM, POISSON, *_OTHERS)}
 
 
 def parse_selection(text: str) -> Selection:
@@ -174,10 +155,6 @@ def parse_selection(text: str) -> Selection:
 
     Raises:
         ValueError: if there is no such rule, or its setting is out of range.
-
-    Example:
-        >>> parse_selection("fastest:0.25").name
-        'fastest:0.25'
     """
     if text in _RULES:
         return _RULES[text]
@@ -185,7 +162,7 @@ def parse_selection(text: str) -> Selection:
     with contextlib.suppress(ValueError):
         floor = float(setting) if setting else _FLOOR
         if name == "fastest" and 0 <= floor <= 1:
-            return Selection(f"fastest:{floor:g}", _FastestFirst(floor))
+            return Selection(f"fastest:{floor:g}", functools.partial(_fastest, floor))
     raise ValueError(
         f"unknown selection '{text[:60]}'; choose from {', '.join(_RULES)} and fastest[:FLOOR], "
         "with a FLOOR from 0 to 1"

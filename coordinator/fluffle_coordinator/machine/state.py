@@ -163,8 +163,7 @@ class State:
     def replace(self, **changes: Any) -> State:
         """Return a copy with other values; like ``dataclasses.replace``, and about 20 times faster.
 
-        That one sets each of some fifty fields, which doubles the machine's time for a round: there
-        are ten or more changes a round and worker. Changes about workers' answers need
+        That one would double the machine's time for a round. Changes about workers' answers need
         ``replace_for`` or ``replace_and_recount``, which keep the tally.
         """
         assert changes.keys() <= self.__dataclass_fields__.keys()

@@ -42,7 +42,9 @@ def arrived(state: State, event: Arrived, out: Effects) -> State:
     if state.has_counted(ticket, number):
         out += [Ack(handle), run_events.Duplicate(worker=ticket.worker, round=number)]
         return state
-    if number < state.round and not (_accepts_updates(state) and _discount(state, number)):
+    if number < state.round and not (
+        _accepts_updates(state) and _discount(state, state.round - number)
+    ):
         out += [Ack(handle), *_late(update)]
         return _finish_work(state, ticket, event.now, out)
     if number > state.round or not _accepts_updates(state):
@@ -82,17 +84,17 @@ def _accepts_updates(state: State) -> bool:
     return state.has_weights and state.phase is not Phase.EVALUATING
 
 
-def _discount(state: State, number: int) -> float:
-    """Return the factor on the weight of an update that was trained from a round's weights."""
-    staleness, schedule = state.round - number, state.schedule
+def _discount(state: State, staleness: int) -> float:
+    """Return the factor on the weight of an update that is so many versions old."""
+    schedule = state.schedule
     if staleness > schedule.max_staleness:
         return 0.0
     return schedule.discount(staleness) if staleness or schedule.continuous else 1.0
 
 
 def _fold(state: State, update: Arrived) -> Fold:
-    staleness, discount = state.round - update.round, _discount(state, update.round)
-    return Fold(update, max_norm(state), staleness, discount)
+    staleness = state.round - update.round
+    return Fold(update, max_norm(state), staleness, _discount(state, staleness))
 
 
 def _reject(state: State, update: Arrived, reason: str, out: Effects) -> State:
@@ -190,7 +192,7 @@ def folded(state: State, event: Folded, out: Effects) -> State:
         train_s=update.train_s,
         bytes=update.size_bytes,
         staleness=staleness or None,
-        weight=update.num_examples * _discount(state, update.round) if staleness else None,
+        weight=update.num_examples * _discount(state, staleness) if staleness else None,
     )
     out.append(counted)
     return _finish_work(state, ticket, event.now, out)
@@ -201,8 +203,7 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     ticket, failed = event.ticket, state.received[event.ticket]
     worker = ticket.worker
     if event.again:
-        resend = run_events.Resend(worker=worker, reason=event.reason)
-        out += [Ack(failed.handle), resend]
+        out += [Ack(failed.handle), run_events.Resend(worker=worker, reason=event.reason)]
     else:
         out.append(Reject(failed.handle, event.reason, event.cause))
     if copies := state.spares.get(ticket):
@@ -241,7 +242,7 @@ def committed(state: State, event: Committed, out: Effects) -> State:
     last = event.round >= state.rules.rounds or bool(event.enough)
     for ticket, update in state.received.items():
         if ticket not in counted:
-            later = not last and _counts_later(state, update)
+            later = not last and _discount(state, state.round + 1 - update.round)
             (carried if later else late).append(update)
     done = [*(state.received[ticket] for ticket in counted), *late]
     copies = (copy for update in done for copy in state.spares.get(update.ticket, ()))
@@ -262,12 +263,6 @@ def committed(state: State, event: Committed, out: Effects) -> State:
     by_arrival = sorted(carried, key=lambda update: update.handle)
     out += [_fold(state, update) for update in by_arrival]
     return state
-
-
-def _counts_later(state: State, update: Arrived) -> bool:
-    """Whether an update that is not in this round's sum still counts in the next round."""
-    staleness = state.round + 1 - update.round
-    return staleness <= state.schedule.max_staleness and state.schedule.discount(staleness) > 0
 
 
 def _unevaluated(state: State) -> frozenset[int]:

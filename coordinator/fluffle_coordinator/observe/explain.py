@@ -8,21 +8,14 @@ from datetime import datetime
 from functools import cached_property
 from typing import NamedTuple
 
-from fluffle_common.protocol.events import (
-    Committed,
-    Counted,
-    Doing,
-    Opened,
-    RunEvent,
-    Waiting,
-    from_fields,
-)
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.events import Counted, Doing, RunEvent, Waiting, from_fields
 from fluffle_common.protocol.messages import Event
 from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import Departure
 
-_ROUND_EVENTS = (Opened, Counted, Committed)
+_ROUND_EVENTS = (run_events.Opened, run_events.Counted, run_events.Committed)
 
 
 class Entry(NamedTuple):
@@ -166,11 +159,7 @@ def explain(
     *,
     coordinated: bool | None = None,
 ) -> Explanation:
-    """Return the explanation of a round at time ``now``; round 0 is the time before the first.
-
-    The journal begins as early as possible. ``coordinated`` says whether a coordinator is connected
-    now; None if that is unknown.
-    """
+    """Return the explanation of a round, from a journal that begins as early as possible."""
     # Before the first round, a message that names some round must not create it.
     view, now_s = RunView(whole=number > 0), now.timestamp()
     for moment, of, event in journal:

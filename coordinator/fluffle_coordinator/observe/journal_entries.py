@@ -5,18 +5,9 @@ from __future__ import annotations
 import uuid
 
 from fluffle_common.clock import timestamp
-from fluffle_common.protocol.events import (
-    Committed,
-    Opened,
-    Resumed,
-    RunEvent,
-    Standby,
-    Started,
-    Waiting,
-)
+from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import EventRecord
-
-_OMITTED_FIELD = "address"  # of the broker: its readers know it
 
 
 class Entries:
@@ -28,27 +19,19 @@ class Entries:
         self._gists: dict[str, object] = {}  # of the latest report of each kind
 
     def record_of(self, event: RunEvent) -> EventRecord | None:
-        """Return the record of an event that happens now.
-
-        It is None for an event that is not journalled, or a repetition.
+        """Return the record of an event that happens now; None if it is not to be journalled.
 
         Raises:
             ValueError: if the event does not fit into a record.
         """
-        if isinstance(event, Started | Resumed) and event.run:
+        if isinstance(event, run_events.Started | run_events.Resumed) and event.run:
             self._run = event.run
-        if isinstance(event, Opened | Committed):  # readers forget what the run waited for
-            self._gists.pop(Waiting.name, None)
-        if not event.journalled or self._is_repetition(event):
+        if isinstance(event, run_events.Opened | run_events.Committed):  # readers forget the wait
+            self._gists.pop(run_events.Waiting.name, None)
+        gist = event.gist()
+        if not event.journalled or (gist is not None and gist == self._gists.get(event.name)):
             return None
+        self._gists[event.name] = gist
         fields = event.fields()
-        fields.pop(_OMITTED_FIELD, None)
+        fields.pop("address", None)  # of the broker: its readers know it
         return EventRecord(event=event.name, time=timestamp(), run=self._run, fields=fields)
-
-    def _is_repetition(self, event: RunEvent) -> bool:
-        """Whether a periodic report has the same gist as the last one."""
-        if not isinstance(event, Waiting | Standby):
-            return False
-        latest = self._gists.get(event.name)
-        self._gists[event.name] = event.gist()
-        return latest == self._gists[event.name]

@@ -34,17 +34,9 @@ async def read_journal(
 ) -> AsyncGenerator[Event]:
     """Yield the events of a federation in order, each once.
 
-    After a lost link, reading continues where it stopped.
-
-    Args:
-        transport: connects to the broker.
-        topology: the names of the federation's queues and exchanges.
-        since: yield events from this time on; None yields all that the broker keeps.
-        live: continue with new events until cancelled, and wait for a journal that does not exist
-            yet; otherwise end with the newest existing event.
-        waiting: called with the reason when the link is lost or cannot be opened, or the journal
-            does not exist yet.
-        backoff: how to wait for an unreachable broker.
+    After a lost link, reading continues where it stopped. A ``live`` reader continues with new
+    events until cancelled, and waits for a journal that does not exist yet; any other ends with the
+    newest existing event. ``waiting`` is called with the reason for each wait.
 
     Raises:
         UsageError: if the federation has no journal.
@@ -87,8 +79,8 @@ async def _entries(
                 "connected to this broker, and that the broker supports streams"
             )
         waiting(
-            f"{missing} yet; if the name is wrong, 'fluffle queues --federation "
-            f"{topology.federation}' lists the right ones"
+            f"{missing} yet; to list the broker's federations, run 'fluffle queues --federation "
+            f"{topology.federation}'"
         )
         while await link.counts(topology.journal) is None:  # noqa: ASYNC110 - nobody announces it
             await asyncio.sleep(_POLL_S)

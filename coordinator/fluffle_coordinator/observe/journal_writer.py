@@ -89,7 +89,7 @@ class Journal(Watcher):
             LinkLost: if the link is lost while an event is unconfirmed.
         """
         if self._broken:
-            return await _forever()
+            await asyncio.Event().wait()  # until cancelled
         try:
             await self._publish(link)
         except (FluffleError, QueueInUse):  # the coordinator, which owns the link, handles these
@@ -101,7 +101,7 @@ class Journal(Watcher):
             warn(
                 f"the journal cannot be published ({wrong!r}); the run continues without a journal"
             )
-            await _forever()
+            await asyncio.Event().wait()  # until cancelled
 
     async def _publish(self, link: Link) -> None:
         self._linked = True
@@ -192,11 +192,6 @@ class Journal(Watcher):
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(within_s):
                 await self._at_rest.wait()
-
-
-async def _forever() -> None:
-    """Wait until cancelled."""
-    await asyncio.Event().wait()
 
 
 def _number_of_events(message: Event | Events) -> int:

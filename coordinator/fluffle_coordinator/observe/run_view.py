@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
+from fluffle_common.errors import CAUSES
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent, from_fields
-from fluffle_coordinator.observe.counters import Counters, cause_of
 from fluffle_coordinator.observe.round_view import RoundView, late_updates, remembered
 from fluffle_coordinator.observe.worker_view import Workers
 
@@ -22,15 +23,10 @@ _MAX_ROUNDS = 2000
 _MAX_DETAILED = 50  # older rounds keep only their result
 _MAX_REJECTIONS = 30
 
-# The events of one round. Only the first kind creates its view, since the others may come from
-# messages that name any round.
-_RoundResult = (
+# The events that create the view of their round; the others may come from messages that name any.
+_CREATES_ROUND = (
     run_events.Opened | run_events.Reopened | run_events.Counted | run_events.Committed
-    | run_events.Evaluated | run_events.Personal | run_events.Tested | run_events.Privacy
-)  # fmt: skip
-_RoundNote = (
-    run_events.Closed | run_events.Duplicate | run_events.Failure | run_events.Late
-    | run_events.Outlier | run_events.Overweight | run_events.Quorum | run_events.Stalled
+    | run_events.MeasuredEvent | run_events.Privacy
 )  # fmt: skip
 _PHASE_AFTER: dict[type[RunEvent], str] = {
     run_events.Standby: "standby",
@@ -44,6 +40,57 @@ _PHASE_AFTER: dict[type[RunEvent], str] = {
     run_events.Stopped: "ended",
     run_events.Interrupted: "ended",
 }
+
+
+OUTCOMES = ("counted", "late", "rejected", "duplicate")
+STEPS = ("waiting", "open", "fold", "average", "checkpoint")
+"""The steps of a round; the ``timings`` of a committed round call them ``<step>_s``."""
+
+
+@dataclass
+class Counters:
+    """Counters of a federation, from the first event seen and across runs.
+
+    They never decrease, as Prometheus requires of counters. ``outcomes`` counts updates, and
+    ``causes`` all rejected messages.
+    """
+
+    rounds: int = 0
+    outcomes: Counter[str] = field(default_factory=Counter)
+    causes: Counter[str] = field(default_factory=Counter)
+    failures: int = 0
+    outages: int = 0
+    update_bytes: int = 0
+    step_seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STEPS, 0.0))
+    step_rounds: Counter[str] = field(default_factory=Counter)
+
+    def add(self, event: run_events.RunEvent) -> None:
+        """Count an event."""
+        match event:
+            case run_events.Counted(bytes=size):
+                self.outcomes[event.name] += 1
+                self.update_bytes += size or 0
+            case run_events.Late() | run_events.Duplicate():
+                self.outcomes[event.name] += 1
+            case run_events.Rejected(kind=kind):
+                self.causes[cause_of(event)] += 1
+                if kind in (None, "update"):  # a message that cannot be decoded may be an update
+                    self.outcomes[event.name] += 1
+            case run_events.Failure():
+                self.failures += 1
+            case run_events.Disconnected():
+                self.outages += 1
+            case run_events.Committed(timings=timings):
+                self.rounds += 1
+                for step in STEPS:
+                    if timings and f"{step}_s" in timings:
+                        self.step_seconds[step] += timings[f"{step}_s"]
+                        self.step_rounds[step] += 1
+
+
+def cause_of(event: run_events.Rejected) -> str:
+    """Return the cause of a rejection; ``malformed`` if it is not one of ``CAUSES``."""
+    return event.cause if event.cause in CAUSES else "malformed"
 
 
 class RunView:
@@ -88,10 +135,9 @@ class RunView:
             self.full_disk = (at, event)
         elif isinstance(event, run_events.Counted | run_events.Committed):
             self.full_disk = None  # this is what had waited for the disk
-        if isinstance(event, _RoundResult):
-            self._add_to_round(self._round(event.round), at, event)
-        elif isinstance(event, _RoundNote):
-            self._add_to_round(self._known(event.round), at, event)
+        if isinstance(event, run_events.RoundEvent):
+            find = self._round if isinstance(event, _CREATES_ROUND) else self._known
+            self._add_to_round(find(event.round), at, event)
 
     def remember(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Apply the rows of a history (``read_history``); they do not change ``counters``."""

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from fluffle_common.cli.console import Console, warn
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import Phase, State
 from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
 
 
-class Watcher(Protocol):
+class Watcher:
     """An observer of a run. Its methods are optional, and must neither block nor raise."""
 
     def record(self, event: RunEvent) -> None:
         """Receive an event of the run."""
-        return
 
     def show(self, state: State, now: float) -> None:
         """Receive the machine's state, after every event of the machine."""
-        return
 
 
 class Watchers(Watcher):

@@ -31,8 +31,7 @@ from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.round_stats import Clock
-from fluffle_coordinator.storage.run_store import new_base
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import Saved, new_base
 from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.update_checks import check_metrics, decode_update
@@ -89,10 +88,7 @@ class Aggregator:
             await self._fetcher.close()
 
     def release(self) -> None:
-        """Free the memory of the last model and its sum, when no event can come any more.
-
-        The parts of a coordinator refer to each other, so they are freed late.
-        """
+        """Free the last model and its sum early: the coordinator's parts refer to each other."""
         self.weights = self._state = None
 
     def opened(self) -> None:
@@ -100,10 +96,7 @@ class Aggregator:
         self._clock.open()
 
     def take_first(self, held: Held) -> None:
-        """Check and save the first weights that a worker sent; posts ``WeightsReady``.
-
-        Posts ``InitLost`` or ``Failed`` instead if they are incomplete or invalid.
-        """
+        """Check and save first weights; posts ``WeightsReady``, ``InitLost`` or ``Failed``."""
         self._jobs.put(lambda: self._take_first(held))
 
     def fold(self, held: Held, how: Fold, number: int) -> None:
@@ -117,12 +110,12 @@ class Aggregator:
 
     def drop(self, held: Held) -> None:
         """Stop fetching an acknowledged update that was postponed to the next sum."""
-        if self._carries and held.how is not None and held.message.transfer is not None:
+        if self._carries and held.into and held.message.transfer is not None:
             self._jobs.put(lambda: self._fetcher.drop(held))
 
     def commit(self, number: int, asked: tuple[str, ...]) -> None:
         """Average the round and commit it, without the updates whose folding has not begun."""
-        self._clock.close()
+        self._clock.closed_at = monotonic()
         if self._quick:
             self._close(*self._finish(number, asked))
         else:
@@ -198,7 +191,6 @@ class Aggregator:
             else:
                 await self._fetcher.drop(held)
             return
-        assert held.how is not None
         update = held.how.update
         try:
             payload = await self._fetcher.payload(held, self.weights)
@@ -218,7 +210,6 @@ class Aggregator:
             self._folded(held, norm)
 
     def _fold_at_once(self, held: Held) -> None:
-        assert held.how is not None
         try:
             norm = self._check_and_fold(held, held.payload)
         except MalformedMessage as wrong:
@@ -231,7 +222,6 @@ class Aggregator:
         """Fold an update into the sum; return the norm of its delta."""
         message, how = held.message, held.how
         assert isinstance(message, Update)
-        assert how is not None
         began = monotonic()
         check_metrics(message, self._strategy.strategy.needs)
         if isinstance(payload, memoryview):
@@ -260,7 +250,6 @@ class Aggregator:
     def _folded(self, held: Held, norm: float) -> None:
         message, how, now = held.message, held.how, monotonic()
         assert isinstance(message, Update)
-        assert how is not None
         update, metrics = how.update, dict(message.metrics)
         participant: dict[str, Any] = {
             "worker": message.worker,
@@ -304,7 +293,7 @@ class Aggregator:
 
     def _close(self, average: Average, state: Any, broadcast: Weights) -> None:
         """Commit the average and begin the next sum."""
-        self._clock.average()
+        self._clock.averaged_at = monotonic()
         self._committer.commit(average)
         self.weights, self._state, self.broadcast = average.weights, state, broadcast
         self._clock = Clock()

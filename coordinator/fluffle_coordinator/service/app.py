@@ -20,6 +20,7 @@ from fluffle_common.cli.settings import (
     parse_config,
 )
 from fluffle_common.errors import LinkLost, RunError, UsageError
+from fluffle_common.installed import needs
 from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.messages import Compression, Plan
@@ -39,8 +40,7 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.history import merged
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 from fluffle_coordinator.user_code.calls import leave
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_coordinator.user_code.schedule_loading import load_schedule
@@ -105,13 +105,9 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
             f"--keep-updates conflicts with the strategy {strategy.name}, which protects updates "
             "with random noise that replay cannot reproduce; remove --keep-updates"
         )
-    schedule_name, schedule = load_schedule(
+    schedule = load_schedule(
         options["schedule"],
-        buffer=options["buffer"],
-        concurrency=options["concurrency"],
-        max_staleness=options["max_staleness"],
-        staleness=options["staleness"],
-        late=options["late"],
+        **_pick(options, "buffer", "concurrency", "max_staleness", "staleness", "late"),
     )
     select = options["select"]
     if options["schedule"] == "buffered" and options["concurrency"] is None and select != UNIFORM:
@@ -121,36 +117,31 @@ def settings_of(options: dict[str, Any]) -> CoordinatorSettings:
         )
     return CoordinatorSettings(
         federation=check_federation(options["federation"]),
-        rules=rules_for(strategy, rules, schedule_name, schedule),
+        rules=rules_for(strategy, rules, schedule),
         plan=_plan_of(options),
         learning_rate_schedule=schedule_of(
             options["learning_rate_schedule"], options["learning_rate"]
         ),
         strategy=strategy,
         schedule=schedule,
-        schedule_name=schedule_name,
         classes=parse_classes(options["classes"]),
         init=init,
-        verify_users=options["verify_users"],
-        keep_checkpoints=options["keep_checkpoints"],
-        keep_updates=options["keep_updates"],
+        **_pick(options, "verify_users", "keep_checkpoints", "keep_updates"),
         hooks=Hooks.load(options["evaluate"], options["on_round"]),
         stopping=Stopping(
-            monitor=options["monitor"],
-            target=options["target"],
-            patience=options["patience"],
-            time_budget_s=options["time_budget"],
+            **_pick(options, "monitor", "target", "patience"), time_budget_s=options["time_budget"]
         ),
         backoff=Backoff(give_up_s=options["wait_broker"]),
     )
 
 
-def _plan_of(options: dict[str, Any]) -> Plan:
-    """Return the plan that the options describe.
+def _pick(options: dict[str, Any], *names: str) -> dict[str, Any]:
+    """Return the options that have the names of settings."""
+    return {name: options[name] for name in names}
 
-    Raises:
-        UsageError: if options conflict, or one is malformed or exceeds a limit of the protocol.
-    """
+
+def _plan_of(options: dict[str, Any]) -> Plan:
+    """Return the plan that the options describe, within the limits of the protocol."""
     if options["steps"] is not None and options["epochs"] > 1:
         raise UsageError("--epochs conflicts with --steps; use only one of them")
     codec = options["compress"] or options["upload_dtype"]
@@ -158,10 +149,7 @@ def _plan_of(options: dict[str, Any]) -> Plan:
     config = parse_config(options["config"])
     try:
         return Plan(
-            epochs=options["epochs"],
-            steps=options["steps"],
-            batch_size=options["batch_size"],
-            learning_rate=options["learning_rate"],
+            **_pick(options, "epochs", "steps", "batch_size", "learning_rate"),
             compress=compress,
             config=config,
             train=options["train"] or None,
@@ -183,11 +171,7 @@ def _beyond_limit(why: ValidationError) -> str:
 
 
 def _rules_of(options: dict[str, Any]) -> Rules:
-    """Return the rules of a run that the options describe, before its strategy changes them.
-
-    Raises:
-        UsageError: if two options contradict each other.
-    """
+    """Return the rules of a run that the options describe, before its strategy changes them."""
     quorum: Quorum = options["quorum"]
     fraction: float = options["fraction"]
     min_workers: int | None = options["min_workers"]
@@ -224,33 +208,21 @@ def _rules_of(options: dict[str, Any]) -> Rules:
             "lower --deadline"
         )
     return Rules(
-        rounds=options["rounds"],
+        **_pick(options, "rounds", "quorum", "on_deadline", "min_updates", "fraction", "sample"),
+        **_pick(options, "over_provision", "max_examples", "max_norm_ratio", "seed"),
         min_workers=min_workers or quorum.number or Rules.min_workers,
         least=least,
-        quorum=quorum,
+        selection=options["select"],
         grace_s=options["grace"],
         deadline_s=options["deadline"],
-        on_deadline=options["on_deadline"],
-        min_updates=options["min_updates"],
-        fraction=fraction,
-        sample=sample,
-        over_provision=options["over_provision"],
-        selection=options["select"],
-        max_examples=options["max_examples"],
-        max_norm_ratio=options["max_norm_ratio"],
         max_round_s=options["max_round"],
         stall_timeout_s=options["stall_timeout"],
-        seed=options["seed"],
         wait_s=options["wait_workers"],
     )
 
 
 def _check_asks_all(options: dict[str, Any]) -> None:
-    """Check that no option has an effect only on rounds that do not ask all workers.
-
-    Raises:
-        UsageError: if one has; the message names it.
-    """
+    """Check that no option has an effect only on rounds that do not ask all workers."""
     select, synchronous = options["select"], options["schedule"] == "quorum"
     for option, value, given in (
         ("--over-provision", f"{options['over_provision']:g}", options["over_provision"] > 1),
@@ -365,9 +337,7 @@ def _page(
     """Return the live page, or None without ``--dashboard``."""
     if options["dashboard"] is None:
         return None
-    from fluffle_coordinator.dashboard import needs
-
-    with needs():
+    with needs("the page needs starlette, uvicorn and prometheus-client", "dashboard"):
         from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
         from fluffle_coordinator.dashboard.feed import queue_asker
         from fluffle_coordinator.dashboard.server import listen

@@ -30,14 +30,7 @@ from fluffle_coordinator.service.early_stopping import Standing
 from fluffle_coordinator.service.held_updates import Held
 from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.storage import update_archive
-from fluffle_coordinator.storage.evaluation_averages import average_evaluations, evaluation_metrics
-from fluffle_coordinator.storage.round_stats import (
-    Clock,
-    Counts,
-    examples_by_worker,
-    personal_means,
-)
+from fluffle_coordinator.storage import round_stats, update_archive
 from fluffle_coordinator.storage.run_checkpoints import keep_best, remove_old
 from fluffle_coordinator.storage.run_store import RunStore, new_base
 from fluffle_coordinator.user_code.hooks import Commit, HookCalls, copied
@@ -46,19 +39,8 @@ _T = TypeVar("_T")
 _DISK_RETRY_S = 5.0
 # Refusals that last until somebody changes the run folder or its permissions. A full disk or an I/O
 # error of a file server may pass without that.
-_LASTING = frozenset(
-    (
-        errno.EACCES,
-        errno.EEXIST,
-        errno.EISDIR,
-        errno.ELOOP,
-        errno.ENAMETOOLONG,
-        errno.ENOENT,
-        errno.ENOTDIR,
-        errno.EPERM,
-        errno.EROFS,
-    )
-)
+_LASTING = {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+_LASTING |= {errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG}
 
 
 @dataclass(frozen=True)
@@ -70,7 +52,7 @@ class Average:
     base: str  # their name
     asked: tuple[str, ...]
     participants: list[dict[str, Any]]  # the history's entry for each update, as they were folded
-    clock: Clock
+    clock: round_stats.Clock
     kept: Weights = field(default_factory=dict)  # the strategy's state for the checkpoint
     # The privacy budget that all rounds so far used; empty if the strategy does not count it.
     spent: Mapping[str, float] = field(default_factory=dict)
@@ -104,7 +86,7 @@ class Committer:
         lines: Sequence[Mapping[str, Any]] = (),
     ) -> None:
         hooks, stopping = settings.hooks, settings.stopping
-        self.counts = Counts()
+        self.counts = round_stats.Counts()
         self._store, self._metadata, self._record, self._post = store, metadata, record, post
         self._strategy, self._rounds = settings.strategy.name, settings.rules.rounds
         self._keep_checkpoints = settings.keep_checkpoints
@@ -119,7 +101,7 @@ class Committer:
         self._evaluated: tuple[int, dict[str, float]] = 0, {}
         for line in lines:
             if line["event"] == "evaluated" and line["round"] >= self._evaluated[0]:
-                self._evaluated = line["round"], evaluation_metrics(line)
+                self._evaluated = line["round"], round_stats.evaluation_metrics(line)
         self._jobs = SerialQueue()
         self.run, self.drained = self._jobs.run, self._jobs.drained
         self._committed_at = monotonic()
@@ -192,7 +174,7 @@ class Committer:
             "checkpoint": checkpoint_name(number),
             "strategy": self._strategy,
         }
-        personal = personal_means(average.participants)
+        personal = round_stats.personal_means(average.participants)
         line |= {**average.spent, **personal}
 
         def write() -> None:
@@ -207,7 +189,7 @@ class Committer:
             self._record(run_events.Privacy(round=number, **average.spent))
         if personal:
             self._record(run_events.Personal(round=number, metrics=personal))
-        participants = examples_by_worker(average.participants)
+        participants = round_stats.examples_by_worker(average.participants)
         self._standing.add_time(line["timings"])
         # Whoever trained from the model of a round has evaluated that model before, if ever.
         if not self._evaluated[0] and any(
@@ -264,7 +246,7 @@ class Committer:
 
     def _take_counts(self) -> dict[str, Any]:
         """Return and reset the counts of late and rejected updates."""
-        counts, self.counts = self.counts, Counts()
+        counts, self.counts = self.counts, round_stats.Counts()
         return vars(counts)
 
     async def _record_evaluation(
@@ -273,7 +255,7 @@ class Committer:
         evaluations = {name: e for name, e in evaluations.items() if e.num_examples}
         if not evaluations:
             return  # nobody has held-out data
-        averages = average_evaluations(evaluations)
+        averages = round_stats.average_evaluations(evaluations)
         line = {
             "event": "evaluated",
             "round": number,
@@ -286,7 +268,7 @@ class Committer:
             "evaluated_at": timestamp(),
         }
         await self._on_disk(lambda: self._store.history.append(line))
-        metrics = evaluation_metrics(averages)
+        metrics = round_stats.evaluation_metrics(averages)
         if number >= self._evaluated[0]:  # workers may evaluate an older version later
             self._evaluated = number, metrics
         await self._monitor(number, metrics)

@@ -52,8 +52,7 @@ from fluffle_coordinator.service.run_opening import first_state
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import Standby
 from fluffle_coordinator.service.topology_watch import keep_bound
-from fluffle_coordinator.storage.run_store import RunStore
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved
 
 _LOG = logger("coordinator.machine")
 _JOURNAL_DRAIN_S = 2.0  # how long the end of a run waits for the broker to take the journal
@@ -190,8 +189,6 @@ class Coordinator:
         """
         self._outbox.exchange(sent, sent.body())
 
-    # --- the machine ---------------------------------------------------------------------------
-
     def _post(self, event: ev.Event) -> None:
         """Advance the machine and perform the effects.
 
@@ -310,8 +307,6 @@ class Coordinator:
             **({IN_METADATA: self.state.frozen} if self.state.frozen else {}),
         }
 
-    # --- what comes in -------------------------------------------------------------------------
-
     async def _links(self) -> None:
         def no_broker(reason: str) -> None:
             self._record(run_events.NoBroker(reason=reason))
@@ -341,7 +336,6 @@ class Coordinator:
         self._standby.takes_over()
         self._link = link
         self._linked.set()
-        self._intake.link_opened()
         for worker in self.state.workers.values():  # before the machine sends them anything
             self._outbox.bind(worker.name, worker.session, again=False)
         self._post(ev.Connected(monotonic(), number))

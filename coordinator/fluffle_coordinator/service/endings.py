@@ -43,11 +43,7 @@ remove the option that ended the run, and run the command again (without --fresh
 
 
 def done_already(folder: Path, committed: int, rules: Rules) -> str:
-    """Return the message for a run that is started again with no rounds left.
-
-    >>> done_already(Path("runs/letters"), 6, Rules(6))[:68]
-    'the run in runs/letters is done: it has 6 rounds and --rounds is 6. '
-    """
+    """Return the message for a run that is started again with no rounds left."""
     why = rules.rounds_limit or f"--rounds is {rules.rounds}"
     return (
         f"the run in {folder} is done: it has {plural(committed, 'round')} and "
@@ -62,7 +58,7 @@ def after_a_stop(state: State, folder: Path) -> str:
     No command can continue the run with another model, so the advice then names ``--fresh`` first.
     """
     same = f"run the same command (without --fresh) to continue with round {state.committed + 1}"
-    if state.failed or state.doubted:
+    if state.has_weights and (state.failed or state.doubted):
         return (
             "if the model or the classes have changed since this run began, add --fresh to start a "
             f"new run (the run in {folder} is moved aside). Otherwise, fix the workers, and {same}"

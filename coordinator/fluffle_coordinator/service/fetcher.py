@@ -49,17 +49,17 @@ class Fetcher:
     ) -> None:
         self._topology, self._link, self._plan = topology, link, settings.whole_plan
         self._in_pieces = settings.strategy.name == FEDAVG.name
-        self._max_bytes, self._verify_users = settings.max_model_bytes, settings.verify_users
+        self._verify_users = settings.verify_users
         self._folder, self._free_files = folder, list[SpoolFile]()
         self._expected: deque[Held] = deque()
-        self._ahead: tuple[Held, asyncio.Task[Payload]] | None = None
+        self._ahead: dict[Held, asyncio.Task[Payload]] = {}  # at most one
         # Two fetches at a time would share one connection: the update that is folded next would
         # arrive later, and up to five more parts of 4 MiB would be in memory.
         self._fetching = asyncio.Lock()
 
     def expect(self, held: Held, weights: Weights) -> None:
         """Add an update of a model to the end of the queue of those to fetch."""
-        if held.message.transfer is not None and not self._is_ahead(held):
+        if held.message.transfer is not None and held not in self._ahead:
             self._expected.append(held)
             self._fetch_next(weights)
 
@@ -80,9 +80,7 @@ class Fetcher:
         """
         if held.message.transfer is None:
             return held.payload
-        if self._ahead is not None and self._is_ahead(held):
-            task = self._ahead[1]
-            self._ahead = None
+        if (task := self._ahead.pop(held, None)) is not None:
             self._fetch_next(weights)
             return await task
         self.postpone(held)
@@ -94,20 +92,20 @@ class Fetcher:
     async def drop(self, held: Held) -> None:
         """Stop expecting an update, and stop fetching it."""
         self.postpone(held)
-        if self._is_ahead(held):
+        if held in self._ahead:
             await self.close()
 
     async def close(self) -> None:
         """Stop fetching ahead."""
-        if self._ahead is not None:
-            _, task = self._ahead
-            self._ahead = None
+        tasks = list(self._ahead.values())
+        self._ahead.clear()
+        for task in tasks:
             task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     def _fetch_next(self, weights: Weights | None) -> None:
         """Start fetching the next expected update, if it may stay in pieces."""
-        if self._ahead is not None or not self._expected:
+        if self._ahead or not self._expected:
             return
         held = self._expected[0]
         try:
@@ -117,10 +115,7 @@ class Fetcher:
         if self._stays_in_pieces(held.message, layout, weights):
             self.postpone(held)
             fetching = self._fetch(held, layout, in_pieces=True)
-            self._ahead = held, asyncio.create_task(fetching)
-
-    def _is_ahead(self, held: Held) -> bool:
-        return self._ahead is not None and self._ahead[0] is held
+            self._ahead[held] = asyncio.create_task(fetching)
 
     async def _fetch(self, held: Held, layout: GroupedLayout, *, in_pieces: bool) -> Payload:
         message, link = held.message, self._link()
@@ -130,10 +125,10 @@ class Fetcher:
         into: Spool | Assembly
         if in_pieces:
             file = self._free_files.pop() if self._free_files else SpoolFile(self._folder)
-            into = Spool(message.transfer, self._max_bytes, layout.layouts[MODEL], file)
+            into = Spool(message.transfer, layout.layouts[MODEL], file)
             weakref.finalize(into, self._free_files.append, file)
         else:
-            into = Assembly(message.transfer, self._max_bytes)
+            into = Assembly(message.transfer)
         async with self._fetching:
             await fetch(
                 link,

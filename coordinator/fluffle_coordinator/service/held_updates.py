@@ -32,7 +32,7 @@ class Held:
     message: Update | FirstWeights
     payload: memoryview
     room: Room | None = None
-    how: Fold | None = None
+    how: Fold = field(init=False)
     into: int = 0
     size_bytes: int = field(init=False)
 

@@ -17,20 +17,8 @@ from typing import Any
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import Cause, MalformedMessage
 from fluffle_common.protocol import events as run_events
+from fluffle_common.protocol import messages as msg
 from fluffle_common.protocol.exchanges import Handlers, handle_exchange
-from fluffle_common.protocol.messages import (
-    PROTOCOL,
-    Bye,
-    Echo,
-    Evaluation,
-    Exchange,
-    Failure,
-    FirstWeights,
-    Heartbeat,
-    Hello,
-    Message,
-    Update,
-)
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.wire_format import SMALL_HEADER_BYTES, decode, describe, minimal_hello
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
@@ -51,7 +39,7 @@ _LEAST_HEARTBEAT_S = 0.2
 # The fields of a heartbeat that the machine keeps as they are.
 _WORKER_FIELDS = {
     field.name for field in dataclasses.fields(rs.Worker)
-} & Heartbeat.model_fields.keys() - {"model", "heartbeat_s"}
+} & msg.Heartbeat.model_fields.keys() - {"model", "heartbeat_s"}
 
 
 class Intake:
@@ -101,20 +89,14 @@ class Intake:
             self._reject(held.delivery, MalformedMessage(reason, cause), held.message)
             held.free()
 
-    def link_opened(self) -> None:
-        """Read no updates until the first echo over the new link has come back."""
+    def link_lost(self) -> None:
+        """Forget parked deliveries; read no updates before the first echo over the next link."""
+        self._room.link_lost()
         self._caught_up.clear()
 
-    def link_lost(self) -> None:
-        """Forget parked deliveries, because the broker delivers them again."""
-        self._room.link_lost()
-
     async def send_echoes(self, link: Link, number: int) -> None:
-        """Send echoes through the presence queue to ourselves; ``machine.clock`` says why.
-
-        They bring the link's number back, by which the machine recognises them.
-        """
-        echo = Echo(federation=self._settings.federation, session=self._session, number=number)
+        """Send the link's number to ourselves, all the time; ``machine.clock`` says why."""
+        echo = msg.Echo(federation=self._settings.federation, session=self._session, number=number)
         route = Route("", [self._topology.presence], durable=False, urgent=True)
         while True:
             with contextlib.suppress(QueueFull, Unroutable):  # a deleted queue ends the link
@@ -127,7 +109,23 @@ class Intake:
         await self._caught_up.wait()
         prefetch = self._settings.max_workers + 100
         updates = await link.consume(self._topology.updates, prefetch=prefetch)
-        await self._read_updates(updates, number)
+        count = 0
+        async for delivery in updates:
+            count += 1
+            if self._room.park(delivery):
+                continue
+            try:
+                message, payload = decode(
+                    delivery.body,
+                    self._settings.federation,
+                    max_header=self._aggregator.max_header,
+                )
+                self._check_sender(message, delivery)
+                self._update(message, payload, delivery, rs.Handle(number, count))
+            except MalformedMessage as wrong:
+                self._reject(delivery, wrong)
+            if not self._room.used_bytes:  # it needed no room, so nobody frees any for the parked
+                self._room.unpark()
 
     async def read_presence(self, deliveries: Any) -> None:
         """Read signs of life and our own echoes."""
@@ -150,19 +148,18 @@ class Intake:
         hello = minimal_hello(delivery.body, self._settings.federation)
         if hello is None or self._outbox.was_refused(hello):
             return
-        if self._settings.verify_users:
-            try:
-                check_user(hello.worker, delivery)
-            except MalformedMessage:
-                return
-        if hello.protocol == PROTOCOL:
+        try:
+            self._check_sender(hello, delivery)
+        except MalformedMessage:
+            return
+        if hello.protocol == msg.PROTOCOL:
             code = "malformed"
             reason = f"the hello message of worker {hello.worker} is malformed: {wrong}"
         else:
             code = "protocol"
             reason = (
                 f"worker {hello.worker} speaks protocol {hello.protocol}, but this coordinator "
-                f"speaks protocol {PROTOCOL}; install the same version of fluffle on both sides"
+                f"speaks protocol {msg.PROTOCOL}; install the same version of fluffle on both sides"
             )
         self._outbox.bind(hello.worker, hello.session, again=True)
         self._outbox.refuse(hello, reason, code, report=True)
@@ -170,8 +167,10 @@ class Intake:
     def _presence(self, message: Any) -> None:
         now = monotonic()
         match message:
-            case Hello() | Heartbeat() if self._hellos.admit(message, now):
-                self._outbox.bind(message.worker, message.session, again=isinstance(message, Hello))
+            case msg.Hello() | msg.Heartbeat() if self._hellos.admit(message, now):
+                self._outbox.bind(
+                    message.worker, message.session, again=isinstance(message, msg.Hello)
+                )
                 self.task = self.task or message.task
                 worker = rs.Worker(
                     name=message.worker,
@@ -180,43 +179,21 @@ class Intake:
                     heartbeat_s=max(message.heartbeat_s, _LEAST_HEARTBEAT_S),
                     **message.model_dump(include=_WORKER_FIELDS),
                 )
-                self._post(ev.Seen(now, worker, isinstance(message, Hello)))
-            case Hello() | Heartbeat():
+                self._post(ev.Seen(now, worker, isinstance(message, msg.Hello)))
+            case msg.Hello() | msg.Heartbeat():
                 pass
-            case Echo(session=session, number=link):
+            case msg.Echo(session=session, number=link):
                 if session == self._session:  # otherwise from an earlier coordinator
                     self._post(ev.Echoed(now, link))
                     if link == self._state().link:
                         self._caught_up.set()
-            case Bye(worker=worker_name, session=session, reason=reason):
+            case msg.Bye(worker=worker_name, session=session, reason=reason):
                 self._hellos.left(worker_name, session)
                 self._post(ev.Left(now, worker_name, session, reason))
-            case Failure(worker=worker_name, run=run, round=number, reason=reason):
+            case msg.Failure(worker=worker_name, run=run, round=number, reason=reason):
                 self._post(ev.Failed(now, worker_name, run, number, reason))
             case _:
-                raise MalformedMessage(
-                    f"a message of kind {message.kind} does not belong in the queue for heartbeats",
-                    "kind",
-                )
-
-    async def _read_updates(self, deliveries: Any, link: int) -> None:
-        number = 0
-        async for delivery in deliveries:
-            number += 1
-            if self._room.park(delivery):
-                continue
-            try:
-                message, payload = decode(
-                    delivery.body,
-                    self._settings.federation,
-                    max_header=self._aggregator.max_header,
-                )
-                self._check_sender(message, delivery)
-                self._update(message, payload, delivery, rs.Handle(link, number))
-            except MalformedMessage as wrong:
-                self._reject(delivery, wrong)
-            if not self._room.used_bytes:  # it needed no room, so nobody frees any for the parked
-                self._room.unpark()
+                raise _misplaced(message, "heartbeats")
 
     def _check_sender(self, message: Any, delivery: Delivery) -> None:
         """Check that a message comes from the broker user of the worker that it names."""
@@ -229,34 +206,31 @@ class Intake:
     ) -> None:
         now = monotonic()
         match message:
-            case Update():
+            case msg.Update():
                 self._held[handle] = held = Held(delivery, message, payload, self._room)
                 self._post(held.arrived(now, handle))
-            case Evaluation():
+            case msg.Evaluation():
                 evaluated = rs.Evaluated(message.num_examples, message.loss, message.metrics)
                 of = (message.run, message.round, message.worker)
                 self._post(ev.EvaluationArrived(now, *of, evaluated, message.base))
                 delivery.ack()
-            case FirstWeights() if message.run == self._state().run:
+            case msg.FirstWeights() if message.run == self._state().run:
                 self._first_weights(message, payload, delivery)
-            case Exchange(worker=str()) if message.run == self._state().run:
+            case msg.Exchange(worker=str()) if message.run == self._state().run:
                 for sent, body in handle_exchange(self._exchanges, message, payload):
                     self._outbox.exchange(sent, body)
                 delivery.ack()
-            case FirstWeights() | Exchange(worker=str()):
+            case msg.FirstWeights() | msg.Exchange(worker=str()):
                 raise MalformedMessage(
                     f"the message belongs to run {message.run}, but this coordinator runs "
                     f"{self._state().run}",
                     "run",
                 )
             case _:
-                raise MalformedMessage(
-                    f"a message of kind {message.kind} does not belong in the queue for updates",
-                    "kind",
-                )
+                raise _misplaced(message, "updates")
 
     def _first_weights(
-        self, message: FirstWeights, payload: memoryview, delivery: Delivery
+        self, message: msg.FirstWeights, payload: memoryview, delivery: Delivery
     ) -> None:
         """Accept first weights only from the worker that was asked for them."""
         asked = self._state().init_asked
@@ -270,9 +244,14 @@ class Intake:
             )
 
     def _reject(
-        self, delivery: Delivery, wrong: MalformedMessage, message: Message | None = None
+        self, delivery: Delivery, wrong: MalformedMessage, message: msg.Message | None = None
     ) -> None:
         about = {"kind": message.kind, **describe(message)} if message else {}
         details = {"reason": str(wrong), "cause": wrong.cause, **about}
         self._record(run_events.from_fields("rejected", details))
         self._outbox.reject(delivery, wrong)
+
+
+def _misplaced(message: Any, queue: str) -> MalformedMessage:
+    what = f"a message of kind {message.kind} does not belong in the queue for {queue}"
+    return MalformedMessage(what, "kind")

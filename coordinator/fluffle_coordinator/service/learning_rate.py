@@ -9,9 +9,6 @@ from dataclasses import dataclass
 
 from fluffle_common.errors import UsageError
 
-_FORMS = "constant, cosine, exponential:FACTOR or step:ROUNDS,FACTOR"
-_OPTION = "--learning-rate-schedule"
-
 
 @dataclass(frozen=True)
 class LearningRateSchedule:
@@ -49,8 +46,8 @@ class LearningRateSchedule:
                     schedule = cls(kind, float(factor), int(rounds))
         if schedule is None or not (0 < schedule.factor <= 1 and 1 <= schedule.rounds < 2**31):
             raise UsageError(
-                f"invalid value '{text}' of {_OPTION}; expected {_FORMS}, with a "
-                "FACTOR above 0 and at most 1"
+                f"invalid value '{text}' of --learning-rate-schedule; expected constant, cosine, "
+                "exponential:FACTOR or step:ROUNDS,FACTOR, with a FACTOR above 0 and at most 1"
             )
         return schedule
 
@@ -83,6 +80,7 @@ def schedule_of(text: str, learning_rate: float | None) -> LearningRateSchedule:
     schedule = LearningRateSchedule.parse(text)
     if schedule != CONSTANT and learning_rate is None:
         raise UsageError(
-            f"{_OPTION} {text} needs the learning rate of the first round; add --learning-rate"
+            f"--learning-rate-schedule {text} needs the learning rate of the first round; add "
+            "--learning-rate"
         )
     return schedule

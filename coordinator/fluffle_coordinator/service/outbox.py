@@ -1,4 +1,4 @@
-"""The outbox: publishes everything that the coordinator sends, one message at a time, in order.
+"""The outbox: composes and publishes all that the coordinator sends, one message at a time.
 
 A publish that a lost link interrupts is dropped: once the link is back, the machine sends again
 what is still needed.
@@ -10,33 +10,32 @@ import asyncio
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fluffle_common.concurrency import run_all
 from fluffle_common.errors import LinkLost
+from fluffle_common.protocol import messages as msg
 from fluffle_common.protocol.events import Refused, RunEvent, Untold, Waiting
 from fluffle_common.protocol.exchanges import Sent
-from fluffle_common.protocol.messages import PROTOCOL, Evaluate, Fit, Message
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.protocol.transfer_parts import digest_of
 from fluffle_common.protocol.wire_format import PART_BYTES, MinimalHello, encode_refusal
-from fluffle_common.tensors.groups import EXTRA, FROZEN
+from fluffle_common.tensors.groups import EXTRA, FROZEN, Groups
 from fluffle_common.tensors.weights import Weights, size_bytes
 from fluffle_common.transport.base import Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import Route, send, send_ahead, send_tensors
 from fluffle_coordinator.machine import effects as fx
 from fluffle_coordinator.machine import state as rs
-from fluffle_coordinator.service.composer import Composer
+from fluffle_coordinator.service.learning_rate import CONSTANT
 from fluffle_coordinator.service.rejected_queue import RejectedQueue
 from fluffle_coordinator.service.serial_queue import SerialQueue
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.strategy.base import NO_TENSORS
-
-if TYPE_CHECKING:
-    from fluffle_coordinator.service.settings import CoordinatorSettings
 
 # How long the end of a run waits for an unreachable broker to deliver the stop message.
 _STOP_PATIENCE_S, _STOP_PAUSE_S = 60.0, 0.1
 _MAX_REFUSED = 10_000
+_REASON_CHARACTERS, _STOP_REASON_CHARACTERS = 1000, 2000
 
 Job = Callable[[Link], Awaitable[None]]
 
@@ -46,7 +45,7 @@ class _Ahead:
     """Work that is sent ahead of its effect, all but the last part of its weights."""
 
     effect: fx.SendFit
-    fit: Fit
+    fit: msg.Fit | msg.Evaluate
     # Set once the other parts are sent: the link that they went over, and what sends the last one.
     link: Link | None = None
     send_last: Callable[[], Awaitable[None]] | None = None
@@ -68,7 +67,9 @@ class Outbox:
         a_link: Callable[[], Awaitable[Link]],
         record: Callable[[RunEvent], None],
     ) -> None:
-        self._topology, self._compose = topology, Composer(run, settings)
+        self._topology = topology
+        self._of_run: dict[str, Any] = {"federation": settings.federation, "run": run}
+        self._plan, self._schedule = settings.whole_plan, settings.learning_rate_schedule
         self._link, self._a_link, self._record = link, a_link, record
         # The weights and broadcast tensors that were last prepared, and their digest.
         self._digest: tuple[Weights, Weights, asyncio.Future[str]] | None = None
@@ -127,8 +128,7 @@ class Outbox:
     def prepare(self, weights: Weights, extra: Weights) -> asyncio.Future[str] | None:
         """Start to compute the digest of the weights and broadcast tensors, once per version.
 
-        Returns:
-            The digest; None if they fit into one message, which needs none.
+        Return None if they fit into one message, which needs no digest.
         """
         if size_bytes(weights) + size_bytes(extra) <= PART_BYTES:
             self._digest = None
@@ -163,45 +163,68 @@ class Outbox:
         broadcast: Weights = NO_TENSORS,
         frozen: Weights = NO_TENSORS,
     ) -> None:
-        """Send the message of an effect; effects without a message are ignored.
+        """Send the message of an effect.
 
         ``broadcast`` travels with the model to training workers, and ``frozen`` to those that lack
         the model's frozen tensors.
         """
-        job: Job
         match effect:
+            case fx.SendFit(workers) | fx.SendEvaluate(workers):
+                if effect.repeat and any(self._under_way[worker] for worker in workers):
+                    return  # over a slow line, the first copy has not left yet
+                assert weights is not None
+                extra = broadcast if isinstance(effect, fx.SendFit) else NO_TENSORS
+                others = {EXTRA: extra, FROZEN: frozen if effect.frozen else NO_TENSORS}
+                job = self._rest_of(effect, self._work(effect, state), weights, others)
+                self._put_work(job, workers)
             case fx.Welcome(worker):
-                job = self._to(self._compose.welcome(state), [worker])
                 self._ahead = None  # the worker's new link or process has not received it
-            case fx.Refuse(worker, session, reason, code):
-                self.refuse(MinimalHello(PROTOCOL, worker, session), reason, code)
-                return
-            case fx.Judge():
-                job = self._to(self._compose.verdict(effect), [effect.update.ticket.worker])
+                rounds = state.rules.rounds
+                welcome = msg.Welcome(**self._of_run, round=state.round, rounds=rounds)
+                self._put(self._to(welcome, [worker]))
             case fx.AskInit(worker):
-                job = self._to(self._compose.init_request(state), [worker])
-            case fx.SendFit() | fx.SendEvaluate() if effect.repeat and any(
-                self._under_way[worker] for worker in effect.workers
-            ):
-                return  # over a slow line, the first copy has not left yet
-            case fx.SendFit(workers, frozen=lacking):
-                fit = self._compose.fit(effect, state)
-                beside = broadcast, frozen if lacking else NO_TENSORS
-                in_full = self._with_weights(fit, weights, workers, *beside)
-                self._put_work(self._rest_of(effect, fit, in_full), workers)
-                return
-            case fx.SendEvaluate(workers, lacking):
-                evaluate = self._compose.evaluate(state)
-                beside = NO_TENSORS, frozen if lacking else NO_TENSORS
-                self._put_work(self._with_weights(evaluate, weights, workers, *beside), workers)
-                return
-            case fx.End(workers=workers) if workers:
-                stop = self._compose.stop(effect, state)
+                request = msg.InitRequest(**self._of_run, seed=state.rules.seed)
+                self._put(self._to(request, [worker]))
+            case fx.Refuse(worker, session, reason, code):
+                self.refuse(MinimalHello(msg.PROTOCOL, worker, session), reason, code)
+            case fx.Judge(update, outcome, reason, cause):
+                verdict = msg.Verdict(
+                    **self._of_run,
+                    round=update.round,
+                    base=update.base,
+                    sequence=update.ticket.sequence,
+                    outcome=outcome,
+                    cause=cause,
+                    reason=reason[:_REASON_CHARACTERS],
+                    train_again=outcome == "rejected",
+                )
+                self._put(self._to(verdict, [update.ticket.worker]))
+            case fx.End(outcome, reason, workers) if workers:
+                reason, number = reason[:_STOP_REASON_CHARACTERS], state.round - 1
+                stop = msg.Stop(**self._of_run, round=number, outcome=outcome, reason=reason)
                 self._jobs.put(lambda: self._until_sent(self._to(stop, workers)))
-                return
-            case _:
-                return
-        self._put(job)
+
+    def _work(
+        self, effect: fx.SendFit | fx.SendEvaluate, state: rs.State
+    ) -> msg.Fit | msg.Evaluate:
+        """Return the work of the open round, or the request to evaluate the last model."""
+        about = {**self._of_run, "base": state.base}
+        if state.frozen:
+            about |= {"frozen": state.frozen, "critical": (FROZEN,)}
+        if isinstance(effect, fx.SendEvaluate):
+            return msg.Evaluate(**about, round=state.round - 1)
+        plan = self._plan
+        if plan.learning_rate is not None and self._schedule != CONSTANT:
+            rate = self._schedule.at(state.round, state.rules.rounds, plan.learning_rate)
+            plan = plan.model_copy(update={"learning_rate": rate})
+        return msg.Fit(
+            **about,
+            round=state.round,
+            evaluate=effect.evaluate,
+            sequence=effect.sequence,
+            attempt=effect.attempt,
+            plan=plan,
+        )
 
     def begin(
         self, effect: fx.SendFit, state: rs.State, weights: Weights, broadcast: Weights
@@ -214,7 +237,7 @@ class Outbox:
         """
         if effect.frozen:
             return
-        fit, digest = self._compose.fit(effect, state), self.prepare(weights, broadcast)
+        fit, digest = self._work(effect, state), self.prepare(weights, broadcast)
         route, others = self._to_inboxes(effect.workers), {EXTRA: broadcast}
         assert digest is not None
         self._ahead = ahead = _Ahead(effect, fit)
@@ -227,17 +250,25 @@ class Outbox:
 
         self._put(job)
 
-    def _rest_of(self, effect: fx.SendFit, fit: Fit, in_full: Job) -> Job:
+    def _rest_of(
+        self,
+        effect: fx.SendFit | fx.SendEvaluate,
+        work: msg.Fit | msg.Evaluate,
+        weights: Weights,
+        others: Groups,
+    ) -> Job:
         """Return the job that sends what is missing of work: its last part, or everything."""
         ahead, self._ahead = self._ahead, None
-        if ahead is None or (ahead.effect, ahead.fit) != (effect, fit):
-            return in_full
+        if ahead is not None and (ahead.effect, ahead.fit) != (effect, work):
+            ahead = None
+        route = self._to_inboxes(effect.workers)
 
         async def job(link: Link) -> None:
-            if ahead.link is link and ahead.send_last is not None:
+            if ahead is not None and ahead.link is link and ahead.send_last is not None:
                 await ahead.send_last()
             else:
-                await in_full(link)
+                digest = None if others[FROZEN] else self.prepare(weights, others[EXTRA])
+                await send_tensors(link, work, weights, route, others=others, digest=digest)
 
         return job
 
@@ -252,7 +283,8 @@ class Outbox:
 
         ``report`` records an event when it is sent, as the machine does for its own refusals.
         """
-        refusal = self._compose.refusal(to.session, reason, code)
+        federation, shown = self._of_run["federation"], reason[:_REASON_CHARACTERS]
+        refusal = msg.Refusal(federation=federation, session=to.session, code=code, reason=shown)
         route = Route(self._topology.work, [to.worker])
 
         async def refuse_once(link: Link) -> None:
@@ -288,28 +320,8 @@ class Outbox:
         except Unroutable:
             pass  # all inboxes have expired
 
-    def _to(self, message: Message, workers: Sequence[str]) -> Job:
+    def _to(self, message: msg.Message, workers: Sequence[str]) -> Job:
         return lambda link: send(link, message, Route(self._topology.work, workers))
-
-    def _with_weights(
-        self,
-        message: Fit | Evaluate,
-        weights: Weights | None,
-        workers: Sequence[str],
-        extra: Weights,
-        frozen: Weights,
-    ) -> Job:
-        """Send weights to the workers in one publish."""
-        assert weights is not None
-        route = self._to_inboxes(workers)
-        return lambda link: send_tensors(
-            link,
-            message,
-            weights,
-            route,
-            others={EXTRA: extra, FROZEN: frozen},
-            digest=None if frozen else self.prepare(weights, extra),
-        )
 
     def _to_inboxes(self, workers: Sequence[str]) -> Route:
         """Return the route of weights: not durable, since there is a checkpoint."""

@@ -9,37 +9,35 @@ import asyncio
 import contextlib
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from fluffle_common.cli.open_files import too_many_files
 from fluffle_common.clock import monotonic, real_sleep
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.model_form import model_form
+from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import (
     check_names,
     checkpoint_name,
     classes_in,
     read_checkpoint,
 )
-from fluffle_common.tensors.frozen import IN_METADATA, Frozen, read_frozen
-from fluffle_common.tensors.weights import Array, Weights, check_finite, check_signature
+from fluffle_common.tensors.frozen import IN_METADATA, Frozen, frozen_of, read_frozen
+from fluffle_common.tensors.weights import Array, check_finite, check_signature
 from fluffle_coordinator.machine import machine
+from fluffle_coordinator.machine.records import Ticket
 from fluffle_coordinator.machine.state import FIRST_WEIGHTS, State, Table
+from fluffle_coordinator.observe.watchers import Watcher
+from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.service.standby import Standby
+from fluffle_coordinator.storage.round_stats import median_norms
 from fluffle_coordinator.storage.run_file import count_start
-from fluffle_coordinator.storage.run_store import RunStore, new_base
-from fluffle_coordinator.storage.sampling_secret import sampling_secret
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved, new_base, sampling_secret
 from fluffle_coordinator.user_code.strategy_loading import check_same
-
-if TYPE_CHECKING:
-    from fluffle_common.protocol.topology import Topology
-    from fluffle_coordinator.observe.watchers import Watcher
-    from fluffle_coordinator.service.settings import CoordinatorSettings
 
 FirstModel = tuple[dict[str, Array], dict[str, str], Frozen]
 """The weights, the metadata and the frozen tensors of a model file."""
@@ -160,7 +158,9 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
         return
     try:
         (ours, about), (theirs, said) = read_checkpoint(first), read_checkpoint(file)
-        same = same_weights(ours, theirs) and about.get(IN_METADATA) == said.get(IN_METADATA)
+        # By their bytes, so that a NaN equals itself.
+        same = frozen_of(ours).digest == frozen_of(theirs).digest
+        same = same and about.get(IN_METADATA) == said.get(IN_METADATA)
     except UsageError as why:  # unreadable, but the run has its own copy
         watcher.record(run_events.Note(what=f"--init is no longer needed and is ignored ({why})"))
         return
@@ -172,34 +172,30 @@ def check_first_weights(file: Path, store: RunStore, watcher: Watcher) -> None:
         )
 
 
-def same_weights(one: Weights, other: Weights) -> bool:
-    """Whether two models are equal byte for byte, so that a NaN equals itself."""
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype
-        and one[name].shape == other[name].shape
-        and one[name].tobytes() == other[name].tobytes()
-        for name in one
-    )
-
-
 def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enough: str) -> State:
     """Return the machine's first state, for a new run or a resumed one."""
     rules = settings.rules
     if settings.strategy.strategy.needs.rate is not None:
         rules = replace(rules, secret=sampling_secret(folder))
+    commits = [line for line in saved.lines if line["event"] == "committed"]
+    updates = [update for line in commits for update in line["participants"]]
+    announced: dict[str, int] = {}
+    for update in updates:
+        worker = update["worker"]
+        announced[worker] = max(update["num_examples"], announced.get(worker, 0))
     return machine.start(
         rules,
         saved.run,
         monotonic(),
         schedule=settings.schedule,
         committed=saved.committed,
-        counted=saved.counted,
+        counted={line["round"]: _tickets(line["participants"]) for line in commits},
         earlier_starts=count_start(folder) if settings.schedule.continuous else 0,
         earlier=saved.earlier,
-        asked_in=Table(saved.asked_in),
-        train_s=Table(saved.train_s),
-        median_norms=saved.median_norms,
-        announced=Table(saved.announced),
+        asked_in=Table({name: line["round"] for line in commits for name in line["asked"]}),
+        train_s=Table({u["worker"]: u["seconds"] for u in updates if u["seconds"] is not None}),
+        median_norms=median_norms(commits),
+        announced=Table(announced),
         evaluated=saved.evaluated,
         enough=enough,
         has_weights=saved.weights is not None,
@@ -209,3 +205,7 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         frozen=saved.frozen.digest,
         classes_by="--classes" if settings.classes else FIRST_WEIGHTS,
     )
+
+
+def _tickets(updates: Iterable[Mapping[str, Any]]) -> frozenset[Ticket]:
+    return frozenset(Ticket(update["worker"], update["sequence"]) for update in updates)

@@ -10,7 +10,6 @@ from typing import Any
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.protocol.transfer_parts import MAX_MODEL_BYTES
 from fluffle_common.transport.reconnect import Backoff
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedule import Schedule
@@ -19,7 +18,7 @@ from fluffle_coordinator.service.early_stopping import NO_STOPPING, Stopping
 from fluffle_coordinator.service.learning_rate import CONSTANT, LearningRateSchedule
 from fluffle_coordinator.strategy.base import NamedStrategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
-from fluffle_coordinator.user_code.hooks import NO_HOOKS, Hooks
+from fluffle_coordinator.user_code.hooks import Hooks
 
 # The packages that can affect the result or the files of a run.
 _PACKAGES = ("fluffle", "numpy", "ml-dtypes", "aio-pika", "msgpack", "pydantic", "safetensors")
@@ -35,7 +34,6 @@ class CoordinatorSettings:
     learning_rate_schedule: LearningRateSchedule = CONSTANT
     strategy: NamedStrategy = FEDAVG
     schedule: Schedule[rs.State] = QUORUM
-    schedule_name: str = "quorum"  # with its settings
     classes: tuple[str, ...] | None = None  # None takes those of the majority of the workers
     init: Path | None = None  # a checkpoint to begin with; None asks a worker for first weights
     # The approximate limit of unacknowledged updates. If more workers answer, the broker delivers
@@ -43,11 +41,10 @@ class CoordinatorSettings:
     # AMQP allows no more than 65,535.
     max_workers: int = 65_000
     max_held_bytes: int = 2**30  # of updates in memory that wait to be folded; see ``held_updates``
-    max_model_bytes: int = MAX_MODEL_BYTES  # of a model or an update
     verify_users: bool = False  # reject messages whose broker user differs from the worker's id
     keep_checkpoints: int | None = None  # the newest rounds' checkpoints that stay; None: all
     keep_updates: bool = False  # store every counted update as it arrived
-    hooks: Hooks = NO_HOOKS
+    hooks: Hooks = field(default_factory=Hooks)
     stopping: Stopping = NO_STOPPING
     backoff: Backoff = field(default_factory=Backoff)  # while the broker is unreachable
     waiting_every_s: float = 10.0  # between two reports of what the run waits for
@@ -89,7 +86,7 @@ class CoordinatorSettings:
             "learning_rate_schedule": str(self.learning_rate_schedule),
             "strategy": named.name,
             **({"strategy_file": named.file} if named.file else {}),
-            "schedule": self.schedule_name,
+            "schedule": str(self.schedule),
             "classes": self.classes,
             "init": None if self.init is None else str(self.init),
             "verify_users": self.verify_users,

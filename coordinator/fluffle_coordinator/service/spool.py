@@ -65,8 +65,8 @@ class Spool(Incoming):
     tensors of ``layout`` are all of one dtype, and no other spool may use ``file`` meanwhile.
     """
 
-    def __init__(self, transfer: Transfer, max_bytes: int, layout: Layout, file: SpoolFile) -> None:
-        super().__init__(transfer, max_bytes)
+    def __init__(self, transfer: Transfer, layout: Layout, file: SpoolFile) -> None:
+        super().__init__(transfer)
         self._layout, self._file = layout, file
         # By offset: the bytes, or how many bytes are in the file; and the norm.
         self._parts: dict[int, tuple[memoryview | int, float | None]] = {}

@@ -11,17 +11,112 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, InstanceOf, ValidationError
 
 from fluffle_common.cli.console import json_line
 from fluffle_common.durable_files import replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
-from fluffle_coordinator.storage.history_lines import check_line
+from fluffle_common.protocol.messages.base import Model
+from fluffle_common.protocol.messages.fields import Metric, NumExamples, Round, Sequence
 from fluffle_coordinator.storage.round_stats import add_uncounted
 from fluffle_coordinator.storage.run_file import RUN_FILE
 
 _NAME = "history.jsonl"
+
+# --- the form of the lines ----------------------------------------------------------------------
+# The fields that readers use, and their types. A line may have more fields: metrics under any
+# name, and the fields of later versions.
+
+_Text = InstanceOf[str]  # a file name in it may not be valid Unicode, which pydantic's str refuses
+_Count = Annotated[int, Field(ge=0)]
+_Time = Annotated[_Text, AfterValidator(lambda text: datetime.fromisoformat(text).timestamp())]
+_Metrics = dict[_Text, Metric | None]  # None stands for a value that is not finite
+
+
+class _Participant(Model):
+    worker: _Text
+    num_examples: NumExamples
+    sequence: Sequence
+    train_loss: Metric | None
+    seconds: Metric | None
+    counted_s: Metric
+    bytes: _Count
+    norm: Metric | None
+    staleness: _Count = 0
+    discount: Annotated[Metric, Field(gt=0, le=1)] = 1.0
+    weight: Metric | None = None
+    metrics: _Metrics = Field(default_factory=dict)
+
+
+class _Late(Model):
+    worker: _Text
+    round: Round
+
+
+class _Line(Model):
+    event: _Text
+    round: Round
+
+
+class _Counting(_Line):
+    late: _Count
+    rejected: _Count
+    late_updates: list[_Late]
+    rejections: list[dict[_Text, Any]]
+
+
+class _Committed(_Counting):
+    round: Annotated[Round, Field(ge=1)]
+    run: _Text
+    base: _Text
+    asked: list[_Text]
+    participants: list[_Participant]
+    opened_at: _Time
+    committed_at: _Time
+    checkpoint: _Text
+    strategy: _Text
+    epsilon: Metric | None = None
+    delta: Metric | None = None
+    timings: dict[_Text, Metric]
+
+
+class _Evaluation(Model):
+    worker: _Text
+    num_examples: _Count
+    loss: Metric | None
+    metrics: _Metrics = Field(default_factory=dict)
+
+
+class _Evaluated(_Line):
+    loss: Metric | None
+    num_examples: _Count
+    evaluators: list[_Text]
+    evaluations: list[_Evaluation]
+
+
+class _Ended(_Counting):
+    outcome: _Text
+    reason: _Text
+
+
+_FORMS: dict[str, type[_Line]] = {"committed": _Committed, "evaluated": _Evaluated, "ended": _Ended}
+
+
+def check_line(line: Any) -> None:
+    """Check the fields of a history line; ``ValueError`` names the first invalid or missing one."""
+    event = line.get("event") if isinstance(line, dict) else None
+    try:
+        _FORMS.get(event if isinstance(event, str) else "", _Line).model_validate(line)
+    except ValidationError as wrong:
+        first = wrong.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise ValueError(".".join(map(str, first["loc"])) or "no object") from None
+
+
+# --- the file -----------------------------------------------------------------------------------
 
 
 class History:
@@ -37,7 +132,7 @@ class History:
         Raises:
             OSError: if it cannot be written; no part of the line is left in the file.
         """
-        data = _line(line).encode()
+        data = _encoded([line])
         written = 0
         create = 0 if self._begun else os.O_CREAT
         history = os.open(self.path, os.O_WRONLY | os.O_APPEND | create, 0o666)
@@ -83,9 +178,9 @@ class History:
 
     def forget_after(self, last: int, lines: list[dict[str, Any]]) -> None:
         """Cut off the lines after a round, and append them to ``history.removed.jsonl``."""
-        self._archive_removed("".join(_line(x) for x in lines if x["round"] > last).encode())
+        self._archive_removed(_encoded(x for x in lines if x["round"] > last))
         with replacing(self.path) as file:
-            file.write("".join(_line(x) for x in lines if x["round"] <= last).encode())
+            file.write(_encoded(x for x in lines if x["round"] <= last))
 
     def _archive_removed(self, removed: bytes) -> None:
         with self.path.with_name("history.removed.jsonl").open("ab") as archive:
@@ -95,20 +190,8 @@ class History:
         sync_folder(self.path.parent)
 
 
-def _line(fields: dict[str, Any]) -> str:
-    text = json_line(fields)
-    if "NaN" in text or "Infinity" in text:  # not JSON, and many parsers reject them
-        text = json_line(finite(fields))
-    return f"{text}\n"
-
-
-def finite(value: Any) -> Any:
-    """Return a value in which None replaces each number that is not finite, at any depth."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+def _encoded(lines: Iterable[dict[str, Any]]) -> bytes:
+    return "".join(f"{json_line(line)}\n" for line in lines).encode()
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
@@ -153,11 +236,7 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
 
 
 def _read(path: Path) -> tuple[list[dict[str, Any]], bytes]:
-    """Return what ``History.read`` does.
-
-    Raises:
-        ValueError: if any line but the last is damaged; the message has its number.
-    """
+    """Return what ``History.read`` does; ``ValueError`` names a damaged line before the last."""
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines, b""

@@ -5,7 +5,6 @@ A replay uses the coordinator's checks and strategy, and the same order of updat
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.cli.console import finite
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.wire_format import decode
@@ -54,7 +54,7 @@ class Replay:
     run: str
     round: int
     checkpoint: str
-    participants: tuple[tuple[str, int], ...]  # worker, num_examples
+    participants: tuple[dict[str, Any], ...]  # their ``worker`` and ``num_examples``
     tensors: tuple[Tensor, ...]
 
     @property
@@ -64,14 +64,7 @@ class Replay:
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields as a JSON object."""
-        fields = asdict(self)
-        fields["participants"] = [
-            {"worker": worker, "num_examples": examples} for worker, examples in self.participants
-        ]
-        for tensor in fields["tensors"]:
-            if math.isinf(tensor["replayed"]["largest"]):
-                tensor["replayed"]["largest"] = None  # JSON has no infinity
-        return {"equal": self.equal, **fields}
+        return {"equal": self.equal, **finite(asdict(self))}
 
 
 def strategy_of(run: Path, number: int) -> tuple[str, str | None]:
@@ -102,12 +95,7 @@ def _plan(run: Path, number: int, strategy: Strategy[Any]) -> Plan:
 
 
 def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
-    """Compute the model of a round again, and compare it with the checkpoint.
-
-    Args:
-        run: the run folder.
-        number: the round, from 1.
-        strategy: the strategy that made it; see ``strategy_of``.
+    """Compute a round's model again with its strategy, and compare it with the checkpoint.
 
     Raises:
         UsageError: if a file is missing, or is not the one that was counted.
@@ -132,7 +120,7 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
         run=line["run"],
         round=number,
         checkpoint=checkpoint_name(number),
-        participants=tuple((who["worker"], who["num_examples"]) for who in participants),
+        participants=tuple({n: who[n] for n in ("worker", "num_examples")} for who in participants),
         tensors=_compared(committed, replayed),
     )
 
@@ -150,11 +138,7 @@ def _committed_line(run: Path, number: int) -> dict[str, Any]:
 
 
 def _archived(
-    path: Path,
-    line: Mapping[str, Any],
-    participant: Mapping[str, Any],
-    base: Weights,
-    plan: Plan,
+    path: Path, line: Mapping[str, Any], participant: Mapping[str, Any], base: Weights, plan: Plan
 ) -> Contribution:
     """Read an archived update as the coordinator read it when it arrived."""
     worker = participant["worker"]
@@ -205,7 +189,7 @@ def _compared(committed: Weights, replayed: Weights) -> tuple[Tensor, ...]:
     if {n: (t.shape, t.dtype) for n, t in committed.items()} != {
         n: (t.shape, t.dtype) for n, t in replayed.items()
     }:
-        raise UsageError("the checkpoints before and after the round belong to different models")
+        raise UsageError("the checkpoints before and after the round have different tensors")
     return tuple(
         Tensor(name, tensor.dtype.name, tensor.shape, distance(tensor, replayed[name]))
         for name, tensor in committed.items()

@@ -1,4 +1,4 @@
-"""Statistics of a round for the history: late and rejected updates, and where the time went."""
+"""Statistics of a round for the history: averages, late and rejected updates, and timings."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ from typing import Any
 
 from fluffle_common.clock import monotonic, timestamp
 from fluffle_common.protocol.events import Late, Rejected, RunEvent
-from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
+from fluffle_common.protocol.metric_names import PERSONAL_PREFIX, TEST_PREFIX, avoid_fields
 from fluffle_coordinator.machine.norms import with_median
+from fluffle_coordinator.machine.records import Evaluated
 
 _MOST_DETAILS = 50  # so that a flood of bad updates does not flood the history
+# The field names of a round's history lines and of the Evaluated event. Readers merge those into
+# one mapping, so a metric of one of these names is renamed.
+_FIELDS = frozenset(
+    "asked base bytes checkpoint committed_at delta ended_at epsilon evaluated_at evaluations "
+    "evaluators event "
+    "federation late late_updates loss metrics num_examples opened_at outcome participants reason "
+    "rejected rejections round rounds run strategy tested_at time timings train_loss".split()
+)
 
 
 def weighted_mean(values: Iterable[tuple[int, float]]) -> float | None:
@@ -61,6 +70,41 @@ def personal_means(participants: Iterable[Mapping[str, Any]]) -> dict[str, float
     return {name: mean for name, mean in means.items() if mean is not None}
 
 
+def average_evaluations(evaluations: Mapping[str, Evaluated]) -> dict[str, Any]:
+    """Average evaluations, weighted by examples; each metric over the workers that report it.
+
+    Example:
+        >>> a, b = Evaluated(1, 1.0, {"accuracy": 0.0}), Evaluated(3, 2.0, {"accuracy": 1.0})
+        >>> averages = average_evaluations({"a": a, "b": b})
+        >>> averages["loss"], averages["accuracy"]
+        (1.75, 0.75)
+    """
+    every = evaluations.values()
+    names = sorted({name for e in every for name in e.metrics})
+    metrics = {
+        name: weighted_mean([(e.num_examples, e.metrics[name]) for e in every if name in e.metrics])
+        for name in names
+    }
+    return {
+        "num_examples": sum(e.num_examples for e in every),
+        "loss": weighted_mean([(e.num_examples, e.loss) for e in every]),
+        **avoid_fields(
+            metrics, _FIELDS | {name for name in metrics if name.startswith(TEST_PREFIX)}
+        ),
+        "evaluators": sorted(evaluations),
+    }
+
+
+def evaluation_metrics(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the loss and the metrics of an evaluation's averages or line; NaN for None."""
+    metrics = {"loss": line["loss"], **{n: v for n, v in line.items() if n not in _FIELDS}}
+    return {
+        name: math.nan if value is None else value
+        for name, value in metrics.items()
+        if value is None or isinstance(value, float)  # else a field of a later version
+    }
+
+
 @dataclass
 class Counts:
     """How many updates were late or rejected since the last commit, with details of the first."""
@@ -95,7 +139,7 @@ def add_uncounted(line: Mapping[str, Any], later: Mapping[str, Any]) -> dict[str
 class Clock:
     """When the steps of a round happened, in seconds of a monotonic clock.
 
-    ``opened`` is the opening as a timestamp.
+    ``opened`` is the opening as a timestamp. From ``closed_at`` on, nothing more is folded.
     """
 
     opened_at: float = field(default_factory=monotonic)
@@ -107,14 +151,6 @@ class Clock:
     def open(self) -> None:
         """Note that the round is open."""
         self.opened_at, self.opened = monotonic(), timestamp()
-
-    def close(self) -> None:
-        """Note that the round is closed: nothing more is folded."""
-        self.closed_at = monotonic()
-
-    def average(self) -> None:
-        """Note that the average is computed."""
-        self.averaged_at = monotonic()
 
     def timings(self, committed_at: float, saved_at: float) -> dict[str, float]:
         """Return the seconds of each step, in order, between the times of two rounds on disk.

@@ -54,11 +54,7 @@ def last_intact(
 def _check_place(
     path: Path, metadata: Mapping[str, str], number: int, run: str, base: str | None
 ) -> None:
-    """Check that a file holds its own round.
-
-    Raises:
-        UsageError: if it is a copy of another checkpoint.
-    """
+    """Check that a file holds its own round; ``UsageError`` if it is a copy of another one's."""
     of_round, of_run, of_base = (metadata.get(name) for name in ("round", "run", "base"))
     if (of_round, of_run) != (str(number), run):
         raise UsageError(

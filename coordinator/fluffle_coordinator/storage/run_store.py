@@ -24,13 +24,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
-from fluffle_common.durable_files import make_folder, sync_folder
+from fluffle_common.cli.console import finite
+from fluffle_common.durable_files import make_folder, replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.tensors.checkpoint import (
     Checkpoint,
@@ -38,18 +41,10 @@ from fluffle_common.tensors.checkpoint import (
     read_metadata,
     save_checkpoint,
 )
-from fluffle_common.tensors.frozen import (
-    IN_METADATA,
-    NO_FROZEN,
-    Frozen,
-    read_frozen,
-    save_frozen,
-)
-from fluffle_common.tensors.weights import Weights
-from fluffle_coordinator.machine.records import Ticket
+from fluffle_common.tensors.frozen import IN_METADATA, NO_FROZEN, Frozen, read_frozen, save_frozen
+from fluffle_common.tensors.weights import Array, Weights
 from fluffle_coordinator.storage import update_archive
-from fluffle_coordinator.storage.history import History, finite
-from fluffle_coordinator.storage.round_stats import median_norms
+from fluffle_coordinator.storage.history import History
 from fluffle_coordinator.storage.run_checkpoints import checkpoint_files, last_intact
 from fluffle_coordinator.storage.run_file import (
     RUN_FILE,
@@ -57,7 +52,6 @@ from fluffle_coordinator.storage.run_file import (
     read_run_file,
     write_run_file,
 )
-from fluffle_coordinator.storage.saved_run import Saved
 from fluffle_coordinator.strategy.base import NO_TENSORS
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 
@@ -80,8 +74,29 @@ def new_base() -> str:
     return secrets.token_hex(6)
 
 
-def _tickets(line: dict[str, Any]) -> frozenset[Ticket]:
-    return frozenset(Ticket(who["worker"], who["sequence"]) for who in line["participants"])
+@dataclass(frozen=True)
+class Saved:
+    """The state of a run on disk; the defaults are those of a new run."""
+
+    run: str  # its id
+    lines: Sequence[Mapping[str, Any]] = ()  # of its history
+    committed: int = 0  # the last committed round; 0 for none
+
+    # The name of the weights that each round began with.
+    earlier: Mapping[int, str] = field(default_factory=dict)
+
+    evaluated: bool = True  # whether the last model's evaluation is in the history
+    weights: dict[str, Array] | None = None  # of the last model; None if there is none yet
+    metadata: dict[str, str] = field(default_factory=dict)  # of its checkpoint
+    repairs: tuple[str, ...] = ()  # descriptions of what was repaired
+    strategy: str = FEDAVG.name  # the one that made the last model
+    kept: Mapping[str, Array] = field(default_factory=dict)  # the state that it saved with that
+    frozen: Frozen = NO_FROZEN  # the frozen tensors of the model
+
+    @property
+    def base(self) -> str:
+        """The name of the weights; empty if there are none yet."""
+        return self.metadata.get("base", "")
 
 
 class RunStore:
@@ -177,29 +192,17 @@ class RunStore:
             )
             lines = [line for line in lines if line["round"] <= last]
         update_archive.forget_uncommitted(self.folder, last)
-        line = committed.get(last, {})
-        commits = [line for line in committed.values() if line["round"] <= last]
-        counted = {line["round"]: _tickets(line) for line in commits}
-        counts = [who for line in commits for who in line["participants"]]
-        announced: dict[str, int] = {}
-        for who in counts:
-            announced[who["worker"]] = max(who["num_examples"], announced.get(who["worker"], 0))
         return Saved(
             run=identity,
             lines=lines,
             committed=last,
-            announced=announced,
-            counted=counted,
-            earlier=self._bases(commits),
-            asked_in={name: line["round"] for line in commits for name in line["asked"]},
-            train_s={w["worker"]: w["seconds"] for w in counts if w["seconds"] is not None},
-            median_norms=median_norms(commits),
+            earlier=self._bases(line for line in committed.values() if line["round"] <= last),
             evaluated=not last
             or any(x["event"] == "evaluated" and x["round"] == last for x in lines),
             weights=checkpoint.weights if checkpoint else None,
             metadata=checkpoint.metadata if checkpoint else {},
             repairs=tuple(repairs),
-            strategy=line.get("strategy", FEDAVG.name),
+            strategy=committed.get(last, {}).get("strategy", FEDAVG.name),
             kept=checkpoint.strategy_state if checkpoint else {},
             frozen=frozen,
         )
@@ -240,11 +243,7 @@ class RunStore:
         return bases
 
     def save_weights(
-        self,
-        number: int,
-        weights: Weights,
-        metadata: dict[str, str],
-        kept: Weights = NO_TENSORS,
+        self, number: int, weights: Weights, metadata: dict[str, str], kept: Weights = NO_TENSORS
     ) -> Path:
         """Write the checkpoint of a round, with the state that its strategy keeps."""
         path = self.folder / checkpoint_name(number)
@@ -314,3 +313,25 @@ class RunStore:
                 f"{self.shown} holds the checkpoint of round {newest}, but history.jsonl {known}; "
                 "restore history.jsonl, or move the run aside with --fresh"
             )
+
+
+def sampling_secret(folder: Path) -> int:
+    """Return the secret of the run in a folder; the first call creates it.
+
+    A run keeps its secret, so that a round that a crash interrupts asks the same sample again.
+
+    Raises:
+        RunError: if the file cannot be read or written.
+    """
+    path = folder / "sampling.secret"
+    try:
+        if not path.exists():
+            with replacing(path) as file:
+                os.fchmod(file.fileno(), 0o600)
+                file.write(f"{secrets.randbits(128):032x}\n".encode())
+        return int(path.read_text(), 16)
+    except (OSError, ValueError) as error:
+        raise RunError(
+            f"{path}, which determines the selected workers, cannot be used ({error}); restore "
+            "this file, or start a new run with --fresh"
+        ) from None

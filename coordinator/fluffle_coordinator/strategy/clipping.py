@@ -8,7 +8,7 @@ import numpy as np
 
 from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import layout_for
-from fluffle_common.tensors.weights import Weights, finite_norm
+from fluffle_common.tensors.weights import finite_norm
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.blocks import in_blocks
 from fluffle_coordinator.strategy.pipeline import Transform
@@ -37,13 +37,9 @@ def clip(norm: float) -> Transform:
         before = finite_norm(one.delta)
         if before <= norm:
             return one
-        return dataclasses.replace(one, delta=_scaled(one.delta, norm / before))
+        scaled = layout_for(one.delta).empty()
+        for into, values in in_blocks(scaled, one.delta):
+            into[...] = values.astype(np.float64) * (norm / before)
+        return dataclasses.replace(one, delta=scaled)
 
     return clipped
-
-
-def _scaled(delta: Weights, factor: float) -> Weights:
-    scaled = layout_for(delta).empty()
-    for into, values in in_blocks(scaled, delta):
-        into[...] = values.astype(np.float64) * factor
-    return scaled

@@ -2,15 +2,6 @@
 
 Summed in float64, so integers are exact up to 2**53. The mean by numbers of examples is in
 ``weighted``, which is faster, and exact for all integers.
-
-Example:
-    >>> mean = uniform()
-    >>> state = mean.init(base := {"w": np.zeros(2)})
-    >>> for learnt, n in (([1, 2], 1), ([4, 8], 900)):
-    ...     delta = {"w": np.array(learnt, float)}
-    ...     state = mean.fold(state, Contribution(worker="a", num_examples=n, delta=delta))
-    >>> mean.finish(state, base)[0]["w"]
-    array([2.5, 5. ])
 """
 
 from __future__ import annotations

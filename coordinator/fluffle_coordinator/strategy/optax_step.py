@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from fluffle_common.arguments import write_arguments
+from fluffle_common.installed import needs
 from fluffle_common.tensors.codecs.base import clip_to
 from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Weights, is_float, largest
@@ -26,6 +27,7 @@ class _OptaxStep(Server[Any]):
     """The state is that of ``transformation``, an ``optax.GradientTransformation``."""
 
     transformation: Any
+    jax: Any  # the module, which a coordinator may not have
 
     def init(self, weights: Weights) -> Any:
         return self.transformation.init(_floats(weights))
@@ -42,15 +44,29 @@ class _OptaxStep(Server[Any]):
         return apply_delta(weights, change), state
 
     def dump(self, state: Any) -> Weights:
-        leaves = importlib.import_module("jax").tree_util.tree_leaves(state)
-        return {f"leaf-{number:05d}": _saved(leaf) for number, leaf in enumerate(leaves)}
+        leaves = self.jax.tree_util.tree_leaves(state)
+        return {f"leaf-{number:05d}": self._saved(leaf) for number, leaf in enumerate(leaves)}
 
     def load(self, saved: Weights, weights: Weights) -> Any:
-        jax = importlib.import_module("jax")
-        like, structure = jax.tree_util.tree_flatten(self.init(weights))
+        like, structure = self.jax.tree_util.tree_flatten(self.init(weights))
         tensors = [saved[name] for name in sorted(saved)]
-        leaves = [_restored(tensor, leaf) for tensor, leaf in zip(tensors, like, strict=True)]
-        return jax.tree_util.tree_unflatten(structure, leaves)
+        leaves = [self._restored(tensor, leaf) for tensor, leaf in zip(tensors, like, strict=True)]
+        return self.jax.tree_util.tree_unflatten(structure, leaves)
+
+    def _is_key(self, leaf: Any) -> bool:
+        numpy = self.jax.numpy
+        return bool(numpy.issubdtype(numpy.result_type(leaf), self.jax.dtypes.prng_key))
+
+    def _saved(self, leaf: Any) -> Any:
+        """Return a leaf of a state as an array for a checkpoint; ``_restored`` undoes it."""
+        array = np.asarray(self.jax.random.key_data(leaf) if self._is_key(leaf) else leaf)
+        return array.astype(np.uint8) if array.dtype == np.bool_ else array
+
+    def _restored(self, saved: Any, like: Any) -> Any:
+        array = self.jax.numpy.asarray(saved)
+        if self._is_key(like):
+            return self.jax.random.wrap_key_data(array, impl=self.jax.random.key_impl(like))
+        return array.astype(bool) if self.jax.numpy.result_type(like) == np.bool_ else array
 
 
 def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
@@ -64,12 +80,8 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
         ValueError: if optax is not installed, or has no such optimizer, or it fails with these
             arguments.
     """
-    try:
-        optax = importlib.import_module("optax")
-    except ModuleNotFoundError:
-        raise ValueError(
-            "server steps from optax need optax and JAX; run pip install 'fluffle[worker]'"
-        ) from None
+    with needs("server steps from optax need optax and JAX", "worker", ValueError):
+        optax, jax = importlib.import_module("optax"), importlib.import_module("jax")
     make = getattr(optax, optimizer, None)
     if make is None:
         near = difflib.get_close_matches(optimizer.lower(), filter(str.islower, dir(optax)), n=1)
@@ -78,45 +90,16 @@ def optax_step(optimizer: str, **arguments: Any) -> Server[Any]:
     try:
         made = make(**arguments)
         if isinstance(made, optax.GradientTransformation):
-            _try_out(made)
+            # Trace a step, without computing it: only that shows an argument of a wrong type.
+            form = {"w": np.zeros(2, np.float32)}
+            jax.eval_shape(lambda w: made.update(w, made.init(w), w), form)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         given = write_arguments(arguments) or "no arguments"
         raise ValueError(f"optax.{optimizer} cannot be used with {given}: {reason}") from None
     if not isinstance(made, optax.GradientTransformation):
         raise ValueError(f"optax.{optimizer} is not an optimizer; give an optimizer, such as adamw")
-    return _OptaxStep(made)
-
-
-def _try_out(transformation: Any) -> None:
-    """Trace a step, without computing it: only that shows an argument of a wrong type."""
-    form = {"w": np.zeros(2, np.float32)}
-
-    def step(weights: Any) -> Any:
-        return transformation.update(weights, transformation.init(weights), weights)
-
-    importlib.import_module("jax").eval_shape(step, form)
-
-
-def _is_key(leaf: Any) -> bool:
-    jax = importlib.import_module("jax")
-    return bool(jax.numpy.issubdtype(jax.numpy.result_type(leaf), jax.dtypes.prng_key))
-
-
-def _saved(leaf: Any) -> Any:
-    """Return a leaf of a state as an array that a checkpoint can hold; ``_restored`` undoes it."""
-    jax = importlib.import_module("jax")
-    array = np.asarray(jax.random.key_data(leaf) if _is_key(leaf) else leaf)
-    return array.astype(np.uint8) if array.dtype == np.bool_ else array
-
-
-def _restored(saved: Any, like: Any) -> Any:
-    """Return a leaf of the kind of ``like`` from what ``_saved`` returned."""
-    jax = importlib.import_module("jax")
-    array = jax.numpy.asarray(saved)
-    if _is_key(like):
-        return jax.random.wrap_key_data(array, impl=jax.random.key_impl(like))
-    return array.astype(bool) if jax.numpy.result_type(like) == np.bool_ else array
+    return _OptaxStep(made, jax)
 
 
 def _floats(weights: Weights) -> dict[str, Any]:

@@ -54,11 +54,6 @@ class Vector:
         self.first = self.memory[: begin * _FLOAT.itemsize].view(_FLOAT)
         self.rest = np.empty(size - begin, _FLOAT) if rest is None else rest
 
-    @property
-    def nbytes(self) -> int:
-        """Its size in bytes."""
-        return self.memory.nbytes + self.rest.nbytes
-
 
 @dataclass(frozen=True)
 class Sum:

@@ -122,11 +122,7 @@ def _copied(tensors: Weights, like: Weights) -> Tensors:
 
 
 def _check_tensors(value: Any) -> None:
-    """Check that a value is a mapping of names to arrays that a checkpoint can hold.
-
-    Raises:
-        ValueError: if it is not.
-    """
+    """Check that a value is a mapping of names to arrays that a checkpoint can hold."""
     if not isinstance(value, Mapping):
         raise ValueError(
             f"the value is of type {type(value).__name__}, not a mapping of names to arrays"

@@ -99,9 +99,6 @@ class Hooks:
         }
 
 
-NO_HOOKS = Hooks()
-
-
 def _function(given: Any, option: str, argument: str) -> Any:
     function = load_object(given, option) if isinstance(given, str) else given
     if function is None:
@@ -191,11 +188,7 @@ def _attempt(call: Callable[[], T]) -> tuple[T | None, BaseException | None]:
 
 
 def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str]]:
-    """Return the metrics as floats, and what is wrong with some, by name and kind of fault.
-
-    Raises:
-        TaskError: if ``returned`` is not a mapping.
-    """
+    """Return the metrics as floats, and what is wrong with some, by name and kind of fault."""
     if not isinstance(returned, Mapping):
         raise TaskError(
             f"the function returned {type(returned).__name__}, but it must return a mapping of "

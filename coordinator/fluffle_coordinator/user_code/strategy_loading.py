@@ -13,9 +13,11 @@ from fluffle_common.cli.loading import Place, load_installed
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_common.protocol.messages import Plan
+from fluffle_coordinator.machine.schedule import Schedule
+from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.selection import POISSON, UNIFORM
-from fluffle_coordinator.machine.state import Quorum, Rules
-from fluffle_coordinator.storage.saved_run import Saved
+from fluffle_coordinator.machine.state import Quorum, Rules, State
+from fluffle_coordinator.storage.run_store import Saved
 from fluffle_coordinator.strategy.base import NamedStrategy, Needs, Strategy
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.names import PARTS, is_name, named_strategy
@@ -76,9 +78,7 @@ def _checked(name: str, value: Any) -> Any:
     return value
 
 
-def rules_for(
-    named: NamedStrategy, rules: Rules, schedule_name: str = "quorum", schedule: object = None
-) -> Rules:
+def rules_for(named: NamedStrategy, rules: Rules, schedule: Schedule[State] = QUORUM) -> Rules:
     """Return the rules of a run, changed so that its strategy gets what it needs.
 
     The minimum numbers of workers and updates are raised to the strategy's, and the number of
@@ -101,26 +101,20 @@ def rules_for(
             f"'needs.metrics' of the strategy {named.name} is {needs.metrics!r:.80}; expected a "
             f"tuple of names such as ({needs.metrics!r:.80},)"
         )
-    fewest, quorum = needs.min_updates, rules.quorum.number
-    if quorum is not None and quorum < fewest:
-        raise UsageError(
-            f"the strategy {named.name} needs at least {fewest} updates per round, but --quorum "
-            f"{quorum} closes a round with fewer; give --quorum {fewest}, a higher number, or "
-            "--quorum all"
-        )
-    if rules.sample is not None and rules.sample < fewest:
-        raise UsageError(
-            f"the strategy {named.name} needs at least {fewest} updates per round, but --sample "
-            f"{rules.sample} asks for fewer; give --sample {fewest} or more"
-        )
-    buffer = getattr(schedule, "buffer", fewest)  # only Buffered has one
-    if buffer < fewest:
-        raise UsageError(
-            f"the strategy {named.name} needs at least {fewest} updates per version, but "
-            f"--buffer {buffer} makes a version from fewer; give --buffer {fewest} or more"
-        )
+    fewest = needs.min_updates
+    buffer = getattr(schedule, "buffer", None)  # only Buffered has one
+    for option, given, per, effect in (
+        ("--quorum", rules.quorum.number, "round", "closes a round with fewer"),
+        ("--sample", rules.sample, "round", "asks for fewer"),
+        ("--buffer", buffer, "version", "makes a version from fewer"),
+    ):
+        if given is not None and given < fewest:
+            raise UsageError(
+                f"the strategy {named.name} needs at least {fewest} updates per {per}, but "
+                f"{option} {given} {effect}; give {option} {fewest} or more"
+            )
     if needs.once:
-        _check_once(named, rules, schedule_name)
+        _check_once(named, rules, schedule)
     if needs.rate is not None:
         rules = _sampled(named, rules, needs.rate)
     if needs.max_rounds is not None and needs.max_rounds < rules.rounds:
@@ -134,11 +128,11 @@ def rules_for(
     )
 
 
-def _check_once(named: NamedStrategy, rules: Rules, schedule_name: str) -> None:
-    if schedule_name != "quorum":
+def _check_once(named: NamedStrategy, rules: Rules, schedule: Schedule[State]) -> None:
+    if str(schedule) != "quorum":
         raise UsageError(
             f"the strategy {named.name} needs synchronous rounds that discard late updates, but "
-            f"the schedule is {schedule_name}; remove --schedule and --late"
+            f"the schedule is {schedule}; remove --schedule and --late"
         )
     if rules.max_norm_ratio is not None:
         raise UsageError(

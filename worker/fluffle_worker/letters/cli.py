@@ -13,6 +13,7 @@ from fluffle_common.cli.console import warn
 from fluffle_common.cli.output_files import CHART_FILE, draw_into_files, save_chart
 from fluffle_common.cli.printing import echo, echo_json
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.installed import needs
 from fluffle_common.plural import plural
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _model_option = click.option(
     metavar="FILE",
     help="Model file of a round, such as runs/letters/round-0006.safetensors.",
 )
-_NEEDS_WORKER = "this command needs JAX and Pillow; run pip install 'fluffle[worker]'"
+_NEEDS = "this command needs JAX and Pillow", "worker"
 
 
 @click.command(context_settings={"show_default": True})
@@ -52,10 +53,8 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
     OUT/writer-N/<letter>/ has the letters of writers who are not clients. To score a model on the
     letters of these writers, use 'fluffle confusion --unseen'.
     """
-    try:
+    with needs(*_NEEDS):
         from fluffle_worker.letters.handwriting.drawing import draw_letters
-    except ImportError:
-        raise UsageError(_NEEDS_WORKER) from None
     with click.progressbar(length=(clients + unseen) * per_client, label="drawing") as bar:
         draw_letters(
             out,
@@ -63,7 +62,7 @@ def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) ->
             per_client=per_client,
             unseen=unseen,
             seed=seed,
-            progress=lambda done, _: bar.update(done - bar.pos),
+            progress=lambda: bar.update(1),
         )
     more = f" and {plural(unseen, 'more writer')}" if unseen else ""
     echo(f"{plural(clients, 'client')}{more} with {per_client} letters each in {out}")
@@ -94,12 +93,10 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     \b
       fluffle predict --model runs/letters/round-0006.safetensors --image a.png
     """
-    try:
+    with needs(*_NEEDS):
         from fluffle_worker.letters.images import inverted_note
         from fluffle_worker.letters.inference import LettersModel, shown_names
         from fluffle_worker.letters.pixels import read_pixels
-    except ImportError:
-        raise UsageError(_NEEDS_WORKER) from None
     loaded = LettersModel(model)
     shown = shown_names(loaded.classes)
     predictions, pictures, unreadable = [], [], []
@@ -165,12 +162,10 @@ def confusion(**options: Any) -> None:
     folder. The folder must not have changed since the training. If no worker trained on the folder,
     use --unseen.
     """
-    try:
+    with needs(*_NEEDS):
         from fluffle_worker.cli import id_from
         from fluffle_worker.letters.images import read_images
         from fluffle_worker.letters.inference import LettersModel, confusion_chart
-    except ImportError:
-        raise UsageError(_NEEDS_WORKER) from None
     if options["everything"] and options["unseen"]:
         raise UsageError("--all conflicts with --unseen; use only one of them")
     model, data, out = options["model"], options["data"], options["out"]
@@ -179,7 +174,16 @@ def confusion(**options: Any) -> None:
     for note in images.notes:
         warn(note)
     trained = id_from(str(data)) in loaded.participants
-    _warn_of_participant(data, loaded.participants, options["unseen"], trained)
+    if options["unseen"] and trained:
+        warn(
+            f"the worker {data.name} took part in this run; if this worker trained on {data}, "
+            "remove --unseen"
+        )
+    elif loaded.participants and not (options["unseen"] or trained):
+        warn(
+            f"this run has no participant with the name {data.name}; if no worker trained on "
+            f"{data}, use --unseen to score all its letters"
+        )
     score, of_what, lines = _scored(loaded, images, options, trained)
     title = f"{model.stem} on {data.name}: {score.accuracy:.2f} %\nof {of_what}"
     draw_into_files()
@@ -219,28 +223,8 @@ def _scored(
         )
     score = model.score(images, held_out)
     of_what = f"{score.total} held-out letters"
-    return (
-        score,
-        of_what,
-        [
-            f"accuracy {score.accuracy:.2f} % of {of_what}",
-            f"not scored: the {len(train)} letters that a worker with --seed {options['seed']} "
-            "trains on; use --all to score them too",
-        ],
+    not_scored = (
+        f"not scored: the {len(train)} letters that a worker with --seed {options['seed']} trains "
+        "on; use --all to score them too"
     )
-
-
-def _warn_of_participant(
-    data: Path, participants: frozenset[str], unseen: bool, trained: bool
-) -> None:
-    """Warn if --unseen seems to be set, or to be missing, by mistake."""
-    if unseen and trained:
-        warn(
-            f"the worker {data.name} took part in this run; if this worker trained on {data}, "
-            "remove --unseen"
-        )
-    elif participants and not (unseen or trained):
-        warn(
-            f"this run has no participant with the name {data.name}; if no worker trained on "
-            f"{data}, use --unseen to score all its letters"
-        )
+    return score, of_what, [f"accuracy {score.accuracy:.2f} % of {of_what}", not_scored]

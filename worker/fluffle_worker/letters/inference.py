@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Score:
     """A confusion matrix: how often class i (row) was predicted as class j (column)."""
 
-    counts: Array
+    counts: Array  # int64, shape [classes, classes]
 
     @property
     def total(self) -> int:
@@ -81,11 +81,11 @@ class LettersModel:
     def score(self, images: Images, which: Array | None = None) -> Score:
         """Classify the images with these indices (default: all), and count the outcomes."""
         indices = np.arange(len(images.targets)) if which is None else which
-        classes = len(self.classes)
-        if not len(indices):
-            return Score(np.zeros((classes, classes), np.int64))
-        predicted = self.probabilities(images.inputs[indices]).argmax(axis=1)
-        return Score(confusion_counts(images.targets[indices], predicted, classes))
+        counts = np.zeros((len(self.classes), len(self.classes)), np.int64)
+        if len(indices):
+            predicted = self.probabilities(images.inputs[indices]).argmax(axis=1)
+            np.add.at(counts, (images.targets[indices], predicted), 1)
+        return Score(counts)
 
     def predict(self, image: Array) -> dict[str, float]:
         """Return the probability of each class for one image, float32 [100, 100, 1]."""
@@ -134,13 +134,6 @@ def shown_names(classes: Sequence[str]) -> dict[str, str]:
     upper = [name.upper() for name in classes]
     alike = len(set(upper)) < len(upper)
     return dict(zip(classes, classes if alike else upper, strict=True))
-
-
-def confusion_counts(targets: Array, predicted: Array, classes: int) -> Array:
-    """Count how often class i (row) was predicted as j (column); int64 [classes, classes]."""
-    counts = np.zeros((classes, classes), np.int64)
-    np.add.at(counts, (targets, predicted), 1)
-    return counts
 
 
 def confusion_chart(counts: Array, classes: tuple[str, ...], title: str) -> Figure:

@@ -1,11 +1,11 @@
-"""Lookup of a local rule by the name that ``--local-rule`` or a task gives it."""
+"""Lookup of local rules by the name that ``--local-rule`` or a task gives them; their chaining."""
 
 from __future__ import annotations
 
 import inspect
 import pkgutil
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,8 @@ from fluffle_common.cli.loading import load_installed, load_object
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_common.user_errors import one_line
-from fluffle_worker.local.base import LocalRule
+from fluffle_worker.local.base import LocalRule, Named, kept_and_extra
 from fluffle_worker.local.bound import BoundRule
-from fluffle_worker.local.chain import Chain
 
 GROUP = "fluffle.local_rules"
 _OPTION = "--local-rule"
@@ -115,3 +114,56 @@ def _call_factory(kind: str, factory: Callable[..., Any], settings: str) -> Any:
         raise UsageError(
             f"the local rule '{kind}' rejects the settings '{settings}': {one_line(wrong)}"
         ) from wrong
+
+
+class Chain:
+    """A rule that passes each gradient through several rules, in order.
+
+    The arrays that a rule keeps have its index as a prefix of their names.
+
+    Raises:
+        UsageError: if a rule other than the first takes per-example gradients.
+    """
+
+    def __init__(self, rules: Sequence[LocalRule[Any]]) -> None:
+        self._rules = tuple(rules)
+        first, *later = [getattr(rule, "per_example", False) for rule in self._rules]
+        self.per_example = first
+        if any(later):
+            where = type(self._rules[1 + later.index(True)]).__name__
+            raise UsageError(
+                f"the local rule {where} needs the gradient of each example, but the rules before "
+                f"it return only one gradient per batch; put {where} first"
+            )
+
+    def begin(self, received: Named, broadcast: Named, kept: Named) -> list[Any]:
+        """Return the initial states of all rules."""
+        states = []
+        for number, rule in enumerate(self._rules):
+            own = {}
+            for name, array in kept.items():
+                index, _, rest = name.partition("/")
+                if index == str(number):
+                    own[rest] = array
+            states.append(rule.begin(received, broadcast, own))
+        return states
+
+    def gradient(
+        self, gradient: Named, weights: Named, state: list[Any]
+    ) -> tuple[Named, list[Any]]:
+        """Return the gradient after the last rule, and the next states."""
+        states = []
+        for rule, own in zip(self._rules, state, strict=True):
+            gradient, own = rule.gradient(gradient, weights, own)  # noqa: PLW2901
+            states.append(own)
+        return gradient, states
+
+    def end(self, trained: Named, state: list[Any]) -> tuple[Named, Named]:
+        """Return the arrays that the rules keep, and their extra tensors, merged."""
+        kept: dict[str, Any] = {}
+        sent: dict[str, Any] = {}
+        for number, (rule, own) in enumerate(zip(self._rules, state, strict=True)):
+            keeps, extra = kept_and_extra(rule.end(trained, own))
+            kept |= {f"{number}/{name}": array for name, array in keeps.items()}
+            sent |= extra
+        return kept, sent

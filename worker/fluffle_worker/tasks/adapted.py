@@ -16,7 +16,8 @@ from fluffle_common.protocol.metric_names import PERSONAL_PREFIX
 from fluffle_common.tensors.weights import Array, Weights
 from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.persistent_tensors import PersistentTensors
-from fluffle_worker.task import EvalResult, FailedMetric, Progress, TrainResult, work_of
+from fluffle_worker.task import EvalResult, FailedMetric, Progress, TrainResult, measured, work_of
+from fluffle_worker.tasks.checks import check_seed
 from fluffle_worker.tasks.examples import (
     Examples,
     InMemory,
@@ -54,13 +55,15 @@ class AdaptedTask(ABC):
         num_examples: int | None,
         sample_seed: int,
     ) -> None:
+        check_seed(sample_seed)
         self.whole, map_arrays = self, self._map_arrays
         self._data: InMemory | Streamed
         if callable(train_data):
             self._data = Streamed(train_data, num_examples, sample_seed, map_arrays)
         else:
             source = self._on_device(train_data, "train_data")
-            self._data = InMemory(source, arrays_in(source, map_arrays), sample_seed)
+            count = count_of(arrays_in(source, map_arrays), "train_data")
+            self._data = InMemory(source, count, sample_seed)
         self.num_examples, self._sample_seed = self._data.num_examples, sample_seed
         self._valid, self._held_out = None, 0
         if valid_data is not None:
@@ -175,10 +178,7 @@ class AdaptedTask(ABC):
             except (RuntimeError, TypeError, ValueError):  # one has no row for each example
                 return found
             for name in whole:
-                try:
-                    found[name] = float(self._metrics[name](outputs, targets))
-                except Exception as why:
-                    found[name] = FailedMetric(why)
+                found[name] = measured(self._metrics[name], outputs, targets)
         return found
 
 

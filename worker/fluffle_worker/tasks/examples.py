@@ -12,7 +12,7 @@ import numpy as np
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array
-from fluffle_worker.tasks.checks import check_pair, check_seed, checked_array
+from fluffle_worker.tasks.checks import check_pair, checked_array
 
 Examples = tuple[Any, Any]
 """(inputs, targets): each an array, or a dict, tuple or list of arrays; equal first axes."""
@@ -58,18 +58,12 @@ def index_batches(plan: Plan, count: int, sample_seed: int) -> Iterator[Array]:
 class InMemory:
     """Arrays that stay on the device, so that a batch is gathered there instead of copied to it.
 
-    ``arrays`` lists those in ``source``, which are on the device. ``sample_seed`` decorrelates this
-    worker's batches from those of other workers.
-
-    Raises:
-        TaskError: if the arrays differ in their number of examples, or the seed is invalid.
+    ``sample_seed`` decorrelates this worker's batches from those of other workers.
     """
 
-    def __init__(self, source: Examples, arrays: Sequence[Any], sample_seed: int) -> None:
-        check_seed(sample_seed)
-        self.num_examples = count_of(arrays, "train_data")
+    def __init__(self, source: Examples, num_examples: int, sample_seed: int) -> None:
         self.source: Any = source
-        self._sample_seed = sample_seed
+        self.num_examples, self._sample_seed = num_examples, sample_seed
         self._rows: Array | None = None  # the examples of a part; None for all
 
     def targets(self) -> list[Any]:
@@ -103,24 +97,19 @@ class Streamed:
     each epoch's ``rng`` from those of other workers.
 
     Raises:
-        TaskError: if ``num_examples`` is not given, or the seed is invalid.
+        TaskError: if ``num_examples`` is not given.
     """
 
     source: Any = None
 
     def __init__(
-        self,
-        stream: Stream,
-        num_examples: int | None,
-        sample_seed: int,
-        map_arrays: MapArrays,
+        self, stream: Stream, num_examples: int | None, sample_seed: int, map_arrays: MapArrays
     ) -> None:
         if not num_examples:
             raise TaskError(
                 "train_data is a function, so the number of its examples is unknown; also give "
                 "num_examples="
             )
-        check_seed(sample_seed)
         self.num_examples = num_examples
         self._stream, self._sample_seed, self._map_arrays = stream, sample_seed, map_arrays
 

@@ -23,8 +23,8 @@ from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.groups import select_tensors
 from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_worker.local.base import LocalRule
+from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.loading import bound_rule
-from fluffle_worker.local.optax import filtered, gradient_transformation, named, tensor_name
 from fluffle_worker.task import Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
 from fluffle_worker.tasks.checks import (
@@ -36,7 +36,7 @@ from fluffle_worker.tasks.checks import (
 )
 from fluffle_worker.tasks.examples import Examples, Stream, call
 from fluffle_worker.tasks.flat_step import Flat, FlatStep
-from fluffle_worker.tasks.model_parts import ModelParts
+from fluffle_worker.tasks.model_parts import ModelParts, filtered, flat_state, named, tensor_name
 
 Augment = Callable[[jax.Array, Any], Any]
 _NOTHING = np.zeros(0)
@@ -175,7 +175,7 @@ class FlaxTask(AdaptedTask):
         learnt, _, optimizer_state = state.tree()
         if not rule.changes_nothing:
             rule.end(named(filtered(learnt, trained)), optimizer_state[0])
-        return self._result(plan, parts.travelling(learnt), parts.personal(learnt), losses)
+        return self._result(plan, *parts.trained(learnt), losses)
 
     def _scores(self, weights: Weights, personal: Weights) -> dict[str, float]:
         states = jax.device_put(self._states(weights, personal))  # once, not with each batch
@@ -223,7 +223,7 @@ class FlaxTask(AdaptedTask):
             optimizer = optimizer(learning_rate)
         if self.local_rule.changes_nothing:
             return optimizer
-        return optax.chain(gradient_transformation(self.local_rule), optimizer)
+        return optax.chain(_transformation(self.local_rule), optimizer)
 
     def _step(self, plan: Plan, params: Any) -> FlatStep:
         """Return the compiled step, one per local rule and set of trained tensors."""
@@ -281,6 +281,18 @@ class FlaxTask(AdaptedTask):
 
 flax_task = FlaxTask
 """The public name, as in ``fluffle.flax_task``."""
+
+
+def _transformation(rule: BoundRule) -> optax.GradientTransformation:
+    """Return a rule as a transformation to chain before an optimizer; its state is the rule's."""
+
+    def update(gradient: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        changed, state = rule.gradient(named(gradient), named(params), state)
+        flat = flat_state(gradient)
+        leaves = [(path, leaf.replace(changed[tensor_name(path)])) for path, leaf in flat]
+        return nnx.from_flat_state(leaves), state
+
+    return optax.GradientTransformation(lambda params: rule.begin(named(params)), update)
 
 
 def _key_of(seed: int) -> Any:

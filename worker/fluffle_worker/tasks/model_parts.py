@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +15,6 @@ from flax import linen, nnx
 
 from fluffle_common.errors import TaskError
 from fluffle_common.tensors.weights import Array
-from fluffle_worker.local.optax import flat_state, named, tensor_name
 from fluffle_worker.tasks.checks import check_filters
 
 _EXPECTED = "expected an nnx.Module; wrap a flax.linen module in nnx.bridge.ToNNX (docs/tasks.md)"
@@ -76,7 +75,6 @@ class ModelParts:
         # step of a small model, and leaves reference cycles that keep the arrays alive.
         labelled = nnx.merge_state(_labelled(self.form), _labelled(self._personal_form))
         self._names, self._tree = jax.tree.flatten(labelled)
-        self._travel, self._stay = _names(self.form), _names(self._personal_form)
         self.at_home: AtHome = compiled(lambda: self._split(model(nnx.Rngs(0)))[2])()
         self._first_personal = named(self.at_home.personal)
         self._init = compiled(lambda key: self._split(model(nnx.Rngs(key)))[1])
@@ -110,17 +108,12 @@ class ModelParts:
         rest = self.at_home.rest
         return rest if self._seeded is None else self._seeded(rest, key)
 
-    def travelling(self, learnt: Any) -> dict[str, Array]:
-        """Return the tensors of a trained state that travel, by name."""
-        return self._chosen(learnt, self._travel)
-
-    def personal(self, learnt: Any) -> dict[str, Array]:
-        """Return the personal tensors of a trained state, by name."""
-        return self._chosen(learnt, self._stay)
-
-    def _chosen(self, learnt: Any, names: list[str]) -> dict[str, Array]:
-        arrays = dict(zip(self._names, jax.tree.leaves(learnt), strict=True))
-        return {name: np.asarray(arrays[name]) for name in names}
+    def trained(self, learnt: Any) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Return the tensors of a trained state that travel, and the personal ones, by name."""
+        leaves = zip(self._names, jax.tree.leaves(learnt), strict=True)
+        arrays = {name: np.asarray(leaf) for name, leaf in leaves}
+        personal = {name: arrays.pop(name) for name in _names(self._personal_form)}
+        return {name: arrays[name] for name in _names(self.form)}, personal
 
     def frozen(self) -> dict[str, Array]:
         """Return the frozen tensors, by name."""
@@ -233,6 +226,36 @@ def fill(module: nnx.Module, arrays: Mapping[str, Array]) -> None:
         if tensor_name(path) in arrays
     ]
     nnx.update(module, nnx.from_flat_state(filled))
+
+
+def named(state: Any) -> dict[str, Any]:
+    """Return the arrays of a Flax state by name."""
+    return {tensor_name(path): leaf.get_value() for path, leaf in flat_state(state)}
+
+
+def flat_state(state: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Yield the variables of a Flax state with their paths, in the order of ``to_flat_state``.
+
+    Flax's function leaves a reference cycle, which keeps the arrays in memory for many rounds.
+    ``nnx.filter_state`` does so, too; ``filtered`` does not.
+    """
+    for key in sorted(state):
+        value = state[key]
+        if isinstance(value, Mapping):
+            yield from flat_state(value, (*path, key))
+        else:
+            yield (*path, key), value
+
+
+def filtered(state: Any, chosen: Any) -> Any:
+    """Return the part of a Flax state that a filter selects."""
+    selects = nnx.filterlib.to_predicate(chosen)
+    return nnx.from_flat_state(one for one in flat_state(state) if selects(*one))
+
+
+def tensor_name(path: tuple[Any, ...]) -> str:
+    """Return a tensor's name on the wire: its path in the model, joined by ``/``."""
+    return "/".join(map(str, path))
 
 
 def _is_key(leaf: Any) -> bool:

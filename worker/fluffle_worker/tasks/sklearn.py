@@ -14,7 +14,7 @@ from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_worker.task import EvalResult, FailedMetric, Progress, RoundPlan, TrainResult
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, TrainResult, measured
 from fluffle_worker.tasks.checks import (
     as_metrics,
     check_pair,
@@ -116,7 +116,7 @@ class SklearnTask:
             estimator.partial_fit(inputs[batch], targets[batch])
             progress(step, steps, None)
         trained = {name: getattr(estimator, name) for name in _TENSORS}
-        metrics = {"loss": _score(self._loss, estimator, inputs, targets), "steps": steps}
+        metrics = {"loss": measured(self._loss, estimator, inputs, targets), "steps": steps}
         return TrainResult(trained, self.num_examples, metrics)
 
     def evaluate(self, weights: Weights) -> EvalResult | None:
@@ -125,7 +125,8 @@ class SklearnTask:
             return None
         estimator = self._with(weights)
         metrics = {
-            name: _score(metric, estimator, *self._valid) for name, metric in self._metrics.items()
+            name: measured(metric, estimator, *self._valid)
+            for name, metric in self._metrics.items()
         }
         loss = float(self._loss(estimator, *self._valid))
         return EvalResult(loss, len(self._valid[1]), metrics)
@@ -179,14 +180,6 @@ def _classes(given: Sequence[Any] | None, targets: Array, held_out: Array) -> Ar
             "classes="
         )
     return classes
-
-
-def _score(metric: Score, estimator: Any, inputs: Any, targets: Any) -> float:
-    """Return a metric; its error costs only this metric."""
-    try:
-        return float(metric(estimator, inputs, targets))
-    except Exception as why:
-        return FailedMetric(why)
 
 
 def _log_loss_or_error(estimator: Any, inputs: Any, targets: Any) -> float:

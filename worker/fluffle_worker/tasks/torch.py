@@ -20,22 +20,27 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
 
+from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Array, Weights, same_form
+from fluffle_common.user_errors import one_line
 from fluffle_worker.local.base import LocalRule
 from fluffle_worker.local.loading import bound_rule
 from fluffle_worker.task import Progress, TrainResult, work_of
 from fluffle_worker.tasks.adapted import AdaptedTask, Loss, StepLosses
-from fluffle_worker.tasks.checks import as_metrics, as_rate, check_filters, check_function
-from fluffle_worker.tasks.examples import Examples, Stream, call, mapped
-from fluffle_worker.tasks.torch_gradients import (
-    gradients_of_examples,
-    mean_loss,
-    mixes_examples,
+from fluffle_worker.tasks.checks import (
+    as_metrics,
+    as_rate,
+    check_filters,
+    check_function,
+    check_pair,
+    checked_array,
 )
+from fluffle_worker.tasks.examples import Examples, Stream, call, mapped
 from fluffle_worker.tasks.torch_tensors import (
     Filter,
     arrays_of,
@@ -45,7 +50,6 @@ from fluffle_worker.tasks.torch_tensors import (
     copies_of,
     copy_of,
     fill,
-    on_device,
     selected,
     tensors_of,
     trained_by,
@@ -180,7 +184,7 @@ class TorchTask(AdaptedTask):
         rule, data = self.local_rule, self._data
         module = self._filled(weights, self._personal.before(work_of(plan))).train()
         params = trained_by(plan, module)
-        rule.check_batches(mixed=any(map(mixes_examples, module.modules())))
+        rule.check_batches(mixed=any(map(_mixes_examples, module.modules())))
         optimizer = self._optimizer(
             list(params.values()), lr=plan.learning_rate or self._learning_rate
         )
@@ -216,7 +220,13 @@ class TorchTask(AdaptedTask):
             return self._means(outputs_of)
 
     def _on_device(self, data: Examples, what: str) -> Any:
-        return on_device(data, what, self._device)
+        check_pair(data, what)
+
+        def moved(part: Any) -> Any:
+            part = checked_array(part, what)
+            return (part if isinstance(part, torch.Tensor) else as_tensor(part)).to(self._device)
+
+        return mapped(moved, data)
 
     def _differentiate(
         self, module: nn.Module, params: dict[str, Any], examples: Examples, state: Any
@@ -225,12 +235,12 @@ class TorchTask(AdaptedTask):
         rule, (inputs, targets) = self.local_rule, examples
         if rule.per_example:
             loss = 0.0
-            gradients, value = gradients_of_examples(module, params, self._loss, inputs, targets)
+            gradients, value = _gradients_of_examples(module, params, self._loss, inputs, targets)
             if value.requires_grad and (outside := [one for _, one in self._originals_in_use()]):
                 # The hooks of these tensors notice that the value depends on them.
                 torch.autograd.grad(value.sum(), outside, retain_graph=True, allow_unused=True)
         else:
-            value = mean_loss(self._loss, call(module, inputs), targets)
+            value = _mean_loss(self._loss, call(module, inputs), targets)
             value.backward()
             loss, gradients = value.detach(), {name: one.grad for name, one in params.items()}
         if rule.changes_nothing:
@@ -337,3 +347,54 @@ class TorchTask(AdaptedTask):
 
 torch_task = TorchTask
 """The public name, as in ``fluffle.torch_task``."""
+
+
+def _mean_loss(loss: Callable[[Any, Any], Any], outputs: Any, targets: Any) -> Any:
+    """Return the mean of what a user's loss function returns.
+
+    Raises:
+        TaskError: if it does not return a tensor.
+    """
+    losses = loss(outputs, targets)
+    if not isinstance(losses, torch.Tensor):
+        raise TaskError(f"loss= returned {shown(losses)}; expected a tensor")
+    return losses.mean()
+
+
+def _mixes_examples(layer: nn.Module) -> bool:
+    """Whether a layer normalizes each example with the statistics of its batch."""
+    return isinstance(layer, _BatchNorm) and (layer.training or layer.running_mean is None)
+
+
+def _gradients_of_examples(
+    module: nn.Module,
+    params: dict[str, Any],
+    loss: Callable[[Any, Any], Any],
+    inputs: Any,
+    targets: Any,
+) -> tuple[dict[str, Any], Any]:
+    """Return the gradients and the losses of the examples of a batch, of shape [batch, …].
+
+    Raises:
+        TaskError: if ``torch.func.vmap`` fails, for example because it lacks a layer of the model.
+    """
+
+    def of_example(values: Any, *example: Any) -> Any:
+        def model(*args: Any, **named: Any) -> Any:
+            return torch.func.functional_call(module, values, args, named)
+
+        one, target = mapped(operator.itemgetter(None), example)
+        return _mean_loss(loss, call(model, one), target)
+
+    grad = torch.func.grad_and_value(of_example)
+    each = torch.func.vmap(grad, in_dims=(None, 0, 0), randomness="same")
+    values = {name: one.detach() for name, one in params.items()}
+    try:
+        gradients, losses = each(values, inputs, targets)
+    except RuntimeError as why:
+        raise TaskError(
+            "the local rule needs the gradient of each example, but torch.func.vmap cannot compute "
+            f"it ({one_line(why)}); if a layer of the model does not support torch.func.vmap, use "
+            "another layer"
+        ) from why
+    return gradients, losses

@@ -22,8 +22,6 @@ from fluffle_common.errors import TaskError
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.groups import select_tensors, tensors_of_model
 from fluffle_common.tensors.weights import BFLOAT16, Array
-from fluffle_worker.tasks.checks import check_pair, checked_array
-from fluffle_worker.tasks.examples import mapped
 
 Filter = Callable[[str], bool] | bool
 """Selects tensors by name: a function, or all or none of them."""
@@ -183,21 +181,6 @@ def as_array(tensor: Any) -> Array:
         bits = tensor.view(torch.int16 if tensor.itemsize == 2 else torch.uint8).numpy()
         return np.asarray(bits).view(getattr(ml_dtypes, dtype))
     return np.asarray(tensor.numpy())
-
-
-def on_device(data: Any, what: str, device: torch.device) -> Any:
-    """Return a user's (inputs, targets) as tensors on a device.
-
-    Raises:
-        TaskError: if they are not a pair of arrays of numbers; ``what`` names them.
-    """
-    check_pair(data, what)
-
-    def moved(part: Any) -> Any:
-        part = checked_array(part, what)
-        return (part if isinstance(part, torch.Tensor) else as_tensor(part)).to(device)
-
-    return mapped(moved, data)
 
 
 def as_tensor(array: Any) -> Any:

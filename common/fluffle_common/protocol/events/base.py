@@ -80,6 +80,10 @@ class RunEvent:
         """Return the event in words, with a question mark for each missing field."""
         return self._filled(self.template)
 
+    def gist(self) -> object:
+        """Return what must change before a periodic report is journalled again; None for others."""
+        return None
+
     def _filled(self, template: str) -> str:
         """Fill in the template, or a part of it."""
         values = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from fluffle_common.plural import plural
@@ -17,19 +18,24 @@ from fluffle_common.protocol.events.base import (
 )
 
 
-@event("opened", "round {round}: opened for {asked}; {needed:update} needed")
-class Opened(RunEvent):
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundEvent(RunEvent):
+    """An event of one round."""
+
     round: Integer = None
+
+
+@event("opened", "round {round}: opened for {asked}; {needed:update} needed")
+class Opened(RoundEvent):
     asked: Names = None
     needed: Integer = None
     deadline_s: Number = None
 
 
 @event("reopened", "{reason}; reopened for {asked}", "odd")
-class Reopened(RunEvent):
+class Reopened(RoundEvent):
     """A round has reopened after its deadline passed."""
 
-    round: Integer = None
     asked: Names = None
     needed: Integer = None
     deadline_s: Number = None
@@ -37,16 +43,14 @@ class Reopened(RunEvent):
 
 
 @event("closed", "{reason}; closed with the updates that have arrived", "odd")
-class Closed(RunEvent):
+class Closed(RoundEvent):
     """A round has closed at its deadline: below its quorum, or although its schedule waits."""
 
-    round: Integer = None
     reason: Text = None
 
 
 @event("quorum", "round {round}: now needs {needed:update} instead of {was} ({reason})")
-class Quorum(RunEvent):
-    round: Integer = None
+class Quorum(RoundEvent):
     needed: Integer = None
     was: Integer = None
     reason: Text = None
@@ -56,14 +60,13 @@ class Quorum(RunEvent):
     "counted",
     "round {round}: update of {worker} counted, {num_examples:example}{stale} ({updates}/{needed})",
 )
-class Counted(RunEvent):
+class Counted(RoundEvent):
     """An update was counted, as number ``updates`` of the ``needed`` ones.
 
     A stale update counts with ``weight`` examples instead of ``num_examples``.
     """
 
     worker: Text = None
-    round: Integer = None
     num_examples: Integer = None
     updates: Integer = None
     needed: Integer = None
@@ -80,18 +83,14 @@ class Counted(RunEvent):
 
 
 @event("late", "round {round}: update of {worker} arrived late and was discarded", "odd")
-class Late(RunEvent):
-    """An update arrived after its round was committed."""
-
+class Late(RoundEvent):
     worker: Text = None
-    round: Integer = None
     num_examples: Integer = None
 
 
 @event("duplicate", "round {round}: update of {worker} arrived again; it is already counted", "odd")
-class Duplicate(RunEvent):
+class Duplicate(RoundEvent):
     worker: Text = None
-    round: Integer = None
 
 
 @event("resend", "asking {worker} to send its update again: {reason}", "odd")
@@ -117,11 +116,10 @@ class Rejected(RunEvent):
 
 
 @event("failure", "round {round}: the task of {worker} failed: {reason}", "bad")
-class Failure(RunEvent):
+class Failure(RoundEvent):
     """A worker's task failed; in round 0, it was making the first weights."""
 
     worker: Text = None
-    round: Integer = None
     reason: Text = None
 
 
@@ -131,9 +129,8 @@ class Failure(RunEvent):
     "({state}, step {step} of {steps}); to count this as a failure, set --stall-timeout",
     "odd",
 )
-class Stalled(RunEvent):
+class Stalled(RoundEvent):
     worker: Text = None
-    round: Integer = None
     state: Text = None
     step: Integer = None
     steps: Integer = None
@@ -142,13 +139,13 @@ class Stalled(RunEvent):
 
 @event(
     "overweight",
-    "round {round}: the update of {worker} claims {num_examples:example}, but is weighted as "
-    "{limit:example}, the maximum that {worker} announced or that --max-examples sets",
+    "round {round}: the update of {worker} claims {num_examples:example}, but counts as "
+    "{limit:example} (limited by --max-examples, or by the numbers of examples that workers "
+    "announced)",
     "odd",
 )
-class Overweight(RunEvent):
+class Overweight(RoundEvent):
     worker: Text = None
-    round: Integer = None
     num_examples: Integer = None
     limit: Integer = None
 
@@ -159,79 +156,69 @@ class Overweight(RunEvent):
     "{median:.3g}; check the worker's data, or reject such updates with --max-norm-ratio",
     "odd",
 )
-class Outlier(RunEvent):
-    round: Integer = None
+class Outlier(RoundEvent):
     worker: Text = None
     norm: Number = None
     median: Number = None
 
 
 @event("committed", "round {round}: committed with {participants}", "good")
-class Committed(RunEvent):
+class Committed(RoundEvent):
     """A round's checkpoint is on disk; ``timings`` are in seconds."""
 
-    round: Integer = None
     participants: Names = None
     num_examples: Integer = None
     timings: Numbers = None
 
 
-@event("privacy", "round {round}: privacy spent so far is epsilon {epsilon:.4g} at delta {delta:g}")
-class Privacy(RunEvent):
-    round: Integer = None
+@event(
+    "privacy", "round {round}: the privacy loss so far is epsilon {epsilon:.4g} at delta {delta:g}"
+)
+class Privacy(RoundEvent):
     epsilon: Number = None
     delta: Number = None
 
 
-_EVALUATED = "round {round}: loss {loss}{more}"
-_PERSONAL = "round {round}: each worker's model before averaging{more}"
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeasuredEvent(RoundEvent):
+    """An event with metrics; its sentence ends with what they were measured on."""
+
+    metrics: Numbers = None
+
+    def in_brief(self) -> str:
+        """Return the sentence without what the metrics were measured on."""
+        return self._filled(self.template.partition(" on ")[0])
+
+    def _derived(self) -> dict[str, str]:
+        metrics = (self.metrics or {}).items()
+        return {"more": "".join(f", {name} {decimal(value)}" for name, value in metrics)}
 
 
-@event("evaluated", f"{_EVALUATED} on {{num_examples:held-out example}}", "good")
-class Evaluated(RunEvent):
-    round: Integer = None
+@event("evaluated", "round {round}: loss {loss}{more} on {num_examples:held-out example}", "good")
+class Evaluated(MeasuredEvent):
     num_examples: Integer = None
     loss: Number = None
     evaluators: Names = None
-    metrics: Numbers = None
 
     def fields(self) -> dict[str, Any]:
         """Return the fields, followed by each metric whose name is not that of a field."""
         fields = RunEvent.fields(self)
         return {**fields, **(self.metrics or {}), **fields}
 
-    def in_brief(self) -> str:
-        """Return the sentence without what was evaluated."""
-        return self._filled(_EVALUATED)
-
     def _derived(self) -> dict[str, str]:
         loss = {} if self.loss is None else {"loss": decimal(self.loss)}
-        return {"more": _listed(self.metrics), **loss}
+        return MeasuredEvent._derived(self) | loss
 
 
-@event("personal", f"{_PERSONAL} on held-out examples", "good")
-class Personal(RunEvent):
+@event(
+    "personal",
+    "round {round}: each worker's model before averaging{more} on held-out examples",
+    "good",
+)
+class Personal(MeasuredEvent):
     """Participants have evaluated what they trained, before it was averaged."""
-
-    round: Integer = None
-    metrics: Numbers = None
-
-    def in_brief(self) -> str:
-        """Return the sentence without what was evaluated."""
-        return self._filled(_PERSONAL)
-
-    def _derived(self) -> dict[str, str]:
-        return {"more": _listed(self.metrics)}
 
 
 @event("tested", "round {round}: tested by the coordinator{more}", "good")
-class Tested(RunEvent):
-    round: Integer = None
-    metrics: Numbers = None
-
-    def _derived(self) -> dict[str, str]:
-        return {"more": _listed(self.metrics)}
-
-
-def _listed(metrics: Numbers) -> str:
-    return "".join(f", {name} {decimal(value)}" for name, value in (metrics or {}).items())
+class Tested(MeasuredEvent):
+    """The coordinator's own function has evaluated the model."""

@@ -18,7 +18,7 @@ from fluffle_common.protocol.events.base import (
 _THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-@event("started", "run {run} in {folder}")
+@event("started", "started run {run} in {folder}")
 class Started(RunEvent):
     run: Text = None
     rounds: Integer = None
@@ -76,14 +76,12 @@ class Standby(RunEvent):
     what: Text = None
 
     def gist(self) -> object:
-        """Return the part that must change before the event is reported again."""
+        """Return what the coordinator waits for."""
         return self.what
 
 
 @event("note", "{what}")
 class Note(RunEvent):
-    """A message to the operator."""
-
     what: Text = None
 
 
@@ -96,8 +94,6 @@ class Unmeasured(RunEvent):
 
 @event("slow", "{what} has been running for {running_s:g} s; the run waits for it", "odd")
 class Slow(RunEvent):
-    """The run has been waiting for a hook or a strategy."""
-
     what: Text = None
     running_s: Number = None
 
@@ -122,8 +118,6 @@ class Unblocked(RunEvent):
     "'fluffle journal' and 'fluffle dashboard' cannot show this run, but everything else works",
 )
 class NoJournal(RunEvent):
-    """The broker cannot hold a journal."""
-
     journalled = False
 
 
@@ -141,7 +135,7 @@ class Disk(RunEvent):
     pause_s: Number = None
 
 
-@event("gap", "{dropped} earlier events are missing here, because they could not be published")
+@event("gap", "{dropped:earlier event} could not be published, so the journal has a gap here")
 class Gap(RunEvent):
     dropped: Integer = None
 
@@ -163,10 +157,7 @@ class Waiting(RunEvent):
     short: Integer = None
 
     def gist(self) -> object:
-        """Return the part that must change before the event is reported again.
-
-        Progress within a state, and time waited, do not count as changes.
-        """
+        """Return what the run waits for, without progress within a state and time waited."""
         if self.missing is None:
             return self.reason
         return self.round, self.short, [(d.worker, d.state, d.round) for d in self.missing]
@@ -251,7 +242,7 @@ class FirstWeights(RunEvent):
     parameters: Integer = None
 
 
-@event("frozen_sent", "sending the frozen tensors {digest:.12} once to each of {workers}")
+@event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}")
 class FrozenSent(RunEvent):
     workers: Names = None
     digest: Text = None
@@ -264,8 +255,6 @@ class FrozenSent(RunEvent):
     "odd",
 )
 class FrozenDiffers(RunEvent):
-    """Two workers whose tasks keep their own frozen tensors have different ones."""
-
     worker: Text = None
     other: Text = None
 

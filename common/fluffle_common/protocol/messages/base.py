@@ -6,18 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, Strict
 
-from fluffle_common.protocol.messages.fields import (
-    Config,
-    Critical,
-    Digest,
-    Federation,
-    Id,
-    KeyId,
-    Round,
-    Scheme,
-    Signature,
-    WorkerId,
-)
+from fluffle_common.protocol.messages import fields
 from fluffle_common.tensors.table import MAX_TENSORS, TensorEntry
 
 PROTOCOL: Literal[2] = 2
@@ -40,10 +29,10 @@ class Transfer(Model):
     SHA-256. Without a digest, the parts are not verified.
     """
 
-    id: Id
+    id: fields.Id
     parts: Annotated[int, Field(ge=1, le=10**6)]
     nbytes: Annotated[int, Field(ge=1)]
-    digest: Digest | None = None
+    digest: fields.Digest | None = None
 
 
 class Header(Model):
@@ -58,22 +47,22 @@ class Header(Model):
     """
 
     protocol: Literal[2] = PROTOCOL
-    federation: Federation
-    critical: Critical | None = None
-    ext: Config | None = None
-    key_id: KeyId | None = None
-    signature: Signature | None = None
-    sealed: Scheme | None = None
+    federation: fields.Federation
+    critical: fields.Critical | None = None
+    ext: fields.Config | None = None
+    key_id: fields.KeyId | None = None
+    signature: fields.Signature | None = None
+    sealed: fields.Scheme | None = None
     pad: bytes = b""  # aligns the payload to 64 bytes
 
     @property
     def identity(self) -> str:
         """The AMQP ``message_id``: the same whenever the same message is sent again."""
-        fields = list(map(str, present_fields(self, _IDENTITY).values()))
+        parts = list(map(str, present_fields(self, _IDENTITY).values()))
         sequence = getattr(self, "sequence", None)
         if sequence not in (None, getattr(self, "round", None)):
-            fields.append(str(sequence))
-        return "/".join(fields)
+            parts.append(str(sequence))
+        return "/".join(parts)
 
 
 class TensorHeader(Header):
@@ -94,7 +83,7 @@ class Part(Header):
     """One part of a payload that is too large for one message; ``part`` counts from 0."""
 
     kind: Literal["part"] = "part"
-    transfer: Id
+    transfer: fields.Id
     part: Annotated[int, Field(ge=0)]
 
 
@@ -109,9 +98,9 @@ class Exchange(TensorHeader):
     kind: Literal["exchange"] = "exchange"
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,63}$")]
     phase: Annotated[str, Field(min_length=1, max_length=64)]
-    run: Id
-    round: Round
-    worker: WorkerId | None = None
+    run: fields.Id
+    round: fields.Round
+    worker: fields.WorkerId | None = None
 
     @property
     def identity(self) -> str:
@@ -119,7 +108,7 @@ class Exchange(TensorHeader):
         return f"{super().identity}/{self.name}/{self.phase}"
 
 
-def present_fields(message: BaseModel, fields: tuple[str, ...]) -> dict[str, Any]:
-    """Return the values of the given fields, leaving out those that are None or do not exist."""
+def present_fields(message: BaseModel, names: tuple[str, ...]) -> dict[str, Any]:
+    """Return the values of these fields, leaving out those that are None or do not exist."""
     values = message.__dict__
-    return {name: values[name] for name in fields if values.get(name) is not None}
+    return {name: values[name] for name in names if values.get(name) is not None}

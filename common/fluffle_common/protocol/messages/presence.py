@@ -6,19 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
+from fluffle_common.protocol.messages import fields
 from fluffle_common.protocol.messages.base import PROTOCOL, Header, Model
-from fluffle_common.protocol.messages.fields import (
-    Classes,
-    Digest,
-    Id,
-    Metric,
-    NumExamples,
-    Round,
-    Sequence,
-    TaskName,
-    Text,
-    WorkerId,
-)
 
 
 class ModelForm(Model):
@@ -27,7 +16,7 @@ class ModelForm(Model):
     ``digest`` identifies them; ``summary`` describes them in a few words.
     """
 
-    digest: Id
+    digest: fields.Id
     summary: Annotated[str, Field(max_length=300)]
 
 
@@ -43,28 +32,30 @@ class _Presence(Header):
     ``tensors.frozen``).
     """
 
-    worker: WorkerId
-    session: Id
-    num_examples: NumExamples
-    task: TaskName
-    classes: Classes = ()
+    worker: fields.WorkerId
+    session: fields.Id
+    num_examples: fields.NumExamples
+    task: fields.TaskName
+    classes: fields.Classes = ()
     model: ModelForm | None = None
     heartbeat_s: Annotated[float, Field(gt=0, le=60)]
     state: Literal["idle", "receiving", "evaluating", "training", "sending"] = "idle"
-    run: Id | None = None
-    round: Round = 0
-    base: Id | None = None
-    sequence: Sequence | None = None
+    run: fields.Id | None = None
+    round: fields.Round = 0
+    base: fields.Id | None = None
+    sequence: fields.Sequence | None = None
     step: Annotated[int, Field(ge=0)] = 0
     steps: Annotated[int, Field(ge=0)] = 0
-    loss: Metric | None = None
+    loss: fields.Metric | None = None
     incomplete_bytes: Annotated[int, Field(ge=1)] | None = None
     features: Annotated[
         tuple[Annotated[str, Field(max_length=64)], ...],
         Strict(False),
         Field(max_length=32, fail_fast=True),
     ] = ()
-    frozen: Annotated[tuple[Digest, ...], Strict(False), Field(max_length=16, fail_fast=True)] = ()
+    frozen: Annotated[
+        tuple[fields.Digest, ...], Strict(False), Field(max_length=16, fail_fast=True)
+    ] = ()
 
 
 class Hello(_Presence):
@@ -93,29 +84,29 @@ class Bye(Header):
     """A worker leaves on purpose."""
 
     kind: Literal["bye"] = "bye"
-    worker: WorkerId
-    session: Id
-    reason: Text
+    worker: fields.WorkerId
+    session: fields.Id
+    reason: fields.Text
 
 
 class Failure(Header):
     """A worker's task failed in this round; the worker stays connected."""
 
     kind: Literal["failure"] = "failure"
-    worker: WorkerId
-    session: Id
-    run: Id
-    round: Round
-    reason: Text
+    worker: fields.WorkerId
+    session: fields.Id
+    run: fields.Id
+    round: fields.Round
+    reason: fields.Text
 
 
 class Welcome(Header):
     """Accepts a worker's hello and tells it the run's progress: ``round`` of ``rounds``."""
 
     kind: Literal["welcome"] = "welcome"
-    run: Id
-    round: Round
-    rounds: Round
+    run: fields.Id
+    round: fields.Round
+    rounds: fields.Round
 
 
 class Refusal(Header):
@@ -128,9 +119,9 @@ class Refusal(Header):
     """
 
     kind: Literal["refusal"] = "refusal"
-    session: Id
+    session: fields.Id
     code: Annotated[str, Field(max_length=64)] | None = None
-    reason: Text
+    reason: fields.Text
 
 
 class Echo(Header):
@@ -140,5 +131,5 @@ class Echo(Header):
     """
 
     kind: Literal["echo"] = "echo"
-    session: Id
+    session: fields.Id
     number: Annotated[int, Field(ge=1)]

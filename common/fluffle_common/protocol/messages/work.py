@@ -7,23 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from fluffle_common.protocol.messages import fields
 from fluffle_common.protocol.messages.base import Header, Model, TransferHeader
-from fluffle_common.protocol.messages.fields import (
-    MAX_NUM_EXAMPLES,
-    Config,
-    Digest,
-    Extra,
-    Id,
-    Metric,
-    Metrics,
-    NumExamples,
-    Round,
-    Seconds,
-    Sequence,
-    Text,
-    Train,
-    WorkerId,
-)
 from fluffle_common.tensors.table import Encoding
 
 _BUILT_IN_CODECS = ("bf16", "f16", "int8", "topk")
@@ -91,18 +76,18 @@ class Plan(Model):
     batch_size: Annotated[int, Field(ge=1)] = 32
     learning_rate: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    deadline_s: Seconds | None = None
+    deadline_s: fields.Seconds | None = None
     compress: Compression | None = None
-    extra: Extra | None = None
-    train: Train | None = None
-    config: Config = Field(default_factory=dict)
+    extra: fields.Extra | None = None
+    train: fields.Train | None = None
+    config: fields.Config = Field(default_factory=dict)
 
 
 class InitRequest(Header):
     """Asks one worker for the first weights."""
 
     kind: Literal["init_request"] = "init_request"
-    run: Id
+    run: fields.Id
     seed: Annotated[int, Field(ge=0, lt=2**63)]
 
 
@@ -119,14 +104,14 @@ class Fit(TransferHeader):
     """
 
     kind: Literal["fit"] = "fit"
-    run: Id
-    round: Annotated[Round, Field(ge=1)]
-    base: Id
-    sequence: Sequence | None = None
+    run: fields.Id
+    round: Annotated[fields.Round, Field(ge=1)]
+    base: fields.Id
+    sequence: fields.Sequence | None = None
     evaluate: bool
     attempt: Annotated[int, Field(ge=0, le=10**6)] = 0
     plan: Plan
-    frozen: Digest | None = None
+    frozen: fields.Digest | None = None
 
 
 class Evaluate(TransferHeader):
@@ -136,20 +121,20 @@ class Evaluate(TransferHeader):
     """
 
     kind: Literal["evaluate"] = "evaluate"
-    run: Id
-    round: Round
-    base: Id
-    frozen: Digest | None = None
+    run: fields.Id
+    round: fields.Round
+    base: fields.Id
+    frozen: fields.Digest | None = None
 
 
 class Stop(Header):
     """The run has ended: ``finished`` after its last round, or ``stopped`` before it."""
 
     kind: Literal["stop"] = "stop"
-    run: Id
-    round: Round
+    run: fields.Id
+    round: fields.Round
     outcome: Literal["finished", "stopped"] = "finished"
-    reason: Text
+    reason: fields.Text
 
 
 class FirstWeights(TransferHeader):
@@ -159,8 +144,8 @@ class FirstWeights(TransferHeader):
     """
 
     kind: Literal["first_weights"] = "first_weights"
-    run: Id
-    worker: WorkerId
+    run: fields.Id
+    worker: fields.WorkerId
 
 
 class Update(TransferHeader):
@@ -172,14 +157,14 @@ class Update(TransferHeader):
     """
 
     kind: Literal["update"] = "update"
-    run: Id
-    round: Annotated[Round, Field(ge=1)]
-    base: Id
-    sequence: Sequence | None = None
-    worker: WorkerId
-    num_examples: NumExamples
-    seconds: Seconds
-    metrics: Metrics = Field(default_factory=dict)
+    run: fields.Id
+    round: Annotated[fields.Round, Field(ge=1)]
+    base: fields.Id
+    sequence: fields.Sequence | None = None
+    worker: fields.WorkerId
+    num_examples: fields.NumExamples
+    seconds: fields.Seconds
+    metrics: fields.Metrics = Field(default_factory=dict)
     encoding: Encoding | None = None
 
 
@@ -190,13 +175,13 @@ class Evaluation(Header):
     """
 
     kind: Literal["evaluation"] = "evaluation"
-    run: Id
-    round: Round
-    base: Id
-    worker: WorkerId
-    num_examples: Annotated[int, Field(ge=0, le=MAX_NUM_EXAMPLES)]
-    loss: Metric
-    metrics: Metrics = Field(default_factory=dict)
+    run: fields.Id
+    round: fields.Round
+    base: fields.Id
+    worker: fields.WorkerId
+    num_examples: Annotated[int, Field(ge=0, le=fields.MAX_NUM_EXAMPLES)]
+    loss: fields.Metric
+    metrics: fields.Metrics = Field(default_factory=dict)
 
 
 class Verdict(Header):
@@ -207,11 +192,11 @@ class Verdict(Header):
     """
 
     kind: Literal["verdict"] = "verdict"
-    run: Id
-    round: Annotated[Round, Field(ge=1)]
-    base: Id
-    sequence: Sequence | None = None
+    run: fields.Id
+    round: Annotated[fields.Round, Field(ge=1)]
+    base: fields.Id
+    sequence: fields.Sequence | None = None
     outcome: Literal["late", "rejected"]
     cause: Annotated[str, Field(max_length=64)] | None = None
-    reason: Text
+    reason: fields.Text
     train_again: bool = False

@@ -83,32 +83,22 @@ class Codec(Protocol):
 
 
 class CodecError(ValueError):
-    """A codec's code failed; ``__cause__`` is its exception, with the traceback of that code."""
+    """A codec cannot be used, or its code failed; ``__cause__`` is the exception of that code."""
 
 
 class UnknownCodec(ValueError):
     """No codec has this name."""
 
 
-class BrokenCodec(ValueError):
-    """A codec cannot be used: it fails to load, or to read its settings."""
-
-
 def codec_error(codec: type[Codec], action: str, tensor: str, error: BaseException) -> CodecError:
     """Return a ``CodecError`` that says in one line what a codec's code raised, and where."""
-    wrapped = CodecError(
+    return CodecError(
         f"the codec '{codec.name}' fails to {action} tensor '{tensor[:60]}': {one_line(error)}"
     )
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def parts_of(codec: type[Codec], shape: Shape) -> tuple[Part, ...]:
-    """Return the parts of a tensor of this shape.
-
-    Raises:
-        CodecError: if ``parts`` fails, or returns other than one or two valid parts.
-    """
+    """Return the parts of a tensor of this shape; raise ``CodecError`` unless they are valid."""
     call = f"parts({shape}) of the codec '{codec.name}'"
     try:
         parts = codec.parts(shape)

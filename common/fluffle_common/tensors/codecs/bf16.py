@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -17,12 +16,11 @@ _MAX = largest(BFLOAT16)
 class Bf16(Codec):
     """The codec ``bf16``; see ``Codec``."""
 
-    name: ClassVar[str] = "bf16"
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
-    feeds_back: ClassVar[bool] = False
+    name = "bf16"
+    dtypes = ("float32", "float64")
+    feeds_back = False
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
-        """Return the upper halves of the values as float32."""
         return (clip_to(tensor, _MAX).astype(np.float32).astype(BFLOAT16).view(np.uint16),)
 
     @staticmethod
@@ -31,7 +29,6 @@ class Bf16(Codec):
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """Return the tensor, with zeros in the lower halves of the values."""
         (halves,) = parts
         decoded: Array = halves.view(BFLOAT16).astype(like.dtype)
         return decoded

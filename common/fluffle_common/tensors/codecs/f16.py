@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -17,12 +16,11 @@ _MAX = largest(np.dtype(np.float16))
 class F16(Codec):
     """The codec ``f16``; see ``Codec``."""
 
-    name: ClassVar[str] = "f16"
-    dtypes: ClassVar[tuple[str, ...]] = ("float32", "float64")
-    feeds_back: ClassVar[bool] = False
+    name = "f16"
+    dtypes = ("float32", "float64")
+    feeds_back = False
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
-        """Return the values as float16, clipped to its range."""
         return (clip_to(tensor, _MAX).astype(np.float16),)
 
     @staticmethod
@@ -31,6 +29,5 @@ class F16(Codec):
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """Return the tensor in the dtype of ``like``."""
         (halves,) = parts
         return halves.astype(like.dtype)

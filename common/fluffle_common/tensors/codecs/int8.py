@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
@@ -21,12 +20,11 @@ _MAX = float(np.nextafter(np.float32(largest(np.dtype(np.float32))), np.float32(
 class Int8(Codec):
     """The codec ``int8``; see ``Codec``."""
 
-    name: ClassVar[str] = "int8"
-    dtypes: ClassVar[tuple[str, ...]] = FLOATS
-    feeds_back: ClassVar[bool] = True
+    name = "int8"
+    dtypes = FLOATS
+    feeds_back = True
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
-        """Return the quantized values, and the scale of each block."""
         padded = np.zeros(_blocks(tensor.size) * BLOCK, np.float32)
         padded[: tensor.size] = clip_to(tensor.reshape(-1), _MAX)
         blocks = padded.reshape(-1, BLOCK)
@@ -43,7 +41,6 @@ class Int8(Codec):
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """Return each quantized value times the scale of its block."""
         q, scale = parts
         bad = int(scale.size - np.isfinite(scale).sum())
         if bad:

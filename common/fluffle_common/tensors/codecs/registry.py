@@ -14,13 +14,7 @@ from typing import Any
 
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
-from fluffle_common.tensors.codecs.base import (
-    BrokenCodec,
-    Codec,
-    CodecError,
-    UnknownCodec,
-    parts_of,
-)
+from fluffle_common.tensors.codecs.base import Codec, CodecError, UnknownCodec, parts_of
 from fluffle_common.tensors.codecs.bf16 import Bf16
 from fluffle_common.tensors.codecs.f16 import F16
 from fluffle_common.tensors.codecs.int8 import Int8
@@ -45,11 +39,7 @@ class Registry:
         self._codecs: dict[str, type[Codec]] = {codec.name: codec for codec in _BUILT_IN}
 
     def add(self, codec: Any, where: str) -> type[Codec]:
-        """Add a codec and return it; ``where`` is its origin, for error messages.
-
-        Raises:
-            UsageError: if it is not a codec, or has the name of a built-in one.
-        """
+        """Add and return a codec from ``where``, or raise ``UsageError`` if it is not a new one."""
         checked = check_codec(codec, where)
         if checked.name in OWN_NAMES:
             raise UsageError(
@@ -64,7 +54,7 @@ class Registry:
 
         Raises:
             UnknownCodec: if no codec has this name.
-            BrokenCodec: if the installed codec cannot be used.
+            CodecError: if the installed codec cannot be used.
         """
         if name not in self._codecs:
             entry_point = installed(GROUP).get(name)
@@ -82,13 +72,13 @@ class Registry:
         try:
             codec = self.add(entry_point.load(), where)
         except UsageError as error:
-            raise BrokenCodec(str(error)) from None
+            raise CodecError(str(error)) from None
         except (Exception, SystemExit) as error:
-            raise BrokenCodec(
+            raise CodecError(
                 f"the codec '{entry_point.name}' from {where} fails to load: {one_line(error)}"
             ) from error
         if codec.name != entry_point.name:
-            raise BrokenCodec(
+            raise CodecError(
                 f"the codec {where} has the name '{codec.name}', but its entry point has the name "
                 f"'{entry_point.name}'; use the same name for both"
             )
@@ -98,7 +88,7 @@ class Registry:
 
         Raises:
             UnknownCodec: if no codec has this name.
-            BrokenCodec: if the installed codec cannot be used, or its ``parse`` fails.
+            CodecError: if the installed codec cannot be used, or its ``parse`` fails.
             ValueError: if the codec does not accept the settings.
         """
         codec = self.get(encoding_of(spec))
@@ -107,11 +97,11 @@ class Registry:
         except ValueError:
             raise
         except (Exception, SystemExit) as error:
-            raise BrokenCodec(
+            raise CodecError(
                 f"parse('{spec[:60]}') of the codec '{codec.name}' fails: {one_line(error)}"
             ) from error
         if not isinstance(parsed, codec):
-            raise BrokenCodec(
+            raise CodecError(
                 f"parse('{spec[:60]}') of the codec '{codec.name}' returned a "
                 f"{type(parsed).__name__}; return an object of the class {codec.__name__}"
             )
@@ -128,11 +118,7 @@ def encoding_of(spec: str) -> str:
 
 
 def check_codec(codec: Any, where: str) -> type[Codec]:
-    """Check that an object has the attributes and methods of a codec, and return it.
-
-    Raises:
-        UsageError: naming what is missing or wrong, and the remedy.
-    """
+    """Return a codec; raise ``UsageError`` that names what it lacks, and the remedy."""
     if not isinstance(codec, type):
         raise UsageError(
             f"the object {where} is a {type(codec).__name__}, but a codec must be a class; see "

@@ -1,27 +1,26 @@
-"""``topk:FRACTION``: the values with the largest magnitudes, and their indices."""
+"""``topk:FRACTION``: the values with the largest magnitudes, and their flat indices."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import ClassVar
 
 import numpy as np
 
-from fluffle_common.tensors.codecs.base import Part, Shape, clip_to
+from fluffle_common.tensors.codecs.base import Codec, Part, Shape, clip_to
 from fluffle_common.tensors.weights import FLOATS, Array, largest
 
-_F32_MAX = largest(np.dtype(np.float32))
+_MAX = largest(np.dtype(np.float32))
 
 
 @dataclass(frozen=True, slots=True)
-class TopK:
-    """The codec ``topk``, which sends a ``fraction`` of the values; see ``Codec``."""
+class TopK(Codec):
+    """The codec ``topk``, with the ``fraction`` of the values that it keeps; see ``Codec``."""
 
     fraction: float
-    name: ClassVar[str] = "topk"
-    dtypes: ClassVar[tuple[str, ...]] = FLOATS
-    feeds_back: ClassVar[bool] = True
+    name = "topk"
+    dtypes = FLOATS
+    feeds_back = True
 
     @classmethod
     def parse(cls, text: str) -> TopK:
@@ -43,11 +42,10 @@ class TopK:
         return cls(fraction)
 
     def encode(self, tensor: Array, rng: np.random.Generator) -> tuple[Array, ...]:
-        """Return the flat indices of the largest magnitudes, increasing, and their values."""
         flat = tensor.reshape(-1)
         count = math.ceil(self.fraction * flat.size)
         index = np.sort(np.argpartition(np.abs(flat), flat.size - count)[flat.size - count :])
-        value = clip_to(flat[index], _F32_MAX).astype(np.float32)
+        value = clip_to(flat[index], _MAX).astype(np.float32)
         return index.astype(np.int32), value
 
     @staticmethod
@@ -60,7 +58,6 @@ class TopK:
 
     @staticmethod
     def decode(parts: tuple[Array, ...], like: Array) -> Array:
-        """Return the tensor, with zeros for the values that were not sent."""
         index, value = parts
         if index.size and not (
             index[0] >= 0 and index[-1] < like.size and (index[1:] > index[:-1]).all()

@@ -174,20 +174,19 @@ class ContentChannel:
                 self.requeue(late.tag)
             raise
 
-    def ack(self, tag: int, *, multiple: bool = False) -> None:
-        """Acknowledge a delivery, or all up to it (``multiple``); do nothing on a closed channel.
+    def ack(self, tag: int) -> None:
+        """Acknowledge a delivery; do nothing on a closed channel.
 
         Acknowledgements are collected for a moment and sent together in few frames.
         """
         if self._closed:
             return
-        previous = len(self._unsent_acks)
-        tags = {each for each in self._unsettled if each <= tag} if multiple else {tag}
-        self._unsettled -= tags
-        self._unsent_acks |= tags
-        if previous < self._ack_batch <= len(self._unsent_acks):
+        self._unsettled.discard(tag)
+        self._unsent_acks.add(tag)
+        waiting = len(self._unsent_acks)
+        if waiting == self._ack_batch:
             asyncio.get_running_loop().call_soon(self._send_acks)
-        elif not previous:
+        elif waiting == 1:
             asyncio.get_running_loop().call_later(_ACK_WITHIN_S, self._send_acks)
 
     def _send_acks(self) -> None:

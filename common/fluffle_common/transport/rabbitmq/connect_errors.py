@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from yarl import URL
 
 _ACCESS_REFUSED, _NOT_ALLOWED = 403, 530
-_LIMIT = "limit"
 _PROTOCOL_HEADER = b"AMQP\x00\x00\x09\x01"
 _PROBE_S = 3.0
 
@@ -64,7 +63,7 @@ def handshake_error(
         )
     if code != _NOT_ALLOWED:  # for example, it is starting or stopping
         return LinkLost(text)
-    if _LIMIT in text:
+    if "limit" in text:
         if was_connected:
             return LinkLost(text)
         return BrokerError(

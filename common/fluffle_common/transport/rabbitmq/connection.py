@@ -82,11 +82,7 @@ class FrameSplitter:
         return sum(content.filled_bytes for content in self._partial.values())
 
     def data_received(self, data: bytes) -> None:
-        """Handle received bytes, which may begin and end anywhere in a frame.
-
-        Raises:
-            ConnectionError: if the bytes are not well-formed frames.
-        """
+        """Handle bytes that end anywhere in a frame; raise ``ConnectionError`` if malformed."""
         if not self.first_bytes:
             self.first_bytes = data[:2]
         if self._rest:
@@ -259,9 +255,6 @@ class Connection(aio_pika.Connection):
 
         The channel must be new: neither published to nor consumed from. For the other arguments,
         see ``ContentChannel``.
-
-        Raises:
-            AMQPError: if the channel is closed.
         """
         underlay = await channel.get_underlay_channel()
         frame_max = underlay.connection.connection_tune.frame_max or _DEFAULT_FRAME_MAX

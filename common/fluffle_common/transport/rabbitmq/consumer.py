@@ -20,8 +20,7 @@ from fluffle_common.transport.rabbitmq.errors import map_exceptions
 from fluffle_common.transport.rabbitmq.lifetime import Lifetime
 
 _CLOSE_TIMEOUT_S = 2.0
-# How many entries of a stream are prefetched and acknowledged at once.
-STREAM_PREFETCH, STREAM_ACK_EVERY = 500, 100
+STREAM_PREFETCH = 500  # entries
 # How long to wait for an entry before a stream counts as empty.
 _EMPTY_S = 0.5
 
@@ -113,16 +112,11 @@ class Consumer:
         finally:
             await self._end()
 
-    async def acked(self, every: int = 1) -> AsyncGenerator[Delivery]:
-        """Yield deliveries; acknowledge them in batches of ``every`` to keep the broker sending."""
-        count = 0
+    async def acked(self) -> AsyncGenerator[Delivery]:
+        """Yield deliveries; acknowledge each to keep the broker sending."""
         async with contextlib.aclosing(self.deliveries()) as deliveries:
             async for delivery in deliveries:
-                count += 1
-                if count % every:
-                    delivery.take_tag()
-                else:
-                    delivery.ack(multiple=True)
+                delivery.ack()
                 yield delivery
 
     async def newest(self) -> Delivery | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -63,21 +64,16 @@ class AmqpDelivery:
             user=decoded.user_id or None,
         )
 
-    def ack(self, *, multiple: bool = False) -> None:
-        """Acknowledge it; ``multiple`` includes everything received earlier on its channel."""
-        tag = self.take_tag()
-        if tag is not None:
-            self._channel.ack(tag, multiple=multiple)
+    def ack(self) -> None:
+        self._settle(self._channel.ack)
 
     def release(self) -> None:
-        tag = self.take_tag()
-        if tag is not None:
-            self._channel.requeue(tag)
+        self._settle(self._channel.requeue)
 
-    def take_tag(self) -> int | None:
-        """Return its delivery tag on the first call only: settling twice closes the channel."""
+    def _settle(self, by: Callable[[int], None]) -> None:
         tag, self._tag = self._tag, None
-        return tag
+        if tag is not None:  # settling twice closes the channel
+            by(tag)
 
 
 def _scalar_headers(headers: Any) -> dict[str, HeaderValue]:

@@ -91,11 +91,7 @@ def publish(
     headers: Mapping[str, Value],
     durable: bool,
 ) -> bytes:
-    """Return the method and header frames of a mandatory publish.
-
-    Raises:
-        ValueError: if a name is longer than 255 bytes.
-    """
+    """Return the method and header frames of a mandatory publish; names have at most 255 bytes."""
     properties = [
         b"",  # the fixed part, which is filled in below
         _CONTENT_TYPE_VALUE,

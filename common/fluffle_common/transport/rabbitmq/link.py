@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import aiormq.exceptions
@@ -39,7 +39,7 @@ from fluffle_common.transport.rabbitmq import frames
 from fluffle_common.transport.rabbitmq.channel import ContentChannel
 from fluffle_common.transport.rabbitmq.confirms import ConfirmWatch
 from fluffle_common.transport.rabbitmq.connection import Connection, close
-from fluffle_common.transport.rabbitmq.consumer import STREAM_ACK_EVERY, STREAM_PREFETCH, Consumer
+from fluffle_common.transport.rabbitmq.consumer import STREAM_PREFETCH, Consumer
 from fluffle_common.transport.rabbitmq.delivery import AmqpDelivery
 from fluffle_common.transport.rabbitmq.errors import Right, map_declare_errors, map_exceptions
 from fluffle_common.transport.rabbitmq.getter import Getter
@@ -76,7 +76,7 @@ class AmqpLink(Link):
         self._lifetime = Lifetime(user, lambda: consuming.splitter.close_reason)
         self._getter = Getter(connect, self._lifetime)
         self._quorum: set[str] = set()  # the quorum queues that were declared over this link
-        self._request_channel: AbstractChannel
+        self._requests: UnderlayChannel
         self._publish_channel: ContentChannel
         self._get_channel: ContentChannel  # urgent messages are published there too
         self._watches: list[ConfirmWatch] = []
@@ -94,12 +94,13 @@ class AmqpLink(Link):
         publishing, consuming = self._connections
         with map_exceptions(self._user):
             publish = publishing.channel(publisher_confirms=True)
-            self._request_channel = consuming.channel(publisher_confirms=True)
-            for channel in (publish, self._request_channel):
+            request = consuming.channel(publisher_confirms=True)
+            for channel in (publish, request):
                 await channel.initialize()
                 channel.close_callbacks.add(self._lifetime.lose)
             self._publish_channel = await publishing.content_channel(publish)
-            self._get_channel = await consuming.content_channel(self._request_channel)
+            self._get_channel = await consuming.content_channel(request)
+            self._requests = await request.get_underlay_channel()
         self._lifetime.end_callbacks.add(self._on_end)
         self._lifetime.check()
         # While a quorum queue elects a new leader, a channel can get into a state in which RabbitMQ
@@ -123,7 +124,7 @@ class AmqpLink(Link):
             _LOG.debug("declaring %s", entity)
             right: Right = "bind" if isinstance(entity, Binding) else "configure"
             with map_declare_errors(), self._lifetime.requesting(right):
-                channel = await self._request_channel.get_underlay_channel()
+                channel = self._requests
                 match entity:
                     case Exchange(name, kind, alternate):
                         await channel.exchange_declare(
@@ -202,7 +203,7 @@ class AmqpLink(Link):
             header = "CC" if len(keys) <= MAX_LISTED_KEYS else "BCC"  # the broker removes BCC
             headers[header] = rest
         channel = self._choose_channel(urgent=urgent)
-        head_on = functools.partial(
+        head_on = partial(
             frames.publish,
             size=len(body),
             exchange=exchange,
@@ -215,7 +216,8 @@ class AmqpLink(Link):
         )
         head = head_on(channel.number)
         if len(head) > channel.frame_max and rest:
-            await self._publish_in_halves(body, properties, exchange, keys, urgent=urgent)
+            send = partial(self.publish, body, properties, exchange=exchange, urgent=urgent)
+            await _publish_in_halves(send, keys)
             return
         try:
             await channel.publish(head, properties.message_id, body)
@@ -254,27 +256,6 @@ class AmqpLink(Link):
                 with contextlib.suppress(LinkLost), map_exceptions():
                     await channel.close()
 
-    async def _publish_in_halves(
-        self,
-        body: Body,
-        properties: Properties,
-        exchange: str,
-        keys: Sequence[str],
-        *,
-        urgent: bool,
-    ) -> None:
-        """Publish a message twice, because its keys do not fit into one frame."""
-        refusals: list[Unroutable | QueueFull] = []
-        middle = len(keys) // 2
-        for half in (keys[:middle], keys[middle:]):
-            try:
-                await self.publish(body, properties, exchange=exchange, keys=half, urgent=urgent)
-            except (Unroutable, QueueFull) as refusal:
-                refusals.append(refusal)
-        full = [refusal for refusal in refusals if isinstance(refusal, QueueFull)]
-        if full or len(refusals) == 2:  # else some queue has it
-            raise (full or refusals)[0]
-
     def _choose_channel(self, *, urgent: bool) -> ContentChannel:
         """Choose the channel to publish on.
 
@@ -303,7 +284,7 @@ class AmqpLink(Link):
 
     async def follow(self, stream: str, *, since: Since = None) -> AsyncGenerator[Delivery]:
         arguments = {"x-stream-offset": "first" if since is None else since}
-        return (await self._stream(stream, arguments)).acked(STREAM_ACK_EVERY)
+        return (await self._stream(stream, arguments)).acked()
 
     async def newest(self, stream: str) -> Delivery | None:
         # "last" is the last chunk, which may hold many entries.
@@ -318,8 +299,7 @@ class AmqpLink(Link):
             await self.declare([queue])
         else:
             with self._lifetime.requesting("configure"):
-                channel = await self._request_channel.get_underlay_channel()
-                await channel.queue_declare(
+                await self._requests.queue_declare(
                     queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
                 )
         await self.declare(bindings)
@@ -328,8 +308,7 @@ class AmqpLink(Link):
 
     async def unbind(self, binding: Binding) -> None:
         with self._lifetime.requesting("bind"):
-            channel = await self._request_channel.get_underlay_channel()
-            await channel.queue_unbind(binding.queue, binding.exchange, binding.key)
+            await self._requests.queue_unbind(binding.queue, binding.exchange, binding.key)
 
     async def counts(self, queue: str) -> Counts | None:
         declare_ok = await self._request_or_none(
@@ -341,8 +320,7 @@ class AmqpLink(Link):
 
     async def purge(self, queue: str) -> int:
         with self._lifetime.requesting("read"):
-            channel = await self._request_channel.get_underlay_channel()
-            return int((await channel.queue_purge(queue)).message_count or 0)
+            return int((await self._requests.queue_purge(queue)).message_count or 0)
 
     async def lost(self) -> None:
         await self._lifetime.lost()
@@ -352,3 +330,17 @@ class AmqpLink(Link):
         # Concurrently: each may run into its timeout, and reconnecting waits for both.
         connections = filter(None, (*self._connections, self._getter.connection))
         await asyncio.gather(*map(close, connections))
+
+
+async def _publish_in_halves(publish: Callable[..., Awaitable[None]], keys: Sequence[str]) -> None:
+    """Publish a message twice, because its keys do not fit into one frame."""
+    refusals: list[Unroutable | QueueFull] = []
+    middle = len(keys) // 2
+    for half in (keys[:middle], keys[middle:]):
+        try:
+            await publish(keys=half)
+        except (Unroutable, QueueFull) as refusal:
+            refusals.append(refusal)
+    full = [refusal for refusal in refusals if isinstance(refusal, QueueFull)]
+    if full or len(refusals) == 2:  # else some queue has it
+        raise (full or refusals)[0]

@@ -111,7 +111,7 @@ async def _connect(url: URL, name: str, *, was_connected: bool) -> Connection:
     except asyncio.CancelledError:
         if cancelled():
             raise
-        raise LinkLost("the connection was closed while it was being opened") from None
+        raise LinkLost("the connection was closed before it was open") from None
     except TimeoutError:
         raise LinkLost(f"no answer within {_CONNECT_TIMEOUT_S:.0f} s") from None
     except Exception as error:

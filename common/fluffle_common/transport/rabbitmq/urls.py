@@ -47,11 +47,7 @@ def split_urls(text: str) -> list[str]:
 
 
 def parse_urls(text: str) -> list[URL]:
-    """Parse and validate the URL of a broker, or of several nodes of a cluster.
-
-    Raises:
-        UsageError: if a URL is invalid, or the vhosts differ.
-    """
+    """Parse the URLs of a broker's nodes; raise ``UsageError`` if they are invalid or disagree."""
     urls = [_parse(url) for url in split_urls(text)]
     if len({url.path for url in urls}) > 1:
         raise UsageError(

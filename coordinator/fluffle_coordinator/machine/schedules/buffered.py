@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fluffle_common.arguments import write_arguments
 from fluffle_coordinator.machine.schedule import Schedule
 from fluffle_coordinator.machine.selection import Draw
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
@@ -23,6 +24,12 @@ class Buffered(Schedule[State]):
     concurrency: int | None = None  # the most workers that train at a time; None sets no limit
     max_staleness: int = 20  # how many versions old an update may be; older ones are discarded
     phi: Discount = POLYNOMIAL  # of a stale update
+
+    def __str__(self) -> str:
+        """Return the name, with all settings."""
+        settings: dict[str, object] = {"buffer": self.buffer, "concurrency": self.concurrency}
+        settings |= {"max_staleness": self.max_staleness, "staleness": self.phi}
+        return f"buffered:{write_arguments(settings)}"
 
     @property
     def continuous(self) -> bool:

@@ -28,6 +28,11 @@ class QuorumRounds(Schedule[State]):
     max_staleness: int = 0
     phi: Discount = POLYNOMIAL
 
+    def __str__(self) -> str:
+        """Return the name, with all settings that have an effect."""
+        late = f":late=discount,max_staleness={self.max_staleness},staleness={self.phi}"
+        return f"quorum{late if self.max_staleness else ''}"
+
     def discount(self, staleness: int) -> float:
         """Return the factor on the weight of a late update that is so many rounds old."""
         return self.phi(staleness)

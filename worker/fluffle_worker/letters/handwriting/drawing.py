@@ -112,7 +112,7 @@ def draw_letters(
     per_client: int = 250,
     unseen: int = 0,
     seed: int = 1,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[], object] = lambda: None,
 ) -> None:
     """Draw a data set: ``out/client-<N>/<letter>/<nnnn>.png``, 8-bit grey, ``N`` from 1.
 
@@ -123,8 +123,8 @@ def draw_letters(
         clients: the number of clients.
         per_client: the number of images per writer, at least one of each letter.
         unseen: the number of additional writers, in ``out/writer-<N>``; ``N`` continues the count.
-        seed: the seed; equal seeds draw equal bytes.
-        progress: called after each image with the numbers of images drawn and in total.
+        seed: equal seeds draw equal bytes.
+        progress: called after each image.
 
     Raises:
         UsageError: if ``out`` is not an empty folder.
@@ -140,16 +140,13 @@ def draw_letters(
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed run
     unfinished.mkdir(parents=True)
     try:
-        done, writers = 0, clients + unseen
-        for writer in range(1, writers + 1):
+        for writer in range(1, clients + unseen + 1):
             owner = f"client-{writer}" if writer <= clients else f"writer-{writer}"
             for name, image in _letters_of(writer, per_client, seed):
                 path = unfinished / owner / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(image).save(path)
-                done += 1
-                if progress is not None:
-                    progress(done, writers * per_client)
+                progress()
         for folder in sorted(unfinished.iterdir()):
             folder.rename(out / folder.name)
     finally:
