@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
 import gc
 import json
 import os
@@ -26,11 +27,12 @@ from sklearn.datasets import load_digits
 import fluffle
 from fluffle.keywords import as_keywords
 from fluffle.progress import Progress
-from fluffle_common.protocol.events import Evaluated
+from fluffle_common.protocol.events import Blocked, Evaluated, NoBroker
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.checkpoint import save_checkpoint
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.state import Phase, Rules
+from fluffle_coordinator.service import committer
 from fluffle_coordinator.storage import history
 from fluffle_coordinator.storage.run_store import RunStore
 
@@ -760,6 +762,28 @@ def test_a_repair_of_the_run_folder_is_reported_because_rounds_are_repeated(tmp_
     )
     fluffle.run([Adder()], rounds=1, folder=tmp_path, fresh=True)  # no repair
     assert capsys.readouterr().err == ""
+
+
+def test_what_a_run_waits_for_in_vain_is_reported_without_a_terminal(tmp_path, monkeypatch, capsys):
+    append, refused = history.History.append, []
+
+    def full(self, line):
+        if not refused:
+            refused.append(line)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, line)
+
+    monkeypatch.setattr(history.History, "append", full)
+    monkeypatch.setattr(committer, "_DISK_RETRY_S", 0.0)
+    fluffle.run([Adder()], rounds=1, folder=tmp_path)
+    assert capsys.readouterr().err == (
+        f"cannot write to {tmp_path} (No space left on device); trying again every 0 s\n"
+    )
+    for event in (NoBroker(address="amqp://h/", reason="x"), Blocked(reason="memory")):
+        Progress(None, 1).record(event)
+    nobody, blocked = capsys.readouterr().err.splitlines()
+    assert nobody.startswith("no broker at amqp://h/ (x)")
+    assert blocked.startswith("the broker accepts no messages for now (memory)")
 
 
 async def test_a_traceback_shows_the_call_and_not_what_it_calls(tmp_path):
