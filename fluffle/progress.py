@@ -16,15 +16,22 @@ from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
 from fluffle_coordinator.observe.watchers import Watcher
 
 _UPDATE_EVERY_S = 0.2
-_ALWAYS = (run_events.Unmeasured, run_events.Repaired)
+_ALWAYS = (
+    run_events.Unmeasured,
+    run_events.Repaired,
+    run_events.Disk,
+    run_events.NoBroker,
+    run_events.Blocked,
+)
 
 
 class Progress(Watcher):
     """Shows the progress of a run of so many rounds on stderr.
 
-    If ``wanted`` is None, it is shown on a terminal and in a notebook. A monitored metric that no
-    model has is always reported, because the run then does not end as the user expects, and so is a
-    repair of the run folder, because rounds may be lost.
+    If ``wanted`` is None, it is shown on a terminal and in a notebook. Always reported are a
+    monitored metric that no model has, because the run then does not end as the user expects, a
+    repair of the run folder, because rounds are repeated, and what a run waits for although no
+    worker can provide it: disk space, or a broker.
     """
 
     _under_way = False  # before the first round and after the last, notes name commands

@@ -826,6 +826,17 @@ def test_a_folder_that_cannot_be_created_is_reported_in_one_line(tmp_path):
         RunStore(tmp_path / "file" / "run")
 
 
+@pytest.mark.parametrize("folder", ["~/run", "~", "runs/~/run"])
+def test_no_folder_is_made_that_is_called_like_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(folder), Path(folder).absolute()):  # as of --run=~/run and folder="~/run"
+        with pytest.raises(RunError, match=r"\(~ does not stand for the home folder here\)"):
+            RunStore(path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "~").mkdir()
+    RunStore(Path("~/run"))  # whoever has such a folder may use it
+
+
 # --- the history -------------------------------------------------------------------------------
 
 

@@ -171,14 +171,19 @@ def fault_and_remedy(why: Exception) -> tuple[str, str]:
 
 
 def check_base(given: str) -> None:
-    """Raise ``UsageError`` if a URL of the API has a user: the API gets that of the broker's."""
+    """Raise ``UsageError`` if text is no URL of the API, or has a user: it gets the broker's."""
     _, at, host = given.rpartition("@")
+    scheme = re.match(r"https?://", given, re.IGNORECASE)
     if at:
-        scheme = re.match(r"[a-z]+://", given, re.IGNORECASE)
         raise UsageError(
             "the URL of the management API contains a user name; give "
             f"{scheme[0] if scheme else 'http://'}{host} instead, because fluffle logs in to this "
             "API with the user name and the password of --url"
+        )
+    if scheme is None:
+        raise UsageError(
+            "the value of --management or FLUFFLE_MANAGEMENT_URL is not the URL of a management "
+            "API: it does not begin with http:// or https://; write http://host:15672"
         )
 
 
