@@ -66,6 +66,7 @@ def while_written(federated, monkeypatch, happens: Callable[..., Any], workers: 
         assert federation.loop.time() - began < 20.0
         assert [line["round"] for line in federation.history()] == [*range(1, ROUNDS + 1)]
         federation.check_averages(VALUES)
+        assert coordinator.log.of("outdated") == []
 
     federated(scenario)
 

@@ -28,7 +28,9 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         return _greet(state, worker.name, out)
     if misfit := unfit(state, worker):
         return refuse(state, worker, misfit, out, again=event.hello)
-    if worker.run == state.run and worker.round > state.round and not state.outdated:
+    # Work that is sent ahead of its commit is received in the round before.
+    began = worker.run == state.run and worker.state != "receiving"
+    if began and worker.round > state.round and not state.outdated:
         state, number = state.replace(outdated=True), state.round - 1
         out.append(run_events.Outdated(worker=worker.name, ahead=worker.round, round=number))
     known = state.workers.get(worker.name)
