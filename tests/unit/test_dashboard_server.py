@@ -146,6 +146,17 @@ async def test_health_and_readiness(site: Site) -> None:
     assert (await site.ask("/healthz"))[0] == 200
 
 
+async def test_a_coordinator_is_ready_without_asking_the_management_api() -> None:
+    def ask() -> Figures:
+        raise AssertionError("the management API may be slow")
+
+    live = source(ask)
+    async with served(live.feed, live.listening):
+        live.record(from_fields("connected", {"address": "amqp://host"}))
+        site = Site(live, live.listening.getsockname()[1])
+        assert (await site.ask("/readyz"))[0] == 200
+
+
 @pytest.mark.parametrize(("consumers", "status"), [(0, 503), (1, 200)])
 async def test_a_page_beside_the_run_is_ready_while_there_is_a_coordinator(
     consumers: int, status: int

@@ -180,12 +180,14 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         return PlainTextResponse("alive\n")
 
     async def readyz(_: Request) -> Response:
-        await feed.ask_queues(_QUEUES_FOR_METRICS_S)  # which tell whether there is a coordinator
+        beside = feed.board.source != "coordinator"
+        if beside:
+            await feed.ask_queues(_QUEUES_FOR_METRICS_S)  # which tell if there is a coordinator
         run = feed.board.run()
         if not run["linked"]:
             return PlainTextResponse(f"not ready: {run['link']}\n", 503)
-        alone = run["abandoned"] or run["run"] is None  # as far as a page beside the run can tell
-        if run["phase"] == "ended" if run["source"] == "coordinator" else alone:
+        alone = run["abandoned"] or run["run"] is None
+        if alone if beside else run["phase"] == "ended":
             return PlainTextResponse(f"not ready: {run['words']}\n", 503)
         return PlainTextResponse(f"ready: {run['words']}\n")
 
