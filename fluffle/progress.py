@@ -16,13 +16,22 @@ from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
 from fluffle_coordinator.observe.watchers import Watcher
 
 _UPDATE_EVERY_S = 0.2
+_ALWAYS = (
+    run_events.Unmeasured,
+    run_events.Repaired,
+    run_events.Disk,
+    run_events.NoBroker,
+    run_events.Blocked,
+)
 
 
 class Progress(Watcher):
     """Shows the progress of a run of so many rounds on stderr.
 
-    If ``wanted`` is None, it is shown on a terminal and in a notebook. A monitored metric that no
-    model has is always reported, because the run then does not end as the user expects.
+    If ``wanted`` is None, it is shown on a terminal and in a notebook. Always reported are a
+    monitored metric that no model has, because the run then does not end as the user expects, a
+    repair of the run folder, because rounds are repeated, and what a run waits for although no
+    worker can provide it: disk space, or a broker.
     """
 
     _under_way = False  # before the first round and after the last, notes name commands
@@ -62,7 +71,7 @@ class Progress(Watcher):
                 self._print(self._latest)
         elif isinstance(event, run_events.Interrupted):
             pass  # it names a command, but the run was a call; RunFolder names that
-        elif self._lines or self._bar is not None or isinstance(event, run_events.Unmeasured):
+        elif self._lines or self._bar is not None or isinstance(event, _ALWAYS):
             noted = self._under_way and isinstance(event, run_events.Note)
             if noted or event.severity in ("odd", "bad"):
                 self._print(with_keywords(event.sentence()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,10 +65,17 @@ def sync_folder(folder: str | Path) -> None:
 
 
 def make_folder(folder: Path, *, parents: bool = True) -> None:
-    """Create a folder durably, with missing parents unless ``parents`` is false."""
+    """Create a folder durably, with missing parents unless ``parents`` is false.
+
+    Raises:
+        OSError: if it cannot be created. A folder called ``~`` is not: a shell leaves ``--run=~/x``
+            as it is, and so do files.
+    """
     if folder.is_dir():
         return
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if any(path.name == "~" for path in missing):
+        raise OSError(errno.ENOENT, "~ does not stand for the home folder here", str(folder))
     folder.mkdir(parents=parents, exist_ok=True)
     for path in reversed(missing):
         sync_folder(path.parent)

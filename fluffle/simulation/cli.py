@@ -12,7 +12,7 @@ import click
 
 from fluffle_common.cli.app import count
 from fluffle_common.cli.config_file import ConfiguredCommand
-from fluffle_common.cli.output_files import ChartFile, draw_into_files, save_chart
+from fluffle_common.cli.output_files import CHART_FILE, draw_into_files, save_chart
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.cli.coordinator import coordinator
 from fluffle_coordinator.cli.schedule_options import check_schedule_options
@@ -77,7 +77,7 @@ def _of_the_coordinator() -> list[click.Parameter]:
 )
 @click.option(
     "--plot-partition",
-    type=ChartFile(),
+    type=CHART_FILE,
     metavar="FILE.png",
     help="File for a chart that shows the number of examples per label for each client. The chart "
     "is drawn before the first round.",

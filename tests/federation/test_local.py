@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import errno
 import gc
 import json
 import os
@@ -26,11 +27,12 @@ from sklearn.datasets import load_digits
 import fluffle
 from fluffle.keywords import as_keywords
 from fluffle.progress import Progress
-from fluffle_common.protocol.events import Evaluated
+from fluffle_common.protocol.events import Blocked, Evaluated, NoBroker
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.checkpoint import save_checkpoint
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.state import Phase, Rules
+from fluffle_coordinator.service import committer
 from fluffle_coordinator.storage import history
 from fluffle_coordinator.storage.run_store import RunStore
 
@@ -145,6 +147,40 @@ def test_a_run_matches_numpy_bit_for_bit(digits):
     accuracy = run.history["accuracy"]
     assert accuracy[-1] > max(0.85, accuracy[0])
     assert run.best.number == 1 + int(np.argmin(run.history["loss"]))
+
+
+class Silent(Adder):
+    """Does not evaluate, so its answers take less time to send."""
+
+    def evaluate(self, weights):
+        return None
+
+
+def test_updates_are_summed_in_the_order_of_the_names_also_in_a_continued_run(tmp_path):
+    tasks = {name: Silent() if name in "bd" else Adder() for name in "fedcba"}
+    for rounds in (3, 5, 6):
+        run = fluffle.run(tasks, rounds=rounds, folder=tmp_path / "run")
+        assert [list(one.participants) for one in run.history] == [list("abcdef")] * rounds
+
+
+def test_a_task_gets_its_tensors_in_its_own_order_also_in_a_continued_run(tmp_path):
+    class Ordered(Adder):
+        def init(self, seed):
+            return {"z": np.zeros(2, np.float16), "b": np.zeros(2), "k": np.zeros(2, np.float32)}
+
+        def train(self, weights, plan, progress):
+            orders.append("".join(weights))
+            return fluffle.TrainResult({n: w + 1 for n, w in weights.items()}, self.num_examples)
+
+        def evaluate(self, weights):
+            return None
+
+    orders = []
+    options = {"strategy": "fedadam", "folder": tmp_path / "run"}
+    for rounds in (2, 4):
+        run = fluffle.run([Ordered()], rounds=rounds, **options)
+    assert orders == ["zbk"] * 4
+    assert "".join(run.weights) == "zbk"
 
 
 def test_a_run_is_shown_as_text_and_as_a_table():
@@ -715,6 +751,39 @@ def test_a_run_without_rounds_left_says_so(tmp_path, capsys):
     assert "the run has 3 rounds already, and rounds=2, so no round" in capsys.readouterr().err
     fluffle.run([Adder()], rounds=2, folder=tmp_path)  # no terminal
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_repair_of_the_run_folder_is_reported_because_rounds_are_repeated(tmp_path, capsys):
+    fluffle.run([Adder()], rounds=2, folder=tmp_path)
+    (tmp_path / "round-0002.safetensors").write_bytes(b"")
+    fluffle.run([Adder()], rounds=3, folder=tmp_path)  # no terminal
+    assert capsys.readouterr().err.endswith(
+        "continuing from the newest intact checkpoint, which belongs to round 1\n"
+    )
+    fluffle.run([Adder()], rounds=1, folder=tmp_path, fresh=True)  # no repair
+    assert capsys.readouterr().err == ""
+
+
+def test_what_a_run_waits_for_in_vain_is_reported_without_a_terminal(tmp_path, monkeypatch, capsys):
+    append, refused = history.History.append, []
+
+    def full(self, line):
+        if not refused:
+            refused.append(line)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, line)
+
+    monkeypatch.setattr(history.History, "append", full)
+    monkeypatch.setattr(committer, "_DISK_RETRY_S", 0.0)
+    fluffle.run([Adder()], rounds=1, folder=tmp_path)
+    assert capsys.readouterr().err == (
+        f"cannot write to {tmp_path} (No space left on device); trying again every 0 s\n"
+    )
+    for event in (NoBroker(address="amqp://h/", reason="x"), Blocked(reason="memory")):
+        Progress(None, 1).record(event)
+    nobody, blocked = capsys.readouterr().err.splitlines()
+    assert nobody.startswith("no broker at amqp://h/ (x)")
+    assert blocked.startswith("the broker accepts no messages for now (memory)")
 
 
 async def test_a_traceback_shows_the_call_and_not_what_it_calls(tmp_path):

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import Compression, Plan, Update, parse
 from fluffle_common.protocol.wire_format import decode, encode, lay_out
-from fluffle_common.tensors.codecs.built_in import BLOCK
+from fluffle_common.tensors.codecs.int8 import BLOCK
 from fluffle_common.tensors.codecs.registry import encoding_of
 from fluffle_common.tensors.compression import SMALLEST, compress, decompress
 from fluffle_common.tensors.weights import check_delta, size_bytes

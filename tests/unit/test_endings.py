@@ -64,7 +64,8 @@ def test_a_watcher_that_raises_is_reported_once_and_others_continue(capsys):
 
 
 def test_a_stop_names_the_command_that_continues():
-    state = State(Rules(6), "r", 4, QUORUM, counted_before={3: frozenset([Ticket("a", 3)])})
+    before = {3: frozenset([Ticket("a", 3)])}
+    state = State(Rules(6), "r", 4, QUORUM, has_weights=True, counted_before=before)
     advice = endings.after_a_stop(state, FOLDER)
     assert advice == (
         "fix the cause, and run the same command (without --fresh) to continue with round 4"
@@ -74,7 +75,12 @@ def test_a_stop_names_the_command_that_continues():
         assert "if the model or the classes have changed" in advice
         assert "add --fresh to start a new run" in advice
         assert advice.endswith("run the same command (without --fresh) to continue with round 4")
-    assert endings.after_a_stop(State(Rules(6), "r", 1, QUORUM), FOLDER).endswith("with round 1")
+    # A run without a model needs no --fresh.
+    state = State(Rules(6), "r", 1, QUORUM, failed={"a": "no first weights within 6 s"})
+    advice = endings.after_a_stop(state, FOLDER)
+    assert advice == (
+        "fix the cause, and run the same command (without --fresh) to continue with round 1"
+    )
 
 
 def test_a_run_whose_strategy_allows_no_more_rounds_is_not_told_to_ask_for_more():

@@ -158,7 +158,7 @@ def test_what_an_operator_should_look_at_is_explained():
         f"At {clock(at(11))}: the update of a claims 1,000,000,000 examples, but counts as 80"
         in text
     )
-    assert "b sends heartbeats, but has made no progress for 120 s (training, step 3 of 40)" in text
+    assert "b sends heartbeats, but has reported no progress for 120 s (training, step 3" in text
     assert "the norm of the update of a is 40, but the median is 1" in text
     assert "now needs 2 updates instead of 3 (c is gone)." in text
     assert "the frozen tensors of b and a differ" in text
@@ -230,6 +230,21 @@ def test_rejections_and_refusals_are_explained():
     assert "rejected a message: the body is not a msgpack array of [header, payload]." in text
     assert "refused: other classes (x)." in text
     assert "asking a to send its update again: its parts are gone." in text
+
+
+def test_a_worker_that_repeats_itself_hides_nothing_else():
+    story = begun().counted(11, "b", 1)
+    for second in range(2000):
+        story.add(12 + second / 10, "duplicate", worker="b", round=7)
+        story.add(12 + second / 10, "rejected", reason="it is no message", cause="malformed")
+    story.opened(612, event="reopened", asked=["a"], needed=2, reason="round 7 has 1 of 3")
+    explanation, text = story.explained(now=620)
+    last = f"At {clock(at(211))}"
+    assert text.count("update of b arrived again") == 5
+    assert f"{last}: update of b arrived again; it is already counted (1,995 similar" in text
+    assert f"{last}: rejected a message: it is no message (1,995 similar" in text
+    assert "round 7 has 1 of 3; reopened for a." in text
+    assert [note["unlisted"] for note in as_dict(explanation)["notes"]][-3:] == [1995, 1995, 0]
 
 
 def test_a_reopened_round_has_a_new_deadline_and_keeps_its_answers():

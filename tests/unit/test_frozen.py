@@ -329,7 +329,11 @@ def test_a_task_of_before_has_none(tmp_path: Path):
 
 @pytest.mark.parametrize(
     ("tensors", "why"),
-    [({}, "has no tensors"), ({"w": np.zeros(2, bool)}, "uint8"), ([1], "a mapping of names")],
+    [
+        ({}, "share_frozen=True, but no frozen tensors"),
+        ({"w": np.zeros(2, bool)}, "uint8"),
+        ([1], "a mapping of names"),
+    ],
 )
 def test_what_cannot_travel_is_refused_at_the_start(tensors, why):
     task = Backed()

@@ -583,7 +583,7 @@ async def test_following_says_once_that_there_is_no_journal_yet(monkeypatch):
     following = journal_source.events_on_broker(MemoryBroker(), TOPOLOGY, live=True)
     first = asyncio.create_task(anext(following))
     warning = await asyncio.wait_for(warnings.get(), 60)
-    assert "(federation f has no journal on this broker yet; if the name is wrong" in warning
+    assert "(federation f has no journal on this broker yet; to list the broker's" in warning
     first.cancel()
     await asyncio.gather(first, return_exceptions=True)
     assert warnings.empty()

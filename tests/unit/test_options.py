@@ -212,17 +212,18 @@ def test_an_unknown_kind_is_refused_before_anything_is_read(command, name, meant
         CliRunner().invoke(fluffle, words, catch_exceptions=False)
 
 
-@pytest.mark.parametrize("name", ["accuracy.xyz", "accuracy.svg"])
+@pytest.mark.parametrize("name", ["accuracy.svg", "history.jsonl", "round-0001.safetensors"])
 @pytest.mark.parametrize(
-    ("command", "option"),
+    ("command", "option", "suffix"),
     [
-        ("plot .", "--out"),
-        ("confusion --model x --data x", "--out"),
-        ("simulate --task x:y", "--plot-partition"),
+        ("plot .", "--out", ".png"),
+        ("report .", "--out", ".html"),
+        ("confusion --model x --data x", "--out", ".png"),
+        ("simulate --task x:y", "--plot-partition", ".png"),
     ],
 )
-def test_a_chart_is_not_written_under_the_name_of_another_format(command, option, name):
-    with pytest.raises(UsageError, match=f"{option} {name} must end with .png"):
+def test_a_file_is_not_written_under_the_name_of_another_format(command, option, suffix, name):
+    with pytest.raises(UsageError, match=f"{option} {name} must end with {suffix}"):
         CliRunner().invoke(fluffle, [*command.split(), option, name], catch_exceptions=False)
 
 

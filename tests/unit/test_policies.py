@@ -210,3 +210,9 @@ def test_a_user_in_the_url_of_the_management_api_is_refused_and_not_printed(base
         management_finder(base)("amqp://h/")
     assert "cret" not in str(no.value)
     assert management_finder("http://h:1/")("amqp://h/").base == "http://h:1"
+
+
+@pytest.mark.parametrize("base", ["h:15672", "amqp://h:15672", "http:/h:15672", "  "])
+def test_text_that_is_no_url_of_the_management_api_is_refused(base):
+    with pytest.raises(UsageError, match="^the value of --management or FLUFFLE_MANAGEMENT_URL"):
+        management_finder(base)

@@ -69,6 +69,33 @@ def test_healthy_queues_have_no_hint(queue):
     assert hint(queue, TOPOLOGY) is None
 
 
+@pytest.mark.parametrize(
+    ("limits", "full"),
+    [
+        ({"max-length": 0, "overflow": "reject-publish"}, "max-length 0 of policy mine"),
+        ({"max-length": 5, "overflow": "reject-publish-dlx"}, "max-length 5 of policy mine"),
+        ({"max-length": 6, "overflow": "reject-publish"}, None),
+        (
+            {"max-length-bytes": 4000, "max-length": 6, "overflow": "reject-publish"},
+            "max-length-bytes 4,000 of policy mine",
+        ),
+        ({"max-length": 5}, None),  # drops the oldest message
+        ({}, None),
+    ],
+)
+def test_a_queue_whose_policy_refuses_messages_names_the_limit(limits, full):
+    entry = {
+        "name": "f.inbox.w",
+        "consumers": 1,
+        "messages_ready": 5,
+        "message_bytes_ready": 4001,
+        "policy": "mine",
+        "effective_policy_definition": limits,
+    }
+    expected = None if full is None else f"full ({full}): it refuses messages"
+    assert hint(read_queue(entry, TOPOLOGY, 0.0), TOPOLOGY) == expected
+
+
 def test_an_alarm_is_shown_at_the_queues_that_workers_publish_to():
     text = hint(figures("f.updates"), TOPOLOGY, ["memory", "disk"])
     assert text == "blocked: the broker has run out of memory and disk; nobody can publish"

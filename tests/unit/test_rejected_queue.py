@@ -15,7 +15,8 @@ from fluffle_common.protocol.messages import Verdict
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import Delivery, Link, Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
-from fluffle_common.transport.messaging import CUT
+from fluffle_common.transport.messaging import CUT, rejection
+from fluffle_common.transport.rabbitmq import frames
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service import rejected_queue
 from fluffle_coordinator.service.outbox import Outbox
@@ -45,6 +46,36 @@ def outbox(link: Any) -> Outbox:
     recorded: list[RunEvent] = []
     settings = CoordinatorSettings("f", rs.Rules(rounds=1))
     return Outbox(TOPOLOGY, "r", settings, link=lambda: link, a_link=a_link, record=recorded.append)
+
+
+SMALLEST_FRAME_BYTES = 4096  # that a broker can ask for
+
+
+@pytest.mark.parametrize("header", ["字" * 160, "v" * 100, 2**40])
+async def test_a_rejection_fits_into_the_smallest_frame(link, header):
+    # The broker would close the connection, and deliver the message again over the next one.
+    headers = {f"header-{number}": header for number in range(60)}
+    own: Any = {"type": "t" * 255, "message_id": "字" * 85}
+    await link.publish(b"x", Properties(**own, headers=headers), exchange="", keys=["f.updates"])
+    delivery = await link.get("f.updates")
+    assert delivery is not None
+    delivery.queue = "f" * 64 + ".inbox." + "w" * 64
+    reason = "tensor '" + "字" * 2000
+    _, properties = rejection(delivery, MalformedMessage(reason, "not_finite"))
+    published = frames.publish(
+        1,
+        2**16,
+        exchange="",
+        key="",
+        kind=properties.type,
+        message_id=properties.message_id,
+        user="u" * 255,
+        headers=properties.headers,
+        durable=True,
+    )
+    assert len(published) <= SMALLEST_FRAME_BYTES
+    assert properties.headers["reason"] == reason[:505]
+    assert properties.headers["header-0"] == header
 
 
 async def test_waiting_rejections_take_little_memory(link, monkeypatch):

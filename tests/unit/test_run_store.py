@@ -35,7 +35,7 @@ from fluffle_coordinator.service.run_opening import (
     read_first_model,
 )
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.storage import run_file
+from fluffle_coordinator.storage import run_checkpoints, run_file
 from fluffle_coordinator.storage.history import check_line, read_history
 from fluffle_coordinator.storage.round_stats import evaluation_metrics
 from fluffle_coordinator.storage.run_file import count_start, read_run_file, write_run_file
@@ -536,6 +536,23 @@ def test_an_older_damaged_checkpoint_does_not_matter(three):
     assert three.load("letters").committed == 3
 
 
+def test_a_copy_with_a_date_in_its_name_is_not_searched_for_from_that_number_down(
+    three, monkeypatch
+):
+    (three.folder / "round-20261201.safetensors").write_bytes(
+        (three.folder / checkpoint_name(3)).read_bytes()
+    )
+    looked_for = []
+
+    def read(path: Path) -> checkpoint.Checkpoint:
+        looked_for.append(path.name)
+        assert len(looked_for) < 10
+        return checkpoint.read_whole(path)
+
+    monkeypatch.setattr(run_checkpoints, "read_whole", read)
+    assert three.load("letters").committed == 3
+
+
 def test_a_run_without_a_readable_checkpoint_stops_and_says_so(three):
     for number in range(4):
         (three.folder / checkpoint_name(number)).write_bytes(b"rubbish")
@@ -807,6 +824,17 @@ def test_a_folder_that_cannot_be_created_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(RunError, match="cannot make the run folder.*--run"):
         RunStore(tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("folder", ["~/run", "~", "runs/~/run"])
+def test_no_folder_is_made_that_is_called_like_the_home_folder(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in (Path(folder), Path(folder).absolute()):  # as of --run=~/run and folder="~/run"
+        with pytest.raises(RunError, match=r"\(~ does not stand for the home folder here\)"):
+            RunStore(path)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "~").mkdir()
+    RunStore(Path("~/run"))  # whoever has such a folder may use it
 
 
 # --- the history -------------------------------------------------------------------------------

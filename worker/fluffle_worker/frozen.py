@@ -52,6 +52,11 @@ class FrozenTensors:
             raise
         self.signature = signature_of(own)
         if self.shared:
+            if not own:
+                raise TaskError(
+                    "the task has share_frozen=True, but no frozen tensors; return them from its "
+                    "frozen(), or remove share_frozen"
+                )
             check_signature(self.signature)
         self._in_use = frozen_of(own).digest
         self._received = self._kept() if self.shared else NO_FROZEN

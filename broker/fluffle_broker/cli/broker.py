@@ -69,7 +69,7 @@ def broker() -> None:
 @broker.command()
 @_state_option
 @_port_option(
-    "--port", "AMQP", 5673, zero="a free port for AMQP, and one for each omitted port option"
+    "--port", "AMQP", 5673, zero="a free port, also for each port option that is not given"
 )
 @_port_option("--management-port", "the management pages and HTTP API", 15673)
 @_port_option("--prometheus-port", "Prometheus metrics", 15693)

@@ -68,9 +68,9 @@ def tap(**options: Any) -> None:
     once more. To exclude models, use '--kind update'. The parts of updates are copied only with
     --save or '--kind part'.
 
-    The command does not copy a message that matches no queue, because the broker would then treat
-    the message as delivered. The command looks for new queues every 10 seconds, so it may miss
-    the first messages to a new worker.
+    The command does not copy a message that matches no other queue. Otherwise, the broker would
+    treat the message as delivered, and would not move it to 'unrouted'. The command looks for new
+    queues every 10 seconds, so it may miss the first messages to a new worker.
     """
     from fluffle_broker.inspect.archive import MessageArchive
     from fluffle_broker.inspect.tap import KINDS, Wanted
@@ -125,8 +125,8 @@ def _run(
         if not warned and not await link.exists(topology.work):
             warned, name = True, topology.federation
             warn(
-                f"no coordinator has created federation {name} on this broker yet; waiting. If "
-                f"the name is wrong, 'fluffle queues --federation {name}' lists the right ones"
+                f"no coordinator has created federation {name} on this broker yet; waiting. To "
+                f"list the broker's federations, run 'fluffle queues --federation {name}'"
             )
 
     async def follow() -> None:

@@ -196,8 +196,8 @@ def fluffle() -> None:
 
     A coordinator publishes the global weights over RabbitMQ. Workers train on data that stays with
     them and send updates back. When a quorum of updates has arrived, the coordinator averages them
-    and opens the next round. Start the broker, the coordinator and the workers in any order, on any
-    machines that can reach the broker:
+    and opens the next round. Start the broker, the coordinator and the workers in any order. The
+    coordinator and the workers can run on any machine that can reach the broker:
 
     \b
       fluffle broker up                                a private RabbitMQ server

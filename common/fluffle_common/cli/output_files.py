@@ -20,19 +20,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-class ChartFile(click.Path):
-    """The type of an option that names the PNG file of a chart."""
+class OutputFile(click.Path):
+    """The type of an option that names a file to write; ``what`` has the format of ``suffix``."""
 
-    def __init__(self) -> None:
+    def __init__(self, suffix: str, what: str) -> None:
         super().__init__(path_type=Path, dir_okay=False)
+        self._suffix, self._what = suffix, what
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the path; raise ``UsageError`` if its suffix is that of another format."""
         path = Path(str(super().convert(value, param, ctx)))
-        if path.suffix.lower() not in ("", ".png"):
+        if path.suffix.lower() not in ("", self._suffix):
             given = f"{param.opts[0]} {path}" if param else str(path)
-            raise UsageError(f"{given} must end with .png, because the chart is a PNG image")
+            raise UsageError(f"{given} must end with {self._suffix}, because {self._what}")
         return path
+
+
+CHART_FILE = OutputFile(".png", "the chart is a PNG image")
 
 
 @contextlib.contextmanager

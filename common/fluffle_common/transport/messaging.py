@@ -36,8 +36,11 @@ _WINDOW = 4
 # A body that is not a valid message is cut to this size, so that a flood of them cannot push older
 # entries out of the queue. A valid message is kept whole, so that it can be inspected or resent.
 _KEPT_BYTES = 64 * 2**10
-# The most headers of a rejected message that are kept, and the most bytes of one.
-_HEADERS, _HEADER_BYTES = 32, 500
+# How much of a rejected message's headers and of the reason is kept. With the other properties,
+# they must fit into the smallest frame that AMQP allows (4096 bytes): the broker would answer a
+# larger one by closing the connection, and then deliver the message again.
+_HEADERS_BYTES, _REASON_BYTES = 1024, 1500
+_HEADER_OVERHEAD_BYTES = 16  # the most that the encoding of a header adds to its text
 
 # The header that holds the original size of a rejected message that was cut.
 CUT = "cut_from_bytes"
@@ -189,7 +192,7 @@ def rejection(
     """
     headers: dict[str, HeaderValue] = {
         **_bounded_headers(delivery.properties.headers),
-        "reason": str(error),
+        "reason": str(error).encode(errors="replace")[:_REASON_BYTES].decode(errors="ignore"),
         "cause": error.cause,
         "rejected_at": timestamp(),
         "from": delivery.queue,
@@ -216,13 +219,14 @@ async def reject(
 
 
 def _bounded_headers(headers: Mapping[str, HeaderValue]) -> dict[str, HeaderValue]:
-    """Return the headers that fit into an AMQP frame together with our own."""
-    short = [
-        (k, v)
-        for k, v in headers.items()
-        if len(f"{k}{v}".encode(errors="surrogatepass")) <= _HEADER_BYTES
-    ]
-    return dict(short[:_HEADERS])
+    """Return the headers that fit, in their order."""
+    fitting, left = dict[str, HeaderValue](), _HEADERS_BYTES
+    for name, value in headers.items():
+        nbytes = len(f"{name}{value}".encode(errors="surrogatepass")) + _HEADER_OVERHEAD_BYTES
+        if nbytes <= left:
+            fitting[name] = value
+            left -= nbytes
+    return fitting
 
 
 def check_user(user: str | None, delivery: Delivery) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import click
 
-from fluffle_common.cli.output_files import ChartFile, draw_into_files, save_chart
+from fluffle_common.cli.output_files import CHART_FILE, draw_into_files, save_chart
 from fluffle_common.cli.printing import echo, echo_json
 from fluffle_coordinator.cli.run_folder import run_argument
 
@@ -42,7 +42,7 @@ def history(folder: Path, as_json: bool) -> None:
 @click.command()
 @run_argument
 @click.option(
-    "--out", type=ChartFile(), required=True, metavar="PNG", help="File to write the chart to."
+    "--out", type=CHART_FILE, required=True, metavar="PNG", help="File to write the chart to."
 )
 def plot(folder: Path, out: Path) -> None:
     """Draw the losses and the other metrics after each round.

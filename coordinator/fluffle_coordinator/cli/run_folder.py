@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_common.cli.app import count
+from fluffle_common.cli.output_files import OutputFile, output_file
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
 from fluffle_common.errors import UsageError
 from fluffle_common.plural import plural
@@ -144,7 +145,7 @@ def _words(distance: Distance) -> str:
 @run_argument
 @click.option(
     "--out",
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=OutputFile(".html", "the report is an HTML page"),
     metavar="HTML",
     help="File to write the page to.  [default: report.html in the run folder]",
 )
@@ -167,7 +168,6 @@ def report(folder: Path, out: Path | None, as_json: bool) -> None:
     \b
       fluffle report runs/letters --out report.html
     """
-    from fluffle_common.cli.output_files import output_file
     from fluffle_coordinator.dashboard.report import MAX_DETAILED, page, read_report
 
     if as_json and out is not None:

@@ -79,7 +79,7 @@ def _run(board: Board) -> Iterator[Metric]:
     last = board.view.rounds.get(board.view.committed)
     loss, accuracy = latest(board.view, "loss"), latest(board.view, "accuracy")
     for name, words, value in (
-        ("broker_linked", "1 if the broker is connected, else 0.", run["linked"]),
+        ("broker_linked", "1 if this process is connected to the broker, else 0.", run["linked"]),
         ("round", "Number of the open round, or of the next if none is open.", run["round"]),
         ("rounds_planned", "Number of rounds of the run.", run["rounds"]),
         ("quorum_received_updates", "Number of updates counted in the open round.", updates),

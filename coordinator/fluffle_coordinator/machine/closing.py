@@ -12,8 +12,9 @@ import math
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Commit, Effects
+from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Event, Left
-from fluffle_coordinator.machine.finishing import end, last_failure, record_evaluation
+from fluffle_coordinator.machine.finishing import end, last_failure
 from fluffle_coordinator.machine.norms import report_outliers
 from fluffle_coordinator.machine.opening import reopen
 from fluffle_coordinator.machine.state import Phase, State
@@ -133,7 +134,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 def _too_long(state: State) -> str:
     progress = _progress_after(state, state.rules.max_round_s)
-    return f"{progress}; a round may not stay open longer than --max-round"
+    return f"{progress}; the round reached the limit --max-round"
 
 
 def _progress_after(state: State, seconds: float) -> str:

@@ -25,7 +25,7 @@ The tests check these rules under random interleavings:
 5. Time alone leads to progress or to a declared stop; time without a link does not count.
 
 An event is handled in two steps. Its handler takes it in: ``updates`` handles updates,
-``membership`` workers, ``finishing`` evaluations. Then ``_progress`` takes the run from phase to
+``membership`` workers, ``evaluation`` evaluations. Then ``_progress`` takes the run from phase to
 phase, whatever event led there. The run's ``schedule`` decides what differs between synchronous and
 asynchronous rounds.
 """
@@ -39,8 +39,8 @@ from types import MappingProxyType
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
+from fluffle_coordinator.machine import evaluation, finishing, first_weights, membership, updates
 from fluffle_coordinator.machine import events as ev
-from fluffle_coordinator.machine import finishing, first_weights, membership, updates
 from fluffle_coordinator.machine.clock import clock_time, first_due, heard, postpone
 from fluffle_coordinator.machine.closing import due_at, report_smaller_quorum, try_to_close
 from fluffle_coordinator.machine.effects import Ack, Effects, Welcome
@@ -159,7 +159,7 @@ _HANDLERS: Mapping[type[ev.Event], Callable[[State, Any, Effects], State]] = {
     ev.Arrived: updates.arrived,
     ev.Folded: updates.folded,
     ev.FoldFailed: updates.fold_failed,
-    ev.EvaluationArrived: finishing.evaluation_arrived,
+    ev.EvaluationArrived: evaluation.evaluation_arrived,
     ev.Committed: updates.committed,
     ev.Tick: membership.tick,
 }
@@ -174,9 +174,9 @@ def _progress(state: State, now: float, out: Effects) -> State:
         state = state.replace(gate=1, gate_until=math.inf)
     match state.phase:
         case Phase.OPEN:
-            return try_to_close(finishing.record_evaluation(state, out), now, out)
+            return try_to_close(evaluation.record_evaluation(state, out), now, out)
         case Phase.COMMITTING:
-            return finishing.record_evaluation(state, out)
+            return evaluation.record_evaluation(state, out)
         case Phase.WAITING if state.round > state.rules.rounds or state.enough:
             return finishing.evaluate_last_model(state, now, out)
         case Phase.WAITING:

@@ -13,8 +13,8 @@ from typing import TypeVar
 
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Forget, Judge, Reject
+from fluffle_coordinator.machine.evaluation import record_evaluation
 from fluffle_coordinator.machine.events import Arrived, Committed, Folded, FoldFailed
-from fluffle_coordinator.machine.finishing import record_evaluation
 from fluffle_coordinator.machine.membership import settle_doubt
 from fluffle_coordinator.machine.norms import max_norm
 from fluffle_coordinator.machine.records import Ticket

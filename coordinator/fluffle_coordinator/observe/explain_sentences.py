@@ -134,7 +134,13 @@ def as_dict(explanation: Explanation) -> dict[str, Any]:
         "deadline_at": iso(this.deadline_at) if this.is_open else None,
         "left_s": explanation.left_s,
         "notes": [
-            {"event": n.event.name, "at": iso(n.at), "worker": n.worker, "reason": n.reason}
+            {
+                "event": n.event.name,
+                "at": iso(n.at),
+                "worker": n.worker,
+                "reason": n.reason,
+                "unlisted": n.unlisted,
+            }
             for n in this.notes
         ],
         "longest_wait": wait and wait._asdict(),
@@ -168,7 +174,7 @@ def _opening(explanation: Explanation) -> Iterator[str]:
     )
     if this.openings > 1:
         yield (
-            "While the round was open, a coordinator was lost or stopped; then the round was "
+            "A coordinator was lost or stopped while the round was open; later, the round was "
             "opened again."
         )
 
@@ -218,7 +224,13 @@ def _notes(explanation: Explanation) -> Iterator[str]:
         if not is_said:
             sentence = note.event.sentence().removeprefix(f"round {this.number}: ")
             sender = "" if not worker or worker in sentence else f" ({worker})"
-            yield f"At {clock(note.at)}: {sentence}{sender}."
+            yield f"At {clock(note.at)}: {sentence}{sender}{_unlisted(note)}."
+
+
+def _unlisted(note: Note) -> str:
+    if not note.unlisted:
+        return ""
+    return f" ({plural(note.unlisted, 'similar event')} before it: see 'fluffle journal')"
 
 
 def _progress(explanation: Explanation) -> Iterator[str]:

@@ -79,8 +79,8 @@ async def _entries(
                 "connected to this broker, and that the broker supports streams"
             )
         waiting(
-            f"{missing} yet; if the name is wrong, 'fluffle queues --federation "
-            f"{topology.federation}' lists the right ones"
+            f"{missing} yet; to list the broker's federations, run 'fluffle queues --federation "
+            f"{topology.federation}'"
         )
         while await link.counts(topology.journal) is None:  # noqa: ASYNC110 - nobody announces it
             await asyncio.sleep(_POLL_S)

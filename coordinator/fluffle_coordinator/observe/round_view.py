@@ -12,6 +12,7 @@ from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.metric_names import add_test_prefix
 
 _MAX_NOTES = 1000
+_MAX_ALIKE = 5  # notes of one kind about one worker, which can repeat itself at any rate
 _MAX_FAILURES = 10_000
 _CENTURY_S = 3.2e9  # a longer deadline may have no calendar date
 
@@ -25,10 +26,14 @@ _IN_HISTORY = ("worker", "num_examples", "bytes", "staleness", "weight")
 
 @dataclass(frozen=True)
 class Note:
-    """An event of a round that counts no update."""
+    """An event of a round that counts no update.
+
+    ``unlisted`` is the number of similar events before it that have no note.
+    """
 
     at: float
     event: RunEvent
+    unlisted: int = 0
 
     @property
     def worker(self) -> str | None:
@@ -64,7 +69,7 @@ class RoundView:
     answers: dict[str, tuple[float, run_events.Counted]] = field(default_factory=dict)
     failures: dict[str, str] = field(default_factory=dict)
     rejections: dict[str, Note] = field(default_factory=dict)  # of the last update of a worker
-    notes: list[Note] = field(default_factory=list)
+    listed: dict[tuple[str, str | None, int], Note] = field(default_factory=dict)
     joined: dict[str, float] = field(default_factory=dict)  # while the round was open
     came_late: set[str] = field(default_factory=set)
     late: int = 0
@@ -181,14 +186,25 @@ class RoundView:
         if event.worker and event.kind in (None, "update") and len(self.rejections) < _MAX_FAILURES:
             self.rejections[event.worker] = Note(at, event)
 
+    @property
+    def notes(self) -> list[Note]:
+        """The notes, in order: of similar ones, the first few and the newest."""
+        return list(self.listed.values())
+
     def note(self, at: float, event: RunEvent) -> None:
         """Add an event to the notes."""
-        if len(self.notes) < _MAX_NOTES:
-            self.notes.append(Note(at, event))
+        worker, number = Note(at, event).worker, 1
+        while number < _MAX_ALIKE and (event.name, worker, number) in self.listed:
+            number += 1
+        earlier = self.listed.pop((event.name, worker, number), None)
+        if earlier is None and len(self.listed) >= _MAX_NOTES:
+            del self.listed[next(iter(self.listed))]
+        unlisted = 0 if earlier is None else earlier.unlisted + 1
+        self.listed[event.name, worker, number] = Note(at, event, unlisted)
 
     def drop_details(self) -> None:
         """Keep only the result, to bound the memory of old rounds."""
-        self.answers, self.train_losses, self.notes, self.joined = {}, (), [], {}
+        self.answers, self.train_losses, self.listed, self.joined = {}, (), {}, {}
         self.failures, self.rejections = {}, {}
         self.asked, self.came_late = (), set()
 

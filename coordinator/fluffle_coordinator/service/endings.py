@@ -58,7 +58,7 @@ def after_a_stop(state: State, folder: Path) -> str:
     No command can continue the run with another model, so the advice then names ``--fresh`` first.
     """
     same = f"run the same command (without --fresh) to continue with round {state.committed + 1}"
-    if state.failed or state.doubted:
+    if state.has_weights and (state.failed or state.doubted):
         return (
             "if the model or the classes have changed since this run began, add --fresh to start a "
             f"new run (the run in {folder} is moved aside). Otherwise, fix the workers, and {same}"

@@ -70,7 +70,7 @@ async def open_run(
                 first = read_first_model(settings.init)
             aside = store.start_afresh()
             if aside is not None:
-                watcher.record(run_events.Repaired(what=f"the earlier run was moved to {aside}"))
+                watcher.record(run_events.Note(what=f"the earlier run was moved to {aside}"))
         saved = store.load(settings.federation)
         check_same(settings.strategy, saved, store.shown)
         if settings.init is not None and saved.weights is None:

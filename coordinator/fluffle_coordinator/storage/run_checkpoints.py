@@ -35,7 +35,9 @@ def last_intact(
         OSError: if a checkpoint is there but cannot be opened, which says nothing about damage.
     """
     why = ""
-    for number in range(last, -1, -1):
+    for number in sorted({last, *checkpoint_files(folder)}, reverse=True):
+        if number > last:
+            continue
         path = folder / checkpoint_name(number)
         with contextlib.suppress(FileNotFoundError), path.open("rb"):
             pass

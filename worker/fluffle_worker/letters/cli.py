@@ -10,7 +10,7 @@ import click
 
 from fluffle_common.cli.app import SEED, count
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.output_files import ChartFile, draw_into_files, save_chart
+from fluffle_common.cli.output_files import CHART_FILE, draw_into_files, save_chart
 from fluffle_common.cli.printing import echo, echo_json
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.installed import needs
@@ -134,7 +134,7 @@ def predict(model: Path, images: tuple[Path, ...], more: tuple[Path, ...], as_js
     metavar="DIR",
     help="Folder of letter images, laid out as <class>/<image>.",
 )
-@click.option("--out", type=ChartFile(), required=True, metavar="PNG", help="Image file to write.")
+@click.option("--out", type=CHART_FILE, required=True, metavar="PNG", help="Image file to write.")
 @click.option(
     "--all",
     "everything",

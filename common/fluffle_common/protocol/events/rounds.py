@@ -125,22 +125,30 @@ class Failure(RoundEvent):
 
 @event(
     "stalled",
-    "round {round}: {worker} sends heartbeats, but has made no progress for {still_s:.0f} s "
-    "({state}, step {step} of {steps}); to count this as a failure, set --stall-timeout",
+    "round {round}: {worker} sends heartbeats, but has reported no progress for {still_s:.0f} s "
+    "({state}{where}); to count this as a failure, set --stall-timeout",
     "odd",
 )
 class Stalled(RoundEvent):
+    """A worker's work stands still; ``step`` and ``steps`` are None if it has reported none."""
+
     worker: Text = None
     state: Text = None
     step: Integer = None
     steps: Integer = None
     still_s: Number = None
 
+    def _derived(self) -> dict[str, str]:
+        if self.steps:
+            return {"where": f", step {self.step} of {self.steps}"}
+        return {"where": ", no step reported" if self.state == "training" else ""}
+
 
 @event(
     "overweight",
     "round {round}: the update of {worker} claims {num_examples:example}, but counts as "
-    "{limit:example} (the limit from --max-examples or from the numbers that workers announced)",
+    "{limit:example} (limited by --max-examples, or by the numbers of examples that workers "
+    "announced)",
     "odd",
 )
 class Overweight(RoundEvent):
@@ -170,7 +178,9 @@ class Committed(RoundEvent):
     timings: Numbers = None
 
 
-@event("privacy", "round {round}: privacy spent so far is epsilon {epsilon:.4g} at delta {delta:g}")
+@event(
+    "privacy", "round {round}: the privacy loss so far is epsilon {epsilon:.4g} at delta {delta:g}"
+)
 class Privacy(RoundEvent):
     epsilon: Number = None
     delta: Number = None

@@ -18,7 +18,7 @@ from fluffle_common.protocol.events.base import (
 _THIS_MACHINE = frozenset({"127.0.0.1", "localhost", "::1"})
 
 
-@event("started", "run {run} in {folder}")
+@event("started", "started run {run} in {folder}")
 class Started(RunEvent):
     run: Text = None
     rounds: Integer = None
@@ -29,6 +29,21 @@ class Started(RunEvent):
 class Resumed(RunEvent):
     run: Text = None
     rounds: Integer = None
+    round: Integer = None
+
+
+@event(
+    "outdated",
+    "{worker} has trained for round {ahead} of this run, but the run folder has only "
+    "{round:round}: it is an old copy, or has lost a checkpoint, or another coordinator has "
+    "continued a copy of it; all later rounds are trained again",
+    "bad",
+)
+class Outdated(RunEvent):
+    """A worker is in a later round of the run than the coordinator."""
+
+    worker: Text = None
+    ahead: Integer = None
     round: Integer = None
 
 
@@ -121,7 +136,7 @@ class NoJournal(RunEvent):
     journalled = False
 
 
-@event("repaired", "{what}")
+@event("repaired", "{what}", "odd")
 class Repaired(RunEvent):
     """Something in the run folder was repaired."""
 
@@ -135,7 +150,7 @@ class Disk(RunEvent):
     pause_s: Number = None
 
 
-@event("gap", "{dropped} earlier events are missing here, because they could not be published")
+@event("gap", "{dropped:earlier event} could not be published, so the journal has a gap here")
 class Gap(RunEvent):
     dropped: Integer = None
 
@@ -242,7 +257,7 @@ class FirstWeights(RunEvent):
     parameters: Integer = None
 
 
-@event("frozen_sent", "sending the frozen tensors {digest:.12} once to each of {workers}")
+@event("frozen_sent", "sending the frozen tensors {digest:.12} to {workers}")
 class FrozenSent(RunEvent):
     workers: Names = None
     digest: Text = None

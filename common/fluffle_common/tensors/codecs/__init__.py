@@ -1,1 +1,1 @@
-"""Codecs, which encode the tensors of an update in fewer bytes."""
+"""Codecs, which encode the tensors of an update in fewer bytes; one file each."""

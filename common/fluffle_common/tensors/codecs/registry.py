@@ -15,7 +15,10 @@ from typing import Any
 from fluffle_common.errors import UsageError
 from fluffle_common.installed import installed
 from fluffle_common.tensors.codecs.base import Codec, CodecError, UnknownCodec, parts_of
-from fluffle_common.tensors.codecs.built_in import F16, Bf16, Int8, TopK
+from fluffle_common.tensors.codecs.bf16 import Bf16
+from fluffle_common.tensors.codecs.f16 import F16
+from fluffle_common.tensors.codecs.int8 import Int8
+from fluffle_common.tensors.codecs.topk import TopK
 from fluffle_common.tensors.table import ENCODING_PATTERN
 from fluffle_common.user_errors import one_line
 

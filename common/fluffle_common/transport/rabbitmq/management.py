@@ -32,6 +32,7 @@ _SETTLED = ("ack", "get_no_ack", "deliver_no_ack")
 # that only an average over several samples is not 0.
 _RATES_OF_SAMPLES = "&msg_rates_age=5&msg_rates_incr=5&lengths_age=20&lengths_incr=5"
 _PAGE_SIZE = 500  # the most that RabbitMQ allows
+_LIMITED_FIGURES = {"max-length": "messages_ready", "max-length-bytes": "message_bytes_ready"}
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class QueueFigures:
     settled: int | None = None  # acknowledged, or delivered without, since then
     state: str = "running"  # or what is wrong with it
     limited: bool | None = None  # whether a policy limits its length; None if it needs no limit
+    full: str | None = None  # the limit that makes it refuse messages now, in words
 
 
 class Management:
@@ -169,14 +171,19 @@ def fault_and_remedy(why: Exception) -> tuple[str, str]:
 
 
 def check_base(given: str) -> None:
-    """Raise ``UsageError`` if a URL of the API has a user: the API gets that of the broker's."""
+    """Raise ``UsageError`` if text is no URL of the API, or has a user: it gets the broker's."""
     _, at, host = given.rpartition("@")
+    scheme = re.match(r"https?://", given, re.IGNORECASE)
     if at:
-        scheme = re.match(r"[a-z]+://", given, re.IGNORECASE)
         raise UsageError(
             "the URL of the management API contains a user name; give "
             f"{scheme[0] if scheme else 'http://'}{host} instead, because fluffle logs in to this "
             "API with the user name and the password of --url"
+        )
+    if scheme is None:
+        raise UsageError(
+            "the value of --management or FLUFFLE_MANAGEMENT_URL is not the URL of a management "
+            "API: it does not begin with http:// or https://; write http://host:15672"
         )
 
 
@@ -225,6 +232,7 @@ def read_queue(entry: Mapping[str, Any], topology: Topology, now: float) -> Queu
         published=None if stats is None else stats.get("publish", 0),
         state=entry.get("state", "running"),
         limited=_limited(entry, topology),
+        full=_full(entry),
         settled=None if stats is None else sum(stats.get(name, 0) for name in _SETTLED),
     )
 
@@ -235,6 +243,19 @@ def _limited(entry: Mapping[str, Any], topology: Topology) -> bool | None:
     if queue is None or not queue.limits or "effective_policy_definition" not in entry:
         return None
     return any(key.startswith("max-") for key in entry["effective_policy_definition"] or {})
+
+
+def _full(entry: Mapping[str, Any]) -> str | None:
+    """Return the limit of a policy that makes the queue refuse messages; None if it takes them."""
+    policy: Mapping[str, Any] = entry.get("effective_policy_definition") or {}
+    if not str(policy.get("overflow")).startswith("reject"):
+        return None  # a full queue drops its oldest messages
+    for limit, figure in _LIMITED_FIGURES.items():
+        most = policy.get(limit)
+        if isinstance(most, int) and entry.get(figure, 0) >= most:
+            name = entry.get("operator_policy") or entry.get("policy")
+            return f"{limit} {most:,} of policy {name}"
+    return None
 
 
 def _rate(stats: Mapping[str, Any] | None, what: str) -> float | None:

@@ -26,7 +26,12 @@ def hint(queue: QueueFigures, topology: Topology, alarms: Sequence[str] = ()) ->
         return f"foreign: fluffle uses no queue of this name in federation {topology.federation}"
     if queue.state in _STOPPED:
         return f"RabbitMQ reports the state '{queue.state}'; check the broker's nodes and logs"
-    hints = (_blocked(queue, topology, alarms), _misuse(queue, topology), _growing(queue))
+    hints = (
+        _blocked(queue, topology, alarms),
+        f"full ({queue.full}): it refuses messages" if queue.full else None,
+        _misuse(queue, topology),
+        _growing(queue),
+    )
     return "; ".join(filter(None, hints)) or None
 
 
