@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
+from fluffle.turns import Turns
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo
 from fluffle_common.cli.settings import check_worker
@@ -148,7 +150,8 @@ class Federation(Watcher):
     """One run: its coordinator, which it also watches, and the workers in this process.
 
     The run folder is locked. Without ``url``, the broker is in this process too. With
-    ``one_by_one``, all tasks train in one thread, in the order in which they are asked.
+    ``one_by_one``, all tasks train in one thread; without ``url``, their updates always arrive in
+    the same order.
     """
 
     def __init__(
@@ -170,6 +173,8 @@ class Federation(Watcher):
         shared = TrainingThread()
         self._threads = {task.name: shared if one_by_one else TrainingThread() for task in tasks}
         self._broker = MemoryBroker() if url is None else None
+        self._in_turn, self._turns = one_by_one and url is None, Turns()
+        self._trainings = set[asyncio.Task[None]]()
 
     async def run(self) -> State:
         """Run the federation to its end; return the machine's final state.
@@ -191,8 +196,9 @@ class Federation(Watcher):
         )
         failure: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         workers = [asyncio.ensure_future(self._work(task, failure)) for task in self._tasks]
+        futures: list[asyncio.Future[Any]] = [coordinator, failure, *workers]
         try:
-            pending: set[asyncio.Future[Any]] = {coordinator, failure, *workers}
+            pending = set(futures)
             while not coordinator.done():
                 done, pending = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
                 for future in done:
@@ -201,7 +207,7 @@ class Federation(Watcher):
                 await asyncio.wait(workers, timeout=_LEAVE_S)
             return coordinator.result()
         finally:
-            futures: list[asyncio.Future[Any]] = [coordinator, failure, *workers]
+            futures += self._trainings
             for future in futures:
                 future.cancel()
             await asyncio.gather(*futures, return_exceptions=True)
@@ -219,7 +225,13 @@ class Federation(Watcher):
 
     async def _work(self, task: LocalTask, failure: asyncio.Future[None]) -> None:
         await self._linked.wait()  # spares the worker from polling for the coordinator
-        settings = self._settings
+        settings, thread = self._settings, self._threads[task.name]
+
+        def in_turn(work: Callable[[], object]) -> None:
+            training = asyncio.create_task(self._train(work, task.name, service))
+            self._trainings.add(training)
+            training.add_done_callback(self._trainings.discard)
+
         service = WorkerService(
             WorkerSettings(
                 settings.federation,
@@ -232,10 +244,27 @@ class Federation(Watcher):
             topology=self._topology,
             record=lambda event: _on_worker_event(task, failure, event),
             bar=lambda *_: None,
-            training=self._threads[task.name],
+            enqueue=in_turn if self._in_turn else thread.put,
             signature=task.signature,
         )
         await service.run()
+
+    async def _train(self, work: Callable[[], object], name: str, service: WorkerService) -> None:
+        """Run a worker's training when it is its turn, until the broker has the answer.
+
+        Otherwise, the answer of a short training could overtake the previous one.
+        """
+        loop, over = asyncio.get_running_loop(), asyncio.Event()
+
+        def run() -> None:
+            work()
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(over.set)
+
+        async with self._turns.turn(name):
+            self._threads[name].put(run)
+            await over.wait()
+            await service.settle()
 
     def _transport(self, who: str) -> Transport:
         if self._broker is not None:

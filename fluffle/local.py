@@ -79,7 +79,8 @@ def run(
         progress: whether to show progress; None shows it on a terminal and in a notebook.
         parallel: whether the tasks train at the same time, each in its own thread. By default they
             do so only if a round does not have to wait for all of them. One after the other takes
-            no longer if the tasks' library uses all cores, and always sums in the same order.
+            no longer if the tasks' library uses all cores. Without ``url``, it also always sums in
+            the same order, so that equal runs give equal models, bit for bit.
         **options: any other option of ``fluffle coordinator``, with underscores, such as
             ``deadline=60`` or ``keep_updates=True``.
 

@@ -119,9 +119,9 @@ def save_model(
 
     Args:
         file: the safetensors file to write.
-        module: the module; the tensors that travel by default are written (see ``load_into``).
-        federated: the filter of the tensors that travel, the same as the task's. The filter must
-            exclude parameters of PyTorch with ``requires_grad=False``, which no task sends.
+        module: the module; the tensors that travel by default are written (see ``load_into``),
+            without parameters of PyTorch with ``requires_grad=False``, which no task sends.
+        federated: the filter of the tensors that travel, the same as the task's.
         frozen: the filter of the frozen tensors, the same as that of a task with
             ``share_frozen=True``. They go to a file of their own beside ``file``, whose name is
             made from their content.
@@ -131,7 +131,8 @@ def save_model(
         UsageError: if it is no module, or a filter selects none of its tensors.
         ValueError: if a tensor has a dtype that does not travel.
     """
-    arrays_of = _framework_of(module).arrays_of
+    tensors = _framework_of(module)
+    arrays_of = tensors.arrays_of
     path, kept = Path(file), frozen_of(arrays_of(module, frozen))
     if frozen is not False and not kept.tensors:
         raise UsageError(
@@ -139,8 +140,9 @@ def save_model(
         )
     if kept.digest:
         save_frozen(path.parent, kept)
+    elsewhere = kept.tensors.keys() | tensors.untrained(module)
     arrays = arrays_of(module, federated)
-    model = {name: array for name, array in arrays.items() if name not in kept.tensors}
+    model = {name: array for name, array in arrays.items() if name not in elsewhere}
     if not model:
         raise UsageError(
             f"with these federated= and frozen= filters, the module {type(module).__name__} has no "

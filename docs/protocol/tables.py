@@ -157,9 +157,14 @@ TIMERS: dict[str, tuple[str | None, str]] = {
         None,
         "if a worker's steps do not advance for this long, it is reported as stalled",
     ),
+    "stall_without_steps_s": (
+        None,
+        "if a worker trains or evaluates for this long without a step, it is reported as stalled",
+    ),
     "stall_timeout_s": (
         "--stall-timeout",
-        "if a worker's steps do not advance for this long, it counts as failed in this round",
+        "if a worker's steps do not advance for this long, or it trains or evaluates for this long "
+        "without a step, it counts as failed in this round",
     ),
 }
 

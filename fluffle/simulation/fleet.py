@@ -16,6 +16,7 @@ import numpy as np
 
 from fluffle.federation import cannot_take_part
 from fluffle.simulation.devices import Availability, Device
+from fluffle.turns import Turns
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.events import Traceback, Unfit
 from fluffle_common.protocol.messages import (
@@ -88,7 +89,7 @@ class Fleet:
         self._clients, self._topology = clients, topology
         self._transport, self._task = transport, task
         self._acting = ""  # the client whose task is running
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
         self._results = Results(
             report=lambda reason: record(Unfit(reason=f"at {self._acting}, {reason}")),
             trace=lambda text: record(Traceback(text=text)),
@@ -226,8 +227,8 @@ class Fleet:
         signature, frozen = self._model(client)
         sender = {"federation": self._topology.federation, "worker": client.name}
         executor = Executor(client.task, sender, frozen, signature, self._results)
-        async with self._turn:  # otherwise, all clients of a round would train in a single pass
-            for _ in range(_PASSES):
+        async with self._turns.turn(client.name):
+            for _ in range(_PASSES):  # otherwise, all clients of a round would train in one pass
                 await asyncio.sleep(0)
             self._acting = client.name
             try:

@@ -2,16 +2,20 @@
 
 Whenever the loop would wait for a timer, its clock jumps there instead. Simulated durations, such
 as an hour of training, take no real time, and real work, such as writing a checkpoint, takes no
-simulated time. So the same seeds give the same events in the same order.
+simulated time. What is due at the same time happens in the order in which it was scheduled. So the
+same seeds give the same events in the same order, also in a run that is continued.
 """
 
 from __future__ import annotations
 
 import asyncio
+import heapq
+import itertools
 import selectors
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
+from contextvars import Context
 from typing import Any, TypeVar, TypeVarTuple
 
 from fluffle_common.clock import in_time_of
@@ -39,12 +43,22 @@ class _Selector(selectors.DefaultSelector):
         return found
 
 
+class _Timer(asyncio.TimerHandle):
+    """A timer that fires after those that were set before it for the same time."""
+
+    number = 0
+
+    def __lt__(self, other: Any) -> bool:
+        return (self.when(), self.number) < (other.when(), other.number)
+
+
 class SimulatedLoop(asyncio.SelectorEventLoop):
     """The loop. Its time starts at 0 s, which corresponds to the wall time of its creation."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
         self._began_at = time.time()
+        self._numbers = itertools.count()
         selector = _Selector()
         selector.loop = self
         super().__init__(selector)
@@ -56,6 +70,20 @@ class SimulatedLoop(asyncio.SelectorEventLoop):
     def wall_time(self) -> float:
         """Return the simulated time in seconds since 1970, UTC; see ``fluffle_common.clock``."""
         return self._began_at + self.now_s
+
+    def call_at(
+        self,
+        when: float,
+        callback: Callable[[*_Ts], object],
+        *args: *_Ts,
+        context: Context | None = None,
+    ) -> asyncio.TimerHandle:
+        """Do what asyncio's loop does, except that its heap has no order between equal times."""
+        timer = _Timer(when, callback, args, self, context)
+        timer.number = next(self._numbers)
+        heapq.heappush(self._scheduled, timer)  # type: ignore[attr-defined]
+        timer._scheduled = True  # type: ignore[attr-defined]
+        return timer
 
     def run_forever(self) -> None:
         """Run until stopped, with the simulated clocks."""

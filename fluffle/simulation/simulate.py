@@ -139,6 +139,7 @@ def _for_clients(settings: CoordinatorSettings, clients: Sequence[Client]) -> Co
         patience=_NEVER,
         hearing_s=never,
         stall_s=never,
+        stall_without_steps_s=never,
     )
     if rules.samples:  # a fraction is of those present, not of all clients
         rules = replace(rules, least=min(rules.least, rules.sample_of(present)))

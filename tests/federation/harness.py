@@ -203,7 +203,7 @@ class Federation:
             topology=self.topology,
             record=log.record,
             bar=lambda *_: None,
-            training=training,
+            enqueue=training.put,
             signature=getattr(task, "signature", None),
             codecs=codecs,
             exchanges=exchanges,

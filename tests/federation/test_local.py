@@ -149,6 +149,40 @@ def test_a_run_matches_numpy_bit_for_bit(digits):
     assert run.best.number == 1 + int(np.argmin(run.history["loss"]))
 
 
+class Silent(Adder):
+    """Does not evaluate, so its answers take less time to send."""
+
+    def evaluate(self, weights):
+        return None
+
+
+def test_updates_are_summed_in_the_order_of_the_names_also_in_a_continued_run(tmp_path):
+    tasks = {name: Silent() if name in "bd" else Adder() for name in "fedcba"}
+    for rounds in (3, 5, 6):
+        run = fluffle.run(tasks, rounds=rounds, folder=tmp_path / "run")
+        assert [list(one.participants) for one in run.history] == [list("abcdef")] * rounds
+
+
+def test_a_task_gets_its_tensors_in_its_own_order_also_in_a_continued_run(tmp_path):
+    class Ordered(Adder):
+        def init(self, seed):
+            return {"z": np.zeros(2, np.float16), "b": np.zeros(2), "k": np.zeros(2, np.float32)}
+
+        def train(self, weights, plan, progress):
+            orders.append("".join(weights))
+            return fluffle.TrainResult({n: w + 1 for n, w in weights.items()}, self.num_examples)
+
+        def evaluate(self, weights):
+            return None
+
+    orders = []
+    options = {"strategy": "fedadam", "folder": tmp_path / "run"}
+    for rounds in (2, 4):
+        run = fluffle.run([Ordered()], rounds=rounds, **options)
+    assert orders == ["zbk"] * 4
+    assert "".join(run.weights) == "zbk"
+
+
 def test_a_run_is_shown_as_text_and_as_a_table():
     run = fluffle.run(
         {"north": Adder()}, rounds=2, evaluate=lambda weights: {"<w>": weights["w"][0]}

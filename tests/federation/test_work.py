@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 
 import msgpack
 import numpy as np
@@ -72,6 +73,24 @@ def test_a_long_round_is_waited_for_while_its_workers_advance(federated):
     federated(scenario)
 
 
+def test_a_coordinator_whose_run_folder_is_outdated_says_so_once(federated):
+    async def scenario(federation):
+        federation.workers(2)
+        coordinator = federation.coordinator(rounds=6, number=2)
+        await coordinator.log.until("committed", 2)
+        backup = shutil.copytree(federation.folder, federation.folder.with_name("backup"))
+        await coordinator.log.until("committed", 4)
+        await coordinator.kill()
+        federation.folder = backup
+        coordinator = federation.coordinator(rounds=6, number=2)
+        assert (await coordinator.end()).outcome == "finished"
+        (outdated,) = coordinator.log.of("outdated")
+        assert outdated["round"] in {2, 3}  # the copy may have the next commit
+        assert outdated["ahead"] > outdated["round"] + 1
+
+    federated(scenario)
+
+
 def test_a_stalled_training_is_reported_and_optionally_not_waited_for(federated):
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, deadline_s=6000, stall_timeout_s=300)
@@ -83,6 +102,27 @@ def test_a_stalled_training_is_reported_and_optionally_not_waited_for(federated)
         assert (event["worker"], event["step"], event["steps"]) == ("c", 3, 4)
         await coordinator.log.until("committed", within_s=600)
         assert federation.participants() == [["a", "b"]]
+
+    federated(scenario)
+
+
+def test_a_last_evaluation_that_hangs_is_optionally_not_waited_for(federated):
+    class Hangs(Adder):
+        def evaluate(self, weights):
+            if weights["w"][0]:
+                federation_loop[0].sleep(1e9)
+            return super().evaluate(weights)
+
+    federation_loop = []
+
+    async def scenario(federation):
+        federation_loop.append(federation.loop)
+        coordinator = federation.coordinator(rounds=1, deadline_s=6000, stall_timeout_s=300)
+        federation.worker("a", Adder(federation.loop))
+        federation.worker("b", Hangs(federation.loop))
+        assert (await coordinator.end(within_s=600)).outcome == "finished"
+        (line,) = federation.history("evaluated")[-1:]
+        assert (line["round"], line["evaluators"]) == (1, ["a"])
 
     federated(scenario)
 

@@ -172,6 +172,13 @@ def test_hundreds_of_clients_are_sampled_as_anywhere(tmp_path):
     assert [tuple(one["asked"]) for one in again] == asked
 
 
+def test_what_ends_at_the_same_time_is_summed_in_one_order_also_in_a_continued_run(tmp_path):
+    tasks, expected = [Adder(1.0) for _ in range(8)], [f"client-{number}" for number in range(8)]
+    for rounds in (2, 5):
+        run = fluffle.simulate(tasks, rounds=rounds, step_s=1.0, folder=tmp_path / "run")
+        assert [list(one.participants) for one in run.history] == [expected] * rounds
+
+
 def test_a_run_continues_where_it_stopped(tmp_path):
     tasks = {name: Adder(1.0) for name in names(2)}
     run(tmp_path, tasks, rounds=2)

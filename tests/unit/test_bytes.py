@@ -298,7 +298,7 @@ async def test_a_cancelled_fetch_keeps_no_part(link):
             super().add(part, payload)
 
     fetching = asyncio.ensure_future(
-        fetch(link, TOPOLOGY.outbox("w"), Slow(transfer, 1000), TOPOLOGY.rejected)
+        fetch(link, TOPOLOGY.outbox("w"), Slow(transfer), TOPOLOGY.rejected)
     )
     await asyncio.to_thread(entered.wait)
     fetching.cancel()

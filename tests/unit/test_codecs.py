@@ -233,6 +233,35 @@ def test_a_residual_that_is_not_finite_is_an_error(codecs):
         compress(DELTA, "signs", {})
 
 
+@pytest.mark.parametrize("feeds_back", [True, False])
+@pytest.mark.parametrize(
+    "methods",
+    [
+        {"decode": staticmethod(lambda parts, like: like.copy())},
+        {"encode": lambda self, x, rng: (np.zeros(x.shape, np.int8), np.zeros((), np.float32))},
+    ],
+    ids=["decode", "encode"],
+)
+def test_a_codec_that_makes_zeros_of_a_whole_delta_is_reported(codecs, methods, feeds_back):
+    faults: list[str] = []
+    codec = codecs.add(changed(feeds_back=feeds_back, **methods), "here")()
+    compress({"w": np.zeros((30, 100), np.float32)}, codec, {}, warn=faults.append)
+    assert not faults
+    compress({**DELTA, "v": DELTA["w"]}, codec, {}, warn=faults.append)
+    (fault,) = faults
+    assert fault.startswith("the codec 'signs' decodes all tensors of this update as zeros")
+
+
+def test_a_codec_may_make_zeros_of_one_tensor(codecs):
+    def decode(parts: Any, like: Any) -> Any:
+        return Signs.decode(parts, like) if parts[1] > 1e-6 else like.copy()
+
+    codecs.add(changed(decode=staticmethod(decode)), "here")
+    faults: list[str] = []
+    compress({**DELTA, "v": DELTA["w"] / 2**40}, "signs", {}, warn=faults.append)
+    assert not faults
+
+
 def test_decoding_sees_neither_the_delta_nor_the_model(codecs):
     codecs.add(changed(decode=staticmethod(lambda parts, like: like.copy())), "here")
     sent, residual = compress(DELTA, "signs", {})

@@ -27,7 +27,7 @@ PATIENCE_S = 60.0
 class Site:
     """A page that is being served, and one way to ask it."""
 
-    def __init__(self, live: CoordinatorSource, port: int) -> None:
+    def __init__(self, live: CoordinatorSource | None, port: int) -> None:
         self.live, self.port = live, port
 
     async def ask(
@@ -144,6 +144,24 @@ async def test_health_and_readiness(site: Site) -> None:
     status, _, body = await site.ask("/readyz")
     assert (status, "6 rounds" in body) == (503, True)
     assert (await site.ask("/healthz"))[0] == 200
+
+
+@pytest.mark.parametrize(("consumers", "status"), [(0, 503), (1, 200)])
+async def test_a_page_beside_the_run_is_ready_while_there_is_a_coordinator(
+    consumers: int, status: int
+) -> None:
+    board = Board("letters", source="journal")
+    page = Feed(board, ask_queues=lambda: [{"name": "letters.presence", "consumers": consumers}])
+    listening = listen("127.0.0.1:0", "--listen")
+    async with served(page, listening):
+        site = Site(None, listening.getsockname()[1])
+        board.link(True, "no coordinator has created federation letters")
+        assert (await site.ask("/readyz"))[0] == 503
+        page.add(1.0, from_fields("opened", {"round": 1, "asked": ["a"], "needed": 1}), "r1")
+        answered, _, body = await site.ask("/readyz")
+        assert (answered, "no coordinator is connected" in body) == (status, not consumers)
+        page.add(2.0, from_fields("finished", {"reason": "6 rounds are done"}), "r1")
+        assert (await site.ask("/readyz"))[0] == 200
 
 
 async def test_the_board_and_the_metrics(site: Site) -> None:

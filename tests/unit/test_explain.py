@@ -158,7 +158,7 @@ def test_what_an_operator_should_look_at_is_explained():
         f"At {clock(at(11))}: the update of a claims 1,000,000,000 examples, but counts as 80"
         in text
     )
-    assert "b sends heartbeats, but has made no progress for 120 s (training, step 3 of 40)" in text
+    assert "b sends heartbeats, but has reported no progress for 120 s (training, step 3" in text
     assert "the norm of the update of a is 40, but the median is 1" in text
     assert "now needs 2 updates instead of 3 (c is gone)." in text
     assert "the frozen tensors of b and a differ" in text

@@ -43,13 +43,18 @@ def test_each_round_begins_with_what_the_one_before_it_kept(tmp_path, restarts):
     assert [one.name for one in folder.iterdir()] == ["local-rule-0006.safetensors"]
 
 
-def test_a_run_restored_from_an_old_backup_goes_on_with_the_oldest_tensors_that_are_left(tmp_path):
+def test_a_run_restored_from_an_old_backup_goes_on_with_the_oldest_tensors_that_are_left(
+    tmp_path, capsys
+):
     known = PersistentTensors(tmp_path)
     known.keep(("r", 4, 4), {"c": np.array(4.0)})
     assert known.before(("r", 3, 3)) == known.before(("r", 4, 4)) == {}  # 4 was the first
     for number in (5, 6):
         known.keep(("r", number, number), {"c": np.array(float(number))})
+    assert not capsys.readouterr().err
     assert known.before(("r", 2, 2)) == {"c": 4.0}
+    assert "went back to round 2" in (said := capsys.readouterr().err)
+    assert "continues with its oldest state, of round 4" in " ".join(said.split())
     assert known.before(("another", 2, 2)) == {}
 
 

@@ -98,6 +98,34 @@ class LateLoss(Late):
         raise RuntimeError("no loss")
 
 
+class UnprintableError(Exception):
+    """An error that cannot be printed."""
+
+    def __str__(self):
+        raise RuntimeError
+
+    __repr__ = __str__
+
+
+class UnprintableLoss(Late):
+    """An evaluation whose loss fails with an error that cannot be printed, as it cannot itself."""
+
+    @property
+    def loss(self):
+        raise UnprintableError
+
+    def __repr__(self):
+        raise UnprintableError
+
+
+class Leaving(Late):
+    """An evaluation whose loss ends the process."""
+
+    @property
+    def loss(self):
+        raise SystemExit
+
+
 class Unnamed:
     """A metric's name that cannot be printed."""
 
@@ -312,6 +340,8 @@ def test_an_evaluation_that_fails_costs_no_training_and_is_said_once(raised):
         {"loss": np.ma.masked},  # the mean of no examples
         {"evaluated": 0.5},
         {"evaluated": LateLoss()},
+        {"evaluated": UnprintableLoss()},
+        {"evaluated": Leaving()},
         {"evaluated": EvalResult(1.0, None)},
         {"evaluated": EvalResult(1.0, -5)},
         {"evaluated": EvalResult(1.0, 10**400)},

@@ -337,6 +337,48 @@ def test_a_stalled_training_fails_with_the_option():
     assert only(effects, fx.Commit)
 
 
+def work_for(run: Run, seconds: float, name: str, state: str) -> fx.Effects:
+    """Let a worker report for a while that it is at work, without a step."""
+    number = run.state.round - (state == "evaluating" and run.state.phase is Phase.EVALUATING)
+    work = {"state": state, "run": RUN, "round": number, "base": run.state.base}
+    effects = []
+    for _ in range(0, int(seconds), 2):
+        run.now += 2
+        effects += [*run.echo(), *run.seen(name, **work), *run.tick()]
+    return effects
+
+
+@pytest.mark.parametrize(
+    ("state", "about"),
+    [("training", "training, no step reported"), ("evaluating", "evaluating")],
+)
+def test_work_that_has_not_reported_a_step_is_reported_once_after_ten_minutes(state, about):
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=10**4))
+    run.update("a")
+    assert not only(work_for(run, 598, "b", state), run_events.Stalled)
+    (stalled,) = only(work_for(run, 600, "b", state), run_events.Stalled)
+    assert f"b sends heartbeats, but has reported no progress for 600 s ({about}); to count" in (
+        stalled.sentence()
+    )
+
+
+@pytest.mark.parametrize("state", ["training", "evaluating"])
+def test_work_that_has_not_reported_a_step_fails_with_the_option(state):
+    run = heard("a", "b", rules=Rules(rounds=1, stall_timeout_s=60))
+    run.update("a")
+    effects = work_for(run, 62, "b", state)
+    (failure,) = only(effects, run_events.Failure)
+    assert failure.reason == f"no progress for 60 s, {state} (--stall-timeout)"
+    assert only(effects, fx.Commit)
+
+
+@pytest.mark.parametrize("state", ["receiving", "sending"])
+def test_a_message_that_is_not_in_parts_does_not_stall(state):
+    run = heard("a", "b", rules=Rules(rounds=1, deadline_s=10**4, stall_timeout_s=60))
+    run.update("a")
+    assert not {"stalled", "failure"} & set(event_names(work_for(run, 1000, "b", state)))
+
+
 def test_a_run_that_ends_because_of_a_stall_does_not_say_that_the_worker_reported_it():
     run = heard("a", rules=Rules(rounds=1, min_workers=1, stall_timeout_s=60))
     train_for(run, 62, "", "a")

@@ -663,12 +663,23 @@ def test_frozen_tensors_go_to_a_file_of_their_own(tmp_path):
     assert torch.equal(other.body.weight, module.body.weight)
 
 
-def test_a_model_without_its_frozen_parameters_fills_a_module():
-    def headed() -> Normed:
-        module = Normed()
-        module.body.requires_grad_(False)
-        return module
+def headed() -> Normed:
+    """Return a module whose body is not trained."""
+    module = Normed()
+    module.body.requires_grad_(False)
+    return module
 
+
+def test_a_model_file_has_the_tensors_that_a_task_sends(tmp_path):
+    file, module = tmp_path / "start.safetensors", headed()
+    fluffle.save_model(file, module)
+    assert fluffle.load_model(file).keys() == task_of(headed).init(1).keys()
+    other = headed()
+    fluffle.load_into(other, file)
+    assert torch.equal(other.head.weight, module.head.weight)
+
+
+def test_a_model_without_its_frozen_parameters_fills_a_module():
     task, module = task_of(headed), headed()
     weights, body = train(task, task.init(1)), module.body.weight.clone()
     assert not [name for name in weights if name.startswith("body.")]

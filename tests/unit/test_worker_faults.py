@@ -315,7 +315,7 @@ async def test_where_the_task_runs_may_be_chosen():
     made = Federation(Raising())
     made.service = WorkerService(
         WorkerSettings("f", "w", "raising"), Raising(), transport=made.broker, topology=TOPOLOGY,
-        record=lambda *_: None, bar=lambda *_: None, training=Noted(),
+        record=lambda *_: None, bar=lambda *_: None, enqueue=Noted().put,
     )  # fmt: skip
     await made.connect()
     await made.ask(1)

@@ -147,7 +147,7 @@ class Executor:
             job.answer = update, change
         else:
             before = residual().before(job.work)
-            job.answer, left_out = _encode(update, change, codec, before, plan.seed)
+            job.answer, left_out = self._encode(update, change, codec, before, plan.seed)
             job.residual = Residual(job.work, left_out)
         job.release()
 
@@ -200,6 +200,21 @@ class Executor:
             metrics=dict(trained.metrics),
         )
         return update, change
+
+    def _encode(
+        self, update: Update, change: Weights, codec: Codec, before: Weights, seed: int
+    ) -> tuple[tuple[Update, Weights], Weights]:
+        """Return the update with its tensors encoded, and the tensors of the new residual."""
+        rng = np.random.default_rng([seed, zlib.crc32(update.worker.encode())])
+        try:
+            tensors, left_out = compress(
+                change, codec, before, rng, lambda fault: self.results.once("codec", fault)
+            )
+        except CodecError as wrong:
+            raise TaskError(
+                f"{wrong}; this worker sends no update in this round"
+            ) from wrong.__cause__
+        return (update.model_copy(update={"encoding": codec.name}), tensors), left_out
 
 
 def _rule_of(task: Task) -> BoundRule | None:
@@ -258,18 +273,6 @@ def _codec_of(plan: Plan, codecs: Registry) -> Codec | None:
             f"the codec '{name}' rejects the coordinator's --compress {plan.compress}: "
             f"{one_line(why)}"
         ) from why
-
-
-def _encode(
-    update: Update, change: Weights, codec: Codec, before: Weights, seed: int
-) -> tuple[tuple[Update, Weights], Weights]:
-    """Return the update with its tensors encoded, and the tensors of the new residual."""
-    rng = np.random.default_rng([seed, zlib.crc32(update.worker.encode())])
-    try:
-        tensors, left_out = compress(change, codec, before, rng)
-    except CodecError as wrong:
-        raise TaskError(f"{wrong}; this worker sends no update in this round") from wrong.__cause__
-    return (update.model_copy(update={"encoding": codec.name}), tensors), left_out
 
 
 def _first_weights(task: Task, seed: int) -> Weights:

@@ -77,26 +77,33 @@ class Results:
             result = evaluate()
         except BaseException as why:
             what = "evaluate() failed, so this worker trains without evaluation"
-            self._once(f"evaluate {type(why).__name__}", what, why)
+            self.once(f"evaluate {type(why).__name__}", what, why)
             return _NOTHING
         if result is None:
             return None
         try:
-            num_examples, loss = count(result.num_examples), number(result.loss)
+            given = result.num_examples, result.loss
+        except BaseException as why:  # some compute their values only now
+            return self._unfit(result, one_line(why))
+        try:
+            num_examples, loss = count(given[0]), number(given[1])
             if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
                 raise ValueError(
                     f"num_examples is {shown(num_examples)}; expected 0 to {MAX_NUM_EXAMPLES}"
                 )
-        except Exception as wrong:  # some compute their values only now
-            self._once(
-                "evaluate result",
-                f"evaluate() returned {shown(result)}, which is not sent; expected "
-                f"EvalResult(loss, num_examples, metrics) or None ({wrong})",
-            )
-            return _NOTHING
+        except ValueError as wrong:
+            return self._unfit(result, str(wrong))
         if num_examples == 0:
             return _NOTHING
         return EvalResult(loss, num_examples, self._metrics("evaluate", result))
+
+    def _unfit(self, result: Any, why: str) -> EvalResult:
+        self.once(
+            "evaluate result",
+            f"evaluate() returned {shown(result)}, which is not sent; expected "
+            f"EvalResult(loss, num_examples, metrics) or None ({why})",
+        )
+        return _NOTHING
 
     def step(self, number_: Any, steps: Any, loss: Any) -> tuple[int, int, float | None]:
         """Return the checked arguments of a ``progress`` call; an invalid loss becomes None."""
@@ -105,7 +112,7 @@ class Results:
                 loss = number(loss)
             except ValueError as wrong:
                 what = f"the loss of a training step is invalid: {wrong}; such losses are not shown"
-                self._once("loss", what)
+                self.once("loss", what)
                 loss = None
         return _whole(number_), _whole(steps), loss
 
@@ -128,21 +135,21 @@ class Results:
             pairs = [] if given is None else list(dict(given).items())
         except Exception as why:  # some compute their values only now
             what = f"the metrics of {method}() cannot be read as a mapping of names to numbers, so"
-            self._once(f"{method} metrics", f"{what} they are omitted: {one_line(why)}")
+            self.once(f"{method} metrics", f"{what} they are omitted: {one_line(why)}")
             return {}
         valid: dict[str, float] = {}
         for given_name, value in pairs:
             name = _metric_name(given_name)
             key, metric = f"{method} metric {name}", f"the metric '{name}' of {method}()"
             if isinstance(value, FailedMetric):
-                self._once(key, f"{metric} failed, so it is omitted", value.why)
+                self.once(key, f"{metric} failed, so it is omitted", value.why)
                 continue
             try:
                 valid[name] = number(value)
             except ValueError as wrong:
-                self._once(key, f"{metric} is invalid: {wrong}; invalid values are omitted")
+                self.once(key, f"{metric} is invalid: {wrong}; invalid values are omitted")
         if len(valid) > MAX_METRICS:
-            self._once(
+            self.once(
                 f"{method} number of metrics",
                 f"{method}() returned {len(valid)} metrics; at most {MAX_METRICS} can be sent, so "
                 f"the last {len(valid) - MAX_METRICS} are omitted",
@@ -151,7 +158,7 @@ class Results:
             valid = {name: valid[name] for name in names[:MAX_METRICS]}
         return valid
 
-    def _once(self, key: str, what: str, why: BaseException | None = None) -> None:
+    def once(self, key: str, what: str, why: BaseException | None = None) -> None:
         """Report a fault, with the error in the task's code that is its cause, if there is one.
 
         The key is the kind of the fault: the value in a sentence may differ in every step.

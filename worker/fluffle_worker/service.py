@@ -45,7 +45,7 @@ from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import signature_of_task
 from fluffle_worker.task import Task
-from fluffle_worker.trainer import Trainer, TrainingThread
+from fluffle_worker.trainer import Enqueue, Trainer, TrainingThread
 from fluffle_worker.uploader import Uploader
 
 _LOG = logger("worker.machine")
@@ -58,8 +58,8 @@ class WorkerService:
     """One data owner's worker.
 
     ``record`` is called with each event, and ``bar`` with progress: the label, done, total and a
-    description. By default, ``training`` is a new thread, and ``signature``, that of the task's
-    model, is read from the task.
+    description. By default, ``enqueue`` queues trainings for a new thread, and ``signature``, that
+    of the task's model, is read from the task.
     """
 
     _run: str | None = None  # the current or the last run
@@ -76,7 +76,7 @@ class WorkerService:
         topology: Topology,
         record: Record,
         bar: Callable[[str, float, float, str], None],
-        training: TrainingThread | None = None,
+        enqueue: Enqueue | None = None,
         signature: Signature | None = None,
         codecs: Registry = CODECS,
         exchanges: Handlers | None = None,
@@ -116,7 +116,7 @@ class WorkerService:
         sender = {"federation": settings.federation, "worker": settings.worker}
         self._trainer = Trainer(
             Executor(task, sender, self._frozen, signature, codecs=codecs),
-            training or TrainingThread(),
+            enqueue or TrainingThread().put,
             residual=self._uploader.residual,
             progress=self._progress,
             done=self._done,
@@ -164,6 +164,10 @@ class WorkerService:
                 "start this worker again with the same command"
             )
         return None
+
+    async def settle(self) -> None:
+        """Wait until the broker has confirmed all answers that are there to send."""
+        await self._uploader.settle()
 
     @property
     def at_work(self) -> bool:

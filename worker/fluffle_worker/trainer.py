@@ -23,6 +23,9 @@ from fluffle_worker.job import Executor, Job, NotWanted
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results
 
+Enqueue = Callable[[Callable[[], object]], object]
+"""Queues a callable to run outside the event loop, after those before it, and returns at once."""
+
 
 class TrainingThread:
     """A thread that runs queued callables, so that heartbeats continue during a long step.
@@ -56,15 +59,15 @@ class TrainingThread:
 class Trainer:
     """Runs one job at a time.
 
-    ``progress`` is called in the event loop with the work, step, steps and loss, ``done`` with each
-    job and its outcome, and ``record`` with each of the task's faults, once. ``residual`` is called
-    in the training thread; see ``Executor``.
+    ``enqueue`` queues a job for the training thread. ``progress`` is called in the event loop with
+    the work, step, steps and loss, ``done`` with each job and its outcome, and ``record`` with each
+    of the task's faults, once. ``residual`` is called in the training thread; see ``Executor``.
     """
 
     def __init__(
         self,
         executor: Executor,
-        training: TrainingThread,
+        enqueue: Enqueue,
         *,
         residual: Callable[[], Residual],
         progress: Callable[[Work, int, int, float | None], object],
@@ -72,7 +75,7 @@ class Trainer:
         record: Record,
     ) -> None:
         self._residual, self._progress, self._done = residual, progress, done
-        self._training = training
+        self._enqueue = enqueue
         self._loop, self._pid = asyncio.get_running_loop(), os.getpid()
         self._results = Results(
             report=lambda reason: self._to_loop(record, Unfit(reason=reason)),
@@ -93,7 +96,7 @@ class Trainer:
     def begin(self, job: Job, evaluated: Callable[[], object]) -> None:
         """Queue a job; ``evaluated`` is called once its evaluation is available."""
         self._under_way += 1
-        self._training.put(functools.partial(self._work, job, evaluated))
+        self._enqueue(functools.partial(self._work, job, evaluated))
 
     def _work(self, job: Job, evaluated: Callable[[], object]) -> None:
         event = self._do(job, evaluated)

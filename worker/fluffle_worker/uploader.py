@@ -88,6 +88,11 @@ class Uploader:
         self._settled.wait(_SETTLE_S)
         return self._residual
 
+    async def settle(self) -> None:
+        """Wait until nothing is being sent."""
+        while self._sending:
+            await asyncio.wait(self._sending)
+
     async def run(self) -> None:
         """Raise the first error of an answer; stop sending when cancelled."""
         try:

@@ -139,22 +139,21 @@ def _put_digest(start: bytearray, digest: bytes) -> None:
 
 @functools.lru_cache(4)
 def _described(layout: Layout) -> tuple[list[TensorEntry], str]:
-    """Return the tensors in the order of the file, and their part of its header.
+    """Return the tensors in the order of their data, and their part of the header.
 
-    Tensors with larger elements come first, so that all tensors are aligned.
+    The data of tensors with larger elements comes first, so that all tensors are aligned. The
+    header names the tensors in their own order.
     """
     entries = sorted(
         layout.table, key=lambda entry: (-layout.places[entry.name].dtype.itemsize, entry.name)
     )
-    items, end = [], 0
-    for entry in entries:
-        start, end = end, end + entry.nbytes
-        description = {
-            "dtype": _DTYPES[entry.dtype],
-            "shape": entry.shape,
-            "data_offsets": (start, end),
-        }
-        items.append(f",{json.dumps(entry.name)}:{json.dumps(description)}")
+    ends = list(itertools.accumulate(entry.nbytes for entry in entries))
+    end_of = {entry.name: end for entry, end in zip(entries, ends, strict=True)}
+    items = []
+    for name, dtype, shape, _, nbytes, *_ in layout.table:
+        offsets = end_of[name] - nbytes, end_of[name]
+        description = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": offsets}
+        items.append(f",{json.dumps(name)}:{json.dumps(description)}")
     return entries, "".join(items)
 
 
@@ -206,7 +205,10 @@ def classes_in(metadata: Mapping[str, str]) -> tuple[str, ...]:
 
 
 def read_whole(path: Path) -> Checkpoint:
-    """Read a checkpoint, including the strategy's state.
+    """Read a checkpoint, including the strategy's state; tensors are in the order of the header.
+
+    In that order, they were saved: sums over all tensors, such as a norm, depend on it, and tasks
+    may, too.
 
     Raises:
         UsageError: if the file is missing or truncated, does not match its digest, or contains a
@@ -214,7 +216,7 @@ def read_whole(path: Path) -> Checkpoint:
     """
     with _opened(path) as file:
         _check_readable(path, {name: file.get_slice(name).get_dtype() for name in file.keys()})
-        weights = {name: file.get_tensor(name) for name in file.keys()}
+        weights = {name: file.get_tensor(name) for name in _read_header(path)[0]}
         metadata: dict[str, str] = file.metadata() or {}
         _check_digest(path)
     metadata.pop(_DIGEST_KEY, None)
@@ -234,21 +236,28 @@ def map_tensors(path: Path) -> dict[str, Array]:
         UsageError: if the file is missing or truncated, or contains a dtype that does not travel.
     """
     read_metadata(path)
+    header, start = _read_header(path)
     with open(path, "rb") as file:
-        (size,) = _HEADER_SIZE.unpack(file.read(_HEADER_SIZE.size))
-        header = json.loads(file.read(size))
         memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    header.pop("__metadata__", None)
     _check_readable(path, {name: told["dtype"] for name, told in header.items()}, _NUMPY)
     return {
         name: np.ndarray(
             told["shape"],
             _NUMPY[told["dtype"]],
             memory,
-            _HEADER_SIZE.size + size + told["data_offsets"][0],
+            start + told["data_offsets"][0],
         )
         for name, told in header.items()
     }
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int]:
+    """Return the descriptions of the tensors, in order, and where the data starts."""
+    with open(path, "rb") as file:
+        (size,) = _HEADER_SIZE.unpack(file.read(_HEADER_SIZE.size))
+        header = json.loads(file.read(size))
+    header.pop(_METADATA, None)
+    return header, _HEADER_SIZE.size + size
 
 
 def _check_readable(

@@ -58,11 +58,13 @@ def compress(
     codec: str | Codec,
     residual: Weights,
     rng: np.random.Generator | None = None,
+    warn: Callable[[str], object] = lambda _: None,
 ) -> tuple[dict[str, Array], dict[str, Array]]:
     """Encode a delta.
 
     ``delta`` comes from ``weights.delta``. ``residual`` is the second result of the previous call;
-    it is empty if there is none.
+    it is empty if there is none. ``warn`` is called with a sentence if a codec of the user's own
+    makes zeros of the whole delta.
 
     Returns:
         The tensors to send, and the residual ``delta + residual - sent`` for the next call. The
@@ -76,6 +78,7 @@ def compress(
     rng = rng or np.random.default_rng(0)
     tensors: dict[str, Array] = {}
     new_residual: dict[str, Array] = {}
+    own, lost = codec.name in OWN_NAMES, list[bool]()  # of each encoded tensor that is not zero
     for name, tensor in delta.items():
         wanted = tensor
         if codec.feeds_back and is_float(tensor.dtype) and tensor.dtype.itemsize < 4:
@@ -88,14 +91,28 @@ def compress(
         parts = parts_of(type(codec), wanted.shape)
         encoded = _encode(codec, name, wanted, parts, rng)
         tensors.update(zip(_names(name, parts), encoded, strict=True))
+        if own and not codec.feeds_back:
+            continue
+        decoded = _decode(type(codec), name, encoded, tensor)
         if codec.feeds_back:
-            new_residual[name] = wanted - _decode(type(codec), name, encoded, tensor)
-            if codec.name not in OWN_NAMES and not np.isfinite(new_residual[name]).all():
-                raise CodecError(
-                    f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values "
-                    "are finite before encoding, but NaN or infinite after decoding"
-                )
+            new_residual[name] = wanted - decoded
+        if not own:
+            _check_decoded(codec, name, decoded)
+            lost += [not decoded.any()] if wanted.any() else []
+    if lost and all(lost):
+        warn(
+            f"the codec '{codec.name}' decodes all tensors of this update as zeros, although their "
+            "values are not zero; check its encode() and decode()"
+        )
     return tensors, new_residual
+
+
+def _check_decoded(codec: Codec, name: str, decoded: Array) -> None:
+    if not np.isfinite(decoded).all():
+        raise CodecError(
+            f"the codec '{codec.name}' does not preserve tensor '{name[:60]}': its values are "
+            "finite before encoding, but NaN or infinite after decoding"
+        )
 
 
 def _is_encodable(name: str, tensor: Array, codec: Codec, delta: Weights) -> bool:

@@ -179,6 +179,8 @@ class Bindings:
         if exchange.type == "fanout":
             keys = [any_key for name, any_key in self._queues if name == exchange.name]
         elif exchange.type == "topic":
-            words = key.split(".")
-            keys += [".".join([*words[:n], "#"]) for n in range(1, len(words) + 1)]
-        return set().union(*(self._queues.get((exchange.name, each), ()) for each in keys))
+            words = key
+            while words:
+                keys.append(f"{words}.#")
+                words = words.rpartition(".")[0]
+        return {queue for each in keys for queue in self._queues.get((exchange.name, each), ())}

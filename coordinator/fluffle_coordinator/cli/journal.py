@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_common.cli.app import count
+from fluffle_common.cli.console import warn
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.journal_source import (
@@ -112,24 +113,27 @@ def journal(**options: Any) -> None:
                     show(event)
 
     run_until_signalled(run())
-    _check_found(options, list(runs), rounds, workers)
+    for absent in _not_found(options, list(runs), rounds, workers):
+        if options["since"] is None:
+            raise UsageError(absent)
+        warn(absent)  # not an error: nothing may have happened since then
 
 
-def _check_found(
+def _not_found(
     options: Mapping[str, Any], runs: Sequence[str], rounds: set[int], workers: set[str]
-) -> None:
-    """Raise ``UsageError`` if the journal lacks what the options select."""
+) -> Iterator[str]:
+    """Yield a sentence about each selection that no event in the journal matches."""
     from fluffle_common.arguments import nearest
 
     what = "the journal" if options["since"] is None else "the journal after --since"
     number, known = options["number"], {"run": runs, "worker": workers}
     if number is not None and number not in rounds:
         have = f"rounds {_spans(rounds)}" if rounds else "no round"
-        raise UsageError(f"round {number} is not in {what}, which has {have}")
+        yield f"round {number} is not in {what}, which has {have}"
     for kind, name in (("run", options["run_id"]), ("worker", options["worker"])):
         if name not in (None, *known[kind]):
             have = f"; {nearest(name, known[kind])}" if known[kind] else f", which has no {kind}"
-            raise UsageError(f"{kind} {name} is not in {what}{have}")
+            yield f"{kind} {name} is not in {what}{have}"
 
 
 @click.command()

@@ -95,9 +95,10 @@ round_options = option_group(
         "--stall-timeout",
         type=seconds(min_open=True),
         metavar="SECONDS",
-        help="Seconds without progress after which a worker's training counts as failed. This "
-        "option works only with tasks that call 'progress' while they train.  [default: no limit; "
-        "after 2 minutes without progress, the coordinator prints a warning]",
+        help="Seconds without progress after which a worker's training or evaluation counts as "
+        "failed. An evaluation, and the training of a task that does not call 'progress', must end "
+        "within this time.  [default: no limit; after 2 minutes without progress, or 10 minutes "
+        "without any step, the coordinator prints a warning]",
     ),
 )
 

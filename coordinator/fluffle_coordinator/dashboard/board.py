@@ -97,7 +97,8 @@ class Board:
     def run(self) -> dict[str, Any]:
         """Return the section ``run``: the state of the run, in figures and as a sentence."""
         current, view, words = self._current, self.view, self._phase_sentence()
-        if self._abandoned and view.phase != "ended":
+        abandoned = self._abandoned and view.phase != "ended"
+        if abandoned:
             words = f"no coordinator is connected (last known state: {words})"
         return {
             "federation": self.federation,
@@ -106,6 +107,7 @@ class Board:
             "phase": view.phase,
             "outcome": view.ended[1].name if view.ended else None,
             "words": words,
+            "abandoned": abandoned,
             "round": min(current, view.planned) if view.planned else current,
             "rounds": view.planned,
             "committed": view.committed,

@@ -5,7 +5,8 @@
 ``/events``             server-sent events: the whole board first, then the sections that change
 ``/api/board``          the board as one JSON object
 ``/healthz``            200 while the process answers
-``/readyz``             200 while the broker is connected and the run goes on, else 503, with reason
+``/readyz``             200 while the broker and a coordinator are connected, else 503, with reason;
+                        'fluffle dashboard' also answers 200 once the run has ended
 ``/metrics``            for Prometheus
 ======================  ===========================================================================
 """
@@ -179,10 +180,12 @@ def application(feed: Feed, hosts: set[str] | None) -> ASGIApp:
         return PlainTextResponse("alive\n")
 
     async def readyz(_: Request) -> Response:
+        await feed.ask_queues(_QUEUES_FOR_METRICS_S)  # which tell whether there is a coordinator
         run = feed.board.run()
         if not run["linked"]:
             return PlainTextResponse(f"not ready: {run['link']}\n", 503)
-        if run["phase"] == "ended" and run["source"] == "coordinator":
+        alone = run["abandoned"] or run["run"] is None  # as far as a page beside the run can tell
+        if run["phase"] == "ended" if run["source"] == "coordinator" else alone:
             return PlainTextResponse(f"not ready: {run['words']}\n", 503)
         return PlainTextResponse(f"ready: {run['words']}\n")
 

@@ -87,9 +87,10 @@ def _worker_due(state: State, worker: Worker) -> float:
 
 def stall_times(state: State, worker: Worker) -> Iterator[float]:
     """Yield when a worker that does not advance is reported, and when it counts as failed."""
-    rules = state.rules
-    if worker.has_steps and worker.name in state.asked and worker.name not in state.failed:
+    rules, name, after_s = state.rules, worker.name, worker.stall_s(state.rules)
+    awaited = name in state.asked and name not in state.failed and state.answer(name) is None
+    if after_s < math.inf and awaited:
         if not worker.stalled:
-            yield worker.moved_at + rules.stall_s
-        if rules.stall_timeout_s is not None and state.busy(worker.name):
+            yield worker.moved_at + after_s
+        if rules.stall_timeout_s is not None and state.busy(name):
             yield worker.moved_at + rules.stall_timeout_s

@@ -28,6 +28,9 @@ def seen(state: State, event: Seen, out: Effects) -> State:
         return _greet(state, worker.name, out)
     if misfit := unfit(state, worker):
         return refuse(state, worker, misfit, out, again=event.hello)
+    if worker.run == state.run and worker.round > state.round and not state.outdated:
+        state, number = state.replace(outdated=True), state.round - 1
+        out.append(run_events.Outdated(worker=worker.name, ahead=worker.round, round=number))
     known = state.workers.get(worker.name)
     restarted = known is None or known.session != worker.session
     if known is None or restarted:
@@ -192,13 +195,13 @@ def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> 
         return state
     still_s, name = now - worker.moved_at, worker.name
     # The sums are those of ``stall_times``: a difference may be rounded to less than the limit.
-    if not worker.stalled and now >= worker.moved_at + state.rules.stall_s:
+    if not worker.stalled and now >= worker.moved_at + worker.stall_s(state.rules):
         stalled = run_events.Stalled(
             worker=name,
             round=worker.round,
             state=worker.state,
-            step=worker.step,
-            steps=worker.steps,
+            step=worker.step if worker.has_steps else None,
+            steps=worker.steps if worker.has_steps else None,
             still_s=round(still_s, 1),
         )
         out.append(stalled)
@@ -206,6 +209,7 @@ def _check_for_stall(state: State, worker: Worker, now: float, out: Effects) -> 
     limit_s = state.rules.stall_timeout_s
     if limit_s is None or now < worker.moved_at + limit_s or not state.busy(name):
         return state
-    reason = f"no progress for {still_s:.0f} s, at step {worker.step} of {worker.steps}"
+    where = f"at step {worker.step} of {worker.steps}" if worker.has_steps else worker.state
+    reason = f"no progress for {still_s:.0f} s, {where} (--stall-timeout)"
     out.append(run_events.Failure(worker=name, round=worker.round, reason=reason))
     return state.replace_for(name, failed=state.failed.insert(name, reason))

@@ -66,8 +66,19 @@ class Worker:
 
     @property
     def has_steps(self) -> bool:
-        """Whether its current work advances in steps, so that it can stall."""
+        """Whether its current work advances in steps."""
         return self.steps > 0 and self.state in ("receiving", "training", "sending")
+
+    def stall_s(self, rules: Rules) -> float:
+        """Return how long its current work may stand still before it is reported as stalled.
+
+        A training without steps may still be loading its data. So long as a broker does not accept
+        an update that is one message, nothing has stalled.
+        """
+        if self.has_steps:
+            return rules.stall_s
+        at_work = self.state in ("training", "evaluating")
+        return rules.stall_without_steps_s if at_work else math.inf
 
 
 @dataclass(frozen=True)

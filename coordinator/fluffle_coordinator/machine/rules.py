@@ -61,6 +61,7 @@ class Rules:
     max_reopenings: int = 3
     max_round_s: float = 86400.0  # how long a round may stay open, whatever its workers' progress
     stall_s: float = 120.0  # how long a training may stand still before it is reported
+    stall_without_steps_s: float = 600.0  # the same for work that has not reported a step yet
     stall_timeout_s: float | None = None  # and before it counts as failed; None sets no limit
     # An update is rejected if its norm is more than this many times the median of the last five
     # rounds; None rejects none. While no round is known, the updates counted before it take their

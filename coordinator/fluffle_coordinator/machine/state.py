@@ -100,6 +100,7 @@ class State:
     # When they were last sent to each session of a worker, since its last hello.
     frozen_sent: Table[str, float] = field(default_factory=Table)
     base: str = ""  # the name of the weights that this round begins with
+    outdated: bool = False  # whether a worker was found to be in a later round of this run
     earlier: Mapping[int, str] = field(default_factory=dict)  # the same for recent rounds
     # The tickets of recent rounds: an update is redelivered if its acknowledgement was lost.
     counted_before: Mapping[int, frozenset[Ticket]] = field(default_factory=dict)

@@ -206,12 +206,19 @@ def read_history(folder: Path) -> list[dict[str, Any]]:
 def merged(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Merge the lines of a history as ``read_history`` does."""
     rounds: dict[int, dict[str, Any]] = {}
+    ends: list[Mapping[str, Any]] = []  # with what was late or rejected since the last commit
     for line in lines:
-        row = rounds.setdefault(line["round"], {"round": line["round"]})
         if line["event"] == "ended":
-            row.update(add_uncounted(row, line))
-        else:
-            row.update((key, value) for key, value in line.items() if key != "event")
+            ends.append(line)
+            continue
+        row = rounds.setdefault(line["round"], {"round": line["round"]})
+        row.update((key, value) for key, value in line.items() if key != "event")
+        if line["event"] == "committed":  # the round that was open when the run was stopped
+            while ends:
+                row.update(add_uncounted(row, ends.pop(0)))
+    for line in ends:
+        row = rounds.setdefault(line["round"], {"round": line["round"]})
+        row.update(add_uncounted(row, line))
     return [rounds[number] for number in sorted(rounds)]
 
 

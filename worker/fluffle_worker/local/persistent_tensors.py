@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from fluffle_common.cli.console import warn
 from fluffle_common.cli.user_code import call_task
 from fluffle_common.durable_files import make_folder
 from fluffle_common.errors import TaskError, UsageError
@@ -71,13 +72,20 @@ class PersistentTensors:
     def before(self, work: WorkId) -> Weights:
         """Return the tensors of the run's last work before this one; empty if none.
 
-        If the run went back further than the tensors do, return the oldest of them.
+        If the run went back further than the tensors do, warn, and return the oldest of them.
         """
         ours = [kept for kept in self._all() if kept.run == work[0]]
         earlier = [kept for kept in ours if kept.precedes(work)]
-        if not earlier and len(ours) == self._most:  # older ones have been there
-            earlier = ours[:1]
-        return earlier[-1].arrays if earlier else {}
+        if earlier:
+            return earlier[-1].arrays
+        if len(ours) < self._most or not ours[0].arrays:  # no older ones have been there
+            return {}
+        warn(
+            f"the run went back to round {work[1]}, and the state that this worker kept before "
+            f"that round ({self._prefix}) is no longer there; it continues with its oldest state, "
+            f"of round {ours[0].round}"
+        )
+        return ours[0].arrays
 
     def latest(self, run: str = "") -> Weights:
         """Return the tensors of the last work of ``run``, or of any run if it is empty.

@@ -68,7 +68,7 @@ def arrays_of(module: nn.Module, chosen: Filter = True) -> dict[str, Array]:
 
 
 def untrained(module: nn.Module) -> set[str]:
-    """Return the names of the parameters that need no gradient; they are always frozen."""
+    """Return the names of the parameters that need no gradient; no task sends them."""
     return {name for name, one in module.named_parameters() if not one.requires_grad}
 
 

@@ -125,16 +125,23 @@ class Failure(RoundEvent):
 
 @event(
     "stalled",
-    "round {round}: {worker} sends heartbeats, but has made no progress for {still_s:.0f} s "
-    "({state}, step {step} of {steps}); to count this as a failure, set --stall-timeout",
+    "round {round}: {worker} sends heartbeats, but has reported no progress for {still_s:.0f} s "
+    "({state}{where}); to count this as a failure, set --stall-timeout",
     "odd",
 )
 class Stalled(RoundEvent):
+    """A worker's work stands still; ``step`` and ``steps`` are None if it has reported none."""
+
     worker: Text = None
     state: Text = None
     step: Integer = None
     steps: Integer = None
     still_s: Number = None
+
+    def _derived(self) -> dict[str, str]:
+        if self.steps:
+            return {"where": f", step {self.step} of {self.steps}"}
+        return {"where": ", no step reported" if self.state == "training" else ""}
 
 
 @event(

@@ -32,6 +32,21 @@ class Resumed(RunEvent):
     round: Integer = None
 
 
+@event(
+    "outdated",
+    "{worker} has trained for round {ahead} of this run, but the run folder has only "
+    "{round:round}: it is an old copy, or has lost a checkpoint, or another coordinator has "
+    "continued a copy of it; all later rounds are trained again",
+    "bad",
+)
+class Outdated(RunEvent):
+    """A worker is in a later round of the run than the coordinator."""
+
+    worker: Text = None
+    ahead: Integer = None
+    round: Integer = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BrokerEvent(RunEvent):
     """An event about the connection to the broker; ``address`` appears in the log only."""
