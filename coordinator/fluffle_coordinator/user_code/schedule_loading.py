@@ -25,7 +25,7 @@ from fluffle_coordinator.machine.selection import (
 )
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.user_code.calls import call_guarded, check_object, failed
+from fluffle_coordinator.user_code.calls import call_guarded, check_object, failed, misfit
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
 _LATE_ROUNDS = 2  # the default --max-staleness of --late discount
@@ -99,6 +99,10 @@ def load_selection(text: str) -> Selection:
         raise UsageError(
             f"--select {text} is not a function; give a function that takes (candidates, count, "
             "draw) and returns names of workers (docs/schedules.md)"
+        )
+    if wrong := misfit(function, "candidates", "count", "draw"):
+        raise UsageError(
+            f"--select {text} must be a function that accepts (candidates, count, draw) ({wrong})"
         )
     choose = guarded_choice(place.called, cast("Choose", function))
     return Selection(place.called, choose, fixed=False)
