@@ -12,7 +12,7 @@ from fluffle_coordinator.machine.schedules.quorum import QUORUM, QuorumRounds
 from fluffle_coordinator.machine.selection import Choose, Selection, parse_selection
 from fluffle_coordinator.machine.staleness import POLYNOMIAL, Discount
 from fluffle_coordinator.machine.state import State
-from fluffle_coordinator.user_code.calls import check_object
+from fluffle_coordinator.user_code.calls import check_object, misfit
 from fluffle_coordinator.user_code.guarded_schedule import GuardedSchedule, guarded_choice
 
 _METHODS = ("discount", "needed", "cohort", "again", "idle", "closes", "wakeup")
@@ -87,6 +87,10 @@ def load_selection(text: str) -> Selection:
         raise UsageError(
             f"--select {text} is not a function; give a function that takes (candidates, count, "
             "draw) and returns names of workers (docs/schedules.md)"
+        )
+    if wrong := misfit(function, "candidates", "count", "draw"):
+        raise UsageError(
+            f"--select {text} must be a function that accepts (candidates, count, draw) ({wrong})"
         )
     choose = guarded_choice(place.called, cast("Choose", function))
     return Selection(place.called, choose, fixed=False)
