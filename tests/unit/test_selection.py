@@ -194,6 +194,13 @@ def test_a_rule_from_a_file(tmp_path):
         load_selection(f"{tmp_path}/mine.py:nothing")
 
 
+@pytest.mark.parametrize("takes", ["candidates, draw", "candidates, count, draw, more", "*, draw"])
+def test_a_function_with_other_arguments_is_refused_before_anybody_is_waited_for(tmp_path, takes):
+    (tmp_path / "mine.py").write_text(f"def rule({takes}):\n    return []\n")
+    with pytest.raises(UsageError, match=r"accepts \(candidates, count, draw\)"):
+        load_selection(f"{tmp_path}/mine.py:rule")
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [

@@ -7,6 +7,7 @@ is acknowledged before its round is on disk.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterable
@@ -81,6 +82,17 @@ def check_object(
             f"from {base.__module__}.{base.__name__}"
         )
     return found
+
+
+def misfit(function: Callable[..., object], *arguments: object) -> str:
+    """Return why a function does not accept so many arguments; empty if it may do so."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as wrong:
+        return str(wrong)
+    except ValueError:  # a function in C may have no signature
+        pass
+    return ""
 
 
 async def call_user(what: str, call: Callable[[], T], record: Callable[[Slow], object]) -> T:

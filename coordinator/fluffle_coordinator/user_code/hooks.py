@@ -6,7 +6,6 @@ hook that fails loses no round, and a run that a hook stops ends at exactly that
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import math
 from collections.abc import Callable, Mapping
@@ -22,7 +21,7 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.weights import Array, Weights, read_only
 from fluffle_common.user_errors import one_line, sendable
-from fluffle_coordinator.user_code.calls import call_user
+from fluffle_coordinator.user_code.calls import call_user, misfit
 
 T = TypeVar("T")
 
@@ -107,13 +106,10 @@ def _function(given: Any, option: str, argument: str) -> Any:
         raise UsageError(f"{option} must be a function, not {type(function).__name__}")
     if any(map(inspect.iscoroutinefunction, (function, function.__call__))):
         raise UsageError(f"{option} must be a plain function; remove its 'async'")
-    with contextlib.suppress(ValueError):  # a function in C may have no signature
-        try:
-            inspect.signature(function).bind(argument)
-        except TypeError as wrong:
-            raise UsageError(
-                f"{option} must be a function that accepts one argument, {argument} ({wrong})"
-            ) from None
+    if wrong := misfit(function, argument):
+        raise UsageError(
+            f"{option} must be a function that accepts one argument, {argument} ({wrong})"
+        )
     return function
 
 

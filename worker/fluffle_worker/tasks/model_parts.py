@@ -75,6 +75,7 @@ class ModelParts:
         # step of a small model, and leaves reference cycles that keep the arrays alive.
         labelled = nnx.merge_state(_labelled(self.form), _labelled(self._personal_form))
         self._names, self._tree = jax.tree.flatten(labelled)
+        self._personal = _names(self._personal_form)
         self.at_home: AtHome = compiled(lambda: self._split(model(nnx.Rngs(0)))[2])()
         self._first_personal = named(self.at_home.personal)
         self._init = compiled(lambda key: self._split(model(nnx.Rngs(key)))[1])
@@ -112,8 +113,8 @@ class ModelParts:
         """Return the tensors of a trained state that travel, and the personal ones, by name."""
         leaves = zip(self._names, jax.tree.leaves(learnt), strict=True)
         arrays = {name: np.asarray(leaf) for name, leaf in leaves}
-        personal = {name: arrays.pop(name) for name in _names(self._personal_form)}
-        return {name: arrays[name] for name in _names(self.form)}, personal
+        personal = {name: arrays.pop(name) for name in self._personal}
+        return arrays, personal
 
     def frozen(self) -> dict[str, Array]:
         """Return the frozen tensors, by name."""
