@@ -172,7 +172,7 @@ class TapPrinter:
         self._who_width = _WHO_WIDTH  # of the widest line so far, so that later lines align
 
     def show(self, decoded: DecodedMessage) -> None:
-        """Print and save one message; raise ``Enough`` after the last line."""
+        """Print a message, and save it or raise ``UsageError``; raise ``Enough`` after the last."""
         from fluffle_broker.inspect.tap import is_work, workers_of
 
         now = self._clock()

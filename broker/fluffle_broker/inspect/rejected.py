@@ -89,7 +89,7 @@ async def list_rejected(
 
 
 async def read_rejected(link: Link, topology: Topology, number: int) -> Rejected:
-    """Return one rejected message in full; raise ``UsageError`` if there is none of that number."""
+    """Return a rejected message in full; raise ``UsageError`` if it, or the queue, is missing."""
     messages = await list_rejected(link, topology, full=number)
     if number > len(messages):
         raise _no_such(topology, number, len(messages))

@@ -31,7 +31,7 @@ def task_error(why: BaseException, failure: str, traced: str = "") -> TaskError:
 
 
 def call_task(failure: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a task's code; raise its error as a ``TaskError`` that begins with ``failure``."""
+    """Call a task's code; an error that is not ours becomes a ``TaskError`` with ``failure``."""
     try:
         return call(*arguments)
     except (TaskError, UsageError):
