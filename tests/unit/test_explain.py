@@ -102,7 +102,7 @@ def test_a_stuck_round_names_the_missing_workers_and_the_time_left():
         (
             "failure",
             {"worker": "c", "round": 7, "reason": "out of memory"},
-            "its task failed (out of memory)",
+            "it failed (out of memory)",
         ),
         (
             "joined",

@@ -43,7 +43,7 @@ def why_missing(explanation: Explanation, worker: str) -> str:
     """Return what is known about a worker that has not answered, as a part of a sentence."""
     this = explanation.round
     if worker in this.failures:
-        return f"its task failed ({this.failures[worker]})"
+        return f"it failed ({this.failures[worker]})"
     if (departed := explanation.departed(worker)) is not None:
         return f"it {_absence(*departed)}"
     if (rejection := _rejection(explanation, worker)) is not None:
