@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_a_worker_that_joined_late_is_waited_for_too():
 
 def test_a_committed_round_names_participants_longest_wait_and_metrics():
     story = begun().counted(13, "a", 1).counted(33, "c", 2, train_s=19.0)
-    timings = {"fold_s": 0.002, "average_s": 0.001, "checkpoint_s": 0.03, "open_s": 23.0}
+    timings = {"fold_s": 0.002, "average_s": 0.001, "checkpoint_s": 0.03, "open_s": 23.97}
     story.add(34, "committed", round=7, participants=["a", "c"], num_examples=160, timings=timings)
     story.add(35, "late", worker="b", round=7, num_examples=80)
     metrics = {"accuracy": 0.9}
@@ -404,6 +405,21 @@ def test_a_round_that_took_long_to_close_says_so():
     assert sentence in story.explained(now=50)[1]
 
 
+@pytest.mark.parametrize("set_at", [12, 14, 20, 22])
+@pytest.mark.parametrize("jump_s", [10_800, -10_800])
+def test_a_clock_that_was_set_lengthens_no_committed_round(set_at, jump_s):
+    def shown(seconds: float) -> float:
+        return seconds + (jump_s if seconds >= set_at else 0)
+
+    story = begun().counted(shown(13), "a", 1).counted(shown(21), "b", 2)
+    timings = {"open_s": 11.0, "average_s": 0.5, "checkpoint_s": 0.5, "fold_s": 1.0}
+    story.add(shown(22), "committed", round=7, participants=["a", "b"], timings=timings)
+    explanation, text = story.explained(now=shown(30))
+    assert 0 < longest_wait(explanation).seconds <= 12
+    assert ", 12 s after the opening, with a, b" in text
+    assert not re.search(r"\d h\b", text)
+
+
 def test_a_finished_run_waits_for_nobody():
     story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
     story.add(15, "waiting", reason="waiting for the evaluation by a").add(
@@ -540,6 +556,7 @@ EVENTS = """started resumed connected reconnected disconnected standby joined le
 failure
 init first_weights classes opened reopened closed counted late duplicate resend rejected committed
 evaluated waiting disk finished stopped interrupted gap other""".split()
+STEPS = ["fold_s", "open_s", "average_s", "checkpoint_s"]
 _worker = st.sampled_from(["a", "b", "c"])
 _odd = (
     st.none()
@@ -564,7 +581,7 @@ _fields = st.fixed_dictionaries(
         "reason": st.text(max_size=5) | _odd,
         "loss": st.floats() | _odd,
         "metrics": st.dictionaries(st.text(max_size=3), st.floats() | _odd, max_size=2) | _odd,
-        "timings": st.dictionaries(st.sampled_from(["fold_s", "average_s"]), _odd) | _odd,
+        "timings": st.dictionaries(st.sampled_from(STEPS), st.floats() | _odd) | _odd,
     },
 )
 _times = st.floats(-100, 1e6).map(lambda s: at(s).isoformat()) | st.sampled_from(
