@@ -270,7 +270,7 @@ def test_an_outage_postpones_the_deadline():
 def test_a_deadline_that_passed_in_silence_suggests_a_missing_coordinator():
     _, text = begun().explained(now=700)
     assert "The deadline passed" in text
-    assert "the coordinator is not running, or cannot reach the broker" in text
+    assert "the coordinator is not running, is suspended, or cannot reach the broker" in text
 
 
 def test_a_connected_coordinator_is_not_said_to_be_missing_after_the_deadline():
@@ -469,6 +469,7 @@ def test_without_a_coordinator_it_names_the_command(committed):
     explanation = explain(story.events, "r", 7, at(50), coordinated=False)
     text = "\n".join(sentences(explanation))
     assert "No coordinator is connected to the broker now. A coordinator that you start" in text
+    assert "If it only waits as a standby, the earlier coordinator is suspended" in text
     assert "left until the deadline" not in text
 
 

@@ -275,7 +275,9 @@ def _no_coordinator(explanation: Explanation) -> str:
     opens = f", {_REOPENS}" if explanation.round.is_open else " and opens the next round"
     return (
         "No coordinator is connected to the broker now. A coordinator that you start with the "
-        f"same command (without --fresh) continues this run{opens}."
+        f"same command (without --fresh) continues this run{opens}. If it only waits as a standby, "
+        "the earlier coordinator is suspended, or cannot reach the broker: continue or end the "
+        "process that the standby names."
     )
 
 
@@ -292,8 +294,8 @@ def _deadline(explanation: Explanation) -> str:
     if explanation.coordinated:
         return f"{passed}; the coordinator is connected, but has not yet reported what it is doing."
     return (
-        f"{passed}, but the journal has no later event; the coordinator is not running, or cannot "
-        "reach the broker."
+        f"{passed}, but the journal has no later event; the coordinator is not running, is "
+        "suspended, or cannot reach the broker."
     )
 
 
