@@ -23,9 +23,12 @@ def needs(
     """Turn the ``ImportError`` of a missing package into one that says what to install.
 
     Raises:
-        UsageError: if a package of the extra ``fluffle[extra]`` is not installed; or the ``error``.
+        UsageError: if a package of the extra ``fluffle[extra]`` is not installed, or cannot be
+            imported, as the text then says; or the ``error``.
     """
     try:
         yield
-    except ImportError:
-        raise error(f"{packages}; run pip install 'fluffle[{extra}]'") from None
+    except ImportError as why:
+        broken = not isinstance(why, ModuleNotFoundError)
+        cause = f" ({' '.join(str(why).split())[:200]})" if broken else ""
+        raise error(f"{packages}{cause}; run pip install 'fluffle[{extra}]'") from None

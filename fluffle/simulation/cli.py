@@ -138,7 +138,8 @@ def simulate(**options: Any) -> None:
     named [simulation].
     """
     from fluffle.run_folder import committed
-    from fluffle.simulation.devices import devices, parse_availability
+    from fluffle.simulation.availability import parse_availability
+    from fluffle.simulation.devices import devices
     from fluffle.simulation.loop import SimulatedLoop
     from fluffle.simulation.simulate import RoundsView, clients_of, simulate_run, tested_every
     from fluffle_common.cli.console import Console

@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 
 from fluffle.federation import cannot_take_part
-from fluffle.simulation.devices import Availability, Device
+from fluffle.simulation.availability import Availability
+from fluffle.simulation.devices import Device
 from fluffle.turns import Turns
 from fluffle_common.errors import TaskError
 from fluffle_common.protocol.events import Traceback, Unfit

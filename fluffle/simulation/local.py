@@ -14,7 +14,8 @@ from fluffle.keywords import as_keywords, settings_from
 from fluffle.progress import Progress
 from fluffle.results import Run
 from fluffle.run_folder import RunFolder
-from fluffle.simulation.devices import Device, devices, parse_availability
+from fluffle.simulation.availability import parse_availability
+from fluffle.simulation.devices import Device, devices
 from fluffle.simulation.loop import SimulatedLoop
 from fluffle.simulation.partition import Divisible, Partition, check_whole, dealt, parse_partition
 from fluffle.simulation.simulate import clients_of, simulate_run, tested_every

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from fluffle.run_folder import committed
-from fluffle.simulation.devices import ALWAYS, Availability, Device
+from fluffle.simulation.availability import ALWAYS, Availability
+from fluffle.simulation.devices import Device
 from fluffle.simulation.fleet import Client, Fleet
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, TaskError, UsageError

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fluffle
-from fluffle.simulation.devices import ALWAYS, Availability, parse_availability
+from fluffle.simulation.availability import ALWAYS, Availability, parse_availability
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.storage.history import read_history_lines
 from tests.simulation.test_simulation import Adder

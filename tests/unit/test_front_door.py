@@ -178,7 +178,8 @@ def test_an_argument_of_another_type_is_named(tmp_path):
         ):
             fluffle.load_into(model, source)
     with pytest.raises(
-        fluffle.UsageError, match=r"bias is float64\[1\] in the model, but float32\[1\] in the"
+        fluffle.UsageError,
+        match="does not fit the model: tensor 'bias' is float32; expected float64",
     ):
         fluffle.load_into(model, {"kernel": model.kernel[...], "bias": [0.0]})
     with pytest.raises(fluffle.UsageError, match="a NoneType cannot be divided"):

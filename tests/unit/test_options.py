@@ -238,7 +238,8 @@ def test_an_invalid_url_from_the_environment_is_named_so(monkeypatch):
 def test_class_names_must_differ(text):
     with pytest.raises(UsageError, match="--classes '.*' is not valid"):
         parse_classes(text)
-    words = ["--federation", "f", "--data", "x", "--classes", text]
+    # The code of the task, which may take long to load, does not run before.
+    words = ["--federation", "f", "--data", "x", "--task", "no-such.py:task", "--classes", text]
     with pytest.raises(UsageError, match="--classes '.*' is not valid"):
         CliRunner().invoke(worker, words, catch_exceptions=False)
 

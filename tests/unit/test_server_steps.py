@@ -185,3 +185,13 @@ def test_without_optax_the_error_names_the_remedy(monkeypatch):
         match=r"optax: server steps from optax need optax and JAX; run pip install 'fluffle\[",
     ):
         named_strategy("optax:adam,learning_rate=0.1")
+
+
+def test_if_optax_is_installed_but_broken_the_error_names_the_cause(monkeypatch):
+    def broken(_):
+        raise ImportError("libx.so: cannot open\nshared object file")
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    cause = r"and JAX \(libx.so: cannot open shared object file\); run pip install 'fluffle\["
+    with pytest.raises(ValueError, match=cause):
+        named_strategy("optax:adam,learning_rate=0.1")

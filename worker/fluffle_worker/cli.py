@@ -220,14 +220,13 @@ def _task(worker: str, options: dict[str, Any]) -> Task:
     from fluffle_worker.task_loading import load_factory
 
     here = Path.cwd()
-    task = load_factory(options["task"])(
-        TaskOptions(
-            data=options["data"],
-            worker=worker,
-            seed=options["seed"],
-            classes=parse_classes(options["classes"]),
-        )
+    given = TaskOptions(
+        data=options["data"],
+        worker=worker,
+        seed=options["seed"],
+        classes=parse_classes(options["classes"]),  # checked before the task's code runs
     )
+    task = load_factory(options["task"])(given)
     if options["local_rule"]:
         with contextlib.chdir(here):  # which the code of the task may have left
             use_local_rule(task, options["local_rule"])

@@ -1,6 +1,6 @@
 """The options of ``fluffle coordinator`` for when a round opens and closes, and when a run ends.
 
-Their defaults are those of ``Rules``.
+The defaults of those for rounds are those of ``Rules``.
 """
 
 from __future__ import annotations

@@ -174,7 +174,11 @@ def explain(
     *,
     coordinated: bool | None = None,
 ) -> Explanation:
-    """Return the explanation of a round, from a journal that begins as early as possible."""
+    """Return the explanation of a round, from a journal that begins as early as possible.
+
+    Round 0 is the time before the first round. ``coordinated`` says whether a coordinator is
+    connected now; None if that is unknown.
+    """
     # Before the first round, a message that names some round must not create it.
     view, now_s = RunView(whole=number > 0), now.timestamp()
     for moment, of, event in journal:

@@ -32,11 +32,11 @@ async def read_journal(
     waiting: Waiting = lambda _why: None,
     backoff: Backoff | None = None,
 ) -> AsyncGenerator[Event]:
-    """Yield the events of a federation in order, each once.
+    """Yield the events of a federation since a time, or all that the broker keeps, each once.
 
-    After a lost link, reading continues where it stopped. A ``live`` reader continues with new
-    events until cancelled, and waits for a journal that does not exist yet; any other ends with the
-    newest existing event. ``waiting`` is called with the reason for each wait.
+    They are in order. After a lost link, reading continues where it stopped. A ``live`` reader
+    continues with new events until cancelled, and waits for a journal that does not exist yet; any
+    other ends with the newest existing event. ``waiting`` is called with the reason for each wait.
 
     Raises:
         UsageError: if the federation has no journal.
