@@ -55,9 +55,10 @@ class RunFolder:
         """
         self.store = RunStore(self._given or Path(tempfile.mkdtemp(prefix="fluffle-")))
         if not self.store.try_lock():
+            holder = self.store.holder()
             raise RunError(
-                f"another coordinator is using {self.store.shown}; choose another folder with "
-                "folder="
+                f"another coordinator{f' ({holder})' if holder else ''} is using "
+                f"{self.store.shown}; choose another folder with folder="
             )
         return self
 

@@ -151,7 +151,6 @@ class Federation:
     def coordinator(self, rounds: int = 3, **options: Any) -> Process:
         """Start a coordinator; ``options`` are settings, rules, or ``number`` for a quorum."""
         of_settings = {"classes", "init", "verify_users", "max_workers", "plan"}
-        of_settings |= {"max_held_bytes"}
         of_settings |= {"learning_rate_schedule", "strategy", "hooks", "stopping"}
         of_settings |= {"schedule", "keep_checkpoints", "keep_updates"}
         given = {name: options.pop(name) for name in of_settings & options.keys()}

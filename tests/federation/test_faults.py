@@ -208,11 +208,13 @@ def test_the_coordinators_line_cut_at_any_message_loses_nothing(federated, kind,
 
 
 @pytest.mark.parametrize("step", range(30, 600, 20))
-def test_a_line_cut_at_any_step_leaves_room_for_all_updates(federated, step):
+def test_a_line_cut_at_any_step_leaves_room_for_all_updates(federated, monkeypatch, step):
+    monkeypatch.setattr("fluffle_coordinator.service.intake._MAX_HELD_BYTES", 1)
+
     async def scenario(federation):
         for step_s, (name, value) in enumerate(VALUES.items(), 1):
             federation.worker(name, Adder(federation.loop, value, int(10 * value), step_s=step_s))
-        coordinator = federation.coordinator(rounds=2, min_workers=3, max_held_bytes=1)
+        coordinator = federation.coordinator(rounds=2, min_workers=3)
         federation.loop.at_step(step, coordinator.line.cut)
         assert (await coordinator.end(within_s=60.0)).outcome == "finished"
         assert coordinator.log.of("disconnected")

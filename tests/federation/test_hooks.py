@@ -190,6 +190,22 @@ def test_a_metric_that_is_no_number_is_named_once_and_costs_no_other(federated, 
     assert "Traceback" not in errors
 
 
+def test_a_metric_without_a_name_is_left_out_and_reported_once(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(2, hooks=Hooks(lambda _: {"": 1.0, "accuracy": 0.5}))
+        federation.workers(2)
+        await coordinator.end()
+        for row in read_history(federation.folder)[1:]:
+            found = {name: number for name, number in row.items() if name.startswith("test/")}
+            assert found == {"test/accuracy": 0.5}
+        (note,) = coordinator.log.of("note")
+        assert note["what"] == (
+            "the evaluate hook's metric '' has an empty name; this metric is left out"
+        )
+
+    federated(scenario)
+
+
 @pytest.mark.parametrize("raises", [True, False])
 def test_text_that_is_not_valid_unicode_ends_no_coordinator(federated, raises):
     name = "d\udce9j\udce0"  # as os.fsdecode returns a name that is not UTF-8

@@ -705,7 +705,9 @@ def test_a_poisson_sample_has_enough_workers_for_the_strategy():
 
 def test_a_folder_that_is_in_use_is_named(tmp_path):
     def on_round(commit):
-        with pytest.raises(fluffle.RunError, match="another coordinator is using"):
+        with pytest.raises(
+            fluffle.RunError, match=r"another coordinator \(process \d+ on .+\) is using"
+        ):
             fluffle.run([Adder()], folder=tmp_path)
 
     assert fluffle.run([Adder()], rounds=1, folder=tmp_path, on_round=on_round).reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -102,7 +103,7 @@ def test_a_stuck_round_names_the_missing_workers_and_the_time_left():
         (
             "failure",
             {"worker": "c", "round": 7, "reason": "out of memory"},
-            "its task failed (out of memory)",
+            "it failed (out of memory)",
         ),
         (
             "joined",
@@ -180,7 +181,7 @@ def test_a_worker_that_joined_late_is_waited_for_too():
 
 def test_a_committed_round_names_participants_longest_wait_and_metrics():
     story = begun().counted(13, "a", 1).counted(33, "c", 2, train_s=19.0)
-    timings = {"fold_s": 0.002, "average_s": 0.001, "checkpoint_s": 0.03, "open_s": 23.0}
+    timings = {"fold_s": 0.002, "average_s": 0.001, "checkpoint_s": 0.03, "open_s": 23.97}
     story.add(34, "committed", round=7, participants=["a", "c"], num_examples=160, timings=timings)
     story.add(35, "late", worker="b", round=7, num_examples=80)
     metrics = {"accuracy": 0.9}
@@ -269,7 +270,7 @@ def test_an_outage_postpones_the_deadline():
 def test_a_deadline_that_passed_in_silence_suggests_a_missing_coordinator():
     _, text = begun().explained(now=700)
     assert "The deadline passed" in text
-    assert "the coordinator is not running, or cannot reach the broker" in text
+    assert "the coordinator is not running, is suspended, or cannot reach the broker" in text
 
 
 def test_a_connected_coordinator_is_not_said_to_be_missing_after_the_deadline():
@@ -404,6 +405,21 @@ def test_a_round_that_took_long_to_close_says_so():
     assert sentence in story.explained(now=50)[1]
 
 
+@pytest.mark.parametrize("set_at", [12, 14, 20, 22])
+@pytest.mark.parametrize("jump_s", [10_800, -10_800])
+def test_a_clock_that_was_set_lengthens_no_committed_round(set_at, jump_s):
+    def shown(seconds: float) -> float:
+        return seconds + (jump_s if seconds >= set_at else 0)
+
+    story = begun().counted(shown(13), "a", 1).counted(shown(21), "b", 2)
+    timings = {"open_s": 11.0, "average_s": 0.5, "checkpoint_s": 0.5, "fold_s": 1.0}
+    story.add(shown(22), "committed", round=7, participants=["a", "b"], timings=timings)
+    explanation, text = story.explained(now=shown(30))
+    assert 0 < longest_wait(explanation).seconds <= 12
+    assert ", 12 s after the opening, with a, b" in text
+    assert not re.search(r"\d h\b", text)
+
+
 def test_a_finished_run_waits_for_nobody():
     story = begun().counted(13, "a", 1).add(14, "committed", round=7, participants=["a"])
     story.add(15, "waiting", reason="waiting for the evaluation by a").add(
@@ -453,6 +469,7 @@ def test_without_a_coordinator_it_names_the_command(committed):
     explanation = explain(story.events, "r", 7, at(50), coordinated=False)
     text = "\n".join(sentences(explanation))
     assert "No coordinator is connected to the broker now. A coordinator that you start" in text
+    assert "If it only waits as a standby, the earlier coordinator is suspended" in text
     assert "left until the deadline" not in text
 
 
@@ -540,6 +557,7 @@ EVENTS = """started resumed connected reconnected disconnected standby joined le
 failure
 init first_weights classes opened reopened closed counted late duplicate resend rejected committed
 evaluated waiting disk finished stopped interrupted gap other""".split()
+STEPS = ["fold_s", "open_s", "average_s", "checkpoint_s"]
 _worker = st.sampled_from(["a", "b", "c"])
 _odd = (
     st.none()
@@ -564,7 +582,7 @@ _fields = st.fixed_dictionaries(
         "reason": st.text(max_size=5) | _odd,
         "loss": st.floats() | _odd,
         "metrics": st.dictionaries(st.text(max_size=3), st.floats() | _odd, max_size=2) | _odd,
-        "timings": st.dictionaries(st.sampled_from(["fold_s", "average_s"]), _odd) | _odd,
+        "timings": st.dictionaries(st.sampled_from(STEPS), st.floats() | _odd) | _odd,
     },
 )
 _times = st.floats(-100, 1e6).map(lambda s: at(s).isoformat()) | st.sampled_from(

@@ -90,10 +90,11 @@ class Coordinator:
 
 
 @pytest.fixture
-async def coordinator() -> Coordinator:
+async def coordinator(monkeypatch) -> Coordinator:
+    monkeypatch.setattr("fluffle_coordinator.service.intake._MAX_HELD_BYTES", 1000)
     link = await MemoryBroker().open()
     await link.declare([*TOPOLOGY.shared(), *TOPOLOGY.of_worker("w")])
-    return Coordinator(link, max_held_bytes=1000)
+    return Coordinator(link)
 
 
 @pytest.mark.parametrize("asked", [None, "other"])

@@ -207,6 +207,17 @@ def test_a_metric_that_is_no_number_is_left_out_and_named_once(value):
     assert "train()" in reports[1]
 
 
+@pytest.mark.parametrize("name", ["", " ", "\n"])
+def test_a_metric_without_a_name_is_left_out_and_reported_once(name):
+    reports: list[str] = []
+    results = Results(reports.append)
+    for _ in range(3):
+        seen = Seen(Odd(metrics={name: 0.25, "accuracy": 0.5}), results=results)
+        assert seen.update.metrics == seen.evaluation.metrics == {"accuracy": 0.5}
+    what = f"returned a metric with the empty name {name!r}, which is omitted"
+    assert reports == [f"evaluate() {what}", f"train() {what}"]
+
+
 def test_a_metric_that_no_float_can_hold_is_too_large():
     assert "0000, which is too large" in Seen(Odd(metrics={"auc": 10**400})).reports[0]
 

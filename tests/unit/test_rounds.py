@@ -293,6 +293,14 @@ def test_first_weights_that_are_lost_again_are_not_asked_for_all_the_time():
     assert fx.AskInit("a") in pass_time(run, 15.0, "ab")
 
 
+def test_first_weights_that_come_too_late_are_a_failure_of_their_worker_not_of_its_task():
+    run = Run(Rules(rounds=2, deadline_s=6), has_weights=False)
+    run.connect()
+    run.seen("a", hello=True)
+    (failure,) = only(pass_time(run, 6.0, "a"), run_events.Failure)
+    assert failure.sentence() == "round 0: a failed: no first weights within 6 s (--deadline)"
+
+
 def test_first_weights_lost_on_their_way_from_an_earlier_worker_are_not_asked_for_again():
     run = Run(has_weights=False)
     run.connect()

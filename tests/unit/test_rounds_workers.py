@@ -369,6 +369,7 @@ def test_work_that_has_not_reported_a_step_fails_with_the_option(state):
     effects = work_for(run, 62, "b", state)
     (failure,) = only(effects, run_events.Failure)
     assert failure.reason == f"no progress for 60 s, {state} (--stall-timeout)"
+    assert failure.sentence() == f"round 1: b failed: {failure.reason}"  # its task did not
     assert only(effects, fx.Commit)
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import json
 import os
+import platform
 import resource
 import subprocess
 import sys
@@ -22,13 +24,15 @@ from safetensors.numpy import load_file, save_file
 
 import fluffle
 from fluffle_common.errors import RunError, UsageError
+from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors import checkpoint
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import layout_for
 from fluffle_coordinator.machine.state import Rules
-from fluffle_coordinator.observe.watchers import Watchers
+from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.run_opening import (
+    _lock,
     begin_with,
     first_state,
     open_run,
@@ -949,9 +953,36 @@ def test_a_lock_is_held_by_a_process_and_ends_with_it(store):
     ) as other:
         assert other.stdout.readline() == "True\n"
         assert not store.try_lock()
+        assert store.holder() == f"process {other.pid} on {platform.node()}"
         other.kill()  # like a crash, without unlocking
         other.wait()
         assert store.try_lock()
+    assert store.holder() == f"process {os.getpid()} on {platform.node()}"
+    release(store)
+
+
+def test_a_standby_names_the_process_that_holds_the_folder(store):
+    other, said = RunStore(store.folder), []
+    assert other.try_lock()
+
+    class Told(Watcher):
+        def record(self, event: RunEvent) -> None:
+            said.append(event.sentence())
+            if other._lock is not None:
+                other.unlock()
+
+    asyncio.run(_lock(store, Told()))
+    holder = f"process {os.getpid()} on {platform.node()}"
+    assert said[0] == (f"another coordinator ({holder}) holds {store.shown}; waiting as a standby")
+    assert said[1].endswith("taking over")
+    release(store)
+
+
+def test_a_full_disk_takes_a_lock_but_no_name(store):
+    with room(0):
+        assert store.try_lock()
+    assert not RunStore(store.folder).try_lock()
+    assert store.holder() == ""
     release(store)
 
 

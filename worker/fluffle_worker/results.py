@@ -140,6 +140,12 @@ class Results:
         valid: dict[str, float] = {}
         for given_name, value in pairs:
             name = _metric_name(given_name)
+            if not name.strip():
+                self.once(
+                    f"{method} no name",
+                    f"{method}() returned a metric with the empty name {name!r}, which is omitted",
+                )
+                continue
             key, metric = f"{method} metric {name}", f"the metric '{name}' of {method}()"
             if isinstance(value, FailedMetric):
                 self.once(key, f"{metric} failed, so it is omitted", value.why)

@@ -93,7 +93,7 @@ def _run(board: Board) -> Iterator[Metric]:
 
 
 def _counters(counters: Counters) -> Iterator[Metric]:
-    failures = "Number of times that a worker's task failed."
+    failures = "Number of times that a worker failed in a round."
     outages = "Number of times that the connection to the broker was lost."
     sizes = "Number of bytes of all counted updates, as received."
     for name, words, value in (

@@ -15,6 +15,8 @@ from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import Departure
 
+# The steps from a round's opening to its commit, as the coordinator timed them.
+_STEPS = ("open_s", "average_s", "checkpoint_s")
 _ROUND_EVENTS = (run_events.Opened, run_events.Counted, run_events.Committed)
 
 
@@ -71,6 +73,19 @@ class Explanation:
         """When the round was committed or its run ended; now, if neither."""
         ended = self.view.ended
         return self.round.committed_at or (ended[0] if ended else self.now)
+
+    @property
+    def lasted_s(self) -> float | None:
+        """The seconds from the opening to the commit; None if one of them is unknown.
+
+        As the coordinator measured them, if it did: its wall clock may have been set meanwhile.
+        """
+        this = self.round
+        if this.opened_at is None or this.committed_at is None:
+            return None
+        if this.timings.keys() >= set(_STEPS):
+            return sum(this.timings[step] for step in _STEPS)
+        return max(0.0, _seconds(this.committed_at - this.opened_at))
 
     @property
     def counted(self) -> list[tuple[float, Counted]]:
@@ -182,10 +197,11 @@ def longest_wait(explanation: Explanation) -> Wait | None:
         return None
     names = ["", *(update.worker or "" for _, update in counted)]
     last_at = counted[-1][0] if counted else this.opened_at
-    since_last_s = max(0.0, _seconds(explanation.end - last_at))
-    if this.committed_at is None:
-        return Wait(since_last_s, "", names[-1])
-    to_last_s = _seconds(last_at - this.opened_at)
+    lasted_s, to_last_s = explanation.lasted_s, _seconds(last_at - this.opened_at)
+    if lasted_s is None:
+        return Wait(max(0.0, _seconds(explanation.end - last_at)), "", names[-1])
+    to_last_s = min(to_last_s, this.timings.get("open_s", lasted_s))  # nothing counts after that
+    since_last_s = _seconds(lasted_s - to_last_s)
     if not counted or since_last_s > to_last_s:
         return Wait(since_last_s, "commit", names[-1])
     return Wait(to_last_s, names[-1], names[-2])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,7 +44,7 @@ def why_missing(explanation: Explanation, worker: str) -> str:
     """Return what is known about a worker that has not answered, as a part of a sentence."""
     this = explanation.round
     if worker in this.failures:
-        return f"its task failed ({this.failures[worker]})"
+        return f"it failed ({this.failures[worker]})"
     if (departed := explanation.departed(worker)) is not None:
         return f"it {_absence(*departed)}"
     if (rejection := _rejection(explanation, worker)) is not None:
@@ -183,11 +184,13 @@ def _answers(explanation: Explanation) -> Iterator[str]:
     this = explanation.round
     if not this.answers:
         yield f"No update of round {this.number} has been counted."
+    longest_s = math.inf if explanation.lasted_s is None else explanation.lasted_s
     for at, update in this.answers.values():
         after = ""
-        if this.opened_at is not None and at >= this.opened_at:
-            after = f", {duration(at - this.opened_at)} after the opening"
-        elif this.opened_at is not None and this.openings > 1:
+        after_s = 0.0 if this.opened_at is None else at - this.opened_at
+        if this.opened_at is not None and 0 <= after_s <= longest_s:
+            after = f", {duration(after_s)} after the opening"
+        elif after_s < 0 and this.openings > 1:
             after = ", before the round was opened again"
         words = [
             plural(update.num_examples, "example") if update.num_examples is not None else "",
@@ -272,7 +275,9 @@ def _no_coordinator(explanation: Explanation) -> str:
     opens = f", {_REOPENS}" if explanation.round.is_open else " and opens the next round"
     return (
         "No coordinator is connected to the broker now. A coordinator that you start with the "
-        f"same command (without --fresh) continues this run{opens}."
+        f"same command (without --fresh) continues this run{opens}. If it only waits as a standby, "
+        "the earlier coordinator is suspended, or cannot reach the broker: continue or end the "
+        "process that the standby names."
     )
 
 
@@ -289,8 +294,8 @@ def _deadline(explanation: Explanation) -> str:
     if explanation.coordinated:
         return f"{passed}; the coordinator is connected, but has not yet reported what it is doing."
     return (
-        f"{passed}, but the journal has no later event; the coordinator is not running, or cannot "
-        "reach the broker."
+        f"{passed}, but the journal has no later event; the coordinator is not running, is "
+        "suspended, or cannot reach the broker."
     )
 
 
@@ -299,9 +304,8 @@ def _closing(explanation: Explanation) -> Iterator[str]:
     if this.committed_at is None:
         return
     after = ""
-    if this.opened_at is not None:
-        seconds = this.committed_at - this.opened_at
-        after = f", {duration(max(0.0, seconds))} after the opening"
+    if (lasted_s := explanation.lasted_s) is not None:
+        after = f", {duration(lasted_s)} after the opening"
     examples = "" if this.num_examples is None else f", {plural(this.num_examples, 'example')}"
     at, names = clock(this.committed_at), _names(this.participants)
     yield f"Round {this.number} was committed at {at}{after}, with {names}{examples}."
@@ -336,8 +340,8 @@ def _longest(explanation: Explanation) -> Iterator[str]:
         *before, (at, last) = explanation.counted
         trained = "" if last.train_s is None else f"trained for {duration(last.train_s)} and "
         after = ""
-        if wait.after:
-            after = f", {duration(at - before[-1][0])} after {wait.after}"
+        if wait.after and (since_s := at - before[-1][0]) <= wait.seconds:
+            after = f", {duration(since_s)} after {wait.after}"
         yield (
             f"The longest wait was for {wait.until}: it {trained}answered {lasted} after the "
             f"opening{after}."

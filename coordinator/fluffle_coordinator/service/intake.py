@@ -31,6 +31,7 @@ from fluffle_coordinator.service.hello_limiter import HelloLimiter
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.settings import CoordinatorSettings
 
+_MAX_HELD_BYTES = 2**30  # of updates in memory that wait to be folded; see ``held_updates``
 # How often the coordinator sends itself an echo, which proves that it would hear a worker.
 _ECHO_EVERY_S = 1.0
 # The machine's clock stops after a silence of a few heartbeats (``machine.clock``). If they were
@@ -66,7 +67,7 @@ class Intake:
         self._aggregator, self._outbox = aggregator, outbox
         self._state, self._post, self._record = state, post, record
         self._held: dict[rs.Handle, Held] = {}
-        self._room, self._hellos = Room(settings.max_held_bytes), HelloLimiter()
+        self._room, self._hellos = Room(_MAX_HELD_BYTES), HelloLimiter()
         self._session = uuid.uuid4().hex[:12]
         self._caught_up = asyncio.Event()
 

@@ -89,7 +89,7 @@ async def _lock(store: RunStore, watcher: Watcher) -> None:
     standby = Standby(str(store.shown), watcher)
     try:
         while not store.try_lock():
-            standby.waits()
+            standby.waits(store.holder())
             await real_sleep(_STANDBY_POLL_S)
     except asyncio.CancelledError:
         watcher.record(run_events.Interrupted(folder=str(store.shown)))

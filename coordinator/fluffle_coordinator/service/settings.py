@@ -40,7 +40,6 @@ class CoordinatorSettings:
     # the rest once a round is on disk, so a round that needs more updates never reaches its quorum.
     # AMQP allows no more than 65,535.
     max_workers: int = 65_000
-    max_held_bytes: int = 2**30  # of updates in memory that wait to be folded; see ``held_updates``
     verify_users: bool = False  # reject messages whose broker user differs from the worker's id
     keep_checkpoints: int | None = None  # the newest rounds' checkpoints that stay; None: all
     keep_updates: bool = False  # store every counted update as it arrived

@@ -19,12 +19,12 @@ class Standby:
         self._what, self._watcher = what, watcher
         self._reported_at: float | None = None
 
-    def waits(self) -> None:
-        """Note another attempt that failed because of the other coordinator."""
+    def waits(self, holder: str = "") -> None:
+        """Note another attempt that failed because of the other coordinator, if known by name."""
         now = monotonic()
         if self._reported_at is None or now - self._reported_at >= _REPORT_EVERY_S:
             self._reported_at = now
-            self._watcher.record(run_events.Standby(what=self._what))
+            self._watcher.record(run_events.Standby(what=self._what, holder=holder or None))
 
     def takes_over(self) -> None:
         """Note that no other coordinator is in the way; report it if one was before."""

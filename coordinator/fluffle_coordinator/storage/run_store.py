@@ -12,7 +12,7 @@
         updates/round-0001/       with --keep-updates: a round's updates (see ``update_archive``)
         journal.jsonl             of a simulation: its journal (see ``observe.journal_file``)
         sampling.secret           if a strategy needs secret samples (see ``sampling_secret``)
-        lock                      held by the coordinator that writes here
+        lock                      held by the coordinator that writes here, and names it
 
 Files are written under a temporary name and then renamed, so each is complete. (After a power
 failure, a checkpoint may be incomplete, but then no history line names it.) A round is committed
@@ -25,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import platform
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ class RunStore:
     def __init__(self, folder: Path) -> None:
         self.folder, self.shown = folder.absolute(), folder
         self.history = History(self.folder)
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
         try:
             make_folder(folder)
         except OSError as error:
@@ -126,7 +127,7 @@ class RunStore:
         """Lock the folder; return False if another coordinator holds the lock."""
         if self._lock is not None:
             return True
-        lock = (self.folder / "lock").open("w")
+        lock = (self.folder / "lock").open("ab+", buffering=0)  # not "w": keep another's name
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as why:
@@ -135,7 +136,17 @@ class RunStore:
                 return False
             raise  # the file system has no locks
         self._lock = lock
+        with contextlib.suppress(OSError):  # a full disk takes the lock, but not the name
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
         return True
+
+    def holder(self) -> str:
+        """Return which process last locked the folder; empty if it left no name."""
+        try:
+            return (self.folder / "lock").read_bytes()[:200].decode(errors="replace")
+        except OSError:
+            return ""
 
     def unlock(self) -> None:
         """Release the lock, as the end of the process does too."""

@@ -193,6 +193,9 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
     metrics, faults = {}, {}
     for given, value in returned.items():
         name = sendable(str(given))
+        if not name.strip():
+            faults[name, ""] = "has an empty name; this metric is left out"
+            continue
         try:
             metrics[name] = number = real(value)
             if not math.isfinite(number):

@@ -115,9 +115,9 @@ class Rejected(RunEvent):
         return {"of": f" of {self.worker}" if self.worker and self.cause != "sender" else ""}
 
 
-@event("failure", "round {round}: the task of {worker} failed: {reason}", "bad")
+@event("failure", "round {round}: {worker} failed: {reason}", "bad")
 class Failure(RoundEvent):
-    """A worker's task failed; in round 0, it was making the first weights."""
+    """A worker's task failed, or the coordinator gave up on it; in round 0, on first weights."""
 
     worker: Text = None
     reason: Text = None

@@ -86,9 +86,13 @@ class NoBroker(BrokerEvent):
         return {"remedy": f" ({start if local else ''}correct --url)"}
 
 
-@event("standby", "another coordinator holds {what}; waiting as a standby", "odd")
+@event("standby", "another coordinator{by} holds {what}; waiting as a standby", "odd")
 class Standby(RunEvent):
     what: Text = None
+    holder: Text = None
+
+    def _derived(self) -> dict[str, str]:
+        return {"by": f" ({self.holder})" if self.holder else ""}
 
     def gist(self) -> object:
         """Return what the coordinator waits for."""

@@ -40,6 +40,7 @@ def kinds_of(messages: Any) -> tuple[str, ...]:
     return tuple(message.model_fields["kind"].default for message in get_args(messages))
 
 
+_KINDS = frozenset(kinds_of(Message))
 _adapter: TypeAdapter[Message] = TypeAdapter(Annotated[Message, Field(discriminator="kind")])
 
 
@@ -53,6 +54,8 @@ def parse(header: Any) -> Message:
     kind = header.get("kind") if isinstance(header, dict) else None
     if not isinstance(kind, str):  # pydantic would print the whole value
         raise MalformedMessage(f"kind: expected a string, not {type(kind).__name__}")
+    if kind not in _KINDS:  # pydantic would list all the others
+        raise MalformedMessage(f"kind: unknown kind {kind[:40]!r}")
     try:
         message = _adapter.validate_python(header)
     except ValidationError as error:
