@@ -35,9 +35,8 @@ def last_intact(
         OSError: if a checkpoint is there but cannot be opened, which says nothing about damage.
     """
     why = ""
-    for number in sorted({last, *checkpoint_files(folder)}, reverse=True):
-        if number > last:
-            continue
+    there = {number for number in checkpoint_files(folder) if number < last}
+    for number in sorted({last, *there}, reverse=True):
         path = folder / checkpoint_name(number)
         with contextlib.suppress(FileNotFoundError), path.open("rb"):
             pass
