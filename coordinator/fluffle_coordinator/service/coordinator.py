@@ -313,6 +313,7 @@ class Coordinator:
         def no_broker(reason: str) -> None:
             self._record(run_events.NoBroker(reason=reason))
 
+        await self._aggregator.drained()  # the strategy has loaded its state
         opened = reconnecting(self._transport, self._settings.backoff, no_broker)
         number = 0
         async with contextlib.aclosing(opened):
