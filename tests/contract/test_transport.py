@@ -1541,6 +1541,19 @@ async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch
 
 
 @pytest.mark.rabbit
+async def test_closing_a_stalled_link_does_not_wait_for_what_has_not_left(real):
+    link = await real.open()
+    queue = await real.queue(link)
+    real.proxy(link).hold()
+    body = bytes(2**25)  # more than all buffers on the way hold
+    publishing = asyncio.ensure_future(link.publish(body, Properties(), exchange="", keys=[queue]))
+    await asyncio.sleep(0)
+    await soon(link.close())
+    with pytest.raises(LinkLost):
+        await soon(publishing)
+
+
+@pytest.mark.rabbit
 async def test_a_quorum_queue_that_is_full_keeps_the_link(real):
     """Regression: a worker whose inbox refused everything ended the link again and again."""
     link = await real.open()
