@@ -195,6 +195,8 @@ def test_a_notebook_is_to_be_exported(here):
     )
     with pytest.raises(UsageError, match="--evaluate cannot load the notebook nb.ipynb"):
         load_object("nb.ipynb:score", "--evaluate")
+    with pytest.raises(UsageError, match="^--evaluate expects path.py:name, not 'score'$"):
+        load_object("score", "--evaluate")
 
 
 @pytest.mark.parametrize(

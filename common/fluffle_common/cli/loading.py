@@ -164,10 +164,9 @@ def load_object(name: str, option: str) -> Any:
         UsageError: if the file does not exist or has no such attribute.
         TaskError: if the file fails to load.
     """
-    place = Place.parse(option.removeprefix("--"), name)
-    if not place.is_file:
+    if not name.rpartition(":")[0].endswith((".py", ".ipynb")):
         raise UsageError(f"{option} expects path.py:name, not '{name}'")
-    return place.load()
+    return Place.parse(option.removeprefix("--"), name).load()
 
 
 def load_codec(name: str, option: str) -> str:
