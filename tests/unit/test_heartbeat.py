@@ -81,6 +81,7 @@ async def test_it_names_no_weights_where_it_was_asked_for_the_first():
     [
         ({"classes": ("c" * 90,) * 1000}, "'classes' is .*90000 bytes"),
         ({"classes": ("a", "c" * 101)}, r"'classes.1' is .*at most 100 characters"),
+        ({"classes": ("a", "")}, r"'classes.1' is .*at least 1 character"),
         ({"num_examples": 10**13}, "'num_examples' is .*less than or equal to 1000000000000"),
         ({"num_examples": 10**5000}, "'num_examples' is .*"),
     ],

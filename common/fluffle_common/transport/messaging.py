@@ -44,6 +44,9 @@ _KEPT_WITHOUT_ROOM_BYTES = 2**10
 _HEADERS_BYTES, _REASON_BYTES = 1024, 1500
 _HEADER_OVERHEAD_BYTES = 16  # the most that the encoding of a header adds to its text
 
+# The limit of AMQP for a message_id. A run may have a name of 64 characters of up to 4 bytes.
+_IDENTITY_BYTES = 255
+
 # The header that holds the original size of a rejected message that was cut.
 CUT = "cut_from_bytes"
 
@@ -151,7 +154,8 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
     headers = {**describe(message), "bytes": len(body)}
     if len(route.keys) > MAX_LISTED_KEYS:
         headers["recipients"] = len(route.keys)
-    properties = Properties(message.kind, message.identity, headers, route.durable)
+    identity = message.identity.encode()[:_IDENTITY_BYTES].decode(errors="ignore")
+    properties = Properties(message.kind, identity, headers, route.durable)
     await link.publish(
         body, properties, exchange=route.exchange, keys=route.keys, urgent=route.urgent
     )

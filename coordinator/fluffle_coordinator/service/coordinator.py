@@ -139,11 +139,11 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         self._next_tick = loop.call_later(0.0, self._tick)
-        tasks = [
+        _, *others = tasks = [
             asyncio.create_task(work(), name=work.__name__)
             for work in (
-                self._end,
                 self._links,
+                self._end,
                 self._aggregator.run,
                 self._committer.run,
                 self._outbox.run,
@@ -155,6 +155,9 @@ class Coordinator:
                 task.result()  # only _end returns; any other task that is done has failed
         except asyncio.CancelledError:
             if self.state.outcome is None:
+                self._advancing = True  # for good: nothing is done while the journal is published
+                for task in others:
+                    task.cancel()
                 self._record(run_events.Interrupted(folder=str(self._folder)))
             raise
         except TaskError as wrong:
