@@ -724,7 +724,7 @@ class Lazy(nn.Module):
         ({"frozen": lambda name: "body" in name}, "frozen= selects no tensor; change the filter"),
         ({"optimizer": None}, "optimizer= is None; expected an optimizer's class, such as torch"),
         ({"loss": None}, "loss= is None; expected a function of the outputs and targets"),
-        ({"learning_rate": "0.1"}, "learning_rate= is invalid: the value is '0.1', but a number"),
+        ({"learning_rate": "0.1"}, "learning_rate= is '0.1'; expected a number"),
         ({"train_data": numbers()[0]}, "train_data is of type ndarray; expected a pair"),
         ({"model": Lazy}, "tensor 'linear.weight' of the model has no shape .* call the module"),
     ],
