@@ -52,7 +52,7 @@ class RunFolder:
         """Create the folder, if it does not exist, and lock it.
 
         Raises:
-            RunError: if it cannot be created, or another coordinator uses it.
+            RunError: if it cannot be created or locked, or another coordinator uses it.
         """
         self.store = RunStore(self._given or Path(tempfile.mkdtemp(prefix="fluffle-")))
         with usable(self.store.shown):

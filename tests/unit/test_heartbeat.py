@@ -190,3 +190,21 @@ async def test_a_hello_that_no_queue_is_bound_for_is_said_again(monkeypatch):
     assert decode((await anext(spoken)).body)[0].kind == "hello"
     speaking.cancel()
     await link.close()
+
+
+async def test_a_request_to_speak_up_that_overtakes_the_confirmation_of_the_hello_is_kept():
+    presence, beaten = presence_of(Nothing(), heartbeat_s=60.0), asyncio.Event()
+
+    class Late(Slow):
+        """A link that confirms the hello after the coordinator's answer has arrived."""
+
+        async def publish(self, body: bytes, properties: Properties, **_: Any) -> None:
+            if properties.type == "hello":
+                presence.speak_up()
+            else:
+                beaten.set()
+
+    speaking = asyncio.ensure_future(presence.signs_of_life(Late()))
+    async with asyncio.timeout(20):
+        await beaten.wait()
+    speaking.cancel()

@@ -1013,6 +1013,24 @@ def test_a_lock_is_held_by_a_process_and_ends_with_it(store):
     release(store)
 
 
+def test_a_child_that_was_forked_does_not_keep_the_lock(store):
+    assert store.try_lock()
+    ends, go_on = os.pipe()
+    child = os.fork()  # as a data loader of PyTorch does, whose processes outlive a run
+    if not child:
+        os.close(go_on)
+        os.read(ends, 1)
+        os._exit(0)
+    os.close(ends)
+    store.unlock()
+    other = RunStore(store.folder)
+    locked = other.try_lock()
+    os.close(go_on)
+    os.waitpid(child, 0)
+    assert locked
+    other.unlock()
+
+
 def test_a_standby_names_the_process_that_holds_the_folder(store):
     other, said = RunStore(store.folder), []
     assert other.try_lock()

@@ -170,7 +170,10 @@ class Link(Protocol):
         """
 
     async def exists(self, exchange: str) -> bool:
-        """Return whether an exchange of this name exists; this needs no permission on it."""
+        """Return whether an exchange of this name exists.
+
+        Since RabbitMQ 4.2.6, this needs a permission on it.
+        """
 
     async def bind(self, bindings: Iterable[Binding]) -> bool:
         """Bind existing queues to existing exchanges; a binding that exists is left as it is.

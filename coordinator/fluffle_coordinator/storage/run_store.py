@@ -157,6 +157,7 @@ class RunStore:
     def unlock(self) -> None:
         """Release the lock, as the end of the process does too."""
         if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that was forked has the file open, too
             self._lock.close()
             self._lock = None
 

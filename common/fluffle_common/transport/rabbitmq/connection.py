@@ -236,6 +236,10 @@ class Connection(aio_pika.Connection):
     def __del__(self) -> None:
         """Do nothing: links close their connections, and aio_pika's version needs a loop."""
 
+    def abort(self) -> None:
+        """Close the socket at once, and drop the bytes that have not left."""
+        self._sockets.socket.abort()
+
     def buffered_bytes(self) -> int:
         """Return how many bytes this process has not yet passed to the operating system."""
         return self._sockets.socket.get_write_buffer_size()
@@ -266,10 +270,17 @@ class Connection(aio_pika.Connection):
 
 
 async def close(connection: Connection) -> None:
-    """Close a connection within a short timeout; this never raises."""
-    with contextlib.suppress(LinkLost), map_exceptions():
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+    """Close a connection within a short timeout; this never raises.
+
+    aiormq waits until all bytes have left. Over a stalled line, or if the broker is blocked, that
+    may take forever, however often aiormq is cancelled.
+    """
+    aborting = asyncio.get_running_loop().call_later(_CLOSE_TIMEOUT_S, connection.abort)
+    try:
+        with contextlib.suppress(LinkLost), map_exceptions():
             await connection.close()
+    finally:
+        aborting.cancel()
 
 
 def queued_bytes(descriptor: int) -> int | None:
