@@ -271,7 +271,8 @@ def labels_of(whole: object) -> Array:
     """
     if not hasattr(whole, "labels"):
         raise UsageError(
-            f"a {type(whole).__name__} cannot be divided among clients, because it has no labels"
+            f"a {type(whole).__name__} cannot be divided among clients, because it has no "
+            "attribute 'labels'; add this attribute, with one label for each training example"
         )
     return _single(np.asarray(whole.labels))
 

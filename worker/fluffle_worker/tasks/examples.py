@@ -109,7 +109,7 @@ class Streamed:
     ) -> None:
         if not num_examples:
             raise TaskError(
-                "train_data is a function, so the number of its examples is unknown; also give "
+                "train_data is a function, so its number of examples is unknown; also give "
                 "num_examples="
             )
         self.num_examples = num_examples
