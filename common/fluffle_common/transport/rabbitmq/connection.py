@@ -196,7 +196,10 @@ class SocketFactory(TransportFactory):
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open the socket; raise ``OSError`` if nothing answers."""
         provider = options.pop("ssl_context_provider", None)
-        context = await provider.get_context() if url.scheme == "amqps" else None
+        context = None
+        if url.scheme == "amqps":
+            context = await provider.get_context()
+            options["ssl_shutdown_timeout"] = _CLOSE_TIMEOUT_S  # of a broker that does not answer
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
         self.splitter = FrameSplitter(reader.feed_data, on_blocked=self.blocking.set)
         protocol = _Protocol(reader, self.splitter)
