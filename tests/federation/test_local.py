@@ -348,6 +348,17 @@ async def test_the_callers_event_loop_keeps_running():
     assert (await running).weights["w"].tolist() == [1.0, 1.0]
 
 
+async def test_the_callers_event_loop_keeps_running_while_the_tasks_are_made():
+    loop, go_on = asyncio.get_running_loop(), threading.Event()
+
+    def task():
+        loop.call_soon_threadsafe(go_on.set)
+        assert go_on.wait(20)
+        return Adder()
+
+    assert (await fluffle.arun([task], rounds=1)).weights["w"].tolist() == [1.0, 1.0]
+
+
 async def test_cancelling_stops_the_run_and_the_same_call_resumes_it(tmp_path):
     third = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -711,6 +722,13 @@ def test_a_folder_that_is_in_use_is_named(tmp_path):
             fluffle.run([Adder()], folder=tmp_path)
 
     assert fluffle.run([Adder()], rounds=1, folder=tmp_path, on_round=on_round).reason
+
+
+def test_a_folder_that_cannot_be_locked_is_an_error_in_one_line(tmp_path):
+    (tmp_path / "lock").mkdir()
+    message = r"^cannot use the run folder .*lock: Is a directory\); .* folder=[^\n]*$"
+    with pytest.raises(fluffle.RunError, match=message):
+        fluffle.run([Adder()], rounds=1, folder=tmp_path)
 
 
 def test_progress_is_shown_on_request(capsys):

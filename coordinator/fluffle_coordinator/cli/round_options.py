@@ -96,9 +96,10 @@ round_options = option_group(
         type=seconds(min_open=True),
         metavar="SECONDS",
         help="Seconds without progress after which a worker's training or evaluation counts as "
-        "failed. An evaluation, and the training of a task that does not call 'progress', must end "
-        "within this time.  [default: no limit; after 2 minutes without progress, or 10 minutes "
-        "without any step, the coordinator prints a warning]",
+        "failed. An evaluation, the first step of a training, which may include compilation, and "
+        "the training of a task that does not call 'progress' must end within this time.  "
+        "[default: no limit; after 2 minutes without progress, or 10 minutes without any step, the "
+        "coordinator prints a warning]",
     ),
 )
 
