@@ -213,7 +213,7 @@ class SocketFactory(TransportFactory):
 class Connection(aio_pika.Connection):
     """An aio_pika connection on which message traffic can bypass aiormq.
 
-    ``connect(timeout)`` opens it; ``name`` is its name on RabbitMQ's management page.
+    ``connect()`` opens it; ``name`` is its name on RabbitMQ's management page.
     """
 
     PARAMETERS = (
