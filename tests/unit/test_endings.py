@@ -199,8 +199,8 @@ async def test_a_checkpoint_that_cannot_be_opened_is_an_error_about_this_file(st
     begin(store, {"w": np.zeros(2, np.float32)})
     checkpoint = store.folder / checkpoint_name(0)
     checkpoint.unlink()
-    checkpoint.mkdir()
-    wrong = f"{checkpoint}: Is a directory.*; make this file readable and writable, and run"
+    checkpoint.symlink_to(checkpoint)
+    wrong = f"{checkpoint}: Too many levels.*; make this file readable and writable, and run"
     with pytest.raises(RunError, match=wrong):
         settings = CoordinatorSettings("f", Rules(rounds=1))
         await main.coordinate(settings, None, None, store, Recorder(), journaled=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,6 @@ from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.job import Executor, Job
 from fluffle_worker.machine import Work
 from fluffle_worker.task import EvalResult, TrainResult
-from fluffle_worker.trainer import Trainer
 
 COUNT = 2000
 SMALL = {"w": np.full(COUNT, 0.25, np.float32)}
@@ -135,27 +133,3 @@ def test_another_run_begins_with_nothing_left_over():
     residual = Residual(Work("fit", "earlier", 1), SMALL)
     assert residual.before(Work("fit", "r", 2)) == {}
     assert residual.before(Work("fit", "earlier", 2)) is SMALL
-
-
-async def test_steps_that_are_faster_than_the_event_loop_do_not_pile_up():
-    class Quick(Steps):
-        def train(self, weights, plan, progress):
-            for step in range(1, 1001):
-                progress(step, 1000, None)
-            return super().train(weights, plan, progress)
-
-    shown, over = [], asyncio.Event()
-    task = Quick()
-    trainer = Trainer(
-        Executor(task, {"federation": "f", "worker": "w"}, FrozenTensors(task)),
-        lambda work: work(),  # at once: the loop shows nothing meanwhile
-        residual=Residual,
-        progress=lambda *step: shown.append(step),
-        done=lambda *_: over.set(),
-        record=lambda _: None,
-    )
-    fit = Fit(federation="f", run="r", round=1, base="b", evaluate=False, plan=Plan())
-    job = Job(fit, {"w": np.zeros(COUNT, np.float32)})
-    trainer.begin(job, lambda: None)
-    await over.wait()
-    assert shown == [(job.work, 1000, 1000, None)]

@@ -84,8 +84,6 @@ class Trainer:
         self._executor = replace(executor, results=self._results)
         self._under_way = 0
         self._cut_short = False
-        self._step: tuple[Any, ...] = ()  # the newest: its work, step, steps and loss
-        self._step_due = False  # whether the event loop is about to show it
 
     @property
     def at_work(self) -> bool:
@@ -111,7 +109,7 @@ class Trainer:
             self._executor.execute(
                 job,
                 evaluated=functools.partial(self._to_loop, evaluated),
-                progress=functools.partial(self._stepped, job.work),
+                progress=functools.partial(self._to_loop, self._progress, job.work),
                 residual=self._residual,
             )
         except NotWanted:
@@ -126,20 +124,6 @@ class Trainer:
         self._under_way -= 1
         self._cut_short = isinstance(event, machine.Abandoned)
         self._done(job, event)
-
-    def _stepped(self, *step: Any) -> None:
-        """Show a step soon; if steps come faster than the event loop shows them, only the newest.
-
-        Otherwise, heartbeats would wait behind thousands of steps.
-        """
-        self._step = step
-        if not self._step_due:
-            self._step_due = True
-            self._to_loop(self._show_step)
-
-    def _show_step(self) -> None:
-        self._step_due = False  # first: a step that comes now must be shown, too
-        self._progress(*self._step)
 
     def _to_loop(self, function: Callable[..., object], *args: Any) -> None:
         """Call a function in the event loop.
