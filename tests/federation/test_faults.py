@@ -222,7 +222,7 @@ def test_the_coordinators_line_cut_at_any_message_loses_nothing(federated, kind,
     federated(scenario)
 
 
-@pytest.mark.parametrize("step", range(50, 600, 20))
+@pytest.mark.parametrize("step", range(30, 600, 20))
 def test_a_line_cut_at_any_step_leaves_room_for_all_updates(federated, monkeypatch, step):
     monkeypatch.setattr("fluffle_coordinator.service.intake._MAX_HELD_BYTES", 1)
 
