@@ -1013,21 +1013,15 @@ def test_a_lock_is_held_by_a_process_and_ends_with_it(store):
     release(store)
 
 
-def test_a_child_that_was_forked_does_not_keep_the_lock(store):
+def test_a_child_process_that_has_the_lock_open_does_not_keep_it(store):
     assert store.try_lock()
-    ends, go_on = os.pipe()
-    child = os.fork()  # as a data loader of PyTorch does, whose processes outlive a run
-    if not child:
-        os.close(go_on)
-        os.read(ends, 1)
-        os._exit(0)
-    os.close(ends)
-    store.unlock()
     other = RunStore(store.folder)
-    locked = other.try_lock()
-    os.close(go_on)
-    os.waitpid(child, 0)
-    assert locked
+    # As a fork does it, of a data loader of PyTorch, say, whose processes outlive a run.
+    inherits = {"pass_fds": (store._lock.fileno(),), "stdin": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", "input()"], **inherits) as child:
+        store.unlock()
+        assert other.try_lock()
+        child.kill()
     other.unlock()
 
 

@@ -209,7 +209,8 @@ class Link(Protocol):
     ) -> AsyncGenerator[Delivery]:
         """Start consuming; the iterator yields deliveries and raises ``LinkLost`` at the end.
 
-        Closing the iterator ends consumption; unacknowledged messages return to the queue.
+        Closing the iterator ends consumption; unacknowledged messages return to the queue. Before
+        the first delivery is requested, only the end of the link does.
 
         Raises:
             QueueInUse: if ``exclusive`` is set and the queue has another consumer, or if another

@@ -1,6 +1,6 @@
 """Publishing messages, in one piece or in parts, and rejecting invalid ones.
 
-``parts`` fetches what is sent in parts here.
+``fetch_parts`` fetches what is sent in parts here.
 """
 
 from __future__ import annotations

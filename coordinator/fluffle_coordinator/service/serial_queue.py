@@ -34,6 +34,8 @@ class SerialQueue:
 
     async def drained(self) -> None:
         """Wait until all jobs are done that are here now; others may come all the time."""
+        if self.idle:
+            return
         done = asyncio.Event()
 
         async def last() -> None:

@@ -196,7 +196,10 @@ class SocketFactory(TransportFactory):
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open the socket; raise ``OSError`` if nothing answers."""
         provider = options.pop("ssl_context_provider", None)
-        context = await provider.get_context() if url.scheme == "amqps" else None
+        context = None
+        if url.scheme == "amqps":
+            context = await provider.get_context()
+            options["ssl_shutdown_timeout"] = _CLOSE_TIMEOUT_S  # of a broker that does not answer
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
         self.splitter = FrameSplitter(reader.feed_data, on_blocked=self.blocking.set)
         protocol = _Protocol(reader, self.splitter)
@@ -210,7 +213,7 @@ class SocketFactory(TransportFactory):
 class Connection(aio_pika.Connection):
     """An aio_pika connection on which message traffic can bypass aiormq.
 
-    ``connect(timeout)`` opens it; ``name`` is its name on RabbitMQ's management page.
+    ``connect()`` opens it; ``name`` is its name on RabbitMQ's management page.
     """
 
     PARAMETERS = (
