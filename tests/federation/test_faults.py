@@ -10,7 +10,7 @@ import random
 import pytest
 
 from fluffle_common.protocol.topology import Topology
-from fluffle_common.transport.base import UnknownQueueType
+from fluffle_common.transport.base import Properties, UnknownQueueType
 from fluffle_common.transport.memory import MemoryLink
 from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.storage import update_archive as archive
@@ -65,8 +65,12 @@ def test_a_stopped_coordinator_does_nothing_while_its_journal_is_published(feder
         await coordinator.log.until("joined")
         coordinator.line.hold(outgoing=True)
         start(federation, "b")
-        begun = federation.loop.time()
-        await coordinator.stop()
+        link, begun = await federation.broker.open(), federation.loop.time()
+        stopping = asyncio.ensure_future(coordinator.stop())
+        await asyncio.sleep(0.5)
+        keys = [federation.topology.presence]
+        await link.publish(b"?", Properties(), exchange="", keys=keys)
+        await stopping
         assert federation.loop.time() - begun == pytest.approx(2.0)
         assert coordinator.log.lines[-1][1] == "interrupted"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import fcntl
 from pathlib import Path
@@ -60,24 +61,40 @@ def test_a_watcher_that_raises_is_reported_once_and_others_continue(capsys):
     assert len(errors.splitlines()) == 1
 
 
-def test_bars_whose_text_names_every_worker_are_not_drawn_after_every_event(monkeypatch):
+async def test_bars_whose_text_names_every_worker_are_not_drawn_after_every_event(monkeypatch):
     class Terminal:
         draws = True
 
-        def bar(self, label: str, *_: object) -> None:
-            drawn.append(label)
+        def bar(self, label: str, done: int, total: int, *_: object) -> None:
+            if label == "rounds":
+                drawn.append(total)
 
-    drawn, now = list[str](), [100.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
-    view, state = View(Terminal()), State(Rules(1), "r", 1, QUORUM)
+    monkeypatch.setattr("fluffle_coordinator.observe.watchers._DRAW_EVERY_S", 60.0)
+    drawn, view, state = list[int](), View(Terminal()), State(Rules(1), "r", 1, QUORUM)
     for _ in range(1000):
         view.show(state, 0.0)
-    assert drawn == ["rounds", "updates"]
-    now[0] += 1.0
-    view.show(state, 0.0)
-    assert len(drawn) == 4
-    view.show(state.replace(phase=Phase.ENDED), 0.0)  # the last state is shown in any case
-    assert len(drawn) == 6
+    assert drawn == [1]
+    view.show(state.replace(phase=Phase.ENDED), 0.0)
+    assert drawn == [1, 1]
+
+
+async def test_the_last_of_many_states_is_drawn_although_no_event_follows(monkeypatch):
+    drawn = asyncio.Queue[int]()
+
+    class Terminal:
+        draws = True
+
+        def bar(self, label: str, done: int, total: int, *_: object) -> None:
+            if label == "rounds":
+                drawn.put_nowait(total)
+
+    monkeypatch.setattr("fluffle_coordinator.observe.watchers._DRAW_EVERY_S", 0.01)
+    view = View(Terminal())
+    for rounds in range(1, 1000):
+        view.show(State(Rules(rounds), "r", 1, QUORUM), 0.0)
+    async with asyncio.timeout(60):
+        while await drawn.get() != 999:
+            pass
 
 
 # --- the command that continues ------------------------------------------------------------------

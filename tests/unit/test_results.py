@@ -314,6 +314,7 @@ def test_losses_of_steps_that_are_no_numbers_are_named_once():
         ({"count": 10**400}, "00000...00000"),
         ({"count": 10**5000}, "num_examples an unprintable int; expected the number"),
         ({"step": (1,)}, "progress() missing 1 required positional argument: 'steps'"),
+        ({"step": (1, 2, 0.5, 4)}, "progress() takes from 2 to 3 positional arguments but 4 were"),
         ({"new": {"k" * 300: Unarrayable()}}, f"tensor '{'k' * 60}' as a Unarrayable"),
         ({"trained": None}, "train() returned None; expected TrainResult"),
         ({"trained": ({}, 5)}, "train() returned ({}, 5); expected"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import platform
@@ -24,7 +23,6 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fluffle
-from fluffle.run_folder import RunFolder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
@@ -762,15 +760,6 @@ def test_a_lock_that_is_no_regular_file_is_named(three, make):
     make(three.folder / "lock")
     with pytest.raises(RunError, match="lock is not a regular file"):
         three.try_lock()
-
-
-def test_a_lock_that_the_system_refuses_is_an_error_of_one_line_from_python(three, monkeypatch):
-    def refuse(*_: Any) -> None:
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
-
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(RunError, match=r"cannot use the run folder .* \(No locks available\); ch"):
-        RunFolder(three.folder).__enter__()
 
 
 def test_a_history_that_cannot_be_opened_is_reported_in_one_line(three):

@@ -138,10 +138,10 @@ class Executor:
         if job.evaluation is not None:
             evaluated()
 
-        steps = _Steps(job, self.results, progress)
+        report, finish = _thinned(job, self.results, progress)
         codec, plan = _codec_of(message.plan, self.codecs), _plan_of(message, job.work)
-        update, change = self._train(job, message, plan, steps.progress, ids)
-        steps.finish()
+        update, change = self._train(job, message, plan, report, ids)
+        finish()
         if codec is None:
             job.answer = update, change
         else:
@@ -216,35 +216,34 @@ class Executor:
         return (update.model_copy(update={"encoding": codec.name}), tensors), left_out
 
 
-class _Steps:
-    """Passes on the steps of a training: the first, the last, and few of those between them.
+def _thinned(
+    job: Job, results: Results, show: Callable[[int, int, float | None], object]
+) -> tuple[Progress, Callable[[], None]]:
+    """Return ``progress`` for a training, and what passes on its latest step at the end.
 
-    A task may report 100,000 steps per second, and to pass one on takes as long as a hundred calls.
+    It passes on the first step, and few of those after it: a task may report 100,000 steps per
+    second, and to pass one on takes as long as a hundred calls.
     """
+    next_at = 0.0
+    skipped: tuple[Any, Any, Any] | None = None
 
-    def __init__(
-        self, job: Job, results: Results, show: Callable[[int, int, float | None], object]
-    ) -> None:
-        self._job, self._results, self._show = job, results, show
-        self._next_at = 0.0
-        self._skipped: tuple[Any, Any, Any] | None = None
-
-    def progress(self, step: int, steps: int, loss: float | None = None) -> None:
-        """Note a step; raise ``NotWanted`` if the work is obsolete."""
-        if not self._job.wanted:
+    def progress(step: int, steps: int, loss: float | None = None) -> None:
+        nonlocal next_at, skipped
+        if not job.wanted:
             raise NotWanted
-        self._skipped = step, steps, loss
-        if (now := time.monotonic()) >= self._next_at:
-            self._next_at = now + _SHOW_EVERY_S
-            self.finish()
+        skipped = step, steps, loss
+        if (now := time.monotonic()) >= next_at:
+            next_at = now + _SHOW_EVERY_S
+            finish()
+
+    def finish() -> None:
+        nonlocal skipped
+        if skipped is not None:
+            show(*results.step(*skipped))
+            skipped = None
 
     progress.__qualname__ = "progress"  # as the task's author knows it, for Python's TypeError
-
-    def finish(self) -> None:
-        """Pass on the latest step, unless it has been already."""
-        if self._skipped is not None:
-            self._show(*self._results.step(*self._skipped))
-            self._skipped = None
+    return progress, finish
 
 
 def _rule_of(task: Task) -> BoundRule | None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 
 from fluffle_common.cli.console import Console, warn
+from fluffle_common.clock import time_is_simulated
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import Phase, State
 from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
@@ -60,18 +62,28 @@ class View(Watcher):
 
     def __init__(self, console: Console) -> None:
         self._console, self._due_at = console, 0.0
+        self._drawing: asyncio.TimerHandle | None = None
 
     def record(self, event: RunEvent) -> None:
         """Write an event as a line."""
         self._console.event(event)
 
     def show(self, state: State, now: float) -> None:
-        """Draw the bars."""
+        """Draw the bars, now or soon; a state that another one replaces earlier is skipped."""
+        if not self._console.draws:
+            return
+        if self._drawing is not None:
+            self._drawing.cancel()
         # Called after every event, and the sentences name every worker. In real time, since
         # simulated time may pass without end between two events.
-        is_due = time.monotonic() >= self._due_at or state.phase is Phase.ENDED
-        if not self._console.draws or not is_due:
-            return
+        left_s = self._due_at - time.monotonic()
+        if left_s <= 0 or state.phase is Phase.ENDED:
+            self._draw(state, now)
+        elif not time_is_simulated():
+            loop = asyncio.get_running_loop()
+            self._drawing = loop.call_later(left_s, self._draw, state, now)
+
+    def _draw(self, state: State, now: float) -> None:
         self._due_at = time.monotonic() + _DRAW_EVERY_S
         done = min(state.committed, state.rules.rounds)
         self._console.bar("rounds", done, state.rules.rounds)

@@ -155,15 +155,16 @@ class Coordinator:
                 task.result()  # only _end returns; any other task that is done has failed
         except asyncio.CancelledError:
             if self.state.outcome is None:
-                self._advancing = True  # for good: nothing is done while the journal is published
-                for task in others:
-                    task.cancel()
                 self._record(run_events.Interrupted(folder=str(self._folder)))
             raise
         except TaskError as wrong:
             self._record(run_events.Note(what=str(wrong)))  # so that the journal shows it too
             raise
         finally:
+            # For good: nothing is done or reported while the journal is published.
+            self._advancing, self._watcher = True, Watcher()
+            for task in others:
+                task.cancel()
             try:
                 if self._journal is not None:
                     await self._journal.drained(_JOURNAL_DRAIN_S)
