@@ -211,15 +211,14 @@ async def look_while(
     names = ["updates", "presence", "rejected", "unrouted", "journal"]
     names += [f"{kind}.w{number}" for kind in ("inbox", "outbox") for number in range(WORKERS)]
 
-    async def at(name: str) -> None:
-        while program.alive():
-            async with open_once(AmqpTransport(url, "test")) as link:
-                try:
-                    peeked = await peek(link, topology, name, 3)
-                    assert len(peeked.messages) <= 3
-                except UsageError as refused:
-                    assert re.search("being read|does not exist|cannot peek", str(refused))
-                looked[name] += 1
+    async def look_at(name: str) -> None:
+        async with open_once(AmqpTransport(url, "test")) as link:
+            try:
+                peeked = await peek(link, topology, name, 3)
+                assert len(peeked.messages) <= 3
+            except UsageError as refused:
+                assert re.search("being read|does not exist|cannot peek", str(refused))
+            looked[name] += 1
 
     def conduct() -> None:
         for peeks, then_committed in ((PEEKS // 2, ROUNDS // 2), (PEEKS, 0)):
@@ -229,7 +228,10 @@ async def look_while(
             hold.unlink()
             federation.wait_committed(then_committed)
 
-    await asyncio.gather(asyncio.to_thread(conduct), *(at(name) for name in names))
+    conducting = asyncio.create_task(asyncio.to_thread(conduct))
+    while program.alive():
+        await asyncio.gather(*map(look_at, names))
+    await conducting
     return looked
 
 
