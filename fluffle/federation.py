@@ -24,12 +24,13 @@ from fluffle_coordinator.machine.state import State
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.app import coordinate
 from fluffle_coordinator.service.settings import CoordinatorSettings
-from fluffle_coordinator.storage.run_store import RunStore
+from fluffle_coordinator.storage.run_store import RunStore, this_process
 from fluffle_worker.job import NotWanted
 from fluffle_worker.service import WorkerService
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import UNKNOWN, signature_of_task
-from fluffle_worker.task import Task, check_task
+from fluffle_worker.task import Task
+from fluffle_worker.task_loading import check_task
 from fluffle_worker.trainer import TrainingThread
 
 T = TypeVar("T")
@@ -183,10 +184,11 @@ class Federation(Watcher):
             TaskError: if a task fails.
             RefusedError: if the coordinator refuses a worker, or another worker has its name.
         """
+        name = self._settings.federation
         coordinator = asyncio.ensure_future(
             coordinate(
                 self._settings,
-                self._transport("coordinator"),
+                self._transport(f"coordinator of {name}, {this_process()}"),
                 self._topology,
                 self._store,
                 self._watcher,
@@ -240,7 +242,7 @@ class Federation(Watcher):
                 state_dir=self._store.folder / "workers" / task.name,
             ),
             task,
-            transport=self._transport(f"worker {task.name}"),
+            transport=self._transport(f"worker {task.name} of {settings.federation}"),
             topology=self._topology,
             record=lambda event: _on_worker_event(task, failure, event),
             bar=lambda *_: None,
@@ -272,7 +274,7 @@ class Federation(Watcher):
         from fluffle_common.transport.rabbitmq.transport import AmqpTransport
 
         url = str(self._url)
-        return AmqpTransport(lambda: url, f"fluffle {who} of {self._settings.federation}")
+        return AmqpTransport(lambda: url, f"fluffle {who}")
 
 
 def _on_worker_event(task: LocalTask, failure: asyncio.Future[None], event: RunEvent) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 from collections.abc import Callable, Coroutine, Mapping
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeAlias, TypeVar
 
 from fluffle.background import Background, short_traceback
 from fluffle.federation import Federation, LocalTask, Tasks, by_name, make_task
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+RunCoroutine: TypeAlias = Callable[[Coroutine[Any, Any, State]], State]
 
 _CALLER = "fluffle.run"
 
@@ -95,7 +97,7 @@ def run(
         BrokerError: if the broker stays unreachable for 10 minutes.
     """
     arguments = locals()  # all of the above, by name
-    return _start(**arguments.pop("options"), **arguments).wait()
+    return Background(_prepared(**arguments.pop("options"), **arguments)).wait()
 
 
 def _with_parameters_of(other: Callable[P, Run]) -> Callable[[Callable[..., T]], Callable[P, T]]:
@@ -115,14 +117,16 @@ async def arun(*arguments: Any, **keywords: Any) -> Run:
     Cancelling this coroutine ends the run as Ctrl-C does.
     """
     try:
-        return await _start(*arguments, **keywords).result()
+        # In a thread, because making the tasks may take long; if that is cancelled, no run starts.
+        body = await asyncio.to_thread(_prepared, *arguments, **keywords)
+        return await Background(body).result()
     except FluffleError as why:
         why.__traceback__ = None  # as in short_traceback
         raise why
 
 
 @as_keywords()
-def _start(
+def _prepared(
     tasks: Tasks = (),
     *,
     strategy: Any = None,
@@ -134,8 +138,8 @@ def _start(
     progress: bool | None = None,
     parallel: bool | None = None,
     **keywords: Any,
-) -> Background[Run]:
-    """Check the arguments of ``run``, and start the run."""
+) -> Callable[[RunCoroutine], Run]:
+    """Check the arguments of ``run``, and return what runs it in the background."""
     # First, what is named by a path: the code of a task may change the current folder.
     run_folder, named = RunFolder(folder), by_name(tasks, "worker")
     if not named and url is None:
@@ -156,7 +160,7 @@ def _start(
     one_by_one = rules.quorum == Quorum() if parallel is None else not parallel
 
     @as_keywords()
-    def body(run_coroutine: Callable[[Coroutine[Any, Any, State]], State]) -> Run:
+    def body(run_coroutine: RunCoroutine) -> Run:
         with run_folder, Progress(progress, rules.rounds) as shown:
             federation = Federation(
                 settings,
@@ -174,4 +178,4 @@ def _start(
                 federation.end()
             return run_folder.result(state)
 
-    return Background(body)
+    return body

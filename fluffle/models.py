@@ -82,10 +82,7 @@ def load_into(
     weights: Weights
     frozen: Weights = {}
     if isinstance(source, Mapping):
-        weights = {  # tensors of PyTorch and lists become NumPy arrays
-            n: one if isinstance(getattr(one, "dtype", None), np.dtype) else np.asarray(one)
-            for n, one in source.items()
-        }
+        weights = {name: _as_array(one) for name, one in source.items()}
     elif isinstance(source, str | os.PathLike):
         weights, metadata = read_checkpoint(Path(source))
         frozen = read_frozen(Path(source).parent, metadata.get(IN_METADATA, "")).tensors
@@ -149,6 +146,16 @@ def save_model(
             "tensor left to save; correct the filters"
         )
     save_checkpoint(path, model, {IN_METADATA: kept.digest} if kept.digest else {})
+
+
+def _as_array(value: Any) -> Array:
+    """Return a tensor of any framework, or a list, as a NumPy array."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(value, torch.Tensor):
+        from fluffle_worker.tasks.torch_tensors import as_array
+
+        return as_array(value)
+    return np.asarray(value)
 
 
 def _framework_of(module: Any) -> Any:

@@ -14,6 +14,7 @@ from fluffle.results import Run, folder_path
 from fluffle_common.cli.console import warn
 from fluffle_common.errors import RunError, UsageError
 from fluffle_coordinator.machine.state import State
+from fluffle_coordinator.service.run_opening import usable
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_store import RunStore
 
@@ -51,10 +52,12 @@ class RunFolder:
         """Create the folder, if it does not exist, and lock it.
 
         Raises:
-            RunError: if it cannot be created, or another coordinator uses it.
+            RunError: if it cannot be created or locked, or another coordinator uses it.
         """
         self.store = RunStore(self._given or Path(tempfile.mkdtemp(prefix="fluffle-")))
-        if not self.store.try_lock():
+        with usable(self.store.shown):
+            locked = self.store.try_lock()
+        if not locked:
             holder = self.store.holder()
             raise RunError(
                 f"another coordinator{f' ({holder})' if holder else ''} is using "

@@ -55,6 +55,17 @@ def replacing(path: Path, *, named_first: bool = False) -> Iterator[IO[bytes]]:
     sync_folder(os.path.dirname(final))  # makes the new name durable
 
 
+def open_regular(path: str, flags: int) -> int:
+    """Open a regular file; an ``opener`` for ``open``.
+
+    Raises:
+        OSError: if it cannot be opened, or is something else, such as a pipe, which blocks.
+    """
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise OSError(errno.EINVAL, "not a regular file", path)
+    return os.open(path, flags, 0o666)
+
+
 def sync_folder(folder: str | Path) -> None:
     """Wait until a folder's entries are on disk."""
     descriptor = os.open(folder or ".", os.O_RDONLY)

@@ -186,7 +186,7 @@ class Worker {
     const { tensors: table, payload } = pack(this.task.firstWeights(seed));
     report({ state: 'sending' });
     const header = { run, worker: this.options.id, tensors: table };
-    await this.deliver('first_weights', header, payload, `first_weights/${run}`, signal);
+    await this.deliver('first_weights', header, payload, signal);
   }
 
   async evaluate(header, payload, report, signal) {
@@ -194,7 +194,7 @@ class Worker {
     const result = this.task.evaluate(tensors(header.tensors, payload));
     const { run, round, base } = header;
     const evaluation = { run, round, base, worker: this.options.id, metrics: {}, ...result };
-    await this.deliver('evaluation', evaluation, undefined, `evaluation/${run}/${round}`, signal);
+    await this.deliver('evaluation', evaluation, undefined, signal);
   }
 
   async fit(header, payload, report, signal) {
@@ -230,25 +230,26 @@ class Worker {
     }
     const { header: update, payload: bytes } = this.answered;
     report({ state: 'sending', step: 0, steps: 0 });
-    await this.deliver('update', update, bytes, `update/${update.run}/${update.round}`, signal, report);
+    await this.deliver('update', update, bytes, signal, report);
     this.log('sent', update.round);
   }
 
   fail({ run, round = 0 }, reason, signal = AbortSignal.timeout(60_000)) {
     const { id: worker } = this.options;
     const header = { worker, session: this.session, run, round, reason: reason.slice(0, 2000) };
-    const name = `failure/${run}/${round}`;
-    return this.deliver('failure', header, undefined, name, signal).catch(() => {});
+    return this.deliver('failure', header, undefined, signal).catch(() => {});
   }
 
   /** Send a message until it is confirmed, over as many links as that takes. */
-  async deliver(kind, header, payload, messageId, signal, report = () => {}) {
+  async deliver(kind, header, payload, signal, report = () => {}) {
+    const { run, round, worker, sequence } = header;
+    const name = [kind, run, round, worker, sequence === round ? undefined : sequence]
+      .filter((each) => each !== undefined).join('/');
     for (let wait = 0.2; ; wait = Math.min(2 * wait, 10)) {
       while (!this.link) await sleep(100, undefined, { signal });
       signal.throwIfAborted();
       try {
         const onProgress = (step, steps) => report({ step, steps });
-        const name = `${messageId}/${this.options.id}`;
         return await this.link.send(kind, header, payload, name, onProgress);
       } catch (why) {
         this.log(`sending ${kind} again:`, why.message);

@@ -71,7 +71,9 @@ class Dirichlet(Partition):
         for rows in _by_value(labels):
             of_label = rng.permutation(rows)
             shares = rng.dirichlet(np.full(clients, self.alpha))
-            ends = np.round(np.cumsum(shares) * len(of_label)).astype(int)[:-1]
+            # Rounded at random: with few examples of a label, the nearest integers would give
+            # them to the same clients for each label.
+            ends = np.floor(np.cumsum(shares) * len(of_label) + rng.random()).astype(int)[:-1]
             for client, part in zip(held, np.split(of_label, ends), strict=True):
                 client.extend(part.tolist())
         return _without_empty(held)
@@ -182,8 +184,8 @@ def _check_enough(examples: int, needed: int, by: str | None = None) -> None:
 
 def _by_value(labels: Array) -> Parts:
     """Return the indices of the examples of each value, in ascending order; NaN is one value."""
-    values, numbers = np.unique(labels, return_inverse=True)
-    return [np.flatnonzero(numbers == number) for number in range(len(values))]
+    _, numbers = np.unique(labels, return_inverse=True)
+    return np.split(np.argsort(numbers, kind="stable"), np.cumsum(np.bincount(numbers))[:-1])
 
 
 def _without_empty(held: list[list[int]]) -> Parts:
@@ -269,7 +271,8 @@ def labels_of(whole: object) -> Array:
     """
     if not hasattr(whole, "labels"):
         raise UsageError(
-            f"a {type(whole).__name__} cannot be divided among clients, because it has no labels"
+            f"a {type(whole).__name__} cannot be divided among clients, because it has no "
+            "attribute 'labels'; add this attribute, with one label for each training example"
         )
     return _single(np.asarray(whole.labels))
 

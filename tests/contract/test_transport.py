@@ -1461,6 +1461,28 @@ async def test_a_cancelled_request_does_not_affect_later_ones(bench, turns):
     assert await soon(link.counts("missing")) is None
 
 
+@pytest.mark.parametrize("turns", [1, 2, 3, 5, 8, 13, 21])
+async def test_a_cancelled_request_keeps_the_link(bench, turns):
+    link, names = await bench.open(), bench.names
+    await link.declare(names.shared())
+    binding = Binding(names.updates, names.results, "update.#")
+    for request in (
+        lambda: link.declare(names.of_worker("w")),
+        lambda: link.unbind(binding),
+        lambda: link.declare([binding]),
+        lambda: link.purge(names.updates),
+        lambda: link.tap(names.tap(uuid.uuid4().hex), []),
+    ):
+        requesting = asyncio.ensure_future(request())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        requesting.cancel()
+        await asyncio.gather(requesting, return_exceptions=True)
+    await soon(link.declare(names.of_worker("w")))
+    await put(link, names.inbox("w"), b"x")
+    assert await soon(link.purge(names.inbox("w"))) == 1
+
+
 @pytest.mark.rabbit
 async def test_a_queue_that_another_connection_has_for_itself_counts_as_missing(real):
     link = await real.open()
@@ -1538,6 +1560,19 @@ async def test_a_message_that_is_never_confirmed_ends_the_link(real, monkeypatch
         await soon(link.publish(b"x", Properties(), exchange="", keys=[queue]))
     await soon(link.lost())
     real.cut(link)
+
+
+@pytest.mark.rabbit
+async def test_closing_a_stalled_link_does_not_wait_for_what_has_not_left(real):
+    link = await real.open()
+    queue = await real.queue(link)
+    real.proxy(link).hold()
+    body = bytes(2**25)  # more than all buffers on the way hold
+    publishing = asyncio.ensure_future(link.publish(body, Properties(), exchange="", keys=[queue]))
+    await asyncio.sleep(0)
+    await soon(link.close())
+    with pytest.raises(LinkLost):
+        await soon(publishing)
 
 
 @pytest.mark.rabbit

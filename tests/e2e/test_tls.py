@@ -242,3 +242,18 @@ async def test_a_server_that_closes_silently_is_retried():
     with pytest.raises(LinkLost):
         await opened(f"amqp://127.0.0.1:{port}/")
     server.close()
+
+
+async def test_a_broker_that_falls_silent_over_tls_does_not_delay_a_cancellation(certificates):
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(*certificates.signed("silent", "IP:127.0.0.1"))
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"amqps://127.0.0.1:{listening.getsockname()[1]}/?cafile={certificates.ca}"
+        opening = asyncio.ensure_future(AmqpTransport(url, "test").open())
+        accepting = asyncio.to_thread(lambda: context.wrap_socket(listening.accept()[0], True))
+        with await asyncio.wait_for(accepting, PATIENCE_S) as secure:
+            await asyncio.to_thread(secure.recv, 1)  # it has sent its AMQP header
+            opening.cancel()
+            _, late = await asyncio.wait([opening], timeout=PATIENCE_S / 3)  # asyncio waits 30 s
+            assert not late
+            assert opening.cancelled()

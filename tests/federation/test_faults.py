@@ -58,6 +58,21 @@ def test_a_stopped_coordinator_says_so_and_leaves_no_timer(federated):
     federated(scenario)
 
 
+def test_a_stopped_coordinator_does_nothing_while_its_journal_is_published(federated):
+    async def scenario(federation):
+        start(federation, "a")
+        coordinator = federation.coordinator(min_workers=2)
+        await coordinator.log.until("joined")
+        coordinator.line.hold(outgoing=True)
+        start(federation, "b")
+        begun = federation.loop.time()
+        await coordinator.stop()
+        assert federation.loop.time() - begun == pytest.approx(2.0)
+        assert coordinator.log.lines[-1][1] == "interrupted"
+
+    federated(scenario)
+
+
 @pytest.mark.usefixtures("in_parts")
 def test_first_weights_are_asked_for_again_if_their_parts_are_lost(federated):
     async def scenario(federation):

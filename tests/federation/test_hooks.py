@@ -180,9 +180,9 @@ def test_a_metric_that_is_no_number_is_named_once_and_costs_no_other(federated, 
             found = {name: number for name, number in row.items() if name.startswith("test/")}
             assert found == {"test/accuracy": 0.5, "test/rate": 0.25}
         (note,) = coordinator.log.of("note")
-        assert note["what"].startswith("the evaluate hook's metric 'odd' is ")
-        wrong = "which is too large" if isinstance(value, int) else "but a number is expected"
-        assert note["what"].endswith(f", {wrong}; this metric is left out")
+        assert note["what"].startswith("the evaluate hook's metric 'odd' is left out: it is ")
+        wrong = ", which is too large" if isinstance(value, int) else "; expected a number"
+        assert note["what"].endswith(wrong)
 
     federated(scenario)
     errors = capsys.readouterr().err
@@ -199,9 +199,7 @@ def test_a_metric_without_a_name_is_left_out_and_reported_once(federated):
             found = {name: number for name, number in row.items() if name.startswith("test/")}
             assert found == {"test/accuracy": 0.5}
         (note,) = coordinator.log.of("note")
-        assert note["what"] == (
-            "the evaluate hook's metric '' has an empty name; this metric is left out"
-        )
+        assert note["what"] == ("the evaluate hook's metric '' is left out: its name is empty")
 
     federated(scenario)
 

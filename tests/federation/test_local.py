@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import errno
+import fcntl
 import gc
 import json
 import os
@@ -346,6 +347,35 @@ async def test_the_callers_event_loop_keeps_running():
     await inside.wait()  # which needs this loop, while the run waits for us
     go_on.set()
     assert (await running).weights["w"].tolist() == [1.0, 1.0]
+
+
+async def test_the_callers_event_loop_keeps_running_while_the_tasks_are_made():
+    loop, go_on = asyncio.get_running_loop(), threading.Event()
+
+    def task():
+        loop.call_soon_threadsafe(go_on.set)
+        assert go_on.wait(20)
+        return Adder()
+
+    assert (await fluffle.arun([task], rounds=1)).weights["w"].tolist() == [1.0, 1.0]
+
+
+async def test_a_run_that_is_cancelled_while_its_tasks_are_made_does_not_begin(tmp_path):
+    loop, making, go_on = asyncio.get_running_loop(), asyncio.Event(), threading.Event()
+
+    def task():
+        loop.call_soon_threadsafe(making.set)
+        assert go_on.wait(20)
+        return Adder()
+
+    running = asyncio.create_task(fluffle.arun([task], rounds=1, folder=tmp_path / "run"))
+    await making.wait()
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    go_on.set()
+    await loop.shutdown_default_executor()  # until the task is made
+    assert not (tmp_path / "run").exists()
 
 
 async def test_cancelling_stops_the_run_and_the_same_call_resumes_it(tmp_path):
@@ -711,6 +741,16 @@ def test_a_folder_that_is_in_use_is_named(tmp_path):
             fluffle.run([Adder()], folder=tmp_path)
 
     assert fluffle.run([Adder()], rounds=1, folder=tmp_path, on_round=on_round).reason
+
+
+def test_a_folder_that_cannot_be_locked_is_an_error_in_one_line(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    message = r"^cannot use the run folder .*\(No locks available\); .* folder=[^\n]*$"
+    with pytest.raises(fluffle.RunError, match=message):
+        fluffle.run([Adder()], rounds=1, folder=tmp_path)
 
 
 def test_progress_is_shown_on_request(capsys):

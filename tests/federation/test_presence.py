@@ -7,8 +7,10 @@ import asyncio
 import pytest
 
 from fluffle_common.protocol.events import Resumed, from_fields
+from fluffle_common.protocol.messages import Stop
 from fluffle_common.transport.base import Properties
 from fluffle_common.transport.memory import MemoryLink
+from fluffle_common.transport.messaging import Route, send
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.service import outbox, topology_watch
 from tests.federation.harness import NAME, Adder
@@ -49,6 +51,33 @@ def test_a_worker_says_once_that_the_broker_still_holds_its_earlier_connection(f
         await deliveries.aclose()
         earlier.cut()
         await worker.log.until("connected", 2)
+
+    federated(scenario)
+
+
+def test_a_link_lost_before_the_inbox_is_read_leaves_nothing_there_for_an_earlier_process(
+    federated, monkeypatch
+):
+    counts, lost = MemoryLink.counts, []
+
+    async def lost_once(link, queue):
+        if not lost:
+            lost.append(link)
+            link.cut()
+        return await counts(link, queue)
+
+    async def scenario(federation):
+        topology = federation.topology
+        link = await federation.broker.open()
+        await link.declare([*topology.shared(), *topology.of_worker("a")])
+        stop = Stop(federation=NAME, run="earlier", round=9, outcome="finished", reason="earlier")
+        await send(link, stop, Route("", [topology.inbox("a")]))
+        await link.close()
+        monkeypatch.setattr(MemoryLink, "counts", lost_once)
+        worker = federation.worker("a")
+        await worker.log.until("disconnected")
+        federation.coordinator(rounds=1, min_workers=1)
+        assert await worker.end() == "1 round is done"
 
     federated(scenario)
 

@@ -16,6 +16,7 @@ from fluffle_common.errors import TaskError, UsageError
 from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
+from fluffle_coordinator.observe.journal_writer import Journal
 from fluffle_coordinator.storage.replay import replay
 from fluffle_coordinator.user_code.schedule_loading import load_schedule
 from tests.federation.harness import Adder
@@ -434,5 +435,56 @@ def test_each_coordinator_of_an_asynchronous_run_has_tickets_of_its_own(federate
             sequences.append(coordinator.service.state.sequence)
             await coordinator.kill()
         assert sequences == [10_000, 20_000, 30_000]
+
+    federated(scenario)
+
+
+def test_after_an_error_of_a_schedule_no_other_update_changes_the_run(federated, monkeypatch):
+    """An update that is in the sum, but not in the machine's state, would count twice."""
+    monkeypatch.setattr(Journal, "drained", lambda *_: asyncio.sleep(2.0))
+    failed = []
+
+    class Flaky(Buffered):
+        def idle(self, state, worker):
+            if not failed:
+                failed.append(worker)
+                raise TaskError("it fails once")
+            return super().idle(state, worker)
+
+    async def scenario(federation):
+        for number, name in enumerate("abc"):
+            federation.worker(name, Adder(federation.loop, step_s=0.25 + 0.1 * number))
+        coordinator = federation.coordinator(min_workers=3, schedule=Flaky(buffer=2))
+        with pytest.raises(TaskError, match="it fails once"):
+            await coordinator.end()
+        assert failed == ["a"]
+        assert federation.history() == []
+        await federation.coordinator(min_workers=3, schedule=Flaky(buffer=2)).end()
+        assert len(set(tickets(federation))) == len(tickets(federation)) >= 6
+
+    federated(scenario)
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_an_error_in_a_schedules_wakeup_ends_the_run_whoever_calls_it(federated, call):
+    class Failing(QuorumRounds):
+        def wakeup(self, state):
+            calls.append(state)
+            if len(calls) == call:
+                raise TaskError("no time is known")
+            return super().wakeup(state)
+
+    calls, unhandled = [], []
+
+    async def scenario(federation):
+        federation.loop.set_exception_handler(lambda _, context: unhandled.append(context))
+        federation.worker("a")
+        federation.worker("b", Adder(federation.loop, step_s=100.0))
+        coordinator = federation.coordinator(
+            rounds=1, number=1, min_workers=2, grace_s=60.0, schedule=Failing()
+        )
+        with pytest.raises(TaskError, match="no time is known"):
+            await coordinator.end()
+        assert unhandled == []
 
     federated(scenario)

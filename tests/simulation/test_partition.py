@@ -65,6 +65,13 @@ def test_a_smaller_alpha_gives_clients_fewer_labels():
     assert largest_share(100.0) < 0.15
 
 
+def test_a_large_alpha_gives_clients_equal_sizes_even_of_few_examples_per_label():
+    labels = np.repeat(np.arange(200), 5)
+    sizes = [len(part) for part in Dirichlet(1e6).deal(labels, 20, seed=5)]
+    assert sum(sizes) == 1000
+    assert np.std(sizes) < 8, "of 200 labels, each gives a client one of five examples or none"
+
+
 def test_by_a_column_each_value_is_a_client():
     writers = np.array(["x", "y", "x", "z"])
     assert [part.tolist() for part in By("writer").deal(writers, 3, 0)] == [[0, 2], [1], [3]]

@@ -65,7 +65,7 @@ def test_the_personal_model_is_told_beside_the_averaged_one(personal, tmp_path):
     assert "personal_loss" in table
     assert "personal_off" in json.dumps(read_report(tmp_path, 0.0))
     said = CliRunner().invoke(journal, ["--run", str(tmp_path), "--kind", "personal"]).output
-    assert "round 3: each worker's model before averaging, personal_loss " in said
+    assert "round 3: before averaging, the workers' own models reached personal_loss " in said
 
 
 def test_what_each_worker_measured_is_kept(tmp_path):

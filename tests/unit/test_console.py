@@ -303,6 +303,23 @@ def test_a_full_pipe_gets_the_rest_later():
         assert stream.settle(10)
 
 
+def test_a_terminal_that_nobody_reads_does_not_block_the_writer():
+    reader, writer = os.openpty()
+    with os.fdopen(writer, "w") as terminal:
+        stream = BackgroundStream(terminal)
+
+        def write() -> None:
+            for _ in range(2_000):  # much more than a terminal holds
+                stream.write("0123456789abcde\n" * 8)
+
+        writing = threading.Thread(target=write, daemon=True)
+        writing.start()
+        writing.join(20)
+        still_writing = writing.is_alive()
+        os.close(reader)  # which ends a write that waits
+    assert not still_writing
+
+
 def test_a_character_at_the_edge_of_a_full_pipe_stays_whole():
     reader, writer = os.pipe()
     with os.fdopen(writer, "w", encoding="utf-8") as pipe, os.fdopen(reader, "rb") as lines:

@@ -1,6 +1,9 @@
 """The coordinator's options as settings and as the training plan."""
 
+import os
+import platform
 from pathlib import Path
+from typing import Any
 
 import click
 import pytest
@@ -126,3 +129,15 @@ def test_what_the_buffered_schedule_would_ignore_is_refused(command, flags):
 def test_an_option_that_lacks_its_other_half_is_refused(flags, message):
     with pytest.raises(UsageError, match=message):
         CliRunner().invoke(coordinator, ["--federation", "f", *flags], catch_exceptions=False)
+
+
+def test_the_connections_of_a_coordinator_name_its_process(monkeypatch):
+    names: list[str] = []
+
+    def transport(_: Any, name: str) -> None:
+        names.append(name)
+        raise UsageError("stop here")
+
+    monkeypatch.setattr(main, "AmqpTransport", transport)
+    CliRunner().invoke(coordinator, ["--federation", "f"])
+    assert names == [f"fluffle coordinator of f, process {os.getpid()} on {platform.node()}"]

@@ -18,7 +18,7 @@ from fluffle_common.transport.memory import MemoryBroker
 from fluffle_coordinator.machine.schedules.quorum import QUORUM
 from fluffle_coordinator.machine.state import Issued, Phase, Rules, State, Ticket, Worker
 from fluffle_coordinator.observe.waiting import waiting_for
-from fluffle_coordinator.observe.watchers import Watcher, Watchers
+from fluffle_coordinator.observe.watchers import View, Watcher, Watchers
 from fluffle_coordinator.service import app as main
 from fluffle_coordinator.service import endings, run_opening
 from fluffle_coordinator.service.settings import CoordinatorSettings
@@ -58,6 +58,26 @@ def test_a_watcher_that_raises_is_reported_once_and_others_continue(capsys):
     assert errors.count("fluffle: Broken cannot show the event 'committed'") == 1
     assert "the run continues" in errors
     assert len(errors.splitlines()) == 1
+
+
+def test_bars_whose_text_names_every_worker_are_not_drawn_after_every_event(monkeypatch):
+    class Terminal:
+        draws = True
+
+        def bar(self, label: str, *_: object) -> None:
+            drawn.append(label)
+
+    drawn, now = list[str](), [100.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    view, state = View(Terminal()), State(Rules(1), "r", 1, QUORUM)
+    for _ in range(1000):
+        view.show(state, 0.0)
+    assert drawn == ["rounds", "updates"]
+    now[0] += 1.0
+    view.show(state, 0.0)
+    assert len(drawn) == 4
+    view.show(state.replace(phase=Phase.ENDED), 0.0)  # the last state is shown in any case
+    assert len(drawn) == 6
 
 
 # --- the command that continues ------------------------------------------------------------------
@@ -179,8 +199,8 @@ async def test_a_checkpoint_that_cannot_be_opened_is_an_error_about_this_file(st
     begin(store, {"w": np.zeros(2, np.float32)})
     checkpoint = store.folder / checkpoint_name(0)
     checkpoint.unlink()
-    checkpoint.mkdir()
-    wrong = f"{checkpoint}: Is a directory.*; make this file readable and writable, and run"
+    checkpoint.symlink_to(checkpoint)
+    wrong = f"{checkpoint}: Too many levels.*; make this file readable and writable, and run"
     with pytest.raises(RunError, match=wrong):
         settings = CoordinatorSettings("f", Rules(rounds=1))
         await main.coordinate(settings, None, None, store, Recorder(), journaled=False)

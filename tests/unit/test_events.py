@@ -72,6 +72,12 @@ def test_the_metrics_of_an_evaluation_are_fields_too():
         ("opened", {"round": 1.0, "asked": "north"}, "round ?: opened for ?; ? updates needed"),
         ("evaluated", {"loss": float("nan")}, "round ?: loss ? on ? held-out examples"),
         (
+            "personal",
+            {"round": 3, "metrics": {"personal_loss": 0.25, "personal_auc": 1.0}},
+            "round 3: before averaging, the workers' own models reached personal_loss 0.2500, "
+            "personal_auc 1.0000 on held-out examples",
+        ),
+        (
             "evaluated",
             {"round": 1, "loss": 1.7e308, "num_examples": 5, "metrics": {"mae": -2e9}},
             "round 1: loss 1.7000e+308, mae -2.0000e+09 on 5 held-out examples",

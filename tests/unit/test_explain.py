@@ -179,6 +179,20 @@ def test_a_worker_that_joined_late_is_waited_for_too():
     assert f"Still waiting for d: connected, joined at {clock(at(20))}" in text
 
 
+def test_metrics_are_told_apart_by_who_measured_them():
+    story = begun().counted(13, "a", 1)
+    story.add(34, "committed", round=7, participants=["a"], num_examples=80, timings={})
+    story.add(35, "personal", round=7, metrics={"personal_loss": 0.25})
+    story.add(36, "tested", round=7, metrics={"accuracy": 0.5})
+    _, text = story.explained(now=100)
+    assert "Before averaging, the workers' own models reached personal_loss 0.2500." in text
+    assert "The coordinator's own test of the model gave test/accuracy 0.5000." in text
+    assert "was evaluated" not in text
+    story.add(40, "evaluated", round=7, loss=0.5, num_examples=60, metrics={"auc": 0.9})
+    _, text = story.explained(now=100)
+    assert "was evaluated: loss 0.5000, auc 0.9000 on 60 held-out examples." in text
+
+
 def test_a_committed_round_names_participants_longest_wait_and_metrics():
     story = begun().counted(13, "a", 1).counted(33, "c", 2, train_s=19.0)
     timings = {"fold_s": 0.002, "average_s": 0.001, "checkpoint_s": 0.03, "open_s": 23.97}

@@ -17,6 +17,8 @@ from flax import nnx
 
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights, same_form
+from fluffle_worker.local.base import Plain
+from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.local.dp_sgd import DpSgd
 from fluffle_worker.task import RoundPlan
 from fluffle_worker.tasks import adapted, flat_step
@@ -54,6 +56,16 @@ class Line(nnx.Module):
 
     def __call__(self, inputs: Any) -> Any:
         return self.linear(inputs)[:, 0]
+
+
+class Scaled(Plain):
+    """A local rule that multiplies each gradient by a number."""
+
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def gradient(self, gradient: Any, weights: Any, state: Any) -> Any:
+        return {name: self.by * one for name, one in gradient.items()}, state
 
 
 def cross_entropy(outputs: Any, targets: Any) -> Any:
@@ -230,6 +242,17 @@ def test_workers_see_their_examples_in_orders_of_their_own():
     assert not same(one, two)
 
 
+def test_a_part_of_a_part_has_examples_of_that_part_only():
+    whole, targets = line(), numbers(COUNT)[1]
+    part = whole.part(np.array([1, 5, 7, 9]), 2)
+    np.testing.assert_array_equal(part.labels, targets[[1, 5, 7, 9]])
+    inner = part.part(np.array([0, 3]), 3)
+    np.testing.assert_array_equal(inner.labels, targets[[1, 9]])
+    expected, weights = whole.part(np.array([1, 9]), 3), whole.init(0)
+    one, other = (task.train(weights, PLAN, ignore).weights for task in (inner, expected))
+    assert same(one, other)
+
+
 @pytest.mark.parametrize("seed", [0, 2**31, 2**32, 2**63 - 1])
 def test_every_seed_that_a_plan_may_have_can_be_trained_with(seed):
     task = line(sample_seed=2**32 - 1)
@@ -313,6 +336,20 @@ def test_an_optimizer_that_is_complete_takes_no_learning_rate():
     )
     assert same(slow, fast)
     assert same(slow, line().train(weights, Plan(learning_rate=0.02), ignore).weights)
+
+
+def test_a_step_is_that_of_its_rule_although_an_earlier_one_was_freed():
+    """A new object often has the address of a freed one, and so its ``id``."""
+    task, first = line(), Scaled(1.0)
+    weights, address = task.init(0), id(first)
+    task.local_rule = BoundRule(first)
+    assert not same(task.train(weights, PLAN, ignore).weights, weights)
+    task.local_rule = BoundRule()
+    del first
+    gc.collect()
+    rules = [Scaled(0.0) for _ in range(100_000)]
+    task.local_rule = BoundRule(next((r for r in rules if id(r) == address), rules[0]))
+    assert same(task.train(weights, PLAN, ignore).weights, weights)
 
 
 def test_an_optimizer_that_needs_the_loss_is_told_it():

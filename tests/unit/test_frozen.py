@@ -342,6 +342,14 @@ def test_what_cannot_travel_is_refused_at_the_start(tensors, why):
         FrozenTensors(task)
 
 
+def test_a_task_that_cannot_use_the_federation_s_frozen_tensors_is_refused_at_the_start():
+    class Unable(Backed):
+        use_frozen = None  # type: ignore[assignment]
+
+    with pytest.raises(TaskError, match="has share_frozen=True, but no method use_frozen; add"):
+        FrozenTensors(Unable())
+
+
 @pytest.mark.parametrize("error", [ValueError("no file"), SystemExit(3)])
 def test_a_task_whose_frozen_fails_is_a_task_that_failed(error, capsys):
     class Failing(Backed):

@@ -81,6 +81,7 @@ async def test_it_names_no_weights_where_it_was_asked_for_the_first():
     [
         ({"classes": ("c" * 90,) * 1000}, "'classes' is .*90000 bytes"),
         ({"classes": ("a", "c" * 101)}, r"'classes.1' is .*at most 100 characters"),
+        ({"classes": ("a", "")}, r"'classes.1' is .*at least 1 character"),
         ({"num_examples": 10**13}, "'num_examples' is .*less than or equal to 1000000000000"),
         ({"num_examples": 10**5000}, "'num_examples' is .*"),
     ],
@@ -189,3 +190,21 @@ async def test_a_hello_that_no_queue_is_bound_for_is_said_again(monkeypatch):
     assert decode((await anext(spoken)).body)[0].kind == "hello"
     speaking.cancel()
     await link.close()
+
+
+async def test_a_request_to_speak_up_that_overtakes_the_confirmation_of_the_hello_is_kept():
+    presence, beaten = presence_of(Nothing(), heartbeat_s=60.0), asyncio.Event()
+
+    class Late(Slow):
+        """A link that confirms the hello after the coordinator's answer has arrived."""
+
+        async def publish(self, body: bytes, properties: Properties, **_: Any) -> None:
+            if properties.type == "hello":
+                presence.speak_up()
+            else:
+                beaten.set()
+
+    speaking = asyncio.ensure_future(presence.signs_of_life(Late()))
+    async with asyncio.timeout(20):
+        await beaten.wait()
+    speaking.cancel()

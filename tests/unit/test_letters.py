@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from PIL import Image
 
-from fluffle_worker.letters.task import halved, letters_task
+from fluffle_worker.letters.task import halved, letters_task, task
+from fluffle_worker.task import TaskOptions
 
 
 def test_halving_is_max_pooling_and_so_is_its_gradient():
@@ -20,6 +22,17 @@ def test_halving_is_max_pooling_and_so_is_its_gradient():
         jax.grad(lambda x, way=way: (way(x) * weights).sum())(images) for way in (halved, pooled)
     )
     assert jnp.array_equal(found, wanted)
+
+
+def test_workers_with_the_same_ending_of_their_names_have_batches_of_their_own(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            Image.new("L", (100, 100)).save(tmp_path / name / f"{number}.png")
+    one, other = (
+        task(TaskOptions(str(tmp_path), f"{city}-hospital")) for city in ("north", "south")
+    )
+    assert one._sample_seed != other._sample_seed
 
 
 def test_any_number_of_held_out_letters_is_evaluated_in_batches(monkeypatch):

@@ -150,6 +150,13 @@ def test_the_noise_of_dp_sgd_has_the_size_that_the_proof_needs_and_is_never_the_
     assert abs(float(np.corrcoef(first["w"], other["w"])[0, 1])) < 5 / np.sqrt(size)
 
 
+def test_the_noise_of_dp_sgd_has_more_random_bits_than_one_float32():
+    """Of 2**23 equally likely values, a million draws would be only 942,000 different ones."""
+    rule, zeros = DpSgd(1.0, 1.0), {"w": np.zeros((1, 10**6), np.float32)}
+    private, _ = rule.gradient(zeros, {}, rule.begin({}, {}, {}))
+    assert len(np.unique(private["w"])) > 970_000
+
+
 def test_a_rule_of_single_examples_returns_one_gradient():
     rule = BoundRule(DpSgd(1.0, 0.0), "dp_sgd")
     gradients = tensors(3, (7,))

@@ -255,3 +255,18 @@ def test_a_user_without_a_home_gets_the_remedy(monkeypatch):
         cache_folder()
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
     assert str(cache_folder()) == "/cache"
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["borker"], "unknown command 'borker'; did you mean 'broker'?"),
+        (["broker", "sattus"], "unknown command 'sattus'; did you mean 'status'?"),
+        (["broker", "keep"], "unknown command 'keep'; see 'fluffle broker --help'"),
+        (["rejected", "purged"], "unknown command 'purged'; did you mean 'purge'?"),
+    ],
+)
+def test_an_unknown_command_is_told_with_a_similar_one_or_the_help(words, hint):
+    result = CliRunner().invoke(fluffle, words, prog_name="fluffle")
+    assert result.exit_code == 2
+    assert hint in result.output

@@ -305,6 +305,28 @@ async def test_cancelled_futures_are_skipped():
     assert (back.delivery_tag, back.requeue, back.multiple) == (4, True, False)
 
 
+async def test_nothing_is_sent_on_a_channel_that_the_broker_has_closed():
+    ends = Ends(1)
+    ends.splitter.data_received(b"".join(deliver(1, 1, b"x")))
+    ends.channels[1].ack(1)
+    waiting = ends.channels[1].get("q")
+    ends.written.clear()
+    closed = frame.marshal(commands.Channel.Close(404, "NOT_FOUND", 0, 0), 1)
+    ends.splitter.data_received(closed)
+    assert ends.fed == closed  # aiormq confirms it
+    ends.channels[1].close(LinkLost("NOT_FOUND"))
+    assert not ends.written
+    with pytest.raises(LinkLost, match="NOT_FOUND"):
+        await waiting
+
+
+async def test_a_closed_channel_keeps_no_deliveries():
+    ends = Ends(1)
+    ends.channels[1].close(LinkLost("the consumer was closed"))
+    ends.splitter.data_received(b"".join(deliver(1, 1, b"x")))
+    assert not ends.delivered
+
+
 async def test_gets_are_answered_in_order():
     ends = Ends(1)
     getting = [ends.channels[1].get("letters.outbox.w1") for _ in range(2)]

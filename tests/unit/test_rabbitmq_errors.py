@@ -106,7 +106,7 @@ def test_a_missing_permission_names_the_user_the_entity_and_the_action(text, rig
         ),
         (
             "PRECONDITION_FAILED - user_id property set to 'w' but authenticated user was 'CN=w'",
-            ["user 'CN=w'", "--url"],
+            ["sends messages as user 'w'", "in --url, give the user 'CN=w'"],
         ),
     ],
 )
@@ -263,6 +263,14 @@ def test_a_refused_connection_names_the_remedy(code, text, expected):
     assert isinstance(error, BrokerError)
     assert all(one in str(error) for one in expected)
     assert "open-sesame" not in str(error)
+
+
+def test_a_refused_certificate_is_not_called_a_wrong_password():
+    url = NODE.with_user(None).update_query(auth="external")
+    error = handshake_error(403, "ACCESS_REFUSED - Login was refused", url, was_connected=False)
+    assert isinstance(error, BrokerError)
+    assert "no user for this client certificate" in str(error)
+    assert "password" not in str(error)
 
 
 def test_a_connection_limit_after_a_reconnect_is_retried():

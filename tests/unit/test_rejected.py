@@ -132,6 +132,7 @@ async def test_a_message_without_a_destination_stays_with_the_reason(link):
         ({"from": "f.updates", "worker": "w1"}, "update", ("f.results", "update.w1")),
         ({"from": "f.updates", "worker": "w1"}, "fit", ("", "f.updates")),
         ({"from": "f.updates"}, "", ("", "f.updates")),
+        ({"from": "f.updates", "worker": "w" * 300}, "update", ("", "f.updates")),
         ({"from": "f.presence", "worker": "w1"}, "hello", ("f.results", "hello.w1")),
         ({"from": "f.inbox.w.1"}, "fit", ("f.work", "w.1")),
         ({"from": "f.outbox.w1"}, "part", ("f.results", "part.w1")),
@@ -141,6 +142,7 @@ async def test_a_message_without_a_destination_stays_with_the_reason(link):
         ({"x-first-death-queue": "f.inbox.w1"}, "stop", None),
         ({"worker": "w1"}, "update", ("f.results", "update.w1")),
         ({"worker": "w1"}, "fit", None),
+        ({"worker": "w" * 300}, "update", None),
         ({}, "update", None),
     ],
 )

@@ -20,6 +20,7 @@ from fluffle_common.transport.rabbitmq import frames
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.service import rejected_queue
 from fluffle_coordinator.service.outbox import Outbox
+from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 
 TOPOLOGY = Topology("f")
@@ -99,6 +100,17 @@ async def test_waiting_rejections_take_little_memory(link, monkeypatch):
     running.cancel()
 
 
+async def test_waiting_rejections_take_little_memory_however_many_small_ones_there_are(
+    link, monkeypatch
+):
+    monkeypatch.setattr(rejected_queue, "_MAX_BYTES", 300_000)
+    out = outbox(link)
+    held = [await delivered(link, b"x" * 60_000) for _ in range(20)]
+    for number, delivery in enumerate(held):
+        out.reject(delivery, MalformedMessage("garbage", ("malformed", "run")[number % 2]))
+    assert [len(delivery.body) for delivery in held] == [60_000] * 5 + [2**10] * 15
+
+
 async def test_a_waiting_rejection_does_not_keep_the_frames_that_raised_it(link):
     class Buffer:
         pass
@@ -154,4 +166,21 @@ async def test_a_lost_link_does_not_end_the_rejections(link):
     assert not running.done()
     with pytest.raises(LinkLost):
         await link.get(TOPOLOGY.rejected)
+    running.cancel()
+
+
+async def test_jobs_that_come_all_the_time_do_not_hold_up_the_end():
+    jobs, done = SerialQueue(), []
+
+    async def job() -> None:
+        jobs.put(job)  # as a flood of rejected messages
+        await asyncio.sleep(0)
+        done.append(job)
+
+    jobs.put(job)
+    jobs.put(job)
+    running = asyncio.ensure_future(jobs.run())
+    async with asyncio.timeout(60):
+        await jobs.drained()
+    assert len(done) >= 2
     running.cancel()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 from collections.abc import Mapping
+from fractions import Fraction
 from types import SimpleNamespace
 from typing import Any
 
@@ -230,7 +231,7 @@ def test_metrics_that_fail_when_asked_for_are_left_out_and_named_once(given):
         seen = Seen(Odd(**given), results=results)
         assert seen.delta == [1, 1, 1, 1]
         assert (seen.evaluation.loss, seen.evaluation.metrics) == (1.0, {})
-    assert reports[0].startswith("the metrics of evaluate() cannot be read as a mapping")
+    assert reports[0].startswith("the metrics of evaluate() are omitted: expected a mapping")
     assert "Error: no score (test_results.py:" in reports[0]
     assert len(reports) == (2 if "metrics" in given else 1)  # of train, too
 
@@ -276,6 +277,19 @@ def test_a_step_is_shown_as_far_as_it_is_known(step, shown):
     assert all(type(one) in (int, float, type(None)) for one in arguments)
 
 
+def test_of_many_steps_few_are_shown_among_them_the_first_and_the_last():
+    class Quick(Odd):
+        def train(self, weights, plan, progress):
+            for number in range(1, 10_001):
+                progress(number, 10_000, Fraction(number))
+            return super().train(weights, plan, progress)
+
+    steps = Seen(Quick()).steps
+    assert steps[0] == (1, 10_000, 1.0)
+    assert steps[-1] == (10_000, 10_000, 10_000.0)
+    assert len(steps) < 1000
+
+
 def test_losses_of_steps_that_are_no_numbers_are_named_once():
     reports: list[str] = []
     results = Results(reports.append)
@@ -294,8 +308,8 @@ def test_losses_of_steps_that_are_no_numbers_are_named_once():
     [
         ({"count": 0}, "num_examples 0; expected the number"),
         ({"count": -3}, "num_examples -3; expected the number"),
-        ({"count": None}, "num_examples: the value is None, but a whole number is expected"),
-        ({"count": 2.5}, "num_examples: the value is 2.5, but a whole number"),
+        ({"count": None}, "num_examples None; expected a whole number"),
+        ({"count": 2.5}, "num_examples 2.5; expected a whole number"),
         ({"count": 10**13}, "used for training, from 1 to 1000000000000"),
         ({"count": 10**400}, "00000...00000"),
         ({"count": 10**5000}, "num_examples an unprintable int; expected the number"),

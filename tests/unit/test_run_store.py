@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import platform
@@ -23,12 +24,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 import fluffle
+from fluffle.run_folder import RunFolder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors import checkpoint
 from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import layout_for
+from fluffle_coordinator.dashboard.report import read_report
 from fluffle_coordinator.machine.state import Rules
 from fluffle_coordinator.observe.watchers import Watcher, Watchers
 from fluffle_coordinator.service.run_opening import (
@@ -717,8 +720,57 @@ def test_a_refused_history_keeps_its_incomplete_last_line(three, kept):
     with pytest.raises(RunError, match="no committed round; restore history"):
         three.load("letters")
     assert three.history.path.read_bytes() == kept
+    with pytest.raises(UsageError, match="holds the checkpoint of round 3, but history"):
+        fluffle.Run(three.folder)
+    (three.folder / "run.json").unlink()
+    with pytest.raises(UsageError, match="restore history.jsonl"):
+        read_history(three.folder)
+
+
+def test_a_first_checkpoint_without_a_history_is_what_a_crash_leaves(three):
+    three.history.path.unlink()
+    for number in (2, 3):
+        (three.folder / checkpoint_name(number)).unlink()
     with pytest.raises(UsageError, match="has not committed any rounds yet"):
         fluffle.Run(three.folder)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+@pytest.mark.parametrize(
+    "name", ["history.jsonl", "run.json", "round-0002.safetensors", "sampling.secret"]
+)
+def test_what_is_no_regular_file_is_named_and_blocks_nobody(three, name, make):
+    (three.folder / name).unlink(missing_ok=True)
+    make(three.folder / name)
+    with pytest.raises(RunError, match=f"{name} is not a regular file; move it elsewhere"):
+        three.load("letters")
+    if name == "run.json":
+        with pytest.raises(UsageError, match=r"run\.json cannot be read"):
+            _ = fluffle.Run(three.folder).id
+    if name == "round-0002.safetensors":
+        with pytest.raises(UsageError, match="cannot be read"):
+            _ = fluffle.Run(three.folder).history[1].weights
+        with pytest.raises(UsageError, match="cannot be read"):
+            read_report(three.folder, 0.0)
+    if name == "history.jsonl":
+        with pytest.raises(UsageError, match="cannot be read"):
+            fluffle.Run(three.folder)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_a_lock_that_is_no_regular_file_is_named(three, make):
+    make(three.folder / "lock")
+    with pytest.raises(RunError, match="lock is not a regular file"):
+        three.try_lock()
+
+
+def test_a_lock_that_the_system_refuses_is_an_error_of_one_line_from_python(three, monkeypatch):
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match=r"cannot use the run folder .* \(No locks available\); ch"):
+        RunFolder(three.folder).__enter__()
 
 
 def test_a_history_that_cannot_be_opened_is_reported_in_one_line(three):
@@ -959,6 +1011,18 @@ def test_a_lock_is_held_by_a_process_and_ends_with_it(store):
         assert store.try_lock()
     assert store.holder() == f"process {os.getpid()} on {platform.node()}"
     release(store)
+
+
+def test_a_child_process_that_has_the_lock_open_does_not_keep_it(store):
+    assert store.try_lock()
+    other = RunStore(store.folder)
+    # As a fork does it, of a data loader of PyTorch, say, whose processes outlive a run.
+    inherits = {"pass_fds": (store._lock.fileno(),), "stdin": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", "input()"], **inherits) as child:
+        store.unlock()
+        assert other.try_lock()
+        child.kill()
+    other.unlock()
 
 
 def test_a_standby_names_the_process_that_holds_the_folder(store):

@@ -42,7 +42,7 @@ ALGORITHMS = Path(__file__).parents[2] / "docs" / "algorithms.md"
 )  # fmt: skip
 def test_the_full_name_has_every_argument_and_gives_the_same_strategy(text, full):
     named = load_strategy(text)
-    assert (named.name, named.file) == (full, None)
+    assert (named.name, named.file, named.ours) == (full, None, True)
     assert load_strategy(full).name == full
 
 

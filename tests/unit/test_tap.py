@@ -207,6 +207,17 @@ async def test_a_federation_that_starts_later_is_followed(monkeypatch):
     assert watched.shown[0].kind == "hello"
 
 
+async def test_an_exchange_that_is_deleted_and_declared_again_is_followed(watched, monkeypatch):
+    monkeypatch.setattr(tapping, "LOOK_AGAIN_S", 0.0)
+    async with watched.tap(Wanted(), "w1"):
+        watched.broker.delete_exchange(TOPOLOGY.results)
+        await watched.link.declare(TOPOLOGY.shared())
+        async with asyncio.timeout(60):
+            while not watched.shown:
+                await say(watched, presence(Hello, "w1"))
+                await asyncio.sleep(0)
+
+
 async def test_a_worker_without_a_coordinator_does_not_end_the_tap(monkeypatch):
     monkeypatch.setattr(tapping, "LOOK_SOON_S", 0.0)
     broker = MemoryBroker()

@@ -135,15 +135,15 @@ def test_whatever_numpy_converts_is_data():
         ({"optimizer": None}, "optimizer= is None"),
         (
             {"learning_rate": None},
-            "learning_rate= is invalid: the value is None, but a number is expected",
+            "learning_rate= is None; expected a number",
         ),
         (
             {"learning_rate": "0.1"},
-            "learning_rate= is invalid: the value is '0.1', but a number is expected",
+            "learning_rate= is '0.1'; expected a number",
         ),
         (
             {"learning_rate": math.nan},
-            "learning_rate= is invalid: the value is nan, but a finite number",
+            "learning_rate= is nan; expected a finite number",
         ),
         ({"learning_rate": -1}, "learning_rate= is -1.0; expected a number above 0"),
         ({"sample_seed": -1}, "sample_seed= is -1; expected a whole number from 0"),
@@ -151,7 +151,7 @@ def test_whatever_numpy_converts_is_data():
         ({"sample_seed": "a"}, "sample_seed= is 'a'; expected a whole number"),
         (
             {"learning_rate": optax.constant_schedule(0.1)},
-            "learning_rate= is invalid: the value is <function",
+            "learning_rate= is <function",
         ),
         (
             {"metrics": [accuracy]},

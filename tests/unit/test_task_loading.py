@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import optax
@@ -24,9 +26,10 @@ from fluffle_common.protocol.model_form import form_from
 from fluffle_common.tensors.layout import DTYPES
 from fluffle_common.user_errors import full_trace, one_line
 from fluffle_worker.cli import worker
+from fluffle_worker.local.persistent_tensors import claim
 from fluffle_worker.signature import UNKNOWN, difference, signature_of_task
-from fluffle_worker.task import TaskOptions, check_task, classes_of, num_examples_of
-from fluffle_worker.task_loading import load_factory
+from fluffle_worker.task import TaskOptions, classes_of, num_examples_of
+from fluffle_worker.task_loading import check_task, load_factory
 from fluffle_worker.tasks.flax import flax_task
 
 OPTIONS = TaskOptions("data", "w")
@@ -134,6 +137,13 @@ def test_a_chosen_state_folder_that_cannot_be_written_is_an_error_at_the_start(h
     )
 
 
+def test_a_state_folder_whose_owner_is_a_pipe_is_an_error_at_the_start(here):
+    (here / "kept").mkdir()
+    os.mkfifo(here / "kept/owner.txt")
+    with pytest.raises(UsageError, match=r"cannot use the state folder .* \(not a regular file\)"):
+        claim(here / "kept", "f/a")
+
+
 def test_a_task_file_replaces_no_module_of_its_name(here):
     import queue
 
@@ -163,12 +173,30 @@ def test_a_task_file_that_changes_the_search_path_breaks_no_later_import(here, c
     ) + [str(here)]
 
 
-@pytest.mark.parametrize("name", [".:task", "..stream:task", "./stream:task"])
-def test_a_task_has_no_relative_name(here, name):
+@pytest.mark.parametrize(
+    "name",
+    [".:task", "..stream:task", "./stream:task", "a/b:task", "a.txt:task", "a.pyc:task", "a.py"],
+)
+def test_a_task_is_in_a_module_or_a_python_file(here, name):
+    for other in ("a.txt", "a.pyc"):
+        write(here, other, TASK)
     with pytest.raises(
         UsageError, match=f"--task expects module:name or path.py:name, not '{name}"
     ):
         load_factory(name)(OPTIONS)
+
+
+def test_a_notebook_is_to_be_exported(here):
+    with pytest.raises(UsageError) as wrong:
+        load_factory("lab/nb.ipynb:task")
+    assert str(wrong.value) == (
+        "--task cannot load the notebook lab/nb.ipynb; export it with 'jupyter nbconvert --to "
+        "script lab/nb.ipynb', and give lab/nb.py:task"
+    )
+    with pytest.raises(UsageError, match="--evaluate cannot load the notebook nb.ipynb"):
+        load_object("nb.ipynb:score", "--evaluate")
+    with pytest.raises(UsageError, match="^--evaluate expects path.py:name, not 'score'$"):
+        load_object("score", "--evaluate")
 
 
 @pytest.mark.parametrize(
@@ -291,9 +319,10 @@ def own(**fields: Any) -> Any:
 
 
 def test_counts_and_classes_of_any_kind_will_do():
-    task = check_task("t", own(num_examples=np.int64(7), classes=np.array(["a", "b"])))
-    assert (num_examples_of(task), type(num_examples_of(task))) == (7, int)
-    assert classes_of(task) == ("a", "b")
+    for number in (np.int64(7), np.array(7), jnp.asarray(7), 7.0, np.float32(7)):
+        task = check_task("t", own(num_examples=number, classes=np.array(["a", "b"])))
+        assert (num_examples_of(task), type(num_examples_of(task))) == (7, int)
+        assert classes_of(task) == ("a", "b")
     assert classes_of(own(classes=range(2))) == ("0", "1")
     assert classes_of(own(classes=None)) == ()
 
@@ -311,11 +340,22 @@ def test_a_task_that_ignores_the_option_classes_is_refused(here):
     ("fields", "named"),
     [
         ({"num_examples": 0}, "no examples"),
-        ({"num_examples": None}, "num_examples None"),
+        ({"num_examples": None}, "num_examples None; expected a whole number"),
+        ({"num_examples": 2.5}, "num_examples 2.5; expected a whole number"),
+        ({"num_examples": "7"}, "num_examples '7'; expected a whole number"),
         ({"classes": 10}, "has classes 10; expected a sequence of class names"),
         ({"classes": "abc"}, "has classes 'abc'; expected a sequence of class names"),
         ({"classes": {"a"}}, "has classes {'a'}; expected a sequence of class names"),
         ({"classes": iter("ab")}, "has classes <str.*; expected a sequence of class names"),
+        ({"classes": ["a", ""]}, r"has classes \('a', ''\); expected different names"),
+        ({"classes": ["a", "a"]}, r"has classes \('a', 'a'\); expected different names"),
+        ({"frozen": {"w": 1}}, "has frozen {'w': 1}; expected a method"),
+        ({"model_form": {}}, "has model_form {}; expected a method"),
+        ({"use_frozen": True}, "has use_frozen True; expected a method"),
+        ({"keep_in": "state"}, "has keep_in 'state'; expected a method"),
+        ({"only_reads": bool}, "has only_reads <class 'bool'>; expected True or False"),
+        ({"share_frozen": len}, "has share_frozen .*; expected True or False"),
+        ({"local_rule": "clip:1"}, r"has local_rule 'clip:1'; expected a BoundRule \(docs/tasks"),
     ],
 )
 def test_what_cannot_be_said_is_refused_when_loaded(fields, named):

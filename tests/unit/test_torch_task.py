@@ -628,6 +628,7 @@ def test_a_part_has_its_own_examples_and_shares_the_rest():
     alone = task_of(train_data=(inputs[rows], targets[rows]), sample_seed=2)
     weights = task.init(0)
     assert not moved(train(part, weights), train(alone, weights))
+    np.testing.assert_array_equal(part.part(np.array([2]), 0).labels, targets[[7]])
 
 
 # --- model files -------------------------------------------------------------------------------
@@ -650,6 +651,13 @@ def test_a_model_file_fills_a_module_of_torch(tmp_path):
         fluffle.UsageError, match=r"Normed does not fit the model: .* unknown norm\.running_var$"
     ):
         fluffle.load_into(module, loaded)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_parameters_of_a_module_fill_another(dtype):
+    one, other = Line().to(dtype), Line().to(dtype)
+    fluffle.load_into(other, dict(one.named_parameters()))  # which need a gradient
+    assert torch.equal(one.linear.weight, other.linear.weight)
 
 
 def test_frozen_tensors_go_to_a_file_of_their_own(tmp_path):
@@ -716,7 +724,7 @@ class Lazy(nn.Module):
         ({"frozen": lambda name: "body" in name}, "frozen= selects no tensor; change the filter"),
         ({"optimizer": None}, "optimizer= is None; expected an optimizer's class, such as torch"),
         ({"loss": None}, "loss= is None; expected a function of the outputs and targets"),
-        ({"learning_rate": "0.1"}, "learning_rate= is invalid: the value is '0.1', but a number"),
+        ({"learning_rate": "0.1"}, "learning_rate= is '0.1'; expected a number"),
         ({"train_data": numbers()[0]}, "train_data is of type ndarray; expected a pair"),
         ({"model": Lazy}, "tensor 'linear.weight' of the model has no shape .* call the module"),
     ],

@@ -10,10 +10,12 @@ import pytest
 
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.events import Blocked, RunEvent, Unblocked
+from fluffle_common.protocol.messages import Welcome
 from fluffle_common.protocol.topology import Queue, Topology
+from fluffle_common.protocol.wire_format import decode
 from fluffle_common.transport.base import Blocking, Properties, report_blocking
 from fluffle_common.transport.memory import MemoryBroker
-from fluffle_common.transport.messaging import check_user
+from fluffle_common.transport.messaging import Route, check_user, send
 from fluffle_common.transport.rabbitmq.link import AmqpLink
 from fluffle_common.transport.reconnect import Backoff, reconnecting
 
@@ -32,6 +34,19 @@ async def test_a_delivery_of_another_or_an_unknown_user_is_rejected(sender, fact
         check_user("w", delivery)
     assert str(error.value) == f"the message names w as its sender, but {fact}"
     assert error.value.cause == "sender"
+
+
+async def test_the_name_of_a_run_may_be_longer_than_amqp_allows_for_an_identity():
+    link = await MemoryBroker().open()
+    await link.declare([Queue("q", "of a test")])
+    run = "\N{RABBIT}" * 64
+    welcome = Welcome(federation="f", run=run, round=1, rounds=2)
+    await send(link, welcome, Route("", ["q"]))
+    delivery = await link.get("q")
+    message_id = delivery.properties.message_id
+    assert message_id == f"welcome/{run}"[: len(message_id)]
+    assert 252 <= len(message_id.encode()) <= 255
+    assert decode(delivery.body)[0] == welcome
 
 
 async def test_publishing_waits_until_the_broker_unblocks():

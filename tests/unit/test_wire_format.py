@@ -549,6 +549,8 @@ def test_a_table_with_as_many_tensors_as_allowed_is_read():
         ({"seconds": -1.0}, "seconds"),
         ({"metrics": {"loss": float("nan")}}, "metrics"),
         ({"metrics": {"n" * 65: 1.0}}, "metrics"),
+        ({"metrics": {"": 1.0}}, "metrics"),
+        ({"metrics": {" \n": 1.0}}, "metrics"),
         ({"metrics": {f"m{n}": 1.0 for n in range(65)}}, "metrics"),
         ({"metrics": {"loss": {"deep": 1.0}}}, "metrics"),
         ({"metrics": [1.0]}, "metrics"),

@@ -101,15 +101,15 @@ class Connection:
                             f"federation {self._settings.federation}; stop the other worker or, "
                             "if the two have different data, start this one with another --id"
                         ) from None
-                    continue
                 except LinkLost as gone:
                     self._record(
                         events.Disconnected(address=self._transport.address, reason=str(gone))
                     )
                 finally:
+                    if self.current is not None:  # otherwise, the inbox has not been emptied
+                        first, occupied_since = False, 0.0
                     self.current = None
                     self._linked.clear()
-                first, occupied_since = False, 0.0
 
     async def renew_queues(self, link: Link) -> None:
         """Declare our queues again, and have the coordinator bind an outbox that had expired.

@@ -57,6 +57,11 @@ class FrozenTensors:
                     "the task has share_frozen=True, but no frozen tensors; return them from its "
                     "frozen(), or remove share_frozen"
                 )
+            if not callable(getattr(task, "use_frozen", None)):
+                raise TaskError(
+                    "the task has share_frozen=True, but no method use_frozen; add the method, or "
+                    "remove share_frozen"
+                )
             check_signature(self.signature)
         self._in_use = frozen_of(own).digest
         self._received = self._kept() if self.shared else NO_FROZEN

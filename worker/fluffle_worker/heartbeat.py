@@ -111,10 +111,10 @@ class Presence:
                 break
             await asyncio.sleep(min(self._heartbeat_s, _HELLO_AGAIN_S))
         while True:
-            self._beat_now.clear()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._heartbeat_s):
                     await self._beat_now.wait()
+            self._beat_now.clear()
             if link.blocking.reason and self._being_sent:
                 continue  # one heartbeat is enough once the broker takes messages again
             # Behind a large message, its confirmation may take long.

@@ -45,6 +45,8 @@ from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.signature import UNKNOWN, check_signature, difference
 from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task
 
+_SHOW_EVERY_S = 0.05  # the least time between two steps of a training that are passed on
+
 
 class NotWanted(Exception):
     """Raised to stop training, or sending an answer, that newer work has made obsolete."""
@@ -107,8 +109,9 @@ class Executor:
         """Run the task's code for a job and store the answer in the job; blocks.
 
         ``evaluated`` is called when ``job.evaluation`` is set and training begins, and ``progress``
-        after each step with the step, steps and loss. ``residual`` is called after the training,
-        and returns the residual of the last update sent.
+        with the step, steps and loss after the first and the last step, and after those between
+        them that are not too close together. ``residual`` is called after the training, and returns
+        the residual of the last update sent.
 
         Raises:
             NotWanted: at the next step, once the work is obsolete.
@@ -135,14 +138,10 @@ class Executor:
         if job.evaluation is not None:
             evaluated()
 
-        def report(step: int, steps: int, loss: float | None = None) -> None:
-            if not job.wanted:
-                raise NotWanted
-            progress(*self.results.step(step, steps, loss))
-
-        report.__qualname__ = "progress"  # as the task's author knows it, for Python's TypeError
+        steps = _Steps(job, self.results, progress)
         codec, plan = _codec_of(message.plan, self.codecs), _plan_of(message, job.work)
-        update, change = self._train(job, message, plan, report, ids)
+        update, change = self._train(job, message, plan, steps.progress, ids)
+        steps.finish()
         if codec is None:
             job.answer = update, change
         else:
@@ -215,6 +214,37 @@ class Executor:
                 f"{wrong}; this worker sends no update in this round"
             ) from wrong.__cause__
         return (update.model_copy(update={"encoding": codec.name}), tensors), left_out
+
+
+class _Steps:
+    """Passes on the steps of a training: the first, the last, and few of those between them.
+
+    A task may report 100,000 steps per second, and to pass one on takes as long as a hundred calls.
+    """
+
+    def __init__(
+        self, job: Job, results: Results, show: Callable[[int, int, float | None], object]
+    ) -> None:
+        self._job, self._results, self._show = job, results, show
+        self._next_at = 0.0
+        self._skipped: tuple[Any, Any, Any] | None = None
+
+    def progress(self, step: int, steps: int, loss: float | None = None) -> None:
+        """Note a step; raise ``NotWanted`` if the work is obsolete."""
+        if not self._job.wanted:
+            raise NotWanted
+        self._skipped = step, steps, loss
+        if (now := time.monotonic()) >= self._next_at:
+            self._next_at = now + _SHOW_EVERY_S
+            self.finish()
+
+    progress.__qualname__ = "progress"  # as the task's author knows it, for Python's TypeError
+
+    def finish(self) -> None:
+        """Pass on the latest step, unless it has been already."""
+        if self._skipped is not None:
+            self._show(*self._results.step(*self._skipped))
+            self._skipped = None
 
 
 def _rule_of(task: Task) -> BoundRule | None:

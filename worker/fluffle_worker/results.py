@@ -56,7 +56,7 @@ class Results:
         try:
             num_examples = count(result.num_examples)
         except ValueError as wrong:
-            raise TaskError(f"train() returned an invalid num_examples: {wrong}") from None
+            raise TaskError(f"train() returned num_examples {wrong}") from None
         if not 1 <= num_examples <= MAX_NUM_EXAMPLES:
             raise TaskError(
                 f"train() returned num_examples {shown(num_examples)}; expected the number of "
@@ -84,25 +84,23 @@ class Results:
         try:
             given = result.num_examples, result.loss
         except BaseException as why:  # some compute their values only now
-            return self._unfit(result, one_line(why))
+            expected = "expected EvalResult(loss, num_examples, metrics) or None"
+            return self._unfit(f"{shown(result)} ({one_line(why)}); {expected}")
+        what = "num_examples"
         try:
-            num_examples, loss = count(given[0]), number(given[1])
+            num_examples = count(given[0])
             if not 0 <= num_examples <= MAX_NUM_EXAMPLES:
-                raise ValueError(
-                    f"num_examples is {shown(num_examples)}; expected 0 to {MAX_NUM_EXAMPLES}"
-                )
+                raise ValueError(f"{shown(num_examples)}; expected 0 to {MAX_NUM_EXAMPLES}")
+            what = "the loss"
+            loss = number(given[1])
         except ValueError as wrong:
-            return self._unfit(result, str(wrong))
+            return self._unfit(f"{what} {wrong}")
         if num_examples == 0:
             return _NOTHING
         return EvalResult(loss, num_examples, self._metrics("evaluate", result))
 
-    def _unfit(self, result: Any, why: str) -> EvalResult:
-        self.once(
-            "evaluate result",
-            f"evaluate() returned {shown(result)}, which is not sent; expected "
-            f"EvalResult(loss, num_examples, metrics) or None ({why})",
-        )
+    def _unfit(self, returned: str) -> EvalResult:
+        self.once("evaluate result", f"an evaluation is omitted: evaluate() returned {returned}")
         return _NOTHING
 
     def step(self, number_: Any, steps: Any, loss: Any) -> tuple[int, int, float | None]:
@@ -111,8 +109,7 @@ class Results:
             try:
                 loss = number(loss)
             except ValueError as wrong:
-                what = f"the loss of a training step is invalid: {wrong}; such losses are not shown"
-                self.once("loss", what)
+                self.once("loss", f"the loss of a training step is not shown: it is {wrong}")
                 loss = None
         return _whole(number_), _whole(steps), loss
 
@@ -134,8 +131,8 @@ class Results:
             given = getattr(result, "metrics", None)
             pairs = [] if given is None else list(dict(given).items())
         except Exception as why:  # some compute their values only now
-            what = f"the metrics of {method}() cannot be read as a mapping of names to numbers, so"
-            self.once(f"{method} metrics", f"{what} they are omitted: {one_line(why)}")
+            what = f"the metrics of {method}() are omitted: expected a mapping of names to numbers"
+            self.once(f"{method} metrics", f"{what} ({one_line(why)})")
             return {}
         valid: dict[str, float] = {}
         for given_name, value in pairs:
@@ -153,7 +150,7 @@ class Results:
             try:
                 valid[name] = number(value)
             except ValueError as wrong:
-                self.once(key, f"{metric} is invalid: {wrong}; invalid values are omitted")
+                self.once(key, f"{metric} is omitted: it is {wrong}")
         if len(valid) > MAX_METRICS:
             self.once(
                 f"{method} number of metrics",

@@ -8,21 +8,17 @@ adapters.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from fluffle_common.cli.user_values import shown
-from fluffle_common.errors import TaskError, UsageError
+from fluffle_common.cli.user_values import count
 from fluffle_common.protocol.messages import Plan
 from fluffle_common.tensors.weights import Weights
 from fluffle_common.user_errors import sendable
 
 Progress = Callable[[int, int, float | None], None]
 """``progress(step, steps, loss)``: called after each step; it raises once the work is obsolete."""
-
-_OPTIONAL = "frozen keep_in local_rule model_form only_reads share_frozen use_frozen".split()
 
 
 @dataclass(frozen=True)
@@ -157,38 +153,9 @@ def classes_of(task: Task) -> tuple[str, ...]:
 
 
 def num_examples_of(task: Task) -> int:
-    """Return a task's number of training examples as a plain int."""
-    return operator.index(task.num_examples)
-
-
-def check_task(name: str, task: Any) -> Task:
-    """Check an object's methods and attributes, and return it as a task.
+    """Return a task's number of training examples as a plain int.
 
     Raises:
-        UsageError: if it lacks a method.
-        TaskError: if ``num_examples`` or ``classes`` have invalid values.
+        ValueError: if it is no whole number.
     """
-    for method in ("init", "train", "evaluate"):
-        if not callable(getattr(task, method, None)):
-            raise UsageError(
-                f"the task {name} is {shown(task)}, which has no method '{method}'; expected an "
-                "object with the methods init, train and evaluate"
-            )
-    for optional in _OPTIONAL:
-        getattr(task, optional, None)  # if it raises, this is the task's error, and not a later bug
-    given: Any = getattr(task, "num_examples", None)
-    try:
-        num_examples = operator.index(given)
-    except TypeError:
-        raise TaskError(
-            f"the task {name} has num_examples {shown(given)}; expected a whole number"
-        ) from None
-    if num_examples < 1:
-        raise TaskError(f"the task {name} has no examples to train on; check --data")
-    try:
-        classes_of(task)
-    except TypeError:
-        raise TaskError(
-            f"the task {name} has classes {shown(task.classes)}; expected a sequence of class names"
-        ) from None
-    return task  # type: ignore[no-any-return]
+    return count(task.num_examples)

@@ -1,13 +1,30 @@
-"""Loading of the task that ``--task`` names."""
+"""Loading of the task that ``--task`` names, and the check of any task."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
+
+import numpy as np
 
 from fluffle_common.cli.loading import Place
 from fluffle_common.cli.user_code import task_error
+from fluffle_common.cli.user_values import count, shown
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_worker.task import Task, TaskOptions, check_task, classes_of
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.task import Task, TaskOptions, classes_of
+
+_REQUIRED = ("init", "train", "evaluate")
+_METHODS = ("frozen", "keep_in", "model_form", "use_frozen")
+# The optional attributes: how each is checked, and what it should be.
+_OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
+    **dict.fromkeys(_METHODS, (callable, "a method")),
+    **dict.fromkeys(
+        ("only_reads", "share_frozen"),
+        (lambda given: isinstance(given, bool | np.bool_), "True or False"),
+    ),
+    "local_rule": (lambda given: isinstance(given, BoundRule), "a BoundRule (docs/tasks.md)"),
+}
 
 
 def load_factory(name: str) -> Callable[[TaskOptions], Task]:
@@ -43,3 +60,37 @@ def load_factory(name: str) -> Callable[[TaskOptions], Task]:
         return task
 
     return make
+
+
+def check_task(name: str, task: Any) -> Task:
+    """Check an object's methods and attributes, and return it as a task.
+
+    Raises:
+        UsageError: if it lacks a method.
+        TaskError: if an attribute has an invalid value.
+    """
+    for method in _REQUIRED:
+        if not callable(getattr(task, method, None)):
+            raise UsageError(
+                f"the task {name} is {shown(task)}, which has no method '{method}'; expected an "
+                "object with the methods init, train and evaluate"
+            )
+    for attribute, (fits, expected) in _OPTIONAL.items():
+        given = getattr(task, attribute, None)
+        if given is not None and not fits(given):
+            raise TaskError(f"the task {name} has {attribute} {shown(given)}; expected {expected}")
+    try:
+        num_examples = count(getattr(task, "num_examples", None))
+    except ValueError as wrong:
+        raise TaskError(f"the task {name} has num_examples {wrong}") from None
+    if num_examples < 1:
+        raise TaskError(f"the task {name} has no examples to train on; check --data")
+    try:
+        classes = classes_of(task)
+    except TypeError:
+        raise TaskError(
+            f"the task {name} has classes {shown(task.classes)}; expected a sequence of class names"
+        ) from None
+    if "" in classes or len(set(classes)) < len(classes):
+        raise TaskError(f"the task {name} has classes {shown(classes)}; expected different names")
+    return task  # type: ignore[no-any-return]

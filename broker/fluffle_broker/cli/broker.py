@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_common.cli.app import (
+    Group,
     federation_option,
     management_option,
     queue_type_option,
@@ -47,7 +48,7 @@ def _port_option(
     )
 
 
-@click.group()
+@click.group(cls=Group)
 def broker() -> None:
     """Run a private RabbitMQ server on this machine.
 

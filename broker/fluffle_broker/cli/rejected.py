@@ -17,8 +17,8 @@ from fluffle_broker.cli.options import (
     inspection_options,
     with_link,
 )
+from fluffle_common.cli.app import Group, management_option, optional_federation
 from fluffle_common.cli.app import count as counts
-from fluffle_common.cli.app import management_option, optional_federation
 from fluffle_common.cli.printing import aligned, echo, echo_json, echo_sentences, text_table
 from fluffle_common.errors import UsageError
 from fluffle_common.plural import plural
@@ -33,7 +33,7 @@ _WIDEST = 40  # characters of what a sender can choose, so that a row fits most 
 _common_options = inspection_options("Print the result as JSON.", optional_federation)
 
 
-@click.group(invoke_without_command=True)
+@click.group(cls=Group, invoke_without_command=True)
 @_common_options
 @management_option
 @click.option(

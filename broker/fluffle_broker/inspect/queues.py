@@ -135,7 +135,7 @@ async def _counts(names: Iterable[str], url: str) -> dict[str, Counts | None]:
             except QueueInUse:  # exclusive, such as the queue of a tap
                 continue
             except AccessRefused as refused:
-                # RabbitMQ 4.3 lets a reader of the journal count nothing.
+                # Since RabbitMQ 4.2.6, a reader of the journal may count nothing else.
                 raise BrokerError(
                     f"{refused.lacking}; give the user the tag 'monitoring', so that "
                     "fluffle can query the management API (--management)"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 from fluffle_broker.inspect.decode import DecodedMessage, decode_message
 from fluffle_broker.inspect.peek import borrowed, is_classic
 from fluffle_common.errors import CAUSES, UsageError
+from fluffle_common.protocol.messages import WORKER_PATTERN
 from fluffle_common.protocol.topology import PRESENCE_KINDS, UPDATE_KINDS, Topology
 from fluffle_common.transport.base import Delivery, Link, QueueFull, Unroutable
 from fluffle_common.transport.messaging import CUT
@@ -167,6 +169,8 @@ def destination(message: Rejected, topology: Topology) -> tuple[str, str] | None
     """
     decoded = message.decoded
     queue, kind, worker = message.queue, decoded.kind, decoded.worker
+    if worker is not None and not re.fullmatch(WORKER_PATTERN, worker):
+        worker = None  # any text in a header, which may be too long for a routing key
     sender = _rejected_by(decoded.delivery, topology)
     if sender is not None and queue not in (topology.inbox(sender), topology.outbox(sender)):
         return None  # a worker rejects messages only from its own queues

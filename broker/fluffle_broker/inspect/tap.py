@@ -151,7 +151,8 @@ class Tap:
         target = bindings(self._topology, self._wanted, self._queue.name, existing)
         if self._wanted.worker is None:  # a worker that comes back is noticed again
             self._workers = {w for w in self._workers if self._topology.inbox(w) in existing}
-        await self._link.declare(target - self._bound)
+        # All of them: an exchange may have been deleted and declared again.
+        await self._link.declare(target)
         for binding in self._bound - target:
             await self._link.unbind(binding)
         self._bound = target

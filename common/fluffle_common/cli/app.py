@@ -119,8 +119,27 @@ _SECTIONS = {
 }
 
 
-class Commands(click.Group):
-    """A group of the ``fluffle.commands`` entry points, each imported when it is used."""
+class Group(click.Group):
+    """A group of commands that suggests a similar one."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find a command, or suggest a similar one."""
+        import difflib
+
+        name = args[0]
+        if not name.startswith("-") and self.get_command(ctx, name) is None:
+            near = difflib.get_close_matches(name, self.list_commands(ctx))
+            # Swapped letters are the likeliest mistake.
+            near.sort(key=lambda command: sorted(command) != sorted(name))
+            hint = f"did you mean '{near[0]}'?" if near else f"see '{ctx.command_path} --help'"
+            raise click.UsageError(f"unknown command '{name}'; {hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+class Commands(Group):
+    """The group of the ``fluffle.commands`` entry points, each imported when it is used."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse the command line; an empty argument, such as of an unset variable, is an error."""
@@ -159,21 +178,6 @@ class Commands(click.Group):
             if rows:
                 with formatter.section(head):
                     formatter.write_dl(rows)
-
-    def resolve_command(
-        self, ctx: click.Context, args: list[str]
-    ) -> tuple[str | None, click.Command | None, list[str]]:
-        """Find a command, or suggest a similar one."""
-        import difflib
-
-        name = args[0]
-        if not name.startswith("-") and self.get_command(ctx, name) is None:
-            near = difflib.get_close_matches(name, self.list_commands(ctx))
-            # Swapped letters are the likeliest mistake.
-            near.sort(key=lambda command: sorted(command) != sorted(name))
-            hint = f"did you mean '{near[0]}'?" if near else "see 'fluffle --help'"
-            raise click.UsageError(f"unknown command '{name}'; {hint}", ctx)
-        return super().resolve_command(ctx, args)
 
 
 def _remember_debug(_: click.Context, __: click.Parameter, wanted: bool) -> None:

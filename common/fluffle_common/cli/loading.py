@@ -45,8 +45,14 @@ class Place:
     def parse(cls, what: str, name: str) -> Place:
         """Parse ``module:name`` or ``path.py:name``; raise ``UsageError`` for other text."""
         where, colon, attribute = name.rpartition(":")
-        relative = where.startswith(".") and not where.endswith(".py")
-        if not colon or not where or not attribute or relative:
+        if where.endswith(".ipynb"):
+            raise UsageError(
+                f"--{what} cannot load the notebook {where}; export it with 'jupyter nbconvert "
+                f"--to script {where}', and give {where.removesuffix('ipynb')}py:{attribute}"
+            )
+        path = Path(where)  # if this is no file, it is the name of a module
+        no_module = where.startswith(".") or len(path.parts) > 1 or (path.suffix and path.is_file())
+        if not (colon and where and attribute) or (no_module and path.suffix != ".py"):
             raise UsageError(f"--{what} expects module:name or path.py:name, not '{name}'")
         return cls(what, where, attribute)
 
@@ -158,10 +164,9 @@ def load_object(name: str, option: str) -> Any:
         UsageError: if the file does not exist or has no such attribute.
         TaskError: if the file fails to load.
     """
-    place = Place.parse(option.removeprefix("--"), name)
-    if not place.is_file:
+    if not name.rpartition(":")[0].endswith((".py", ".ipynb")):
         raise UsageError(f"{option} expects path.py:name, not '{name}'")
-    return place.load()
+    return Place.parse(option.removeprefix("--"), name).load()
 
 
 def load_codec(name: str, option: str) -> str:

@@ -13,20 +13,24 @@ from fluffle_common.user_errors import sendable
 
 
 def real(value: Any) -> float:
-    """Convert a number of any framework to a float, or raise ``ValueError`` with the reason."""
+    """Convert a number of any framework to a float.
+
+    Raises:
+        ValueError: if it is none; the error, such as ``'a'; expected a number``, shows the value.
+    """
     try:
         return float(_plain(value))
     except OverflowError:
-        raise ValueError(f"the value is {shown(value)}, which is too large") from None
+        raise ValueError(f"{shown(value)}, which is too large") from None
     except Exception:
-        raise ValueError(f"the value is {shown(value)}, but a number is expected") from None
+        raise ValueError(f"{shown(value)}; expected a number") from None
 
 
 def number(value: Any) -> float:
     """Convert a finite number as ``real`` does."""
     converted = real(value)
     if not math.isfinite(converted):
-        raise ValueError(f"the value is {converted}, but a finite number is expected")
+        raise ValueError(f"{converted}; expected a finite number")
     return converted
 
 
@@ -38,7 +42,7 @@ def count(value: Any) -> int:
             return int(plain)
         return operator.index(plain)
     except Exception:
-        raise ValueError(f"the value is {shown(value)}, but a whole number is expected") from None
+        raise ValueError(f"{shown(value)}; expected a whole number") from None
 
 
 def shown(value: Any) -> str:

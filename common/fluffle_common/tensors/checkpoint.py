@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from fluffle_common.durable_files import replacing
+from fluffle_common.durable_files import open_regular, replacing
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.digest import blake3_of
 from fluffle_common.tensors.layout import Layout, Tensors, bytes_of, layout_for
@@ -175,7 +175,8 @@ def _opened(path: Path) -> Iterator[Any]:
     from safetensors import SafetensorError, safe_open
 
     try:
-        path.open("rb").close()  # safetensors calls any file that cannot be opened missing
+        # safetensors calls any file that cannot be opened missing, and a pipe blocks it.
+        open(path, "rb", opener=open_regular).close()
     except FileNotFoundError:
         raise UsageError(f"there is no model file {path}") from None
     except OSError as why:

@@ -170,7 +170,7 @@ def check_finite(weights: Weights) -> None:
 def finite_norm(weights: Weights) -> float:
     """Return the Euclidean norm of all values (floats and integers), which must be finite.
 
-    The relative error is at most about 1e-6. A norm beyond float64 is the largest float64.
+    The relative error is at most about 2e-6. A norm beyond float64 is the largest float64.
 
     Raises:
         NotFinite: naming the first tensor that holds NaN or infinity.

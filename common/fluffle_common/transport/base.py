@@ -170,7 +170,10 @@ class Link(Protocol):
         """
 
     async def exists(self, exchange: str) -> bool:
-        """Return whether an exchange of this name exists; this needs no permission on it."""
+        """Return whether an exchange of this name exists.
+
+        Since RabbitMQ 4.2.6, this needs a permission on it.
+        """
 
     async def bind(self, bindings: Iterable[Binding]) -> bool:
         """Bind existing queues to existing exchanges; a binding that exists is left as it is.
@@ -206,7 +209,8 @@ class Link(Protocol):
     ) -> AsyncGenerator[Delivery]:
         """Start consuming; the iterator yields deliveries and raises ``LinkLost`` at the end.
 
-        Closing the iterator ends consumption; unacknowledged messages return to the queue.
+        Closing the iterator ends consumption; unacknowledged messages return to the queue. Before
+        the first delivery is requested, only the end of the link does.
 
         Raises:
             QueueInUse: if ``exclusive`` is set and the queue has another consumer, or if another

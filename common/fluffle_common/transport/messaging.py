@@ -1,6 +1,6 @@
 """Publishing messages, in one piece or in parts, and rejecting invalid ones.
 
-``parts`` fetches what is sent in parts here.
+``fetch_parts`` fetches what is sent in parts here.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import math
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
@@ -36,11 +37,15 @@ _WINDOW = 4
 # A body that is not a valid message is cut to this size, so that a flood of them cannot push older
 # entries out of the queue. A valid message is kept whole, so that it can be inspected or resent.
 _KEPT_BYTES = 64 * 2**10
+_KEPT_WITHOUT_ROOM_BYTES = 2**10
 # How much of a rejected message's headers and of the reason is kept. With the other properties,
 # they must fit into the smallest frame that AMQP allows (4096 bytes): the broker would answer a
 # larger one by closing the connection, and then deliver the message again.
 _HEADERS_BYTES, _REASON_BYTES = 1024, 1500
 _HEADER_OVERHEAD_BYTES = 16  # the most that the encoding of a header adds to its text
+
+# The limit of AMQP for a message_id. A run may have a name of 64 characters of up to 4 bytes.
+_IDENTITY_BYTES = 255
 
 # The header that holds the original size of a rejected message that was cut.
 CUT = "cut_from_bytes"
@@ -149,7 +154,8 @@ async def _publish(link: Link, message: Message, body: bytes, route: Route) -> N
     headers = {**describe(message), "bytes": len(body)}
     if len(route.keys) > MAX_LISTED_KEYS:
         headers["recipients"] = len(route.keys)
-    properties = Properties(message.kind, message.identity, headers, route.durable)
+    identity = message.identity.encode()[:_IDENTITY_BYTES].decode(errors="ignore")
+    properties = Properties(message.kind, identity, headers, route.durable)
     await link.publish(
         body, properties, exchange=route.exchange, keys=route.keys, urgent=route.urgent
     )
@@ -184,11 +190,12 @@ async def _send_parts(
 
 
 def rejection(
-    delivery: Delivery, error: MalformedMessage, *, whole: bool = True
+    delivery: Delivery, error: MalformedMessage, *, room: float = math.inf
 ) -> tuple[Body, Properties]:
     """Return the message to put into the queue of rejected messages, with the reason.
 
-    The body is cut, also in ``delivery``, unless it is a valid message and ``whole`` is true.
+    The body is cut, also in ``delivery``, unless it is a valid message of at most ``room`` bytes:
+    to 64 KiB, or to 1 KiB if there is no room.
     """
     headers: dict[str, HeaderValue] = {
         **_bounded_headers(delivery.properties.headers),
@@ -197,9 +204,10 @@ def rejection(
         "rejected_at": timestamp(),
         "from": delivery.queue,
     }
-    if len(delivery.body) > _KEPT_BYTES and (error.cause == "malformed" or not whole):
-        headers[CUT] = len(delivery.body)
-        delivery.body = bytes(delivery.body[:_KEPT_BYTES])  # a copy, so that the rest is freed
+    size, kept = len(delivery.body), _KEPT_BYTES if room > 0 else _KEPT_WITHOUT_ROOM_BYTES
+    if size > kept and (error.cause == "malformed" or size > room):
+        headers[CUT] = size
+        delivery.body = bytes(delivery.body[:kept])  # a copy, so that the rest is freed
     original = delivery.properties
     return delivery.body, Properties(original.type, original.message_id, headers)
 

@@ -49,8 +49,8 @@ async def reconnecting(
         except LinkLost as error:
             if loop.time() - down_since + delay_s > backoff.give_up_s:
                 raise BrokerError(
-                    f"no broker at {transport.address} for {backoff.give_up_s:.0f} s ({error}); "
-                    "start one with 'fluffle broker up' or give its URL with --url"
+                    f"still no broker at {transport.address} after {backoff.give_up_s:.0f} s "
+                    f"({error}); start one with 'fluffle broker up' or give its URL with --url"
                 ) from None
             pause_s = delay_s * (1 + random_fraction()) / 2
             _LOG.debug("no link: %s; the next attempt is in %.1f s", error, pause_s)

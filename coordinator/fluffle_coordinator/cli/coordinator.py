@@ -114,10 +114,10 @@ _MOST_ROUNDS = 10**9  # as on the wire
     type=count(2),
     metavar="N",
     help="Number of recent checkpoints to keep. Older checkpoints are removed after each round, "
-    "except the first weights. With --monitor, the coordinator also keeps the best model, and "
-    "never fewer than --max-staleness + 2 checkpoints, because workers may still evaluate these "
-    "models. If the newest checkpoint is damaged, the run continues from the previous one, so N "
-    "must be at least 2.  [default: keep all checkpoints]",
+    "except the first weights. With --monitor, the coordinator also keeps the best model and, "
+    "because workers may still evaluate recent models, at least --max-staleness + 2 checkpoints. "
+    "If the newest checkpoint is damaged, the run continues from the previous one, so N must be "
+    "at least 2.  [default: keep all checkpoints]",
 )
 @click.option(
     "--keep-updates",

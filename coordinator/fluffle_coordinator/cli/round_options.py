@@ -96,9 +96,10 @@ round_options = option_group(
         type=seconds(min_open=True),
         metavar="SECONDS",
         help="Seconds without progress after which a worker's training or evaluation counts as "
-        "failed. An evaluation, and the training of a task that does not call 'progress', must end "
-        "within this time.  [default: no limit; after 2 minutes without progress, or 10 minutes "
-        "without any step, the coordinator prints a warning]",
+        "failed. Each of these must end within this time: an evaluation, the first step of a "
+        "training (including compilation), and the whole training of a task that does not call "
+        "'progress'.  [default: no limit, but a warning after 2 minutes without progress, or after "
+        "10 minutes if the worker has not reported a step]",
     ),
 )
 

@@ -12,7 +12,7 @@ import contextlib
 import math
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 
 from fluffle_common.clock import wall_time
 from fluffle_common.concurrency import run_all
@@ -31,6 +31,7 @@ from fluffle_coordinator.observe.journal_reader import read_journal
 _FOREVER = Backoff(give_up_s=math.inf)
 _KINDS = ("hello", "heartbeat", "bye")
 _JOURNAL_POLL_S = 2.0
+_BIND_EVERY_S = 10.0
 
 
 class BrokerSource:
@@ -115,11 +116,13 @@ class BrokerSource:
         self._set_link(True, f"connected to the broker at {address}")
         queue = self._topology.tap(f"page-{uuid.uuid4().hex[:8]}")
         bindings = [Binding(queue.name, self._topology.results, f"{kind}.#") for kind in _KINDS]
-        copies = await link.tap(queue, bindings)
-        self._tapped.set()
-        async with contextlib.aclosing(copies):
-            async for copy in copies:
-                self._take_presence(copy)
+        async with contextlib.aclosing(await link.tap(queue, bindings)) as copies:
+            self._tapped.set()
+            await run_all(self._read_presence(copies), _keep_bound(link, bindings))
+
+    async def _read_presence(self, copies: AsyncIterator[Delivery]) -> None:
+        async for copy in copies:
+            self._take_presence(copy)
 
     def _take_presence(self, copy: Delivery) -> None:
         try:
@@ -135,3 +138,10 @@ class BrokerSource:
             case _:
                 return
         self.feed.touch()
+
+
+async def _keep_bound(link: Link, bindings: Sequence[Binding]) -> None:
+    """Bind again from time to time: an exchange may have been deleted and declared again."""
+    while True:
+        await asyncio.sleep(_BIND_EVERY_S)
+        await link.bind(bindings)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fluffle_common.cli.console import json_line
+from fluffle_common.durable_files import open_regular
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import from_fields
 from fluffle_coordinator.dashboard.snapshot import ending, results
@@ -159,7 +160,7 @@ def _hash(text: str) -> str:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=open_regular) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return {"file": path.name, "size_bytes": file.tell(), "sha256": digest}
     except OSError as why:

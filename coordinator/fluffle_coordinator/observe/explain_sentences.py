@@ -9,8 +9,9 @@ from typing import Any
 from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import Failure, Left, RunEvent, decimal
+from fluffle_common.protocol.metric_names import PERSONAL_PREFIX, TEST_PREFIX
 from fluffle_coordinator.observe.explain import Explanation, longest_wait
-from fluffle_coordinator.observe.round_view import Note
+from fluffle_coordinator.observe.round_view import Note, RoundView
 from fluffle_coordinator.observe.times import clock, duration, iso, local
 from fluffle_coordinator.observe.worker_view import Departure
 
@@ -316,13 +317,27 @@ def _closing(explanation: Explanation) -> Iterator[str]:
     ]
     if steps:
         yield f"Time spent in the coordinator: {', '.join(steps)}."
+    yield from _metrics(this)
+
+
+def _metrics(this: RoundView) -> Iterator[str]:
+    """Yield what was measured, apart by who measured it, and on which model."""
+    by_prefix: dict[str, list[str]] = {PERSONAL_PREFIX: [], TEST_PREFIX: [], "": []}
+    for name, value in this.metrics.items():
+        prefix = next(one for one in by_prefix if name.startswith(one))
+        by_prefix[prefix].append(f"{name} {decimal(value)}")
+    personal, tested, evaluated = map(", ".join, by_prefix.values())
+    if personal:
+        yield f"Before averaging, the workers' own models reached {personal}."
     if this.loss is not None:
-        metrics = "".join(f", {name} {decimal(value)}" for name, value in this.metrics.items())
+        metrics = f", {evaluated}" if evaluated else ""
         on = ""
         if this.evaluated_on is not None:
             on = f" on {plural(this.evaluated_on, 'held-out example')}"
         model = f"The model of round {this.number}"
         yield f"{model} was evaluated: loss {decimal(this.loss)}{metrics}{on}."
+    if tested:
+        yield f"The coordinator's own test of the model gave {tested}."
 
 
 def _longest(explanation: Explanation) -> Iterator[str]:

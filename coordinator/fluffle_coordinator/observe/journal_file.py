@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from fluffle_common.cli.console import json_line
+from fluffle_common.durable_files import open_regular
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import Committed, RunEvent
 from fluffle_common.protocol.messages import Event
@@ -66,7 +67,7 @@ def read_journal_file(folder: Path) -> Iterator[Event]:
     """
     path, readable, damaged = folder / _NAME, 0, 0
     try:
-        file = path.open(encoding="utf-8", errors="replace")
+        file = open(path, encoding="utf-8", errors="replace", opener=open_regular)
     except OSError:
         raise UsageError(
             f"{folder} has no journal, because only a simulation keeps its journal in the run "

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
+
 from fluffle_common.cli.console import Console, warn
 from fluffle_common.protocol.events import RunEvent
 from fluffle_coordinator.machine.state import Phase, State
 from fluffle_coordinator.observe.waiting import in_brief, missing, waiting_for
+
+_DRAW_EVERY_S = 0.2
 
 
 class Watcher:
@@ -55,7 +59,7 @@ class View(Watcher):
     """Writes the events of a run as lines and its state as progress bars."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
+        self._console, self._due_at = console, 0.0
 
     def record(self, event: RunEvent) -> None:
         """Write an event as a line."""
@@ -63,8 +67,12 @@ class View(Watcher):
 
     def show(self, state: State, now: float) -> None:
         """Draw the bars."""
-        if not self._console.draws:
-            return  # called after every event, so build no sentences that nobody sees
+        # Called after every event, and the sentences name every worker. In real time, since
+        # simulated time may pass without end between two events.
+        is_due = time.monotonic() >= self._due_at or state.phase is Phase.ENDED
+        if not self._console.draws or not is_due:
+            return
+        self._due_at = time.monotonic() + _DRAW_EVERY_S
         done = min(state.committed, state.rules.rounds)
         self._console.bar("rounds", done, state.rules.rounds)
         folded = state.folded if state.phase is Phase.OPEN else 0

@@ -73,8 +73,9 @@ class Aggregator:
         self.drained = self._jobs.drained
         self._at_once_bytes = _AT_ONCE_BYTES if averages else -1
         self._state: Any = None
-        if saved.weights is not None:
-            self._begin_sum(saved.weights, saved)
+        if (weights := saved.weights) is not None:
+            size = size_bytes(weights)
+            self._jobs.put(lambda: self._off_loop(size, self._begin_sum, weights, saved))
         self._participants: list[dict[str, Any]] = []
         self._closing = False
         self._max_header: int | None = None
@@ -167,8 +168,7 @@ class Aggregator:
                 if not weights:
                     raise ValueError("the message contains no tensor")
                 check_names(weights)
-                check_finite(weights)
-                frozen = await asyncio.to_thread(_checked, groups.get(FROZEN, NO_TENSORS))
+                frozen = await asyncio.to_thread(_checked, weights, groups.get(FROZEN, NO_TENSORS))
             except LinkLost:
                 held.free()
                 return  # the broker delivers them again
@@ -311,6 +311,7 @@ class Aggregator:
         return await call_user(what, partial(work, *on), self._record)
 
 
-def _checked(frozen: Weights) -> Frozen:
+def _checked(weights: Weights, frozen: Weights) -> Frozen:
+    check_finite(weights)
     check_finite(frozen)
     return frozen_of(frozen)

@@ -40,7 +40,7 @@ from fluffle_coordinator.service.learning_rate import schedule_of
 from fluffle_coordinator.service.run_opening import open_run
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.history import merged
-from fluffle_coordinator.storage.run_store import RunStore, Saved
+from fluffle_coordinator.storage.run_store import RunStore, Saved, this_process
 from fluffle_coordinator.user_code.calls import leave
 from fluffle_coordinator.user_code.hooks import Hooks
 from fluffle_coordinator.user_code.schedule_loading import load_schedule
@@ -72,7 +72,7 @@ def run_coordinator(options: dict[str, Any]) -> None:
     settings = settings_of(options)
     federation = settings.federation
     find = broker_url_finder(options["url"])
-    transport = AmqpTransport(find, f"fluffle coordinator of {federation}")
+    transport = AmqpTransport(find, f"fluffle coordinator of {federation}, {this_process()}")
     store = RunStore(options["folder"] or Path("runs") / federation)
     topology = Topology(federation, options["queue_type"])
     page = _page(options, topology, find)

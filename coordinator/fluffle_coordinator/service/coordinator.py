@@ -88,7 +88,7 @@ class Coordinator:
         self._events, self._advancing = deque[ev.Event](), False
         self._link: Link | None = None
         self._linked = asyncio.Event()
-        self._next_tick_at = 0.0
+        self._next_tick_at: float | None = 0.0  # None: the timer has just expired
         self._standby = Standby(f"federation {settings.federation} on this broker", watcher)
         self._waiting = WaitingReport(settings.waiting_every_s, monotonic())
         self._outbox = Outbox(
@@ -139,11 +139,11 @@ class Coordinator:
         loop = asyncio.get_running_loop()
         self._ended = loop.create_future()
         self._next_tick = loop.call_later(0.0, self._tick)
-        tasks = [
+        _, *others = tasks = [
             asyncio.create_task(work(), name=work.__name__)
             for work in (
-                self._end,
                 self._links,
+                self._end,
                 self._aggregator.run,
                 self._committer.run,
                 self._outbox.run,
@@ -155,6 +155,9 @@ class Coordinator:
                 task.result()  # only _end returns; any other task that is done has failed
         except asyncio.CancelledError:
             if self.state.outcome is None:
+                self._advancing = True  # for good: nothing is done while the journal is published
+                for task in others:
+                    task.cancel()
                 self._record(run_events.Interrupted(folder=str(self._folder)))
             raise
         except TaskError as wrong:
@@ -211,8 +214,8 @@ class Coordinator:
         except Exception as wrong:  # the poster cannot handle it, so it ends the run
             if not self._ended.done():
                 self._ended.set_exception(wrong)
-        finally:
-            self._advancing = False
+            return  # for good: the state may lack what an effect has done
+        self._advancing = False
 
     def _after_events(self, now: float, *, had_effects: bool) -> None:
         """Show the new state, notice the end, and keep the next tick near."""
@@ -222,7 +225,10 @@ class Coordinator:
             self._record(waiting)
         if self.state.phase is rs.Phase.ENDED and not self._ended.done():
             self._ended.set_result(None)
-        if self._next_tick_at > now + _TICK_EVERY_S:
+        if self._next_tick_at is None:
+            left_s = min(self._waiting.due_at, machine.wakeup(self.state)) - monotonic()
+            self._tick_in(left_s if left_s > 0 else _TICK_EVERY_S)
+        elif self._next_tick_at > now + _TICK_EVERY_S:
             self._tick_in(_TICK_EVERY_S)
 
     def _tick(self) -> None:
@@ -231,9 +237,8 @@ class Coordinator:
         Ticks come from this timer only, because checking deadlines after every event would be
         expensive when many arrive.
         """
+        self._next_tick_at = None
         self._post(ev.Tick(monotonic()))
-        left_s = min(self._waiting.due_at, machine.wakeup(self.state)) - monotonic()
-        self._tick_in(left_s if left_s > 0 else _TICK_EVERY_S)
 
     def _tick_in(self, seconds: float) -> None:
         self._next_tick.cancel()
@@ -311,6 +316,7 @@ class Coordinator:
         def no_broker(reason: str) -> None:
             self._record(run_events.NoBroker(reason=reason))
 
+        await self._aggregator.drained()  # the strategy has loaded its state
         opened = reconnecting(self._transport, self._settings.backoff, no_broker)
         number = 0
         async with contextlib.aclosing(opened):

@@ -34,9 +34,9 @@ class RejectedQueue:
         It is dropped if there is no such queue, or no room in it. Its body is cut if too many bytes
         are waiting.
         """
-        whole = self._held_bytes + len(delivery.body) <= _MAX_BYTES
+        room = _MAX_BYTES - self._held_bytes
         # Not ``wrong`` itself: its frames would keep the decoder's buffers until the publish.
-        body, properties = rejection(delivery, wrong, whole=whole)
+        body, properties = rejection(delivery, wrong, room=room)
         self._held_bytes += len(body)
 
         async def publish(link: Link) -> None:

@@ -62,7 +62,7 @@ async def open_run(
         RunError: if the folder cannot be used.
         UsageError: if the run cannot continue with these settings.
     """
-    with _usable(store.shown):
+    with usable(store.shown):
         await _lock(store, watcher)
         first = None
         if fresh:
@@ -98,7 +98,7 @@ async def _lock(store: RunStore, watcher: Watcher) -> None:
 
 
 @contextlib.contextmanager
-def _usable(folder: Path) -> Iterator[None]:
+def usable(folder: Path) -> Iterator[None]:
     """Turn an ``OSError`` about the run folder into a one-line ``RunError``."""
     try:
         yield

@@ -31,8 +31,15 @@ class SerialQueue:
             job = await self._jobs.get()
             await job()
             self._open -= 1
-            self._jobs.task_done()
 
     async def drained(self) -> None:
-        """Wait until all jobs are done."""
-        await self._jobs.join()
+        """Wait until all jobs are done that are here now; others may come all the time."""
+        if self.idle:
+            return
+        done = asyncio.Event()
+
+        async def last() -> None:
+            done.set()
+
+        self.put(last)
+        await done.wait()

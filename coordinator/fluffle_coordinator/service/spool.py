@@ -54,7 +54,7 @@ class SpoolFile:
         while into:
             count = os.preadv(self._descriptor, [into], start)
             if not count:
-                raise OSError(f"the temporary file of an update has no data at byte {start}")
+                raise OSError(f"the temporary file of an update is truncated at byte {start}")
             start, into = start + count, into[count:]
 
 

@@ -18,11 +18,12 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, InstanceOf, ValidationError
 
 from fluffle_common.cli.console import json_line
-from fluffle_common.durable_files import replacing, sync_folder
+from fluffle_common.durable_files import open_regular, replacing, sync_folder
 from fluffle_common.errors import RunError, UsageError
 from fluffle_common.protocol.messages.base import Model
 from fluffle_common.protocol.messages.fields import Metric, NumExamples, Round, Sequence
 from fluffle_coordinator.storage.round_stats import add_uncounted
+from fluffle_coordinator.storage.run_checkpoints import checkpoint_files
 from fluffle_coordinator.storage.run_file import RUN_FILE
 
 _NAME = "history.jsonl"
@@ -237,6 +238,12 @@ def read_history_lines(folder: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: {error}") from None
     if lines:
         return lines
+    newest = max(checkpoint_files(folder), default=0) if folder.is_dir() else 0
+    if newest > 1:  # a crash leaves at most one checkpoint without a line
+        raise UsageError(
+            f"{folder} holds the checkpoint of round {newest}, but {_NAME} has no committed round; "
+            f"restore {_NAME}"
+        )
     if (folder / RUN_FILE).exists():
         raise UsageError(f"the run in {folder} has not committed any rounds yet")
     raise UsageError(f"there is no history in {folder}; give a run folder, such as runs/letters")
@@ -247,7 +254,7 @@ def _read(path: Path) -> tuple[list[dict[str, Any]], bytes]:
     lines: list[dict[str, Any]] = []
     if not path.exists():
         return lines, b""
-    with path.open("rb") as file:
+    with open(path, "rb", opener=open_regular) as file:
         for number, text in enumerate(file, start=1):
             if not text.strip():
                 continue

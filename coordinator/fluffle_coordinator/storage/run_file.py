@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field, ValidationError
 
 from fluffle_common.clock import timestamp
-from fluffle_common.durable_files import replacing
+from fluffle_common.durable_files import open_regular, replacing
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages.base import Model
 from fluffle_common.protocol.messages.fields import Round, Train
@@ -43,7 +43,8 @@ def read_run_file(folder: Path) -> dict[str, Any]:
     """
     path = folder / RUN_FILE
     try:
-        content: dict[str, Any] = json.loads(path.read_bytes())
+        with open(path, "rb", opener=open_regular) as file:
+            content: dict[str, Any] = json.load(file)
         _RunFile.model_validate(content)
     except FileNotFoundError:
         return {}

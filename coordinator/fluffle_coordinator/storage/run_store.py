@@ -124,9 +124,15 @@ class RunStore:
             ) from None
 
     def try_lock(self) -> bool:
-        """Lock the folder; return False if another coordinator holds the lock."""
+        """Lock the folder; return False if another coordinator holds the lock.
+
+        Raises:
+            OSError: if the lock cannot be opened, or the file system has no locks.
+            RunError: if the lock is not a regular file.
+        """
         if self._lock is not None:
             return True
+        self._check_regular(["lock"])
         lock = (self.folder / "lock").open("ab+", buffering=0)  # not "w": keep another's name
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -138,7 +144,7 @@ class RunStore:
         self._lock = lock
         with contextlib.suppress(OSError):  # a full disk takes the lock, but not the name
             lock.truncate(0)
-            lock.write(f"process {os.getpid()} on {platform.node()}".encode())
+            lock.write(this_process().encode())
         return True
 
     def holder(self) -> str:
@@ -151,6 +157,7 @@ class RunStore:
     def unlock(self) -> None:
         """Release the lock, as the end of the process does too."""
         if self._lock is not None:
+            fcntl.flock(self._lock, fcntl.LOCK_UN)  # a child that was forked has the file open, too
             self._lock.close()
             self._lock = None
 
@@ -172,6 +179,15 @@ class RunStore:
             sync_folder(folder)
         return aside
 
+    def _check_regular(self, patterns: Iterable[str]) -> None:
+        """Raise ``RunError`` if one of these files is something else; a pipe, say, would block."""
+        for path in self._files(patterns):
+            if path.exists() and not path.is_file():
+                raise RunError(
+                    f"{path} is not a regular file; move it elsewhere, and run the same command "
+                    "again"
+                )
+
     def _files(self, patterns: Iterable[str]) -> list[Path]:
         return sorted({path for pattern in patterns for path in self.folder.glob(pattern)})
 
@@ -182,6 +198,7 @@ class RunStore:
             RunError: if the folder holds another federation's run, or no readable checkpoint, or
                 if ``run.json`` or lines of the history were removed.
         """
+        self._check_regular(name for name in _RUN_FILES if name != "updates")
         for leftover in self._files(_UNFINISHED):
             leftover.unlink()
         identity = self._identity(federation)
@@ -324,6 +341,11 @@ class RunStore:
                 f"{self.shown} holds the checkpoint of round {newest}, but history.jsonl {known}; "
                 "restore history.jsonl, or move the run aside with --fresh"
             )
+
+
+def this_process() -> str:
+    """Return the process and its machine, in the words in which a standby names them."""
+    return f"process {os.getpid()} on {platform.node()}"
 
 
 def sampling_secret(folder: Path) -> int:

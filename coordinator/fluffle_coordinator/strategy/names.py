@@ -113,7 +113,7 @@ def named_strategy(text: str) -> NamedStrategy:
                 f"{full} is a complete strategy and cannot be combined with others; give only "
                 f"{full}"
             )
-        return NamedStrategy(full, whole)
+        return NamedStrategy(full, whole, ours=True)
     if [full for full, _ in parts["mean"]] == [FEDAVG.name]:
         parts["mean"].clear()
     full = "+".join(full for of_kind in parts.values() for full, _ in of_kind)

@@ -194,7 +194,7 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
     for given, value in returned.items():
         name = sendable(str(given))
         if not name.strip():
-            faults[name, ""] = "has an empty name; this metric is left out"
+            faults[name, ""] = "is left out: its name is empty"
             continue
         try:
             metrics[name] = number = real(value)
@@ -202,7 +202,7 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
                 fault = f"is {number}; it is recorded as missing, and never counts as the best"
                 faults[name, str(number)] = fault
         except ValueError as wrong:
-            faults[name, type(value).__name__] = f"is invalid: {wrong}; this metric is left out"
+            faults[name, type(value).__name__] = f"is left out: it is {wrong}"
     return metrics, faults
 
 

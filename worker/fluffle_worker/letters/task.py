@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -144,8 +145,7 @@ def task(options: TaskOptions) -> LettersTask:
         warn(note)
     train, held_out = held_out_split(images, options.seed)
     valid = (images.inputs[held_out], images.targets[held_out]) if len(held_out) else None
-    own = int.from_bytes(options.worker.encode()[-6:], "big")
-    sample_seed = (own + options.seed) % 2**63
+    sample_seed = (zlib.crc32(options.worker.encode()) + options.seed) % 2**63
     return letters_task(
         images.classes, (images.inputs[train], images.targets[train]), valid, sample_seed
     )

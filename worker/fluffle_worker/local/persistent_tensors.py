@@ -23,7 +23,7 @@ import numpy as np
 
 from fluffle_common.cli.console import warn
 from fluffle_common.cli.user_code import call_task
-from fluffle_common.durable_files import make_folder
+from fluffle_common.durable_files import make_folder, open_regular
 from fluffle_common.errors import TaskError, UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.layout import Weights, check_signature
@@ -159,7 +159,7 @@ def claim(folder: Path, owner: str) -> None:
     path = folder / _OWNER
     try:
         make_folder(folder)
-        with path.open("a+", encoding="utf-8", errors="replace") as file:
+        with open(path, "a+", encoding="utf-8", errors="replace", opener=open_regular) as file:
             file.seek(0)
             found = file.read().strip()
             if not found:

@@ -76,7 +76,7 @@ def as_rate(given: Any) -> float:
     try:
         rate = number(given)
     except ValueError as wrong:
-        raise TaskError(f"learning_rate= is invalid: {wrong}") from None
+        raise TaskError(f"learning_rate= is {wrong}") from None
     if rate <= 0:
         raise TaskError(f"learning_rate= is {rate}; expected a number above 0")
     return rate

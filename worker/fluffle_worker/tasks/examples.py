@@ -68,13 +68,15 @@ class InMemory:
 
     def targets(self) -> list[Any]:
         """Return the arrays of the targets."""
-        return arrays_in(self.source[1])
+        targets = arrays_in(self.source[1])
+        return targets if self._rows is None else [one[self._rows] for one in targets]
 
     def part(self, rows: Array, sample_seed: int) -> InMemory:
         """Return the examples with these indices, sharing the arrays."""
         part = copy.copy(self)
-        part.num_examples, part._rows = len(rows), np.asarray(rows, np.int32)
-        part._sample_seed = sample_seed
+        rows = np.asarray(rows, np.int32)
+        part._rows = rows if self._rows is None else self._rows[rows]
+        part.num_examples, part._sample_seed = len(rows), sample_seed
         return part
 
     def steps(self, plan: Plan) -> int:
@@ -107,7 +109,7 @@ class Streamed:
     ) -> None:
         if not num_examples:
             raise TaskError(
-                "train_data is a function, so the number of its examples is unknown; also give "
+                "train_data is a function, so its number of examples is unknown; also give "
                 "num_examples="
             )
         self.num_examples = num_examples

@@ -162,7 +162,7 @@ class FlaxTask(AdaptedTask):
         losses = StepLosses(progress, steps, private=rule.per_example)
         calls = step.run(
             learning_rate,
-            Flat.of((learnt, rest, self._transform(learning_rate).init(params))),
+            Flat.of((learnt, rest, self._transform(rule, learning_rate).init(params))),
             Flat.of(frozen),
             data.source,
             data.batches(plan),
@@ -217,26 +217,26 @@ class FlaxTask(AdaptedTask):
         _, frozen, rest = self._parts.at_home
         return self._parts.learnt(weights, personal), frozen, rest
 
-    def _transform(self, learning_rate: Any) -> optax.GradientTransformation:
+    def _transform(self, rule: BoundRule, learning_rate: Any) -> optax.GradientTransformation:
         optimizer = self._optimizer
         if not isinstance(optimizer, optax.GradientTransformation):
             optimizer = optimizer(learning_rate)
-        if self.local_rule.changes_nothing:
-            return optimizer
-        return optax.chain(_transformation(self.local_rule), optimizer)
+        return optimizer if rule.changes_nothing else optax.chain(_transformation(rule), optimizer)
 
     def _step(self, plan: Plan, params: Any) -> FlatStep:
         """Return the compiled step, one per local rule and set of trained tensors."""
         which = self.local_rule.key, plan.train
         if which not in self._steps:
-            # A new function object per step: JAX would reuse the trace of an equal one.
-            own = functools.partial(self._train_step, _trained(plan))
+            # A new function object per step: JAX would reuse the trace of an equal one. It holds
+            # the rule, so that no later rule can have its key.
+            own = functools.partial(self._train_step, self.local_rule, _trained(plan))
             static_rate = not _traces(self._optimizer, params)
             self._steps[which] = FlatStep(own, static_rate=static_rate)
         return self._steps[which]
 
     def _train_step(  # noqa: PLR0917 - jitted: positional, traced
         self,
+        rule: BoundRule,
         trained: Any,
         learning_rate: Any,
         state: tuple[Any, Any, Any],
@@ -258,12 +258,12 @@ class FlaxTask(AdaptedTask):
             return value, self._parts.after(model, rest)
 
         grad = jax.value_and_grad(mean_loss, has_aux=True)
-        if self.local_rule.per_example:
+        if rule.per_example:
             grad = _each(grad)
         (value, (others, rest)), gradient = grad(params, (inputs, targets))
-        transform = self._transform(learning_rate)
+        transform = self._transform(rule, learning_rate)
         known: dict[str, Any] = {}
-        if not self.local_rule.per_example:  # the optimizer must not see past such a rule's noise
+        if not rule.per_example:  # the optimizer must not see past such a rule's noise
             known = {
                 "value": value,
                 "grad": gradient,

@@ -197,8 +197,9 @@ class MeasuredEvent(RoundEvent):
         return self._filled(self.template.partition(" on ")[0])
 
     def _derived(self) -> dict[str, str]:
-        metrics = (self.metrics or {}).items()
-        return {"more": "".join(f", {name} {decimal(value)}" for name, value in metrics)}
+        metrics = [f"{name} {decimal(value)}" for name, value in (self.metrics or {}).items()]
+        more = "".join(f", {one}" for one in metrics)
+        return {"more": more, "metrics": more.removeprefix(", ") or "?"}
 
 
 @event("evaluated", "round {round}: loss {loss}{more} on {num_examples:held-out example}", "good")
@@ -219,11 +220,12 @@ class Evaluated(MeasuredEvent):
 
 @event(
     "personal",
-    "round {round}: each worker's model before averaging{more} on held-out examples",
+    "round {round}: before averaging, the workers' own models reached {metrics} on held-out "
+    "examples",
     "good",
 )
 class Personal(MeasuredEvent):
-    """Participants have evaluated what they trained, before it was averaged."""
+    """The means of the participants' evaluations of what they trained, before it was averaged."""
 
 
 @event("tested", "round {round}: tested by the coordinator{more}", "good")

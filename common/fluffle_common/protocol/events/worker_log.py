@@ -133,7 +133,7 @@ class NotCounted(WorkerEvent):
     cause: Text = None
 
 
-@event("unfit", "the task: {reason}", "odd")
+@event("unfit", "{reason}", "odd")
 class Unfit(WorkerEvent):
     """The task returned something unusable, which was left out."""
 

@@ -1,7 +1,7 @@
 """The messages between the coordinator and the workers.
 
-Every message is a small, frozen header; some carry tensors behind it (see ``codec``). A value of
-the wrong type raises ``MalformedMessage``; nothing is coerced. Unknown keys are ignored, so that
+Every message is a small, frozen header; some carry tensors behind it (see ``wire_format``). A value
+of the wrong type raises ``MalformedMessage``; nothing is coerced. Unknown keys are ignored, so that
 later versions can add some, unless the message lists them as ``critical``. The field names are
 those on the wire, in the journal and in the documentation.
 """

@@ -29,9 +29,8 @@ NumExamples = Annotated[int, Field(ge=1, le=MAX_NUM_EXAMPLES)]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Metric = Annotated[float, Field(allow_inf_nan=False)]
-Metrics = Annotated[
-    dict[Annotated[str, Field(max_length=MAX_METRIC_NAME)], Metric], Field(max_length=MAX_METRICS)
-]
+_MetricName = Annotated[str, Field(min_length=1, max_length=MAX_METRIC_NAME, pattern=r"\S")]
+Metrics = Annotated[dict[_MetricName, Metric], Field(max_length=MAX_METRICS)]
 Text = Annotated[str, Field(max_length=2000)]
 TaskName = Annotated[str, Field(max_length=MAX_TASK_CHARACTERS)]
 
@@ -78,7 +77,7 @@ def _check_size(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Classes = Annotated[
-    tuple[Annotated[str, Field(max_length=MAX_CLASS_NAME)], ...],
+    tuple[Annotated[str, Field(min_length=1, max_length=MAX_CLASS_NAME)], ...],
     Strict(False),
     Field(max_length=MAX_CLASSES, fail_fast=True),
     AfterValidator(_check_size),

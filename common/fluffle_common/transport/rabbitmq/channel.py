@@ -214,6 +214,7 @@ class ContentChannel:
         """Close, and raise ``why`` in everyone who waits for an answer."""
         self._send_acks()
         self._ended = True
+        self._on_delivery = None  # what it holds is not wanted any more
         pending: list[asyncio.Future[Any]] = [
             message.confirmation for message in self.unconfirmed.values()
         ]
@@ -235,6 +236,10 @@ class ContentChannel:
                 self._confirm(payload, nacked=True)
             case frames.GET_EMPTY:
                 self._answer_get(None)
+            case frames.CHANNEL_CLOSE:
+                # aiormq confirms it. After that, any frame on it would end the connection.
+                self._ended = True
+                return False
             case _:
                 return False
         return True

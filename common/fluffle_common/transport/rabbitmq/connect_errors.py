@@ -55,6 +55,11 @@ def handshake_error(
     temporary: the broker may still count connections that the network has cut.
     """
     where, user, vhost = display_url(url), url.user or "guest", url.path[1:] or "/"
+    if code == _ACCESS_REFUSED and url.query.get("auth") == "external":
+        return BrokerError(
+            f"the broker at {where} has no user for this client certificate; add a user with the "
+            "name in the certificate, or give another ?certfile= in --url"
+        )
     if code == _ACCESS_REFUSED:
         note = " ('guest' may connect only from the broker's machine)" if user == "guest" else ""
         return BrokerError(

@@ -196,7 +196,10 @@ class SocketFactory(TransportFactory):
     ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         """Open the socket; raise ``OSError`` if nothing answers."""
         provider = options.pop("ssl_context_provider", None)
-        context = await provider.get_context() if url.scheme == "amqps" else None
+        context = None
+        if url.scheme == "amqps":
+            context = await provider.get_context()
+            options["ssl_shutdown_timeout"] = _CLOSE_TIMEOUT_S  # of a broker that does not answer
         reader = asyncio.StreamReader(_READ_AHEAD_BYTES)
         self.splitter = FrameSplitter(reader.feed_data, on_blocked=self.blocking.set)
         protocol = _Protocol(reader, self.splitter)
@@ -210,7 +213,7 @@ class SocketFactory(TransportFactory):
 class Connection(aio_pika.Connection):
     """An aio_pika connection on which message traffic can bypass aiormq.
 
-    ``connect(timeout)`` opens it; ``name`` is its name on RabbitMQ's management page.
+    ``connect()`` opens it; ``name`` is its name on RabbitMQ's management page.
     """
 
     PARAMETERS = (
@@ -235,6 +238,10 @@ class Connection(aio_pika.Connection):
 
     def __del__(self) -> None:
         """Do nothing: links close their connections, and aio_pika's version needs a loop."""
+
+    def abort(self) -> None:
+        """Close the socket at once, and drop the bytes that have not left."""
+        self._sockets.socket.abort()
 
     def buffered_bytes(self) -> int:
         """Return how many bytes this process has not yet passed to the operating system."""
@@ -266,10 +273,17 @@ class Connection(aio_pika.Connection):
 
 
 async def close(connection: Connection) -> None:
-    """Close a connection within a short timeout; this never raises."""
-    with contextlib.suppress(LinkLost), map_exceptions():
-        async with asyncio.timeout(_CLOSE_TIMEOUT_S):
+    """Close a connection within a short timeout; this never raises.
+
+    aiormq waits until all bytes have left. Over a stalled line, or if the broker is blocked, that
+    may take forever, however often aiormq is cancelled.
+    """
+    aborting = asyncio.get_running_loop().call_later(_CLOSE_TIMEOUT_S, connection.abort)
+    try:
+        with contextlib.suppress(LinkLost), map_exceptions():
             await connection.close()
+    finally:
+        aborting.cancel()
 
 
 def queued_bytes(descriptor: int) -> int | None:

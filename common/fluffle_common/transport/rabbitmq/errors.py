@@ -178,7 +178,7 @@ def error_for_reply(text: str, user: str = "", right: Right | None = None) -> Tr
     if match := _OTHER_USER.search(text):
         return BrokerError(
             f"this process sends messages as {who}, but is logged in as user '{match['user']}'; "
-            f"log in as {who} with --url amqp://user:password@host"
+            f"in --url, give the user '{match['user']}', also with ?auth=external"
         )
     if _LIMIT.search(text):
         return BrokerError(

@@ -30,6 +30,7 @@ _PUBLISH, RETURN, DELIVER, _GET, GET_OK, GET_EMPTY, ACK, NACK = (
     struct.pack(">HH", _BASIC, number) for number in (40, 50, 60, 70, 71, 72, 80, 120)
 )
 _KIND_SIZE = 4
+CHANNEL_CLOSE = struct.pack(">HH", 20, 40)
 # Methods of the class Connection, on channel 0.
 CLOSE, BLOCKED, UNBLOCKED = (struct.pack(">HH", 10, number) for number in (50, 60, 61))
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as UnderlayChannel
+from pamqp.common import FieldTable
 
 from fluffle_common.debug_loggers import logger
 from fluffle_common.errors import LinkLost
@@ -127,18 +128,20 @@ class AmqpLink(Link):
                 channel = self._requests
                 match entity:
                     case Exchange(name, kind, alternate):
-                        await channel.exchange_declare(
-                            name,
-                            exchange_type=kind,
-                            durable=True,
-                            arguments={"alternate-exchange": alternate} if alternate else None,
+                        others: FieldTable = {"alternate-exchange": alternate} if alternate else {}
+                        await _finished(
+                            channel.exchange_declare(
+                                name, exchange_type=kind, durable=True, arguments=others
+                            )
                         )
                     case Queue(name, _, arguments):
-                        await channel.queue_declare(name, durable=True, arguments={**arguments})
+                        await _finished(
+                            channel.queue_declare(name, durable=True, arguments={**arguments})
+                        )
                         if arguments.get("x-queue-type") == "quorum":
                             self._quorum.add(name)
                     case Binding(queue, exchange, key):
-                        await channel.queue_bind(queue, exchange, key)
+                        await _finished(channel.queue_bind(queue, exchange, key))
 
     async def exists(self, exchange: str) -> bool:
         declare_ok = await self._request_or_none(
@@ -161,15 +164,10 @@ class AmqpLink(Link):
     ) -> _T | None:
         """Send a request that names an entity; return None if the entity is out of reach.
 
-        The broker then closes the channel, so these requests have a channel of their own. They go
-        on when the caller is cancelled: aiormq would close the channel, and if the broker closes it
-        at this moment, a second time, which ends the connection.
+        The broker then closes the channel, so these requests have a channel of their own.
         """
         self._lifetime.check()
-        probe = asyncio.ensure_future(self._probe(ask, right))
-        # If the caller is cancelled, nobody else retrieves the error of a link that is lost.
-        probe.add_done_callback(lambda done: done.cancelled() or done.exception())
-        return await asyncio.shield(probe)
+        return await _finished(self._probe(ask, right))
 
     async def _probe(
         self, ask: Callable[[UnderlayChannel], Awaitable[_T]], right: Right | None
@@ -299,8 +297,10 @@ class AmqpLink(Link):
             await self.declare([queue])
         else:
             with self._lifetime.requesting("configure"):
-                await self._requests.queue_declare(
-                    queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
+                await _finished(
+                    self._requests.queue_declare(
+                        queue.name, exclusive=True, auto_delete=True, arguments={**queue.arguments}
+                    )
                 )
         await self.declare(bindings)
         consumer = Consumer(queue.name, self._connections[1], self._lifetime)
@@ -308,7 +308,8 @@ class AmqpLink(Link):
 
     async def unbind(self, binding: Binding) -> None:
         with self._lifetime.requesting("bind"):
-            await self._requests.queue_unbind(binding.queue, binding.exchange, binding.key)
+            unbinding = self._requests.queue_unbind(binding.queue, binding.exchange, binding.key)
+            await _finished(unbinding)
 
     async def counts(self, queue: str) -> Counts | None:
         declare_ok = await self._request_or_none(
@@ -320,7 +321,8 @@ class AmqpLink(Link):
 
     async def purge(self, queue: str) -> int:
         with self._lifetime.requesting("read"):
-            return int((await self._requests.queue_purge(queue)).message_count or 0)
+            purge_ok = await _finished(self._requests.queue_purge(queue))
+            return int(purge_ok.message_count or 0)
 
     async def lost(self) -> None:
         await self._lifetime.lost()
@@ -330,6 +332,18 @@ class AmqpLink(Link):
         # Concurrently: each may run into its timeout, and reconnecting waits for both.
         connections = filter(None, (*self._connections, self._getter.connection))
         await asyncio.gather(*map(close, connections))
+
+
+async def _finished(request: Awaitable[_T]) -> _T:
+    """Await a request that goes on when the caller is cancelled.
+
+    aiormq would close the channel, which loses the link, and if the broker closes the channel at
+    this moment, a second time, which ends the connection.
+    """
+    requesting = asyncio.ensure_future(request)
+    # If the caller is cancelled, nobody else retrieves the error of a link that is lost.
+    requesting.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return await asyncio.shield(requesting)
 
 
 async def _publish_in_halves(publish: Callable[..., Awaitable[None]], keys: Sequence[str]) -> None:
