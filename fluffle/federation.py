@@ -50,7 +50,7 @@ class LocalTask:
     """A task with the name of its worker; remembers the exceptions that the task's code raises.
 
     Raises:
-        TaskError: if the task cannot make first weights, or weights that can be sent.
+        TaskError: if the task cannot make the first weights, or they cannot be sent.
     """
 
     def __init__(self, name: str, task: Task) -> None:
@@ -73,7 +73,9 @@ class LocalTask:
             return self._remembering(self.task.init, *arguments)
         except BaseException as why:
             if self.signature == UNKNOWN and not is_ctrl_c(why):  # called by the constructor
-                raise self.failure(f"cannot make first weights: {one_line(why)}") from self.error
+                raise self.failure(
+                    f"cannot make the first weights: {one_line(why)}"
+                ) from self.error
             raise
 
     def train(self, *arguments: Any) -> Any:

@@ -212,7 +212,7 @@ def _tasks(options: dict[str, Any]) -> tuple[Task | None, dict[str, Task]]:
         if options["partition"] != "iid":
             raise UsageError(
                 f"--partition {options['partition']} has no effect, because {{client}} in --data "
-                "gives each client its own task; remove one of them"
+                "gives each client its own task; remove --partition, or remove {client} from --data"
             )
         return None, each_its_own(make, options["data"], number, seed)
     whole = make(TaskOptions(data=options["data"], worker="simulation", seed=seed))

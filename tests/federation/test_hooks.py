@@ -117,8 +117,8 @@ def test_a_failing_hook_is_reported_once_and_loses_no_round(federated, capsys):
             "(test_hooks.py:"
         )
         assert notes[1] == (
-            "round 1 is committed, but its on_round hook failed: the function returned int, but it "
-            "must return None, or a string: the reason to end the run"
+            "round 1 is committed, but its on_round hook failed: the function returned int; "
+            "expected None, or a string with the reason to end the run"
         )
         lines = (federation.folder / "history.jsonl").read_text().splitlines()
         assert not any("test" in json.loads(line)["event"] for line in lines)
@@ -154,8 +154,7 @@ def test_a_result_that_is_no_mapping_is_reported(federated, capsys):
         await coordinator.end()
         (note,) = coordinator.log.of("note")
         assert (
-            "evaluate hook failed: the function returned float, but it must return a mapping"
-            in note["what"]
+            "evaluate hook failed: the function returned float; expected a mapping" in note["what"]
         )
 
     federated(scenario)

@@ -489,7 +489,7 @@ def test_an_error_of_a_task_is_raised_with_its_name_and_its_own_traceback(tmp_pa
 
 def test_a_task_that_cannot_make_first_weights_is_named_before_anything_runs(capsys):
     with pytest.raises(
-        fluffle.TaskError, match="'worker-0' cannot make first weights: Zero"
+        fluffle.TaskError, match="'worker-0' cannot make the first weights: Zero"
     ) as one:
         fluffle.run([Broken("init")])
     assert isinstance(one.value.__cause__, ZeroDivisionError)

@@ -233,7 +233,7 @@ def make():
         ("mine.py:x", "mine.py has no 'x'"),
         ("mine.py:Half", "is a class or a function, not a strategy; .* my_half = Half()"),
         ("mine.py:half", r"Half lacks broadcast\(\), finish\(\), dump\(\), load\(\), needs \("),
-        ("mine.py:make", "call it, and give the result, such as my_make = make"),
+        ("mine.py:make", "create an object, such as my_make = make"),
         ("mine.py:number", "this int lacks init.*; inherit from .*base.Strategy"),
     ],
 )

@@ -443,7 +443,8 @@ def test_a_task_whose_init_fails_is_loaded_and_says_so(capsys):
 
     assert signature_of_task(own(init=init)) == UNKNOWN
     assert (
-        "cannot make first weights: NotImplementedError (test_task_load" in capsys.readouterr().err
+        "cannot make the first weights: NotImplementedError (test_task_load"
+        in capsys.readouterr().err
     )
     assert difference(signature_of_task(making(w=np.zeros(1))), UNKNOWN) is None
 

@@ -45,8 +45,8 @@ if TYPE_CHECKING:
     multiple=True,
     metavar="PATH.PY:NAME",
     help="Codec to load from your own file, given as path.py:name. The coordinator's --compress "
-    "can then name this codec. May be given several times. Installed codecs are found without this "
-    "option.",
+    "can then name this codec. For several codecs, repeat the option. Installed codecs are found "
+    "without this option.",
 )
 @click.option(
     "--local-rule",

@@ -47,7 +47,7 @@ def signature_of_task(task: Task) -> Signature:
     except BaseException as why:
         if is_ctrl_c(why):
             raise
-        fails = "init() fails, so this worker cannot make first weights"
+        fails = "init() fails, so this worker cannot make the first weights"
         if callable(ask):
             fails = "model_form() fails, so nobody can check that the federation has the same model"
         warn(f"the task's {fails}: {one_line(why)}")

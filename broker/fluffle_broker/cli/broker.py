@@ -149,8 +149,8 @@ def status(ctx: click.Context, state: Path, as_json: bool) -> None:
     "workers",
     multiple=True,
     metavar="NAME",
-    help="Worker ID, which is also the name of the worker's RabbitMQ user; may be given "
-    "several times.",
+    help="Worker ID, which is also the name of the worker's RabbitMQ user. For several "
+    "workers, repeat the option.",
 )
 @click.option(
     "--coordinator", is_flag=True, help="Print the permissions of the coordinator's RabbitMQ user."

@@ -33,7 +33,7 @@ _WHO_WIDTH, _WIDEST_WHO = 12, 32
 @click.option(
     "--kind", "kinds", multiple=True, metavar="KIND",
     help="Kind of message to show (update, evaluation, fit, hello, heartbeat, failure, part "
-    "…); may be given several times.  [default: all kinds except heartbeat and part]",
+    "…). For several kinds, repeat the option.  [default: all kinds except heartbeat and part]",
 )  # fmt: skip
 @click.option(
     "--worker", metavar="W", help="Show only messages from or to the worker with this ID."

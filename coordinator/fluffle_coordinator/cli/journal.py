@@ -62,8 +62,8 @@ def _known_kinds(_: click.Context, __: click.Parameter, kinds: tuple[str, ...]) 
     multiple=True,
     callback=_known_kinds,
     metavar="EVENT",
-    help="Show only events of this kind, such as counted, late or rejected; may be given several "
-    "times.",
+    help="Show only events of this kind, such as counted, late or rejected. For several kinds, "
+    "repeat the option.",
 )
 @_run_id_option
 @click.option(

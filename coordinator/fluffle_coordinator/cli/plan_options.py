@@ -88,8 +88,8 @@ plan_options = option_group(
         type=KeyValue(),
         multiple=True,
         metavar="KEY=VALUE",
-        help="Extra setting, which the workers' tasks read from plan.config; may be given several "
-        "times.",
+        help="Extra setting, which the workers' tasks read from plan.config. For several settings, "
+        "repeat the option.",
     ),
     click.option(
         "--upload-dtype",
@@ -111,8 +111,8 @@ plan_options = option_group(
         "--train",
         multiple=True,
         metavar="TENSOR",
-        help="Name of a tensor to train, or a prefix such as 'head/*'; may be given several times. "
-        "Tensors without a matching --train stay unchanged and are not sent back.  [default: "
-        "every tensor is trained]",
+        help="Name of a tensor to train, or a prefix such as 'head/*'. For several tensors, repeat "
+        "the option. Tensors without a matching --train stay unchanged and are not sent back.  "
+        "[default: every tensor is trained]",
     ),
 )

@@ -52,8 +52,8 @@ schedule_options = option_group(
         metavar="NAME|PATH.PY:NAME",
         help="Rule that selects workers: uniform (at random); poisson (each worker independently "
         "at random); weighted (at random, in proportion to examples); round-robin (in turn); "
-        "fastest:0.2 (the fastest workers; 20 % of the places go to workers in turn, at any "
-        "speed); or path.py:name (your own function).",
+        "fastest:0.2 (the fastest workers, but 20 % of the places go to workers of any speed, "
+        "in turn); or path.py:name (your own function).",
     ),
     click.option(
         "--schedule",

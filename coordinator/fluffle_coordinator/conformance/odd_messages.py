@@ -178,7 +178,7 @@ async def update_in_parts(probe: Probe) -> str:
         )
     if first.transfer.id == again.transfer.id:
         raise Unmet(
-            "the second transfer of the update has the ID of the first one; expected a new ID"
+            "the second transfer of the update has the same ID as the first; expected a new ID"
         )
     digest = "with" if first.transfer.digest else "without"
     return f"an update of {first.transfer.parts} parts, sent twice, {digest} a digest"

@@ -241,7 +241,8 @@ class Intake:
             self._aggregator.take_first(Held(delivery, message, payload, self._room))
         else:
             raise MalformedMessage(
-                f"first weights were requested from {asked}, not from {message.worker}", "sender"
+                f"the first weights were requested from {asked}, not from {message.worker}",
+                "sender",
             )
 
     def _reject(

@@ -67,8 +67,8 @@ def check_object(
     kind, made = base.__name__.lower(), type(value).__name__
     if isinstance(value, type | FunctionType):
         raise UsageError(
-            f"--{kind} {name} is a class or a function, not a {kind}; call it, and give the "
-            f"result, such as my_{value.__name__.lower()} = {value.__name__}()"
+            f"--{kind} {name} is a class or a function, not a {kind}; create an object, such "
+            f"as my_{value.__name__.lower()} = {value.__name__}(), and give this object instead"
         )
     found = {
         field: call_guarded(f"{kind} {name}", field, getattr, value, field, None)

@@ -150,8 +150,8 @@ class HookCalls:
                 return sendable(str(stop)) or "the on_round hook stopped the run"
             if returned is not None and not isinstance(returned, str):
                 raise TaskError(
-                    f"the function returned {type(returned).__name__}, but it must return None, "
-                    "or a string: the reason to end the run"
+                    f"the function returned {type(returned).__name__}; expected None, or a string "
+                    "with the reason to end the run"
                 )
             return sendable(returned or "")
 
@@ -187,8 +187,8 @@ def _metrics(returned: Any) -> tuple[dict[str, float], dict[tuple[str, str], str
     """Return the metrics as floats, and what is wrong with some, by name and kind of fault."""
     if not isinstance(returned, Mapping):
         raise TaskError(
-            f"the function returned {type(returned).__name__}, but it must return a mapping of "
-            "metric names to numbers"
+            f"the function returned {type(returned).__name__}; expected a mapping of metric names "
+            "to numbers"
         )
     metrics, faults = {}, {}
     for given, value in returned.items():

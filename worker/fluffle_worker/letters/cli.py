@@ -34,24 +34,27 @@ _NEEDS = "this command needs JAX and Pillow", "worker"
 @click.command(context_settings={"show_default": True})
 @click.argument("out", type=click.Path(path_type=Path, file_okay=False))
 @click.option(
-    "--clients", type=count(), default=3, help="Number of clients; each client is a writer."
+    "--clients",
+    type=count(),
+    default=3,
+    help="Number of data owners, each with a handwriting of their own.",
 )
 @click.option("--per-client", type=count(10), default=250, help="Number of letters per writer.")
 @click.option(
     "--unseen",
     type=count(0),
     default=1,
-    help="Number of additional writers who are not clients. Their letters are only for scoring a "
-    "model; no worker should train on them.",
+    help="Number of additional writers, whose letters are only for scoring a model; no worker "
+    "should train on them.",
 )
 @click.option("--seed", type=SEED, default=1, help="Seed for the generated handwriting.")
 def letters(out: Path, clients: int, per_client: int, unseen: int, seed: int) -> None:
     """Draw letters A to J in the handwriting of different writers.
 
-    The command writes the letters of client N to OUT/client-N/<letter>/. Each client is a writer
-    with a personal slant, size, pen and tremor, who prefers some of the shapes of each letter.
-    OUT/writer-N/<letter>/ has the letters of writers who are not clients. To score a model on the
-    letters of these writers, use 'fluffle confusion --unseen'.
+    Each writer has a personal slant, size, pen and tremor, and prefers some of the shapes of each
+    letter. OUT/client-N/<letter>/ has the letters of data owner N. OUT/writer-N/<letter>/ has the
+    letters of the additional writers. To score a model on the letters of these writers, use
+    'fluffle confusion --unseen'.
     """
     with needs(*_NEEDS):
         from fluffle_worker.letters.handwriting.drawing import draw_letters
