@@ -30,7 +30,7 @@ $(STAMP): requirements.lock pyproject.toml
 demo: install
 	$(BIN)/python examples/demo.py
 
-# Tests mostly wait for a broker or a process, so run several at once. Each job has its own RabbitMQ.
+# Tests mostly wait for a broker or a process, so run several at once. All jobs share a RabbitMQ.
 JOBS ?= 4
 
 test: install check browser

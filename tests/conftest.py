@@ -1,12 +1,12 @@
 """What every test can use: a private RabbitMQ, and Hypothesis that repeats itself."""
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import uvloop
@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, settings
 
 from fluffle_broker.node import node
 from fluffle_common.errors import BrokerError
+from tests.shared import shared_node
 
 # The same examples every time, however slowly they come, since the machine is shared.
 # HYPOTHESIS_PROFILE names another profile: fewer examples for `make test-fast`, or a long search.
@@ -57,17 +58,17 @@ def _forget_modules_of_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterat
             del sys.modules[name]
 
 
-@pytest.fixture(scope="session")
-def _compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("jax")
-
-
 @pytest.fixture(scope="module")
-def compiled_elsewhere(_compiled: Path) -> Iterator[None]:
-    """Let JAX compile quickly, since the models are tiny, and not into the user's cache."""
+def compiled_elsewhere(pytestconfig: pytest.Config) -> Iterator[None]:
+    """Let JAX compile quickly, since the models are tiny, and keep it for the next run of tests."""
     import jax
 
-    changed = {"jax_compilation_cache_dir": str(_compiled), "jax_disable_most_optimizations": True}
+    assert pytestconfig.cache is not None
+    changed = {
+        "jax_compilation_cache_dir": str(pytestconfig.cache.mkdir("jax")),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_disable_most_optimizations": True,
+    }
     before = {name: jax.config.values[name] for name in changed}
     for name, value in changed.items():
         jax.config.update(name, value)
@@ -78,18 +79,15 @@ def compiled_elsewhere(_compiled: Path) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def broker_node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[node.NodeInfo]:
-    """Run one private RabbitMQ for the whole session; tests keep apart by their federation."""
-    state = tmp_path_factory.mktemp("rabbit")
-    try:
-        info = node.up(state, ports=node.Ports(0, 0, 0, 0, 0))
-    except BrokerError as why:
-        if os.environ.get("CI") == "true":
-            pytest.fail(f"CI must test against a real RabbitMQ, and none can be started: {why}")
-        pytest.skip(f"NOT TESTED against a real RabbitMQ, none can be started here: {why}")
-    try:
+    """Run one private RabbitMQ for all jobs; tests keep apart by their federation."""
+    with contextlib.ExitStack() as stack:
+        try:
+            info = stack.enter_context(shared_node(tmp_path_factory, "rabbit"))
+        except BrokerError as why:
+            if os.environ.get("CI") == "true":
+                pytest.fail(f"CI must test against a real RabbitMQ, and none can be started: {why}")
+            pytest.skip(f"NOT TESTED against a real RabbitMQ, none can be started here: {why}")
         yield info
-    finally:
-        node.down(state, grace_s=0)
 
 
 @pytest.fixture

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import http.client
 import json
 import os
 import shutil
@@ -14,7 +12,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +19,8 @@ import pytest
 from fluffle_broker.node import network, node, packages, processes, record
 from fluffle_broker.node.record import NodeInfo, Ports
 from fluffle_common.errors import BrokerError
+from tests.e2e.manage import manage
+from tests.shared import shared_node
 
 pytestmark = [
     pytest.mark.rabbit,
@@ -44,20 +43,6 @@ def fluffle(*arguments: str | Path, state: Path) -> subprocess.CompletedProcess[
 def _command(*arguments: str | Path, state: Path) -> list[str]:
     start = "from fluffle_common.cli.app import main; main()"
     return [sys.executable, "-c", start, *map(str, arguments), "--state", str(state)]
-
-
-def manage(info: NodeInfo, method: str, path: str, body: Any = None) -> Any:
-    link = http.client.HTTPConnection("127.0.0.1", info.ports.management, timeout=60)
-    login = base64.b64encode(b"guest:guest").decode()
-    headers = {"Authorization": f"Basic {login}", "Content-Type": "application/json"}
-    try:
-        link.request(method, f"/api/{path}", body=json.dumps(body), headers=headers)
-        answer = link.getresponse()
-        text = answer.read()
-        assert answer.status < 300, text
-        return json.loads(text) if text else None
-    finally:
-        link.close()
 
 
 def ours(state: Path) -> list[str]:
@@ -105,9 +90,9 @@ class Running:
 @pytest.fixture(scope="module")
 def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """Run one node with another configuration and a known cookie."""
-    with stopped_at_the_end(tmp_path_factory.mktemp("running")) as folder:
-        conf = "consumer_timeout = 10000"
-        yield Running(folder, node.up(folder, ports=_FREE, extra_conf=conf, cookie="shared"))
+    conf = "consumer_timeout = 10000"
+    with shared_node(tmp_path_factory, "running", extra_conf=conf, cookie="shared") as info:
+        yield Running(info.folder.parent, info)
 
 
 @pytest.fixture
@@ -170,10 +155,26 @@ def _serves(process: psutil.Process, state: Path) -> bool:
         return False
 
 
-def test_a_killed_node_restarts_on_its_ports_with_its_data(
-    state: Path, start: Callable[..., NodeInfo]
+def test_the_next_up_completes_one_that_was_killed_and_restarts_a_node_that_was(
+    running: Running, state: Path
 ) -> None:
-    info = start()
+    with subprocess.Popen(
+        _command("broker", "up", "--port", "0", state=state),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as up:
+        folder = record.broker_folder(state)
+        assert processes.wait_until(lambda: record.load(folder) is not None, timeout_s=120)
+        up.kill()
+        up.communicate()
+    begun = record.load(folder)
+    assert begun is not None
+    info = node.up(state)
+    assert (info.pid, info.ports) == (begun.pid, begun.ports)
+    assert info.version
+    # The two nodes that run now have nothing in common.
+    assert not set(vars(running.info.ports).values()) & set(vars(info.ports).values())
+
     assert info.pid is not None
     manage(info, "PUT", "queues/%2F/kept", _DURABLE)
     manage(
@@ -194,7 +195,7 @@ def test_a_killed_node_restarts_on_its_ports_with_its_data(
     )
     os.kill(info.pid, signal.SIGKILL)
     said: list[str] = []
-    back = start(ports=info.ports, report=said.append)
+    back = node.up(state, ports=info.ports, report=said.append)
     assert any("cleaning up after it" in line for line in said)
     assert (back.ports, back.url) == (info.ports, info.url)
     assert back.pid != info.pid
@@ -205,19 +206,8 @@ def test_a_killed_node_restarts_on_its_ports_with_its_data(
         {"count": 1, "ackmode": "ack_requeue_true", "encoding": "auto"},
     )
     assert message["payload"] == "weights"
-
-
-def test_two_nodes_can_run_at_the_same_time(running: Running, tmp_path: Path) -> None:
-    first = running.info
-    other = tmp_path / "other"
-    try:
-        second = node.up(other, ports=_FREE)
-        assert not set(vars(first.ports).values()) & set(vars(second.ports).values())
-        assert node.running_node(running.state) == first
-    finally:
-        assert node.down(other, grace_s=0)
-    assert node.running_node(running.state) == first
-    assert ours(other) == []
+    assert node.down(state, grace_s=0)
+    assert node.running_node(running.state) == running.info
 
 
 def test_extra_configuration_and_cookie_override_the_defaults(running: Running) -> None:
@@ -285,20 +275,3 @@ def test_ctrl_c_during_the_start_leaves_nothing_behind(state: Path, moment: str)
     assert up.returncode == 130
     assert ours(state) == []
     assert record.load(record.broker_folder(state)) is None
-
-
-def test_the_next_up_completes_one_that_was_killed(state: Path) -> None:
-    with subprocess.Popen(
-        _command("broker", "up", "--port", "0", state=state),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    ) as up:
-        folder = record.broker_folder(state)
-        assert processes.wait_until(lambda: record.load(folder) is not None, timeout_s=120)
-        up.kill()
-        up.communicate()
-    begun = record.load(folder)
-    assert begun is not None
-    ready = node.up(state)
-    assert (ready.pid, ready.ports) == (begun.pid, begun.ports)
-    assert ready.version

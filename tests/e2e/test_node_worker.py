@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 from fluffle_broker.node import node
 from fluffle_common.errors import BrokerError
 from tests.e2e.programs import FLUFFLE, PATIENCE_S, ROOT, Federation, Program
+from tests.shared import made_once
 
 HERE = ROOT / "examples/node_worker"
 NODE, NPM = shutil.which("node"), shutil.which("npm")
@@ -29,18 +30,28 @@ EVERYBODY = ("--quorum", 3, "--min-workers", 3)
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Install a copy of the worker, once."""
+    """Install a copy of the worker, once for all jobs."""
     if NODE is None or NPM is None:
         pytest.skip("NOT TESTED with a worker in JavaScript: node or npm is missing")
-    copy = tmp_path_factory.mktemp("node") / "worker"
-    shutil.copytree(HERE, copy, ignore=shutil.ignore_patterns("node_modules"))
-    command = [NPM, "ci", "--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=20000"]
-    try:
-        subprocess.run(command, check=True, cwd=copy, capture_output=True, text=True, timeout=120)
-    except subprocess.SubprocessError as why:  # the packages are npm's to give, not ours
-        output = getattr(why, "stderr", None) or why
-        pytest.skip(f"NOT TESTED with a worker in JavaScript, npm ci failed: {output}")
-    return copy
+
+    def install(folder: Path) -> None:
+        without = shutil.ignore_patterns("node_modules")
+        shutil.copytree(HERE, folder, ignore=without, dirs_exist_ok=True)
+        quick = ("--no-audit", "--no-fund", "--fetch-retries=1", "--fetch-timeout=20000")
+        try:
+            subprocess.run(
+                [str(NPM), "ci", *quick],
+                check=True,
+                cwd=folder,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+        except subprocess.SubprocessError as why:  # the packages are npm's to give, not ours
+            output = getattr(why, "stderr", None) or why
+            pytest.skip(f"NOT TESTED with a worker in JavaScript, npm ci failed: {output}")
+
+    return made_once(tmp_path_factory, "node_worker", install)
 
 
 def start(federation: Federation, installed: Path, *flags: object) -> Program:

@@ -6,13 +6,14 @@ import shlex
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pika
 import pytest
 
+from fluffle_broker.node import policies
 from fluffle_broker.node.node import NodeInfo
 from fluffle_common.protocol import topology
 from fluffle_common.protocol.topology import Queue, Topology
@@ -20,6 +21,7 @@ from fluffle_common.transport.base import Properties, QueueFull
 from fluffle_common.transport.rabbitmq import management
 from fluffle_common.transport.rabbitmq.management import Management
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from tests.e2e.manage import add_vhost, manage
 from tests.e2e.programs import FLUFFLE, PATIENCE_S, Federation, Program
 
 pytestmark = pytest.mark.rabbit
@@ -31,12 +33,8 @@ class Elsewhere:
     def __init__(self, info: NodeInfo) -> None:
         self.info, self.vhost = info, f"else-{uuid.uuid4().hex[:8]}"
         self.url = f"{info.url}{self.vhost}"
-        self.api(f"/api/vhosts/{self.vhost}", {})
-        everything = dict.fromkeys(("configure", "write", "read"), ".*")
-        self.api(f"/api/permissions/{self.vhost}/guest", everything)
-
-    def api(self, path: str, put: dict[str, Any] | None = None) -> Any:
-        return Management(self.info.url, self.info.management_url).ask(path, put=put)
+        add_vhost(info, self.vhost)
+        self.api = Management(self.url, info.management_url)
 
     def rabbitmqctl(self, *words: str) -> str:
         ctl = str(self.info.folder / "rabbitmqctl")
@@ -51,7 +49,7 @@ def elsewhere(broker_node: NodeInfo) -> Iterator[Elsewhere]:
         pytest.skip("the node's rabbitmqctl is in its container")
     made = Elsewhere(broker_node)
     yield made
-    made.rabbitmqctl("delete_vhost", made.vhost)
+    manage(broker_node, "DELETE", f"vhosts/{made.vhost}")
 
 
 def run(federation: Federation, *words: object) -> Program:
@@ -66,15 +64,13 @@ async def declare(url: str, names: Topology) -> None:
     await link.close()
 
 
-def wait_for_limits(
-    ask_api: Callable[[str], Any], vhost: str, names: Topology, *, none: bool = False
-) -> None:
+def wait_for_limits(api: Management, names: Topology, *, none: bool = False) -> None:
     """Wait until RabbitMQ's statistics, which are delayed, show the limits."""
     queues = [*names.shared(), *names.queues_of("w")]
     wanted = {one.name: {} if none else one.limits for one in queues if isinstance(one, Queue)}
     ends = time.monotonic() + PATIENCE_S
     while True:
-        told = {one["name"]: one for one in ask_api(f"/api/queues/{vhost}")}
+        told = {one["name"]: one for one in api.ask(f"/api/queues/{api.quoted_vhost}")}
         limits = {name: told.get(name, {}).get("effective_policy_definition") for name in wanted}
         if {name: {} if one == [] else one for name, one in limits.items()} == wanted:
             return
@@ -89,12 +85,12 @@ async def test_queues_reports_missing_policies_and_apply_policy_sets_them(
     await declare(elsewhere.url, names)
     where = ("--federation", names.federation, "--url", elsewhere.url)
     where = (*where, "--management", elsewhere.info.management_url)
-    wait_for_limits(elsewhere.api, elsewhere.vhost, names, none=True)
+    wait_for_limits(elsewhere.api, names, none=True)
     told = run(federation, "queues", *where).lines
     assert any("no policy limits how much these 7 queues may hold" in line for line in told), told
     applied = run(federation, "broker", "apply-policy", *where)
     assert applied.process.returncode == 0, applied.lines
-    wait_for_limits(elsewhere.api, elsewhere.vhost, names)
+    wait_for_limits(elsewhere.api, names)
     assert not any("no policy" in line for line in run(federation, "queues", *where).lines)
 
 
@@ -115,7 +111,7 @@ async def test_rabbitmq_describes_no_queues_of_others(
 
     monkeypatch.setattr(Management, "ask", ask)
     monkeypatch.setattr(management, "_PAGE_SIZE", 2)
-    api = Management(elsewhere.url, elsewhere.info.management_url)
+    api = elsewhere.api
     queues = [one for one in (*own.shared(), *own.of_worker("w")) if isinstance(one, Queue)]
     assert [one.name for one in api.queue_figures(own)] == sorted(one.name for one in queues)
     assert sorted(described) == sorted(one.name for one in queues)
@@ -127,11 +123,18 @@ async def test_the_printed_commands_set_the_same_policies(
     names = Topology(federation.name)
     await declare(elsewhere.url, names)
     where = ("--federation", names.federation, "--url", elsewhere.url)
-    for line in run(federation, "broker", "apply-policy", "--print", *where).lines:
-        program, *words = shlex.split(line)
-        assert program == "rabbitmqctl"
-        elsewhere.rabbitmqctl(*words)
-    wait_for_limits(elsewhere.api, elsewhere.vhost, names)
+    wanted = topology.policies(names.federation)
+    lines = run(federation, "broker", "apply-policy", "--print", *where).lines
+    assert lines == policies.shell_lines(wanted, elsewhere.vhost)
+    # rabbitmqctl takes seconds for each command, and these three have all kinds of limits.
+    some = {f"fluffle.{names.federation}.{kind}" for kind in ("rejected", "journal", "outbox")}
+    for words in map(shlex.split, lines):
+        if words[-3] in some:
+            elsewhere.rabbitmqctl(*words[1:])
+    already = elsewhere.api.ask(f"/api/policies/{elsewhere.vhost}")
+    assert {one["name"] for one in already} == some
+    policies.apply(wanted, elsewhere.api, keep=True)
+    wait_for_limits(elsewhere.api, names)
 
 
 async def test_a_changed_limit_applies_at_once(
@@ -147,7 +150,7 @@ async def test_a_changed_limit_applies_at_once(
     (policy,) = (one for one in topology.policies(names.federation) if "updates" in one.name)
     small = {**policy.definition, "max-length": 1}
     value = {"pattern": policy.pattern, "definition": small, "priority": 1, "apply-to": "queues"}
-    elsewhere.api(f"/api/policies/{elsewhere.vhost}/{policy.name}", value)
+    elsewhere.api.ask(f"/api/policies/{elsewhere.vhost}/{policy.name}", put=value)
     await publish()
     with pytest.raises(QueueFull):
         await publish()
@@ -161,7 +164,7 @@ async def test_a_private_node_limits_every_federation(
     names = Topology(federation.name)
     await declare(broker_node.url, names)
     api = Management(broker_node.url, broker_node.management_url)
-    wait_for_limits(api.ask, "%2F", names)
+    wait_for_limits(api, names)
 
 
 def test_a_queue_of_an_earlier_version_is_named_with_the_remedy(

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
-from fluffle_broker.node import node, record
+from fluffle_broker.node import node
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.events import Blocked, RunEvent, Unblocked
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.transport.base import Properties, UnknownQueueType, report_blocking
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from tests.e2e.manage import add_vhost, manage
 from tests.e2e.programs import Federation
+from tests.shared import shared_node
 
 pytestmark = pytest.mark.rabbit
 PATIENCE_S = 60.0
@@ -24,21 +27,19 @@ MOST_BYTES = 1_000_000
 
 @pytest.fixture(scope="module")
 def picky(tmp_path_factory: pytest.TempPathFactory) -> Iterator[node.NodeInfo]:
-    state = tmp_path_factory.mktemp("picky")
-    etc = record.broker_folder(state) / "etc"
-    etc.mkdir(parents=True)
-    (etc / "advanced.config").write_text(
-        "[{rabbit, [{forced_feature_flags_on_init, [quorum_queue]}]}].\n"
-    )
-    ports = node.Ports(0, 0, 0, 0, 0)
-    try:
-        info = node.up(state, ports=ports, extra_conf=f"max_message_size = {MOST_BYTES}")
-    except BrokerError as why:
-        pytest.skip(f"NOT TESTED on a broker that refuses much, none can be started: {why}")
-    try:
+    with contextlib.ExitStack() as stack:
+        try:
+            info = stack.enter_context(
+                shared_node(
+                    tmp_path_factory,
+                    "picky",
+                    extra_conf=f"max_message_size = {MOST_BYTES}",
+                    advanced="[{rabbit, [{forced_feature_flags_on_init, [quorum_queue]}]}].",
+                )
+            )
+        except BrokerError as why:
+            pytest.skip(f"NOT TESTED on a broker that refuses much, none can be started: {why}")
         yield info
-    finally:
-        node.down(state, grace_s=0)
 
 
 @pytest.fixture
@@ -90,15 +91,14 @@ async def test_a_message_above_the_brokers_limit_names_the_limit(picky):
     await link.close()
 
 
-async def test_limits_of_a_vhost_are_named(picky, ctl):
-    ctl("add_vhost", "narrow")
-    ctl("set_permissions", "-p", "narrow", "guest", ".*", ".*", ".*")
-    ctl("set_vhost_limits", "-p", "narrow", '{"max-queues": 0}')
+async def test_limits_of_a_vhost_are_named(picky):
+    add_vhost(picky, "narrow")
+    manage(picky, "PUT", "vhost-limits/narrow/max-queues", {"value": 0})
     link = await AmqpTransport(f"{picky.url}narrow", "test").open()
     with pytest.raises(BrokerError, match=r"queue limit in vhost 'narrow' \(0\).*set_vhost_limits"):
         await link.declare([Queue("q", "of a test")])
     await link.close()
-    ctl("set_vhost_limits", "-p", "narrow", '{"max-connections": 0}')
+    manage(picky, "PUT", "vhost-limits/narrow/max-connections", {"value": 0})
     with pytest.raises(BrokerError, match=r"connection limit \(0\).*set_vhost_limits"):
         await AmqpTransport(f"{picky.url}narrow", "test").open()
 

@@ -3,17 +3,30 @@
 from __future__ import annotations
 
 import re
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from fluffle_broker.node.node import NodeInfo
 from fluffle_common.cli.config_file import options_from
 from fluffle_coordinator.cli.coordinator import coordinator
+from tests.e2e.manage import add_vhost, manage
 from tests.e2e.programs import ROOT
 
 TUTORIAL = ROOT / "docs/tutorial.md"
 README = ROOT / "README.md"
 URL = "amqp://127.0.0.1:5673/"
+
+
+@pytest.fixture
+def rabbit_url(broker_node: NodeInfo) -> Iterator[str]:
+    """Yield the URL of a vhost, since all blocks use the same name of a federation."""
+    vhost = f"tutorial-{uuid.uuid4().hex[:8]}"
+    add_vhost(broker_node, vhost)
+    yield f"{broker_node.url}{vhost}"
+    manage(broker_node, "DELETE", f"vhosts/{vhost}")
 
 
 def blocks(language: str, page: Path = TUTORIAL) -> list[str]:

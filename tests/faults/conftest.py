@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,8 @@ from fluffle_broker.node import node, record
 from fluffle_common.errors import BrokerError
 from tests.faults.harness import Federation
 
-_CONF = "consumer_timeout = 5000"
+_TIMEOUT_MS = 5000
+_CONF = f"consumer_timeout = {_TIMEOUT_MS}"
 
 
 @dataclass
@@ -32,6 +35,21 @@ class OwnBroker:
     def start(self) -> None:
         """Start it again with the same data and ports."""
         self.info = node.up(self.state, ports=self.info.ports, extra_conf=_CONF)
+
+    @contextlib.contextmanager
+    def patient(self) -> Iterator[None]:
+        """Let channels that are opened meanwhile wait for acknowledgements as long as usual."""
+        self._wait_for_acknowledgements(1_800_000)
+        try:
+            yield
+        finally:
+            self._wait_for_acknowledgements(_TIMEOUT_MS)
+
+    def _wait_for_acknowledgements(self, milliseconds: int) -> None:
+        told = f"application:set_env(rabbit, consumer_timeout, {milliseconds})."
+        subprocess.run(
+            [self.info.folder / "rabbitmqctl", "eval", told], check=True, capture_output=True
+        )
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from fluffle_broker.node import node
 from tests.faults.checker import check
 from tests.faults.harness import Federation
 from tests.faults.hostile import Hostile
+from tests.shared import made_once
 
 pytestmark = pytest.mark.rabbit
 ROUNDS = 4
@@ -27,20 +28,22 @@ ROUNDS = 4
 @pytest.fixture(scope="module")
 def sound(broker_node: node.NodeInfo, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run a small federation to its end, with one hostile message."""
-    folder = tmp_path_factory.mktemp("sound")
-    made = Federation(folder, broker_node.url, broker_node.ports.management)
-    with made as federation:
-        flags = ("--quorum", 2, "--rounds", ROUNDS, "--config", "train_s=0.2")
-        programs = [
-            federation.coordinator(*flags),
-            *(federation.worker(n, 2, "--heartbeat", 0.5) for n in range(2)),
-        ]
-        federation.wait_committed(1)
-        federation.inject([Hostile(f"{federation.name}.updates", "noise", b"noise")])
-        assert [program.end() for program in programs] == [0] * 3
-        federation.gather()
-        federation.gather_orphans()
-    return folder
+
+    def make(folder: Path) -> None:
+        made = Federation(folder, broker_node.url, broker_node.ports.management)
+        with made as federation:
+            flags = ("--quorum", 2, "--rounds", ROUNDS, "--config", "train_s=0.2")
+            programs = [
+                federation.coordinator(*flags),
+                *(federation.worker(n, 2, "--heartbeat", 0.5) for n in range(2)),
+            ]
+            federation.wait_committed(1)
+            federation.inject([Hostile(f"{federation.name}.updates", "noise", b"noise")])
+            assert [program.end() for program in programs] == [0] * 3
+            federation.gather()
+            federation.gather_orphans()
+
+    return made_once(tmp_path_factory, "sound", make)
 
 
 def test_a_correct_federation_is_clean(sound: Path) -> None:

@@ -1,7 +1,7 @@
 """Silence is judged fairly: living workers are waited for, and dead ones count as gone.
 
-Heartbeats are short here, so a stop or an alarm of 3 s corresponds to half a minute with the
-defaults.
+Heartbeats are short here, so a stop of 3 s corresponds to half a minute with the defaults. An alarm
+of the broker is in ``test_own_broker``.
 """
 
 from __future__ import annotations
@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import save_file
 
-from fluffle_broker.node import node
-from tests.faults.alarm import memory_alarm
 from tests.faults.fast_task import first_weights
 from tests.faults.harness import Federation, Program
 from tests.faults.test_recovery import assert_ended_well
@@ -60,14 +58,6 @@ def test_a_stopped_coordinator_waits_for_all_living_workers(
 ) -> None:
     with two_of_three_have_answered(federation) as coordinator:
         with federation.stopped(coordinator):
-            threading.Event().wait(3 * FIVE_BEATS_S)
-
-
-def test_a_memory_alarm_makes_no_worker_gone(
-    federation: Federation, broker_node: node.NodeInfo
-) -> None:
-    with two_of_three_have_answered(federation), federation.unheard("alarm"):
-        with memory_alarm(broker_node):
             threading.Event().wait(3 * FIVE_BEATS_S)
 
 

@@ -55,6 +55,24 @@ def test_a_worker_says_once_that_the_broker_still_holds_its_earlier_connection(f
     federated(scenario)
 
 
+def test_a_worker_looks_less_and_less_often_for_a_coordinator(federated, monkeypatch):
+    looks, exists = [], MemoryLink.exists
+
+    async def counted(self: MemoryLink, exchange: str) -> bool:
+        looks.append(exchange)
+        return await exists(self, exchange)
+
+    async def scenario(federation):
+        federation.worker("a", Adder(federation.loop))
+        await asyncio.sleep(600.0)
+        assert 120 <= len(looks) <= 130  # the broker logs each
+        coordinator = federation.coordinator(rounds=1, min_workers=1)
+        assert (await coordinator.end()).outcome == "finished"
+
+    monkeypatch.setattr(MemoryLink, "exists", counted)
+    federated(scenario)
+
+
 def test_a_link_lost_before_the_inbox_is_read_leaves_nothing_there_for_an_earlier_process(
     federated, monkeypatch
 ):

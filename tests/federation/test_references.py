@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,12 @@ def scaffold(w: Vector) -> Vector:
     return w
 
 
+@functools.cache
+def tasks(rule: str | None) -> list[Any]:
+    """Return the workers' tasks, the same for every strategy, because compiling is slow."""
+    return [flax_task(Line, squared, optax.sgd, data, local_rule=rule) for data in DATA]
+
+
 @pytest.mark.parametrize(
     ("strategy", "rule", "reference"),
     [
@@ -151,10 +158,9 @@ def scaffold(w: Vector) -> Vector:
     ],
 )
 def test_a_federation_follows_the_formulas_of_the_paper(strategy, rule, reference):
-    tasks = [flax_task(Line, squared, optax.sgd, data, local_rule=rule) for data in DATA]
-    first = tasks[0].init(0)["linear/kernel"][:, 0].astype(np.float64)
+    first = tasks(rule)[0].init(0)["linear/kernel"][:, 0].astype(np.float64)
     plan = {"epochs": STEPS, "batch_size": 1000, "learning_rate": RATE}
-    run = fluffle.run(tasks, rounds=ROUNDS, strategy=strategy, **plan)
+    run = fluffle.run(tasks(rule), rounds=ROUNDS, strategy=strategy, **plan)
     last = run.weights["linear/kernel"][:, 0]
     # rfa stops when no share changes by more than a millionth; optax computes in float32.
     error = 1e-5 if strategy.startswith(("rfa", "optax")) else 2e-6

@@ -102,18 +102,22 @@ def test_of_many_clients_only_those_that_were_asked_have_measured(tmp_path: Path
 def test_what_clients_keep_outlives_an_interruption_but_not_their_run(
     strategy, rule, personal, tmp_path
 ):
-    def simulated(folder: str, rounds: int, **options: Any) -> fluffle.Run:
+    def clients() -> dict[str, Any]:
         tasks = {name: hospital(seed, personal) for seed, name in enumerate(("north", "south"))}
         if rule is not None:
             for task in tasks.values():
                 task.local_rule = BoundRule(rule())
+        return tasks
+
+    def simulated(tasks: dict[str, Any], folder: str, rounds: int, **options: Any) -> fluffle.Run:
         options |= {"strategy": strategy, "batch_size": 10, "select": "round-robin", "sample": 1}
         return fluffle.simulate(tasks, rounds=rounds, folder=tmp_path / folder, **options)
 
-    whole = simulated("whole", 4)
-    simulated("interrupted", 2)
-    continued = simulated("interrupted", 4)
-    again = simulated("interrupted", 4, fresh=True)
+    same = clients()
+    whole = simulated(same, "whole", 4)
+    simulated(clients(), "interrupted", 2)
+    continued = simulated(clients(), "interrupted", 4)
+    again = simulated(same, "interrupted", 4, fresh=True)
     assert again.history["loss"] == whole.history["loss"]
     # The model of round 2, the last one for a while, was measured by all clients.
     assert continued.history["loss"][2:] == whole.history["loss"][2:]

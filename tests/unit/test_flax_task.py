@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable
 from pathlib import Path
@@ -428,11 +429,16 @@ def test_random_draws_differ_between_rounds_and_workers_but_not_in_a_repetition(
     alike = np.ones((16, FEATURES), np.float32), np.ones(16, np.float32)
     weights = line().init(0)
 
+    @functools.cache
+    def task(sample_seed: int) -> FlaxTask:
+        return line(train_data=alike, sample_seed=sample_seed, **changes)
+
     def trained(seed: int, sample_seed: int) -> Any:
-        task = line(train_data=alike, sample_seed=sample_seed, **changes)
-        return task.train(weights, Plan(seed=seed, steps=1, batch_size=16), ignore).weights
+        plan = Plan(seed=seed, steps=1, batch_size=16)
+        return task(sample_seed).train(weights, plan, ignore).weights
 
     first = trained(1, 0)
+    task.cache_clear()  # as after a restart
     assert same(trained(1, 0), first)
     # (0, 1): another worker in an earlier round, whose seeds have the same sum
     for seed, sample_seed in ((2, 0), (1, 8), (1, 2**32), (1 + 2**40, 0), (0, 1)):
@@ -475,6 +481,27 @@ def test_many_small_steps_in_one_call_are_bit_by_bit_the_same_steps(monkeypatch)
     assert many.metrics == one.metrics
     for name in weights:
         np.testing.assert_array_equal(many.weights[name], one.weights[name])
+
+
+@pytest.mark.parametrize(("small_flops", "form"), [(1e9, "jit(_loop)"), (0, "jit(_on_leaves)")])
+def test_a_step_is_lowered_once_in_the_form_that_trains(monkeypatch, small_flops, form):
+    monkeypatch.setattr(flat_step, "_SMALL_FLOPS", small_flops)
+    task, lowered = net(), []
+    weights = task.init(0)
+
+    def listen(event: str, _: float, **more: Any) -> None:
+        if event.endswith("jaxpr_to_mlir_module_duration"):
+            lowered.append(more["fun_name"])
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        for _ in range(2):
+            task.train(weights, PLAN, ignore)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert lowered.count(form) == 1
+    if form == "jit(_loop)":
+        assert "jit(_on_leaves)" not in lowered
 
 
 @pytest.mark.parametrize("layer", ["dense", "convolution"])

@@ -28,7 +28,7 @@ _RENEW_EVERY_S = 600.0
 # How long the parts of an update wait for the coordinator to bind a new outbox.
 _BOUND_WITHIN_S = 10.0
 # Interval between checks for the shared exchanges, which the coordinator declares.
-_LOOK_AGAIN_S = 0.5
+_LOOK_AGAIN_S = 0.5, 5.0  # at first, and at most
 
 
 class Connection:
@@ -181,8 +181,10 @@ class Connection:
         """Send heartbeats as soon as a coordinator has created the exchange that they go to."""
         if not created:
             self._record(events.Alone(federation=self._settings.federation))
+        pause_s, most_s = _LOOK_AGAIN_S
         while not created:
-            await asyncio.sleep(_LOOK_AGAIN_S)
+            await asyncio.sleep(pause_s)
+            pause_s = min(1.5 * pause_s, most_s)  # the broker logs each look as a channel error
             created = await link.exists(self._topology.results)
         await self._presence.signs_of_life(link)
 

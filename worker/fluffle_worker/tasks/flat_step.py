@@ -23,7 +23,7 @@ from fluffle_common.tensors.weights import Array
 _TOGETHER = 16
 _SMALL_FLOPS = 50e6
 # On a CPU, XLA computes convolutions 3 to 6 times slower inside a loop.
-_SLOW_IN_A_LOOP = "stablehlo.convolution"
+_SLOW_IN_A_LOOP = "conv_general_dilated["
 
 
 class Flat(NamedTuple):
@@ -99,13 +99,15 @@ class FlatStep:
         """
         which = args[1], batch.shape
         if which not in self._small:
-            lowered = self._one.lower(*args, batch, key, np.int32(1))
-            flops = (lowered.cost_analysis() or {}).get("flops", _SMALL_FLOPS)
-            small = flops < _SMALL_FLOPS and _SLOW_IN_A_LOOP not in lowered.as_text()
-            after, _ = lowered.out_info
-            self._small[which] = small and [_kind(one) for one in after] == [
-                _kind(one) for one in args[2]
-            ]
+            traced = self._one.trace(*args, batch, key, np.int32(1))
+            small = [*map(_kind, traced.out_info[0])] == [*map(_kind, args[2])]
+            if small := small and _SLOW_IN_A_LOOP not in str(traced.jaxpr):
+                # Lowering takes half of the first call's time, and that call reuses the result.
+                lowered = self._several.lower(*args, np.stack([batch] * _TOGETHER), key, 0, 1)
+                # The analysis counts one step, because it does not know how often the loop runs.
+                flops = (lowered.cost_analysis() or {}).get("flops", _SMALL_FLOPS)
+                small = flops < _SMALL_FLOPS
+            self._small[which] = small
         return self._small[which]
 
     def _on_leaves(  # noqa: PLR0917 - jitted: positional, static or traced
