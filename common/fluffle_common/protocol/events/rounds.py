@@ -197,9 +197,9 @@ class MeasuredEvent(RoundEvent):
         return self._filled(self.template.partition(" on ")[0])
 
     def _derived(self) -> dict[str, str]:
-        metrics = [f"{name} {decimal(value)}" for name, value in (self.metrics or {}).items()]
-        more = "".join(f", {one}" for one in metrics)
-        return {"more": more, "metrics": more.removeprefix(", ") or "?"}
+        items = (self.metrics or {}).items()
+        metrics = ", ".join(f"{name} {decimal(value)}" for name, value in items)
+        return {"more": metrics and f", {metrics}", "metrics": metrics or "?"}
 
 
 @event("evaluated", "round {round}: loss {loss}{more} on {num_examples:held-out example}", "good")

@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import aiormq.exceptions
 from aio_pika.abc import AbstractChannel
 from aiormq.abc import AbstractChannel as UnderlayChannel
-from pamqp.common import FieldTable
 
 from fluffle_common.debug_loggers import logger
 from fluffle_common.errors import LinkLost
@@ -125,23 +124,24 @@ class AmqpLink(Link):
             _LOG.debug("declaring %s", entity)
             right: Right = "bind" if isinstance(entity, Binding) else "configure"
             with map_declare_errors(), self._lifetime.requesting(right):
-                channel = self._requests
-                match entity:
-                    case Exchange(name, kind, alternate):
-                        others: FieldTable = {"alternate-exchange": alternate} if alternate else {}
-                        await _finished(
-                            channel.exchange_declare(
-                                name, exchange_type=kind, durable=True, arguments=others
-                            )
-                        )
-                    case Queue(name, _, arguments):
-                        await _finished(
-                            channel.queue_declare(name, durable=True, arguments={**arguments})
-                        )
-                        if arguments.get("x-queue-type") == "quorum":
-                            self._quorum.add(name)
-                    case Binding(queue, exchange, key):
-                        await _finished(channel.queue_bind(queue, exchange, key))
+                await _finished(self._declare(entity))
+            if isinstance(entity, Queue) and entity.arguments.get("x-queue-type") == "quorum":
+                self._quorum.add(entity.name)
+
+    async def _declare(self, entity: Entity) -> None:
+        channel = self._requests
+        match entity:
+            case Exchange(name, kind, alternate):
+                await channel.exchange_declare(
+                    name,
+                    exchange_type=kind,
+                    durable=True,
+                    arguments={"alternate-exchange": alternate} if alternate else None,
+                )
+            case Queue(name, _, arguments):
+                await channel.queue_declare(name, durable=True, arguments={**arguments})
+            case Binding(queue, exchange, key):
+                await channel.queue_bind(queue, exchange, key)
 
     async def exists(self, exchange: str) -> bool:
         declare_ok = await self._request_or_none(
