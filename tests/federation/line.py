@@ -7,6 +7,8 @@ import contextlib
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from typing import Any
 
+import pytest
+
 from fluffle_common.errors import LinkLost
 from fluffle_common.protocol.topology import Entity
 from fluffle_common.transport.base import Body, Delivery, Link, Properties, Transport
@@ -127,3 +129,17 @@ class _Slow(Link):
     async def get(self, queue: str, *, foreign: bool = False) -> Delivery | None:
         await self._line.passes()
         return await self._link.get(queue, foreign=foreign)
+
+
+def cut_at_first(monkeypatch: pytest.MonkeyPatch, method: str) -> list[MemoryLink]:
+    """Cut the next link on which ``method`` is called, before the call; return it in a list."""
+    original, cut = getattr(MemoryLink, method), list[MemoryLink]()
+
+    async def cutting(link: MemoryLink, *args: Any) -> Any:
+        if not cut:
+            cut.append(link)
+            link.cut()
+        return await original(link, *args)
+
+    monkeypatch.setattr(MemoryLink, method, cutting)
+    return cut

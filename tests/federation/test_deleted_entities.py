@@ -10,6 +10,7 @@ from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Binding
 from fluffle_common.transport.memory import MemoryLink
 from tests.federation.harness import NAME, Adder
+from tests.federation.line import cut_at_first
 
 VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
 
@@ -141,15 +142,7 @@ def test_after_a_move_to_an_empty_broker_no_part_of_an_update_misses_its_outbox(
 
 
 def test_workers_are_bound_before_they_are_asked_over_a_new_link(federated, monkeypatch):
-    bind, cut = MemoryLink.bind, []
-
-    async def cut_at_first(link, bindings):
-        if not cut:
-            cut.append(link)
-            link.cut()
-        return await bind(link, bindings)
-
-    monkeypatch.setattr(MemoryLink, "bind", cut_at_first)
+    cut = cut_at_first(monkeypatch, "bind")
 
     async def scenario(federation):
         coordinator = federation.coordinator(rounds=1, min_workers=1)

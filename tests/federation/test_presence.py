@@ -14,6 +14,7 @@ from fluffle_common.transport.messaging import Route, send
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.service import outbox, topology_watch
 from tests.federation.harness import NAME, Adder
+from tests.federation.line import cut_at_first
 
 VALUES = {"a": 1.0, "b": 2.0, "c": 5.0}
 
@@ -76,14 +77,6 @@ def test_a_worker_looks_less_and_less_often_for_a_coordinator(federated, monkeyp
 def test_a_link_lost_before_the_inbox_is_read_leaves_nothing_there_for_an_earlier_process(
     federated, monkeypatch
 ):
-    counts, lost = MemoryLink.counts, []
-
-    async def lost_once(link, queue):
-        if not lost:
-            lost.append(link)
-            link.cut()
-        return await counts(link, queue)
-
     async def scenario(federation):
         topology = federation.topology
         link = await federation.broker.open()
@@ -91,7 +84,7 @@ def test_a_link_lost_before_the_inbox_is_read_leaves_nothing_there_for_an_earlie
         stop = Stop(federation=NAME, run="earlier", round=9, outcome="finished", reason="earlier")
         await send(link, stop, Route("", [topology.inbox("a")]))
         await link.close()
-        monkeypatch.setattr(MemoryLink, "counts", lost_once)
+        cut_at_first(monkeypatch, "counts")
         worker = federation.worker("a")
         await worker.log.until("disconnected")
         federation.coordinator(rounds=1, min_workers=1)

@@ -61,39 +61,36 @@ def test_a_watcher_that_raises_is_reported_once_and_others_continue(capsys):
     assert len(errors.splitlines()) == 1
 
 
+class Terminal:
+    draws = True
+
+    def __init__(self) -> None:
+        self.drawn = asyncio.Queue[int]()  # how many rounds the bar of the rounds has, each time
+
+    def bar(self, label: str, done: int, total: int, *_: object) -> None:
+        if label == "rounds":
+            self.drawn.put_nowait(total)
+
+
 async def test_bars_whose_text_names_every_worker_are_not_drawn_after_every_event(monkeypatch):
-    class Terminal:
-        draws = True
-
-        def bar(self, label: str, done: int, total: int, *_: object) -> None:
-            if label == "rounds":
-                drawn.append(total)
-
     monkeypatch.setattr("fluffle_coordinator.observe.watchers._DRAW_EVERY_S", 60.0)
-    drawn, view, state = list[int](), View(Terminal()), State(Rules(1), "r", 1, QUORUM)
+    terminal, state = Terminal(), State(Rules(1), "r", 1, QUORUM)
+    view = View(terminal)
     for _ in range(1000):
         view.show(state, 0.0)
-    assert drawn == [1]
+    assert terminal.drawn.qsize() == 1
     view.show(state.replace(phase=Phase.ENDED), 0.0)
-    assert drawn == [1, 1]
+    assert [terminal.drawn.get_nowait() for _ in range(terminal.drawn.qsize())] == [1, 1]
 
 
 async def test_the_last_of_many_states_is_drawn_although_no_event_follows(monkeypatch):
-    drawn = asyncio.Queue[int]()
-
-    class Terminal:
-        draws = True
-
-        def bar(self, label: str, done: int, total: int, *_: object) -> None:
-            if label == "rounds":
-                drawn.put_nowait(total)
-
     monkeypatch.setattr("fluffle_coordinator.observe.watchers._DRAW_EVERY_S", 0.01)
-    view = View(Terminal())
+    terminal = Terminal()
+    view = View(terminal)
     for rounds in range(1, 1000):
         view.show(State(Rules(rounds), "r", 1, QUORUM), 0.0)
     async with asyncio.timeout(60):
-        while await drawn.get() != 999:
+        while await terminal.drawn.get() != 999:
             pass
 
 
