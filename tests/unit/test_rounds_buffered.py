@@ -256,7 +256,7 @@ def test_a_ticket_that_was_not_issued_is_rejected():
 def test_after_a_restart_sent_updates_count_and_work_in_progress_is_expected():
     tickets = {3: frozenset({Ticket("a", 12_000)})}
     run = Asynchronous(
-        Buffered(buffer=2), committed=3, counted=tickets, base="b3",
+        Buffered(buffer=2, max_staleness=1), committed=3, counted=tickets, base="b3",
         earlier={2: "b1", 3: "b2", 4: "b3"},
     )  # fmt: skip
     run.connect()
