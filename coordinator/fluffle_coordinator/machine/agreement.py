@@ -98,8 +98,9 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
 def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     if not classes:
         return f"has no classes, but the federation has {_listed(wanted)}"
-    extra = [name for name in classes if name not in wanted]
-    missing = [name for name in wanted if name not in classes]
+    theirs, ours = set(classes), set(wanted)  # each may have thousands
+    extra = [name for name in classes if name not in ours]
+    missing = [name for name in wanted if name not in theirs]
     if not extra and not missing:
         return "has the federation's classes in another order"
     parts = [f"has the {_classes(extra)}, which the federation lacks"] if extra else []
