@@ -15,7 +15,7 @@ from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import from_fields
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import Management
-from fluffle_coordinator.dashboard import feed
+from fluffle_coordinator.dashboard import feed, server
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.feed import Feed, Figures
@@ -209,6 +209,24 @@ async def test_a_viewer_that_leaves_at_once_leaves_nothing_behind() -> None:
     await events.aclose()
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
+
+
+async def test_connections_do_not_use_up_the_files_of_the_process(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 3)
+    async with asyncio.timeout(PATIENCE_S):
+        links = [await asyncio.open_connection("127.0.0.1", site.port) for _ in range(4)]
+        with contextlib.suppress(ConnectionResetError):
+            assert await links[3][0].read() == b""
+        for _, writer in links:
+            writer.close()
+            with contextlib.suppress(ConnectionResetError):
+                await writer.wait_closed()
+        status = 0
+        while status != 200:  # the page has yet to notice that the others are gone
+            with contextlib.suppress(ConnectionResetError, IndexError):
+                status, _, _ = await site.ask("/healthz")
 
 
 async def test_a_stream_ends_with_the_last_news_when_the_page_does() -> None:

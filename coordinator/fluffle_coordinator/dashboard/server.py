@@ -28,6 +28,7 @@ from starlette.responses import FileResponse, PlainTextResponse, Response, Strea
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from fluffle_common.cli.console import warn
 from fluffle_common.clock import wall_time
@@ -36,6 +37,8 @@ from fluffle_coordinator.dashboard.feed import Feed
 from fluffle_coordinator.dashboard.metrics import registry
 
 _MAX_VIEWERS = 50
+# Each connection takes one of the process's open files, of which a coordinator needs some itself.
+_MAX_CONNECTIONS = 100
 _MIN_PAUSE_S = 0.2
 _PAUSE_PER_WORK = 20  # rendering a large board never takes more than 5 % of the loop's time
 _ALIVE_EVERY_S = 10.0
@@ -95,6 +98,16 @@ def url_of(listening: socket.socket) -> str:
 # --- the server --------------------------------------------------------------------------------
 
 
+class _Connection(H11Protocol):
+    """An HTTP connection, which is closed at once if there are too many."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Take in a new connection."""
+        super().connection_made(transport)
+        if len(self.connections) > _MAX_CONNECTIONS:
+            transport.abort()
+
+
 class _Server(uvicorn.Server):
     """Uvicorn without its signal handlers: signals belong to the command."""
 
@@ -115,7 +128,7 @@ async def served(feed: Feed, listening: socket.socket) -> AsyncIterator[None]:
     config = uvicorn.Config(
         application(feed, hosts),
         loop="none",
-        http="h11",
+        http=_Connection,
         ws="none",
         lifespan="off",
         log_config=None,
