@@ -8,9 +8,12 @@ import math
 import numpy as np
 import pytest
 
+from fluffle_broker.cli.tap import TapPrinter
 from fluffle_broker.inspect.archive import MessageArchive
 from fluffle_broker.inspect.decode import decode_message, part_of
 from fluffle_broker.inspect.formatting import facts
+from fluffle_broker.inspect.tap import Wanted
+from fluffle_common.cli.printing import echo_json
 from fluffle_common.protocol.messages import Evaluation, Event, EventRecord, Events, Hello, Update
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
@@ -138,6 +141,20 @@ async def test_several_journal_events_are_counted():
     events = Events(federation="f", session="s", number=1, events=tuple(records))
     (delivery,) = await through(encode(events))
     assert facts(decode_message(delivery, "f")) == ["1 x opened, 2 x counted"]
+
+
+async def test_an_event_that_anyone_sent_can_be_shown_as_json(tmp_path, capsys):
+    fields = {"bytes": b"\xff", "nan": math.nan, "list": [math.inf, [b""]]}
+    event = Event(federation="f", event="x", time="t", session="s", number=1, fields=fields)
+    (delivery,) = await through(encode(event))
+    decoded = decode_message(delivery, "f")
+    saved = MessageArchive(tmp_path).save(decoded, now=0.0).with_suffix(".json").read_text()
+    TapPrinter(Wanted(), as_json=True).show(decoded)
+    echo_json(decoded.as_dict(0.0))
+    line, _, peeked = capsys.readouterr().out.partition("\n")
+    for text in (saved, line, peeked):
+        shown = json.loads(text, parse_constant=pytest.fail)
+        assert shown["fields"] == {"bytes": "b'\\xff'", "nan": None, "list": [None, ["b''"]]}
 
 
 async def test_a_saved_message_is_its_body_and_a_description(tmp_path):
