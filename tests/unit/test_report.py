@@ -370,6 +370,17 @@ def test_what_is_missing_or_cannot_be_written_is_told_in_one_line(folder, tmp_pa
         CliRunner().invoke(report, arguments, catch_exceptions=False)
 
 
+@pytest.mark.parametrize("event", ["tested", "of a later version", "evaluated"])
+def test_a_line_cannot_change_the_fields_of_another_kind_of_line(folder, event):
+    odd = {"participants": 7, "opened_at": {}, "timings": "x", "loss": "low", "late": None}
+    if event == "evaluated":
+        odd = {**evaluated(1), **odd, "loss": 0.5}
+    before = read_report(folder, NOW)["rounds"]
+    with (folder / "history.jsonl").open("a") as history:
+        history.write(json.dumps({"round": 1, **odd, "event": event}) + "\n")
+    assert read_report(folder, NOW)["rounds"][0]["participants"] == before[0]["participants"]
+
+
 @pytest.mark.parametrize(
     "text",
     [
