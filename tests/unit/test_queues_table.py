@@ -102,14 +102,14 @@ def test_only_empty_queues_of_a_kind_share_a_row():
 
 
 def test_each_hint_is_a_line_and_absent_workers_share_one():
-    overview = federation(30, absent=12)
+    overview = federation(30, absent=15)
     overview.queues.append(queue("inbox.far", ready=2))
     overview.queues.append(queue("rejected", ready=1))
     lines = hints(overview)
     assert "inbox.far: worker far is not connected; 2 messages wait for it" in lines
     assert "rejected: 1 message rejected; see 'fluffle rejected --federation letters'" in lines
-    names = ", ".join(f"client-{number}" for number in range(8))
-    assert f"12 workers are not connected: {names} and 4 more" in lines
+    names = ", ".join(f"client-{number}" for number in range(12))
+    assert f"15 workers are not connected: {names} and 3 more" in lines
     assert len(lines) == 3
 
 
