@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from fluffle_common.plural import listed
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Commit, Effects
 from fluffle_coordinator.machine.evaluation import record_evaluation
@@ -131,7 +132,7 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
 
 
 def _progress_after(state: State, seconds: float) -> str:
-    names = ", ".join(state.missing)
+    names = listed(state.missing)
     if names:
         missing = f"missing: {names}{_why_missing(state)}"
     elif _is_folding(state):

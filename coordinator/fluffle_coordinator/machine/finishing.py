@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from fluffle_common.plural import listed
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Effects, End
 from fluffle_coordinator.machine.evaluation import record_evaluation
@@ -28,7 +29,7 @@ def evaluate_last_model(state: State, now: float, out: Effects) -> State:
     if state.evaluate_pending:
         state = send_work(state, present, now, out)
     elif state.unheard:  # the run was resumed, so that ``gate_until`` is set
-        limit, names = f"{state.gate_until - now:.0f} s", ", ".join(state.unheard)
+        limit, names = f"{state.gate_until - now:.0f} s", listed(state.unheard)
         reason = f"the run is done; waiting up to {limit} to inform {names}"
         out.append(run_events.Waiting(reason=reason, what="workers"))
     return try_to_finish(state, now, out)
