@@ -23,7 +23,7 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import (
     check_names,
     checkpoint_name,
-    classes_in,
+    names_in,
     read_checkpoint,
 )
 from fluffle_common.tensors.frozen import IN_METADATA, Frozen, frozen_of, read_frozen
@@ -137,7 +137,7 @@ def begin_with(first: FirstModel, store: RunStore, saved: Saved, federation: str
     weights, metadata, frozen = first
     metadata = {
         "task": metadata.get("task", ""),
-        "classes": json.dumps(classes_in(metadata)),
+        "classes": json.dumps(names_in(metadata, "classes")),
         "federation": federation,
         "run": saved.run,
         "round": "0",
@@ -200,7 +200,7 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         enough=enough,
         has_weights=saved.weights is not None,
         base=saved.base,
-        classes=settings.classes or classes_in(saved.metadata) or None,
+        classes=settings.classes or names_in(saved.metadata, "classes") or None,
         model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
         frozen=saved.frozen.digest,
         classes_by="--classes" if settings.classes else FIRST_WEIGHTS,

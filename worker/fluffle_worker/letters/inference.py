@@ -13,7 +13,7 @@ import numpy as np
 
 from fluffle_common.cli.output_files import new_figure
 from fluffle_common.errors import UsageError
-from fluffle_common.tensors.checkpoint import classes_in, read_checkpoint
+from fluffle_common.tensors.checkpoint import names_in, read_checkpoint
 from fluffle_common.tensors.weights import Array, check_finite
 from fluffle_worker.letters.images import Images
 from fluffle_worker.letters.pixels import SIDE
@@ -49,7 +49,7 @@ class LettersModel:
 
     def __init__(self, path: Path) -> None:
         weights, metadata = read_checkpoint(path)
-        self.classes = classes_in(metadata)
+        self.classes = names_in(metadata, "classes")
         if not self.classes:
             raise UsageError(
                 f"{path} is not a model of the letters task, because it has no list of classes "
