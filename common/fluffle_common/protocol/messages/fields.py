@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, Strict
 
-from fluffle_common.tensors.table import MAX_DIMENSIONS, MAX_TENSOR_NAME
+from fluffle_common.tensors.table import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS
 
 MAX_NUM_EXAMPLES = 10**12
 MAX_METRICS = MAX_METRIC_NAME = MAX_ID = 64
@@ -52,6 +52,11 @@ Extra = (
         Field(min_length=1, max_length=1000),
     ]
 )
+TensorNames = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)], ...],
+    Strict(False),
+    Field(max_length=MAX_TENSORS, fail_fast=True),
+]
 Train = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)], ...],
     Strict(False),
