@@ -28,6 +28,8 @@ from fluffle_common.tensors.weights import Weights
 from fluffle_coordinator.cli.run_folder import replay
 from fluffle_coordinator.storage.update_archive import read_update, update_path
 from fluffle_coordinator.user_code.strategy_loading import load_strategy
+from fluffle_worker.local.bound import BoundRule
+from fluffle_worker.local.dp_sgd import DpSgd
 from tests.federation.harness import Adder
 
 pytestmark = pytest.mark.usefixtures("compiled_elsewhere")
@@ -246,5 +248,23 @@ def test_names_that_the_model_lacks_end_the_worker_when_it_starts(federated):
         task.statistics = ("var", "mean")
         with pytest.raises(TaskError, match=r"include 'mean', which is no .*; correct the task's"):
             federation.worker("a", task)
+
+    federated(scenario)
+
+
+def test_nothing_without_noise_is_sent_under_dp_sgd(federated):
+    async def scenario(federation):
+        coordinator = federation.coordinator(1, number=1)
+        started = {}
+        for name, value in (("leaks", 1.0), ("silent", 8.0)):  # 8 is what the variances are already
+            task = Normed(federation.loop, value, size=2)
+            task.local_rule = BoundRule(DpSgd(1.0, 1.0))
+            started[name] = federation.worker(name, task)
+        assert (await coordinator.end()).outcome == "finished"
+        (participant,) = federation.history()[0]["participants"]
+        assert participant["worker"] == "silent"
+        (failure,) = started["leaks"].log.of("failure")
+        assert "the local rule DpSgd changes only gradients, but training also" in failure["reason"]
+        assert "'var', which has no gradient and would be sent as it is" in failure["reason"]
 
     federated(scenario)

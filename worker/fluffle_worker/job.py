@@ -189,6 +189,9 @@ class Executor:
             ) from None
         change = _planned(change, fit.plan)
         rule = _rule_of(self.task)
+        if rule is not None:
+            names = change.keys() & statistics_of(self.task)
+            rule.check_statistics(name for name in names if np.any(change[name]))
         of_rule = rule.sent if rule is not None else {}
         job.others = {EXTRA: _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)}
         update = Update(
