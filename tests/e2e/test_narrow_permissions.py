@@ -17,11 +17,12 @@ from pika.adapters.blocking_connection import BlockingChannel
 from pika.exceptions import ChannelClosedByBroker
 
 from fluffle_broker.node.node import NodeInfo
-from fluffle_broker.node.permissions import worker_permissions
+from fluffle_broker.node.permissions import NOTHING, Permissions, worker_permissions
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.transport import AmqpTransport
+from tests.e2e.manage import manage
 from tests.e2e.permissions import COORDINATOR, PASSWORD, Narrow
-from tests.e2e.programs import REGRESSION, ROOT, Federation, Program
+from tests.e2e.programs import FLUFFLE, REGRESSION, ROOT, Federation, Program
 from tests.here import fluffle
 
 pytestmark = pytest.mark.rabbit
@@ -29,6 +30,7 @@ pytestmark = pytest.mark.rabbit
 ME, VICTIM = "mallory", "a.lice"
 WAITING = f"{ROOT / 'tests/e2e/waiting_task.py'}:task"
 F = "f"
+TOPICS_OF_THE_PAGE = r"^(hello|heartbeat|bye)\.#$"  # as docs/permissions.md says
 INBOX, OUTBOX = f"{F}.inbox.", f"{F}.outbox."
 
 
@@ -292,6 +294,32 @@ def test_a_user_without_permissions_gets_the_remedy(besieged: Narrow, tmp_path: 
     assert "fluffle broker permissions" in said
     assert PASSWORD not in "\n".join(worker.lines)
     assert not any("another worker" in line for line in worker.lines)
+
+
+def test_a_reader_sees_the_page_and_copies_no_updates(
+    besieged: Narrow, broker_node: NodeInfo, tmp_path: Path
+) -> None:
+    tap = re.escape(f"{F}.tap.") + ".*"
+    read = f"^({tap}|{re.escape(F)}\\.(results|journal))$"
+    besieged.grant(Permissions("reader", f"^{tap}$", f"^{tap}$", read))
+    topic = {"exchange": f"{F}.results", "write": NOTHING, "read": TOPICS_OF_THE_PAGE}
+    manage(broker_node, "PUT", f"topic-permissions/{besieged.vhost}/reader", topic)
+    run = Run(besieged, tmp_path)
+    try:
+        where = ("--federation", F, "--url", besieged.url("reader"), "--listen", "127.0.0.1:0")
+        page = run.start(FLUFFLE, "dashboard", *where)
+        page.wait_for("connected to the broker")
+        for key in ("hello.#", "heartbeat.#", "bye.#", "update.#", "#", "part.a.lice"):
+            with channel(besieged, "reader") as on:
+                on.queue_declare(f"{F}.tap.mine", exclusive=True)
+                if re.search(TOPICS_OF_THE_PAGE, key):
+                    on.queue_bind(f"{F}.tap.mine", f"{F}.results", key)
+                    continue
+                with pytest.raises(ChannelClosedByBroker, match="ACCESS_REFUSED"):
+                    on.queue_bind(f"{F}.tap.mine", f"{F}.results", key)
+        assert page.process.poll() is None
+    finally:
+        run.close()
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,12 @@ def test_a_stateful_strategy_outlives_its_coordinator_and_is_replayed(
     for number in (1, 2, ROUNDS):
         found = read_whole(federation.run / f"round-{number:04d}.safetensors")
         assert found.strategy_state.keys() == found.weights.keys()
-        # The file is found by what run.json says.
         code, told, errors = here.fluffle("replay", federation.run, "--round", number)
+        assert code == 2, told + errors
+        given = f"{federation.folder / 'mine.py'}:momentum"
+        assert f"give --strategy {given}" in errors
+        flags = ("--round", number, "--strategy", given)
+        code, told, errors = here.fluffle("replay", federation.run, *flags)
         assert code == 0, told + errors
 
 

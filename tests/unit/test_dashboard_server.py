@@ -15,7 +15,7 @@ from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import from_fields
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.rabbitmq.management import Management
-from fluffle_coordinator.dashboard import feed
+from fluffle_coordinator.dashboard import feed, server
 from fluffle_coordinator.dashboard.board import Board
 from fluffle_coordinator.dashboard.coordinator_source import CoordinatorSource
 from fluffle_coordinator.dashboard.feed import Feed, Figures
@@ -198,7 +198,7 @@ async def test_events_are_the_board_at_once_and_then_what_changes(site: Site) ->
         assert {"run", "workers", "journal", "queues", "curves"} <= first.keys()
         site.live.record(from_fields("joined", {"worker": "north", "num_examples": 7}))
         second = await following()
-        assert second.keys() == {"now", "workers", "journal"}
+        assert second.keys() == {"now", "workers", "people", "journal"}
         assert second["workers"][0]["name"] == "north"
 
 
@@ -209,6 +209,24 @@ async def test_a_viewer_that_leaves_at_once_leaves_nothing_behind() -> None:
     await events.aclose()
     await asyncio.sleep(0)
     assert asyncio.all_tasks() == before
+
+
+async def test_connections_do_not_use_up_the_files_of_the_process(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "_MAX_CONNECTIONS", 3)
+    async with asyncio.timeout(PATIENCE_S):
+        links = [await asyncio.open_connection("127.0.0.1", site.port) for _ in range(4)]
+        with contextlib.suppress(ConnectionResetError):
+            assert await links[3][0].read() == b""
+        for _, writer in links:
+            writer.close()
+            with contextlib.suppress(ConnectionResetError):
+                await writer.wait_closed()
+        status = 0
+        while status != 200:  # the page has yet to notice that the others are gone
+            with contextlib.suppress(ConnectionResetError, IndexError):
+                status, _, _ = await site.ask("/healthz")
 
 
 async def test_a_stream_ends_with_the_last_news_when_the_page_does() -> None:
@@ -241,6 +259,43 @@ async def test_it_looks_at_the_queues_only_when_somebody_looks(site: Site) -> No
         assert json.loads(body)["queues"]["figures"][0]["ready"] == 3
         await other.ask("/metrics")
         assert len(asked) == 1  # they are young enough
+
+
+async def test_viewers_share_what_is_rendered_and_none_misses_the_end(monkeypatch) -> None:
+    board, rendered = Board("letters"), 0
+    monkeypatch.setattr(feed, "monotonic", lambda: float(rendered))  # a rendering takes 1 s
+    shared = Feed(board)
+
+    def snapshot() -> dict[str, object]:
+        nonlocal rendered
+        rendered += 1
+        return {"rendered": rendered}
+
+    monkeypatch.setattr(board, "snapshot", snapshot)
+    first, _ = await shared.news(-1)
+    shared.touch()
+    assert (await shared.news(-1))[0] == first  # a new viewer gets what the first one has
+    waiting = [asyncio.ensure_future(shared.news(first)) for _ in range(50)]
+    await asyncio.sleep(0)
+    assert rendered == 1  # all wait, for 20 s
+    shared.close()
+    ends = await asyncio.gather(*waiting)
+    assert {sections["rendered"] for _, sections in ends} == {"2"}
+
+
+async def test_a_slow_management_api_is_asked_less_often(monkeypatch) -> None:
+    now, asked = 0.0, 0
+
+    def ask() -> list[dict[str, object]]:
+        nonlocal now, asked
+        now, asked = now + 3.0, asked + 1  # as for 3,000 queues
+        return []
+
+    monkeypatch.setattr(feed, "monotonic", lambda: now)
+    shared = Feed(Board("letters"), ask_queues=ask)
+    for now, times in ((0.0, 1), (32.0, 1), (33.0, 2)):  # noqa: B007 - the clock
+        await shared.ask_queues(3.0)
+        assert asked == times
 
 
 def unreachable() -> list[dict[str, object]]:

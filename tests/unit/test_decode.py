@@ -8,9 +8,12 @@ import math
 import numpy as np
 import pytest
 
+from fluffle_broker.cli.tap import TapPrinter
 from fluffle_broker.inspect.archive import MessageArchive
 from fluffle_broker.inspect.decode import decode_message, part_of
 from fluffle_broker.inspect.formatting import facts
+from fluffle_broker.inspect.tap import Wanted
+from fluffle_common.cli.printing import echo_json
 from fluffle_common.protocol.messages import Evaluation, Event, EventRecord, Events, Hello, Update
 from fluffle_common.protocol.topology import Queue
 from fluffle_common.protocol.wire_format import PART_BYTES, encode, lay_out
@@ -140,6 +143,20 @@ async def test_several_journal_events_are_counted():
     assert facts(decode_message(delivery, "f")) == ["1 x opened, 2 x counted"]
 
 
+async def test_an_event_that_anyone_sent_can_be_shown_as_json(tmp_path, capsys):
+    fields = {"bytes": b"\xff", "nan": math.nan, "list": [math.inf, [b""]]}
+    event = Event(federation="f", event="x", time="t", session="s", number=1, fields=fields)
+    (delivery,) = await through(encode(event))
+    decoded = decode_message(delivery, "f")
+    saved = MessageArchive(tmp_path).save(decoded, now=0.0).with_suffix(".json").read_text()
+    TapPrinter(Wanted(), as_json=True).show(decoded)
+    echo_json(decoded.as_dict(0.0))
+    line, _, peeked = capsys.readouterr().out.partition("\n")
+    for text in (saved, line, peeked):
+        shown = json.loads(text, parse_constant=pytest.fail)
+        assert shown["fields"] == {"bytes": "b'\\xff'", "nan": None, "list": [None, ["b''"]]}
+
+
 async def test_a_saved_message_is_its_body_and_a_description(tmp_path):
     evaluation = Evaluation(
         federation="f", run="r", round=4, base="b", worker="w.1", num_examples=3, loss=math.pi
@@ -162,3 +179,9 @@ async def test_saved_messages_sort_by_arrival_though_the_clock_is_set_back(tmp_p
     messages = [decode_message(each, "f") for each in await through(b"a", b"b", b"c")]
     names = [folder.save(each, now) for each, now in zip(messages, (7200, 3600, 9000), strict=True)]
     assert sorted(names) == names
+
+
+async def test_no_number_of_a_sender_makes_invalid_json():
+    [delivery] = await through(b"", headers={"share": math.nan, "round": 7})
+    shown = decode_message(delivery, "f").as_dict(0.0)
+    assert json.loads(json.dumps(shown, allow_nan=False))["headers"] == {"share": None, "round": 7}

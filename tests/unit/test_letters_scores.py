@@ -208,6 +208,28 @@ def test_a_model_without_a_temperature_is_not_calibrated():
     assert temperature_of([{**line, "temperature": None}], "1") == 1
 
 
+@pytest.mark.parametrize(
+    "odd",
+    ["[1]", '"x"', "[" * 100_000, '{"event": "evaluated", "temperature": "hot"}', "{}",
+     '{"event": "committed", "participants": [7]}', '{"event": "evaluated", "temperature": NaN}'],
+)  # fmt: skip
+def test_a_history_is_read_up_to_a_line_that_no_coordinator_writes(tmp_path, odd):
+    history = tmp_path / "history.jsonl"
+    first = {"event": "evaluated", "round": 1, "temperature": 2}
+    history.write_text(f"{json.dumps(first)}\n{odd}\n{json.dumps({**first, 'round': 2})}\n")
+    assert use._read_history(history) == [first]
+    assert use._read_history(tmp_path / "none") == []
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1.0, 1.7e308])
+def test_whatever_temperature_workers_report_probabilities_are_numbers(made, temperature):
+    model = use.LettersModel(made / "round-0001.safetensors")
+    model.temperature = temperature
+    probabilities = model.probabilities(np.zeros((1, 100, 100, 1), np.float32))
+    assert np.isfinite(probabilities).all()
+    assert probabilities.argmax() == 0
+
+
 def test_the_participants_of_all_rounds_are_known():
     lines = [
         {"event": "committed", "participants": [{"worker": "x"}]},

@@ -13,11 +13,15 @@ from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.messages import Verdict
 from fluffle_common.protocol.topology import Topology
+from fluffle_common.protocol.wire_format import MinimalHello
 from fluffle_common.transport.base import Delivery, Link, Properties
 from fluffle_common.transport.memory import MemoryBroker, MemoryLink
 from fluffle_common.transport.messaging import CUT, rejection
 from fluffle_common.transport.rabbitmq import frames
+from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine import state as rs
+from fluffle_coordinator.machine.effects import Judge, Welcome
+from fluffle_coordinator.machine.events import Arrived
 from fluffle_coordinator.service import rejected_queue
 from fluffle_coordinator.service.outbox import Outbox
 from fluffle_coordinator.service.serial_queue import SerialQueue
@@ -153,6 +157,33 @@ async def test_work_does_not_wait_for_rejections(link):
     async with asyncio.timeout(60):
         while await link.get(TOPOLOGY.inbox("w")) is None:  # noqa: ASYNC110
             await asyncio.sleep(0)
+    running.cancel()
+
+
+@pytest.mark.parametrize("what", ["verdict", "refusal", "binding"])
+async def test_work_does_not_wait_for_the_answers_to_a_worker_that_sends_too_much(link, what):
+    await link.declare(TOPOLOGY.of_worker("other"))
+    out, state = outbox(link), machine.start(rs.Rules(rounds=1), "r", 0.0)
+    for number in range(1000):
+        if what == "refusal":
+            out.refuse(MinimalHello(2, "w", f"s{number}"), "malformed", "malformed")
+        elif what == "binding":
+            out.bind("w", f"s{number}", again=True)
+        else:
+            ticket = rs.Ticket("w", number + 1)
+            late = Arrived(0.0, "r", rs.Handle(1, number), ticket, 1, "b", 1, 0.0, 0)
+            out.perform(Judge(late, "late", "round 1 was committed"), state, None)
+    out.perform(Welcome("other"), state, None)
+    out.bind("w", "last", again=True)  # dropped, and not taken for done
+    running = asyncio.ensure_future(out.run())
+    async with asyncio.timeout(60):
+        await out.drained()
+    waiting = await link.counts(TOPOLOGY.inbox("w"))
+    assert waiting is not None
+    assert waiting.ready == (0 if what == "binding" else 4)
+    assert await link.get(TOPOLOGY.inbox("other")) is not None
+    out.bind("w", "last", again=False)
+    assert not out._jobs.idle
     running.cancel()
 
 

@@ -437,3 +437,23 @@ def test_distances_count_the_values_in_between(dtype, one, other, ulps):
     assert replay.distance(a, b).ulps == replay.distance(b, a).ulps == ulps
     assert replay.distance(a, b).different == 1
     assert replay.distance(a, a).equal
+
+
+@pytest.mark.parametrize("strategy", ["evil.py:mine", "evil:mine"])
+def test_code_that_a_run_folder_names_is_not_run_unless_the_user_names_it(
+    folder, monkeypatch, strategy
+):
+    monkeypatch.chdir(folder)
+    ran = folder / "ran"
+    (folder / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nmine = None\n")
+    history = folder / "history.jsonl"
+    lines = [json.loads(x) | {"strategy": strategy} for x in history.read_text().splitlines()]
+    history.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    file = {"strategy_file": str(folder / "evil.py")} if ".py" in strategy else {}
+    run = json.loads((folder / "run.json").read_text())
+    run["configurations"] = [{"from_round": 1, "strategy": strategy, **file}]
+    (folder / "run.json").write_text(json.dumps(run))
+    replayed = CliRunner().invoke(replay_command, [str(folder), "--round", "1"])
+    assert isinstance(replayed.exception, UsageError)
+    assert "evil" in str(replayed.exception).partition("give --strategy ")[2]
+    assert not ran.exists()

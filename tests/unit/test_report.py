@@ -313,6 +313,28 @@ def test_checkpoints_are_told_with_size_and_hash(folder):
     assert one == {"file": "round-0001.safetensors", "size_bytes": 7, "sha256": digest}
 
 
+def test_a_checkpoint_that_a_running_coordinator_removes_is_left_out(folder, monkeypatch):
+    files = {1: folder / "round-0001.safetensors", 2: folder / "round-0002.safetensors"}
+    monkeypatch.setattr("fluffle_coordinator.dashboard.report.checkpoint_files", lambda _: files)
+    data = read_report(folder, NOW)
+    assert [one["file"] for one in data["checkpoints"]] == ["round-0001.safetensors"]
+    assert data["totals"]["checkpoints"] == 1
+
+
+def test_the_page_of_a_large_run_has_what_it_draws():
+    names = [f"w{number:04}" for number in range(1000)]
+    rejections = [dict.fromkeys(("reason", "cause", "kind", "worker"), "x")] * 50
+    rows = [
+        committed(n, *map(participant, names), rejected=50, rejections=rejections)
+        for n in range(1, 101)
+    ]
+    data = shown(rows)
+    drawn = Page(page(data)).snapshot
+    assert (drawn["unlisted"], len(drawn["rounds"][0]["participants"])) == (902, 98)
+    assert (len(drawn["rejected"]["latest"]), drawn["rejected"]["total"]) == (1000, 5000)
+    assert (len(data["rounds"][0]["participants"]), len(data["rejected"]["latest"])) == (1000, 5000)
+
+
 def test_the_command_writes_the_page_or_prints_what_it_draws(folder, tmp_path):
     done = CliRunner().invoke(report, [str(folder)], catch_exceptions=False)
     assert done.exit_code == 0
@@ -368,6 +390,17 @@ def test_what_is_missing_or_cannot_be_written_is_told_in_one_line(folder, tmp_pa
     with pytest.raises(UsageError, match="--out conflicts with --json"):
         arguments = [str(folder), "--out", str(tmp_path / "x.html"), "--json"]
         CliRunner().invoke(report, arguments, catch_exceptions=False)
+
+
+@pytest.mark.parametrize("event", ["tested", "of a later version", "evaluated"])
+def test_a_line_cannot_change_the_fields_of_another_kind_of_line(folder, event):
+    odd = {"participants": 7, "opened_at": {}, "timings": "x", "loss": "low", "late": None}
+    if event == "evaluated":
+        odd = {**evaluated(1), **odd, "loss": 0.5}
+    before = read_report(folder, NOW)["rounds"]
+    with (folder / "history.jsonl").open("a") as history:
+        history.write(json.dumps({"round": 1, **odd, "event": event}) + "\n")
+    assert read_report(folder, NOW)["rounds"][0]["participants"] == before[0]["participants"]
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import tracemalloc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import msgpack
@@ -16,6 +16,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from pydantic import ValidationError
 
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol import messages
@@ -26,11 +27,13 @@ from fluffle_common.protocol.messages import (
     Fit,
     Heartbeat,
     Hello,
+    Message,
     Part,
     Plan,
     Transfer,
     Update,
 )
+from fluffle_common.protocol.messages.parsing import _KINDS, _adapter
 from fluffle_common.protocol.transfer_parts import Assembly, digest_of, pack
 from fluffle_common.protocol.wire_format import decode, describe, encode, read_tensors
 from fluffle_common.tensors.table import MAX_TENSORS
@@ -661,6 +664,29 @@ def mutated(draw: st.DrawFn) -> bytes:
 @given(mutated())
 def test_a_spoilt_body_is_malformed_or_fine(body):
     try_to_read(body)
+
+
+JUNK: list[Any] = [
+    {str(number): [] for number in range(8000)},
+    {number.to_bytes(2): 0 for number in range(15_000)},
+    [{}] * 60_000,
+    [{"event": 0, "fields": {bytes([number]): 0 for number in range(200)}}] * 100,
+    {str(number): [-1] * 32 for number in range(1000)},
+]
+
+
+@pytest.mark.parametrize("kind", sorted(_KINDS))
+def test_an_invalid_header_costs_little_time(kind):
+    # pydantic describes every error, which takes about ten microseconds.
+    model = next(one for one in get_args(Message) if one.model_fields["kind"].default == kind)
+    fields = [*model.model_fields.keys() - {"kind"}]
+    spoilt = [{name: junk} for name in fields for junk in JUNK]
+    if "plan" in fields:
+        spoilt += [{"plan": {name: junk}} for name in Plan.model_fields for junk in JUNK]
+    for changes in spoilt:
+        with pytest.raises(ValidationError) as refused:
+            _adapter.validate_python({"kind": kind, **changes})
+        assert refused.value.error_count() < 3000, changes.keys()
 
 
 _any_value: st.SearchStrategy[Any] = st.recursive(

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fluffle_common.cli.console import finite
 from fluffle_common.errors import MalformedMessage
 from fluffle_common.protocol.messages import Message, Part, Transfer
 from fluffle_common.protocol.wire_format import decode, read_groups
@@ -98,7 +99,7 @@ class DecodedMessage:
         return None if sent_at is None else max(0.0, now - sent_at)
 
     def as_dict(self, now: float) -> dict[str, Any]:
-        """Return everything as a JSON object."""
+        """Return everything as a JSON object; null stands for NaN. An event may hold bytes."""
         properties = self.delivery.properties
         fields = {
             "kind": self.kind,
@@ -119,7 +120,7 @@ class DecodedMessage:
             fields["transfer"] = self.transfer.model_dump()
         if self.wrong is not None:
             fields |= {"wrong": self.wrong, "first_bytes": self.first_bytes.hex(" ")}
-        return fields
+        return dict(finite(fields))  # anyone can send an event with any values
 
 
 def decode_message(delivery: Delivery, federation: str, *, values: bool = True) -> DecodedMessage:

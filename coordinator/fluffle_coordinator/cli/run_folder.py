@@ -50,8 +50,8 @@ run_argument = click.argument(
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="Strategy of the run; needed only if the strategy's file was moved after the run.  "
-    "[default: the location in run.json]",
+    help="Strategy of the run, as path.py:name or module:name; needed only if it is your own "
+    "strategy, because replay runs its code.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")
 def replay(
@@ -86,14 +86,23 @@ def replay(
 
 
 def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
-    """Load the strategy that made a round, from ``given`` if its file has moved."""
+    """Load the strategy that made a round.
+
+    A user's own strategy must be ``given``: whoever made the folder must not choose the code to
+    run.
+    """
     from fluffle_coordinator.storage.replay import strategy_of
     from fluffle_coordinator.user_code.guarded_strategy import GuardedStrategy
-    from fluffle_coordinator.user_code.strategy_loading import load_strategy
+    from fluffle_coordinator.user_code.strategy_loading import is_installed, load_strategy
 
     name, file = strategy_of(folder, number)
-    recorded = f"{file}:{name.rpartition(':')[2]}" if file else name
-    named = load_strategy(given or recorded)
+    if given is None and not is_installed(name):
+        recorded = f"{file}:{name.rpartition(':')[2]}" if file else name
+        raise UsageError(
+            f"round {number} of {folder} was made with the strategy {name}, whose code is not part "
+            f"of fluffle or of an installed plug-in; if you trust it, give --strategy {recorded}"
+        )
+    named = load_strategy(given or name)
     if named.name != name:
         raise UsageError(
             f"round {number} of {folder} was made with the strategy {name}, not {named.name}; "

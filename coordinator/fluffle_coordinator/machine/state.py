@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from rpds import HashTrieMap
 
+from fluffle_common.plural import listed
 from fluffle_common.protocol.messages import ModelForm
 from fluffle_coordinator.machine.events import Arrived
 from fluffle_coordinator.machine.records import Evaluated, Handle, Outcome, Ticket, Worker
@@ -248,7 +249,7 @@ class State:
     @property
     def and_refused(self) -> str:
         """Which workers were refused and have not joined since, for the end of a message."""
-        return f"; refused: {', '.join(sorted(self.refused))}" if self.refused else ""
+        return f"; refused: {listed(sorted(self.refused))}" if self.refused else ""
 
     @property
     def missing(self) -> tuple[str, ...]:

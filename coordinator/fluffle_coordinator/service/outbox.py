@@ -35,6 +35,9 @@ from fluffle_coordinator.strategy.base import NO_TENSORS
 # How long the end of a run waits for an unreachable broker to deliver the stop message.
 _STOP_PATIENCE_S, _STOP_PAUSE_S = 60.0, 0.1
 _MAX_REFUSED = 10_000
+# How many answers to a worker's messages may wait to be sent. Further ones are dropped: whatever a
+# worker sends, and however often, the work of the others does not wait behind answers to it.
+_MAX_ANSWERS = 4
 _REASON_CHARACTERS, _STOP_REASON_CHARACTERS = 1000, 2000
 
 Job = Callable[[Link], Awaitable[None]]
@@ -78,7 +81,8 @@ class Outbox:
         # The session of each worker whose queues are bound, or being bound, over ``_bound_over``.
         self._bound: dict[str, str] = {}
         self._bound_over: Link | None = None
-        self._under_way = Counter[str]()  # how many messages with weights wait here, by worker
+        # How many messages with weights, and how many answers, wait here, by worker.
+        self._under_way, self._answers = Counter[str](), Counter[str]()
         self._jobs = SerialQueue()
         self._rejected_queue = RejectedQueue(topology.rejected, self._do)
         self.reject = self._rejected_queue.put
@@ -95,19 +99,26 @@ class Outbox:
     def _put(self, job: Job) -> None:
         self._jobs.put(lambda: self._do(job))
 
-    def _put_work(self, job: Job, workers: Sequence[str]) -> None:
-        self._under_way.update(workers)
+    def _put_counted(self, job: Job, workers: Sequence[str], waiting: Counter[str]) -> None:
+        waiting.update(workers)
 
-        async def send_work() -> None:
+        async def send_counted() -> None:
             try:
                 await self._do(job)
             finally:
                 for worker in workers:
-                    self._under_way[worker] -= 1
-                    if not self._under_way[worker]:
-                        del self._under_way[worker]
+                    waiting[worker] -= 1
+                    if not waiting[worker]:
+                        del waiting[worker]
 
-        self._jobs.put(send_work)
+        self._jobs.put(send_counted)
+
+    def _answer(self, worker: str, job: Job) -> bool:
+        """Put a job that a worker's message caused; return False if too many of these wait."""
+        if self._answers[worker] >= _MAX_ANSWERS:
+            return False
+        self._put_counted(job, (worker,), self._answers)
+        return True
 
     async def _do(self, job: Job) -> None:
         link = self._link()
@@ -148,7 +159,8 @@ class Outbox:
             self._bound, self._bound_over = {}, link
         if again or self._bound.get(worker) != session:
             self._bound[worker] = session  # now, or every sign of life would add a job meanwhile
-            self._put(lambda over: self._bind(over, worker))
+            if not self._answer(worker, lambda over: self._bind(over, worker)):
+                del self._bound[worker]
 
     async def _bind(self, link: Link, worker: str) -> None:
         bound = await link.bind(self._topology.bindings_of(worker))
@@ -176,7 +188,7 @@ class Outbox:
                 extra = broadcast if isinstance(effect, fx.SendFit) else NO_TENSORS
                 others = {EXTRA: extra, FROZEN: frozen if effect.frozen else NO_TENSORS}
                 job = self._rest_of(effect, self._work(effect, state), weights, others)
-                self._put_work(job, workers)
+                self._put_counted(job, workers, self._under_way)
             case fx.Welcome(worker):
                 self._ahead = None  # the worker's new link or process has not received it
                 rounds = state.rules.rounds
@@ -198,7 +210,8 @@ class Outbox:
                     reason=reason[:_REASON_CHARACTERS],
                     train_again=outcome == "rejected",
                 )
-                self._put(self._to(verdict, [update.ticket.worker]))
+                worker = update.ticket.worker
+                self._answer(worker, self._to(verdict, [worker]))
             case fx.End(outcome, reason, workers) if workers:
                 reason, number = reason[:_STOP_REASON_CHARACTERS], state.round - 1
                 stop = msg.Stop(**self._of_run, round=number, outcome=outcome, reason=reason)
@@ -296,7 +309,7 @@ class Outbox:
                 if len(self._refused) > _MAX_REFUSED:
                     del self._refused[next(iter(self._refused))]
 
-        self._put(refuse_once)
+        self._answer(to.worker, refuse_once)
 
     def was_refused(self, to: MinimalHello) -> bool:
         """Whether a refusal was sent to this session already."""

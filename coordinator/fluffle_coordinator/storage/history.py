@@ -105,6 +105,12 @@ class _Ended(_Counting):
 
 
 _FORMS: dict[str, type[_Line]] = {"committed": _Committed, "evaluated": _Evaluated, "ended": _Ended}
+# The event whose lines have a field. In any other line, nobody has checked it.
+_OWNERS = {
+    name: event
+    for event in ("committed", "evaluated")
+    for name in _FORMS[event].model_fields.keys() - _Line.model_fields.keys()
+}
 
 
 def check_line(line: Any) -> None:
@@ -212,9 +218,13 @@ def merged(lines: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
         if line["event"] == "ended":
             ends.append(line)
             continue
-        row = rounds.setdefault(line["round"], {"round": line["round"]})
-        row.update((key, value) for key, value in line.items() if key != "event")
-        if line["event"] == "committed":  # the round that was open when the run was stopped
+        event, row = line["event"], rounds.setdefault(line["round"], {"round": line["round"]})
+        row.update(
+            (key, value)
+            for key, value in line.items()
+            if key != "event" and _OWNERS.get(key, event) == event
+        )
+        if event == "committed":  # the round that was open when the run was stopped
             while ends:
                 row.update(add_uncounted(row, ends.pop(0)))
     for line in ends:

@@ -46,6 +46,11 @@ def load_strategy(given: str | Strategy[Any]) -> NamedStrategy:
     return NamedStrategy(name, _checked(name, given))
 
 
+def is_installed(name: str) -> bool:
+    """Whether a name stands for a built-in or installed strategy, not for a file or a module."""
+    return is_name(name) or name in installed(_GROUP)
+
+
 def _by_name(name: str) -> NamedStrategy:
     if is_name(name):
         try:

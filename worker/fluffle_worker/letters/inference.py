@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from pydantic import Field
 
 from fluffle_common.cli.output_files import new_figure
+from fluffle_common.durable_files import open_regular
 from fluffle_common.errors import UsageError
+from fluffle_common.protocol.messages.base import Model
+from fluffle_common.protocol.messages.fields import Metric
 from fluffle_common.tensors.checkpoint import classes_in, read_checkpoint
 from fluffle_common.tensors.weights import Array, check_finite
 from fluffle_worker.letters.images import Images
@@ -73,8 +77,9 @@ class LettersModel:
     def probabilities(self, images: Array) -> Array:
         """Return calibrated probabilities, float64 [n, classes], of images [n, 100, 100, 1]."""
         logits = self._task.logits(self._weights, images).astype(np.float64)
-        logits /= self.temperature
-        exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+        logits -= logits.max(axis=1, keepdims=True)
+        with np.errstate(over="ignore"):  # a worker may have reported a temperature near 0
+            exponentials = np.exp(logits / self.temperature)
         probabilities: Array = exponentials / exponentials.sum(axis=1, keepdims=True)
         return probabilities
 
@@ -103,7 +108,7 @@ def temperature_of(history: Sequence[Mapping[str, Any]], number: str | None) -> 
         number: the round, as given in the model's file.
     """
     for line in reversed(history):
-        if line.get("event") == "evaluated" and str(line["round"]) == number:
+        if line.get("event") == "evaluated" and str(line.get("round")) == number:
             if (line.get("temperature") or 0) > 0:  # any worker can report another number
                 return float(line["temperature"])
     return 1.0
@@ -116,11 +121,30 @@ def participants_of(history: Sequence[Mapping[str, Any]]) -> frozenset[str]:
     )
 
 
+class _Participant(Model):
+    worker: str
+
+
+class _Line(Model):
+    """The fields of a history line that are read here."""
+
+    event: str
+    round: int | None = None
+    temperature: Metric | None = None
+    participants: list[_Participant] = Field(default_factory=list)
+
+
 def _read_history(path: Path) -> list[dict[str, Any]]:
     """Read the lines of a history up to the first damaged one; none if there is no history."""
     lines: list[dict[str, Any]] = []
-    with contextlib.suppress(OSError, ValueError):
-        lines.extend(map(json.loads, path.read_text(encoding="utf-8").splitlines()))
+    with (
+        contextlib.suppress(OSError, ValueError, RecursionError),
+        open(path, "rb", opener=open_regular) as file,
+    ):
+        for text in file:
+            line = json.loads(text)
+            _Line.model_validate(line)
+            lines.append(line)
     return lines
 
 

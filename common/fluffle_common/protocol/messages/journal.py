@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Strict
 
 from fluffle_common.protocol.messages.base import Header, Model
-from fluffle_common.protocol.messages.fields import Id
+from fluffle_common.protocol.messages.fields import Id, limited
+
+_MAX_FIELDS = 1000
 
 
 class EventRecord(Model):
@@ -17,7 +19,7 @@ class EventRecord(Model):
     event: Annotated[str, Field(min_length=1, max_length=64)]
     time: Annotated[str, Field(max_length=40)]
     run: Id | None = None
-    fields: dict[str, Any] = Field(default_factory=dict)
+    fields: Annotated[dict[str, Any], limited(_MAX_FIELDS)] = Field(default_factory=dict)
 
     @property
     def moment(self) -> datetime | None:
@@ -56,7 +58,11 @@ class Events(_Journalled):
     """A batch of events; the first has ``number``, and the others count up from there."""
 
     kind: Literal["events"] = "events"
-    events: Annotated[tuple[EventRecord, ...], Strict(False), Field(min_length=1, max_length=1000)]
+    events: Annotated[
+        tuple[EventRecord, ...],
+        Strict(False),
+        Field(min_length=1, max_length=1000, fail_fast=True),
+    ]
 
     def each(self) -> list[Event]:
         """Return the events as separate messages."""

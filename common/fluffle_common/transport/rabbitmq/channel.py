@@ -22,9 +22,10 @@ from fluffle_common.transport.rabbitmq import frames
 
 # Below this size, one write of a joined copy is faster than several writes without a copy.
 LARGE_BYTES = 16 * 2**10
-# A rejected message has the largest properties. Larger ones are dropped, because thousands of
-# messages may wait here, each with 128 KiB of properties.
-_MAX_PROPERTIES_BYTES = 32 * 2**10
+# A rejected message has the largest properties, of less than 4 KiB. Much larger ones are dropped:
+# thousands of messages may wait here, each with 128 KiB of properties, and the time to decode an
+# array grows with the square of its size.
+_MAX_PROPERTIES_BYTES = 8 * 2**10
 # How long an acknowledgement may wait for others: a batch costs hardly more than one.
 _ACK_WITHIN_S = 0.02
 
