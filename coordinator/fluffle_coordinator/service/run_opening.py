@@ -181,6 +181,8 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         rules = replace(rules, secret=sampling_secret(folder))
     commits = [line for line in saved.lines if line["event"] == "committed"]
     updates = [update for line in commits for update in line["participants"]]
+    evaluated = (line for line in saved.lines if line["event"] == "evaluated")
+    evaluations = (each for line in evaluated for each in line["evaluations"])
     announced: dict[str, int] = {}
     for update in updates:
         worker = update["worker"]
@@ -196,6 +198,12 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         earlier=saved.earlier,
         asked_in=Table({name: line["round"] for line in commits for name in line["asked"]}),
         train_s=Table({u["worker"]: u["seconds"] for u in updates if u["seconds"] is not None}),
+        evaluation=Table(
+            {
+                each["worker"]: {**each.get("metrics", {}), "loss": each["loss"]}
+                for each in evaluations
+            }
+        ),
         median_norms=median_norms(commits),
         announced=Table(announced),
         evaluated=saved.evaluated,
