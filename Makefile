@@ -33,16 +33,19 @@ demo: install
 # Tests mostly wait for a broker or a process, so run several at once. All jobs share a RabbitMQ.
 JOBS ?= 4
 
+# A file's tests stay in one job, which shares what they compile. The slow files come first, in the
+# order of `testpaths`, so that no job is left alone with one of them at the end.
 test: install check browser
-	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
+	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 # The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal,
 # and with fewer examples of each property.
 SLOW := $(addprefix unit/,attacked_training cli demo doctests drawing flax_parts flax_task \
 	front_door history_chart letters letters_images letters_scores local_rules mutants node \
 	printing private rabbitmq_connection results rounds_machine run_store sentences \
-	server_steps sklearn_task strategy_names task_arguments task_loading torch_task) \
-	$(addprefix federation/,adapters local references torch user_files)
+	server_steps sklearn_task statistics strategy_names task_arguments task_loading torch_task) \
+	$(addprefix federation/,adapters local references statistics torch user_files)
 FAST := $(filter-out $(foreach name,$(SLOW),tests/$(dir $(name))test_$(notdir $(name)).py),\
 	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
 
@@ -58,7 +61,7 @@ PURE := fluffle_coordinator.machine fluffle_coordinator.strategy fluffle_common.
 
 coverage: install
 	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) \
-		$(addprefix tests/unit/test_,private.py server_steps.py strategy_names.py) --cov-branch \
+		$(addprefix tests/unit/test_,private.py server_steps.py statistics.py strategy_names.py) --cov-branch \
 		$(PURE:%=--cov=%) --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
 # Before a release: all tests, with the long times of the faults, coverage, and a hundred random

@@ -46,7 +46,9 @@ LEAVE_S = 60.0  # for the workers to leave after the coordinator has ended
 STOP_S = 15.0  # for a process to end after SIGINT
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 COLOURS = {"coordinator": "1;36", "client-1": "32", "client-2": "33", "client-3": "35"}
-IN_COLOUR = sys.stdout.isatty() and not os.environ.get("NO_COLOR")
+IN_COLOUR = (
+    sys.stdout.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
+)
 
 
 class Failed(Exception):

@@ -7,7 +7,7 @@ import time
 from typing import Any, Self
 
 from fluffle.keywords import with_keywords
-from fluffle_common.cli.printing import echo, is_terminal, printable
+from fluffle_common.cli.printing import can_redraw, echo, is_terminal, printable
 from fluffle_common.plural import plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
@@ -37,11 +37,11 @@ class Progress(Watcher):
     _under_way = False  # before the first round and after the last, notes name commands
 
     def __init__(self, wanted: bool | None, rounds: int) -> None:
-        terminal = is_terminal(sys.stderr)
         self._bar: Any = None
-        self._lines = bool(wanted) or (wanted is None and "ipykernel" in sys.modules)
+        watched = is_terminal(sys.stderr) or "ipykernel" in sys.modules
+        self._lines = bool(wanted) or (wanted is None and watched)
         self._rounds, self._latest, self._brief, self._update_at = rounds, "", "", 0.0
-        if terminal and wanted is not False:
+        if can_redraw(sys.stderr) and wanted is not False:
             from fluffle_common.cli.progress_bars import progress_on
 
             self._lines, self._bar = False, progress_on(sys.stderr)

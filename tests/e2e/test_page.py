@@ -26,7 +26,7 @@ window.EventSource = class {
   close() {}
 };
 """
-Show = Callable[[Board], Page]
+Show = Callable[..., Page]
 
 
 @pytest.fixture(scope="module")
@@ -53,11 +53,9 @@ def show(browser: Browser) -> Iterator[Callable[..., Show]]:
         page.add_init_script(STREAM)
         page.goto("http://page.test/")
 
-        def shown(board: Board) -> Page:
+        def shown(board: Board, now: float = 2000.0) -> Page:
             sections = {name: json.loads(json_line(s)) for name, s in board.snapshot().items()}
-            page.evaluate(
-                "data => stream.onmessage({data})", json.dumps(sections | {"now": 2000.0})
-            )
+            page.evaluate("data => stream.onmessage({data})", json.dumps(sections | {"now": now}))
             return page
 
         return shown
@@ -117,6 +115,67 @@ def test_no_label_of_an_axis_is_cut(show: Callable[..., Show], took_s: float) ->
     cut = "all => all.filter(one => one.getBBox().x < 0).map(one => one.textContent)"
     assert labels.count() > 10
     assert labels.evaluate_all(cut) == []
+
+
+@pytest.mark.parametrize("value", [-1e17, -1.7e308, 1.7e308])
+def test_a_chart_of_huge_values_is_drawn(show: Callable[..., Show], value: float) -> None:
+    board = board_of("east", score=value)
+    near = value + 32  # at -1e17, adding 1 to the number of a tick changes nothing
+    board.add(9.0, from_fields("evaluated", {"round": 1, "loss": 0.5, "metrics": {"score": near}}))
+    drawing = show()(board).locator("#chart svg")
+    drawing.locator('.curve[data-metric="score"]').wait_for(state="attached")
+    assert "NaN" not in drawing.inner_html()
+
+
+def test_a_curve_whose_first_rounds_are_forgotten_has_the_width(show: Callable[..., Show]) -> None:
+    board = board_of("east", rounds=20)
+    for number in range(1, 19):
+        del board.view.rounds[number]
+    page = show()(board)
+    share = "one => one.getBBox().width / one.ownerSVGElement.clientWidth"
+    assert page.locator("#chart .curve").first.evaluate(share) > 0.5
+    labels = page.locator("#chart .tick.middle").all_text_contents()
+    assert 19 <= int(labels[0]) <= int(labels[-1])
+
+
+def test_an_event_of_another_day_has_its_date(show: Callable[..., Show]) -> None:
+    shown, board = show(timezone_id="Europe/Berlin"), board_of("east")
+    times = shown(board, now=2000.0).locator("#journal time")
+    assert times.first.inner_text() == "01:46:40"
+    shown(board, now=2000.0 + 2 * 86400)
+    assert times.first.inner_text() == "Jan 1, 01:46:40"
+
+
+def test_a_hidden_tab_is_drawn_once_somebody_looks(show: Callable[..., Show]) -> None:
+    shown = show()
+    page = shown(board_of("east"))
+    rows = page.locator("#history tr")
+    page.evaluate("Object.defineProperty(document, 'hidden', {value: true, configurable: true})")
+    shown(board_of("east", rounds=3))
+    assert "round 4 is open" in page.title()
+    assert rows.count() == 2
+    page.evaluate("delete document.hidden; document.dispatchEvent(new Event('visibilitychange'))")
+    assert rows.count() == 3
+
+
+def test_a_panel_that_fails_leaves_the_others(show: Callable[..., Show]) -> None:
+    shown = show()
+    page = shown(board_of("east"))
+    faults: list[str] = []
+    page.on("pageerror", lambda fault: faults.append(str(fault)))
+    page.evaluate("document.getElementById('answers').remove()")
+    shown(board_of("east", rounds=3))
+    assert page.locator("#history tr").count() == 3
+    assert len(faults) == 1
+
+
+def test_workers_that_are_not_listed_are_counted(show: Callable[..., Show]) -> None:
+    board = Board("letters")
+    for number in range(2100):
+        board.add(1.0, from_fields("joined", {"worker": f"w{number}", "num_examples": 5}))
+    page = show()(board)
+    assert page.locator("#workers-count").inner_text() == "2,100 connected, 2,000 of 2,100 listed"
+    assert "2,100" in page.locator("#tiles").inner_text()
 
 
 def test_a_long_name_of_a_metric_ends_inside_the_chart(show: Callable[..., Show]) -> None:

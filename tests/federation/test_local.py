@@ -773,7 +773,7 @@ def test_an_update_that_is_far_too_large_is_shown_with_the_keyword_that_rejects_
 
 def test_the_last_evaluation_fits_next_to_the_bar_of_a_narrow_terminal(monkeypatch, capsys):
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr("fluffle.progress.is_terminal", lambda _: True)
+    monkeypatch.setattr("fluffle.progress.can_redraw", lambda _: True)
     with Progress(None, 8) as shown:
         shown.record(Evaluated(round=8, loss=0.1648, num_examples=150, metrics={"accuracy": 0.94}))
         shown.show(
@@ -783,6 +783,13 @@ def test_the_last_evaluation_fits_next_to_the_bar_of_a_narrow_terminal(monkeypat
     assert task.description.endswith("accuracy 0.9400 on 150 held-out examples")
     assert task.fields["brief"] == "round 8: loss 0.1648, accuracy 0.9400"
     assert capsys.readouterr().err.rstrip().endswith("8/8  round 8: loss 0.1648, accuracy 0.9400")
+
+
+def test_a_terminal_that_cannot_redraw_a_bar_gets_lines(monkeypatch, capsys):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr("fluffle.progress.is_terminal", lambda _: True)
+    fluffle.run([Adder()], rounds=1)
+    assert "round 1: loss 1.0000" in capsys.readouterr().err
 
 
 def test_a_run_without_rounds_left_says_so(tmp_path, capsys):

@@ -244,12 +244,25 @@ def test_where_names_do_not_fit_a_bar_counts_take_their_place(monkeypatch):
         assert any(line.rstrip().endswith(f"0/3  {shown}") for line in drawn.splitlines()), drawn
 
 
+@pytest.mark.parametrize(("term", "draws"), [("dumb", False), ("xterm", True)])
+def test_a_terminal_that_cannot_move_its_cursor_gets_no_bars(monkeypatch, term, draws):
+    monkeypatch.setenv("TERM", term)
+    stream = Terminal()
+    with Console("auto", {}, stream) as console:
+        assert console.draws == draws
+        console.line("one", "a line")
+    assert "a line\n" in stream.getvalue().replace("\r", "")
+
+
 def test_a_long_line_on_a_terminal_continues_with_an_indent(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     stream = Terminal()
+    path = "/a-long-path" * 10
     with Console("auto", {}, stream) as console:
         console.line("one", " ".join(["words"] * 30))
+        console.line("two", f"see {path}")
         console._stream.settle(PATIENCE_S)
+    assert path in stream.getvalue()  # it can be copied
     shown = [line for line in stream.getvalue().splitlines() if "words" in line]
     assert len(shown) == 3
     assert max(map(len, shown)) <= 80

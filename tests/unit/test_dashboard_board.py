@@ -248,6 +248,12 @@ class TestRounds:
         assert (latest(board.view, "accuracy"), latest(board.view, "loss")) == (0.75, 0.25)
         assert latest(board.view, "nonsense") is None
 
+    def test_of_many_metrics_the_accuracy_is_among_those_of_a_live_page(self) -> None:
+        metrics = {"accuracy": 0.5, **{f"AUC {number}": 0.5 for number in range(9)}}
+        board = board_after(("evaluated", {"round": 1, "loss": 0.5, "metrics": metrics}))
+        shown = board.snapshot()["curves"]
+        assert list(shown) == ["rounds", "loss", "accuracy", *(f"AUC {n}" for n in range(5))]
+
     def test_history_is_shown_and_not_counted(self) -> None:
         board = Board("letters")
         board.view.remember(
@@ -317,7 +323,17 @@ class TestWorkers:
 
     def test_those_on_the_page_are_bounded(self) -> None:
         refused = [("refused", {"worker": f"w{n}", "reason": "classes"}) for n in range(2500)]
-        assert len(board_after(*refused).snapshot()["workers"]) == 2000
+        joined = ("joined", {"worker": "north", "num_examples": 10})
+        shown = board_after(*refused, joined, counted("north", 1, 1)).snapshot()
+        assert len(shown["workers"]) == 2000
+        assert shown["people"] == {"known": 2501, "connected": 1, "counted": 1, "late": 0}
+
+    def test_a_worker_that_answers_again_has_no_failure_any_more(self) -> None:
+        failed = ("failure", {"worker": "north", "round": 1, "reason": "out of memory"})
+        board = board_after(*JOINED, opened(1, "north"), failed)
+        assert [row["why"] for row in board.snapshot()["workers"]] == ["out of memory", ""]
+        board.add(200.0, from_fields(*counted("north", 1, 1)))
+        assert [row["why"] for row in board.snapshot()["workers"]] == ["", ""]
 
     def test_what_it_sent_and_how_long_it_trained(self) -> None:
         rounds = [
@@ -325,6 +341,44 @@ class TestWorkers:
         ]
         [row] = board_after(STARTED, *rounds).snapshot()["workers"]
         assert (row["counted"], row["bytes"], row["train_s"]) == (2, 2000, 0.5)
+
+
+class TestManyWorkers:
+    def test_only_the_workers_in_the_matrix_are_named(self) -> None:
+        names = [f"w{number:04}" for number in range(1000)]
+        rows = [committed(n, *map(participant, names), asked=["x"]) for n in range(1, 51)]
+        board = Board("letters")
+        board.view.remember(rows)
+        shown = board.snapshot()
+        assert shown["unlisted"] == 921  # of 1,001; the matrix has 4,000 cells
+        for row in shown["rounds"]:
+            assert (row["updates"], row["participants"]) == (1000, names[:80])
+            assert (len(row["examples"]), row["asked"]) == (80, [])
+        assert len(json_line(shown["rounds"])) < 100_000
+
+    def test_empty_queues_of_a_kind_share_a_row_unless_one_lacks_its_consumer(self) -> None:
+        figures = [
+            {
+                "name": f"letters.{kind}.w{number}",
+                "ready": 0,
+                "unacknowledged": 0,
+                "consumers": int(kind == "inbox" and number != 7),
+                "size_bytes": 1,
+            }
+            for kind in ("inbox", "outbox")
+            for number in range(1000)
+        ]
+        figures[3]["ready"] = 1
+        board = Board("letters")
+        board.queues(figures)
+        shown = {each["name"]: each for each in board.snapshot()["queues"]["figures"]}
+        assert list(shown) == [
+            "letters.inbox.w3", "letters.inbox.* (998 empty)", "letters.inbox.w7",
+            "letters.outbox.* (1000 empty)",
+        ]  # fmt: skip
+        assert shown["letters.inbox.* (998 empty)"]["consumers"] == 998
+        assert shown["letters.outbox.* (1000 empty)"]["size_bytes"] == 1000
+        assert len(board.figures) == 2000  # the metrics add up all
 
 
 class TestAsynchrony:

@@ -198,7 +198,7 @@ async def test_events_are_the_board_at_once_and_then_what_changes(site: Site) ->
         assert {"run", "workers", "journal", "queues", "curves"} <= first.keys()
         site.live.record(from_fields("joined", {"worker": "north", "num_examples": 7}))
         second = await following()
-        assert second.keys() == {"now", "workers", "journal"}
+        assert second.keys() == {"now", "workers", "people", "journal"}
         assert second["workers"][0]["name"] == "north"
 
 
@@ -259,6 +259,43 @@ async def test_it_looks_at_the_queues_only_when_somebody_looks(site: Site) -> No
         assert json.loads(body)["queues"]["figures"][0]["ready"] == 3
         await other.ask("/metrics")
         assert len(asked) == 1  # they are young enough
+
+
+async def test_viewers_share_what_is_rendered_and_none_misses_the_end(monkeypatch) -> None:
+    board, rendered = Board("letters"), 0
+    monkeypatch.setattr(feed, "monotonic", lambda: float(rendered))  # a rendering takes 1 s
+    shared = Feed(board)
+
+    def snapshot() -> dict[str, object]:
+        nonlocal rendered
+        rendered += 1
+        return {"rendered": rendered}
+
+    monkeypatch.setattr(board, "snapshot", snapshot)
+    first, _ = await shared.news(-1)
+    shared.touch()
+    assert (await shared.news(-1))[0] == first  # a new viewer gets what the first one has
+    waiting = [asyncio.ensure_future(shared.news(first)) for _ in range(50)]
+    await asyncio.sleep(0)
+    assert rendered == 1  # all wait, for 20 s
+    shared.close()
+    ends = await asyncio.gather(*waiting)
+    assert {sections["rendered"] for _, sections in ends} == {"2"}
+
+
+async def test_a_slow_management_api_is_asked_less_often(monkeypatch) -> None:
+    now, asked = 0.0, 0
+
+    def ask() -> list[dict[str, object]]:
+        nonlocal now, asked
+        now, asked = now + 3.0, asked + 1  # as for 3,000 queues
+        return []
+
+    monkeypatch.setattr(feed, "monotonic", lambda: now)
+    shared = Feed(Board("letters"), ask_queues=ask)
+    for now, times in ((0.0, 1), (32.0, 1), (33.0, 2)):  # noqa: B007 - the clock
+        await shared.ask_queues(3.0)
+        assert asked == times
 
 
 def unreachable() -> list[dict[str, object]]:

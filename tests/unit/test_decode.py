@@ -179,3 +179,9 @@ async def test_saved_messages_sort_by_arrival_though_the_clock_is_set_back(tmp_p
     messages = [decode_message(each, "f") for each in await through(b"a", b"b", b"c")]
     names = [folder.save(each, now) for each, now in zip(messages, (7200, 3600, 9000), strict=True)]
     assert sorted(names) == names
+
+
+async def test_no_number_of_a_sender_makes_invalid_json():
+    [delivery] = await through(b"", headers={"share": math.nan, "round": 7})
+    shown = decode_message(delivery, "f").as_dict(0.0)
+    assert json.loads(json.dumps(shown, allow_nan=False))["headers"] == {"share": None, "round": 7}

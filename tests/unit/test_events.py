@@ -137,6 +137,17 @@ def test_an_empty_list_of_workers_is_nobody():
     assert event.sentence() == "0 of 3 updates; reopened for nobody"
 
 
+def test_a_sentence_names_a_few_of_many_workers_and_the_fields_name_all():
+    names = tuple(f"w{number}" for number in range(1000))
+    opened = from_fields("opened", {"round": 7, "asked": names, "needed": 900})
+    assert opened.sentence() == (
+        f"round 7: opened for {', '.join(names[:12])} and 988 more; 900 updates needed"
+    )
+    assert opened.fields()["asked"] == list(names)
+    few = from_fields("opened", {"round": 7, "asked": names[:12], "needed": 9})
+    assert few.sentence() == f"round 7: opened for {', '.join(names[:12])}; 9 updates needed"
+
+
 def test_a_one_letter_format_is_no_noun():
     slow = from_fields("slow", {"what": "a hook", "running_s": 30})
     assert slow.sentence() == "a hook has been running for 30 s; the run waits for it"

@@ -173,6 +173,21 @@ def test_a_worker_that_came_back_is_no_longer_gone():
     assert explanation.view.workers.present == {"a", "b", "c"}
 
 
+def test_a_round_of_many_workers_is_explained_on_a_screen():
+    names = [f"w{number:03}" for number in range(1000)]
+    story = Story().opened(asked=names, needed=1000)
+    for place, name in enumerate(names[:600]):
+        story.counted(11 + place / 100, name, place + 1, needed=1000)
+    explanation, text = story.explained(20)
+    assert len(text.splitlines()) < 60
+    assert "and 988 more; 1,000 updates needed" in text
+    assert "575 earlier answers: see 'fluffle journal --round 7'" in text
+    assert "w599 answered" in text
+    assert "375 more workers without an update" in text
+    data = as_dict(explanation)
+    assert (len(data["answers"]), len(data["missing"]), len(data["asked"])) == (600, 400, 1000)
+
+
 def test_a_worker_that_joined_late_is_waited_for_too():
     explanation, text = begun().add(20, "joined", worker="d", num_examples=5).explained(now=30)
     assert explanation.missing == ["a", "b", "c", "d"]

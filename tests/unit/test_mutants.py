@@ -310,7 +310,7 @@ MUTANTS = [
     Mutant(
         "closes a round with late updates",
         updates,
-        "    towards_quorum = state.schedule.continuous or not staleness\n",
+        "    towards_quorum = state.schedule.continuous or fresh\n",
         "    towards_quorum = True\n",
         "test_a_late_update_counts_in_the_open_round_and_does_not_close_it",
     ),
@@ -394,7 +394,7 @@ MUTANTS = [
     Mutant(
         "draws another lot when a round is reopened",
         quorum,
-        "return tuple(n for n in _drawn(state, rules.secret, present) if n not in answered)\n",
+        "return _drawn(state, rules.secret, present)\n",
         "return _drawn(state, rules.secret + state.draws, present)\n",
         "test_a_reopened_round_asks_the_same_sample",
         random=False,
@@ -478,8 +478,8 @@ MUTANTS = [
     Mutant(
         "ends a run that is done before its workers are heard",
         finishing,
-        "    if listening and not state.evaluate_pending and state.unheard:\n",
-        "    if False:\n",
+        "    elif listening and state.unheard:\n",
+        "    elif False:\n",
         "test_a_run_that_is_done_ends_once_it_has_told_all_its_workers",
         random=False,
     ),

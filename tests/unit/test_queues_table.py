@@ -17,6 +17,7 @@ from rich.console import Console
 from fluffle_broker.inspect import queues
 from fluffle_broker.inspect.queues import QueueOverview
 from fluffle_broker.inspect.queues_table import build_table, group_quiet, hints, legend
+from fluffle_common.cli.printing import screen
 from fluffle_common.errors import BrokerError
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.transport.base import AccessRefused, Counts
@@ -101,14 +102,14 @@ def test_only_empty_queues_of_a_kind_share_a_row():
 
 
 def test_each_hint_is_a_line_and_absent_workers_share_one():
-    overview = federation(30, absent=12)
+    overview = federation(30, absent=15)
     overview.queues.append(queue("inbox.far", ready=2))
     overview.queues.append(queue("rejected", ready=1))
     lines = hints(overview)
     assert "inbox.far: worker far is not connected; 2 messages wait for it" in lines
     assert "rejected: 1 message rejected; see 'fluffle rejected --federation letters'" in lines
-    names = ", ".join(f"client-{number}" for number in range(8))
-    assert f"12 workers are not connected: {names} and 4 more" in lines
+    names = ", ".join(f"client-{number}" for number in range(12))
+    assert f"15 workers are not connected: {names} and 3 more" in lines
     assert len(lines) == 3
 
 
@@ -165,6 +166,21 @@ def test_a_pipe_gets_a_hint_in_one_line_and_a_terminal_wraps_it(monkeypatch, cap
     assert "--federation" in plain
 
 
+def test_a_pipe_is_as_wide_as_its_reader_says(monkeypatch, capsys):
+    from fluffle_broker.cli.queues import _show
+
+    widths = []
+    for columns in ("60", ""):  # as `watch` sets it, and a shell does not
+        monkeypatch.setenv("COLUMNS", columns)
+        _show(QueueOverview(TOPOLOGY, [queue(name) for name in SHARED], []))
+        assert (
+            "see the last run with 'fluffle explain --federation letters'"
+            in (capsys.readouterr().out.splitlines()[-1])
+        )
+        widths.append(screen().width)
+    assert widths == [60, 140]
+
+
 def test_without_a_coordinator_the_federations_of_the_broker_are_named(monkeypatch, capsys):
     from fluffle_broker.cli.queues import _show
 
@@ -200,7 +216,7 @@ def test_watching_an_idle_federation_shows_an_alarm(monkeypatch, capsys, kind):
     def stop(_: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "is_terminal", lambda _: kind == "terminal")
+    monkeypatch.setattr(command, "can_redraw", lambda _: kind == "terminal")
     monkeypatch.setattr("time.sleep", stop)
     with pytest.raises(KeyboardInterrupt):
         command._watch(once, as_json=kind == "json")

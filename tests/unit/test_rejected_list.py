@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -47,6 +48,19 @@ async def test_a_terminal_shows_the_reason_in_lines_of_its_own(monkeypatch, caps
     assert lines[0].split()[:3] == ["1", "2026-11-29", "21:00:00"]
     assert " ".join(line.strip() for line in lines[1:3]) == printable(REASON)
     assert max(map(cell_len, lines)) <= 80
+
+
+async def test_times_are_local_and_a_sender_may_write_anything(monkeypatch, capsys):
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    try:
+        for text, shown in ((HEADERS["rejected_at"], "2026-11-30 06:00:00"), ("soon", "?")):
+            monkeypatch.setitem(HEADERS, "rejected_at", text)
+            cli._print_rows(await some_rejected())
+            assert capsys.readouterr().out.splitlines()[1].split("  ")[1].strip() == shown
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 async def test_no_sender_can_hide_the_other_columns(capsys):

@@ -313,6 +313,28 @@ def test_checkpoints_are_told_with_size_and_hash(folder):
     assert one == {"file": "round-0001.safetensors", "size_bytes": 7, "sha256": digest}
 
 
+def test_a_checkpoint_that_a_running_coordinator_removes_is_left_out(folder, monkeypatch):
+    files = {1: folder / "round-0001.safetensors", 2: folder / "round-0002.safetensors"}
+    monkeypatch.setattr("fluffle_coordinator.dashboard.report.checkpoint_files", lambda _: files)
+    data = read_report(folder, NOW)
+    assert [one["file"] for one in data["checkpoints"]] == ["round-0001.safetensors"]
+    assert data["totals"]["checkpoints"] == 1
+
+
+def test_the_page_of_a_large_run_has_what_it_draws():
+    names = [f"w{number:04}" for number in range(1000)]
+    rejections = [dict.fromkeys(("reason", "cause", "kind", "worker"), "x")] * 50
+    rows = [
+        committed(n, *map(participant, names), rejected=50, rejections=rejections)
+        for n in range(1, 101)
+    ]
+    data = shown(rows)
+    drawn = Page(page(data)).snapshot
+    assert (drawn["unlisted"], len(drawn["rounds"][0]["participants"])) == (902, 98)
+    assert (len(drawn["rejected"]["latest"]), drawn["rejected"]["total"]) == (1000, 5000)
+    assert (len(data["rounds"][0]["participants"]), len(data["rejected"]["latest"])) == (1000, 5000)
+
+
 def test_the_command_writes_the_page_or_prints_what_it_draws(folder, tmp_path):
     done = CliRunner().invoke(report, [str(folder)], catch_exceptions=False)
     assert done.exit_code == 0

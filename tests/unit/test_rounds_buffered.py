@@ -17,6 +17,7 @@ from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
 from fluffle_coordinator.machine.state import Phase, Ticket
+from fluffle_coordinator.user_code.guarded_schedule import GuardedSchedule
 from tests.unit.test_rounds import RUN, Run, asked, event_names, only, update
 
 
@@ -47,9 +48,9 @@ class Asynchronous(Run):
         effects = self.arrives(name, work)
         return [*effects, *self.on(ev.Folded(self.now, Ticket(name, sequence)))]
 
-    def on_disk(self) -> fx.Effects:
+    def on_disk(self, enough: str = "") -> fx.Effects:
         number = self.state.round
-        return self.on(ev.Committed(self.now, number, f"b{number}"))
+        return self.on(ev.Committed(self.now, number, f"b{number}", enough=enough))
 
 
 def running(*workers: str, schedule: Buffered | None = None, **start) -> Asynchronous:
@@ -102,6 +103,14 @@ def test_a_reopened_version_asks_a_worker_that_failed():
     run.failed("a", 1)
     assert asked(reopened(run)) == ["a", "b"]
     assert not run.state.failed
+
+
+def test_a_worker_that_failed_gets_no_work_before_the_next_version():
+    run = running("a", "b", "c", schedule=Buffered(buffer=2, concurrency=1))
+    (first,) = run.state.asked
+    (second,) = asked(run.failed(first, 1)) or asked(run.seen("b")) or asked(run.seen("c"))
+    assert second != first
+    assert first not in asked(run.counts(second))
 
 
 def test_an_idle_worker_takes_the_place_of_the_only_one_that_was_asked_and_failed():
@@ -160,6 +169,8 @@ def test_a_stale_update_weighs_less():
     assert [(one.staleness, one.discount, one.update.num_examples) for one in folds] == [
         (3, 0.5, 10)
     ]
+    run.on(ev.Folded(run.now, folds[0].update.ticket))
+    assert only(run.counts("a"), fx.Commit)  # it is one of the two that make a version
 
 
 def test_an_update_that_is_too_old_is_late_and_its_worker_gets_new_work():
@@ -193,13 +204,30 @@ def test_an_update_during_the_commit_is_in_the_next_version():
     assert len(only(effects, fx.Ack)) == 2
 
 
-def test_after_the_last_version_updates_are_late():
-    run = running("a", "b", "c", rounds=1)
+@pytest.mark.parametrize("last", [{"rounds": 1}, {"enough": "accuracy reached 0.9"}])
+def test_after_the_last_version_updates_are_late(last):
+    run = running("a", "b", "c", rounds=last.get("rounds", 9))
     run.counts("a")
     run.counts("b")
     run.arrives("c")
-    assert "late" in event_names(run.on_disk())
+    assert "late" in event_names(run.on_disk(enough=last.get("enough", "")))
     assert event_names(run.arrives("a", (run.state.sequence, 1, "b0"))) == ["late"]
+
+
+def test_a_worker_whose_update_is_late_at_the_commit_gets_new_work():
+    run = running("a", "b", schedule=Buffered(buffer=1, max_staleness=0))
+    run.counts("a")
+    run.arrives("b")
+    assert asked(run.on_disk()) == ["a", "b"]
+
+
+def test_a_ticket_that_an_earlier_coordinator_issued_is_not_issued_again():
+    run = running("a", "b")
+    _, number, base = run.tickets["a"]
+    run.counts("a", (run.state.sequence + 5, number, base))
+    run.counts("b")
+    run.on_disk()
+    assert run.tickets["b"][0] > max(ticket.sequence for ticket in run.state.counted_before[1])
 
 
 def test_a_redelivery_is_recognised_by_its_ticket():
@@ -229,7 +257,7 @@ def test_a_ticket_that_was_not_issued_is_rejected():
 def test_after_a_restart_sent_updates_count_and_work_in_progress_is_expected():
     tickets = {3: frozenset({Ticket("a", 12_000)})}
     run = Asynchronous(
-        Buffered(buffer=2), committed=3, counted=tickets, base="b3",
+        Buffered(buffer=2, max_staleness=1), committed=3, counted=tickets, base="b3",
         earlier={2: "b1", 3: "b2", 4: "b3"},
     )  # fmt: skip
     run.connect()
@@ -303,6 +331,8 @@ def test_a_worker_that_lost_its_work_gets_the_newest_version():
     assert asked(run.seen("b", hello=True, session="b-2")) == ["b"]
     assert run.tickets["b"][0] > old[0]
     assert run.tickets["b"][1] == run.state.round
+    assert not asked(run.counts("b", old))  # it is at work on the newest version
+    assert run.state.asked["b"].sequence == run.tickets["b"][0]
 
 
 def test_an_older_version_is_evaluated_once_by_the_first_worker_that_can():
@@ -324,6 +354,11 @@ def test_an_older_version_is_evaluated_once_by_the_first_worker_that_can():
     assert evaluates(1, "b1") == [fx.RecordEvaluation(1, {"slow": evaluated})]
     assert not evaluates(1, "b1")
     assert evaluates(2, "b2") == [fx.RecordEvaluation(2, {"slow": evaluated})]
+    run.counts("a")
+    run.evaluation("a", 3)
+    assert only(run.counts("a"), fx.RecordEvaluation)
+    run.on_disk()
+    assert not evaluates(3, "b3")  # another one did in time
 
 
 # --- late updates of synchronous rounds --------------------------------------------------------
@@ -348,6 +383,68 @@ def test_a_late_update_counts_in_the_open_round_and_does_not_close_it():
     assert run.state.phase is Phase.COMMITTING
     run.committed("a", "c")
     assert run.state.counted_before[2] == {Ticket("c", 1), Ticket("a", 2), Ticket("c", 2)}
+
+
+def test_a_worker_whose_late_update_counts_is_asked_in_the_next_round_too():
+    rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=2))
+    run = Run(rules, schedule=QuorumRounds(max_staleness=1))
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True)
+    run.update("a")
+    run.update("b")
+    run.arrived("c")
+    assert asked(run.committed("a", "b")) == ["a", "b", "c"]
+
+
+LATE = QuorumRounds(max_staleness=1)
+
+
+@pytest.mark.parametrize("schedule", [LATE, GuardedSchedule("mine.py:mine", LATE, 1, False)])
+def test_a_worker_whose_late_update_counts_stays_in_a_round_that_is_reopened(schedule):
+    rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=2))
+    run = Run(rules, schedule=schedule)
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True, heartbeat_s=1e6)
+    run.update("a")
+    run.update("b")
+    run.committed("a", "b")
+    run.arrived("c", round=1, base="b0")
+    run.on(ev.Folded(run.now, Ticket("c", 1)))
+    assert asked(run.tick(rules.deadline_s)) == ["a", "b", "c"]
+
+
+def test_others_are_asked_at_once_although_a_late_update_counts():
+    rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=1), sample=2)
+    run = Run(rules, schedule=LATE)
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True)
+    first, late = run.state.asked
+    run.update(first)
+    run.committed(first)
+    run.arrived(late, round=1, base="b0")
+    run.on(ev.Folded(run.now, Ticket(late, 1)))
+    one, another = run.state.asked
+    run.failed(one, 2)
+    assert "reopened" in event_names(run.failed(another, 2))
+
+
+def test_a_late_update_does_not_enlarge_a_quorum_of_all():
+    run = Run(Rules(rounds=3, min_workers=2), schedule=QuorumRounds(max_staleness=1))
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True)
+    run.left("c")
+    for name in "ab":
+        run.update(name)
+    run.committed("a", "b")
+    run.arrived("c", round=1, base="b0")
+    run.on(ev.Folded(run.now, Ticket("c", 1)))
+    for name in "ab":
+        run.update(name)
+    assert run.state.phase is Phase.COMMITTING
 
 
 # --- what a stale update weighs ----------------------------------------------------------------

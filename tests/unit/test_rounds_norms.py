@@ -48,6 +48,12 @@ def test_an_outlier_alone_in_its_round_is_reported():
     assert outliers == [[], [], [("a", 1.1)], [], [("a", 1.1)]]
 
 
+def test_norms_that_agree_with_each_other_are_no_outliers():
+    usual, large = dict.fromkeys("abc", 1.0), dict.fromkeys("abc", 40.0)
+    _, outliers = rounds_of(usual, usual, usual, large)
+    assert outliers == [[]] * 4
+
+
 def test_the_usual_norm_follows_the_rounds():
     norms = [0.8**n for n in range(21)]
     falling = [{"a": norm, "b": 1.1 * norm} for norm in norms[:-1]]

@@ -264,6 +264,8 @@ def fold(run: Run, name: str, num_examples: int) -> fx.Fold:
 
 def test_an_update_weighs_no_more_than_its_worker_announced():
     run = heard("a", "b")
+    announced = run.state.announced.insert("b", 20)
+    run.state = run.state.replace(announced=announced)  # which says nothing about a
     effects = arrives(run, "a", 10**12)
     assert only(effects, fx.Fold) == [fold(run, "a", 10)]
     expected = run_events.Overweight(worker="a", round=1, num_examples=10**12, limit=10)
@@ -410,6 +412,18 @@ def test_a_round_is_not_reopened_at_a_deadline_that_is_also_its_limit():
     effects = pass_time(run, 130, heard="ab")
     assert event_names(effects).count("reopened") == 1
     assert run.state.reason.endswith("--max-round")
+
+
+def test_a_round_that_was_reopened_is_closed_at_its_limit_with_enough_updates():
+    limits = {"deadline_s": 60, "max_round_s": 90}
+    rules = Rules(rounds=1, min_workers=3, on_deadline="close", min_updates=2, **limits)
+    run = heard("a", "b", "c", rules=rules)
+    run.update("a")
+    assert "reopened" in event_names(pass_time(run, 65, heard="abc"))
+    run.update("b")
+    assert run.state.phase is Phase.OPEN
+    assert event_names(pass_time(run, 30, heard="abc")).count("closed") == 1
+    assert run.state.phase is Phase.COMMITTING
 
 
 def test_after_our_own_outage_a_model_in_parts_is_sent_again():

@@ -240,6 +240,22 @@ def test_the_waiting_event_contains_the_facts():
     ]
 
 
+def test_of_many_missing_workers_the_first_are_named_and_the_others_counted():
+    names = [f"w{number:03}" for number in range(500)]
+    workers = Table(
+        {n: Worker(n, "s", 5, (), 2.0, state="idle", last_seen=8.0) for n in names[:30]}
+    )
+    asked = Table({name: Issued(1.0, 4, 4) for name in names})
+    state = State(
+        RoundRules(6), "r", 4, QUORUM, phase=Phase.OPEN, link=1, workers=workers, asked=asked
+    )
+    waiting = waiting_for(state, 10.0)
+    assert waiting is not None
+    assert len(waiting.fields()["missing"]) == 500
+    first = ", ".join(f"{name} idle (last heartbeat 2 s ago)" for name in names[:12])
+    assert f"{first}, and 488 more (18 idle, 470 gone)" in waiting.sentence()
+
+
 def test_the_coordinators_test_is_shown_with_the_federated_metrics():
     view = view_of(
         committed(1),

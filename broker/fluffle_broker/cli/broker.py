@@ -17,7 +17,7 @@ from fluffle_common.cli.app import (
     queue_type_option,
     url_option,
 )
-from fluffle_common.cli.printing import echo, echo_json, is_terminal, printable
+from fluffle_common.cli.printing import can_redraw, echo, echo_json, printable
 
 if TYPE_CHECKING:
     from fluffle_broker.node.record import NodeInfo, Ports
@@ -279,7 +279,7 @@ def _as_dict(info: NodeInfo | None) -> dict[str, Any]:
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows progress on stderr: in place on a terminal, else in lines."""
-    if not is_terminal(sys.stderr):
+    if not can_redraw(sys.stderr):
         yield lambda text: echo(f"{text} …", err=True)
         return
     from rich.console import Console

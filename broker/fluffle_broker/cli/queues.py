@@ -13,7 +13,7 @@ import click
 from fluffle_broker.cli.options import federation_and_broker, inspection_options
 from fluffle_common.cli.app import management_option
 from fluffle_common.cli.console import warn
-from fluffle_common.cli.printing import echo, echo_json, is_terminal, printable, screen
+from fluffle_common.cli.printing import can_redraw, echo, echo_json, printable, screen
 
 if TYPE_CHECKING:
     from fluffle_broker.inspect.queues import QueueOverview
@@ -76,22 +76,26 @@ def _show(overview: QueueOverview) -> None:
     from fluffle_broker.inspect.queues_table import build_table, hints, legend
 
     shown = screen()
+
+    def write(line: str, style: str | None = None) -> None:
+        # In a pipe, a sentence stays on one line, so that grep finds it.
+        shown.print(line, style=style, soft_wrap=not shown.is_terminal)
+
     if overview.queues:
         shown.print(build_table(overview, shown.width))
     for line in legend(overview):
-        shown.print(line, style="dim")
+        write(line, "dim")
     for line in hints(overview):
-        # In a pipe, a hint stays on one line, so that grep finds it.
-        shown.print(f"! {line}", style="bold yellow", soft_wrap=not shown.is_terminal)
+        write(f"! {line}", "bold yellow")
     if not overview.created:
         others = f" (this broker has {', '.join(overview.others)})" if overview.others else ""
-        shown.print(
+        write(
             f"no coordinator has created federation {overview.topology.federation} on this broker "
             f"yet; start the coordinator, or check --federation{others}"
         )
     elif overview.at_rest:
         at = f"--federation {overview.topology.federation}"
-        shown.print(f"nobody is connected; see the last run with 'fluffle explain {at}'")
+        write(f"nobody is connected; see the last run with 'fluffle explain {at}'")
 
 
 def _warn(overview: QueueOverview) -> None:
@@ -118,7 +122,7 @@ def _watch(once: Callable[[], QueueOverview], as_json: bool) -> None:
     from fluffle_broker.inspect.queues_table import build_table, hints
     from fluffle_common.errors import BrokerError
 
-    redraws = is_terminal(sys.stdout) and not as_json
+    redraws = can_redraw(sys.stdout) and not as_json
     with Live(console=screen(), auto_refresh=False) if redraws else nullcontext() as live:
         while True:
             try:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Mapping
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -122,7 +123,7 @@ def _print_rows(rejects: list[Rejected]) -> None:
     rows = [
         (
             str(message.number),
-            (message.rejected_at or "?")[:19].replace("T", " "),
+            _local(message.rejected_at),
             _shortened(message.decoded.kind),
             _shortened(message.decoded.worker or "?"),
             "?" if message.decoded.round is None else str(message.decoded.round),
@@ -141,6 +142,14 @@ def _print_rows(rejects: list[Rejected]) -> None:
     for line, message in zip(lines, rejects, strict=True):
         echo(line)
         echo_sentences(f"  {message.reason}")
+
+
+def _local(time: str | None) -> str:
+    """Return a time in ISO 8601 as local time; a message may have any text instead."""
+    try:
+        return datetime.fromisoformat(time or "").astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    except (ValueError, OverflowError):
+        return "?"
 
 
 def _shortened(text: str) -> str:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from fluffle_broker.inspect.formatting import age, rate, size
 from fluffle_common.cli.printing import printable, table
+from fluffle_common.plural import listed
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -23,8 +24,6 @@ _FIGURES = ("ready", "unacked", "consumers", "bytes", "in/s", "out/s", "oldest")
 # A narrower terminal has no room for the purpose of a queue, or for more than the first figures.
 _WIDE, _NARROW = 150, 70
 _UNREPORTED = "-"
-# A longer list of names is truncated.
-_MOST_NAMES = 8
 
 
 def build_table(overview: QueueOverview, width: int) -> Table:
@@ -120,20 +119,14 @@ def hints(overview: QueueOverview) -> list[str]:
 
 def _unbounded(names: Sequence[str], federation: str) -> str:
     which = f"queue {names[0]}" if len(names) == 1 else f"these {len(names)} queues"
-    listed = "" if len(names) == 1 else f" ({_listed(names)})"
+    which_ones = "" if len(names) == 1 else f" ({listed(names)})"
     return (
-        f"no policy limits how much {which} may hold{listed}; set limits with "
+        f"no policy limits how much {which} may hold{which_ones}; set limits with "
         f"'fluffle broker apply-policy --federation {federation}'"
     )
-
-
-def _listed(names: Sequence[str]) -> str:
-    rest = len(names) - _MOST_NAMES
-    more = f" and {rest} more" if rest > 0 else ""
-    return f"{', '.join(names[:_MOST_NAMES])}{more}"
 
 
 def _not_connected(workers: Sequence[str]) -> str:
     if len(workers) == 1:
         return f"worker {workers[0]} is not connected"
-    return f"{len(workers)} workers are not connected: {_listed(workers)}"
+    return f"{len(workers)} workers are not connected: {listed(workers)}"

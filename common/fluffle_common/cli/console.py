@@ -14,7 +14,14 @@ import click
 from pydantic_core import to_json
 
 from fluffle_common.cli.background_stream import BackgroundStream
-from fluffle_common.cli.printing import echo, echo_sentences, printable, visible_json, wrapped
+from fluffle_common.cli.printing import (
+    can_redraw,
+    echo,
+    echo_sentences,
+    printable,
+    visible_json,
+    wrapped,
+)
 from fluffle_common.clock import time_is_simulated, timestamp, wall_time
 
 if TYPE_CHECKING:
@@ -49,7 +56,7 @@ class Console:
         self._prompt = True  # whether the output has taken every line in time so far
         self._bars: dict[str, Any] = {}
         self._progress: Any = None
-        if log_format == "auto" and self._stream.isatty():
+        if log_format == "auto" and can_redraw(self._stream):
             from fluffle_common.cli.progress_bars import progress_on
 
             self._progress = progress_on(self._stream)
@@ -106,7 +113,8 @@ class Console:
     def _write(self, render: Callable[[], str]) -> None:
         if self._progress is not None:
             width = self._progress.console.width
-            self._progress.console.print(wrapped(self._rendered(render), width), markup=False)
+            text = wrapped(self._rendered(render), width)
+            self._progress.console.print(text, markup=False, soft_wrap=True)
         else:
             self._hold(render)
 

@@ -16,6 +16,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator
+from io import TextIOBase
 from itertools import chain, islice
 from operator import add
 from typing import IO, TYPE_CHECKING, Any
@@ -79,8 +80,13 @@ def echo_sentences(*lines: str, err: bool = False) -> None:
 
 
 def wrapped(line: str, width: int) -> str:
-    """Wrap a line between words; the lines after the first are indented."""
-    return textwrap.fill(line, width, subsequent_indent="  ", break_on_hyphens=False)
+    """Wrap a line between words; the lines after the first are indented.
+
+    A path or a URL that is longer than a line stays whole, so that it can be copied.
+    """
+    return textwrap.fill(
+        line, width, subsequent_indent="  ", break_on_hyphens=False, break_long_words=False
+    )
 
 
 def echo_json(value: Any, *, indent: int | None = 2) -> None:
@@ -131,7 +137,9 @@ def screen() -> Console:
             with output_errors():
                 super()._write_buffer()
 
-    width = None if is_terminal(sys.stdout) else _WIDTH_IN_A_PIPE
+    width = None  # as wide as the terminal is now; `watch` sets COLUMNS to its width
+    if not is_terminal(sys.stdout):
+        width = shutil.get_terminal_size((_WIDTH_IN_A_PIPE, 0)).columns
     stream = sys.stdout or open(os.devnull, "w")
     return Screen(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
@@ -178,11 +186,16 @@ def text_table(columns: Iterable[list[str]]) -> list[str]:
     return list(map("  ".join, zip(*columns, strict=True)))
 
 
-def is_terminal(stream: IO[str] | None) -> bool:
+def is_terminal(stream: IO[str] | TextIOBase | None) -> bool:
     """Return whether a stream is a terminal; False if it is closed or None."""
     with contextlib.suppress(OSError, ValueError):
         return stream is not None and stream.isatty()
     return False
+
+
+def can_redraw(stream: IO[str] | TextIOBase | None) -> bool:
+    """Return whether a stream is a terminal that can move its cursor, unlike that of Emacs."""
+    return is_terminal(stream) and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 def prepare_streams() -> None:

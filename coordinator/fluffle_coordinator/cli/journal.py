@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from fluffle_common.cli.app import count
-from fluffle_common.cli.console import warn
+from fluffle_common.cli.console import finite, warn
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences
 from fluffle_common.errors import UsageError
 from fluffle_coordinator.cli.journal_source import (
@@ -249,7 +249,7 @@ def _workers_of(event: Event) -> set[str]:
 
 
 def _print_json(event: Event) -> None:
-    echo_json(event.model_dump(exclude={"protocol", "kind", "pad"}), indent=None)
+    echo_json(finite(event.model_dump(exclude={"protocol", "kind", "pad"})), indent=None)
 
 
 class _SentencePrinter:

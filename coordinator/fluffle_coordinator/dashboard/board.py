@@ -14,7 +14,7 @@ from typing import Any
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
-from fluffle_coordinator.dashboard.snapshot import ending, results
+from fluffle_coordinator.dashboard.snapshot import ending, grouped, results
 from fluffle_coordinator.observe.round_view import RoundView
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.observe.worker_view import WorkerView, clipped
@@ -84,8 +84,11 @@ class Board:
         return {
             "run": self.run(),
             "open": self._open_section(),
-            **results(self.view, self._current),
-            "queues": {"figures": self.figures, "note": self.figures_note},
+            **results(self.view),
+            "queues": {
+                "figures": grouped(self.figures, self.federation),
+                "note": self.figures_note,
+            },
             "journal": list(self._journal),
         }
 

@@ -6,6 +6,7 @@ Nothing is computed unless someone looks.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
@@ -13,7 +14,7 @@ from typing import Any
 
 from fluffle_common.cli.console import json_line
 from fluffle_common.cli.settings import management_finder
-from fluffle_common.clock import wall_time
+from fluffle_common.clock import monotonic, wall_time
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import RunEvent
 from fluffle_common.protocol.topology import Topology
@@ -22,6 +23,10 @@ from fluffle_coordinator.dashboard.board import Board
 
 Figures = Iterable[Mapping[str, Any]]
 _AFTER_A_FAILURE_S = 10.0
+# However large the board is and however many viewers it has, their updates take at most 5 % of the
+# loop's time to render, and the queues' figures at most 10 % of the management API's time.
+_PAUSE_PER_RENDERING = 20
+_PAUSE_PER_REQUEST = 10
 
 
 class Feed:
@@ -40,11 +45,11 @@ class Feed:
     ) -> None:
         self._board = board
         self.version = 0
-        self.closed = False
         self._refresh, self._ask_queues = refresh, ask_queues
-        self._news = asyncio.Event()
+        self._news, self._ended = asyncio.Event(), asyncio.Event()
         self._sections: dict[str, str] = {}
         self._sections_version = -1
+        self._render_again_at = -math.inf
         self._asking = asyncio.Lock()
         self._ask_again_at = -math.inf
 
@@ -58,16 +63,39 @@ class Feed:
         self.version += 1
         self._news.set()
 
+    @property
+    def closed(self) -> bool:
+        """Whether every viewer's stream is ending."""
+        return self._ended.is_set()
+
     def close(self) -> None:
         """End every viewer's stream."""
-        self.closed = True
+        self._ended.set()
         self.touch()
 
-    async def news(self, since: int) -> None:
-        """Wait until there is something newer than version ``since``, or the feed is closed."""
-        while self.version == since and not self.closed:
-            self._news.clear()
-            await self._news.wait()
+    async def news(self, since: int) -> tuple[int, dict[str, str]]:
+        """Wait for sections newer than version ``since``; return their version, and them.
+
+        Once the feed is closed, this returns the last ones at once.
+        """
+        while not self.closed and self._sections_version <= since:
+            if self.version <= since:
+                self._news.clear()
+                await self._news.wait()
+            elif (left_s := self._render_again_at - monotonic()) > 0:
+                await self.pause(left_s)
+            else:
+                break
+        # Those that another viewer has just had rendered are new enough, except for the last.
+        if self.closed or self._sections_version <= since:
+            self.sections()
+        return self._sections_version, self._with_time()
+
+    async def pause(self, seconds: float) -> None:
+        """Wait so long, or until the feed is closed."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
 
     @property
     def board(self) -> Board:
@@ -81,28 +109,34 @@ class Feed:
         The section ``now``, the time in seconds since 1970, is always new.
         """
         if self._sections_version != self.version:
+            began, version = monotonic(), self.version
             snapshot = self.board.snapshot()
             self._sections = {name: json_line(section) for name, section in snapshot.items()}
-            self._sections_version = self.version
+            self._sections_version, ended = version, monotonic()
+            self._render_again_at = ended + _PAUSE_PER_RENDERING * (ended - began)
+        return self._with_time()
+
+    def _with_time(self) -> dict[str, str]:
         return self._sections | {"now": json_line(wall_time())}
 
     async def ask_queues(self, max_age_s: float) -> None:
         """Refresh the queues' figures, unless they are younger than ``max_age_s``."""
         if self._ask_queues is None:
             return
-        loop = asyncio.get_running_loop()
         async with self._asking:
-            if loop.time() < self._ask_again_at:
+            began = monotonic()
+            if began < self._ask_again_at:
                 return
             try:
                 figures = list(await asyncio.to_thread(self._ask_queues))
             except (*REQUEST_ERRORS, UsageError) as why:  # while a certificate is renewed
                 fault, remedy = fault_and_remedy(why)
                 self._board.queues((), f"RabbitMQ's management API {fault}; {remedy}")
-                self._ask_again_at = loop.time() + max(max_age_s, _AFTER_A_FAILURE_S)
+                self._ask_again_at = monotonic() + max(max_age_s, _AFTER_A_FAILURE_S)
             else:
                 self._board.queues(figures)
-                self._ask_again_at = loop.time() + max_age_s
+                ended = monotonic()
+                self._ask_again_at = ended + max(max_age_s, _PAUSE_PER_REQUEST * (ended - began))
         self.touch()
 
 

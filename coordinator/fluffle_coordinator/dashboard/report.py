@@ -22,7 +22,7 @@ from fluffle_common.cli.console import json_line
 from fluffle_common.durable_files import open_regular
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.events import from_fields
-from fluffle_coordinator.dashboard.snapshot import ending, results
+from fluffle_coordinator.dashboard.snapshot import ending, named, results
 from fluffle_coordinator.observe.run_view import RunView
 from fluffle_coordinator.storage.history import merged, read_history_lines
 from fluffle_coordinator.storage.round_stats import seconds_of
@@ -33,6 +33,7 @@ from fluffle_coordinator.storage.run_file import read_run_file
 _SCRIPTS = ("dom.js", "chart.js", "results.js", "workers.js", "panels.js", "page.js")
 MAX_DETAILED = 1000
 """The rounds whose details a page has: for 30,000, a browser needs minutes to draw them."""
+_MAX_CELLS, _MAX_REJECTIONS = 40_000, 1000  # of a page; the JSON has all
 _LIVE_ONLY = re.compile(r"<!-- live -->.*?<!-- /live -->", re.DOTALL)
 _IMPORTS = re.compile(r"^import .*;\n", re.MULTILINE)
 
@@ -48,10 +49,10 @@ def read_report(folder: Path, now: float, most: int = sys.maxsize) -> dict[str, 
     lines = read_history_lines(folder)
     rows, last = merged(lines), lines[-1:]
     files = list(checkpoint_files(folder).values())
-    checkpoints = list(map(_checkpoint, files[-most:]))
+    checkpoints = list(filter(None, map(_checkpoint, files[-most:])))
     end = next((line for line in last if line["event"] == "ended"), None)
     data = snapshot(rows, read_run_file(folder), checkpoints, end, now)
-    data["totals"]["checkpoints"] = len(files)
+    data["totals"]["checkpoints"] = len(files) - len(files[-most:]) + len(checkpoints)
     return {**data, "rounds": data["rounds"][-most:]}
 
 
@@ -96,7 +97,7 @@ def snapshot(
             "seconds": sum(seconds_of(each.timings) for each in view.done),
             "checkpoints": len(checkpoints),
         },
-        **results(view, view.next),
+        **results(view),
         "configurations": configurations,
         "checkpoints": list(checkpoints),
     }
@@ -116,6 +117,8 @@ def _used(configurations: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]
 
 def page(data: Mapping[str, Any]) -> str:
     """Return the HTML that shows a snapshot; nothing in the data can act as markup or script."""
+    refused = {**data["rejected"], "latest": data["rejected"]["latest"][-_MAX_REJECTIONS:]}
+    data = {**data, **named(data["rounds"], _MAX_CELLS), "rejected": refused}
     icon = base64.b64encode(_static("icon.svg").encode()).decode()
     style, theme = _static("page.css"), _static("theme.js")
     script = "\n".join(_IMPORTS.sub("", _static(name)) for name in _SCRIPTS)
@@ -158,10 +161,13 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _checkpoint(path: Path) -> dict[str, Any]:
+def _checkpoint(path: Path) -> dict[str, Any] | None:
+    """Describe a checkpoint; None if a coordinator with --keep-checkpoints has just removed it."""
     try:
         with open(path, "rb", opener=open_regular) as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             return {"file": path.name, "size_bytes": file.tell(), "sha256": digest}
+    except FileNotFoundError:
+        return None
     except OSError as why:
         raise UsageError(f"{path} cannot be read ({why.strerror})") from None

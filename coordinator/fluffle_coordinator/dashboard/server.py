@@ -40,7 +40,6 @@ _MAX_VIEWERS = 50
 # Each connection takes one of the process's open files, of which a coordinator needs some itself.
 _MAX_CONNECTIONS = 100
 _MIN_PAUSE_S = 0.2
-_PAUSE_PER_WORK = 20  # rendering a large board never takes more than 5 % of the loop's time
 _ALIVE_EVERY_S = 10.0
 _QUEUES_EVERY_S = 3.0
 _QUEUES_FOR_METRICS_S = 5.0
@@ -229,28 +228,26 @@ async def _page(_: Request) -> Response:
 async def _events(feed: Feed) -> AsyncGenerator[str, None]:
     """Yield the whole board, then the sections that change, until the feed is closed."""
     known: dict[str, str] = {}
-    loop = asyncio.get_running_loop()
+    version = -1
     polling = asyncio.create_task(_poll_queues(feed), name="queues of the page")
     try:
         yield "retry: 1000\n\n"
         while True:
-            version, is_last, began = feed.version, feed.closed, loop.time()
-            sections = feed.sections()
-            pause_s = max(_MIN_PAUSE_S, _PAUSE_PER_WORK * (loop.time() - began))
+            try:
+                async with asyncio.timeout(_ALIVE_EVERY_S):
+                    version, sections = await feed.news(version)
+            except TimeoutError:
+                # An event instead of a comment: scripts cannot see comments.
+                yield f"event: alive\ndata: {wall_time()}\n\n"
+                continue
+            is_last = feed.closed
             new = {name: text for name, text in sections.items() if known.get(name) != text}
             known = sections
             if new.keys() - {"now"}:
                 yield f"data: {_joined(new)}\n\n"
             if is_last:
                 return
-            try:
-                async with asyncio.timeout(_ALIVE_EVERY_S):
-                    await feed.news(version)
-            except TimeoutError:
-                # An event instead of a comment: scripts cannot see comments.
-                yield f"event: alive\ndata: {wall_time()}\n\n"
-            if not feed.closed:
-                await asyncio.sleep(pause_s)
+            await feed.pause(_MIN_PAUSE_S)
     finally:
         polling.cancel()
 

@@ -6,6 +6,7 @@ The scripts in ``static/`` draw them.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fluffle_common.protocol import events as run_events
@@ -18,17 +19,78 @@ from fluffle_coordinator.storage.round_stats import weighted_mean
 # Limits of a live page; a report has them all.
 _MAX_WORKERS = 2000
 _MAX_METRICS = 6
+# The matrix of who took part in which round has at most so many cells, and so many rows.
+_MAX_CELLS, _MAX_NAMES = 4000, 100
+# Up to this number, empty queues of one kind each get a row.
+_MAX_EMPTY_ROWS = 3
+_QUEUES_OF_WORKERS = ("inbox", "outbox", "lock", "lock2", "tap")
 
 
-def results(view: RunView, current: int) -> dict[str, Any]:
-    """Return the sections about rounds, workers and rejections; ``current`` is the open round."""
-    workers = view.workers.in_order()[: None if view.whole else _MAX_WORKERS]
+def results(view: RunView) -> dict[str, Any]:
+    """Return the sections about rounds, workers and rejections."""
+    workers = view.workers.in_order()
+    people = {
+        "known": len(workers),
+        "connected": sum(row.is_here for row in workers),
+        "counted": sum(row.counted > 0 for row in workers),
+        "late": sum(row.late for row in workers),
+    }
+    rounds = [_round(each) for each in view.detailed]
     return {
-        "rounds": [_round(each) for each in view.detailed],
+        **({"rounds": rounds, "unlisted": 0} if view.whole else named(rounds)),
         "curves": curves(view),
         "staleness": staleness(view),
-        "workers": [_worker(row, current) for row in workers],
+        "people": people,
+        "workers": list(map(_worker, workers[: None if view.whole else _MAX_WORKERS])),
         "rejected": rejected(view),
+    }
+
+
+def named(rounds: Sequence[Mapping[str, Any]], most_cells: int = _MAX_CELLS) -> dict[str, Any]:
+    """Return the sections ``rounds``, naming only the workers that a page draws, and ``unlisted``.
+
+    The latter is the number of the other workers. With 1,000 workers, this is a tenth of the bytes.
+    """
+    fields = ("participants", "asked", "came_late")
+    names = sorted({name for row in rounds for field in fields for name in row.get(field, ())})
+    room = min(_MAX_NAMES, max(1, most_cells // max(1, len(rounds))))
+    if len(names) <= room:
+        return {"rounds": list(rounds), "unlisted": 0}
+    kept = set(names[:room])
+
+    def trimmed(row: Mapping[str, Any]) -> dict[str, Any]:
+        if "participants" not in row:
+            return dict(row)
+        pairs = zip(row["participants"], row["examples"], strict=True)
+        counted = [(name, examples) for name, examples in pairs if name in kept]
+        lists = {field: [name for name in row[field] if name in kept] for field in fields}
+        return {**row, **lists, "examples": [examples for _, examples in counted]}
+
+    return {"rounds": list(map(trimmed, rounds)), "unlisted": len(names) - room}
+
+
+def grouped(figures: Iterable[Mapping[str, Any]], federation: str) -> list[Mapping[str, Any]]:
+    """Return the queues' figures, with one row for many empty queues of a kind."""
+    shown: list[Mapping[str, Any]] = []
+    empty: dict[tuple[str, bool], list[Mapping[str, Any]]] = {}
+    for queue in figures:
+        kind = queue["name"].removeprefix(f"{federation}.").partition(".")[0]
+        if kind in _QUEUES_OF_WORKERS and not queue["ready"] and not queue["unacknowledged"]:
+            empty.setdefault((kind, bool(queue["consumers"])), []).append(queue)
+        else:
+            shown.append(queue)
+    for (kind, _), queues in empty.items():
+        shown += queues if len(queues) <= _MAX_EMPTY_ROWS else [_combined(kind, queues, federation)]
+    return shown
+
+
+def _combined(kind: str, queues: Sequence[Mapping[str, Any]], federation: str) -> Mapping[str, Any]:
+    return {
+        **queues[0],
+        "name": f"{federation}.{kind}.* ({len(queues)} empty)",
+        "purpose": f"{len(queues)} empty queues of this kind",
+        "consumers": sum(queue["consumers"] for queue in queues),
+        "size_bytes": sum(queue["size_bytes"] or 0 for queue in queues),
     }
 
 
@@ -56,7 +118,8 @@ def curves(view: RunView) -> dict[str, Any]:
             points.append((each.number, values))
     measured = {name for _, values in points for name in values}
     first = [name for name in ("loss", "training loss", "epsilon") if name in measured]
-    names = [*first, *sorted(measured - set(first))[: None if view.whole else _MAX_METRICS]]
+    others = sorted(measured - set(first), key=lambda name: (name != "accuracy", name))
+    names = [*first, *others[: None if view.whole else _MAX_METRICS]]
     return {
         "rounds": [number for number, _ in points],
         **{name: [values.get(name) for _, values in points] for name in names},
@@ -159,11 +222,11 @@ def _metrics(view: RoundView) -> dict[str, float]:
     }
 
 
-def _worker(row: WorkerView, current: int) -> dict[str, Any]:
+def _worker(row: WorkerView) -> dict[str, Any]:
     names = (
         "name", "state", "why", "num_examples", "round", "step", "steps", "loss", "heartbeat_s",
         "last_seen", "counted", "late", "rejected", "bytes",
     )  # fmt: skip
     train_s = row.train_s / row.trained if row.trained else None
     fields = {name: getattr(row, name) for name in names}
-    return {**fields, "train_s": train_s, "doing": row.doing(current)}
+    return {**fields, "train_s": train_s}

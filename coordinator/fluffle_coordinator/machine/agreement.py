@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from fluffle_common.plural import listed
 from fluffle_common.protocol import events as run_events
 from fluffle_common.tensors.groups import FROZEN
 from fluffle_coordinator.machine.effects import Effects, Refuse
@@ -27,14 +28,14 @@ def decide(state: State, out: Effects) -> State:
         votes = Counter(w.classes for w in _by_age(state) if w.classes)
         classes, _ = votes.most_common(1)[0]
         names = [w.name for w in _by_age(state) if w.classes == classes]
-        state = state.replace(classes=classes, classes_by=_listed(names))
-        out.append(run_events.Classes(worker=_listed(names), classes=classes))
+        state = state.replace(classes=classes, classes_by=listed(names, _NAMES_SHOWN))
+        out.append(run_events.Classes(worker=listed(names, _NAMES_SHOWN), classes=classes))
     if state.model is None and not state.has_weights:
         able = [w for w in _by_age(state) if w.model is not None and not unfit(state, w)]
         if able:
             model, _ = Counter(w.model for w in able).most_common(1)[0]
             names = [w.name for w in able if w.model == model]
-            state = state.replace(model=model, model_by=_listed(names))
+            state = state.replace(model=model, model_by=listed(names, _NAMES_SHOWN))
     return refuse_unfit(state, out)
 
 
@@ -48,11 +49,6 @@ def refuse_unfit(state: State, out: Effects) -> State:
 
 def _by_age(state: State) -> list[Worker]:
     return sorted(state.workers.values(), key=lambda worker: (worker.joined_at, worker.name))
-
-
-def _listed(names: Sequence[str]) -> str:
-    shown, hidden = ", ".join(names[:_NAMES_SHOWN]), len(names) - _NAMES_SHOWN
-    return f"{shown} and {hidden} more" if hidden > 0 else shown
 
 
 class Misfit(NamedTuple):
@@ -76,10 +72,12 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         theirs, ours = worker.model.summary, model.summary
         difference = f"{theirs}, but the federation's model has {ours}"
         if theirs == ours:
-            difference = f"tensors whose names or shapes differ from the federation's ({ours})"
+            difference = f"other tensor names, shapes or statistics than the federation's ({ours})"
         remedy = "the same task and the same JAX_ENABLE_X64 as the other workers"
         if state.model_by == FIRST_WEIGHTS:
             remedy += ", or start a new run with different first weights (--fresh, --init)"
+            if "; statistics: " in theirs and "; statistics: " not in ours:
+                remedy += "; fluffle.save_model writes a file that names the model's statistics"
         return Misfit(
             "model",
             f"the model of worker {worker.name} has {difference}; that model comes from "
@@ -97,7 +95,7 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
 
 def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
     if not classes:
-        return f"has no classes, but the federation has {_listed(wanted)}"
+        return f"has no classes, but the federation has {listed(wanted, _NAMES_SHOWN)}"
     theirs, ours = set(classes), set(wanted)  # each may have thousands
     extra = [name for name in classes if name not in ours]
     missing = [name for name in wanted if name not in theirs]
@@ -110,7 +108,7 @@ def _difference(classes: tuple[str, ...], wanted: tuple[str, ...]) -> str:
 
 
 def _classes(names: Sequence[str]) -> str:
-    return f"{'class' if len(names) == 1 else 'classes'} {_listed(names)}"
+    return f"{'class' if len(names) == 1 else 'classes'} {listed(names, _NAMES_SHOWN)}"
 
 
 def other_frozen(state: State, worker: Worker) -> run_events.FrozenDiffers | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 
+from fluffle_common.plural import listed
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Commit, Effects
 from fluffle_coordinator.machine.evaluation import record_evaluation
@@ -28,10 +29,7 @@ def try_to_close(state: State, now: float, out: Effects) -> State:
         return _close_after_quorum(state, now, out)
     if _all_failed(state):
         return _after_failures(state, now, out)
-    # ``due_at`` may look at every update, so most events must not call it.
-    if now >= state.opened_at + state.rules.deadline_s and now >= due_at(state):
-        return _at_the_deadline(state, now, out)
-    return end(state, "stopped", _too_long(state), out) if _expired(state, now) else state
+    return _at_the_deadline(state, now, out) if now >= due_at(state) else state
 
 
 def due_at(state: State) -> float:
@@ -82,7 +80,8 @@ def _close_after_quorum(state: State, now: float, out: Effects) -> State:
 
 def _all_failed(state: State) -> bool:
     # The sizes are compared first, since the names are looked up one by one.
-    if state.received or not 0 < len(state.asked) <= len(state.failed):
+    updates = state.folded or _is_folding(state)  # discounted late ones are no answers
+    if updates or not 0 < len(state.asked) <= len(state.failed):
         return False
     # If work outlives its round, an idle worker gets the place of one that failed.
     others = state.workers if state.schedule.continuous else ()
@@ -119,7 +118,8 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
         out.append(run_events.Closed(round=state.round, reason=reason))
         return _commit(state, out)
     if _expired(state, now):
-        return end(state, "stopped", _too_long(state), out)
+        reason = _progress_after(state, rules.max_round_s)
+        return end(state, "stopped", f"{reason}; the round reached the limit --max-round", out)
     if any(state.advancing(name) for name in state.missing):
         fruitless = 0  # a long round is not a dead one
     else:
@@ -132,13 +132,8 @@ def _at_the_deadline(state: State, now: float, out: Effects) -> State:
     return reopen(state, reason, now, out)
 
 
-def _too_long(state: State) -> str:
-    progress = _progress_after(state, state.rules.max_round_s)
-    return f"{progress}; the round reached the limit --max-round"
-
-
 def _progress_after(state: State, seconds: float) -> str:
-    names = ", ".join(state.missing)
+    names = listed(state.missing)
     if names:
         missing = f"missing: {names}{_why_missing(state)}"
     elif _is_folding(state):
@@ -166,8 +161,6 @@ def _why_missing(state: State) -> str:
 def report_smaller_quorum(before: State, after: State, event: Event, out: Effects) -> None:
     """Report when an event makes the quorum of the open round smaller, and on whose account."""
     if after.tally.expected >= before.tally.expected or after.phase is not Phase.OPEN:
-        return
-    if (before.phase, before.round) != (after.phase, after.round):
         return
     was, needed = before.needed, after.needed
     if needed < was:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+from fluffle_common.plural import listed
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Effects, End
 from fluffle_coordinator.machine.evaluation import record_evaluation
@@ -25,10 +26,10 @@ def evaluate_last_model(state: State, now: float, out: Effects) -> State:
         asked=asked,
         failed=Table(),  # a failed training says nothing about this work
     )
-    if state.evaluate_pending and present:
+    if state.evaluate_pending:
         state = send_work(state, present, now, out)
-    elif not state.evaluate_pending and state.unheard and now < state.gate_until < math.inf:
-        limit, names = f"{state.gate_until - now:.0f} s", ", ".join(state.unheard)
+    elif state.unheard:  # the run was resumed, so that ``gate_until`` is set
+        limit, names = f"{state.gate_until - now:.0f} s", listed(state.unheard)
         reason = f"the run is done; waiting up to {limit} to inform {names}"
         out.append(run_events.Waiting(reason=reason, what="workers"))
     return try_to_finish(state, now, out)
@@ -41,13 +42,13 @@ def try_to_finish(state: State, now: float, out: Effects) -> State:
     (``State.gate_until``). One that is heard only after the end would wait for work for ever.
     """
     listening = state.gate_until < math.inf
-    if listening and not state.evaluate_pending and state.unheard:
-        return state
     if state.evaluate_pending:
         expired = now >= state.opened_at + state.rules.deadline_s
         if not expired and (listening or state.tally.unevaluated):
             return state
         state = record_evaluation(state, out, partial=True)
+    elif listening and state.unheard:
+        return state
     done = state.round - 1
     rounds = "1 round is done" if done == 1 else f"{done} rounds are done"
     if state.rules.rounds_limit:

@@ -164,20 +164,18 @@ def _hold_copy(state: State, copy: Arrived, out: Effects) -> State:
 def folded(state: State, event: Folded, out: Effects) -> State:
     """Count an update that is in the sum."""
     ticket, update = event.ticket, state.received[event.ticket]
-    worker, spares = ticket.worker, state.spares
-    if ticket in spares:
+    worker = ticket.worker
+    if spares := state.spares.get(ticket):
         void = update.handle.link != state.link  # then the spares are acknowledged in its place
-        out.extend((Forget if void else Ack)(spare.handle) for spare in spares[ticket])
-        spares = spares if void else spares.remove(ticket)
+        out.extend((Forget if void else Ack)(spare.handle) for spare in spares)
     staleness = state.round - update.round
-    asked, open_and_fresh = state.asked, state.phase is Phase.OPEN and not staleness
-    if open_and_fresh and worker not in asked and not state.schedule.continuous:
+    asked, fresh = state.asked, not staleness
+    if fresh and worker not in asked and not state.schedule.continuous:
         asked = asked.insert(worker, Issued(-math.inf, ticket.sequence, state.round))
-    towards_quorum = state.schedule.continuous or not staleness
+    towards_quorum = state.schedule.continuous or fresh
     state = state.replace_for(
         worker,
         norms=state.norms.insert(ticket, event.norm),
-        spares=spares,
         folded=state.folded + towards_quorum,
         asked=asked,
         train_s=state.train_s.insert(worker, update.train_s) if state.selects else state.train_s,
@@ -268,8 +266,6 @@ def committed(state: State, event: Committed, out: Effects) -> State:
 
 def _unevaluated(state: State) -> frozenset[int]:
     """Return the versions without an evaluation that a worker may still evaluate."""
-    if not state.schedule.continuous:
-        return frozenset()
     known = {number - 1 for number in state.earlier}
     pending = {state.round - 1} if state.evaluate_pending else set()
     return frozenset((state.unevaluated & known) | pending)
@@ -279,8 +275,8 @@ def _next_round(
     state: State, event: Committed, counted: frozenset[Ticket], carried: Iterable[Arrived]
 ) -> State:
     before = {**state.counted_before, event.round: counted}
-    tickets = {update.ticket for update in carried}
-    spares = {ticket: copies for ticket, copies in state.spares.items() if ticket in tickets}
+    received: Table[Ticket, Arrived] = Table({update.ticket: update for update in carried})
+    spares = {ticket: copies for ticket, copies in state.spares.items() if ticket in received}
     state = remember(state, before, {**state.earlier, event.round: state.base}).replace(
         phase=Phase.WAITING,
         round=event.round + 1,
@@ -289,7 +285,7 @@ def _next_round(
         unevaluated=_unevaluated(state),
         evaluate_pending=True,
         evaluations=Table(),
-        received=Table({update.ticket: update for update in carried}),
+        received=received,
         norms=Table(),
         spares=Table(spares),
         folded=0,

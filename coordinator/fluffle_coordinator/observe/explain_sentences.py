@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-from fluffle_common.plural import plural
+from fluffle_common.plural import listed, plural
 from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.events import Failure, Left, RunEvent, decimal
 from fluffle_common.protocol.metric_names import PERSONAL_PREFIX, TEST_PREFIX
@@ -18,6 +18,7 @@ from fluffle_coordinator.observe.worker_view import Departure
 _CLOSING = {"fold_s": "adding up", "average_s": "averaging", "checkpoint_s": "checkpoint"}
 _REOPENS = "opens the round again and counts the updates waiting in the queue"
 _SHORTEST_WAIT_S = 0.001  # shorter waits get no sentence
+_MOST_SENTENCES = 25  # about the answers, and about the missing workers; the JSON has all
 
 
 def sentences(explanation: Explanation) -> list[str]:
@@ -186,7 +187,10 @@ def _answers(explanation: Explanation) -> Iterator[str]:
     if not this.answers:
         yield f"No update of round {this.number} has been counted."
     longest_s = math.inf if explanation.lasted_s is None else explanation.lasted_s
-    for at, update in this.answers.values():
+    answers = list(this.answers.values())
+    if unlisted := max(0, len(answers) - _MOST_SENTENCES):
+        yield f"{plural(unlisted, 'earlier answer')}: see 'fluffle journal --round {this.number}'."
+    for at, update in answers[unlisted:]:
         after = ""
         after_s = 0.0 if this.opened_at is None else at - this.opened_at
         if this.opened_at is not None and 0 <= after_s <= longest_s:
@@ -204,7 +208,7 @@ def _answers(explanation: Explanation) -> Iterator[str]:
 
 def _missing(explanation: Explanation) -> Iterator[str]:
     this = explanation.round
-    for worker in explanation.missing:
+    for worker in explanation.missing[:_MOST_SENTENCES]:
         why = why_missing(explanation, worker)
         if explanation.waits:
             yield f"Still waiting for {worker}: {why}."
@@ -214,6 +218,8 @@ def _missing(explanation: Explanation) -> Iterator[str]:
             yield f"No update of {worker} was counted: {why}."
         elif worker not in this.came_late:
             yield f"Round {this.number} has no update of {worker}."
+    if (unlisted := len(explanation.missing) - _MOST_SENTENCES) > 0:
+        yield f"{plural(unlisted, 'more worker')} without an update: see 'fluffle explain --json'."
     if explanation.short:
         yield f"Still waiting for {plural(explanation.short, 'more worker')} to join."
 
@@ -389,4 +395,4 @@ def _ending(explanation: Explanation, at: float, event: RunEvent) -> str:
 
 
 def _names(names: tuple[str, ...] | list[str]) -> str:
-    return ", ".join(names) or "nobody"
+    return listed(names) or "nobody"

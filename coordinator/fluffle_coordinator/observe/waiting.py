@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from fluffle_common.plural import plural
+from fluffle_common.plural import MOST_NAMES, listed, plural
 from fluffle_common.protocol.events import Doing, Waiting
 from fluffle_coordinator.machine.clock import standstill_s
 from fluffle_coordinator.machine.closing import deadline_at
@@ -71,19 +71,29 @@ def waiting_for(state: State, now: float) -> Waiting | None:
             short=_short(state),
         )
     if state.phase is Phase.EVALUATING and not state.evaluate_pending:
-        reason = f"the run is done; waiting to inform {', '.join(state.unheard)}"
+        reason = f"the run is done; waiting to inform {listed(state.unheard)}"
         return Waiting(reason=reason, what="workers")
     if state.phase is Phase.EVALUATING:
-        names = ", ".join(sorted(n for n in state.asked if n not in state.evaluations))
+        names = listed(sorted(n for n in state.asked if n not in state.evaluations))
         reason = f"waiting for the evaluation by {names or 'a worker, but no worker is connected'}"
         return Waiting(reason=reason, what="evaluations")
     return None
 
 
 def missing(state: State, now: float) -> str:
-    """Return a sentence part about what each worker that has not answered is doing."""
-    parts = [f"{doing.worker} {doing.sentence()}" for doing in _doings(state, now)]
+    """Return a sentence part about what each worker that has not answered is doing.
+
+    Of many workers, it names the first few and counts the others by their state.
+    """
+    doings = list(_doings(state, now))
+    parts = [f"{doing.worker} {doing.sentence()}" for doing in doings[:MOST_NAMES]]
+    if others := doings[MOST_NAMES:]:
+        parts.append(f"and {len(others):,} more ({', '.join(_by_state(others))})")
     return ", ".join(parts + _more_needed(state)) or "all have answered"
+
+
+def _by_state(doings: Iterable[Doing]) -> list[str]:
+    return [f"{count:,} {state}" for state, count in Counter(d.state for d in doings).items()]
 
 
 def in_brief(state: State, now: float) -> str:
@@ -92,9 +102,8 @@ def in_brief(state: State, now: float) -> str:
         case Phase.WAITING if not state.has_enough_workers:
             return f"workers: {len(state.workers)} of {state.workers_for_quorum} connected"
         case Phase.OPEN:
-            counts = Counter(doing.state for doing in _doings(state, now))
-            parts = [f"{count} {doing}" for doing, count in counts.items()]
-            return f"round {state.round}: {', '.join(parts + _more_needed(state))}"
+            parts = _by_state(_doings(state, now)) + _more_needed(state)
+            return f"round {state.round}: {', '.join(parts)}"
         case Phase.EVALUATING if not state.evaluate_pending:
             return f"workers to inform: {len(state.unheard)}"
         case Phase.EVALUATING:
@@ -111,7 +120,7 @@ def _more_needed(state: State) -> list[str]:
 def _before_a_round(state: State) -> Waiting | None:
     what = _lacking(state)
     if what == "workers":
-        present, needed = ", ".join(sorted(state.workers)) or "nobody", state.workers_for_quorum
+        present, needed = listed(sorted(state.workers)) or "nobody", state.workers_for_quorum
         reason = f"waiting for workers: {len(state.workers)} of {needed} are connected ({present})"
         reason += state.and_refused
     else:

@@ -108,6 +108,7 @@ class Workers(dict[str, WorkerView]):
             case run_events.Counted():
                 self._appear(row, at)
                 row.count(event.num_examples, event.bytes, event.train_s)
+                row.why = ""  # an earlier failure
             case run_events.Left() | run_events.Gone() | run_events.Refused():
                 if not isinstance(event, run_events.Refused):
                     row.joined, row.departed = False, (at, event)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fluffle_common.errors import TaskError, UsageError
-from fluffle_common.plural import plural
+from fluffle_common.plural import listed, plural
 from fluffle_common.tensors.weights import Array
 from fluffle_worker.letters.pixels import read_pixels
 
@@ -58,7 +58,8 @@ def read_images(
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
         raise UsageError(
-            f"--classes lists the same class more than once ({some(twice)}); list each class once"
+            f"--classes lists the same class more than once ({listed(twice, _NAMED)}); list each "
+            "class once"
         )
     unexpected = [name for name in files if name not in names]
     if unexpected:
@@ -147,15 +148,15 @@ def find_classes(folder: Path) -> tuple[dict[str, list[Path]], list[str]]:
     classes = {name: files for name, files in images.items() if files}
     notes = []
     if ignored:
-        listed = some([f"{kind} {count}" for kind, count in ignored.most_common()])
-        notes.append(f"ignored {plural(ignored.total(), 'file')}: {listed}")
+        kinds = listed([f"{kind} {count}" for kind, count in ignored.most_common()], _NAMED)
+        notes.append(f"ignored {plural(ignored.total(), 'file')}: {kinds}")
     if nested and classes:
         notes.append(f"ignored {plural(len(nested), 'folder')} inside class folders")
     elif nested:
         notes.append(f"if {nested[0]} is a class, set --data to {nested[0].parent} instead")
     empty = [name for name in images if name not in classes]
     if empty and classes:
-        notes.append(f"folders without images: {some(empty)}")
+        notes.append(f"folders without images: {listed(empty, _NAMED)}")
     return classes, notes
 
 
@@ -195,17 +196,6 @@ def is_junk(name: str) -> bool:
         [True, True, True, False]
     """
     return name.startswith((".", "__", "~$")) or name.lower() in _JUNK
-
-
-def some(names: Collection[str]) -> str:
-    """List the first few names, and count the rest.
-
-    Example:
-        >>> some("abcdefg")
-        'a, b, c, d, e and 2 more'
-    """
-    listed = ", ".join(list(names)[:_NAMED])
-    return f"{listed} and {len(names) - _NAMED} more" if len(names) > _NAMED else listed
 
 
 def _entries(folder: Path) -> list[Path]:

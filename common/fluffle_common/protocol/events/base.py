@@ -13,7 +13,7 @@ from dataclasses import fields as fields_of
 from string import Formatter
 from typing import Any, ClassVar, Literal, TypeVar, dataclass_transform
 
-from fluffle_common.plural import plural
+from fluffle_common.plural import listed, plural
 
 Severity = Literal["plain", "good", "odd", "bad"]
 
@@ -110,8 +110,8 @@ class Other(RunEvent):
 
     def sentence(self) -> str:
         """Return the name and all fields."""
-        listed = ", ".join(f"{key} {formatted(value)}" for key, value in self.fields().items())
-        return f"{self.name}: {listed}" if listed else self.name
+        facts = ", ".join(f"{key} {formatted(value)}" for key, value in self.fields().items())
+        return f"{self.name}: {facts}" if facts else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +195,7 @@ def formatted(value: Any) -> Any:
         return _MISSING
     if isinstance(value, int):
         return _Integer(value)
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else value
+    return listed(value) if isinstance(value, list | tuple) else value
 
 
 def decimal(value: float) -> str:

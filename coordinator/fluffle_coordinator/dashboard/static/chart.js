@@ -10,6 +10,7 @@ const AXIS = 20;
 const TALL = 128; // height of a panel if there are one or two
 const LOW = 96; // height of a panel if there are more
 const DOTS = 40; // a curve with more points is drawn without dots
+const MOST_DRAWN = 1e300; // differences of larger values may overflow
 
 const painted = new WeakMap(); // by node: the last paint, and the width it was called with
 
@@ -31,9 +32,10 @@ function ticks(low, high, most) {
   const range = high - low || 1;
   const power = 10 ** Math.floor(Math.log10(range / most));
   const step = [1, 2, 5, 10].map((times) => times * power).find((each) => range / each <= most);
-  const values = [];
-  for (let count = Math.ceil(low / step - 1e-9); count * step <= high + step * 1e-9; count += 1) values.push(count * step + 0); // + 0: no -0
-  return values;
+  const first = Math.ceil(low / step - 1e-9);
+  // Counted by an index, because a large number plus 1 may be the same number. The + 0 prevents -0.
+  const values = Array.from({ length: most + 1 }, (_, index) => (first + index) * step + 0);
+  return [...new Set(values)].filter((value) => value <= high + step * 1e-9);
 }
 
 /** Draw the grid lines of a vertical scale at round numbers of the unit, labelled with their values. */
@@ -84,10 +86,10 @@ export function newest(curves, name) {
 }
 
 /** The last round on the axis: the planned one, unless that leaves less than a quarter of the width to the curve. */
-function horizon(planned, newest) {
-  let last = 20;
-  while (last < 2 * newest) last *= 2;
-  return Math.max(Math.min(planned, last), newest, 2);
+function horizon(planned, first, newest) {
+  let width = 20;
+  while (width < 2 * (newest - first)) width *= 2;
+  return Math.max(Math.min(planned, first + width), newest, first + 1);
 }
 
 let pointed = null; // the round whose values are shown
@@ -99,15 +101,16 @@ export function chart(node, curves, rounds) {
   const each = panels.length > 2 ? LOW : TALL;
   fit(node, (width) => {
     const height = panels.length * each + AXIS;
-    const last = horizon(rounds ?? 0, curves.rounds.at(-1));
-    const x = (round) => LEFT + ((width - LEFT - RIGHT) * (round - 1)) / (last - 1);
+    const first = curves.rounds[0]; // not 1 if the page has forgotten the first rounds
+    const last = horizon(rounds ?? 0, first, curves.rounds.at(-1));
+    const x = (round) => LEFT + ((width - LEFT - RIGHT) * (round - first)) / (last - first);
     const values = names.map((name) => `${name} ${wording(name)(newest(curves, name))}`);
     const svg = picture(width, height, `After round ${curves.rounds.at(-1)}: ${values.join(", ")}`);
     panels.forEach((name, index) => {
       const beside = names.filter((other) => BESIDE[other] === name);
       panel(svg, [name, ...beside], curves, x, index * each, width, each);
     });
-    for (const round of ticks(1, last, Math.max(2, Math.min(last - 1, Math.floor(width / 60))))) {
+    for (const round of ticks(first, last, Math.max(2, Math.min(last - first, Math.floor(width / 60))))) {
       const inside = Math.min(x(round), width - 3.5 * String(round).length);
       if (Number.isInteger(round)) svg.append(draw("text", { x: inside, y: height - 5, class: "tick middle" }, round));
     }
@@ -137,13 +140,14 @@ export function chart(node, curves, rounds) {
 }
 
 function panel(svg, names, curves, x, top, width, tall) {
-  const values = names.flatMap((name) => curves[name]).filter((value) => value !== null);
+  const bounded = (value) => Math.max(-MOST_DRAWN, Math.min(value, MOST_DRAWN));
+  const values = names.flatMap((name) => curves[name]).filter((value) => value !== null).map(bounded);
   const is_share = isAccuracy(names[0]) && values.every((value) => value >= 0 && value <= 1);
   const low = is_share ? 0 : -largest(values.map((value) => -value), 0);
   const most = largest(values, low);
   const high = is_share ? 1 : most + (most - low || Math.abs(low) || 1) * 0.06;
   const base = top + tall - BOTTOM;
-  const y = (value) => base - ((base - top - TOP) * (value - low)) / (high - low);
+  const y = (value) => base - ((base - top - TOP) * (bounded(value) - low)) / (high - low);
   let from = LEFT;
   for (const name of names) {
     const words = shortened(name, Math.floor((width - RIGHT - from) / 7.5));

@@ -155,9 +155,14 @@ export function size(bytes) {
   return `${unit === 0 ? bytes : bytes.toFixed(1)} ${units[unit]}`;
 }
 
-/** The local time of day. */
-export function clock(seconds) {
-  return typeof seconds === "number" ? new Date(1000 * seconds).toTimeString().slice(0, 8) : "–";
+const DAY = new Intl.DateTimeFormat("en", { month: "short", day: "numeric" });
+
+/** The local time of day, after the date unless that is the date of `now`. */
+export function clock(seconds, now) {
+  if (typeof seconds !== "number") return "–";
+  const at = new Date(1000 * seconds);
+  const isToday = at.toDateString() === new Date(1000 * now).toDateString();
+  return `${isToday ? "" : `${DAY.format(at)}, `}${at.toTimeString().slice(0, 8)}`;
 }
 
 /** The local time zone: UTC+02:00. */

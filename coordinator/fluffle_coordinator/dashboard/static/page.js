@@ -13,6 +13,7 @@ let stream = null;
 let heardAt = Date.now();
 let lostAt = null;
 let offsetS = 0; // the server's clock minus ours
+const stale = new Set(); // the sections that have changed since their panels were drawn
 
 /** The server's time, in seconds since 1970. */
 function now() {
@@ -25,7 +26,7 @@ function listen() {
   stream?.close();
   stream = new EventSource("events");
   stream.onmessage = (message) => heard(JSON.parse(message.data));
-  stream.addEventListener("alive", () => heard({}));
+  stream.addEventListener("alive", (message) => heard({ now: Number(message.data) }));
   stream.onerror = () => {
     lostAt ??= Date.now();
     link();
@@ -39,12 +40,25 @@ function heard(news) {
   lostAt = null;
   Object.assign(board, news);
   if (news.now) offsetS = news.now - Date.now() / 1000;
-  for (const paint of panels) {
-    const isNew = paint.of.some((name) => name in news);
-    if (isNew && paint.of.every((name) => name in board)) paint(board, now());
-  }
+  for (const name of Object.keys(news)) stale.add(name);
+  repaint();
   link();
 }
+
+/** Redraw the panels whose sections changed. Nobody sees those of a hidden tab, except its title. */
+function repaint() {
+  const isHidden = document.hidden && !snapshot;
+  for (const paint of isHidden ? panels.slice(0, 1) : panels) {
+    if (!paint.of.some((name) => stale.has(name)) || !paint.of.every((name) => name in board)) continue;
+    try {
+      paint(board, now());
+    } catch (fault) {
+      reportError(fault); // on the console; the other panels are drawn
+    }
+  }
+  if (!isHidden) stale.clear();
+}
+document.addEventListener("visibilitychange", repaint);
 
 /** Show the state of the connections between this page, the coordinator and the broker. */
 function link() {

@@ -46,7 +46,7 @@ function tiles(board) {
     },
   );
 }
-tiles.of = ["run", "workers", "curves", "rejected", "rounds"];
+tiles.of = ["run", "people", "curves", "rejected"];
 
 // --- the open round ------------------------------------------------------------------------------
 
@@ -72,9 +72,11 @@ function open(board, now) {
     () => make("i"),
     (node, slot) => mark(node, "data-in", slot < (most * open.updates) / Math.max(open.needed, open.updates, 1) ? "" : null),
   );
+  // Those that the round waits for come first, and of these, those that cannot answer any more.
+  const missing = open.missing.toSorted((one, other) => other.hopeless - one.hopeless);
   const answers = [
+    ...missing.map((one) => ({ ...one, in: false })),
     ...open.answered.map((one) => ({ ...one, in: true })),
-    ...open.missing.map((one) => ({ ...one, in: false })),
   ];
   keyed(
     $("answers"),
@@ -150,7 +152,7 @@ queues.of = ["queues", "run"];
 
 // --- the journal, and rejected messages ----------------------------------------------------------
 
-function journal(board) {
+function journal(board, now) {
   say($("journal-zone"), either("journal", board.journal.length > 0) ? `times in ${zone()}` : "");
   keyed(
     $("journal"),
@@ -159,7 +161,7 @@ function journal(board) {
     () => make("li", {}, make("time"), make("span")),
     (row, line) => {
       mark(row, "data-tone", line.tone);
-      say(row.firstChild, clock(line.time));
+      say(row.firstChild, clock(line.time, now));
       mark(row.firstChild, "title", moment(line.time));
       say(row.lastChild, line.text);
     },
@@ -167,7 +169,7 @@ function journal(board) {
 }
 journal.of = ["journal"];
 
-function rejected(board) {
+function rejected(board, now) {
   const { latest, causes, total } = board.rejected;
   const counts = Object.entries(causes).map(([cause, count]) => `${count} ${cause}`);
   if (total > latest.length) counts.push(`${total - latest.length} more are not listed`);
@@ -179,7 +181,7 @@ function rejected(board) {
     (line) => line.id,
     () => make("li", { "data-tone": "bad" }, make("time"), make("span", { class: "chip" }), make("span")),
     (row, line) => {
-      say(row.children[0], frozen(board) ? `in round ${line.during}` : clock(line.time));
+      say(row.children[0], frozen(board) ? `in round ${line.during}` : clock(line.time, now));
       say(row.children[1], line.cause);
       const origin = [line.kind, line.worker && `from ${line.worker}`, line.round && `round ${line.round}`];
       const prefix = origin.filter(Boolean).join(", ");

@@ -6,8 +6,6 @@ import { FIRST, chart, matrix, metrics, newest, stacks, wording } from "./chart.
 /** The phases between two commits, in the coordinator's order. */
 const PHASES = ["waiting", "training", "transfer", "aggregation", "checkpoint"];
 const label = (phase) => (phase === "transfer" ? "transfer and other" : phase);
-const MOST_CELLS = { history: 40000, live: 4000 };
-const MOST_ROWS = 100;
 /** Up to this staleness, the histogram has a bar for every value, even if it is empty. */
 const MOST_BARS = 60;
 
@@ -29,7 +27,7 @@ export function reached(board, people) {
   const { curves, rejected } = board;
   const tile = (name) => name in curves && [name, wording(name)(newest(curves, name))];
   const lead = leading(curves);
-  const late = total(board.workers, (worker) => worker.late); // a page lacks the details of old rounds
+  const { late } = board.people; // a page lacks the details of old rounds
   return [
     lead && tile(lead),
     tile("loss"),
@@ -42,8 +40,13 @@ export function reached(board, people) {
   ].filter(Boolean);
 }
 
+let drawn = {}; // what the chart shows: the state of the run changes much more often
+
 function curves(board) {
-  if (either("chart", board.curves.rounds.length > 0)) chart($("chart"), board.curves, board.run.rounds);
+  const { curves, run } = board;
+  if (drawn.curves === curves && drawn.rounds === run.rounds) return;
+  drawn = { curves, rounds: run.rounds };
+  if (either("chart", curves.rounds.length > 0)) chart($("chart"), curves, run.rounds);
 }
 curves.of = ["curves", "run"];
 
@@ -69,7 +72,7 @@ function rounds(board) {
     column("round", (round) => round.round),
     known.includes("accuracy") && column("accuracy", (round) => percent(round.metrics?.accuracy)),
     column("loss", (round) => figure(round.loss)),
-    column("updates", (round) => whole(round.updates), { title: (round) => round.participants?.join(", ") }),
+    column("updates", (round) => whole(round.updates), { title: (round) => participants(board, round) }),
     ...report,
     column("took", (round) => span(seconds(round)), { title: () => "from the previous commit to this one" }),
     { name: "where the time went", wide: true, fill: (cell, round) => shares(cell, round.phases ?? {}) },
@@ -80,7 +83,11 @@ function rounds(board) {
   either("history", shown.length > 0);
   table($("history"), columns, shown, (round) => round.round);
 }
-rounds.of = ["rounds", "curves"];
+rounds.of = ["rounds", "curves", "unlisted"];
+
+function participants(board, { participants }) {
+  return [...participants, board.unlisted > 0 && "…"].filter(Boolean).join(", ");
+}
 
 /** Draw a bar whose parts are each phase's share of the round's time. */
 function shares(cell, phases) {
@@ -119,8 +126,6 @@ function participation(board) {
   const names = [...new Set(shown.flatMap((one) => [...one.participants, ...one.asked, ...one.came_late]))].sort();
   mark($("participation-legend"), "hidden", names.length > 0 ? null : "");
   if (!either("participation", names.length > 0)) return;
-  const limit = frozen(board) ? MOST_CELLS.history : MOST_CELLS.live;
-  const room = Math.min(MOST_ROWS, Math.max(1, Math.floor(limit / shown.length)));
   const examples = shown.map((one) => new Map(one.participants.map((name, place) => [name, one.examples[place]])));
   const asked = shown.map((one) => new Set(one.asked));
   const late = shown.map((one) => new Set(one.came_late));
@@ -135,7 +140,7 @@ function participation(board) {
     if (!asked[place].has(name)) return { kind: "absent", words: "was not asked" };
     return later ? { kind: "working", words: "was at work" } : { kind: "missing", words: "did not answer" };
   };
-  const rows = names.slice(0, room).map((name) => {
+  const rows = names.map((name) => {
     const cells = shown.map((one, place) => {
       const { words, ...look } = cell(name, place);
       return { strength: 0, ...look, title: `${name}, round ${one.round}: ${words}` };
@@ -143,17 +148,16 @@ function participation(board) {
     return { name, cells, end: `${cells.filter((each) => each.kind === "counted").length} of ${shown.length}` };
   });
   legend("participation-legend", [
-    ["counted", "counted (darker: more examples)"],
+    ["counted", "counted (stronger: more examples)"],
     ["late", "late"],
     later ? ["working", "at work, not counted in this round"] : ["missing", "asked, no answer counted"],
     ["absent", "not asked"],
   ]);
-  const left = names.length - rows.length;
-  say($("participation-note"), left > 0 ? `${whole(left)} more workers are not shown.` : "");
+  say($("participation-note"), board.unlisted > 0 ? `${whole(board.unlisted)} more workers are not shown.` : "");
   const columns = shown.map((one) => one.round);
   matrix($("participation"), { title: "Who was counted in which round", columns, rows, newest: !frozen(board) });
 }
-participation.of = ["rounds", "staleness"];
+participation.of = ["rounds", "staleness", "unlisted"];
 
 function staleness(board) {
   const { staleness } = board;

@@ -14,8 +14,7 @@ const isHere = (worker) => !ABSENT.has(worker.state);
 
 /** How many workers are connected, or took part in a run that has ended: [label, number]. */
 export function people(board) {
-  if (!over(board)) return ["connected", board.workers.filter(isHere).length];
-  return ["took part", board.workers.filter((worker) => worker.counted > 0).length];
+  return over(board) ? ["took part", board.people.counted] : ["connected", board.people.connected];
 }
 
 let limit = STEP;
@@ -25,7 +24,9 @@ let latest = null; // the last board and time, for redrawing after a change of t
 export function workers(board, now) {
   latest = { board, now };
   const [label, count] = people(board);
-  say($("workers-count"), board.workers.length ? `${whole(count)} ${label}` : "");
+  const listed = board.workers.length;
+  const part = board.people.known > listed ? `, ${whole(listed)} of ${whole(board.people.known)} listed` : "";
+  say($("workers-count"), listed ? `${whole(count)} ${label}${part}` : "");
   mark($("workers-finder"), "hidden", board.workers.length > STEP ? null : "");
   const wanted = $("workers-name").value.trim().toLowerCase();
   const matching = board.workers.filter((worker) => worker.name.toLowerCase().includes(wanted));
@@ -74,7 +75,7 @@ export function workers(board, now) {
   );
   seen(board, now);
 }
-workers.of = ["workers", "run"];
+workers.of = ["workers", "people", "run"];
 
 function progress(bar, worker) {
   const [gauge, words] = bar.children;

@@ -55,6 +55,5 @@ class Buffered(Schedule[State]):
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
         """Return this worker; if the concurrency is limited, any idle ones that it has room for."""
         if self.concurrency is None or len(state.workers) <= self.concurrency:
-            able = worker in state.workers and worker not in state.failed
-            return (worker,) if able else ()
+            return (worker,) if worker in state.workers else ()
         return self.cohort(state) if state.tally.unfolded < self.concurrency else ()

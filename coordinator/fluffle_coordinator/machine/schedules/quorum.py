@@ -42,8 +42,7 @@ class QuorumRounds(Schedule[State]):
         rules, expected = state.rules, state.tally.expected
         if rules.secret is not None and not state.asked:
             return 0
-        if rules.over_provision > 1:
-            expected = min(expected, rules.waited_for(len(state.asked)))
+        expected = min(expected, rules.waited_for(len(state.asked)))
         return max(rules.quorum.of(expected), rules.least)
 
     def cohort(self, state: State) -> tuple[str, ...]:
@@ -51,24 +50,22 @@ class QuorumRounds(Schedule[State]):
         rules = state.rules
         if rules.secret is not None:
             return _drawn(state, rules.secret, state.workers)
-        answered: set[str] = set()
-        if rules.samples and rules.selection.fixed:
-            # After a restart, some of the sample may have answered the earlier coordinator.
-            of_round = (t for t, update in state.received.items() if update.round == state.round)
-            answered = {ticket.worker for ticket in of_round}
+        # After a restart, some of the sample may have answered the earlier coordinator.
+        counts = rules.samples and rules.selection.fixed
+        answered = _answered(state) if counts else frozenset[str]()
         return _selected_beside(answered, state, Draw(rules.seed, state.round))
 
     def again(self, state: State) -> tuple[str, ...]:
         """Draw a new cohort: workers that advance stay, those that did not answer come last."""
         rules, present = state.rules, state.workers
-        answered = {ticket.worker for ticket in state.received}
         if rules.secret is not None:
-            return tuple(n for n in _drawn(state, rules.secret, present) if n not in answered)
+            return _drawn(state, rules.secret, present)
+        answered = _answered(state)
         staying = {n for n in present if n in answered or state.advancing(n)}
         draw = Draw(rules.seed, state.round, state.draws)
         last = state.asked_before.union(state.asked)
         drawn = _selected_beside(staying, state, draw, last=last)
-        return tuple(sorted(n for n in (*staying, *drawn) if n not in answered))
+        return tuple(sorted((*staying, *drawn)))
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:
         """Return a worker that joins late, unless the round asks only a sample of the workers."""
@@ -84,6 +81,11 @@ class QuorumRounds(Schedule[State]):
     def wakeup(self, state: State) -> float:
         """Return when the grace ends."""
         return math.inf if state.quorum_at is None else state.quorum_at + state.rules.grace_s
+
+
+def _answered(state: State) -> frozenset[str]:
+    of_round = (ticket for ticket, one in state.received.items() if one.round == state.round)
+    return frozenset(ticket.worker for ticket in of_round)
 
 
 def _selected_beside(
