@@ -23,10 +23,11 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import (
     check_names,
     checkpoint_name,
-    classes_in,
+    names_in,
     read_checkpoint,
 )
 from fluffle_common.tensors.frozen import IN_METADATA, Frozen, frozen_of, read_frozen
+from fluffle_common.tensors.groups import STATISTICS, check_statistics
 from fluffle_common.tensors.weights import Array, check_finite, check_signature
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.records import Ticket
@@ -127,6 +128,7 @@ def read_first_model(file: Path) -> FirstModel:
         check_finite(weights)
         check_finite(frozen.tensors)
         check_names(weights)
+        check_statistics(names_in(metadata, STATISTICS), weights)
     except ValueError as wrong:
         raise UsageError(f"{file} cannot be used as the first weights: {wrong}") from None
     return weights, metadata, frozen
@@ -137,7 +139,7 @@ def begin_with(first: FirstModel, store: RunStore, saved: Saved, federation: str
     weights, metadata, frozen = first
     metadata = {
         "task": metadata.get("task", ""),
-        "classes": json.dumps(classes_in(metadata)),
+        **{key: json.dumps(names_in(metadata, key)) for key in ("classes", STATISTICS)},
         "federation": federation,
         "run": saved.run,
         "round": "0",
@@ -208,8 +210,10 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         enough=enough,
         has_weights=saved.weights is not None,
         base=saved.base,
-        classes=settings.classes or classes_in(saved.metadata) or None,
-        model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
+        classes=settings.classes or names_in(saved.metadata, "classes") or None,
+        model=None
+        if saved.weights is None
+        else model_form(saved.weights, saved.frozen.tensors, names_in(saved.metadata, STATISTICS)),
         frozen=saved.frozen.digest,
         classes_by="--classes" if settings.classes else FIRST_WEIGHTS,
     )

@@ -97,7 +97,8 @@ class SklearnTask:
     @property
     def labels(self) -> Array:
         """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
-        return self._train[1]
+        targets: Array = self._train[1]
+        return targets
 
     def part(self, rows: Array, sample_seed: int) -> Self:
         """Return a task on a subset of the training examples; see ``AdaptedTask.part``."""

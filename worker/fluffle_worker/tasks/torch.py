@@ -150,10 +150,10 @@ class TorchTask(AdaptedTask):
         self._model = model
         made = self._made(0)
         self._module = copy_of(made).to(self._device)
-        _originals[self._module] = [
-            (name, weakref.ref(one)) for name, one in made.named_parameters()
-        ]
+        params = dict(made.named_parameters())
+        _originals[self._module] = [(name, weakref.ref(one)) for name, one in params.items()]
         self._travel, self._frozen = self._split(federated, frozen)
+        self.statistics = self._travel - params.keys()
         self._share_frozen(share_frozen)
 
     def model_form(self) -> dict[str, Array]:
