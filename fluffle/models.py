@@ -127,7 +127,7 @@ def save_model(
 
     Raises:
         OSError: if a file cannot be written.
-        UsageError: if it is no module, or a filter selects none of its tensors.
+        UsageError: if it is not a module, or a filter selects none of its tensors.
         ValueError: if a tensor has a dtype that does not travel.
     """
     tensors = _framework_of(module)

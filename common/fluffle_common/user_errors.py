@@ -70,7 +70,7 @@ def full_trace(why: BaseException) -> str:
 
 
 def is_ctrl_c(why: BaseException) -> bool:
-    """Whether Ctrl-C may have raised this, so that it is no error of the user's code.
+    """Whether Ctrl-C may have raised this, so that it is not an error of the user's code.
 
     Python raises ``KeyboardInterrupt`` for the signal only in the main thread, and only until a
     running event loop has taken over SIGINT.

@@ -74,7 +74,7 @@ class Dirichlet(Partition):
             raise UsageError(
                 f"the partition dirichlet:{self.alpha:g} divides the examples of each label, but "
                 f"{len(labels)} examples have {len(of_labels)} different labels; use shards:N, "
-                "which sorts them, or by:COLUMN with a group for each example"
+                "which sorts the examples by label, or by:COLUMN with a group for each example"
             )
         for rows in of_labels:
             of_label = rng.permutation(rows)

@@ -41,7 +41,7 @@ class Slowing(Adder):
 
 
 class SlowingOnABackbone(Slowing, OnABackbone):
-    """Does so with frozen tensors, and with a tensor that is no parameter."""
+    """Does so with frozen tensors, and with a tensor that is not a parameter."""
 
     statistics = ("w",)
 

@@ -123,7 +123,8 @@ def test_examples_whose_label_is_missing_are_dealt_too(partition, clients):
 def test_targets_that_are_no_labels_have_no_dirichlet_shares():
     targets = np.random.default_rng(0).normal(size=100)
     expected = (
-        "100 examples have 100 different labels; use shards:N, which sorts them, or by:COLUMN"
+        "100 examples have 100 different labels; use shards:N, which sorts the examples by label, "
+        "or by:COLUMN"
     )
     with pytest.raises(UsageError, match=expected):
         Dirichlet(0.5).deal(targets, 5, 0)

@@ -1,4 +1,4 @@
-"""Tensors that are no parameters: what strategies do with them, and how a model's form says so."""
+"""Tensors that are not parameters: what strategies do with them, and how a model's form says so."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_a_private_mean_clips_them_with_the_parameters_and_adds_its_noise_to_the
     delta = {"w": np.array([3.0, 0.0]), "var": np.array([0.0, 4.0, 0.0])}
     one = Contribution(worker="a", num_examples=1, delta=delta)
     new, _ = strategy.finish(strategy.fold(strategy.init(base), one), base)
-    assert sum(drawn) == 5, "every value gets noise, also those that are no parameters"
+    assert sum(drawn) == 5, "every value gets noise, also those that are not parameters"
     np.testing.assert_allclose(new["w"], np.array([0.6, 0.0]) / 2 + 0.25, rtol=1e-4)
     np.testing.assert_allclose(new["var"], np.array([0.0, 0.8, 0.0]) / 2 + 0.25, rtol=1e-4)
 
@@ -252,6 +252,6 @@ def test_they_belong_to_the_form_of_a_model():
 def test_a_name_that_the_model_lacks_is_named():
     check_statistics(("mean",), ["w", "mean"])
     with pytest.raises(
-        ValueError, match=r"include 'var', which is no tensor .*\(tensors of the .*w"
+        ValueError, match=r"include 'var', which is not a tensor .*\(tensors of the .*w"
     ):
         check_statistics(("mean", "var"), ["w", "mean"])

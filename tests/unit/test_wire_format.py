@@ -699,7 +699,7 @@ def test_the_nesting_of_an_event_is_limited(depth, fine):
     if fine:
         decode(body)
     else:
-        refused(body, "nested more than 20 deep")
+        refused(body, "nested more than 20 levels deep")
 
 
 _any_value: st.SearchStrategy[Any] = st.recursive(

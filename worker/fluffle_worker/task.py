@@ -98,7 +98,7 @@ class Task(Protocol):
 
     - ``only_reads = True``: the task never writes to those arrays, and receives views, not copies;
     - ``classes``: the names of the classes, in the order of the model's outputs;
-    - ``statistics``: the names of the tensors that are no parameters, such as running means: they
+    - ``statistics``: the names of the tensors that are not parameters, such as running means: they
       are averaged, but no server step changes them;
     - ``local_rule``: a ``local.bound.BoundRule`` that ``train`` applies to its gradients;
       ``--local-rule`` replaces it;
@@ -155,7 +155,7 @@ def classes_of(task: Task) -> tuple[str, ...]:
 
 
 def statistics_of(task: Task) -> tuple[str, ...]:
-    """Return the names of the tensors of a task's model that are no parameters, sorted."""
+    """Return the names of the tensors of a task's model that are not parameters, sorted."""
     return tuple(sorted(set(getattr(task, "statistics", None) or ())))
 
 
@@ -163,6 +163,6 @@ def num_examples_of(task: Task) -> int:
     """Return a task's number of training examples as a plain int.
 
     Raises:
-        ValueError: if it is no whole number.
+        ValueError: if it is not a whole number.
     """
     return count(task.num_examples)

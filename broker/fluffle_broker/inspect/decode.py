@@ -148,7 +148,7 @@ def decode_message(delivery: Delivery, federation: str, *, values: bool = True) 
 
 
 def part_of(decoded: DecodedMessage) -> tuple[int, int | None] | None:
-    """Return a part's number, from 1, and the number of parts if known; None if it is no part."""
+    """Return a part's number, from 1, and the number of parts if known; None if not a part."""
     if not isinstance(decoded.message, Part):
         return None
     parts = decoded.header("parts")

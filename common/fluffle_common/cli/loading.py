@@ -50,7 +50,7 @@ class Place:
                 f"--{what} cannot load the notebook {where}; export it with 'jupyter nbconvert "
                 f"--to script {where}', and give {where.removesuffix('ipynb')}py:{attribute}"
             )
-        path = Path(where)  # if this is no file, it is the name of a module
+        path = Path(where)  # if this is not a file, it is the name of a module
         no_module = where.startswith(".") or len(path.parts) > 1 or (path.suffix and path.is_file())
         if not (colon and where and attribute) or (no_module and path.suffix != ".py"):
             raise UsageError(f"--{what} expects module:name or path.py:name, not '{name}'")

@@ -20,8 +20,8 @@ def warn_in_full(why: BaseException, what: str) -> None:
 def task_error(why: BaseException, failure: str, traced: str = "") -> TaskError:
     """Return the ``TaskError`` for an error in a user's code; its text begins with ``failure``.
 
-    Ctrl-C, which is no error of the code, is raised again. If ``traced`` names the code, such as
-    ``task``, its traceback goes to stderr.
+    Ctrl-C, which is not an error of the code, is raised again. If ``traced`` names the code, such
+    as ``task``, its traceback goes to stderr.
     """
     if is_ctrl_c(why):
         raise why

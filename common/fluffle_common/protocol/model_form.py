@@ -39,7 +39,7 @@ def form_from(
 ) -> ModelForm:
     """Return the form of a model's tensors and its frozen tensors, in any order.
 
-    ``statistics`` names the tensors that are no parameters. In the digest, the entry of such a
+    ``statistics`` names the tensors that are not parameters. In the digest, the entry of such a
     tensor ends with the word for it, and that of a frozen tensor with the name of its group.
     """
     entries: list[tuple[Any, ...]] = [

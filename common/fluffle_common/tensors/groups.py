@@ -30,7 +30,7 @@ FROZEN = "frozen"
 """The group of a model's frozen tensors, which each worker is sent once (see ``frozen``)."""
 
 STATISTICS = "statistics"
-"""The word for the tensors of a model that are no parameters, such as running means.
+"""The word for the tensors of a model that are not parameters, such as running means.
 
 They are averaged like parameters, but no server step changes them. It is the key of their names in
 a checkpoint's metadata.
@@ -146,11 +146,11 @@ def untrained(weights: Weights, train: Sequence[str] | None) -> Weights:
 
 
 def check_statistics(names: Collection[str], model: Collection[str]) -> None:
-    """Raise ``ValueError`` if one of these names of statistics is no tensor of a model."""
+    """Raise ``ValueError`` if one of these names of statistics is not a tensor's."""
     for name in names:
         if name not in model:
             raise ValueError(
-                f"the statistics include '{name[:60]}', which is no tensor of the model "
+                f"the statistics include '{name[:60]}', which is not a tensor of the model "
                 f"{tensors_of_model(model)}"
             )
 

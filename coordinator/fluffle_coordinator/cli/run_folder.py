@@ -50,8 +50,8 @@ run_argument = click.argument(
 @click.option(
     "--strategy",
     metavar="NAME|path.py:name",
-    help="Strategy of the run, as path.py:name or module:name; needed only if it is your own "
-    "strategy, because replay runs its code.",
+    help="Strategy of the run, as path.py:name or module:name. Needed only for your own strategy: "
+    "replay runs its code only if you name it here.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object with every tensor.")
 def replay(
@@ -99,8 +99,9 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
     if given is None and not is_installed(name):
         recorded = f"{file}:{name.rpartition(':')[2]}" if file else name
         raise UsageError(
-            f"round {number} of {folder} was made with the strategy {name}, whose code is not part "
-            f"of fluffle or of an installed plug-in; if you trust it, give --strategy {recorded}"
+            f"round {number} of {folder} was made with the strategy {name}, which is neither "
+            "built in nor added by an installed package; if you trust its code, give --strategy "
+            f"{recorded}"
         )
     named = load_strategy(given or name)
     if named.name != name:

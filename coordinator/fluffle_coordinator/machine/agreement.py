@@ -72,7 +72,9 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         theirs, ours = worker.model.summary, model.summary
         difference = f"{theirs}, but the federation's model has {ours}"
         if theirs == ours:
-            difference = f"other tensor names, shapes or statistics than the federation's ({ours})"
+            difference = (
+                f"tensor names, shapes or statistics that differ from the federation's ({ours})"
+            )
         remedy = "the same task and the same JAX_ENABLE_X64 as the other workers"
         if state.model_by == FIRST_WEIGHTS:
             remedy += ", or start a new run with different first weights (--fresh, --init)"

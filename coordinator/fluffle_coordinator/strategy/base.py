@@ -116,7 +116,7 @@ class Strategy(Protocol[S]):
         """Return the initial state of a run."""
 
     def with_statistics(self, names: frozenset[str]) -> Strategy[S]:
-        """Return this strategy for a model in which these tensors are no parameters.
+        """Return this strategy for a model in which these tensors are not parameters.
 
         They are statistics, such as running means, and should become the mean of the workers' ones,
         without a server step. By default, a strategy treats them like all others. Called before
@@ -162,7 +162,7 @@ class Strategy(Protocol[S]):
 
 
 def parameters_of(tensors: Weights, statistics: frozenset[str]) -> Weights:
-    """Return the tensors that are no statistics."""
+    """Return the tensors that are not statistics."""
     return {n: t for n, t in tensors.items() if n not in statistics} if statistics else tensors
 
 

@@ -32,7 +32,7 @@ class GuardedStrategy:
         return self.named.strategy.needs
 
     def with_statistics(self, names: frozenset[str]) -> GuardedStrategy:
-        """Return the strategy for a model in which these tensors are no parameters."""
+        """Return the strategy for a model in which these tensors are not parameters."""
         if not hasattr(self.named.strategy, "with_statistics"):
             return self
         strategy = self._call("with_statistics", names)

@@ -82,7 +82,7 @@ class BoundRule:
             raise TaskError(
                 f"the local rule {self.name} changes only gradients, but training also changes "
                 f"'{name:.100}', which has no gradient and would be sent as it is; keep this "
-                "tensor with the worker (federated=), or freeze it (frozen=)"
+                "tensor on the worker (federated=), or freeze it (frozen=)"
             )
 
     @property

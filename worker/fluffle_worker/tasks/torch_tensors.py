@@ -37,8 +37,8 @@ def check_choice(tensors: Mapping[str, Any], **filters: Any) -> None:
     """Check a module's tensors, and the options that select some of them.
 
     Raises:
-        TaskError: if an option is no filter, because any text or list would be true and so select
-            all tensors, or a tensor has no shape yet.
+        TaskError: if an option is not a filter, because any text or list would be true and so
+            select all tensors, or a tensor has no shape yet.
     """
     for option, chosen in filters.items():
         if not isinstance(chosen, bool) and not callable(chosen):

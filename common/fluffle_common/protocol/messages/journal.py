@@ -20,7 +20,7 @@ def _check_depth(fields: dict[str, Any]) -> dict[str, Any]:
         items = (item for of in level for item in (of.values() if isinstance(of, dict) else of))
         level = [item for item in items if isinstance(item, dict | list | tuple)]
     if level:
-        raise ValueError(f"the values are nested more than {_MAX_DEPTH} deep")
+        raise ValueError(f"the values are nested more than {_MAX_DEPTH} levels deep")
     return fields
 
 

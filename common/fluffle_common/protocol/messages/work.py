@@ -141,7 +141,7 @@ class FirstWeights(TransferHeader):
     """The answer to an ``init_request``.
 
     Frozen tensors that the task shares are in the group ``frozen``. ``statistics`` names the
-    tensors that are no parameters (see ``tensors.groups``).
+    tensors that are not parameters (see ``tensors.groups``).
     """
 
     kind: Literal["first_weights"] = "first_weights"
