@@ -44,8 +44,8 @@ test: install check browser
 SLOW := $(addprefix unit/,attacked_training cli demo doctests drawing flax_parts flax_task \
 	front_door history_chart letters letters_images letters_scores local_rules mutants node \
 	printing private rabbitmq_connection results rounds_machine run_store sentences \
-	server_steps sklearn_task strategy_names task_arguments task_loading torch_task) \
-	$(addprefix federation/,adapters local references torch user_files)
+	server_steps sklearn_task statistics strategy_names task_arguments task_loading torch_task) \
+	$(addprefix federation/,adapters local references statistics torch user_files)
 FAST := $(filter-out $(foreach name,$(SLOW),tests/$(dir $(name))test_$(notdir $(name)).py),\
 	$(wildcard tests/unit/test_*.py tests/federation/test_*.py))
 
@@ -61,7 +61,7 @@ PURE := fluffle_coordinator.machine fluffle_coordinator.strategy fluffle_common.
 
 coverage: install
 	$(BIN)/python -m pytest -q --numprocesses $(JOBS) $(FAST) \
-		$(addprefix tests/unit/test_,private.py server_steps.py strategy_names.py) --cov-branch \
+		$(addprefix tests/unit/test_,private.py server_steps.py statistics.py strategy_names.py) --cov-branch \
 		$(PURE:%=--cov=%) --cov-report=term-missing:skip-covered --cov-fail-under=97 $(ARGS)
 
 # Before a release: all tests, with the long times of the faults, coverage, and a hundred random

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ import numpy as np
 from fluffle_common.errors import UsageError
 from fluffle_common.tensors.checkpoint import read_checkpoint, save_checkpoint
 from fluffle_common.tensors.frozen import IN_METADATA, frozen_of, read_frozen, save_frozen
+from fluffle_common.tensors.groups import STATISTICS
 from fluffle_common.tensors.weights import same_form
 
 if TYPE_CHECKING:
@@ -145,7 +147,9 @@ def save_model(
             f"with these federated= and frozen= filters, the module {type(module).__name__} has no "
             "tensor left to save; correct the filters"
         )
-    save_checkpoint(path, model, {IN_METADATA: kept.digest} if kept.digest else {})
+    metadata = {IN_METADATA: kept.digest} if kept.digest else {}
+    metadata[STATISTICS] = json.dumps(sorted(tensors.statistics(module) & model.keys()))
+    save_checkpoint(path, model, metadata)
 
 
 def _as_array(value: Any) -> Array:
@@ -159,7 +163,7 @@ def _as_array(value: Any) -> Array:
 
 
 def _framework_of(module: Any) -> Any:
-    """Return the functions ``arrays_of``, ``fill`` and ``untrained`` for a module."""
+    """Return the functions ``arrays_of``, ``fill``, ``statistics`` and ``untrained``."""
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(module, torch.nn.Module):
         from fluffle_worker.tasks import torch_tensors

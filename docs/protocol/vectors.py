@@ -65,6 +65,7 @@ def from_workers() -> Iterator[Sound]:
     failed = {"session": "5e5510", "run": RUN["run"], "round": 2, "reason": "ValueError: no"}
     yield "failure", m.Failure(**F, **W, **failed), {}
     yield "first weights", m.FirstWeights(**RUN, **W), MODEL
+    yield "first weights with statistics", m.FirstWeights(**RUN, **W, statistics=("steps",)), MODEL
     measured = {"num_examples": 6, "loss": 0.5, "metrics": {"accuracy": 0.75}}
     yield "evaluation", m.Evaluation(**WORK, **W, **measured), {}
     yield "update", m.Update(**UPDATE), MODEL

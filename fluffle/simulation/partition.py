@@ -58,7 +58,8 @@ class Dirichlet(Partition):
     Each label is divided among all clients, as in Yurochkin et al., "Bayesian Nonparametric
     Federated Learning of Neural Networks", ICML 2019. The smaller ``alpha``, the fewer labels a
     client has; with a large one, all clients are alike. Their sizes differ, too. A client that the
-    draw leaves without examples gets one from the client with the most.
+    draw leaves without examples gets one from the client with the most. Labels that hardly occur
+    twice, such as the targets of a regression, are refused.
     """
 
     alpha: float
@@ -68,7 +69,14 @@ class Dirichlet(Partition):
         _check_enough(len(labels), clients)
         rng = np.random.default_rng(seed)
         held: list[list[int]] = [[] for _ in range(clients)]
-        for rows in _by_value(labels):
+        of_labels = _by_value(labels)
+        if 2 * len(of_labels) > len(labels):  # the parts would be alike, whatever alpha is
+            raise UsageError(
+                f"the partition dirichlet:{self.alpha:g} divides the examples of each label, but "
+                f"{len(labels)} examples have {len(of_labels)} different labels; use shards:N, "
+                "which sorts them, or by:COLUMN with a group for each example"
+            )
+        for rows in of_labels:
             of_label = rng.permutation(rows)
             shares = rng.dirichlet(np.full(clients, self.alpha))
             # Rounded at random: with few examples of a label, the nearest integers would give

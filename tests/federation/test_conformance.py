@@ -41,7 +41,9 @@ class Slowing(Adder):
 
 
 class SlowingOnABackbone(Slowing, OnABackbone):
-    """Does so with frozen tensors."""
+    """Does so with frozen tensors, and with a tensor that is no parameter."""
+
+    statistics = ("w",)
 
 
 async def examined(federation, **how: Any) -> dict[str, Finding]:

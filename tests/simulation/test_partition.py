@@ -115,9 +115,19 @@ def test_a_partition_that_cannot_be_used_is_named():
 
 @pytest.mark.parametrize(("partition", "clients"), [(Dirichlet(0.5), 2), (By("writer"), 3)])
 def test_examples_whose_label_is_missing_are_dealt_too(partition, clients):
-    parts = partition.deal(np.array([np.nan, 1.0, 2.0, np.nan, 1.0]), clients, 0)
+    parts = partition.deal(np.array([np.nan, 1.0, 2.0, np.nan, 1.0, 1.0]), clients, 0)
     assert all(len(part) for part in parts)
-    assert sorted(np.concatenate(parts).tolist()) == [0, 1, 2, 3, 4]
+    assert sorted(np.concatenate(parts).tolist()) == [0, 1, 2, 3, 4, 5]
+
+
+def test_targets_that_are_no_labels_have_no_dirichlet_shares():
+    targets = np.random.default_rng(0).normal(size=100)
+    expected = (
+        "100 examples have 100 different labels; use shards:N, which sorts them, or by:COLUMN"
+    )
+    with pytest.raises(UsageError, match=expected):
+        Dirichlet(0.5).deal(targets, 5, 0)
+    assert len(Shards(2).deal(targets, 5, 0)) == len(Iid().deal(targets, 5, 0)) == 5
 
 
 def test_too_few_examples_are_refused():

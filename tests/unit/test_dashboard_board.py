@@ -248,6 +248,12 @@ class TestRounds:
         assert (latest(board.view, "accuracy"), latest(board.view, "loss")) == (0.75, 0.25)
         assert latest(board.view, "nonsense") is None
 
+    def test_of_many_metrics_the_accuracy_is_among_those_of_a_live_page(self) -> None:
+        metrics = {"accuracy": 0.5, **{f"AUC {number}": 0.5 for number in range(9)}}
+        board = board_after(("evaluated", {"round": 1, "loss": 0.5, "metrics": metrics}))
+        shown = board.snapshot()["curves"]
+        assert list(shown) == ["rounds", "loss", "accuracy", *(f"AUC {n}" for n in range(5))]
+
     def test_history_is_shown_and_not_counted(self) -> None:
         board = Board("letters")
         board.view.remember(

@@ -181,7 +181,7 @@ def test_a_round_of_many_workers_is_explained_on_a_screen():
     explanation, text = story.explained(20)
     assert len(text.splitlines()) < 60
     assert "and 988 more; 1,000 updates needed" in text
-    assert "575 earlier answers are not listed" in text
+    assert "575 earlier answers: see 'fluffle journal --round 7'" in text
     assert "w599 answered" in text
     assert "375 more workers without an update" in text
     data = as_dict(explanation)

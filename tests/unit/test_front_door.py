@@ -271,3 +271,11 @@ def test_a_folder_without_a_run_is_named(tmp_path):
     (tmp_path / "run.json").write_text(json.dumps({"run": "r", "federation": "f"}))
     with pytest.raises(fluffle.UsageError, match="has not committed any rounds yet"):
         fluffle.Run(tmp_path)
+
+
+def test_the_command_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "fluffle", "no-such"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "fluffle: unknown command 'no-such'; see 'fluffle --help'\n"

@@ -292,6 +292,15 @@ async def test_parts_may_come_in_any_order_and_repeatedly(summing):
     assert await summing.average() == b"".join(tensor.tobytes() for tensor in right)
 
 
+@pytest.mark.parametrize("summing", [{"verify_users": True}], indirect=True)
+async def test_with_verified_users_parts_without_a_user_are_rejected(summing):
+    failed = await summing.fold(await summing.send("a", values(1)))
+    assert isinstance(failed, ev.FoldFailed)
+    assert "0 of 9 parts arrived" in failed.reason
+    counts = await summing.link.counts(TOPOLOGY.rejected)
+    assert counts.ready == 9
+
+
 def replaced(number: int, change: Callable[[bytes], bytes]) -> Callable[[list[bytes]], list[bytes]]:
     """Replace the payload of a part, which remains a well-formed message."""
 

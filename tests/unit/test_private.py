@@ -18,7 +18,7 @@ from fluffle_coordinator.machine.state import Quorum, Rules
 from fluffle_coordinator.storage.run_store import sampling_secret
 from fluffle_coordinator.strategy import accountant as accounting
 from fluffle_coordinator.strategy import dp_fedavg as module
-from fluffle_coordinator.strategy.accountant import accountant, epsilon
+from fluffle_coordinator.strategy.accountant import accountant, epsilon, noise_within
 from fluffle_coordinator.strategy.base import Contribution
 from fluffle_coordinator.strategy.dp_fedavg import gaussian
 from fluffle_coordinator.strategy.names import named_strategy
@@ -51,6 +51,21 @@ def finish(name, deltas):
 def test_epsilon_is_that_of_dp_accounting(noise, rounds, delta, pld):
     assert epsilon(noise, rounds, delta) == pytest.approx(pld, rel=2e-4)
     assert epsilon(noise, rounds, delta) <= pld * (1 + 1e-6)
+
+
+@pytest.mark.parametrize(("rounds", "rate", "method"), [(1, None, None), (50, 0.1, "rdp")])
+def test_the_noise_for_a_budget_is_the_smallest_that_allows_the_rounds(rounds, rate, method):
+    noise = noise_within(3, rounds, 1e-6, rate, method)
+    assert accountant(noise, 1e-6, rate, method).rounds_within(3) >= rounds
+    less = accountant(noise - 0.001, 1e-6, rate, method)
+    assert less.epsilon(rounds) > 3
+
+
+def test_a_budget_that_no_noise_keeps_is_refused():
+    with pytest.raises(ValueError, match="no noise below 1,000 keeps epsilon within 1e-09 for 9"):
+        noise_within(1e-9, 9, delta=1e-12)
+    with pytest.raises(ValueError, match="budget"):
+        noise_within(0, 9)
 
 
 @given(

@@ -19,7 +19,7 @@ from fluffle_coordinator.machine import events as ev
 from fluffle_coordinator.machine import machine as rounds
 from fluffle_coordinator.machine import state as rs
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
-from fluffle_coordinator.machine.selection import sample_size
+from fluffle_coordinator.machine.selection import parse_selection, sample_size
 from fluffle_coordinator.machine.state import Handle, Phase, Quorum, Rules, Table, Ticket
 from fluffle_coordinator.observe.waiting import waiting_for
 
@@ -605,6 +605,17 @@ def test_a_worker_that_was_not_selected_is_not_asked_in_the_round():
     assert not asked(run.seen("c", hello=True))
 
 
+def test_a_selection_knows_who_was_asked_and_how_long_each_trained():
+    rules = Rules(rounds=9, min_workers=4, sample=2, selection=parse_selection("round-robin"))
+    run = opened("a", "b", "c", "d", rules=rules)
+    first = {*run.state.asked}
+    for name in first:
+        run.update(name)
+    run.committed(*first)
+    assert {*run.state.asked} == {*"abcd"} - first
+    assert run.state.train_s == Table(dict.fromkeys(first, 1.0))
+
+
 def test_lost_work_is_sent_again_to_a_worker_that_stays_idle():
     run = opened("a", "b", rules=Rules(rounds=1, resend_s=15))
     run.tick(9)
@@ -886,10 +897,15 @@ def test_an_update_that_arrived_incomplete_is_requested_again():
     assert only(run.arrived("a"), fx.Fold)
 
 
-def test_an_incomplete_update_is_not_requested_while_its_round_is_committed_or_of_others():
+def test_an_incomplete_update_is_not_requested_of_a_worker_that_was_not_asked():
+    run = opened("a", "b", "c", rules=Rules(rounds=2, min_workers=3, sample=2))
+    (other,) = {*"abc"} - {*run.state.asked}
+    run.arrived(other)
+    assert not asked(run.fold_failed(other, again=True))
+
+
+def test_an_incomplete_update_is_not_requested_while_its_round_is_being_committed():
     run = opened(*"abc", rules=Rules(rounds=2, min_workers=3, quorum=Quorum(number=2)))
-    run.arrived("stranger")
-    assert not asked(run.fold_failed("stranger", again=True))
     run.arrived("c")
     run.update("a")
     run.update("b")
@@ -1225,6 +1241,16 @@ def test_updates_from_before_the_resume_count(quorum):
     assert asked(effects) == ["a"]
     assert run.state.needed == 3
     assert only(run.update("a"), fx.Commit)
+
+
+def test_an_update_from_before_the_resume_has_a_place_in_the_sample():
+    run = resumed(Rules(rounds=3, min_workers=3, sample=2))
+    run.update("b")
+    for name in "acd":
+        run.seen(name, hello=True)
+    assert run.state.phase is Phase.OPEN
+    assert len(run.state.asked) == 2
+    assert "b" in run.state.asked
 
 
 def test_a_resumed_round_asks_once_more_for_an_update_that_does_not_fit_its_settings():

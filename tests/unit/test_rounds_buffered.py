@@ -17,6 +17,7 @@ from fluffle_coordinator.machine.schedules.buffered import Buffered
 from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
 from fluffle_coordinator.machine.state import Phase, Ticket
+from fluffle_coordinator.user_code.guarded_schedule import GuardedSchedule
 from tests.unit.test_rounds import RUN, Run, asked, event_names, only, update
 
 
@@ -256,7 +257,7 @@ def test_a_ticket_that_was_not_issued_is_rejected():
 def test_after_a_restart_sent_updates_count_and_work_in_progress_is_expected():
     tickets = {3: frozenset({Ticket("a", 12_000)})}
     run = Asynchronous(
-        Buffered(buffer=2), committed=3, counted=tickets, base="b3",
+        Buffered(buffer=2, max_staleness=1), committed=3, counted=tickets, base="b3",
         earlier={2: "b1", 3: "b2", 4: "b3"},
     )  # fmt: skip
     run.connect()
@@ -396,9 +397,13 @@ def test_a_worker_whose_late_update_counts_is_asked_in_the_next_round_too():
     assert asked(run.committed("a", "b")) == ["a", "b", "c"]
 
 
-def test_a_worker_whose_late_update_counts_stays_in_a_round_that_is_reopened():
+LATE = QuorumRounds(max_staleness=1)
+
+
+@pytest.mark.parametrize("schedule", [LATE, GuardedSchedule("mine.py:mine", LATE, 1, False)])
+def test_a_worker_whose_late_update_counts_stays_in_a_round_that_is_reopened(schedule):
     rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=2))
-    run = Run(rules, schedule=QuorumRounds(max_staleness=1))
+    run = Run(rules, schedule=schedule)
     run.connect()
     for name in "abc":
         run.seen(name, hello=True, heartbeat_s=1e6)
@@ -408,6 +413,22 @@ def test_a_worker_whose_late_update_counts_stays_in_a_round_that_is_reopened():
     run.arrived("c", round=1, base="b0")
     run.on(ev.Folded(run.now, Ticket("c", 1)))
     assert asked(run.tick(rules.deadline_s)) == ["a", "b", "c"]
+
+
+def test_others_are_asked_at_once_although_a_late_update_counts():
+    rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=1), sample=2)
+    run = Run(rules, schedule=LATE)
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True)
+    first, late = run.state.asked
+    run.update(first)
+    run.committed(first)
+    run.arrived(late, round=1, base="b0")
+    run.on(ev.Folded(run.now, Ticket(late, 1)))
+    one, another = run.state.asked
+    run.failed(one, 2)
+    assert "reopened" in event_names(run.failed(another, 2))
 
 
 def test_a_late_update_does_not_enlarge_a_quorum_of_all():

@@ -11,6 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fluffle_common.errors import TaskError, UsageError
+from fluffle_coordinator.machine import events as ev
+from fluffle_coordinator.machine import records as rs
 from fluffle_coordinator.machine.rules import Rules
 from fluffle_coordinator.machine.selection import (
     POISSON,
@@ -22,7 +24,7 @@ from fluffle_coordinator.machine.selection import (
     select,
 )
 from fluffle_coordinator.user_code.schedule_loading import load_selection
-from tests.unit.test_rounds import asked, opened
+from tests.unit.test_rounds import RUN, asked, opened
 
 RULES = ["uniform", "poisson", "weighted", "round-robin", "fastest:0.25"]
 candidates = st.lists(
@@ -288,3 +290,23 @@ def test_over_provisioning_asks_all_if_there_are_too_few_and_waits_for_as_many(n
 def test_as_many_are_waited_for_as_were_wanted(clients, over):
     rules = Rules(rounds=1, sample=clients, over_provision=over)
     assert rules.waited_for(rules.ask(1000)) == clients
+
+
+def test_a_rule_sees_what_each_worker_last_evaluated(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "def hardest(candidates, count, draw):\n"
+        "    def loss(one):\n"
+        "        return one.evaluation['loss'] if one.evaluation else float('inf')\n"
+        "    return [one.name for one in sorted(candidates, key=loss, reverse=True)][:count]\n"
+    )
+    rule = load_selection(f"{tmp_path}/mine.py:hardest")
+    run = opened(*"abc", rules=Rules(rounds=9, min_workers=3, selection=rule, sample=2))
+    chosen = set(run.state.asked)
+    assert chosen == {"a", "b"}  # nobody has evaluated yet
+    for name, loss in (("a", 0.1), ("b", 0.2)):
+        evaluated = rs.Evaluated(10, loss, {"accuracy": 0.5})
+        run.on(ev.EvaluationArrived(run.now, RUN, 0, name, evaluated, run.state.base))
+        run.update(name)
+    run.committed("a", "b")
+    assert run.state.evaluation["a"] == {"loss": 0.1, "accuracy": 0.5}
+    assert set(run.state.asked) == {"b", "c"}

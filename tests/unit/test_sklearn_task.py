@@ -219,3 +219,18 @@ def test_a_metric_that_fails_costs_no_other():
     assert result.num_examples == COUNT
     (note,) = notes
     assert note.startswith("the metric 'auc' of evaluate() failed, so it is omitted: ValueError: ")
+
+
+@pytest.mark.parametrize("inputs", [INPUTS, csr_matrix(INPUTS)])
+def test_a_part_is_a_task_on_its_examples_with_the_classes_of_the_whole(inputs):
+    whole = sklearn_task(classifier(), (inputs, CLASSES), (inputs, CLASSES))
+    rows = np.flatnonzero(CLASSES == 1)
+    part, alone = (
+        whole.part(rows, 3),
+        sklearn_task(classifier(), (inputs[rows], CLASSES[rows]), classes=range(3), sample_seed=3),
+    )
+    trained = part.train(whole.init(0), PLAN, ignore)
+    expected = alone.train(whole.init(0), PLAN, ignore)
+    np.testing.assert_array_equal(trained.weights["coef_"], expected.weights["coef_"])
+    assert (trained.num_examples, part.evaluate(trained.weights)) == (len(rows), None)
+    assert (whole.num_examples, whole.labels.tolist()) == (COUNT, CLASSES.tolist())

@@ -274,7 +274,7 @@ def test_a_task_with_several_targets_is_divided(targets: Any):
         return (outputs[:, 0] - first.reshape(len(outputs), -1)[:, 0]) ** 2
 
     whole = made(train_data=(X, targets), valid_data=None, loss=loss)
-    run = fluffle.simulate(whole, clients=4, partition="dirichlet:1", rounds=1, progress=False)
+    run = fluffle.simulate(whole, clients=4, partition="shards:2", rounds=1, progress=False)
     assert sum(run.history[-1].participants.values()) == 20
     assert math.isfinite(run.history[-1].train_loss)
 

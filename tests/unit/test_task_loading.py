@@ -355,6 +355,9 @@ def test_a_task_that_ignores_the_option_classes_is_refused(here):
         ({"keep_in": "state"}, "has keep_in 'state'; expected a method"),
         ({"only_reads": bool}, "has only_reads <class 'bool'>; expected True or False"),
         ({"share_frozen": len}, "has share_frozen .*; expected True or False"),
+        ({"statistics": "var"}, "has statistics 'var'; expected a list of names of tensors"),
+        ({"statistics": [1]}, r"has statistics \[1\]; expected a list of names of tensors"),
+        ({"statistics": {"var": 1}}, "has statistics {'var': 1}; expected a list of names"),
         ({"local_rule": "clip:1"}, r"has local_rule 'clip:1'; expected a BoundRule \(docs/tasks"),
     ],
 )

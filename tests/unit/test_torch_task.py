@@ -299,6 +299,13 @@ def test_filters_that_leave_nothing_are_refused(filters, told):
         task_of(Normed, **filters)
 
 
+def test_a_data_loader_in_place_of_the_data_is_told_how_to_be_a_stream():
+    rows = torch.utils.data.TensorDataset(torch.zeros(4, 2), torch.zeros(4))
+    loader = torch.utils.data.DataLoader(rows)
+    with pytest.raises(TaskError, match=r"iter\(loader\)' .*num_examples=len\(loader.dataset\)"):
+        task_of(train_data=loader)
+
+
 def test_a_plan_may_train_a_part_of_the_model():
     task = task_of(Normed)
     weights = task.init(0)

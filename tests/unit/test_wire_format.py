@@ -689,6 +689,19 @@ def test_an_invalid_header_costs_little_time(kind):
         assert refused.value.error_count() < 3000, changes.keys()
 
 
+@pytest.mark.parametrize(("depth", "fine"), [(19, True), (20, False), (500, False)])
+def test_the_nesting_of_an_event_is_limited(depth, fine):
+    nested: Any = 1
+    for number in range(depth):
+        nested = [nested] if number % 2 else {"a": nested}
+    event = {"kind": "event", "session": "s", "number": 1, "event": "x", "time": "t"}
+    body = packed({"protocol": 2, "federation": "f", **event, "fields": {"a": nested}})
+    if fine:
+        decode(body)
+    else:
+        refused(body, "nested more than 20 deep")
+
+
 _any_value: st.SearchStrategy[Any] = st.recursive(
     st.none()
     | st.booleans()

@@ -30,7 +30,7 @@ from fluffle_worker.frozen import FrozenTensors
 from fluffle_worker.machine import Work
 from fluffle_worker.settings import WorkerSettings
 from fluffle_worker.signature import UNKNOWN
-from fluffle_worker.task import Task, classes_of, num_examples_of
+from fluffle_worker.task import Task, classes_of, num_examples_of, statistics_of
 
 _BYE_PATIENCE_S = 2.0
 # Pause before a hello that no queue received is sent again.
@@ -66,7 +66,9 @@ class Presence:
             # The end of a path is the more telling part.
             "task": sendable(settings.task[-MAX_TASK_CHARACTERS:], MAX_TASK_CHARACTERS),
             "classes": classes_of(task),
-            "model": None if signature == UNKNOWN else form_from(signature, shared),
+            "model": None
+            if signature == UNKNOWN
+            else form_from(signature, shared, statistics_of(task)),
             "features": (FROZEN,) if frozen.shared else (),
             "heartbeat_s": settings.heartbeat_s,
         }

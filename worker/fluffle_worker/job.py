@@ -43,7 +43,7 @@ from fluffle_worker.local.bound import BoundRule
 from fluffle_worker.machine import Work
 from fluffle_worker.results import Results, arrays, copied, lent
 from fluffle_worker.signature import UNKNOWN, check_signature, difference
-from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task
+from fluffle_worker.task import EvalResult, Progress, RoundPlan, Task, statistics_of
 
 _SHOW_EVERY_S = 0.05  # the least time between two steps of a training that are passed on
 
@@ -122,6 +122,7 @@ class Executor:
         message = job.message
         ids: dict[str, Any] = {**self.sender, "run": job.work.run}
         if isinstance(message, InitRequest):
+            ids["statistics"] = statistics_of(self.task)
             job.answer = FirstWeights(**ids), _first_weights(self.task, message.seed)
             job.others = {FROZEN: self.frozen.to_share()}
             return
@@ -188,6 +189,9 @@ class Executor:
             ) from None
         change = _planned(change, fit.plan)
         rule = _rule_of(self.task)
+        if rule is not None:
+            names = change.keys() & statistics_of(self.task)
+            rule.check_statistics(name for name in names if np.any(change[name]))
         of_rule = rule.sent if rule is not None else {}
         job.others = {EXTRA: _extra(fit.plan.extra, {**of_rule, **trained.extra}, job.weights)}
         update = Update(

@@ -15,10 +15,11 @@ from fluffle_common.cli.console import warn
 from fluffle_common.cli.user_code import warn_in_full
 from fluffle_common.errors import TaskError
 from fluffle_common.tensors.checkpoint import check_names
+from fluffle_common.tensors.groups import check_statistics
 from fluffle_common.tensors.layout import Signature, layout_of_signature, signature_of
 from fluffle_common.user_errors import is_ctrl_c, one_line
 from fluffle_worker.results import arrays
-from fluffle_worker.task import Task
+from fluffle_worker.task import Task, statistics_of
 
 UNKNOWN: Signature = ()
 """The signature of a task whose ``init`` fails; no model has an empty one."""
@@ -54,6 +55,10 @@ def signature_of_task(task: Task) -> Signature:
         warn_in_full(why, "task")
         return UNKNOWN
     check_signature(signature)
+    try:
+        check_statistics(statistics_of(task), [name for name, _, _ in signature])
+    except ValueError as wrong:
+        raise TaskError(f"{wrong}; correct the task's attribute statistics") from None
     return signature
 
 

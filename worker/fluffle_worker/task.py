@@ -98,6 +98,8 @@ class Task(Protocol):
 
     - ``only_reads = True``: the task never writes to those arrays, and receives views, not copies;
     - ``classes``: the names of the classes, in the order of the model's outputs;
+    - ``statistics``: the names of the tensors that are no parameters, such as running means: they
+      are averaged, but no server step changes them;
     - ``local_rule``: a ``local.bound.BoundRule`` that ``train`` applies to its gradients;
       ``--local-rule`` replaces it;
     - ``keep_in(folder)``: receives the folder for state that must outlive a restart of the worker;
@@ -150,6 +152,11 @@ def classes_of(task: Task) -> tuple[str, ...]:
     if isinstance(given, str | bytes | Iterator | set | frozenset):
         raise TypeError
     return () if given is None else tuple(sendable(str(name)) for name in given)
+
+
+def statistics_of(task: Task) -> tuple[str, ...]:
+    """Return the names of the tensors of a task's model that are no parameters, sorted."""
+    return tuple(sorted(set(getattr(task, "statistics", None) or ())))
 
 
 def num_examples_of(task: Task) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,12 @@ _OPTIONAL: dict[str, tuple[Callable[[Any], bool], str]] = {
     **dict.fromkeys(
         ("only_reads", "share_frozen"),
         (lambda given: isinstance(given, bool | np.bool_), "True or False"),
+    ),
+    "statistics": (
+        lambda given: (
+            isinstance(given, tuple | list | Set) and all(isinstance(name, str) for name in given)
+        ),
+        "a list of names of tensors",
     ),
     "local_rule": (lambda given: isinstance(given, BoundRule), "a BoundRule (docs/tasks.md)"),
 }

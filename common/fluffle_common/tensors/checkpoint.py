@@ -189,20 +189,20 @@ def _opened(path: Path) -> Iterator[Any]:
         raise UsageError(wrong) from None
 
 
-def classes_in(metadata: Mapping[str, str]) -> tuple[str, ...]:
-    """Return the classes in a checkpoint's metadata; empty if it has none.
+def names_in(metadata: Mapping[str, str], key: str) -> tuple[str, ...]:
+    """Return the names under a key of a checkpoint's metadata; empty if it has none.
 
     Another program may have written anything under this key, which then means nothing.
 
-    >>> classes_in({"classes": '["a", "b"]'}), classes_in({"classes": "a,b"})
+    >>> names_in({"classes": '["a", "b"]'}, "classes"), names_in({"classes": "a,b"}, "classes")
     (('a', 'b'), ())
     """
     try:
-        classes = json.loads(metadata.get("classes", "[]"))
+        names = json.loads(metadata.get(key, "[]"))
     except (ValueError, RecursionError):
         return ()
-    is_list = isinstance(classes, list) and all(isinstance(name, str) for name in classes)
-    return tuple(classes) if is_list else ()
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return tuple(names) if is_list else ()
 
 
 def read_whole(path: Path) -> Checkpoint:

@@ -29,6 +29,13 @@ EXTRA = "extra"
 FROZEN = "frozen"
 """The group of a model's frozen tensors, which each worker is sent once (see ``frozen``)."""
 
+STATISTICS = "statistics"
+"""The word for the tensors of a model that are no parameters, such as running means.
+
+They are averaged like parameters, but no server step changes them. It is the key of their names in
+a checkpoint's metadata.
+"""
+
 Groups = Mapping[str, Weights]
 """Tensors by group name."""
 NO_GROUPS: Groups = {}
@@ -136,6 +143,16 @@ def untrained(weights: Weights, train: Sequence[str] | None) -> Weights:
         return {}
     trained = select_tensors(weights, train)
     return {name: tensor for name, tensor in weights.items() if name not in trained}
+
+
+def check_statistics(names: Collection[str], model: Collection[str]) -> None:
+    """Raise ``ValueError`` if one of these names of statistics is no tensor of a model."""
+    for name in names:
+        if name not in model:
+            raise ValueError(
+                f"the statistics include '{name[:60]}', which is no tensor of the model "
+                f"{tensors_of_model(model)}"
+            )
 
 
 def check_extra(forms: Forms, wanted: ExtraForm | None, model: Weights) -> None:

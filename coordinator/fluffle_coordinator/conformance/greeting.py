@@ -5,7 +5,7 @@ from __future__ import annotations
 from fluffle_common.protocol.messages import PROTOCOL, Hello
 from fluffle_common.protocol.model_form import model_form
 from fluffle_common.tensors.checkpoint import check_names
-from fluffle_common.tensors.groups import FROZEN
+from fluffle_common.tensors.groups import FROZEN, check_statistics
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import check_finite
 from fluffle_coordinator.conformance.probe import Probe
@@ -54,16 +54,17 @@ async def welcome(probe: Probe) -> str:
     needed=True,
 )
 async def first_weights(probe: Probe) -> str:
-    groups = await probe.first_weights()
+    message, groups = await probe.first_weights()
     weights, frozen = groups[MODEL], groups.get(FROZEN, {})
     try:
         if not weights:
             raise ValueError("the worker sent a first_weights message without a tensor")
         check_names(weights)
         check_finite(weights)
+        check_statistics(message.statistics, weights)
     except ValueError as why:
         raise Unmet(str(why)) from None
-    form = model_form(weights, frozen)
+    form = model_form(weights, frozen, message.statistics)
     _, first_sign = signs_of_life(probe.messages)[0]
     announced = first_sign.model
     probe.begin_with(weights, frozen)

@@ -203,8 +203,8 @@ class Probe(Listener):
                 f"the worker sent parts that do not match their announcement: {why}"
             ) from None
 
-    async def first_weights(self) -> Groups:
-        """Request first weights, and decode all their groups."""
+    async def first_weights(self) -> tuple[FirstWeights, Groups]:
+        """Request first weights; return the message, and its tensors by group."""
         since = len(self.messages)
         await self.send(InitRequest(**self.of_run(), seed=7))
 
@@ -219,7 +219,8 @@ class Probe(Listener):
 
         message, inline = await self.until(find, "first_weights")
         try:
-            return read_groups(message.tensors, await self._payload(message, inline))
+            payload = await self._payload(message, inline)
+            return message, read_groups(message.tensors, payload)
         except (MalformedMessage, PartsGone) as why:
             raise Unmet(f"the worker sent first weights that cannot be read: {why}") from None
 

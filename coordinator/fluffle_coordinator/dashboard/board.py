@@ -84,7 +84,7 @@ class Board:
         return {
             "run": self.run(),
             "open": self._open_section(),
-            **results(self.view, self._current),
+            **results(self.view),
             "queues": {
                 "figures": grouped(self.figures, self.federation),
                 "note": self.figures_note,

@@ -97,7 +97,7 @@ def snapshot(
             "seconds": sum(seconds_of(each.timings) for each in view.done),
             "checkpoints": len(checkpoints),
         },
-        **results(view, view.next),
+        **results(view),
         "configurations": configurations,
         "checkpoints": list(checkpoints),
     }

@@ -26,8 +26,8 @@ _MAX_EMPTY_ROWS = 3
 _QUEUES_OF_WORKERS = ("inbox", "outbox", "lock", "lock2", "tap")
 
 
-def results(view: RunView, current: int) -> dict[str, Any]:
-    """Return the sections about rounds, workers and rejections; ``current`` is the open round."""
+def results(view: RunView) -> dict[str, Any]:
+    """Return the sections about rounds, workers and rejections."""
     workers = view.workers.in_order()
     people = {
         "known": len(workers),
@@ -41,9 +41,7 @@ def results(view: RunView, current: int) -> dict[str, Any]:
         "curves": curves(view),
         "staleness": staleness(view),
         "people": people,
-        "workers": [
-            _worker(row, current) for row in workers[: None if view.whole else _MAX_WORKERS]
-        ],
+        "workers": list(map(_worker, workers[: None if view.whole else _MAX_WORKERS])),
         "rejected": rejected(view),
     }
 
@@ -120,7 +118,8 @@ def curves(view: RunView) -> dict[str, Any]:
             points.append((each.number, values))
     measured = {name for _, values in points for name in values}
     first = [name for name in ("loss", "training loss", "epsilon") if name in measured]
-    names = [*first, *sorted(measured - set(first))[: None if view.whole else _MAX_METRICS]]
+    others = sorted(measured - set(first), key=lambda name: (name != "accuracy", name))
+    names = [*first, *others[: None if view.whole else _MAX_METRICS]]
     return {
         "rounds": [number for number, _ in points],
         **{name: [values.get(name) for _, values in points] for name in names},
@@ -223,11 +222,11 @@ def _metrics(view: RoundView) -> dict[str, float]:
     }
 
 
-def _worker(row: WorkerView, current: int) -> dict[str, Any]:
+def _worker(row: WorkerView) -> dict[str, Any]:
     names = (
         "name", "state", "why", "num_examples", "round", "step", "steps", "loss", "heartbeat_s",
         "last_seen", "counted", "late", "rejected", "bytes",
     )  # fmt: skip
     train_s = row.train_s / row.trained if row.trained else None
     fields = {name: getattr(row, name) for name in names}
-    return {**fields, "train_s": train_s, "doing": row.doing(current)}
+    return {**fields, "train_s": train_s}

@@ -72,10 +72,12 @@ def unfit(state: State, worker: Worker) -> Misfit | None:
         theirs, ours = worker.model.summary, model.summary
         difference = f"{theirs}, but the federation's model has {ours}"
         if theirs == ours:
-            difference = f"tensors whose names or shapes differ from the federation's ({ours})"
+            difference = f"other tensor names, shapes or statistics than the federation's ({ours})"
         remedy = "the same task and the same JAX_ENABLE_X64 as the other workers"
         if state.model_by == FIRST_WEIGHTS:
             remedy += ", or start a new run with different first weights (--fresh, --init)"
+            if "; statistics: " in theirs and "; statistics: " not in ours:
+                remedy += "; fluffle.save_model writes a file that names the model's statistics"
         return Misfit(
             "model",
             f"the model of worker {worker.name} has {difference}; that model comes from "

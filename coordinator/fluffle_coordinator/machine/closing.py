@@ -80,7 +80,8 @@ def _close_after_quorum(state: State, now: float, out: Effects) -> State:
 
 def _all_failed(state: State) -> bool:
     # The sizes are compared first, since the names are looked up one by one.
-    if state.received or not 0 < len(state.asked) <= len(state.failed):
+    updates = state.folded or _is_folding(state)  # discounted late ones are no answers
+    if updates or not 0 < len(state.asked) <= len(state.failed):
         return False
     # If work outlives its round, an idle worker gets the place of one that failed.
     others = state.workers if state.schedule.continuous else ()

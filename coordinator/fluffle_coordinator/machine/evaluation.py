@@ -18,6 +18,9 @@ def evaluation_arrived(state: State, event: EvaluationArrived, out: Effects) -> 
     if event.run != state.run:
         return state
     number, evaluated = event.round, event.evaluated
+    if state.selects and evaluated.num_examples and event.base == state.base_of(number + 1):
+        found = {**evaluated.metrics, "loss": evaluated.loss}
+        state = state.replace(evaluation=state.evaluation.insert(event.worker, found))
     if (limit := state.rules.max_examples) is not None:
         evaluated = replace(evaluated, num_examples=min(evaluated.num_examples, limit))
     if number in state.unevaluated and event.base == state.base_of(number + 1):

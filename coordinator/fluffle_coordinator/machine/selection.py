@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import NamedTuple
@@ -23,6 +23,8 @@ class Candidate(NamedTuple):
     num_examples: int = 1  # those that it announced
     asked_in: int = 0  # the last round that it was asked in; 0 for none
     train_s: float | None = None  # how long its last training took; None if it has not trained yet
+    # The loss and the metrics of its last evaluation; None if it has not evaluated yet.
+    evaluation: Mapping[str, float] | None = None
 
 
 class Draw(NamedTuple):

@@ -131,6 +131,8 @@ class State:
     refused: Table[str, str] = field(default_factory=Table)  # with the session that was refused
     asked_in: Table[str, int] = field(default_factory=Table)  # the last round each was asked in
     train_s: Table[str, float] = field(default_factory=Table)  # each one's last training time
+    # The loss and the metrics of each one's last evaluation.
+    evaluation: Table[str, Mapping[str, float]] = field(default_factory=Table)
 
     # The open round: its work.
     # Until this round, an earlier coordinator may have asked for updates with other settings.
@@ -283,9 +285,15 @@ class State:
         selection, names = self.rules.selection, sorted(names)
         if selection.fixed and count >= len(names):
             return tuple(names)
-        examples, asked_in, train_s = self.announced, self.asked_in, self.train_s
         candidates = [
-            Candidate(n, examples.get(n) or 1, asked_in.get(n) or 0, train_s.get(n)) for n in names
+            Candidate(
+                name,
+                self.announced.get(name) or 1,
+                self.asked_in.get(name) or 0,
+                self.train_s.get(name),
+                self.evaluation.get(name),
+            )
+            for name in names
         ]
         return select(selection, candidates, count, draw, last, least=least)
 

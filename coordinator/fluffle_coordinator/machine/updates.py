@@ -167,10 +167,10 @@ def folded(state: State, event: Folded, out: Effects) -> State:
         void = update.handle.link != state.link  # then the spares are acknowledged in its place
         out.extend((Forget if void else Ack)(spare.handle) for spare in spares)
     staleness = state.round - update.round
-    asked, open_and_fresh = state.asked, state.phase is Phase.OPEN and not staleness
-    if open_and_fresh and worker not in asked and not state.schedule.continuous:
+    asked, fresh = state.asked, not staleness
+    if fresh and worker not in asked and not state.schedule.continuous:
         asked = asked.insert(worker, Issued(-math.inf, ticket.sequence, state.round))
-    towards_quorum = state.schedule.continuous or not staleness
+    towards_quorum = state.schedule.continuous or fresh
     state = state.replace_for(
         worker,
         norms=state.norms.insert(ticket, event.norm),

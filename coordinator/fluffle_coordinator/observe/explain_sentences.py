@@ -188,12 +188,8 @@ def _answers(explanation: Explanation) -> Iterator[str]:
         yield f"No update of round {this.number} has been counted."
     longest_s = math.inf if explanation.lasted_s is None else explanation.lasted_s
     answers = list(this.answers.values())
-    unlisted = max(0, len(answers) - _MOST_SENTENCES)
-    if unlisted:
-        yield (
-            f"{plural(unlisted, 'earlier answer')} {'is' if unlisted == 1 else 'are'} not listed "
-            f"here: see 'fluffle journal --round {this.number} --kind counted'."
-        )
+    if unlisted := max(0, len(answers) - _MOST_SENTENCES):
+        yield f"{plural(unlisted, 'earlier answer')}: see 'fluffle journal --round {this.number}'."
     for at, update in answers[unlisted:]:
         after = ""
         after_s = 0.0 if this.opened_at is None else at - this.opened_at

@@ -15,11 +15,11 @@ from typing import Any, TypeVar
 from fluffle_common.clock import monotonic
 from fluffle_common.errors import LinkLost, MalformedMessage
 from fluffle_common.protocol.events import RunEvent
-from fluffle_common.protocol.messages import Update
+from fluffle_common.protocol.messages import FirstWeights, Update
 from fluffle_common.protocol.wire_format import MAX_HEADER_BYTES, header_room, read_groups
-from fluffle_common.tensors.checkpoint import check_names
+from fluffle_common.tensors.checkpoint import check_names, names_in
 from fluffle_common.tensors.frozen import Frozen, frozen_of
-from fluffle_common.tensors.groups import FROZEN, untrained
+from fluffle_common.tensors.groups import FROZEN, STATISTICS, check_statistics, untrained
 from fluffle_common.tensors.table import MODEL
 from fluffle_common.tensors.weights import Weights, check_finite, size_bytes
 from fluffle_common.transport.fetch_parts import PartsGone
@@ -32,7 +32,7 @@ from fluffle_coordinator.service.serial_queue import SerialQueue
 from fluffle_coordinator.service.settings import CoordinatorSettings
 from fluffle_coordinator.storage.round_stats import Clock
 from fluffle_coordinator.storage.run_store import Saved, new_base
-from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution
+from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, with_statistics
 from fluffle_coordinator.strategy.fedavg import FEDAVG
 from fluffle_coordinator.strategy.update_checks import check_metrics, decode_update
 from fluffle_coordinator.user_code.calls import call_user
@@ -62,6 +62,7 @@ class Aggregator:
     ) -> None:
         self.weights: Weights | None = saved.weights
         self.frozen = saved.frozen.tensors
+        self.statistics = names_in(saved.metadata, STATISTICS)
         self.broadcast: Weights = NO_TENSORS  # the strategy's tensors that travel with the weights
         self._committer, self._post, self._record = committer, post, record
         self._strategy, self._plan = settings.strategy, settings.whole_plan
@@ -150,7 +151,9 @@ class Aggregator:
     def _begin_sum(self, weights: Weights, saved: Saved | None = None) -> None:
         """Begin the first sum, from what the strategy saved if the run has committed rounds."""
         committed = saved.committed if saved else 0
-        strategy = self._in_round(committed + 1)
+        names = frozenset(self.statistics)
+        strategy = with_statistics(self._in_round(committed + 1), names)
+        self._strategy = strategy.named
         if saved and committed:
             self._state = strategy.load(saved.kept, weights)
         else:
@@ -159,6 +162,7 @@ class Aggregator:
 
     async def _take_first(self, held: Held) -> None:
         message = held.message
+        assert isinstance(message, FirstWeights)
         if self.weights is None:
             try:
                 payload = await self._fetcher.payload(held, self.weights)
@@ -168,6 +172,7 @@ class Aggregator:
                 if not weights:
                     raise ValueError("the message contains no tensor")
                 check_names(weights)
+                check_statistics(message.statistics, weights)
                 frozen = await asyncio.to_thread(_checked, weights, groups.get(FROZEN, NO_TENSORS))
             except LinkLost:
                 held.free()
@@ -177,6 +182,7 @@ class Aggregator:
             except (MalformedMessage, ValueError) as wrong:
                 self._post(ev.Failed(monotonic(), message.worker, message.run, 0, str(wrong)))
             else:
+                self.statistics = message.statistics
                 base, self.frozen = await self._committer.begin_with(weights, frozen)
                 self.weights = weights
                 await self._off_loop(size_bytes(weights), self._begin_sum, weights)

@@ -28,6 +28,7 @@ from fluffle_common.protocol import events as run_events
 from fluffle_common.protocol.exchanges import Handlers, Sent
 from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.frozen import IN_METADATA
+from fluffle_common.tensors.groups import STATISTICS
 from fluffle_common.transport.base import (
     Link,
     QueueInUse,
@@ -310,6 +311,7 @@ class Coordinator:
             "round": str(number),
             "task": self._intake.task,
             "classes": json.dumps(list(self.state.classes or ())),
+            STATISTICS: json.dumps(self._aggregator.statistics),
             **({IN_METADATA: self.state.frozen} if self.state.frozen else {}),
         }
 

@@ -23,10 +23,11 @@ from fluffle_common.protocol.topology import Topology
 from fluffle_common.tensors.checkpoint import (
     check_names,
     checkpoint_name,
-    classes_in,
+    names_in,
     read_checkpoint,
 )
 from fluffle_common.tensors.frozen import IN_METADATA, Frozen, frozen_of, read_frozen
+from fluffle_common.tensors.groups import STATISTICS, check_statistics
 from fluffle_common.tensors.weights import Array, check_finite, check_signature
 from fluffle_coordinator.machine import machine
 from fluffle_coordinator.machine.records import Ticket
@@ -127,6 +128,7 @@ def read_first_model(file: Path) -> FirstModel:
         check_finite(weights)
         check_finite(frozen.tensors)
         check_names(weights)
+        check_statistics(names_in(metadata, STATISTICS), weights)
     except ValueError as wrong:
         raise UsageError(f"{file} cannot be used as the first weights: {wrong}") from None
     return weights, metadata, frozen
@@ -137,7 +139,7 @@ def begin_with(first: FirstModel, store: RunStore, saved: Saved, federation: str
     weights, metadata, frozen = first
     metadata = {
         "task": metadata.get("task", ""),
-        "classes": json.dumps(classes_in(metadata)),
+        **{key: json.dumps(names_in(metadata, key)) for key in ("classes", STATISTICS)},
         "federation": federation,
         "run": saved.run,
         "round": "0",
@@ -179,6 +181,8 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         rules = replace(rules, secret=sampling_secret(folder))
     commits = [line for line in saved.lines if line["event"] == "committed"]
     updates = [update for line in commits for update in line["participants"]]
+    evaluated = (line for line in saved.lines if line["event"] == "evaluated")
+    evaluations = (each for line in evaluated for each in line["evaluations"])
     announced: dict[str, int] = {}
     for update in updates:
         worker = update["worker"]
@@ -194,14 +198,22 @@ def first_state(settings: CoordinatorSettings, saved: Saved, folder: Path, enoug
         earlier=saved.earlier,
         asked_in=Table({name: line["round"] for line in commits for name in line["asked"]}),
         train_s=Table({u["worker"]: u["seconds"] for u in updates if u["seconds"] is not None}),
+        evaluation=Table(
+            {
+                each["worker"]: {**each.get("metrics", {}), "loss": each["loss"]}
+                for each in evaluations
+            }
+        ),
         median_norms=median_norms(commits),
         announced=Table(announced),
         evaluated=saved.evaluated,
         enough=enough,
         has_weights=saved.weights is not None,
         base=saved.base,
-        classes=settings.classes or classes_in(saved.metadata) or None,
-        model=None if saved.weights is None else model_form(saved.weights, saved.frozen.tensors),
+        classes=settings.classes or names_in(saved.metadata, "classes") or None,
+        model=None
+        if saved.weights is None
+        else model_form(saved.weights, saved.frozen.tensors, names_in(saved.metadata, STATISTICS)),
         frozen=saved.frozen.digest,
         classes_by="--classes" if settings.classes else FIRST_WEIGHTS,
     )

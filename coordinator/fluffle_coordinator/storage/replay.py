@@ -16,13 +16,13 @@ from fluffle_common.cli.console import finite
 from fluffle_common.errors import MalformedMessage, UsageError
 from fluffle_common.protocol.messages import Plan, Update
 from fluffle_common.protocol.wire_format import decode
-from fluffle_common.tensors.checkpoint import checkpoint_name, read_checkpoint, read_whole
-from fluffle_common.tensors.groups import untrained
+from fluffle_common.tensors.checkpoint import checkpoint_name, names_in, read_checkpoint, read_whole
+from fluffle_common.tensors.groups import STATISTICS, untrained
 from fluffle_common.tensors.weights import Array, Weights, is_float
 from fluffle_coordinator.storage.history import read_history_lines
 from fluffle_coordinator.storage.run_file import read_run_file
 from fluffle_coordinator.storage.update_archive import read_update, round_folder, update_path
-from fluffle_coordinator.strategy.base import Contribution, Strategy
+from fluffle_coordinator.strategy.base import Contribution, Strategy, with_statistics
 from fluffle_coordinator.strategy.fedavg import fedavg
 from fluffle_coordinator.strategy.update_checks import decode_update
 
@@ -109,7 +109,8 @@ def replay(run: Path, number: int, strategy: Strategy[Any] = fedavg) -> Replay:
         )
     before = read_whole(run / checkpoint_name(number - 1))
     base = before.weights
-    committed, _ = read_checkpoint(run / checkpoint_name(number))
+    committed, metadata = read_checkpoint(run / checkpoint_name(number))
+    strategy = with_statistics(strategy, frozenset(names_in(metadata, STATISTICS)))
     plan = _plan(run, number, strategy)
     state = strategy.init(base) if number == 1 else strategy.load(before.strategy_state, base)
     for place, who in enumerate(participants, start=1):

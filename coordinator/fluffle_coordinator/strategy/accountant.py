@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
-from fluffle_common.arguments import nearest
+from fluffle_common.arguments import nearest, within
 
 _MOST_ROUNDS = 10**9
 _PLD_INTERVAL = 1e-4  # the default of dp-accounting's own accountant
@@ -81,6 +81,45 @@ def accountant(
     if method != "exact":
         _library("pld")
     return Accountant(noise, delta, 1.0 if rate is None else rate, method)
+
+
+def noise_within(
+    budget: float,
+    rounds: int,
+    delta: float = 1e-5,
+    rate: float | None = None,
+    method: str | None = None,
+) -> float:
+    """Return the smallest ``noise`` of ``dp``, to three decimals, that allows so many rounds.
+
+    Args:
+        budget: the epsilon that the rounds together must not exceed.
+        rounds: the number of rounds.
+        delta: the delta of (epsilon, delta).
+        rate: as in ``accountant``.
+        method: as in ``accountant``.
+
+    Raises:
+        ValueError: if an argument is out of range, or no noise below 1,000 is enough.
+
+    Example:
+        >>> noise_within(budget=6, rounds=200, delta=1e-6)
+        11.822
+    """
+    within("budget", budget, 0, above=True)
+    within("rounds", rounds, 1)
+
+    def enough(thousandths: int) -> bool:
+        return accountant(thousandths / 1000, delta, rate, method).epsilon(rounds) <= budget
+
+    most = 10**6
+    found = bisect.bisect_left(range(1, most), True, key=enough) + 1
+    if found == most:
+        raise ValueError(
+            f"no noise below {most // 1000:,} keeps epsilon within {budget:g} for {rounds} rounds; "
+            "raise budget=, or run fewer rounds"
+        )
+    return found / 1000
 
 
 def epsilon(noise: float, rounds: int, delta: float) -> float:

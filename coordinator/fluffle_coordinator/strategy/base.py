@@ -21,6 +21,7 @@ from fluffle_common.tensors.groups import ExtraForm
 from fluffle_common.tensors.weights import Array, Weights
 
 S = TypeVar("S")
+T = TypeVar("T")
 
 NO_TENSORS: Weights = MappingProxyType[str, Array]({})
 
@@ -114,6 +115,15 @@ class Strategy(Protocol[S]):
     def init(self, weights: Weights) -> S:
         """Return the initial state of a run."""
 
+    def with_statistics(self, names: frozenset[str]) -> Strategy[S]:
+        """Return this strategy for a model in which these tensors are no parameters.
+
+        They are statistics, such as running means, and should become the mean of the workers' ones,
+        without a server step. By default, a strategy treats them like all others. Called before
+        ``init`` or ``load``, unless there are none.
+        """
+        return self
+
     def broadcast(self, state: S) -> Weights:
         """Return the tensors that workers receive besides the model; none by default.
 
@@ -149,6 +159,19 @@ class Strategy(Protocol[S]):
             weights: the model that they were saved with.
         """
         return self.init(weights)
+
+
+def parameters_of(tensors: Weights, statistics: frozenset[str]) -> Weights:
+    """Return the tensors that are no statistics."""
+    return {n: t for n, t in tensors.items() if n not in statistics} if statistics else tensors
+
+
+def with_statistics(part: T, names: frozenset[str]) -> T:
+    """Return what ``part.with_statistics(names)`` does, or ``part`` if it has no such method."""
+    if not names or not hasattr(part, "with_statistics"):
+        return part
+    made: T = part.with_statistics(names)
+    return made
 
 
 @dataclass(frozen=True)

@@ -7,16 +7,18 @@ Summed in float64, so integers are exact up to 2**53. The mean by numbers of exa
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
 from fluffle_common.arguments import within
 from fluffle_common.tensors.layout import layout_for
 from fluffle_common.tensors.weights import Array, Weights, finite_norm, largest
-from fluffle_coordinator.strategy.base import Contribution, Needs
+from fluffle_coordinator.strategy.base import Contribution, Needs, parameters_of
 from fluffle_coordinator.strategy.blocks import in_blocks
-from fluffle_coordinator.strategy.weighted import SCALE
+from fluffle_coordinator.strategy.pipeline import Mean
+from fluffle_coordinator.strategy.weighted import SCALE, weighted
 
 _FLOAT = np.dtype(np.float64)
 _END = largest(_FLOAT)
@@ -45,6 +47,14 @@ class Linear:
     factor: Callable[[Contribution], tuple[float, float, float]]
     scale: Callable[[float, float], float]
     needs: Needs = field(default_factory=Needs)
+    averages: bool = True  # whether the shares of the updates add up to 1
+
+    def with_statistics(self, names: frozenset[str]) -> Mean[Any]:
+        """Return the mean for a model with these statistics.
+
+        A sum of more than 1 of the updates extrapolates, which may make a variance negative.
+        """
+        return self if self.averages else _Apart(self, names)
 
     def init(self, weights: Weights) -> LinearSum:
         """Return an empty sum."""
@@ -81,6 +91,36 @@ class Linear:
         return delta, LinearSum(state.total, _NO_TERMS)
 
 
+@dataclass(frozen=True)
+class _Apart(Mean[Any]):
+    """A mean of the parameters, beside the mean of the statistics by numbers of examples."""
+
+    mean: Linear
+    statistics: frozenset[str]
+
+    @property
+    def needs(self) -> Needs:
+        return self.mean.needs
+
+    def init(self, weights: Weights) -> Any:
+        parameters, others = self._split(weights)
+        return self.mean.init(parameters), weighted().init(others)
+
+    def fold(self, state: Any, one: Contribution) -> Any:
+        parameters, others = (replace(one, delta=delta) for delta in self._split(one.delta))
+        return self.mean.fold(state[0], parameters), weighted().fold(state[1], others)
+
+    def finish(self, state: Any, weights: Weights) -> tuple[Weights, Any]:
+        parameters, others = self._split(weights)
+        delta, first = self.mean.finish(state[0], parameters)
+        of_others, second = weighted().finish(state[1], others)
+        return {**delta, **of_others}, (first, second)
+
+    def _split(self, tensors: Weights) -> tuple[Weights, Weights]:
+        parameters = parameters_of(tensors, self.statistics)
+        return parameters, parameters_of(tensors, frozenset(parameters))
+
+
 def uniform() -> Linear:
     """Return the mean with equal weights, whatever the numbers of examples."""
     return Linear(lambda one: (one.discount, one.discount, 0.0), lambda count, _: 1 / count)
@@ -111,7 +151,7 @@ def q_fair(q: float = 1.0, lr: float = 0.1) -> Linear:
         return one.discount * loss**q, one.discount * share, 0.0
 
     needs = Needs(metrics=("loss",), ranges={"loss": (0, _MOST)})
-    return Linear(factor, lambda terms, _: 1 / terms, needs)
+    return Linear(factor, lambda terms, _: 1 / terms, needs, averages=False)
 
 
 def normalised() -> Linear:
@@ -128,4 +168,4 @@ def normalised() -> Linear:
         return one.weight / steps, one.weight * steps, one.weight
 
     needs = Needs(metrics=("steps",), ranges={"steps": (1, _MOST)})
-    return Linear(factor, lambda taken, examples: taken / examples**2, needs)
+    return Linear(factor, lambda taken, examples: taken / examples**2, needs, averages=False)

@@ -7,6 +7,11 @@
 The parts are independent of each other. The mean delta is a pseudo-gradient, so that a server step
 is an ordinary optimizer (Reddi et al., "Adaptive Federated Optimization", ICLR 2021, section 2).
 
+The statistics of a model, such as running means, have no gradient. Their mean delta is added to
+them, and the server step receives the parameters only. Transforms and means receive all tensors. If
+one of these must treat statistics in another way, it has a method ``with_statistics``, as a
+strategy has, which returns the transform or the mean that does.
+
 Example:
     >>> import numpy as np
     >>> from fluffle_coordinator.strategy.weighted import weighted
@@ -27,7 +32,14 @@ from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
 from fluffle_common.tensors.weights import Array, Weights
-from fluffle_coordinator.strategy.base import NO_TENSORS, Contribution, Needs, Strategy
+from fluffle_coordinator.strategy.base import (
+    NO_TENSORS,
+    Contribution,
+    Needs,
+    Strategy,
+    parameters_of,
+    with_statistics,
+)
 from fluffle_coordinator.strategy.weighted import Weighted, apply_delta
 
 M = TypeVar("M")
@@ -67,7 +79,8 @@ class Mean(Protocol[M]):
 class Server(Protocol[T]):
     """The step from the mean delta to the next weights; its state lasts across rounds.
 
-    A class that inherits from this one has the defaults of a step that keeps nothing.
+    Its weights and its delta are those of the parameters; statistics take no step. A class that
+    inherits from this one has the defaults of a step that keeps nothing.
     """
 
     def init(self, weights: Weights) -> T:
@@ -110,13 +123,20 @@ class _Pipeline(Strategy[_PipelineState[M, T]]):
     transforms: tuple[Transform, ...]
     mean: Mean[M]
     server: Server[T]
+    statistics: frozenset[str] = frozenset()
 
     @property
     def needs(self) -> Needs:
         return self.mean.needs
 
+    def with_statistics(self, names: frozenset[str]) -> Strategy[_PipelineState[M, T]]:
+        transforms = tuple([with_statistics(one, names) for one in self.transforms])
+        mean = with_statistics(self.mean, names)
+        return dataclasses.replace(self, transforms=transforms, mean=mean, statistics=names)
+
     def init(self, weights: Weights) -> _PipelineState[M, T]:
-        return _PipelineState(self.mean.init(weights), self.server.init(weights))
+        parameters = parameters_of(weights, self.statistics)
+        return _PipelineState(self.mean.init(weights), self.server.init(parameters))
 
     def fold(self, state: _PipelineState[M, T], one: Contribution) -> _PipelineState[M, T]:
         for transform in self.transforms:
@@ -132,7 +152,12 @@ class _Pipeline(Strategy[_PipelineState[M, T]]):
             new, mean = self.mean.replaced(state.mean, weights)
             return new, _PipelineState(mean, state.server)
         delta, mean = self.mean.finish(state.mean, weights)
-        new, server = self.server.step(state.server, weights, delta)
+        parameters, change = (parameters_of(of, self.statistics) for of in (weights, delta))
+        new, server = self.server.step(state.server, parameters, change)
+        if self.statistics:
+            stepped, new = new, apply_delta(weights, delta)
+            for name, tensor in stepped.items():
+                new[name][...] = tensor
         return new, _PipelineState(mean, server)
 
     def spent(self, rounds: int) -> Mapping[str, float]:
@@ -147,10 +172,11 @@ class _Pipeline(Strategy[_PipelineState[M, T]]):
         return {**with_prefix(_MEAN, mean), **with_prefix(_SERVER, server)}
 
     def load(self, saved: Weights, weights: Weights) -> _PipelineState[M, T]:
+        parameters = parameters_of(weights, self.statistics)
         if not hasattr(self.mean, "load"):
-            return _PipelineState(self.mean.init(weights), self.server.load(saved, weights))
+            return _PipelineState(self.mean.init(weights), self.server.load(saved, parameters))
         mean = self.mean.load(without_prefix(_MEAN, saved), weights)
-        return _PipelineState(mean, self.server.load(without_prefix(_SERVER, saved), weights))
+        return _PipelineState(mean, self.server.load(without_prefix(_SERVER, saved), parameters))
 
 
 def pipeline(

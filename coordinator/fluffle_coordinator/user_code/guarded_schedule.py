@@ -54,8 +54,9 @@ class GuardedSchedule:
         return self._workers("cohort", state)
 
     def again(self, state: State) -> tuple[str, ...]:
-        """Return ``Schedule.again`` without the workers that have answered."""
-        answered = {ticket.worker for ticket in state.received}
+        """Return ``Schedule.again`` without the workers that have answered in this round."""
+        of_round = (ticket for ticket, one in state.received.items() if one.round == state.round)
+        answered = {ticket.worker for ticket in of_round}
         return tuple(name for name in self._workers("again", state) if name not in answered)
 
     def idle(self, state: State, worker: str) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,16 @@ class GuardedStrategy:
     def needs(self) -> Needs:
         """What the strategy needs from the coordinator."""
         return self.named.strategy.needs
+
+    def with_statistics(self, names: frozenset[str]) -> GuardedStrategy:
+        """Return the strategy for a model in which these tensors are no parameters."""
+        if not hasattr(self.named.strategy, "with_statistics"):
+            return self
+        strategy = self._call("with_statistics", names)
+        with self._checking("with_statistics()", "no strategy"):
+            if not callable(getattr(strategy, "fold", None)):
+                raise TypeError(f"the value is of type {type(strategy).__name__}")
+        return replace(self, named=replace(self.named, strategy=strategy))
 
     def init(self, weights: Weights) -> Any:
         """Return the state at the start of a run."""

@@ -17,7 +17,7 @@ from fluffle_common.durable_files import open_regular
 from fluffle_common.errors import UsageError
 from fluffle_common.protocol.messages.base import Model
 from fluffle_common.protocol.messages.fields import Metric
-from fluffle_common.tensors.checkpoint import classes_in, read_checkpoint
+from fluffle_common.tensors.checkpoint import names_in, read_checkpoint
 from fluffle_common.tensors.weights import Array, check_finite
 from fluffle_worker.letters.images import Images
 from fluffle_worker.letters.pixels import SIDE
@@ -53,7 +53,7 @@ class LettersModel:
 
     def __init__(self, path: Path) -> None:
         weights, metadata = read_checkpoint(path)
-        self.classes = classes_in(metadata)
+        self.classes = names_in(metadata, "classes")
         if not self.classes:
             raise UsageError(
                 f"{path} is not a model of the letters task, because it has no list of classes "

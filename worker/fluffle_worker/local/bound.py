@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -67,6 +67,22 @@ class BoundRule:
             raise TaskError(
                 f"the local rule {self.name} needs the gradient of each example, but batch "
                 "normalization mixes the examples of a batch; use layer or group normalization"
+            )
+
+    def check_statistics(self, changed: Iterable[str]) -> None:
+        """Check that no tensor leaves without the noise that such a rule adds to gradients.
+
+        ``changed`` are the tensors to send that training has changed although they have no
+        gradient.
+
+        Raises:
+            TaskError: if there are some, and the rule needs the gradient of each example.
+        """
+        if self.per_example and (name := min(changed, default="")):
+            raise TaskError(
+                f"the local rule {self.name} changes only gradients, but training also changes "
+                f"'{name:.100}', which has no gradient and would be sent as it is; keep this "
+                "tensor with the worker (federated=), or freeze it (frozen=)"
             )
 
     @property

@@ -119,6 +119,7 @@ class FlaxTask(AdaptedTask):
         self._score_trained = score_trained
         self._take_examples(train_data, valid_data, num_examples, sample_seed)
         self._parts = ModelParts(model, federated, frozen)
+        self.statistics = self._parts.statistics
         self._share_frozen(share_frozen)
         self._steps: dict[tuple[int, Any], FlatStep] = {}
         self._forward = jax.jit(self._forward_step)

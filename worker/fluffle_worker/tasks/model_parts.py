@@ -68,6 +68,7 @@ class ModelParts:
             like, compiled = _made(model), lambda make: make
         self._graph, travelling, at_home = self._split(like)
         self.form = list(flat_state(travelling))
+        self.statistics = _names([x for x in self.form if isinstance(x[1], nnx.BatchStat)])
         self._personal_form = list(flat_state(at_home.personal))
         self._frozen_form = list(flat_state(at_home.frozen))
         self._check(frozen, named(nnx.filter_state(nnx.state(like), AVERAGED)))
@@ -213,6 +214,11 @@ def arrays_of(module: nnx.Module, chosen: Any = True) -> dict[str, Array]:
 def untrained(_: nnx.Module) -> set[str]:
     """Return no names: only the filters of a task say which tensors of Flax are frozen."""
     return set()
+
+
+def statistics(module: nnx.Module) -> set[str]:
+    """Return the names of the running statistics."""
+    return {*named(nnx.state(module, nnx.BatchStat))}
 
 
 def _arrays(state: Any) -> dict[str, Array]:

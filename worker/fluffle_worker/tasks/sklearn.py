@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from sklearn.base import is_classifier
@@ -93,6 +93,19 @@ class SklearnTask:
                 f"{kind} lacks coef_ or intercept_ after fitting; expected a linear "
                 "estimator, such as SGDClassifier"
             )
+
+    @property
+    def labels(self) -> Array:
+        """The targets of the training examples, by which ``fluffle.simulation`` partitions them."""
+        targets: Array = self._train[1]
+        return targets
+
+    def part(self, rows: Array, sample_seed: int) -> Self:
+        """Return a task on a subset of the training examples; see ``AdaptedTask.part``."""
+        made = copy.copy(self)
+        made._train, made._valid = (self._train[0][rows], self._train[1][rows]), None
+        made.num_examples, made._sample_seed = len(rows), sample_seed
+        return made
 
     def init(self, seed: int) -> Weights:
         """Return zeros, with which these estimators start, whatever the seed."""

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
+from torch.utils.data import DataLoader
 
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
@@ -140,14 +141,19 @@ class TorchTask(AdaptedTask):
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
         self._score_trained = score_trained
+        if isinstance(train_data, DataLoader):
+            raise TaskError(
+                "train_data is a DataLoader; pass 'lambda epoch, rng: iter(loader)' as train_data, "
+                "with num_examples=len(loader.dataset), or pass the tensors"
+            )
         self._take_examples(train_data, valid_data, num_examples, sample_seed)
         self._model = model
         made = self._made(0)
         self._module = copy_of(made).to(self._device)
-        _originals[self._module] = [
-            (name, weakref.ref(one)) for name, one in made.named_parameters()
-        ]
+        params = dict(made.named_parameters())
+        _originals[self._module] = [(name, weakref.ref(one)) for name, one in params.items()]
         self._travel, self._frozen = self._split(federated, frozen)
+        self.statistics = self._travel - params.keys()
         self._share_frozen(share_frozen)
 
     def model_form(self) -> dict[str, Array]:

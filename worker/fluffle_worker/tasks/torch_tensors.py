@@ -72,6 +72,11 @@ def untrained(module: nn.Module) -> set[str]:
     return {name for name, one in module.named_parameters() if not one.requires_grad}
 
 
+def statistics(module: nn.Module) -> set[str]:
+    """Return the names of the buffers, such as running means."""
+    return tensors_of(module).keys() - {name for name, _ in module.named_parameters()}
+
+
 def fill(module: nn.Module, arrays: Mapping[str, Array]) -> None:
     """Set the tensors that have one of these names, in place."""
     with torch.no_grad():

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, Strict
 from pydantic_core import PydanticKnownError
 
-from fluffle_common.tensors.table import MAX_DIMENSIONS, MAX_TENSOR_NAME
+from fluffle_common.tensors.table import MAX_DIMENSIONS, MAX_TENSOR_NAME, MAX_TENSORS
 
 MAX_NUM_EXAMPLES = 10**12
 MAX_METRICS = MAX_METRIC_NAME = MAX_ID = 64
@@ -71,6 +71,11 @@ Extra = (
         limited(1000),
     ]
 )
+TensorNames = Annotated[
+    tuple[Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)], ...],
+    Strict(False),
+    Field(max_length=MAX_TENSORS, fail_fast=True),
+]
 Train = Annotated[
     tuple[Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)], ...],
     Strict(False),

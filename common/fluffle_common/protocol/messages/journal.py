@@ -5,12 +5,23 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, Strict
+from pydantic import AfterValidator, Field, Strict
 
 from fluffle_common.protocol.messages.base import Header, Model
 from fluffle_common.protocol.messages.fields import Id, limited
 
-_MAX_FIELDS = 1000
+_MAX_FIELDS, _MAX_DEPTH = 1000, 20
+
+
+def _check_depth(fields: dict[str, Any]) -> dict[str, Any]:
+    """Limit the nesting of an event's fields, which whoever shows them follows recursively."""
+    level: list[Any] = [fields]
+    for _ in range(_MAX_DEPTH):
+        items = (item for of in level for item in (of.values() if isinstance(of, dict) else of))
+        level = [item for item in items if isinstance(item, dict | list | tuple)]
+    if level:
+        raise ValueError(f"the values are nested more than {_MAX_DEPTH} deep")
+    return fields
 
 
 class EventRecord(Model):
@@ -19,7 +30,9 @@ class EventRecord(Model):
     event: Annotated[str, Field(min_length=1, max_length=64)]
     time: Annotated[str, Field(max_length=40)]
     run: Id | None = None
-    fields: Annotated[dict[str, Any], limited(_MAX_FIELDS)] = Field(default_factory=dict)
+    fields: Annotated[dict[str, Any], limited(_MAX_FIELDS), AfterValidator(_check_depth)] = Field(
+        default_factory=dict
+    )
 
     @property
     def moment(self) -> datetime | None:

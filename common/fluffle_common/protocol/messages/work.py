@@ -140,12 +140,14 @@ class Stop(Header):
 class FirstWeights(TransferHeader):
     """The answer to an ``init_request``.
 
-    Frozen tensors that the task shares are in the group ``frozen``.
+    Frozen tensors that the task shares are in the group ``frozen``. ``statistics`` names the
+    tensors that are no parameters (see ``tensors.groups``).
     """
 
     kind: Literal["first_weights"] = "first_weights"
     run: fields.Id
     worker: fields.WorkerId
+    statistics: fields.TensorNames = ()
 
 
 class Update(TransferHeader):

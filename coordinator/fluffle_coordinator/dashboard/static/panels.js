@@ -72,9 +72,11 @@ function open(board, now) {
     () => make("i"),
     (node, slot) => mark(node, "data-in", slot < (most * open.updates) / Math.max(open.needed, open.updates, 1) ? "" : null),
   );
+  // Those that the round waits for come first, and of these, those that cannot answer any more.
+  const missing = open.missing.toSorted((one, other) => other.hopeless - one.hopeless);
   const answers = [
+    ...missing.map((one) => ({ ...one, in: false })),
     ...open.answered.map((one) => ({ ...one, in: true })),
-    ...open.missing.map((one) => ({ ...one, in: false })),
   ];
   keyed(
     $("answers"),
