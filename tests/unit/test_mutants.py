@@ -310,7 +310,7 @@ MUTANTS = [
     Mutant(
         "closes a round with late updates",
         updates,
-        "    towards_quorum = state.schedule.continuous or not staleness\n",
+        "    towards_quorum = state.schedule.continuous or fresh\n",
         "    towards_quorum = True\n",
         "test_a_late_update_counts_in_the_open_round_and_does_not_close_it",
     ),
