@@ -715,6 +715,29 @@ def test_a_round_closes_however_few_workers_it_selects(tmp_path, monkeypatch, ru
     assert sizes == ({1} if rule != "poisson" else {1, 2, 3} if fraction < 1 else {3})
 
 
+def test_a_selection_by_evaluations_goes_on_after_a_restart(tmp_path, monkeypatch):
+    class Scored(Adder):
+        def __init__(self, loss):
+            super().__init__()
+            self.loss = loss
+
+        def evaluate(self, weights):
+            return fluffle.EvalResult(self.loss, 1)
+
+    (tmp_path / "mine.py").write_text(
+        "def hardest(candidates, count, draw):\n"
+        "    def loss(one):\n"
+        "        return one.evaluation['loss'] if one.evaluation else float('inf')\n"
+        "    return [one.name for one in sorted(candidates, key=loss, reverse=True)][:count]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    tasks = {name: Scored(loss) for name, loss in (("a", 1.0), ("b", 3.0), ("c", 2.0))}
+    options = {"select": "mine.py:hardest", "sample": 1, "folder": "run"}
+    for rounds in (6, 8):  # the first round has no model to evaluate; then each worker has its turn
+        run = fluffle.run(tasks, rounds=rounds, **options)
+    assert [*map("".join, (each.participants for each in run.history))] == [*"aabcbbbb"]
+
+
 def test_a_run_that_the_budget_ends_says_so(tmp_path):
     options = {"strategy": "dp:clip=1,noise=4,workers=2,budget=2", "folder": tmp_path}
     for _ in range(2):

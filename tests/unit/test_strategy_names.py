@@ -184,7 +184,7 @@ def test_an_update_with_a_needed_metric_out_of_range_is_rejected(name, metric, v
 
 
 def test_the_command_and_the_document_list_every_part():
-    shown = CliRunner().invoke(strategies, [])
+    shown = CliRunner().invoke(strategies, [], env={"COLUMNS": "140"})
     assert shown.exit_code == 0
     document = ALGORITHMS.read_text()
     for name, part in PARTS.items():

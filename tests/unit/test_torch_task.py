@@ -304,6 +304,8 @@ def test_a_data_loader_in_place_of_the_data_is_told_how_to_be_a_stream():
     loader = torch.utils.data.DataLoader(rows)
     with pytest.raises(TaskError, match=r"iter\(loader\)' .*num_examples=len\(loader.dataset\)"):
         task_of(train_data=loader)
+    with pytest.raises(TaskError, match=r"valid_data is a DataLoader; .*batch_size=len\(dataset\)"):
+        task_of(valid_data=loader)
 
 
 def test_a_plan_may_train_a_part_of_the_model():

@@ -9,7 +9,7 @@ from enum import StrEnum
 from operator import add, sub
 from typing import Any, NamedTuple
 
-from rpds import HashTrieMap
+from rpds import HashTrieMap, List
 
 from fluffle_common.plural import listed
 from fluffle_common.protocol.messages import ModelForm
@@ -150,8 +150,8 @@ class State:
     # The open round: its updates and its timers.
     received: Table[Ticket, Arrived] = field(default_factory=Table)
     norms: Table[Ticket, float] = field(default_factory=Table)  # of those in the running sum
-    # Other copies, some of which may be acknowledged.
-    spares: Table[Ticket, tuple[Arrived, ...]] = field(default_factory=Table)
+    # Other copies, some of which may be acknowledged; a worker may send any number of them.
+    spares: Table[Ticket, List[Arrived]] = field(default_factory=Table)
     folded: int = 0  # how many of those in the sum count towards the quorum
     began_at: float = 0.0  # when the round was first opened
     opened_at: float = 0.0  # when it was last opened or reopened

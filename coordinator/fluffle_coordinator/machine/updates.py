@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
+from rpds import List
+
 from fluffle_common.protocol import events as run_events
 from fluffle_coordinator.machine.effects import Ack, Effects, Fold, Forget, Judge, Reject
 from fluffle_coordinator.machine.evaluation import record_evaluation
@@ -155,7 +157,7 @@ def _hold_copy(state: State, copy: Arrived, out: Effects) -> State:
         return state
     if ticket in state.norms:
         out.append(Forget(copy.handle))
-    copies = (*state.spares.get(ticket, ()), copy)
+    copies = state.spares.get(ticket, List()).push_front(copy)
     return state.replace(spares=state.spares.insert(ticket, copies))
 
 
@@ -205,11 +207,10 @@ def fold_failed(state: State, event: FoldFailed, out: Effects) -> State:
     else:
         out.append(Reject(failed.handle, event.reason, event.cause))
     if copies := state.spares.get(ticket):
-        first, *rest = copies
-        update = _weighed(state, first, out)
+        update = _weighed(state, next(iter(copies)), out)
         if state.phase is not Phase.COMMITTING:  # else it would be in the next round's sum
             out.append(_fold(state, update))
-        return _hold(state, update).replace(spares=state.spares.insert(ticket, tuple(rest)))
+        return _hold(state, update).replace(spares=state.spares.insert(ticket, copies.drop_first()))
     was_asked = state.answer(worker) is failed
     state = state.replace_for(
         worker, received=state.received.discard(ticket), spares=state.spares.discard(ticket)

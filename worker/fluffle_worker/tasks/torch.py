@@ -22,7 +22,6 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree
-from torch.utils.data import DataLoader
 
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
@@ -48,6 +47,7 @@ from fluffle_worker.tasks.torch_tensors import (
     as_array,
     as_tensor,
     check_choice,
+    check_no_loader,
     copies_of,
     copy_of,
     fill,
@@ -140,14 +140,9 @@ class TorchTask(AdaptedTask):
         self.classes, self.local_rule = classes, bound_rule(local_rule)
         self._loss, self._metrics, self._augment = loss, as_metrics(metrics), augment
         self._optimizer, self._learning_rate = optimizer, as_rate(learning_rate)
-        self._score_trained = score_trained
-        if isinstance(train_data, DataLoader):
-            raise TaskError(
-                "train_data is a DataLoader; pass 'lambda epoch, rng: iter(loader)' as train_data, "
-                "with num_examples=len(loader.dataset), or pass the tensors"
-            )
+        check_no_loader(train_data, valid_data)
         self._take_examples(train_data, valid_data, num_examples, sample_seed)
-        self._model = model
+        self._model, self._score_trained = model, score_trained
         made = self._made(0)
         self._module = copy_of(made).to(self._device)
         params = dict(made.named_parameters())
@@ -400,7 +395,6 @@ def _gradients_of_examples(
     except RuntimeError as why:
         raise TaskError(
             "the local rule needs the gradient of each example, but torch.func.vmap cannot compute "
-            f"it ({one_line(why)}); if a layer of the model does not support torch.func.vmap, use "
-            "another layer"
+            f"it ({one_line(why)}); if it does not support a layer, use another layer"
         ) from why
     return gradients, losses

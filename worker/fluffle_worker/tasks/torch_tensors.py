@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
+from torch.utils.data import DataLoader
 
 from fluffle_common.cli.user_values import shown
 from fluffle_common.errors import TaskError
@@ -51,6 +52,20 @@ def check_choice(tensors: Mapping[str, Any], **filters: Any) -> None:
                 f"tensor '{name}' of the model has no shape yet, because its module is lazy; in "
                 "the function that you give as model=, call the module once with a batch"
             )
+
+
+def check_no_loader(train_data: Any, valid_data: Any) -> None:
+    """Raise ``TaskError`` if a ``DataLoader`` stands where tensors or a stream are expected."""
+    if isinstance(train_data, DataLoader):
+        raise TaskError(
+            "train_data is a DataLoader; pass 'lambda epoch, rng: iter(loader)' as train_data, "
+            "with num_examples=len(loader.dataset), or pass the tensors"
+        )
+    if isinstance(valid_data, DataLoader):
+        raise TaskError(
+            "valid_data is a DataLoader; pass the tensors, such as the batch of a DataLoader with "
+            "batch_size=len(dataset)"
+        )
 
 
 def tensors_of(module: nn.Module) -> dict[str, Any]:
