@@ -810,7 +810,8 @@ def test_the_last_evaluation_fits_next_to_the_bar_of_a_narrow_terminal(monkeypat
 
 def test_a_terminal_that_cannot_redraw_a_bar_gets_lines(monkeypatch, capsys):
     monkeypatch.setenv("TERM", "dumb")
-    monkeypatch.setattr("fluffle.progress.is_terminal", lambda _: True)
+    for module in ("fluffle.progress", "fluffle_common.cli.printing"):
+        monkeypatch.setattr(f"{module}.is_terminal", lambda _: True)
     fluffle.run([Adder()], rounds=1)
     assert "round 1: loss 1.0000" in capsys.readouterr().err
 

@@ -246,7 +246,7 @@ def test_names_that_the_model_lacks_end_the_worker_when_it_starts(federated):
     async def scenario(federation):
         task = Normed(federation.loop)
         task.statistics = ("var", "mean")
-        with pytest.raises(TaskError, match=r"include 'mean', which is no .*; correct the task's"):
+        with pytest.raises(TaskError, match=r"include 'mean', which is not .*; correct the task's"):
             federation.worker("a", task)
 
     federated(scenario)

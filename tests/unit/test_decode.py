@@ -144,7 +144,7 @@ async def test_several_journal_events_are_counted():
 
 
 async def test_an_event_that_anyone_sent_can_be_shown_as_json(tmp_path, capsys):
-    fields = {"bytes": b"\xff", "nan": math.nan, "list": [math.inf, [b""]]}
+    fields = {"bytes": b"\xff", "nan": math.nan, "list": [math.inf, [b""]], "map": {b"k": 1}}
     event = Event(federation="f", event="x", time="t", session="s", number=1, fields=fields)
     (delivery,) = await through(encode(event))
     decoded = decode_message(delivery, "f")
@@ -154,7 +154,9 @@ async def test_an_event_that_anyone_sent_can_be_shown_as_json(tmp_path, capsys):
     line, _, peeked = capsys.readouterr().out.partition("\n")
     for text in (saved, line, peeked):
         shown = json.loads(text, parse_constant=pytest.fail)
-        assert shown["fields"] == {"bytes": "b'\\xff'", "nan": None, "list": [None, ["b''"]]}
+        assert shown["fields"] == {
+            "bytes": "b'\\xff'", "nan": None, "list": [None, ["b''"]], "map": {"b'k'": 1}
+        }  # fmt: skip
 
 
 async def test_a_saved_message_is_its_body_and_a_description(tmp_path):

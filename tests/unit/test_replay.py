@@ -457,3 +457,22 @@ def test_code_that_a_run_folder_names_is_not_run_unless_the_user_names_it(
     assert isinstance(replayed.exception, UsageError)
     assert "evil" in str(replayed.exception).partition("give --strategy ")[2]
     assert not ran.exists()
+
+
+def test_a_round_of_an_object_of_a_program_is_replayed_with_the_code_that_the_user_names(
+    folder, monkeypatch
+):
+    monkeypatch.chdir(folder)
+    (folder / "mine.py").write_text(
+        "from fluffle_coordinator.strategy.fedavg import fedavg\n"
+        "class Mine(type(fedavg)):\n    pass\n"
+        "mine = Mine(*(getattr(fedavg, name) for name in vars(fedavg)))\n"
+    )
+    history = folder / "history.jsonl"
+    lines = [json.loads(x) | {"strategy": "Mine"} for x in history.read_text().splitlines()]
+    history.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    arguments = [str(folder), "--round", "1"]
+    with pytest.raises(UsageError, match="give --strategy path.py:name"):
+        CliRunner().invoke(replay_command, arguments, catch_exceptions=False)
+    arguments += ["--strategy", "mine.py:mine"]
+    assert CliRunner().invoke(replay_command, arguments, catch_exceptions=False).exit_code == 0

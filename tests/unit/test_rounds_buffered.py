@@ -431,6 +431,19 @@ def test_others_are_asked_at_once_although_a_late_update_counts():
     assert "reopened" in event_names(run.failed(another, 2))
 
 
+def test_with_late_updates_a_late_evaluation_counts_if_there_is_no_other():
+    run = Run(Rules(rounds=4, min_workers=3, quorum=rs.Quorum(number=2)), schedule=LATE)
+    run.connect()
+    for name in "abc":
+        run.seen(name, hello=True)
+    for _ in range(2):
+        run.update("a")
+        run.update("b")
+        run.committed("a", "b")
+    assert only(run.evaluation("c", 1, "b1"), fx.RecordEvaluation)
+    assert not only(run.evaluation("b", 1, "b1"), fx.RecordEvaluation)
+
+
 def test_a_late_update_does_not_enlarge_a_quorum_of_all():
     run = Run(Rules(rounds=3, min_workers=2), schedule=QuorumRounds(max_staleness=1))
     run.connect()

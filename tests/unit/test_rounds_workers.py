@@ -194,6 +194,13 @@ def test_the_echo_alone_keeps_the_clock_running():
     assert [effect.worker for effect in only(effects, run_events.Gone)] == ["a", "b"]
 
 
+def test_of_many_workers_that_are_gone_at_once_the_first_are_named():
+    run = heard("a", *(f"w{number:02}" for number in range(20)))
+    (smaller,) = only(pass_time(run, 12, "a"), run_events.Quorum)
+    names = ", ".join(f"w{number:02}" for number in range(12))
+    assert smaller.reason == f"{names} and 8 more are gone"
+
+
 @pytest.mark.parametrize(
     ("event", "reason"),
     [

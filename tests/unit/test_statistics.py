@@ -189,6 +189,31 @@ def test_the_transforms_of_a_user_get_every_tensor_and_a_server_step_the_paramet
     assert new["var"].tolist() == [2.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("stepped", "reason"),
+    [
+        ({"w": np.zeros(1)}, "shape"),
+        ({"w": np.zeros(2, np.float32)}, "float32"),
+        ({}, "w"),
+        ({"w": np.zeros(2), "var": np.zeros(2)}, "var"),
+    ],
+)
+def test_a_server_step_with_other_tensors_than_the_parameters_is_an_error(stepped, reason):
+    class Wrong(Server[None]):
+        def init(self, weights: Any) -> None:
+            pass
+
+        def step(self, state: Any, weights: Any, delta: Any) -> Any:
+            return stepped, state
+
+    base = {"w": np.zeros(2), "var": np.ones(2)}
+    strategy = with_statistics(pipeline(mean=weighted(), server=Wrong()), VAR)
+    one = Contribution(worker="a", num_examples=1, delta={"w": np.ones(2), "var": np.ones(2)})
+    state = strategy.fold(strategy.init(base), one)
+    with pytest.raises(ValueError, match=reason):
+        strategy.finish(state, base)
+
+
 def test_a_model_of_statistics_alone_takes_no_step():
     base = {"var": np.ones(2, np.float32)}
     for name in ("fedavgm", "fedadam", "clip:1+fedavgm", "fednova"):

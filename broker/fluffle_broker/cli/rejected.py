@@ -175,7 +175,7 @@ def show(group: dict[str, Any], /, number: int, **options: Any) -> None:
         echo_json(message.as_dict(now))
         return
     show_message(message.decoded, now, f"{number}  ")
-    echo(f"   rejected at {message.rejected_at or '?'} from {message.queue or 'an unknown queue'}")
+    echo(f"   rejected at {_local(message.rejected_at)} from {message.queue or 'an unknown queue'}")
 
 
 @rejected.command()

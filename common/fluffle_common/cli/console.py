@@ -182,11 +182,11 @@ def json_line(value: Any) -> str:
 
 
 def finite(value: Any) -> Any:
-    """Return a value in which None replaces each number that is not finite, at any depth."""
+    """Return a value for JSON: None replaces each number that is not finite, and keys are text."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {key: finite(item) for key, item in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 

@@ -42,6 +42,7 @@ def form_from(
     ``statistics`` names the tensors that are not parameters. In the digest, the entry of such a
     tensor ends with the word for it, and that of a frozen tensor with the name of its group.
     """
+    statistics = frozenset(statistics)  # there may be thousands
     entries: list[tuple[Any, ...]] = [
         (name, dtype.name, shape, *([STATISTICS] if name in statistics else ()))
         for name, dtype, shape in signature

@@ -13,7 +13,7 @@ from fluffle_common.cli.app import count
 from fluffle_common.cli.output_files import OutputFile, output_file
 from fluffle_common.cli.printing import echo, echo_json, echo_sentences, screen, table
 from fluffle_common.errors import UsageError
-from fluffle_common.plural import plural
+from fluffle_common.plural import listed, plural
 
 if TYPE_CHECKING:
     from fluffle_coordinator.storage.replay import Distance, Replay
@@ -96,18 +96,22 @@ def _strategy(folder: Path, number: int, given: str | None) -> Strategy[Any]:
     from fluffle_coordinator.user_code.strategy_loading import is_installed, load_strategy
 
     name, file = strategy_of(folder, number)
+    recorded = name
+    if ":" not in name and not is_installed(name):  # the class of an object of a Python program
+        recorded = "path.py:name"
+    elif file:
+        recorded = f"{file}:{name.rpartition(':')[2]}"
     if given is None and not is_installed(name):
-        recorded = f"{file}:{name.rpartition(':')[2]}" if file else name
         raise UsageError(
             f"round {number} of {folder} was made with the strategy {name}, which is neither "
             "built in nor added by an installed package; if you trust its code, give --strategy "
             f"{recorded}"
         )
     named = load_strategy(given or name)
-    if named.name != name:
+    if name not in (named.name, load_strategy(named.strategy).name):
         raise UsageError(
             f"round {number} of {folder} was made with the strategy {name}, not {named.name}; "
-            f"give --strategy {name}"
+            f"give --strategy {recorded}"
         )
     if not named.strategy.needs.repeatable:
         raise UsageError(
@@ -126,7 +130,7 @@ def _print(comparison: Replay) -> None:
         shape = " x ".join(map(str, tensor.shape)) or "()"
         rows.add_row(tensor.name, tensor.dtype, shape, _words(tensor.replayed))
     screen().print(rows)
-    workers = ", ".join(f"{u['worker']} ({u['num_examples']})" for u in comparison.participants)
+    workers = listed([f"{u['worker']} ({u['num_examples']})" for u in comparison.participants])
     echo_sentences(
         f"round {comparison.round} of run {comparison.run} was averaged again from the updates "
         f"of {workers} and compared with {comparison.checkpoint}"

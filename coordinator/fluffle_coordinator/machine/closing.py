@@ -171,6 +171,7 @@ def report_smaller_quorum(before: State, after: State, event: Event, out: Effect
 def _why_smaller(before: State, after: State, event: Event) -> str:
     gone = [n for n in before.asked if n in before.workers and n not in after.workers]
     if gone:
-        return f"{', '.join(sorted(gone))} {'left' if isinstance(event, Left) else 'is gone'}"
+        are_gone = "is gone" if len(gone) == 1 else "are gone"
+        return f"{listed(sorted(gone))} {'left' if isinstance(event, Left) else are_gone}"
     failed = [name for name in after.failed if name not in before.failed]
-    return f"{', '.join(sorted(failed)) or 'a worker'} failed"
+    return f"{listed(sorted(failed)) or 'a worker'} failed"

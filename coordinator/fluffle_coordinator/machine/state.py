@@ -150,7 +150,7 @@ class State:
     # The open round: its updates and its timers.
     received: Table[Ticket, Arrived] = field(default_factory=Table)
     norms: Table[Ticket, float] = field(default_factory=Table)  # of those in the running sum
-    # Other copies, until one is known to be sound; a worker may send any number of them.
+    # Other copies, some of which may be acknowledged; a worker may send any number of them.
     spares: Table[Ticket, List[Arrived]] = field(default_factory=Table)
     folded: int = 0  # how many of those in the sum count towards the quorum
     began_at: float = 0.0  # when the round was first opened

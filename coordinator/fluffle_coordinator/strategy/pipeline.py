@@ -31,7 +31,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Generic, Protocol, TypeVar
 
-from fluffle_common.tensors.weights import Array, Weights
+from fluffle_common.tensors.weights import Array, Weights, same_form
 from fluffle_coordinator.strategy.base import (
     NO_TENSORS,
     Contribution,
@@ -155,6 +155,7 @@ class _Pipeline(Strategy[_PipelineState[M, T]]):
         parameters, change = (parameters_of(of, self.statistics) for of in (weights, delta))
         new, server = self.server.step(state.server, parameters, change)
         if self.statistics:
+            same_form(new, parameters)  # or a wrong one would be broadcast, or not be missed
             stepped, new = new, apply_delta(weights, delta)
             for name, tensor in stepped.items():
                 new[name][...] = tensor
