@@ -33,11 +33,9 @@ demo: install
 # Tests mostly wait for a broker or a process, so run several at once. All jobs share a RabbitMQ.
 JOBS ?= 4
 
-# A file's tests stay in one job, which shares what they compile. The slow files come first, in the
-# order of `testpaths`, so that no job is left alone with one of them at the end.
+# The slowest tests come first, in the order of `testpaths`, so that no job is left alone with them.
 test: install check browser
-	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist loadfile \
-		--no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not long" --numprocesses $(JOBS) --dist worksteal $(ARGS)
 
 # The fast tests: the pure core and federations in one process, without a broker, JAX or a terminal,
 # and with fewer examples of each property.

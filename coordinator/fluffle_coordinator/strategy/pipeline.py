@@ -155,7 +155,7 @@ class _Pipeline(Strategy[_PipelineState[M, T]]):
         parameters, change = (parameters_of(of, self.statistics) for of in (weights, delta))
         new, server = self.server.step(state.server, parameters, change)
         if self.statistics:
-            same_form(new, parameters)  # or a wrong one would be broadcast, or not be missed
+            same_form(new, parameters)  # below, NumPy would broadcast a tensor of another shape
             stepped, new = new, apply_delta(weights, delta)
             for name, tensor in stepped.items():
                 new[name][...] = tensor
