@@ -157,6 +157,16 @@ def opened(*workers: str, rules: Rules | None = None, **start: Any) -> Run:
     return run
 
 
+def committing_during_a_fold() -> Run:
+    """Return a run that commits the updates of a and b while that of c is being folded."""
+    run = opened(*"abc", rules=Rules(rounds=2, min_workers=3, quorum=Quorum(number=2)))
+    run.arrived("c")
+    run.update("a")
+    run.update("b")
+    assert run.state.phase is Phase.COMMITTING
+    return run
+
+
 def late_event(worker: str) -> run_events.Late:
     return run_events.Late(worker=worker, round=1, num_examples=10)
 
@@ -775,11 +785,7 @@ def test_the_copy_is_folded_if_the_first_is_rejected():
 
 
 def test_a_copy_is_not_folded_while_the_round_is_being_committed():
-    run = opened(*"abc", rules=Rules(rounds=2, min_workers=3, quorum=Quorum(number=2)))
-    run.arrived("c")
-    run.update("a")
-    run.update("b")
-    assert run.state.phase is Phase.COMMITTING
+    run = committing_during_a_fold()
     run.arrived("c")
     spare = run.last_handle
     effects = run.fold_failed("c")
@@ -905,11 +911,7 @@ def test_an_incomplete_update_is_not_requested_of_a_worker_that_was_not_asked():
 
 
 def test_an_incomplete_update_is_not_requested_while_its_round_is_being_committed():
-    run = opened(*"abc", rules=Rules(rounds=2, min_workers=3, quorum=Quorum(number=2)))
-    run.arrived("c")
-    run.update("a")
-    run.update("b")
-    assert run.state.phase is Phase.COMMITTING
+    run = committing_during_a_fold()
     assert not asked(run.fold_failed("c", again=True))
 
 

@@ -18,7 +18,7 @@ from fluffle_coordinator.machine.schedules.quorum import QuorumRounds
 from fluffle_coordinator.machine.staleness import Discount
 from fluffle_coordinator.machine.state import Phase, Ticket
 from fluffle_coordinator.user_code.guarded_schedule import GuardedSchedule
-from tests.unit.test_rounds import RUN, Run, asked, event_names, only, update
+from tests.unit.test_rounds import RUN, Run, asked, event_names, only, opened, update
 
 
 class Asynchronous(Run):
@@ -363,13 +363,12 @@ def test_an_older_version_is_evaluated_once_by_the_first_worker_that_can():
 
 # --- late updates of synchronous rounds --------------------------------------------------------
 
+LATE = QuorumRounds(max_staleness=1)
+
 
 def test_a_late_update_counts_in_the_open_round_and_does_not_close_it():
     rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=2))
-    run = Run(rules, schedule=QuorumRounds(max_staleness=1))
-    run.connect()
-    for name in "abc":
-        run.seen(name, hello=True)
+    run = opened(*"abc", rules=rules, schedule=LATE)
     run.update("a")
     run.update("b")
     run.committed("a", "b")
@@ -387,17 +386,11 @@ def test_a_late_update_counts_in_the_open_round_and_does_not_close_it():
 
 def test_a_worker_whose_late_update_counts_is_asked_in_the_next_round_too():
     rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=2))
-    run = Run(rules, schedule=QuorumRounds(max_staleness=1))
-    run.connect()
-    for name in "abc":
-        run.seen(name, hello=True)
+    run = opened(*"abc", rules=rules, schedule=LATE)
     run.update("a")
     run.update("b")
     run.arrived("c")
     assert asked(run.committed("a", "b")) == ["a", "b", "c"]
-
-
-LATE = QuorumRounds(max_staleness=1)
 
 
 @pytest.mark.parametrize("schedule", [LATE, GuardedSchedule("mine.py:mine", LATE, 1, False)])
@@ -417,10 +410,7 @@ def test_a_worker_whose_late_update_counts_stays_in_a_round_that_is_reopened(sch
 
 def test_others_are_asked_at_once_although_a_late_update_counts():
     rules = Rules(rounds=3, min_workers=3, quorum=rs.Quorum(number=1), sample=2)
-    run = Run(rules, schedule=LATE)
-    run.connect()
-    for name in "abc":
-        run.seen(name, hello=True)
+    run = opened(*"abc", rules=rules, schedule=LATE)
     first, late = run.state.asked
     run.update(first)
     run.committed(first)
@@ -432,10 +422,8 @@ def test_others_are_asked_at_once_although_a_late_update_counts():
 
 
 def test_with_late_updates_a_late_evaluation_counts_if_there_is_no_other():
-    run = Run(Rules(rounds=4, min_workers=3, quorum=rs.Quorum(number=2)), schedule=LATE)
-    run.connect()
-    for name in "abc":
-        run.seen(name, hello=True)
+    rules = Rules(rounds=4, min_workers=3, quorum=rs.Quorum(number=2))
+    run = opened(*"abc", rules=rules, schedule=LATE)
     for _ in range(2):
         run.update("a")
         run.update("b")
@@ -445,10 +433,7 @@ def test_with_late_updates_a_late_evaluation_counts_if_there_is_no_other():
 
 
 def test_a_late_update_does_not_enlarge_a_quorum_of_all():
-    run = Run(Rules(rounds=3, min_workers=2), schedule=QuorumRounds(max_staleness=1))
-    run.connect()
-    for name in "abc":
-        run.seen(name, hello=True)
+    run = opened(*"abc", rules=Rules(rounds=3, min_workers=2), schedule=LATE)
     run.left("c")
     for name in "ab":
         run.update(name)
