@@ -184,7 +184,7 @@ class TapPrinter:
             arrived = datetime.fromtimestamp(now, UTC).isoformat(timespec="milliseconds")
             direction, workers = "to" if is_work(decoded) else "from", workers_of(decoded)
             fields = {"time": arrived, "direction": direction, "workers": list(workers)}
-            text = visible_json(json.dumps(fields | decoded.as_dict(now), default=str))
+            text = visible_json(json.dumps(fields | decoded.as_dict(now)))
         else:
             text = self._in_words(decoded, now)
         self._print_line(text)

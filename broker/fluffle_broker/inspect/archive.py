@@ -43,8 +43,7 @@ class MessageArchive:
             with replacing(body) as file:
                 file.write(decoded.delivery.body)
             with replacing(body.with_name(f"{body.stem}.json")) as file:
-                text = json.dumps(decoded.as_dict(now), indent=2, default=str)
-                file.write(text.encode() + b"\n")
+                file.write(json.dumps(decoded.as_dict(now), indent=2).encode() + b"\n")
         return body
 
 

@@ -99,7 +99,7 @@ class DecodedMessage:
         return None if sent_at is None else max(0.0, now - sent_at)
 
     def as_dict(self, now: float) -> dict[str, Any]:
-        """Return everything as a JSON object; null stands for NaN. An event may hold bytes."""
+        """Return everything as a JSON object; null stands for NaN."""
         properties = self.delivery.properties
         fields = {
             "kind": self.kind,

@@ -177,17 +177,19 @@ def json_line(value: Any) -> str:
     try:
         text = to_json(value, ensure_ascii=True, inf_nan_mode="null", fallback=str).decode()
     except ValueError:  # a file name may not be valid Unicode
-        text = json.dumps(finite(value), default=str, separators=(",", ":"))
+        text = json.dumps(finite(value), separators=(",", ":"))
     return visible_json(text)
 
 
 def finite(value: Any) -> Any:
-    """Return a value for JSON: None replaces each number that is not finite, and keys are text."""
+    """Return a value for JSON: numbers that are not finite become None, and other objects text."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
         return {str(key): finite(item) for key, item in value.items()}
-    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 log_format_option = click.option(

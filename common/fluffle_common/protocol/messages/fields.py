@@ -56,11 +56,12 @@ TaskName = Annotated[str, Field(max_length=MAX_TASK_CHARACTERS)]
 KeyId = Annotated[str, Field(min_length=1, max_length=64)]
 Signature = Annotated[str, Field(min_length=1, max_length=2000)]
 Scheme = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,31}$")]
+_TensorName = Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)]
 Extra = (
     Literal["model"]
     | Annotated[
         dict[
-            Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)],
+            _TensorName,
             Annotated[
                 tuple[Annotated[int, Field(ge=0)], ...],
                 Strict(False),
@@ -72,12 +73,12 @@ Extra = (
     ]
 )
 TensorNames = Annotated[
-    tuple[Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)], ...],
+    tuple[_TensorName, ...],
     Strict(False),
     Field(max_length=MAX_TENSORS, fail_fast=True),
 ]
 Train = Annotated[
-    tuple[Annotated[str, Field(min_length=1, max_length=MAX_TENSOR_NAME)], ...],
+    tuple[_TensorName, ...],
     Strict(False),
     Field(min_length=1, max_length=1000, fail_fast=True),
 ]
